@@ -1,0 +1,56 @@
+# Everything a developer runs. Each target makes the virtual environment first, once.
+#   make demo      train a small network on real images, 4 workers and 2 servers on this machine
+#   make test      run the tests
+#   make check     what must pass before a change is merged
+# PIP_ARGS is passed on to pip, for an index or a cache of your own: make test PIP_ARGS="--index-url ..."
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: setup demo test lint types format check coverage bench clean
+
+setup: $(STAMP)
+
+# The build backend is installed first, pinned like the rest, so that pip fetches no other for the build.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install $(PIP_ARGS) -c constraints.txt setuptools
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev,examples]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/tensorkv run -n 4 -s 2 -- $(BIN)/python examples/digits.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy src examples
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint types test
+
+coverage: setup
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+bench: setup
+	$(BIN)/python benchmarks/pushpull.py
+
+clean:
+	rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
