@@ -1,0 +1,102 @@
+"""What a process of a job is told from outside. The only module that reads environment variables.
+
+`tensorkv run` sets the variables for each process it starts; other launchers build a `JobConfig`
+themselves. Nothing here imports torch: the launcher and the scheduler do without it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tensorkv.errors import NotInJob
+
+Role = Literal["worker", "server", "scheduler"]
+
+DEFAULT_TIMEOUT_S = 1800.0
+"""Deadline of a waiting call, as in torch.distributed."""
+
+MAX_SLICE_BYTES = 4 << 20
+"""No slice of an elementwise value is larger."""
+
+SLICE_BOUND_BYTES = 1 << 20
+"""Values larger than this are sliced over all servers where their updater allows it."""
+
+ENV_ROLE = "TENSORKV_ROLE"
+ENV_RANK = "TENSORKV_RANK"
+ENV_NUM_WORKERS = "TENSORKV_NUM_WORKERS"
+ENV_NUM_SERVERS = "TENSORKV_NUM_SERVERS"
+ENV_SCHEDULER = "TENSORKV_SCHEDULER"
+ENV_TOKEN = "TENSORKV_TOKEN"
+ENV_HOST = "TENSORKV_HOST"
+ENV_TIMEOUT_S = "TENSORKV_TIMEOUT_S"
+ENV_SLICE_BOUND_BYTES = "TENSORKV_SLICE_BOUND_BYTES"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """Who a process is in its job and where the scheduler listens.
+
+    `rank` counts from 0 within the role. `token` is the job's secret; it is kept out of the repr,
+    never sent and never logged. `host` is the address this process binds to.
+    """
+
+    role: Role
+    rank: int
+    num_workers: int
+    num_servers: int
+    scheduler_host: str
+    scheduler_port: int
+    token: str = field(repr=False)
+    host: str = "127.0.0.1"
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    slice_bound_bytes: int = SLICE_BOUND_BYTES
+
+    def to_env(self) -> dict[str, str]:
+        """Return the environment variables from which `from_env` rebuilds this config."""
+        return {
+            ENV_ROLE: self.role,
+            ENV_RANK: str(self.rank),
+            ENV_NUM_WORKERS: str(self.num_workers),
+            ENV_NUM_SERVERS: str(self.num_servers),
+            ENV_SCHEDULER: f"{self.scheduler_host}:{self.scheduler_port}",
+            ENV_TOKEN: self.token,
+            ENV_HOST: self.host,
+            ENV_TIMEOUT_S: repr(self.timeout_s),
+            ENV_SLICE_BOUND_BYTES: str(self.slice_bound_bytes),
+        }
+
+
+def from_env(environ: Mapping[str, str] | None = None) -> JobConfig | None:
+    """Return the job this process was started in, or None outside a job.
+
+    Raises:
+        NotInJob: some of the variables are there, but one is missing or unreadable.
+    """
+    environ = os.environ if environ is None else environ
+    if ENV_SCHEDULER not in environ:
+        return None
+    try:
+        host, _, port = environ[ENV_SCHEDULER].rpartition(":")
+        role = environ.get(ENV_ROLE, "worker")
+        if role not in ("worker", "server", "scheduler"):
+            raise ValueError(f"{ENV_ROLE}={role!r} is not worker, server or scheduler")
+        return JobConfig(
+            role=role,  # type: ignore[arg-type]  # checked above
+            rank=int(environ[ENV_RANK]),
+            num_workers=int(environ[ENV_NUM_WORKERS]),
+            num_servers=int(environ[ENV_NUM_SERVERS]),
+            scheduler_host=host,
+            scheduler_port=int(port),
+            token=environ.get(ENV_TOKEN, ""),
+            host=environ.get(ENV_HOST, "127.0.0.1"),
+            timeout_s=float(environ.get(ENV_TIMEOUT_S, DEFAULT_TIMEOUT_S)),
+            slice_bound_bytes=int(environ.get(ENV_SLICE_BOUND_BYTES, SLICE_BOUND_BYTES)),
+        )
+    except (KeyError, ValueError) as exc:
+        raise NotInJob(
+            f"the variables of a TensorKV job are incomplete or unreadable: {exc}; "
+            "start the job with `tensorkv run -n WORKERS -s SERVERS python train.py`"
+        ) from exc

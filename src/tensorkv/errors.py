@@ -1,0 +1,187 @@
+"""Every error TensorKV raises, in one tree.
+
+    TensorKVError
+    ├── a mistake in the call (nothing was changed by it)
+    │   ├── InvalidKey (TypeError)            a key that is not an int or str, or mixes the two
+    │   ├── DuplicateKey (ValueError)         one key twice in one init
+    │   ├── KeyNotInitialized (KeyError)      nobody has initialised the key
+    │   ├── KeyAlreadyInitialized (ValueError)
+    │   ├── KeyDeleted (KeyError)             the key was deleted, by whom the text says
+    │   ├── InvalidValue (TypeError)          not a tensor or array, or one that cannot be added
+    │   ├── InvalidOut (ValueError)           `out` cannot be written
+    │   ├── ShapeMismatch (ValueError)
+    │   ├── DtypeMismatch (TypeError)         the dtypes differ and are not both floating point
+    │   ├── LengthMismatch (ValueError)       lists of keys and values differ in length, or are empty
+    │   ├── InvalidArgument (ValueError)      any other argument out of its range
+    │   ├── UnknownKind (ValueError)          no such kind of store
+    │   ├── UnknownUpdater (ValueError)       no such named updater or optimizer
+    │   ├── UnsupportedOptimizer (ValueError) an optimizer that a store cannot run
+    │   ├── InvalidOption (ValueError, TypeError)   the optimizer refuses an option
+    │   ├── NotShippable (ValueError)         a function that servers cannot find by name
+    │   ├── NotElementwise (ValueError)       the updater needs whole values and the key is sliced
+    │   ├── SettingMismatch (ValueError)      ranks disagree on an init or a setting
+    │   ├── StoreMismatch (ValueError)        ranks disagree on the kind or reduction of a store
+    │   ├── UncommittedPush (RuntimeError)    the key was pushed with apply=False and awaits commit
+    │   ├── CommitMismatch (ValueError)       ranks disagree on what to commit
+    │   ├── StoreClosed (RuntimeError)        the store was closed, or belongs to the parent process
+    │   ├── NotInJob (RuntimeError)           a distributed store outside a job
+    │   └── NotSupported (NotImplementedError)
+    ├── UpdaterError (RuntimeError)           the updater raised; its traceback is in the text
+    ├── WaitTimeout (TimeoutError)            a deadline passed; the text names who is missing
+    └── the job is broken (ConnectionError)
+        ├── PeerLostError                     a process of the job is gone
+        ├── AuthenticationError               wrong or missing token
+        ├── ProtocolVersionError              the peer speaks another version
+        └── ProtocolError                     the peer sent something malformed
+
+Each leaf is also the standard error a caller would expect, and survives pickle and the wire:
+`to_wire` and `from_wire` carry an error as its class name and text, nothing else.
+"""
+
+from __future__ import annotations
+
+
+class TensorKVError(Exception):
+    """Base of all errors raised by TensorKV. `str(error)` is the text, also for KeyError leaves."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class InvalidKey(TensorKVError, TypeError):
+    """A key is not an int or str, or a store is used with both."""
+
+
+class DuplicateKey(TensorKVError, ValueError):
+    """The same key stands twice in one init."""
+
+
+class KeyNotInitialized(TensorKVError, KeyError):
+    """The key has not been initialised."""
+
+
+class KeyAlreadyInitialized(TensorKVError, ValueError):
+    """The key has been initialised before and was not deleted."""
+
+
+class KeyDeleted(TensorKVError, KeyError):
+    """The key was deleted while this worker still knew it."""
+
+
+class InvalidValue(TensorKVError, TypeError):
+    """A value is not a tensor or array, or one that cannot be stored."""
+
+
+class InvalidOut(TensorKVError, ValueError):
+    """A destination cannot be written."""
+
+
+class ShapeMismatch(TensorKVError, ValueError):
+    """Two shapes that must be equal differ."""
+
+
+class DtypeMismatch(TensorKVError, TypeError):
+    """Two dtypes differ and are not both floating point."""
+
+
+class LengthMismatch(TensorKVError, ValueError):
+    """Lists that belong together differ in length, or are empty."""
+
+
+class InvalidArgument(TensorKVError, ValueError):
+    """An argument is out of its range or contradicts another."""
+
+
+class UnknownKind(TensorKVError, ValueError):
+    """No such kind of store; the text lists the known ones."""
+
+
+class UnknownUpdater(TensorKVError, ValueError):
+    """No such named updater or optimizer; the text lists the known ones."""
+
+
+class UnsupportedOptimizer(TensorKVError, ValueError):
+    """The optimizer needs something a store does not have, a closure say."""
+
+
+class InvalidOption(TensorKVError, ValueError, TypeError):
+    """The optimizer does not take this option, or not this value."""
+
+
+class NotShippable(TensorKVError, ValueError):
+    """A function or class that the servers cannot find by its name."""
+
+
+class NotElementwise(TensorKVError, ValueError):
+    """The updater needs whole values, and the key is sliced over servers."""
+
+
+class SettingMismatch(TensorKVError, ValueError):
+    """An init or setting differs from that of the setting rank."""
+
+
+class StoreMismatch(TensorKVError, ValueError):
+    """A store of this name is open with another kind or reduction."""
+
+
+class UncommittedPush(TensorKVError, RuntimeError):
+    """The key was pushed with `apply=False` and must be committed first."""
+
+
+class CommitMismatch(TensorKVError, ValueError):
+    """Workers disagree on the keys or arguments of a commit."""
+
+
+class StoreClosed(TensorKVError, RuntimeError):
+    """The store was closed, or is used in a forked child."""
+
+
+class NotInJob(TensorKVError, RuntimeError):
+    """A distributed store was created outside a job."""
+
+
+class NotSupported(TensorKVError, NotImplementedError):
+    """The call is part of the contract but not built, or not for this kind of store."""
+
+
+class UpdaterError(TensorKVError, RuntimeError):
+    """The updater raised. The stored value is as before; the text ends with the traceback."""
+
+
+class WaitTimeout(TensorKVError, TimeoutError):
+    """A call did not finish within its deadline."""
+
+
+class PeerLostError(TensorKVError, ConnectionError):
+    """A process of the job is gone; the text names role, rank, host and cause."""
+
+
+class AuthenticationError(TensorKVError, ConnectionError):
+    """The peer does not hold the token of this job, or we do not."""
+
+
+class ProtocolVersionError(TensorKVError, ConnectionError):
+    """The peer speaks another version of the protocol."""
+
+
+class ProtocolError(TensorKVError, ConnectionError):
+    """The peer sent bytes that are not a valid frame or message."""
+
+
+_BY_NAME: dict[str, type[TensorKVError]] = {
+    cls.__name__: cls
+    for cls in list(globals().values())
+    if isinstance(cls, type) and issubclass(cls, TensorKVError)
+}
+
+
+def to_wire(error: BaseException) -> tuple[str, str]:
+    """Return the class name and text under which `error` travels."""
+    if isinstance(error, TensorKVError):
+        return type(error).__name__, str(error)
+    return "TensorKVError", f"{type(error).__name__}: {error}"
+
+
+def from_wire(name: str, text: str) -> TensorKVError:
+    """Build the error that `to_wire` described. An unknown name gives a plain TensorKVError."""
+    return _BY_NAME.get(name, TensorKVError)(text)

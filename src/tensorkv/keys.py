@@ -1,0 +1,198 @@
+"""Arguments become pairs: one key, a list of keys or a dict, and their values, checked and flattened.
+
+Every verb takes `key` and `value` in the same three forms; they are understood here and nowhere else:
+
+    push("w", grad)                push("w", [grad_gpu0, grad_gpu1])        one key, one value per device
+    push(["w", "b"], [gw, gb])     push(["w", "b"], [[gw0, gw1], [gb0, gb1]])
+    push({"w": gw, "b": gb})
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tensorkv.arrays import Key, to_out, to_tensor
+from tensorkv.errors import InvalidKey, InvalidValue, LengthMismatch
+
+
+class _Absent(enum.Enum):
+    ABSENT = "tensorkv.ABSENT"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+ABSENT = _Absent.ABSENT
+"""Pushed instead of a value: take part in this round of the key without adding anything."""
+
+
+class Form(enum.Enum):
+    """In which of its three forms an argument was written, and so in which a pull answers."""
+
+    SINGLE = "single"
+    LIST = "list"
+    DICT = "dict"
+
+
+@dataclass(slots=True)
+class PushBatch:
+    """What one push call adds, a line per distinct key, in order of first appearance.
+
+    `tensors[i]` are the values of `keys[i]`, devices in list order, the same key twice one after the
+    other; an empty list stands for ABSENT. `counts[i]` is what the key counts in a mean.
+    """
+
+    keys: tuple[Key, ...]
+    tensors: list[list[torch.Tensor]]
+    counts: list[int]
+
+
+@dataclass(slots=True)
+class PullBatch:
+    """Where one pull call writes: `outs[i]` are the destinations of `keys[i]`; empty means a new tensor.
+
+    `keys` are in call order and may repeat. `given` is the caller's own `out`, to be returned.
+    """
+
+    keys: tuple[Key, ...]
+    outs: list[list[torch.Tensor]]
+    form: Form
+    given: Any
+
+
+def check_keys(keys: Iterable[Any], known_type: type | None = None) -> tuple[Key, ...]:
+    """Return `keys` as a tuple after checking that they are all int or all str.
+
+    Args:
+        keys: the keys of one call.
+        known_type: int or str if the store already has keys, and the type all must have then.
+
+    Raises:
+        InvalidKey: a bool, None, or anything else that is not int or str; or a mix of the two.
+        LengthMismatch: there are no keys.
+    """
+    checked = tuple(keys)
+    if not checked:
+        raise LengthMismatch("the list of keys is empty; pass at least one key")
+    types = set(map(type, checked))
+    if not types <= {int, str}:
+        bad = next(key for key in checked if type(key) not in (int, str))
+        raise InvalidKey(f"key {bad!r} is a {type(bad).__name__}; a key is an int or a str")
+    if len(types) > 1:
+        raise InvalidKey(f"int and str keys are mixed in one call: {_some(checked)}; use one of the two")
+    found = types.pop()
+    if known_type is not None and found is not known_type:
+        raise InvalidKey(
+            f"key {checked[0]!r} is a {found.__name__}, but this store has {known_type.__name__} keys; "
+            "a store uses one of the two"
+        )
+    return checked
+
+
+def split_keys(key: Any, value: Any) -> tuple[list[Any], list[Any], Form]:
+    """Return the keys and values of a call in any of the three forms, lengths checked, nothing else.
+
+    Raises:
+        LengthMismatch: keys and values differ in number, or there are none.
+        InvalidValue: `value` is missing, or is there beside a dict.
+    """
+    if isinstance(key, Mapping):
+        if value is not None:
+            raise InvalidValue("a dict of keys already holds the values; leave the second argument away")
+        keys, values, form = list(key), list(key.values()), Form.DICT
+    elif isinstance(key, (list, tuple)):
+        if isinstance(value, Mapping) or not isinstance(value, Iterable) or isinstance(value, torch.Tensor):
+            raise InvalidValue(
+                f"a list of {len(key)} keys needs a list of {len(key)} values, not {type(value).__name__}"
+            )
+        keys, values, form = list(key), list(value), Form.LIST
+    else:
+        return [key], [value], Form.SINGLE
+    if not keys:
+        raise LengthMismatch("the list of keys is empty; pass at least one key")
+    if len(keys) != len(values):
+        raise LengthMismatch(f"{len(keys)} keys but {len(values)} values; pass one value (or list) per key")
+    return keys, values, form
+
+
+def push_batch(key: Any, value: Any, known_type: type | None) -> PushBatch:
+    """Check and flatten the arguments of a push. Shapes and dtypes are not looked at here.
+
+    Raises:
+        InvalidKey, InvalidValue, LengthMismatch.
+    """
+    raw_keys, values, _ = split_keys(key, value)
+    keys = check_keys(raw_keys, known_type)
+    tensors = [_device_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
+    if len(set(keys)) == len(keys):
+        return PushBatch(keys, tensors, [len(each) for each in tensors])
+    return _merge_repeated(keys, tensors)
+
+
+def pull_batch(key: Any, out: Any, known_type: type | None) -> PullBatch:
+    """Check and flatten the arguments of a pull. Shapes and dtypes are not looked at here.
+
+    Raises:
+        InvalidKey, InvalidValue, InvalidOut, LengthMismatch.
+    """
+    if key is None and isinstance(out, Mapping):
+        raw_keys, values, form = split_keys(out, None)
+    elif out is None:
+        form = Form.LIST if isinstance(key, (list, tuple)) else Form.SINGLE
+        raw_keys = list(key) if form is Form.LIST else [key]
+        keys = check_keys(raw_keys, known_type)
+        return PullBatch(keys, [[] for _ in keys], form, None)
+    else:
+        raw_keys, values, form = split_keys(key, out)
+    keys = check_keys(raw_keys, known_type)
+    outs = [_out_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
+    return PullBatch(keys, outs, form, out)
+
+
+def answer(batch: PullBatch, tensors: list[torch.Tensor]) -> Any:
+    """Return what a pull returns: the caller's `out`, else `tensors` in the form the keys came in."""
+    if batch.given is not None:
+        return batch.given
+    if batch.form is Form.SINGLE:
+        return tensors[0]
+    return tensors
+
+
+def _device_list(value: Any, key: Key) -> list[torch.Tensor]:
+    if type(value) is torch.Tensor and not value.requires_grad:  # the common case, kept short
+        return [to_tensor(value, key)]
+    if value is ABSENT:
+        return []
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise LengthMismatch(f"the list of values for key {key!r} is empty; pass ABSENT to add nothing")
+        return [to_tensor(item, key) for item in value]
+    return [to_tensor(value, key)]
+
+
+def _out_list(value: Any, key: Key) -> list[torch.Tensor]:
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise LengthMismatch(f"the list of outs for key {key!r} is empty; pass one per device")
+        return [to_out(item, key) for item in value]
+    return [to_out(value, key)]
+
+
+def _merge_repeated(keys: tuple[Key, ...], tensors: list[list[torch.Tensor]]) -> PushBatch:
+    """Join the values of a key that stands several times; together they count as one push of it."""
+    merged: dict[Key, list[torch.Tensor]] = {}
+    counts: dict[Key, int] = {}
+    for key, values in zip(keys, tensors, strict=True):
+        merged.setdefault(key, []).extend(values)
+        counts[key] = max(counts.get(key, 0), len(values))
+    return PushBatch(tuple(merged), list(merged.values()), list(counts.values()))
+
+
+def _some(keys: tuple[Any, ...], limit: int = 6) -> str:
+    text = ", ".join(repr(key) for key in keys[:limit])
+    return f"[{text}, ...]" if len(keys) > limit else f"[{text}]"

@@ -1,0 +1,79 @@
+"""Which server holds which part of which value. The only such rule; nothing here imports torch.
+
+A value of at most `bound_bytes`, and every value that must stay whole, lives on one server: the one
+with the fewest bytes so far, large values first. A larger value is cut evenly over all servers, and
+each server's part into slices of at most `max_slice_bytes`. Cuts are multiples of 16 elements, so a
+vector unit never sees a tail inside a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CUT_ELEMS = 16
+"""Every cut is at a multiple of this many elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class ValueSize:
+    """What the rule needs to know of a value. `sliceable`: its updater works element by element."""
+
+    num_elems: int
+    itemsize_bytes: int
+    sliceable: bool
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of the whole value."""
+        return self.num_elems * self.itemsize_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Elements [start, stop) of a flattened value, on one server."""
+
+    server: int
+    start: int
+    stop: int
+
+
+def place(
+    sizes: Sequence[ValueSize], load_bytes: Sequence[int], *, bound_bytes: int, max_slice_bytes: int
+) -> list[list[Part]]:
+    """Return the parts of each value, in element order.
+
+    Args:
+        sizes: the new values, in list order.
+        load_bytes: what each server holds already.
+        bound_bytes: values above this are cut over all servers if they may be.
+        max_slice_bytes: no slice of a sliceable value is larger.
+    """
+    num_servers = len(load_bytes)
+    load = list(load_bytes)
+    parts: list[list[Part]] = [[] for _ in sizes]
+    largest_first = sorted(range(len(sizes)), key=lambda index: -sizes[index].size_bytes)
+    for index in largest_first:
+        size = sizes[index]
+        if size.sliceable and size.size_bytes > bound_bytes and num_servers > 1:
+            ranges = _cut_evenly(size.num_elems, num_servers)
+        else:
+            server = min(range(num_servers), key=lambda each: (load[each], each))
+            ranges = [(server, 0, size.num_elems)]
+        for server, start, stop in ranges:
+            load[server] += (stop - start) * size.itemsize_bytes
+            parts[index] += _slices(server, start, stop, size, max_slice_bytes)
+    return parts
+
+
+def _cut_evenly(num_elems: int, num_servers: int) -> list[tuple[int, int, int]]:
+    """Cut [0, num_elems) into one range per server; servers whose range is empty get none."""
+    cuts = [num_elems * i // num_servers // CUT_ELEMS * CUT_ELEMS for i in range(num_servers)] + [num_elems]
+    return [(i, cuts[i], cuts[i + 1]) for i in range(num_servers) if cuts[i + 1] > cuts[i]]
+
+
+def _slices(server: int, start: int, stop: int, size: ValueSize, max_slice_bytes: int) -> list[Part]:
+    step = max(max_slice_bytes // size.itemsize_bytes // CUT_ELEMS * CUT_ELEMS, CUT_ELEMS)
+    if not size.sliceable or stop - start <= step:
+        return [Part(server, start, stop)]
+    return [Part(server, low, min(low + step, stop)) for low in range(start, stop, step)]

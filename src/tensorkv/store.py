@@ -1,0 +1,518 @@
+"""KVStore: the contract of every store, and the one place where its promises are written.
+
+The public methods check what every kind checks alike (closed, forked, keys, forms of arguments) and
+call one abstract method each, which a kind of store implements once. Which kinds there are stands in
+`tensorkv.stores`; that they keep the promises is shown by `tensorkv.testing`, one suite for all.
+
+Words: a worker's n-th push of a key belongs to round n of that key. A round is open while
+contributions arrive, merged when every worker that must contribute has, applied when the updater
+has run. `round` counts rounds, `version` counts updates.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+
+from tensorkv.arrays import Key
+from tensorkv.errors import DuplicateKey, InvalidArgument, NotSupported, StoreClosed
+from tensorkv.keys import PullBatch, PushBatch, check_keys, pull_batch, push_batch
+from tensorkv.work import Work
+
+Reduction = Literal["sum", "mean"]
+UpdaterFunction = Callable[[Key, torch.Tensor, torch.Tensor], None]
+Names = Key | Iterable[Key] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyInfo:
+    """What a store knows about a key.
+
+    `version` counts updates applied, `round` rounds, also empty ones; of a sliced value both are those
+    of its slice that is least far. `num_slices` is 1 for a whole value. `generation` counts the
+    initialisations of this name, from 1.
+    """
+
+    key: Key
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    version: int
+    round: int
+    updater: str
+    num_slices: int = 1
+    generation: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitResult:
+    """What a commit did.
+
+    `applied` is False if some worker asked to skip or, with `check_finite`, an element was not finite;
+    then no value changed. `norm` is the Euclidean norm of all that was pushed, before clipping; None
+    if neither `max_norm` nor `check_finite` was given.
+    """
+
+    applied: bool
+    norm: float | None
+
+
+class KVStore(ABC):
+    """A place to share tensors across devices and machines.
+
+    Keys are ints or strings, one of the two in a store. Values are dense tensors of a fixed shape and
+    dtype. Every verb takes one key, a list of keys with a list of values, or a dict; where a value
+    stands, a list of values, one per device, may stand. Torch tensors, NumPy arrays and arrays with
+    `__dlpack__` are taken; a store never keeps the caller's memory.
+
+    A store is a context manager. A call that is refused changes nothing. Methods may be called from
+    several threads; calls of one thread on one key take effect in program order.
+    """
+
+    def __init__(self, kind: str, *, store: str, reduction: Reduction, timeout_s: float) -> None:
+        if reduction not in ("sum", "mean"):
+            raise InvalidArgument(f"reduction={reduction!r} is not known; use 'sum' or 'mean'")
+        if not isinstance(store, str) or not store:
+            raise InvalidArgument(f"store={store!r} is not a name; pass a non-empty string")
+        if not timeout_s > 0:
+            raise InvalidArgument(f"timeout_s={timeout_s!r} is not a positive number of seconds")
+        self._kind = kind
+        self._name = store
+        self._reduction: Reduction = reduction
+        self._timeout_s = float(timeout_s)
+        self._key_type: type | None = None  # int or str once the store has a key
+        self._closed = False
+        self._pid = os.getpid()
+
+    # ---- who and what ----------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> str:
+        """The kind of store, as given to `create`."""
+        return self._kind
+
+    @property
+    def name(self) -> str:
+        """The name of the store within its job, as given to `create(store=...)`."""
+        return self._name
+
+    @property
+    def reduction(self) -> Reduction:
+        """ "sum", or "mean" over all tensors that went into a round."""
+        return self._reduction
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """The number of this worker in its job, from 0, in the order of the launcher."""
+
+    @property
+    @abstractmethod
+    def num_workers(self) -> int:
+        """The number of workers in the job."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of workers, under the name torch.distributed gives it."""
+        return self.num_workers
+
+    # ---- values ----------------------------------------------------------------------------------
+
+    def init(self, key: Any, value: Any = None, *, whole: bool = False) -> None:
+        """Create keys with their first values, which are copied.
+
+        Rank 0's value counts. On another rank the call waits for rank 0's and compares shape and
+        dtype. A key can be initialised once, and again after `delete`.
+
+        Args:
+            key: a key, a list of keys, or a dict of key to value.
+            value: a tensor of any shape and device for each key; values stay fixed in shape and dtype.
+            whole: keep each value on one server even where its updater would allow to slice it.
+
+        Raises:
+            KeyAlreadyInitialized: one of the keys exists; none is created then.
+            DuplicateKey: a key stands twice in the call.
+            SettingMismatch: shape, dtype or `whole` differ from rank 0's.
+            InvalidKey, InvalidValue, LengthMismatch, WaitTimeout, PeerLostError.
+
+        Blocks until the values are stored.
+        """
+        self._check_usable("init")
+        batch = push_batch(key, value, self._key_type)
+        for index, count in enumerate(batch.counts):
+            if len(batch.tensors[index]) != 1 or count != 1:
+                self._raise_many_values(batch, index)
+        self._init(batch.keys, [each[0] for each in batch.tensors], whole)
+        self._key_type = type(batch.keys[0])
+
+    def push(self, key: Any, value: Any = None, *, apply: bool = True, async_op: bool = False) -> Work | None:
+        """Add values to the current round of their keys.
+
+        The values of several devices are summed first, in list order; then the workers' sums, in rank
+        order; the updater combines the result with the stored value. In `dist_async` every push is a
+        round of its own.
+
+        Args:
+            key: a key, a list of keys, or a dict of key to value. The same key twice is the sum.
+            value: per key a tensor, a list of tensors (one per device), or `tensorkv.ABSENT` to take
+                part without a value. Shapes as initialised; floats are cast to the stored dtype.
+            apply: False only merges; `commit` then applies.
+            async_op: return a `Work` at once; the tensors must not change until it is complete.
+
+        Returns:
+            None, or the Work if `async_op`.
+
+        Raises:
+            KeyNotInitialized, ShapeMismatch, DtypeMismatch, UncommittedPush: nothing was pushed.
+            UpdaterError: the updater raised in an earlier round this worker contributed to.
+            KeyDeleted, InvalidKey, InvalidValue, LengthMismatch, PeerLostError.
+
+        Returns when the caller may change its tensors. Waits for other workers only where an earlier
+        push of the same key is not merged yet.
+        """
+        self._check_usable("push")
+        return self._push(push_batch(key, value, self._key_type), apply, async_op)
+
+    def pull(self, key: Any = None, out: Any = None, *, async_op: bool = False) -> Any:
+        """Copy the current values of keys out of the store.
+
+        In `dist_sync` a worker that has pushed a key n times gets exactly the value after round n; the
+        call waits for that round. In `dist_async` it gets the newest value, each slice read whole.
+
+        Args:
+            key: a key or a list of keys; may be left away if `out` is a dict of key to destination.
+            out: per key a tensor, or a list of tensors (one per device), of the initialised shape; any
+                float dtype for a float value. Without it new tensors are made, on the CPU.
+            async_op: return a `Work` whose `result()` is the value.
+
+        Returns:
+            `out` if given; else a tensor, or a list of tensors for a list of keys; or the Work.
+
+        Raises:
+            KeyNotInitialized, ShapeMismatch, DtypeMismatch, InvalidOut: nothing was written.
+            UncommittedPush: this worker pushed the key with `apply=False` and has not committed.
+            UpdaterError: the updater raised in a round this worker contributed to.
+            WaitTimeout: the round was not complete in time; `out` may be partly written.
+            KeyDeleted, InvalidKey, InvalidValue, LengthMismatch, PeerLostError.
+
+        Blocks until `out` is written.
+        """
+        self._check_usable("pull")
+        return self._pull(pull_batch(key, out, self._key_type), async_op)
+
+    def pushpull(self, key: Any, value: Any = None, out: Any = None, *, async_op: bool = False) -> Any:
+        """Push, then pull the same keys, in one exchange with each server.
+
+        Args:
+            key, value: as in `push`.
+            out: as in `pull`, a destination per distinct key in the order of their first appearance; a
+                dict if `key` is a dict. Without it new tensors are returned.
+            async_op: return a `Work` whose `result()` is the value.
+
+        Returns:
+            As `pull`; for a dict of keys without `out` a dict.
+
+        Raises:
+            What `push` and `pull` raise.
+
+        Blocks until the round of each key is applied.
+        """
+        self._check_usable("pushpull")
+        pushed = push_batch(key, value, self._key_type)
+        asked: Any = None if isinstance(out, Mapping) else key
+        if asked is not None:
+            asked = list(pushed.keys) if isinstance(key, (list, tuple, Mapping)) else key
+        pulled = pull_batch(asked, out, self._key_type)
+        if set(pulled.keys) != set(pushed.keys):
+            raise InvalidArgument("pushpull pulls the keys it pushes; out has other keys than value")
+        result = self._pushpull(pushed, pulled, async_op)
+        if isinstance(key, Mapping) and out is None and not async_op:
+            return dict(zip(pulled.keys, result, strict=True))
+        return result
+
+    def broadcast(self, key: Any, value: Any, out: Any = None) -> Any:
+        """Init, then pull into `out`: every worker ends with rank 0's value. Once per key, as `init`.
+
+        Args, returns and errors are those of `init` and `pull`. `key` must be a key or a list of keys.
+        """
+        self._check_usable("broadcast")
+        asked = pull_batch(key, out, self._key_type)  # refuse a bad out before anything is created
+        values = push_batch(key, value, self._key_type)
+        for item, outs in zip(values.tensors, asked.outs, strict=True):
+            for destination in outs:
+                if item and destination.shape != item[0].shape:
+                    raise InvalidArgument(
+                        f"broadcast: out has shape {tuple(destination.shape)}, value {tuple(item[0].shape)}"
+                    )
+        self.init(key, value)
+        return self.pull(key, out)
+
+    def put(self, key: Any, value: Any = None) -> None:
+        """Replace values outside rounds, by one writer. Not built yet."""
+        raise NotSupported("put is not built yet")
+
+    def commit(
+        self, *, max_norm: float | None = None, skip: bool = False, check_finite: bool = False
+    ) -> CommitResult:
+        """Apply everything that was pushed with `apply=False`, on all workers together.
+
+        Args:
+            max_norm: scale all that was pushed so that its Euclidean norm over all keys is at most
+                this, as torch.nn.utils.clip_grad_norm_ does.
+            skip: drop the round instead; OR-ed over the workers.
+            check_finite: drop the round if an element of it is infinite or NaN.
+
+        Returns:
+            Whether it was applied, and the norm.
+
+        Raises:
+            CommitMismatch: the workers' keys, `max_norm` or `check_finite` differ; every worker gets
+                this and nothing is committed.
+            NotSupported: in `dist_async`, which has no rounds to commit.
+            UpdaterError, WaitTimeout, PeerLostError.
+
+        Blocks until the updates are applied.
+        """
+        self._check_usable("commit")
+        if max_norm is not None and not max_norm > 0:
+            raise InvalidArgument(f"max_norm={max_norm!r} is not a positive number")
+        return self._commit(max_norm, bool(skip), bool(check_finite))
+
+    # ---- settings --------------------------------------------------------------------------------
+
+    def set_updater(self, updater: UpdaterFunction | str | None, *, elementwise: bool = False) -> None:
+        """Choose how a round's sum is combined with the stored value, for all keys.
+
+        Args:
+            updater: `fn(key, pushed, stored)`, which changes `stored` in place; or a name: "assign" (also
+                None; the default), "add". A function runs on a copy that is kept only if it succeeds;
+                functions run one at a time, in list order.
+            elementwise: the function treats each element on its own, so values may be sliced.
+
+        In a distributed store the setting is rank 0's and must agree on all ranks that make it; it
+        holds from rank 0's next push of each key. The function must be found by name on the servers:
+        at the top level of the script or in a module.
+
+        Raises:
+            UnknownUpdater, NotShippable, NotElementwise, SettingMismatch, WaitTimeout, PeerLostError.
+
+        Blocks until every server has taken it.
+        """
+        self._check_usable("set_updater")
+        self._set_updater(updater, elementwise)
+
+    def set_optimizer(
+        self,
+        optimizer: type[torch.optim.Optimizer] | str,
+        *,
+        keys: Names = None,
+        **options: Any,
+    ) -> None:
+        """Let a torch optimizer be the updater: what is pushed are gradients, what is stored parameters.
+
+        Its state stays where the value lives. Setting the current optimizer and options again keeps the
+        state; another optimizer starts afresh.
+
+        Args:
+            optimizer: a class, `torch.optim.SGD` say, or its name in any case, "sgd".
+            keys: for these keys only; None means for all, those still to come included.
+            **options: its options, `lr=0.1, momentum=0.9` say: plain numbers, bools, strings, None or
+                tuples of those.
+
+        Raises:
+            UnknownUpdater: no such optimizer; the text lists the known names.
+            UnsupportedOptimizer: LBFGS (needs a closure), SparseAdam (needs sparse gradients).
+            InvalidOption: the optimizer refuses an option.
+            NotElementwise: it needs whole values and a key it is for is sliced.
+            NotShippable, SettingMismatch, WaitTimeout, PeerLostError.
+
+        Blocks until every server has taken it. Holds from the same round as `set_updater`.
+        """
+        self._check_usable("set_optimizer")
+        self._set_optimizer(optimizer, self._names(keys), options)
+
+    def set_optimizer_options(self, *, keys: Names = None, **options: Any) -> None:
+        """Change options of the optimizer, the learning rate say; its state is kept.
+
+        Args:
+            keys: for these keys only; None means for all.
+            **options: as in `set_optimizer`.
+
+        Raises:
+            InvalidOption: no optimizer is set for a key, or it refuses an option.
+            SettingMismatch, WaitTimeout, PeerLostError.
+        """
+        self._check_usable("set_optimizer_options")
+        self._set_optimizer_options(self._names(keys), options)
+
+    # ---- together --------------------------------------------------------------------------------
+
+    def barrier(self, *, timeout_s: float | None = None) -> None:
+        """Wait until every worker that has not left this store has called barrier as often.
+
+        All that the workers pushed before is then applied, or sits in a round that waits for somebody.
+
+        Args:
+            timeout_s: seconds to wait; None means the store's own timeout.
+
+        Raises:
+            WaitTimeout: the text names the ranks that are missing.
+            UpdaterError: the updater raised in a round this worker contributed to.
+            PeerLostError.
+        """
+        self._check_usable("barrier")
+        self._barrier(self._timeout_s if timeout_s is None else timeout_s)
+
+    # ---- the keys --------------------------------------------------------------------------------
+
+    def keys(self) -> list[Key]:
+        """Return the keys of the store, in the order of their init."""
+        self._check_usable("keys")
+        return self._keys()
+
+    def info(self, key: Key) -> KeyInfo:
+        """Return shape, dtype, version and more of a key.
+
+        Raises:
+            KeyNotInitialized, InvalidKey.
+        """
+        self._check_usable("info")
+        check_keys([key], self._key_type)
+        return self._info(key)
+
+    def delete(self, key: Any) -> None:
+        """Remove a key, or a list of keys, with values, optimizer state and open rounds.
+
+        A call that waits for such a round on any worker ends with KeyDeleted. A key that another worker
+        has deleted meanwhile is passed over.
+
+        Raises:
+            KeyNotInitialized: a key never existed; nothing is deleted.
+            InvalidKey, LengthMismatch.
+        """
+        self._check_usable("delete")
+        names = key if isinstance(key, (list, tuple)) else [key]
+        self._delete(check_keys(names, self._key_type))
+
+    def __contains__(self, key: object) -> bool:
+        """Whether `key` is initialised."""
+        return key in self.keys()
+
+    def __len__(self) -> int:
+        """The number of keys."""
+        return len(self.keys())
+
+    # ---- the end ---------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether the store was closed, or belongs to the process this one was forked from."""
+        return self._closed or self._pid != os.getpid()
+
+    def close(self) -> None:
+        """Leave the store. What this worker pushed counts; pushes not committed are dropped.
+
+        Raises what only the servers knew: an UpdaterError, say. A second close does nothing.
+        """
+        if self.closed:
+            return
+        self._closed = True
+        self._close()
+
+    def __enter__(self) -> Self:
+        self._check_usable("with")
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close. After an exception the worker counts as lost, not as having left."""
+        if exc_type is None:
+            self.close()
+        elif not self.closed:
+            self._closed = True
+            self._abandon(f"{exc_type.__name__}: {exc}")
+
+    def __repr__(self) -> str:
+        state = ", closed" if self.closed else ""
+        return f"<tensorkv store {self._name!r}, kind {self._kind!r}, rank {self.rank}{state}>"
+
+    # ---- what a kind of store implements ---------------------------------------------------------
+
+    @abstractmethod
+    def _init(self, keys: tuple[Key, ...], values: list[torch.Tensor], whole: bool) -> None: ...
+
+    @abstractmethod
+    def _push(self, batch: PushBatch, apply: bool, async_op: bool) -> Work | None: ...
+
+    @abstractmethod
+    def _pull(self, batch: PullBatch, async_op: bool) -> Any: ...
+
+    @abstractmethod
+    def _pushpull(self, pushed: PushBatch, pulled: PullBatch, async_op: bool) -> Any: ...
+
+    @abstractmethod
+    def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult: ...
+
+    @abstractmethod
+    def _set_updater(self, updater: UpdaterFunction | str | None, elementwise: bool) -> None: ...
+
+    @abstractmethod
+    def _set_optimizer(
+        self,
+        optimizer: type[torch.optim.Optimizer] | str,
+        keys: tuple[Key, ...] | None,
+        options: dict[str, Any],
+    ) -> None: ...
+
+    @abstractmethod
+    def _set_optimizer_options(self, keys: tuple[Key, ...] | None, options: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    def _barrier(self, timeout_s: float) -> None: ...
+
+    @abstractmethod
+    def _keys(self) -> list[Key]: ...
+
+    @abstractmethod
+    def _info(self, key: Key) -> KeyInfo: ...
+
+    @abstractmethod
+    def _delete(self, keys: tuple[Key, ...]) -> None: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...
+
+    @abstractmethod
+    def _abandon(self, why: str) -> None: ...
+
+    # ---- checks ----------------------------------------------------------------------------------
+
+    def _check_usable(self, call: str) -> None:
+        if self._closed:
+            raise StoreClosed(f"{call}: store {self._name!r} is closed; create it again")
+        if self._pid != os.getpid():
+            raise StoreClosed(
+                f"{call}: store {self._name!r} belongs to process {self._pid}, and this is the forked process "
+                f"{os.getpid()}; create a store of its own, or start the process by 'spawn'"
+            )
+
+    def _names(self, keys: Names) -> tuple[Key, ...] | None:
+        if keys is None:
+            return None
+        names = [keys] if isinstance(keys, (int, str)) else list(keys)
+        return tuple(dict.fromkeys(check_keys(names, self._key_type)))
+
+    def _raise_many_values(self, batch: PushBatch, index: int) -> None:
+        key, number = batch.keys[index], len(batch.tensors[index])
+        if number == 0:
+            raise InvalidArgument(f"init: key {key!r} has no value; ABSENT is for push")
+        raise DuplicateKey(f"init: key {key!r} has {number} values in one call; initialise it with one")

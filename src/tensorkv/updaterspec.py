@@ -1,0 +1,20 @@
+"""UpdaterSpec: which updater, as plain data that may travel. Without torch, for the scheduler's sake."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class UpdaterSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Which updater, as plain data.
+
+    `type` tells how `name` is read: a name of `tensorkv.updater` ("assign", "add"), or "module:name" of
+    a function or of an optimizer class. `options` are the optimizer's.
+    """
+
+    type: Literal["named", "function", "optimizer"]
+    name: str
+    options: dict[str, Any] = {}
+    elementwise: bool = True

@@ -1,0 +1,74 @@
+"""Frames: a fixed prefix, a message, and the payload's bytes after it.
+
+    offset  bytes
+         0      3  b"TKV"
+         3      1  version of the protocol
+         4      4  length of the encoded message, little-endian
+         8      8  length of the payload, little-endian
+        16         the message (MessagePack), then the payload
+
+Lengths are checked before any memory is taken: the message's against `MAX_HEADER_BYTES` (4 KiB until
+the peer has proved that it knows the token), the payload's by whoever knows what the message means.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from tensorkv.errors import ProtocolError, ProtocolVersionError
+
+VERSION = 1
+MAGIC = b"TKV"
+PREFIX = struct.Struct("<3sBIQ")
+MAX_HEADER_BYTES = 64 << 20
+MAX_HANDSHAKE_BYTES = 4096
+
+T = TypeVar("T")
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Any, payload_bytes: int = 0) -> bytes:
+    """Return prefix and message of a frame whose payload has `payload_bytes` bytes."""
+    body = _encoder.encode(message)
+    return PREFIX.pack(MAGIC, VERSION, len(body), payload_bytes) + body
+
+
+def decode_prefix(prefix: bytes | bytearray | memoryview, max_header_bytes: int) -> tuple[int, int]:
+    """Return the lengths of message and payload, in bytes.
+
+    Raises:
+        ProtocolVersionError: the frame is ours but of another version.
+        ProtocolError: it is not a frame, or its message is longer than `max_header_bytes`.
+    """
+    magic, version, header_bytes, payload_bytes = PREFIX.unpack(prefix)
+    if magic != MAGIC:
+        raise ProtocolError(f"the peer does not speak TensorKV: its frame begins with {magic!r}")
+    if version != VERSION:
+        raise ProtocolVersionError(
+            f"the peer speaks version {version} of the protocol, this process version {VERSION}; "
+            "use one version of tensorkv in the whole job"
+        )
+    if header_bytes > max_header_bytes:
+        raise ProtocolError(f"a message of {header_bytes} bytes is over the limit of {max_header_bytes}")
+    return header_bytes, payload_bytes
+
+
+class Decoder(Generic[T]):
+    """Decodes the messages of one side of a conversation, and refuses all others."""
+
+    def __init__(self, union: Any) -> None:
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
+
+    def decode(self, body: bytes | bytearray | memoryview) -> T:
+        """Return the message.
+
+        Raises:
+            ProtocolError: the bytes are no message that may come from this peer.
+        """
+        try:
+            return self._decoder.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise ProtocolError(f"a malformed message: {exc}") from exc

@@ -1,0 +1,533 @@
+"""Every message of the protocol, as a typed record; with a payload where the docstring says so.
+
+Three conversations: worker and server (data), every process and the scheduler (control), and the
+handshake that begins each connection. A request carries a number that its reply repeats; numbers are
+consecutive per connection. Nothing here is ever unpickled: msgspec checks each field's type.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from tensorkv.updaterspec import UpdaterSpec
+
+Key = int | str
+Role = Literal["worker", "server", "scheduler"]
+EPOCH = 0
+"""The epoch of every placement so far: keys do not move yet."""
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag_field="type", forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+# ---- handshake (at most 4 KiB before the peer has proved that it knows the token) ------------------
+
+
+class Challenge(Message, tag=1):
+    """The accepting side's first words."""
+
+    nonce: bytes
+
+
+class Hello(Message, tag=2):
+    """Who connects, with an HMAC over both nonces and its own identity."""
+
+    nonce: bytes
+    proof: bytes
+    role: Role
+    rank: int
+
+
+class Accept(Message, tag=3):
+    """The accepting side's own proof."""
+
+    proof: bytes
+
+
+class Reject(Message, tag=4):
+    """The connection is refused, as `name` (an error class) and `text`."""
+
+    name: str
+    text: str
+
+
+# ---- replies shared by both conversations ---------------------------------------------------------
+
+
+class Done(Message, tag=10):
+    """The request succeeded."""
+
+    request: int
+
+
+class Failed(Message, tag=11):
+    """The request was refused, with the class name and text of the error."""
+
+    request: int
+    name: str
+    text: str
+
+
+class AskWaiting(Message, tag=12):
+    """What is request `request` waiting for?"""
+
+    request: int
+
+
+class Waiting(Message, tag=13):
+    """Answer to AskWaiting: ranks that are missing, and where, "round 812 of 'w'" say."""
+
+    request: int
+    ranks: list[int]
+    where: str
+
+
+# ---- keys and settings ----------------------------------------------------------------------------
+
+
+class SliceEntry(msgspec.Struct, frozen=True, array_like=True):
+    """A slice: elements [start, stop) of the flattened value, its id, and the server that holds it."""
+
+    slice_id: int
+    server: int
+    start: int
+    stop: int
+
+
+class KeySpec(msgspec.Struct, frozen=True, array_like=True):
+    """What init says about a key. `sliceable`: neither `whole` nor the updater forbids slicing."""
+
+    key: Key
+    shape: tuple[int, ...]
+    dtype: str
+    itemsize_bytes: int
+    whole: bool
+    sliceable: bool
+
+
+class KeyEntry(msgspec.Struct, frozen=True, array_like=True):
+    """An initialised key: its id (one per generation), shape, dtype and slices."""
+
+    key: Key
+    key_id: int
+    generation: int
+    shape: tuple[int, ...]
+    dtype: str
+    epoch: int
+    slices: list[SliceEntry]
+
+
+class SettingRecord(msgspec.Struct, frozen=True):
+    """A setting as it travels: an updater (with the code it names), or options, for keys or all (None)."""
+
+    keys: tuple[Key, ...] | None
+    updater: UpdaterSpec | None = None
+    code: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+
+
+class PayloadDescriptor(msgspec.Struct, frozen=True, array_like=True):
+    """How the bytes of a chunk are to be read.
+
+    `kind` says what the value is ("dense", or "absent" without bytes), `codec` how it was packed.
+    """
+
+    kind: Literal["dense", "absent"]
+    dtype: str
+    codec: Literal["plain"] = "plain"
+
+
+class ChunkEntry(msgspec.Struct, frozen=True, array_like=True):
+    """A chunk of a plan: slices that travel in one frame, one after the other, and how often each counts."""
+
+    slice_ids: list[int]
+    payload: PayloadDescriptor
+    counts: list[int]
+
+
+# ---- worker to server -----------------------------------------------------------------------------
+
+
+class OpenStore(Message, tag=20):
+    """Make the store known on this connection."""
+
+    store: int
+    name: str
+    is_async: bool
+    mean: bool
+
+
+class InitSlices(Message, tag=21):
+    """Create slices. Payload: their values, one after the other, each `stop - start` elements."""
+
+    request: int
+    store: int
+    key: Key
+    shape: tuple[int, ...]
+    dtype: str
+    slices: list[SliceEntry]
+
+
+class DefinePlan(Message, tag=22):
+    """Name a list of slices that will be pushed or pulled together, so that a step need not repeat it."""
+
+    store: int
+    plan: int
+    chunks: list[ChunkEntry]
+
+
+class DropPlan(Message, tag=23):
+    """The plan will not be used again."""
+
+    plan: int
+
+
+class Push(Message, tag=24):
+    """A contribution to the current round of the slices of a chunk. Payload: their elements.
+
+    With `reply` other than 0 the values after that round are sent back as `Data` of that request.
+    """
+
+    plan: int
+    chunk: int
+    apply: bool
+    reply: int
+
+
+class Pull(Message, tag=25):
+    """Send the values of a plan, chunk by chunk, each as soon as this worker's last round is applied."""
+
+    plan: int
+    request: int
+
+
+class WaitMerged(Message, tag=26):
+    """Tell when this worker's last push of each slice of a plan is merged."""
+
+    plan: int
+    request: int
+
+
+class Commit(Message, tag=27):
+    """Apply what was pushed with apply=False."""
+
+    request: int
+    store: int
+    max_norm: float | None
+    skip: bool
+    check_finite: bool
+
+
+class PrepareSetting(Message, tag=28):
+    """Load what a setting needs, and keep it ready."""
+
+    request: int
+    store: int
+    number: int
+    record: SettingRecord
+
+
+class ActivateSetting(Message, tag=29):
+    """From this worker's next push of each key on the prepared setting holds."""
+
+    store: int
+    number: int
+
+
+class DeleteSlices(Message, tag=30):
+    """Drop slices with all that waits for them; `rank` has deleted `key`."""
+
+    request: int
+    store: int
+    key: Key
+    rank: int
+    slice_ids: list[int]
+
+
+class Flush(Message, tag=31):
+    """Answer when everything sent before on this connection has been taken in."""
+
+    request: int
+    store: int
+
+
+class AskInfo(Message, tag=32):
+    """Ask for rounds and versions of slices."""
+
+    request: int
+    store: int
+    slice_ids: list[int]
+
+
+class Leave(Message, tag=33):
+    """This worker leaves the store."""
+
+    request: int
+    store: int
+
+
+# ---- server to worker -----------------------------------------------------------------------------
+
+
+class Data(Message, tag=40):
+    """Values of a chunk. Payload: the elements of its slices, in the stored dtype."""
+
+    request: int
+    chunk: int
+
+
+class Merged(Message, tag=41):
+    """These positions of the plan (counted over all its chunks) are merged."""
+
+    request: int
+    positions: list[int]
+
+
+class Committed(Message, tag=42):
+    """The commit is done."""
+
+    request: int
+    applied: bool
+    norm: float | None
+
+
+class Info(Message, tag=43):
+    """Rounds, versions and the updater's name, in the order asked; -1 for a slice that is gone."""
+
+    request: int
+    rounds: list[int]
+    versions: list[int]
+    updater: str
+
+
+class Fault(Message, tag=44):
+    """A round this worker contributed to failed for these slices. Raised by its next call on the key."""
+
+    store: int
+    slice_ids: list[int]
+    name: str
+    text: str
+
+
+# ---- to and from the scheduler --------------------------------------------------------------------
+
+
+class Register(Message, tag=50):
+    """A process joins the job; a server says where it listens."""
+
+    host: str
+    port: int
+    hostname: str
+    pid: int
+
+
+class Welcome(Message, tag=51):
+    """All servers are there: their addresses by rank."""
+
+    servers: list[tuple[str, int]]
+
+
+class JoinStore(Message, tag=52):
+    """Open a store by name."""
+
+    request: int
+    name: str
+    kind: str
+    reduction: str
+
+
+class Joined(Message, tag=53):
+    """The store's number, unique in the job."""
+
+    request: int
+    store: int
+
+
+class ProposeInit(Message, tag=54):
+    """A rank calls init."""
+
+    request: int
+    store: int
+    keys: list[KeySpec]
+
+
+class InitReply(Message, tag=55):
+    """The entries of the keys; `lead[i]` tells the rank to send the value of key i to the servers."""
+
+    request: int
+    entries: list[KeyEntry]
+    lead: list[bool]
+
+
+class ConcludeInit(Message, tag=56):
+    """The leading rank has stored the values of these key ids, or failed to."""
+
+    store: int
+    key_ids: list[int]
+    error: tuple[str, str] | None
+
+
+class ProposeSetting(Message, tag=57):
+    """A rank makes its next setting."""
+
+    request: int
+    store: int
+    record: SettingRecord
+
+
+class SettingReply(Message, tag=58):
+    """The setting agrees with that of the setting rank; or with `lead` this rank is to make it."""
+
+    request: int
+    number: int
+    lead: bool
+
+
+class ConcludeSetting(Message, tag=59):
+    """The leading rank has made the setting on all servers, or failed to."""
+
+    store: int
+    number: int
+    error: tuple[str, str] | None
+
+
+class Lookup(Message, tag=60):
+    """Ask for the entries of keys; None asks for all."""
+
+    request: int
+    store: int
+    keys: list[Key] | None
+
+
+class Entries(Message, tag=61):
+    """The entries asked for, in the order asked, or of init."""
+
+    request: int
+    entries: list[KeyEntry]
+
+
+class DeleteKeys(Message, tag=62):
+    """A rank deletes these generations (key ids) of keys."""
+
+    request: int
+    store: int
+    keys: list[tuple[Key, int]]
+
+
+class Deleted(Message, tag=63):
+    """The entries that were still there, now to be dropped from the servers."""
+
+    request: int
+    entries: list[KeyEntry]
+
+
+class Barrier(Message, tag=64):
+    """A rank has arrived at its next barrier of the store."""
+
+    request: int
+    store: int
+
+
+class LeaveStore(Message, tag=65):
+    """A rank has left the store, after the servers have been told."""
+
+    request: int
+    store: int
+
+
+class Goodbye(Message, tag=66):
+    """The process leaves the job in good order; its connection closes next."""
+
+
+class Abandon(Message, tag=67):
+    """The process gives up: it counts as lost, for this cause."""
+
+    cause: str
+
+
+class CommitReady(Message, tag=68):
+    """A server has all contributions of commit `number` of a store."""
+
+    store: int
+    number: int
+    sum_squares: float
+    finite: bool
+    skip: bool
+    error: tuple[str, str] | None
+
+
+class CommitDecision(Message, tag=69):
+    """What all servers do with the commit."""
+
+    store: int
+    number: int
+    apply: bool
+    norm: float
+    error: tuple[str, str] | None
+
+
+class Lost(Message, tag=70):
+    """The scheduler declares a process lost, and with it the job."""
+
+    role: Role
+    rank: int
+    hostname: str
+    cause: str
+
+
+class Stop(Message, tag=71):
+    """The job is over: a server ends."""
+
+
+HandshakeMessage = Challenge | Hello | Accept | Reject
+ToServer = (
+    OpenStore
+    | InitSlices
+    | DefinePlan
+    | DropPlan
+    | Push
+    | Pull
+    | WaitMerged
+    | Commit
+    | PrepareSetting
+    | ActivateSetting
+    | DeleteSlices
+    | Flush
+    | AskInfo
+    | Leave
+    | AskWaiting
+)
+FromServer = Done | Failed | Waiting | Data | Merged | Committed | Info | Fault
+ToScheduler = (
+    Register
+    | JoinStore
+    | ProposeInit
+    | ConcludeInit
+    | ProposeSetting
+    | ConcludeSetting
+    | Lookup
+    | DeleteKeys
+    | Barrier
+    | LeaveStore
+    | Goodbye
+    | Abandon
+    | CommitReady
+    | AskWaiting
+)
+FromScheduler = (
+    Welcome
+    | Joined
+    | InitReply
+    | SettingReply
+    | Entries
+    | Deleted
+    | Done
+    | Failed
+    | Waiting
+    | CommitDecision
+    | Lost
+    | Stop
+)

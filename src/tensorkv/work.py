@@ -1,0 +1,62 @@
+"""Work: the handle of a call that was started with `async_op=True`, as in torch.distributed."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from datetime import timedelta
+from typing import Any, final
+
+from tensorkv.errors import WaitTimeout
+
+
+@final
+class Work:
+    """A call that may still be going on. It is complete when the blocking call would have returned."""
+
+    def __init__(self, future: concurrent.futures.Future[Any], what: str) -> None:
+        self._future = future
+        self._what = what
+
+    @classmethod
+    def completed(cls, value: Any, what: str) -> Work:
+        """Return a work that is done and has `value` as its result."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future.set_result(value)
+        return cls(future, what)
+
+    def wait(self, timeout: float | timedelta | None = None) -> bool:
+        """Block until the call is complete and return True.
+
+        Args:
+            timeout: seconds, or a timedelta; None waits as long as the call itself would.
+
+        Raises:
+            WaitTimeout: `timeout` passed; the call goes on and may be waited for again.
+            TensorKVError: what the blocking call would have raised.
+        """
+        self._result(timeout)
+        return True
+
+    def is_completed(self) -> bool:
+        """Return whether the call is complete, also if it failed. Never blocks."""
+        return self._future.done()
+
+    def result(self) -> Any:
+        """Block until complete and return what the blocking call would have returned."""
+        return self._result(None)
+
+    def exception(self) -> BaseException | None:
+        """Return the error of a complete call, None if it succeeded. Blocks until complete."""
+        return self._future.exception()
+
+    def _result(self, timeout: float | timedelta | None) -> Any:
+        timeout_s = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        try:
+            return self._future.result(timeout_s)
+        except concurrent.futures.TimeoutError as exc:
+            if self._future.done():  # the call itself ended with a timeout of its own
+                raise
+            raise WaitTimeout(f"{self._what} is not complete after {timeout_s} s") from exc
+
+    def __repr__(self) -> str:
+        return f"Work({self._what}, {'completed' if self.is_completed() else 'pending'})"
