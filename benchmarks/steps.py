@@ -1,0 +1,194 @@
+"""Measuring the steps of one job: the loop, the check of the results, and the line that reports them.
+
+Runs inside the jobs that are measured, in MXNet's environment too, and so needs only NumPy. A system
+under test is a `System`; `run` measures each of its ways to do a step. A step is: every worker pushes
+its gradients of all keys and has pulled all new values into its own tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from tensorsets import SETS, Shape
+
+MARK = "BENCH_RESULT "
+"""Stands before the JSON of a result, which may be preceded by a launcher's prefix on its line."""
+
+LEARNING_RATE = 0.01
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one job measures: a set of tensors, how they are updated, and how often."""
+
+    tensors: str = "quick"
+    updater: str = "assign"  # or "sgd": SGD with momentum, run by the store
+    num_devices: int = 1
+    warmup: int = 3
+    steps: int = 10
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """The shapes of the set."""
+        return SETS[self.tensors]
+
+    def arguments(self) -> list[str]:
+        """Return the command line from which `parse_plan` rebuilds this plan."""
+        return [
+            f"--set={self.tensors}",
+            f"--updater={self.updater}",
+            f"--devices={self.num_devices}",
+            f"--warmup={self.warmup}",
+            f"--steps={self.steps}",
+        ]
+
+
+def plan_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser that knows the arguments of a plan; a job adds its own."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Plan()
+    parser.add_argument("--set", dest="tensors", choices=SETS, default=default.tensors)
+    parser.add_argument("--updater", choices=("assign", "sgd"), default=default.updater)
+    parser.add_argument("--devices", dest="num_devices", type=int, default=default.num_devices)
+    parser.add_argument("--warmup", type=int, default=default.warmup)
+    parser.add_argument("--steps", type=int, default=default.steps)
+    return parser
+
+
+def parse_plan(arguments: argparse.Namespace) -> Plan:
+    """Return the plan among the parsed arguments."""
+    return Plan(
+        tensors=arguments.tensors,
+        updater=arguments.updater,
+        num_devices=arguments.num_devices,
+        warmup=arguments.warmup,
+        steps=arguments.steps,
+    )
+
+
+class System(Protocol):
+    """One worker's end of a system under test."""
+
+    rank: int
+    num_workers: int
+    ways: dict[str, Callable[[], None]]  # name to a function that does one whole step
+
+    def barrier(self) -> None:
+        """Return when every worker has called it."""
+
+    def set_gradients(self, scale: float) -> None:
+        """Fill the gradients of device d with `gradient_value(rank, d, scale)`."""
+
+    def clear_results(self) -> None:
+        """Overwrite the tensors that receive the results, so that old ones cannot pass for new."""
+
+    def results(self) -> Iterable[np.ndarray[Any, Any]]:
+        """Yield every tensor that receives results."""
+
+
+def gradient_value(rank: int, device: int, num_devices: int, scale: float) -> float:
+    """Return what every element of a gradient is, different for each device of each worker."""
+    return scale * (rank * num_devices + device + 1)
+
+
+class Expected:
+    """What every element of every result must be after each step: the rules, worked out on scalars."""
+
+    def __init__(self, updater: str, num_tensors: int, initial: float = 0.0) -> None:
+        self._updater = updater
+        self._sum_at_scale_1 = num_tensors * (num_tensors + 1) / 2
+        self._value = initial
+        self._momentum = 0.0
+
+    def step(self, scale: float) -> float:
+        """Return the value after one more step with gradients of this scale."""
+        total = self._sum_at_scale_1 * scale
+        if self._updater == "assign":
+            self._value = total
+        else:
+            self._momentum = MOMENTUM * self._momentum + total
+            self._value -= LEARNING_RATE * self._momentum
+        return self._value
+
+
+class WrongResult(Exception):
+    """A measured step did not compute what it should have."""
+
+
+def check_results(results: Iterable[np.ndarray[Any, Any]], expected: float) -> None:
+    """Raise WrongResult unless every element of every array is `expected`, to float32's accuracy."""
+    for index, array in enumerate(results):
+        low, high = float(array.min()), float(array.max())
+        for found in (low, high):
+            if not math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-6):
+                raise WrongResult(f"tensor {index} holds values from {low} to {high}, expected {expected}")
+
+
+def time_steps(step: Callable[[], None], barrier: Callable[[], None], num_steps: int) -> list[float]:
+    """Return the seconds each step took, counted from the moment all workers were ready for it."""
+    times_s = []
+    for _ in range(num_steps):
+        barrier()
+        start = time.perf_counter()
+        step()
+        times_s.append(time.perf_counter() - start)
+    return times_s
+
+
+def run(system: System, plan: Plan) -> dict[str, list[float]]:
+    """Measure every way of the system and return the seconds per step, by the way's name.
+
+    The results of a warm-up step before, and of one more step after the measured ones, are checked.
+
+    Raises:
+        WrongResult: they were not what they should be.
+    """
+    num_devices = plan.num_devices
+    expected = Expected(plan.updater, system.num_workers * num_devices)
+    times_s: dict[str, list[float]] = {}
+    for name, step in system.ways.items():
+        _checked_step(system, step, expected, scale=2.0)
+        system.set_gradients(1.0)
+        time_steps(step, system.barrier, plan.warmup)
+        times_s[name] = time_steps(step, system.barrier, plan.steps)
+        for _ in range(plan.warmup + plan.steps):
+            expected.step(1.0)
+        _checked_step(system, step, expected, scale=3.0)
+    return times_s
+
+
+def _checked_step(system: System, step: Callable[[], None], expected: Expected, *, scale: float) -> None:
+    system.set_gradients(scale)
+    system.clear_results()
+    system.barrier()
+    step()
+    check_results(system.results(), expected.step(scale))
+    system.barrier()
+
+
+def print_result(times_s: dict[str, list[float]]) -> None:
+    """Print the line that `read_result` finds."""
+    print(MARK + json.dumps(times_s), flush=True)
+
+
+def read_result(output: str) -> dict[str, list[float]]:
+    """Return the result printed somewhere in a job's output.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    lines = [line.partition(MARK)[2] for line in output.splitlines() if MARK in line]
+    if len(lines) != 1:
+        raise ValueError(f"the job printed {len(lines)} results instead of one:\n{output[-2000:]}")
+    result: dict[str, list[float]] = json.loads(lines[0])
+    return result
