@@ -144,7 +144,7 @@ class FunctionUpdater(Updater):
         try:
             with torch.no_grad():
                 self.function(update.key, update.pushed, changed)
-        except Exception as exc:  # the user's code may raise anything; it is reported, not hidden
+        except Exception as exc:  # noqa: BLE001  # the user's code may raise anything; it is reported, not hidden
             return _updater_error(self.spec.name, update.key, exc)
         update.stored.copy_(changed)
         return None
@@ -177,17 +177,28 @@ class OptimizerUpdater(Updater):
         if not self._in_place:
             return [self._apply_on_copy(update, options) for update in updates]
         failures: list[Failure] = [None] * len(updates)
-        together: list[Update] = []
+        together: list[tuple[int, Update]] = []
         for index, update in enumerate(updates):
             if update.stored.dtype.is_floating_point or update.stored.dtype.is_complex:
-                together.append(update)
+                together.append((index, update))
             else:  # an optimizer may refuse other dtypes, each slot on its own
                 failures[index] = self._apply_on_copy(update, options)
-        if together:
-            self._apply_in_place(together, options)
+        for group in self._by_freshness(together):
+            failure = self._apply_in_place([updates[index] for index in group], options)
+            for index in group:
+                failures[index] = failure
         return failures
 
-    def _apply_in_place(self, updates: Sequence[Update], options: dict[str, Any]) -> None:
+    def _by_freshness(self, updates: Sequence[tuple[int, Update]]) -> list[list[int]]:
+        """Part the slots without state from those with: fused SGD takes momentum of all or of none."""
+        groups: tuple[list[int], list[int]] = ([], [])
+        for index, update in updates:
+            parameter = self._parameters.get(update.slot)
+            known = parameter is not None and bool(self._optimizer.state.get(parameter))
+            groups[known].append(index)
+        return [group for group in groups if group]
+
+    def _apply_in_place(self, updates: Sequence[Update], options: dict[str, Any]) -> Failure:
         parameters = []
         for update in updates:
             parameter = self._parameters.get(update.slot)
@@ -198,9 +209,14 @@ class OptimizerUpdater(Updater):
                 parameter.data = update.stored
             parameter.grad = update.pushed
             parameters.append(parameter)
-        self._step(parameters, options, self._fused(updates))
-        for parameter in parameters:
-            parameter.grad = None
+        try:
+            self._step(parameters, options, self._fused(updates, options))
+        except Exception as exc:  # noqa: BLE001  # whatever the optimizer raises is reported to the pushers
+            return _updater_error(self.spec.name, updates[0].key, exc)
+        finally:
+            for parameter in parameters:
+                parameter.grad = None
+        return None
 
     def _apply_on_copy(self, update: Update, options: dict[str, Any]) -> Failure:
         parameter = torch.nn.Parameter(update.stored.clone(), requires_grad=False)
@@ -209,7 +225,7 @@ class OptimizerUpdater(Updater):
             self._optimizer.state[parameter] = copy.deepcopy(self._states[update.slot])
         try:
             self._step([parameter], options, None)
-        except Exception as exc:  # whatever the optimizer raises is reported to the pushers
+        except Exception as exc:  # noqa: BLE001  # whatever the optimizer raises is reported to the pushers
             self._optimizer.state.pop(parameter, None)
             return _updater_error(self.spec.name, update.key, exc)
         self._states[update.slot] = self._optimizer.state.pop(parameter, {})
@@ -228,11 +244,9 @@ class OptimizerUpdater(Updater):
         finally:
             self._optimizer.param_groups = []
 
-    def _fused(self, updates: Sequence[Update]) -> bool:
+    def _fused(self, updates: Sequence[Update], options: dict[str, Any]) -> bool:
         """Whether torch's fused kernel can and may be used. It saves a pass over memory per operation."""
-        if self._class not in _FUSED_OPTIMIZERS or {"fused", "foreach", "differentiable"} & set(
-            self.spec.options
-        ):
+        if self._class not in _FUSED_OPTIMIZERS or {"fused", "foreach", "differentiable"} & set(options):
             return False
         first = updates[0].stored
         return all(
@@ -368,7 +382,7 @@ class SettingsTable:
         return self._of_key.get(key, self._default)
 
     def set_updater(self, updater: Updater, keys: tuple[Key, ...] | None) -> None:
-        """Make `updater` hold for `keys`, or for all. An equal one that is set already is kept, with its state."""
+        """Make `updater` hold for `keys`, or for all. An equal one that is set already stays, with its state."""
         setting = Setting(self._equal(updater), dict(_tuples(updater.spec.options)))
         if keys is None:
             self._of_key.clear()

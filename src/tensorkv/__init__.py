@@ -1,0 +1,135 @@
+"""TensorKV: a parameter server for PyTorch. Workers push tensors under keys, the store adds them up,
+an updater combines the sum with the stored value where the value lives, and anyone pulls the result.
+
+    kv = tensorkv.create("local")          # or "dist_sync" in a job with servers; the rest is the same
+    kv.init("w", torch.zeros(10))
+    kv.push("w", torch.ones(10))
+    w = kv.pull("w")
+
+General layout, from the bottom; an import goes to a lower line or stays on its own:
+
+    errors config work                    what everything uses; no torch
+    store keys arrays reduce              the contract (KVStore), its arguments, sums over devices
+    updater partition functions           what a push does to a value, and where a value lives
+    wire/ protocol/                       records and frames; the rounds of a job as pure state machines
+    transport/ runtime/                   sockets; the threads of worker, server and scheduler
+    stores/                               the kinds of store, and `create`
+    launch/                               starting the processes of a job
+    compat/ cli/ testing/                 MXNet's names, the command line, the conformance suite
+    this file                             the public names, resolved when first used
+
+Importing tensorkv does not import torch: the launcher and the scheduler do without it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tensorkv import errors
+from tensorkv.errors import (
+    AuthenticationError,
+    CommitMismatch,
+    DtypeMismatch,
+    DuplicateKey,
+    InvalidArgument,
+    InvalidKey,
+    InvalidOption,
+    InvalidOut,
+    InvalidValue,
+    KeyAlreadyInitialized,
+    KeyDeleted,
+    KeyNotInitialized,
+    LengthMismatch,
+    NotElementwise,
+    NotInJob,
+    NotShippable,
+    NotSupported,
+    PeerLostError,
+    ProtocolError,
+    ProtocolVersionError,
+    SettingMismatch,
+    ShapeMismatch,
+    StoreClosed,
+    StoreMismatch,
+    TensorKVError,
+    UncommittedPush,
+    UnknownKind,
+    UnknownUpdater,
+    UnsupportedOptimizer,
+    UpdaterError,
+    WaitTimeout,
+)
+
+if TYPE_CHECKING:
+    from tensorkv.keys import ABSENT
+    from tensorkv.store import CommitResult, KeyInfo, KVStore
+    from tensorkv.stores.registry import create, register
+    from tensorkv.work import Work
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ABSENT",
+    "AuthenticationError",
+    "CommitMismatch",
+    "CommitResult",
+    "DtypeMismatch",
+    "DuplicateKey",
+    "InvalidArgument",
+    "InvalidKey",
+    "InvalidOption",
+    "InvalidOut",
+    "InvalidValue",
+    "KVStore",
+    "KeyAlreadyInitialized",
+    "KeyDeleted",
+    "KeyInfo",
+    "KeyNotInitialized",
+    "LengthMismatch",
+    "NotElementwise",
+    "NotInJob",
+    "NotShippable",
+    "NotSupported",
+    "PeerLostError",
+    "ProtocolError",
+    "ProtocolVersionError",
+    "SettingMismatch",
+    "ShapeMismatch",
+    "StoreClosed",
+    "StoreMismatch",
+    "TensorKVError",
+    "UncommittedPush",
+    "UnknownKind",
+    "UnknownUpdater",
+    "UnsupportedOptimizer",
+    "UpdaterError",
+    "WaitTimeout",
+    "Work",
+    "__version__",
+    "create",
+    "errors",
+    "register",
+]
+
+_MODULE_OF = {
+    "ABSENT": "tensorkv.keys",
+    "CommitResult": "tensorkv.store",
+    "KVStore": "tensorkv.store",
+    "KeyInfo": "tensorkv.store",
+    "Work": "tensorkv.work",
+    "create": "tensorkv.stores.registry",
+    "register": "tensorkv.stores.registry",
+}
+"""Where the names live that are imported only when somebody asks for them."""
+
+if not TYPE_CHECKING:  # type checkers would take every name for one that exists
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'tensorkv' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""The kinds of store. `registry` knows them by name."""

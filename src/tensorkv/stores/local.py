@@ -1,0 +1,498 @@
+"""LocalStore: the store of a single process, with several devices or one.
+
+`local` sums on the CPU and keeps its values there. `device` sums on the GPUs and keeps each value on
+one of them: a key is given its GPU by its first push, the least loaded of those it is pushed from.
+
+The one worker's push is the whole round, so a push merges and applies before it returns, and whatever
+the updater raises is raised by that push. One lock, `_lock`, is held throughout a call; an updater that
+calls its own store from the same thread is let in.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+
+from tensorkv.arrays import Key, accumulate_dtype, check_matches, size_bytes
+from tensorkv.errors import (
+    DtypeMismatch,
+    KeyAlreadyInitialized,
+    KeyNotInitialized,
+    StoreClosed,
+    UncommittedPush,
+    UnknownUpdater,
+    UpdaterError,
+)
+from tensorkv.keys import PullBatch, PushBatch, answer, check_keys
+from tensorkv.reduce import broadcast, lightest, sum_devices
+from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
+from tensorkv.updater import (
+    Assign,
+    Setting,
+    SettingsTable,
+    Update,
+    Updater,
+    apply_all,
+    build,
+    find_optimizer,
+    named_spec,
+    optimizer_spec,
+)
+from tensorkv.updaterspec import UpdaterSpec
+from tensorkv.work import Work
+
+CPU_KINDS = ("local", "local_update_cpu", "local_allreduce_cpu")
+DEVICE_KINDS = ("device", "local_allreduce_device")
+LOCAL_KINDS = CPU_KINDS + DEVICE_KINDS
+
+_CPU = torch.device("cpu")
+_NORM_BLOCK_ELEMS = 1 << 18  # a norm in float64 makes a float64 copy of what it reads
+
+
+@dataclass(slots=True)
+class _Uncommitted:
+    """A round that is merged and waits for commit. `merged` is None if it was ABSENT."""
+
+    merged: torch.Tensor | None
+    setting: Setting
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """A key of the store. `value` is ours alone, contiguous; `setting` holds for rounds to come."""
+
+    number: int
+    key: Key
+    value: torch.Tensor
+    generation: int
+    setting: Setting
+    pull_device: torch.device  # of a pull without out
+    placed: bool = False  # whether `value` has found its device
+    round: int = 0
+    version: int = 0
+    buffer: torch.Tensor | None = None  # sums that do not go straight into `value`; kept between pushes
+    uncommitted: _Uncommitted | None = None
+
+
+@final
+class LocalStore(KVStore):
+    """A store within one process: rank 0 of 1 worker. The contract is that of `KVStore`."""
+
+    def __init__(self, kind: str, *, store: str, reduction: Reduction, timeout_s: float) -> None:
+        super().__init__(kind, store=store, reduction=reduction, timeout_s=timeout_s)
+        self._on_devices = kind in DEVICE_KINDS
+        self._lock = threading.RLock()  # guards everything below
+        self._slots: dict[Key, _Slot] = {}
+        self._settings = SettingsTable()
+        self._generations: dict[Key, int] = {}
+        self._load_bytes: dict[torch.device, int] = {}
+        self._next_number = 0
+
+    @property
+    def rank(self) -> int:
+        """0: there is one worker."""
+        return 0
+
+    @property
+    def num_workers(self) -> int:
+        """1."""
+        return 1
+
+    # ---- values ----------------------------------------------------------------------------------
+
+    def _init(self, keys: tuple[Key, ...], values: list[torch.Tensor], whole: bool) -> None:
+        with self._writing():
+            if self._slots:  # another thread may have been first
+                check_keys(keys, type(next(iter(self._slots))))
+            for key, value in zip(keys, values, strict=True):
+                self._check_new(key, value)
+            copies = [self._copy(value) for value in values]
+            for key, value, copy in zip(keys, values, copies, strict=True):
+                self._create_slot(key, copy, value.device)
+
+    def _push(self, batch: PushBatch, apply: bool, async_op: bool) -> Work | None:
+        with self._writing():
+            slots = self._check_push(batch)
+            if async_op:
+                return _work(lambda: self._run_round(slots, batch, apply), "push")
+            self._run_round(slots, batch, apply)
+            return None
+
+    def _pull(self, batch: PullBatch, async_op: bool) -> Any:
+        with self._lock:
+            slots = self._check_pull(batch)
+            if async_op:
+                return _work(lambda: self._write(slots, batch), "pull")
+            return self._write(slots, batch)
+
+    def _pushpull(self, pushed: PushBatch, pulled: PullBatch, async_op: bool) -> Any:
+        def call() -> Any:
+            with self._writing():
+                self._run_round(push_slots, pushed, True)
+            return self._write(pull_slots, pulled)
+
+        with self._lock:
+            push_slots = self._check_push(pushed)
+            pull_slots = self._check_pull(pulled)
+            return _work(call, "pushpull") if async_op else call()
+
+    def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
+        with self._writing():
+            waiting = [(slot, slot.uncommitted) for slot in self._slots.values() if slot.uncommitted]
+            merged = [(slot, each.merged) for slot, each in waiting if each.merged is not None]
+            norm, finite = None, True
+            if max_norm is not None or check_finite:
+                if max_norm is not None:
+                    _check_scalable(merged)
+                norm, finite = _norm([tensor for _, tensor in merged])
+            applied = not skip and (finite or not check_finite)
+            if applied and max_norm is not None and norm is not None:
+                _clip([tensor for _, tensor in merged], norm, max_norm)
+            for slot, _ in waiting:
+                slot.uncommitted = None
+                slot.round += 1
+            updates = [(slot, each.setting, each.merged) for slot, each in waiting]
+            try:
+                if applied:
+                    _apply(
+                        [(slot, setting, tensor) for slot, setting, tensor in updates if tensor is not None]
+                    )
+            finally:
+                for slot, setting, _ in updates:
+                    if setting.updater is not slot.setting.updater:  # it was changed after the push
+                        setting.updater.forget(slot.number)
+            return CommitResult(applied=applied, norm=norm)
+
+    # ---- settings --------------------------------------------------------------------------------
+
+    def _set_updater(self, updater: UpdaterFunction | str | None, elementwise: bool) -> None:
+        built = _build_updater(updater, elementwise)
+        with self._lock:
+            self._settings.set_updater(built, None)
+            self._settings_changed()
+
+    def _set_optimizer(
+        self,
+        optimizer: type[torch.optim.Optimizer] | str,
+        keys: tuple[Key, ...] | None,
+        options: dict[str, Any],
+    ) -> None:
+        optimizer_class = find_optimizer(optimizer)
+        built = build(optimizer_spec(optimizer_class, options), optimizer_class)
+        with self._lock:
+            for key in self._slots if keys is None else keys:
+                if key in self._slots:
+                    value = self._slots[key].value
+                    built.check_value(key, value.shape, value.dtype)
+            self._settings.set_updater(built, keys)
+            self._settings_changed()
+
+    def _set_optimizer_options(self, keys: tuple[Key, ...] | None, options: dict[str, Any]) -> None:
+        with self._lock:
+            self._settings.set_options(options, keys)
+            self._settings_changed()
+
+    def _settings_changed(self) -> None:
+        for slot in self._slots.values():
+            old, slot.setting = slot.setting, self._settings.setting(slot.key)
+            if old.updater is slot.setting.updater:
+                continue
+            if slot.uncommitted is None or slot.uncommitted.setting.updater is not old.updater:
+                old.updater.forget(slot.number)
+
+    def _barrier(self, timeout_s: float) -> None:
+        """Return at once: every push was applied before it returned."""
+
+    # ---- the keys --------------------------------------------------------------------------------
+
+    def _keys(self) -> list[Key]:
+        with self._lock:
+            return list(self._slots)
+
+    def _info(self, key: Key) -> KeyInfo:
+        with self._lock:
+            slot = self._slot(key)
+            return KeyInfo(
+                key=key,
+                shape=tuple(slot.value.shape),
+                dtype=slot.value.dtype,
+                version=slot.version,
+                round=slot.round,
+                updater=slot.setting.updater.spec.name,
+                generation=slot.generation,
+            )
+
+    def _delete(self, keys: tuple[Key, ...]) -> None:
+        with self._lock:
+            for slot in [self._slot(key) for key in dict.fromkeys(keys)]:
+                del self._slots[slot.key]
+                slot.setting.updater.forget(slot.number)
+                if slot.uncommitted is not None:
+                    slot.uncommitted.setting.updater.forget(slot.number)
+                if slot.placed:
+                    self._load_bytes[slot.value.device] -= _num_bytes(slot.value)
+
+    # ---- the end ---------------------------------------------------------------------------------
+
+    def _close(self) -> None:
+        with self._lock:
+            self._slots.clear()
+            self._settings = SettingsTable()
+
+    def _abandon(self, why: str) -> None:
+        self._close()
+
+    # ---- checks: all of them before anything changes -----------------------------------------------
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the lock, and make tensors of our own that any later call may change.
+
+        Those made under the caller's inference mode could not be changed outside of it.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            yield
+
+    def _slot(self, key: Key) -> _Slot:
+        slot = self._slots.get(key)
+        if slot is not None:
+            return slot
+        if self._closed:
+            raise StoreClosed(f"store {self._name!r} was closed by another thread during the call")
+        raise KeyNotInitialized(
+            f"key {key!r} has not been initialised; call init({key!r}, value) first "
+            f"(the store has {len(self._slots)} keys)"
+        )
+
+    def _check_new(self, key: Key, value: torch.Tensor) -> None:
+        if key in self._slots:
+            shape = tuple(self._slots[key].value.shape)
+            raise KeyAlreadyInitialized(
+                f"key {key!r} is initialised already, with shape {shape}; "
+                "push to change its value, or delete it first"
+            )
+        if self._reduction == "mean" and not (value.dtype.is_floating_point or value.dtype.is_complex):
+            raise DtypeMismatch(
+                f"key {key!r} has dtype {value.dtype}, of which a store with reduction='mean' takes no mean; "
+                "use a float dtype, or reduction='sum'"
+            )
+        self._settings.setting(key).updater.check_value(key, value.shape, value.dtype)
+
+    def _check_push(self, batch: PushBatch) -> list[_Slot]:
+        slots = [self._slot(key) for key in batch.keys]
+        for slot, tensors in zip(slots, batch.tensors, strict=True):
+            if slot.uncommitted is not None:
+                _raise_uncommitted("push", slot.key)
+            for tensor in tensors:
+                check_matches("the pushed tensor", tensor, slot.key, slot.value.shape, slot.value.dtype)
+        return slots
+
+    def _check_pull(self, batch: PullBatch) -> list[_Slot]:
+        slots = [self._slot(key) for key in batch.keys]
+        for slot, outs in zip(slots, batch.outs, strict=True):
+            if slot.uncommitted is not None:
+                _raise_uncommitted("pull", slot.key)
+            for out in outs:
+                check_matches("out", out, slot.key, slot.value.shape, slot.value.dtype)
+        return slots
+
+    # ---- the work, with the lock held --------------------------------------------------------------
+
+    def _copy(self, value: torch.Tensor) -> torch.Tensor:
+        device = value.device if self._on_devices else _CPU
+        return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
+
+    def _create_slot(self, key: Key, value: torch.Tensor, given_on: torch.device) -> None:
+        self._generations[key] = self._generations.get(key, 0) + 1
+        self._slots[key] = _Slot(
+            number=self._next_number,
+            key=key,
+            value=value,
+            generation=self._generations[key],
+            setting=self._settings.setting(key),
+            pull_device=given_on if self._on_devices else _CPU,
+        )
+        self._next_number += 1
+
+    def _run_round(self, slots: list[_Slot], batch: PushBatch, apply: bool) -> None:
+        if self._on_devices:
+            self._place(slots, batch)
+        updates: list[tuple[_Slot, Setting, torch.Tensor]] = []
+        for slot, tensors, count in zip(slots, batch.tensors, batch.counts, strict=True):
+            setting = slot.setting
+            if not apply:
+                merged = self._merge(slot, tensors, count) if tensors else None
+                slot.uncommitted = _Uncommitted(merged, setting)
+                continue
+            slot.round += 1
+            if not tensors:
+                continue
+            if type(setting.updater) is Assign and self._reduction == "sum":
+                sum_devices(tensors, out=slot.value)
+                slot.version += 1
+            elif self._can_be_lent(slot, tensors):
+                updates.append((slot, setting, tensors[0]))
+            else:
+                updates.append((slot, setting, self._merge(slot, tensors, count)))
+        if updates:
+            _apply(updates)
+
+    def _can_be_lent(self, slot: _Slot, tensors: list[torch.Tensor]) -> bool:
+        """Whether the updater may work on the caller's tensor itself, and no copy be made.
+
+        For this the updater must be known not to change what was pushed, and the tensor be laid out
+        as the value is. A single tensor is its own mean.
+        """
+        tensor, value = tensors[0], slot.value
+        return (
+            len(tensors) == 1
+            and tensor.dtype is value.dtype
+            and tensor.device == value.device
+            and tensor.is_contiguous()
+            and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
+            and _only_reads(slot.setting, value)
+        )
+
+    def _merge(self, slot: _Slot, tensors: list[torch.Tensor], count: int) -> torch.Tensor:
+        """Return the sum or mean of `tensors` in the slot's buffer, in dtype and place of its value."""
+        if slot.buffer is None:
+            slot.buffer = torch.empty_like(slot.value)
+        buffer = slot.buffer
+        if self._reduction == "sum" or count == 1:
+            return sum_devices(tensors, out=buffer)
+        wide = accumulate_dtype(buffer.dtype)
+        if wide is buffer.dtype:
+            return sum_devices(tensors, out=buffer).div_(count)
+        total = torch.empty_like(buffer, dtype=wide)
+        return buffer.copy_(sum_devices(tensors, out=total).div_(count))
+
+    def _place(self, slots: list[_Slot], batch: PushBatch) -> None:
+        """Give each key that is pushed for the first time its device; the largest choose first."""
+        new: list[tuple[_Slot, list[torch.device]]] = []
+        for slot, tensors in zip(slots, batch.tensors, strict=True):
+            if tensors:
+                slot.pull_device = tensors[0].device
+                if not slot.placed:
+                    new.append((slot, list(dict.fromkeys(tensor.device for tensor in tensors))))
+        for slot, devices in sorted(new, key=lambda each: -_num_bytes(each[0].value)):
+            accelerators = [device for device in devices if device.type != "cpu"]
+            device = lightest(self._load_bytes, accelerators or [_CPU])
+            slot.value = slot.value.to(device)
+            slot.placed = True
+            self._load_bytes[device] = self._load_bytes.get(device, 0) + _num_bytes(slot.value)
+
+    def _write(self, slots: list[_Slot], batch: PullBatch) -> Any:
+        tensors: list[torch.Tensor] = []
+        for slot, outs in zip(slots, batch.outs, strict=True):
+            if outs:
+                broadcast(slot.value, outs)
+            else:
+                tensors.append(slot.value.to(slot.pull_device, copy=True))
+        return answer(batch, tensors)
+
+
+def _apply(updates: Sequence[tuple[_Slot, Setting, torch.Tensor]]) -> None:
+    """Run the updaters and raise what failed, after all others have been applied."""
+    failures = apply_all(
+        [
+            (setting, Update(slot=slot.number, key=slot.key, pushed=merged, stored=slot.value))
+            for slot, setting, merged in updates
+        ]
+    )
+    failed = []
+    for (slot, _, _), failure in zip(updates, failures, strict=True):
+        if failure is None:
+            slot.version += 1
+        elif failure not in failed:  # keys that were updated together fail together
+            failed.append(failure)
+    if len(failed) == 1:
+        raise failed[0]
+    if failed:
+        texts = "\n\n".join(map(str, failed))
+        raise UpdaterError(f"the updater raised {len(failed)} times:\n{texts}") from failed[0]
+
+
+def _work(call: Callable[[], Any], what: str) -> Work:
+    """Run `call` and return the finished work, which holds its result or its error."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    try:
+        future.set_result(call())
+    except UpdaterError as exc:
+        future.set_exception(exc)
+    return Work(future, what)
+
+
+def _build_updater(updater: UpdaterFunction | str | None, elementwise: bool) -> Updater:
+    if updater is None or isinstance(updater, str):
+        return build(named_spec(updater or "assign"))
+    if isinstance(updater, type) and issubclass(updater, torch.optim.Optimizer):
+        raise UnknownUpdater(
+            f"{updater.__name__} is an optimizer; use set_optimizer({updater.__name__}, ...)"
+        )
+    if not callable(updater):
+        raise UnknownUpdater(f"{updater!r} is no updater; pass a function (key, pushed, stored), or a name")
+    named = updater if hasattr(updater, "__qualname__") else type(updater)  # a callable object has none
+    spec = UpdaterSpec(
+        type="function",
+        name=f"{named.__module__}:{named.__qualname__}",
+        elementwise=elementwise,
+    )
+    return build(spec, updater)
+
+
+def _only_reads(setting: Setting, value: torch.Tensor) -> bool:
+    """Whether the updater is known to leave the pushed tensor as it is.
+
+    The named ones do, and the known optimizers, except torch's `foreach` versions: some of those use
+    the gradient as scratch memory, and on a GPU they are the default.
+    """
+    spec = setting.updater.spec
+    if spec.type == "named":
+        return True
+    return (
+        spec.type == "optimizer" and spec.elementwise and value.is_cpu and not setting.options.get("foreach")
+    )
+
+
+def _raise_uncommitted(call: str, key: Key) -> None:
+    raise UncommittedPush(f"{call}: key {key!r} was pushed with apply=False; call commit() first")
+
+
+def _check_scalable(merged: Sequence[tuple[_Slot, torch.Tensor]]) -> None:
+    for slot, tensor in merged:
+        if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+            raise DtypeMismatch(
+                f"commit: key {slot.key!r} has dtype {tensor.dtype}, which max_norm cannot scale; "
+                "push it with apply=True, or leave max_norm away"
+            )
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> tuple[float, bool]:
+    """Return the Euclidean norm over all `tensors`, added up in float64, and whether all is finite."""
+    total = 0.0
+    for tensor in tensors:
+        flat = torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor.view(-1)
+        for block in torch.split(flat, _NORM_BLOCK_ELEMS):
+            wide = block.to(torch.float64)
+            total += float(torch.dot(wide, wide))
+    finite = math.isfinite(total) or all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return math.sqrt(total), finite
+
+
+def _clip(tensors: Sequence[torch.Tensor], norm: float, max_norm: float) -> None:
+    """Scale as torch.nn.utils.clip_grad_norm_ does, small constant included."""
+    scale = max_norm / (norm + 1e-6)
+    if scale < 1:
+        for tensor in tensors:
+            tensor.mul_(scale)
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return size_bytes(tuple(tensor.shape), tensor.dtype)

@@ -1,0 +1,122 @@
+"""Which kinds of store there are, by their exact names, and how one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tensorkv.config import DEFAULT_TIMEOUT_S
+from tensorkv.errors import InvalidArgument, NotSupported, UnknownKind
+from tensorkv.store import KVStore, Reduction
+from tensorkv.stores.local import LOCAL_KINDS, LocalStore
+
+Factory = Callable[..., KVStore]
+"""Called as `factory(kind, **options)` with every option of `create`, as given or by default."""
+
+
+def create(
+    kind: str = "local",
+    *,
+    store: str = "default",
+    reduction: Reduction = "sum",
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    embedded: bool = False,
+    num_servers: int = 1,
+    on_worker_loss: str | None = None,
+) -> KVStore:
+    """Open a store.
+
+    Args:
+        kind: "local" and "device" work in this process, "dist_sync" and "dist_async" in a job with
+            servers. The error for an unknown kind lists all.
+        store: the name of the store within its job; workers that use the same name share it.
+        reduction: "sum", or "mean" over all tensors that go into a round.
+        timeout_s: seconds after which a waiting call gives up.
+        embedded: make a job of one worker in this process, servers and all; for distributed kinds.
+        num_servers: how many servers an embedded job has.
+        on_worker_loss: "fail" (the default of sync) or "continue" (of async); for distributed kinds.
+
+    Returns:
+        The store. Close it, or use it in a `with`.
+
+    Raises:
+        UnknownKind: no such kind, or not a str.
+        NotSupported: a kind that is not built yet.
+        InvalidArgument: an option is out of its range, or makes no sense for the kind.
+        NotInJob: a distributed kind outside a job, without `embedded`.
+        StoreMismatch, WaitTimeout, PeerLostError: of a distributed kind.
+
+    A distributed kind blocks until the job's scheduler and servers have answered.
+    """
+    factory = _FACTORIES.get(kind) if isinstance(kind, str) else None
+    if factory is None:
+        known = ", ".join(repr(name) for name in sorted(_FACTORIES))
+        raise UnknownKind(f"there is no kind of store {kind!r}; known are {known}")
+    return factory(
+        kind,
+        store=store,
+        reduction=reduction,
+        timeout_s=timeout_s,
+        embedded=embedded,
+        num_servers=num_servers,
+        on_worker_loss=on_worker_loss,
+    )
+
+
+def register(kind: str, factory: Factory) -> None:
+    """Add a kind of store, for this process.
+
+    Args:
+        kind: its name; it must be new.
+        factory: called as `factory(kind, **options)` with every option of `create`.
+
+    Raises:
+        InvalidArgument: `kind` is not a non-empty str or is taken, or `factory` cannot be called.
+    """
+    if not isinstance(kind, str) or not kind:
+        raise InvalidArgument(f"kind={kind!r} is not a name; pass a non-empty string")
+    if not callable(factory):
+        raise InvalidArgument(f"the factory of kind {kind!r} is {factory!r}, which cannot be called")
+    if kind in _FACTORIES:
+        raise InvalidArgument(f"there is a kind {kind!r} already; choose another name")
+    _FACTORIES[kind] = factory
+
+
+def _open_local(
+    kind: str,
+    *,
+    store: str,
+    reduction: Reduction,
+    timeout_s: float,
+    embedded: bool,
+    num_servers: int,
+    on_worker_loss: str | None,
+) -> KVStore:
+    for name, value, default in (
+        ("embedded", embedded, False),
+        ("num_servers", num_servers, 1),
+        ("on_worker_loss", on_worker_loss, None),
+    ):
+        if value != default:
+            raise InvalidArgument(
+                f"{name}={value!r} makes no sense for kind {kind!r}, which has no servers and no other "
+                "workers; it is for the distributed kinds"
+            )
+    return LocalStore(kind, store=store, reduction=reduction, timeout_s=timeout_s)
+
+
+def _open_dist(kind: str, **options: Any) -> KVStore:
+    from tensorkv.stores.dist import open_dist  # a local store needs no sockets
+
+    return open_dist(kind, **options)
+
+
+def _not_yet(kind: str, **options: Any) -> KVStore:
+    raise NotSupported(f"kind {kind!r} is not built yet; use 'dist_sync', which sums on servers")
+
+
+_FACTORIES: dict[str, Factory] = {
+    **dict.fromkeys(LOCAL_KINDS, _open_local),
+    **dict.fromkeys(("dist", "dist_sync", "dist_async"), _open_dist),
+    **dict.fromkeys(("dist_device_sync", "dist_sync_device"), _not_yet),
+}
