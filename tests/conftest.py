@@ -1,0 +1,139 @@
+"""What holds for every test: seeds, a clean environment, and nothing left behind.
+
+A test fails if it leaves a thread, a child process or a socket. What ends by itself within a few
+seconds of the test's end is not a leak; what has to be ended by somebody is.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import select
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch is imported, here or in a process that a test starts: whole jobs run on few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+SEED = int(os.environ.get("TEST_SEED", "0"))
+GRACE_S = 10.0
+
+hypothesis.settings.register_profile("tensorkv", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("tensorkv")
+
+
+def pytest_report_header() -> str:
+    """Tell the seed of this run."""
+    return f"seed of random, numpy and torch: {SEED} (TEST_SEED sets it)"
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Start every test from the same random numbers."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Run every test outside a job, and undo what it does to the environment."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith("TENSORKV_"):
+            del os.environ[name]
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Fail a test that leaves threads, child processes or sockets behind."""
+    threads, children, sockets = _threads(), _children(), _sockets()
+    yield
+    deadline = time.monotonic() + GRACE_S
+    left = [
+        *_left_threads(threads, deadline),
+        *_left_children(children, deadline),
+        *_left_sockets(sockets),
+    ]
+    if left:
+        pytest.fail("the test left behind: " + "; ".join(left), pytrace=False)
+
+
+def _threads() -> set[threading.Thread]:
+    return set(threading.enumerate())
+
+
+def _left_threads(before: set[threading.Thread], deadline: float) -> list[str]:
+    new = _threads() - before
+    for thread in new:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return [f"thread {thread.name!r}" for thread in new if thread.is_alive()]
+
+
+def _children() -> set[int]:
+    pids: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            pids.update(int(pid) for pid in (task / "children").read_text().split())
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # that thread ended while we looked
+    return {pid for pid in pids if not _is_helper(pid)}
+
+
+def _is_helper(pid: int) -> bool:
+    """Whether a child is multiprocessing's own, which lives as long as this process."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return True  # already gone
+    return b"multiprocessing.resource_tracker" in command or b"multiprocessing.forkserver" in command
+
+
+def _left_children(before: set[int], deadline: float) -> list[str]:
+    for pid in _children() - before:
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        os.close(handle)
+    return [f"child process {pid}: {_command(pid)}" for pid in sorted(_children() - before)]
+
+
+def _command(pid: int) -> str:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone"
+    return command.replace(b"\0", b" ").decode(errors="replace") or "ended, but nobody waited for it"
+
+
+def _sockets() -> set[str]:
+    names: set[str] = set()
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{entry}")
+        except FileNotFoundError:
+            continue  # the descriptor of this very listing
+        if target.startswith("socket:"):
+            names.add(target)
+    return names
+
+
+def _left_sockets(before: set[str]) -> list[str]:
+    if _sockets() - before:
+        gc.collect()  # one that only a cycle of garbage holds is reported by its own ResourceWarning
+    return sorted(_sockets() - before)

@@ -1,0 +1,199 @@
+"""The rules of the house: who may import whom, and what stays out of which layer."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "tensorkv"
+
+LAYERS = {
+    **dict.fromkeys(("errors", "config", "work"), 0),
+    **dict.fromkeys(("store", "keys", "arrays", "reduce", "updater", "updaterspec", "partition"), 1),
+    **dict.fromkeys(("functions", "definitions"), 1),
+    "wire": 2,
+    "protocol": 3,
+    "transport": 4,
+    "runtime": 5,
+    "stores": 6,
+    "launch": 7,
+    **dict.fromkeys(("compat", "cli", "testing"), 8),
+    "__init__": 9,
+}
+"""The layer of each module or folder of the package. docs/architecture.md has the same table."""
+
+PURE_LAYERS = (1, 2, 3)
+IMPURE_MODULES = {"threading", "socket", "time", "asyncio", "selectors", "signal", "subprocess"}
+SOCKET_FOLDERS = {"transport", "launch"}
+ENVIRONMENT_PLACES = {"config", "launch", "cli"}
+
+TORCH_FREE = [
+    "tensorkv",
+    "tensorkv.errors",
+    "tensorkv.config",
+    "tensorkv.work",
+    "tensorkv.updaterspec",
+    "tensorkv.functions",
+    "tensorkv.launch.local",
+    "tensorkv.runtime.scheduler",
+    "tensorkv.cli.main",
+]
+"""What the launcher and the scheduler load. `import torch` takes over a second and 220 MB."""
+
+
+def _modules() -> dict[str, Path]:
+    """Return every module of the package: its name below `tensorkv`, and its file."""
+    found: dict[str, Path] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[-1] == "__init__" and len(parts) > 1:
+            parts = parts[:-1]
+        found[".".join(parts)] = path
+    return found
+
+
+MODULES = _modules()
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def _imports(module: str) -> Iterator[tuple[int, str]]:
+    """Yield line and full name of everything a module imports, also inside its functions."""
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: imports are absolute"
+            assert node.module is not None
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def _inside(name: str) -> str | None:
+    """Return the part of the package that an imported name belongs to; None if it is another package."""
+    parts = name.split(".")
+    if parts[0] != "tensorkv":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in LAYERS else "__init__"
+
+
+def _part(module: str) -> str:
+    return module.split(".")[0]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down_or_stay_in_the_folder(module: str) -> None:
+    own = _part(module)
+    assert own in LAYERS, f"{own} has no layer: enter it in LAYERS of {Path(__file__).name}"
+    for line, name in _imports(module):
+        target = _inside(name)
+        if target is None or target == own:
+            continue
+        same_folder = (PACKAGE / f"{own}.py").exists() and (PACKAGE / f"{target}.py").exists()
+        allowed = LAYERS[target] < LAYERS[own] or (same_folder and LAYERS[target] == LAYERS[own])
+        assert allowed, f"{module}:{line}: imports {name} of layer {LAYERS[target]} from layer {LAYERS[own]}"
+
+
+def test_every_layer_entry_exists() -> None:
+    parts = {_part(module) for module in MODULES}
+    assert sorted(set(LAYERS) - parts) == []
+
+
+@pytest.mark.parametrize(("one", "other"), [("protocol", "transport"), ("transport", "protocol")])
+def test_protocol_and_transport_do_not_know_each_other(one: str, other: str) -> None:
+    for module in (each for each in MODULES if _part(each) == one):
+        for line, name in _imports(module):
+            assert _inside(name) != other, f"{module}:{line}: imports {name}"
+
+
+def test_transport_knows_no_message() -> None:
+    for module in (each for each in MODULES if _part(each) == "transport"):
+        for line, name in _imports(module):
+            assert not name.startswith("tensorkv.wire.messages"), f"{module}:{line}: imports {name}"
+
+
+@pytest.mark.parametrize("module", [each for each in MODULES if LAYERS.get(_part(each)) in PURE_LAYERS])
+def test_the_core_is_pure(module: str) -> None:
+    for line, name in _imports(module):
+        assert name.split(".")[0] not in IMPURE_MODULES, f"{module}:{line}: imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_sockets_and_environment_have_their_places(module: str) -> None:
+    if _part(module) not in SOCKET_FOLDERS:
+        for line, name in _imports(module):
+            assert name.split(".")[0] != "socket", f"{module}:{line}: sockets are for transport/"
+    if _part(module) not in ENVIRONMENT_PLACES:
+        for node in ast.walk(_tree(module)):
+            read = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
+            assert not read, f"{module}:{node.lineno}: environment variables are for config.py"
+
+
+def test_nothing_is_unpickled() -> None:
+    refused = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+    for module in MODULES:
+        for line, name in _imports(module):
+            assert name.split(".")[0] not in refused, f"{module}:{line}: imports {name}"
+
+
+def test_no_cycles_between_modules() -> None:
+    """No module needs itself to be loaded, by way of others."""
+    graph = {module: _needed_at_import(module) for module in MODULES}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"import cycle: {' -> '.join((*path, module))}"
+        if module not in done:
+            for target in sorted(graph[module]):
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def _needed_at_import(module: str) -> set[str]:
+    needed: set[str] = set()
+    for node in _tree(module).body:
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            below = name.removeprefix("tensorkv.")
+            for candidate in (below, below.rpartition(".")[0]):
+                if name != below and candidate in MODULES and candidate != module:
+                    needed.add(candidate)
+                    break
+    return needed
+
+
+def test_launcher_and_scheduler_do_without_torch() -> None:
+    missing = [name for name in TORCH_FREE if _spec_missing(name)]
+    assert missing == [], "rename them in TORCH_FREE too"
+    script = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    assert 'torch' not in sys.modules, f'{name} imports torch'\n"
+    )
+    command = [sys.executable, "-c", script, *TORCH_FREE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def _spec_missing(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is None
+    except ModuleNotFoundError:
+        return True
