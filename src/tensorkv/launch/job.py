@@ -1,0 +1,257 @@
+"""Real processes around the supervisor: `Job` runs any list of them under its rules.
+
+Output by lines, the first failure or a signal ends everything, and nothing is left running: each
+process leads a session of its own, whose group is signalled as a whole; a launcher that is killed
+takes them with it (`child.py`, `guard.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import final
+
+from tensorkv.launch.output import STREAMS, Output
+from tensorkv.launch.pump import Pump
+from tensorkv.launch.signals import SignalInbox
+from tensorkv.launch.supervisor import (
+    KILL_WAIT_S,
+    Action,
+    Finish,
+    Kill,
+    Node,
+    Report,
+    StopServers,
+    Supervisor,
+    Terminate,
+)
+
+_CHILD = Path(__file__).with_name("child.py")
+_GUARD = Path(__file__).with_name("guard.py")
+_GUARD_EXIT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSpec:
+    """One process to start. `env` is its whole environment.
+
+    With `inherit_stdin` it reads what the launcher would; otherwise its stdin is empty.
+    """
+
+    node: Node
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    inherit_stdin: bool = False
+
+
+@final
+class Guard:
+    """The process that kills what a killed launcher leaves; see `guard.py`. A context manager."""
+
+    def __enter__(self) -> Guard:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_GUARD)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(_GUARD_EXIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(_GUARD_EXIT_S)
+
+    def add(self, group: int) -> None:
+        """Have `group` killed if this process dies."""
+        self._send(f"+{group}\n")
+
+    def remove(self, group: int) -> None:
+        """Forget `group`: it has ended, and its number may come back as another's."""
+        self._send(f"-{group}\n")
+
+    def _send(self, line: str) -> None:
+        assert self._process.stdin is not None
+        # A guard that somebody killed leaves the job without this protection, and otherwise whole.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._process.stdin.fileno(), line.encode())
+
+
+@final
+class Job:
+    """Starts processes and stays until the last has ended. `run` once, in the main thread.
+
+    Args:
+        specs: what to start, in this order.
+        output: where the lines go.
+        stop_servers: called when the last worker has ended with 0; servers then end by themselves.
+        first_lost: which process the scheduler lost first, where it knows.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ProcessSpec],
+        output: Output,
+        *,
+        stop_servers: Callable[[], None],
+        first_lost: Callable[[], Node | None] = lambda: None,
+    ) -> None:
+        self._specs = specs
+        self._output = output
+        self._stop_servers = stop_servers
+        self._first_lost = first_lost
+        self._supervisor = Supervisor(spec.node for spec in specs)
+        self._processes: dict[Node, subprocess.Popen[bytes]] = {}
+        self._reports: list[str] = []
+
+    def run(self) -> int:
+        """Run the job; return the status for the launcher to end with.
+
+        Raises:
+            OSError: a process could not be started. Those started before are ended.
+        """
+        with SignalInbox() as inbox, Guard() as guard:
+            pump = Pump(self._output, inbox.wake)
+            try:
+                self._start(pump, guard)
+                try:
+                    finish = self._supervise(pump, inbox)
+                finally:
+                    self._end_groups(guard)
+                    written = self._flush(pump, inbox)
+            finally:
+                self._end_groups(guard)
+                pump.close()
+        if written:
+            self._conclude(finish)
+        return finish.status
+
+    def _start(self, pump: Pump, guard: Guard) -> None:
+        for spec in self._specs:
+            process = _spawn(spec)
+            self._processes[spec.node] = process
+            guard.add(process.pid)
+            for stream, pipe in zip(STREAMS, (process.stdout, process.stderr), strict=True):
+                assert pipe is not None
+                pump.add(spec.node, stream, pipe)
+        pump.start()
+
+    def _supervise(self, pump: Pump, inbox: SignalInbox) -> Finish:
+        """Feed the supervisor and do what it says, until it says that the job is over."""
+        supervisor = self._supervisor
+        while True:
+            deadline = supervisor.deadline
+            timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            signals = inbox.wait(timeout_s)
+            now = time.monotonic()
+            actions: list[Action] = []
+            for signum in signals:
+                actions += supervisor.signalled(signum, now)
+            if pump.done:
+                actions += supervisor.abort(*_lost_output(pump.error), now)
+            exits = self._exits()
+            if exits:
+                actions += supervisor.exited(exits, now, self._first_lost())
+            actions += supervisor.tick(now)
+            for action in actions:
+                if isinstance(action, Finish):
+                    return action
+                self._perform(action)
+
+    def _exits(self) -> dict[Node, int]:
+        """Return the processes that have ended since the last call, and how.
+
+        They are not reaped before the end of the job: as long as a leader is there its number is not
+        given to another process, and its group can be killed safely.
+        """
+        exits = {}
+        for node in self._supervisor.alive:
+            pid = self._processes[node].pid
+            info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if info is not None:
+                exits[node] = info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
+        return exits
+
+    def _perform(self, action: Terminate | Kill | StopServers | Report) -> None:
+        match action:
+            case Terminate(nodes):
+                self._signal(nodes, signal.SIGTERM)
+            case Kill(nodes):
+                self._signal(nodes, signal.SIGKILL)
+            case StopServers():
+                self._stop_servers()
+            case Report(text):
+                self._reports.append(text)
+
+    def _signal(self, nodes: Iterable[Node], signum: signal.Signals) -> None:
+        for node in nodes:
+            # Nobody is left in the group, or (as some systems say it) only its ended leader.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._processes[node].pid, signum)
+
+    def _end_groups(self, guard: Guard) -> None:
+        """Kill what is left of every group, and reap the leaders."""
+        self._signal(self._processes, signal.SIGKILL)
+        for process in self._processes.values():
+            guard.remove(process.pid)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel: reported before
+                process.wait(KILL_WAIT_S)
+        self._processes.clear()
+
+    def _flush(self, pump: Pump, inbox: SignalInbox) -> bool:
+        """Wait until all output is written; return whether it is. A signal gives up a slow reader."""
+        pump.finish()
+        while not pump.done:
+            if inbox.wait(None):
+                return False
+        return pump.error is None
+
+    def _conclude(self, finish: Finish) -> None:
+        """Say what was to be said, below the last line of the processes."""
+        for text in self._reports:
+            self._output.say(text)
+        if finish.culprit is not None:
+            words = self._output.last_words(finish.culprit)
+            if words:
+                self._output.say(f"the last lines of {finish.culprit} on stderr were")
+            for line in words:
+                self._output.say(f"  {line}")
+        if finish.text is not None:
+            self._output.say(f"{finish.text}; the job was ended")
+
+
+def _spawn(spec: ProcessSpec) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, which dies with this one."""
+    executable = shutil.which(spec.argv[0], path=spec.env.get("PATH", os.defpath)) or spec.argv[0]
+    shim = [sys.executable, "-I", "-S", str(_CHILD), str(os.getpid()), executable]
+    return subprocess.Popen(
+        [*shim, *spec.argv],
+        env=dict(spec.env),
+        stdin=None if spec.inherit_stdin else subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        start_new_session=True,
+    )
+
+
+def _lost_output(error: OSError | None) -> tuple[int, str]:
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE, "nobody reads the output"
+    return 1, f"the output cannot be written: {error}"

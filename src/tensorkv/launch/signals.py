@@ -1,0 +1,58 @@
+"""Signals to the launcher, as bytes of a pipe that a loop can wait for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from types import FrameType, TracebackType
+from typing import Any, final
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@final
+class SignalInbox:
+    """While entered, collects SIGINT, SIGTERM, SIGHUP and SIGCHLD. In the main thread only.
+
+    An ignored SIGHUP stays ignored (nohup).
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalInbox:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+        self._wakeup_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        for signum in (*_ENDING, signal.SIGCHLD):
+            if signum == signal.SIGHUP and signal.getsignal(signum) is signal.SIG_IGN:
+                continue
+            self._before[signum] = signal.signal(signum, _note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(self._wakeup_fd)
+        os.close(self._read)
+        os.close(self._write)
+
+    def wake(self) -> None:
+        """End a `wait` in progress or the next one. From any thread."""
+        with contextlib.suppress(BlockingIOError):  # full, so `wait` ends anyway
+            os.write(self._write, b"\0")
+
+    def wait(self, timeout_s: float | None) -> list[int]:
+        """Wait for a signal or `wake`; return the signals that ask to end, in order of arrival."""
+        ready, _, _ = select.select([self._read], [], [], timeout_s)
+        received = os.read(self._read, 4096) if ready else b""
+        return [number for number in received if number in _ENDING]
+
+
+def _note(signum: int, frame: FrameType | None) -> None:
+    """Do nothing: the wakeup descriptor has the number."""
