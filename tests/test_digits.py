@@ -1,0 +1,173 @@
+"""The training example equals one process on the whole batch, whatever it is shared out over."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+import tensorkv
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.py"
+BATCH = 64
+
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.05}),
+    "momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "adam": (torch.optim.Adam, {"lr": 1e-3}),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 1e-3}),
+}
+CASES = [
+    *(pytest.param(name, torch.float64, 69, 1e-10, id=f"{name}-float64") for name in OPTIMIZERS),
+    *(
+        pytest.param(name, torch.float32, 50, 1e-5, id=f"{name}-float32")
+        for name in ("sgd", "momentum", "adam")
+    ),
+]
+
+
+def _load_example() -> Any:
+    spec = importlib.util.spec_from_file_location("digits_example", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+digits = _load_example()
+Run = Callable[[str, torch.dtype, int], Tensor]
+
+
+def _steps(data: Any, num_steps: int) -> list[Tensor]:
+    """The batches of the first steps, over as many epochs as that takes."""
+    chosen: list[Tensor] = []
+    epoch = 1
+    while len(chosen) < num_steps:
+        chosen.extend(digits.batches(len(data.train_labels), BATCH, 0, epoch))
+        epoch += 1
+    return chosen[:num_steps]
+
+
+def _flat(net: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().double().flatten() for parameter in net.parameters()])
+
+
+def _alone(name: str, dtype: torch.dtype, num_steps: int) -> Tensor:
+    """Train as plain torch would: one process, the whole batch, no store."""
+    data, net = digits.load(dtype), digits.make_net(0, dtype)
+    optimizer_class, options = OPTIMIZERS[name]
+    optimizer = optimizer_class(net.parameters(), **options)
+    for chosen in _steps(data, num_steps):
+        optimizer.zero_grad()
+        scores = net(data.train_images[chosen])
+        nn.functional.cross_entropy(scores, data.train_labels[chosen]).backward()
+        optimizer.step()
+    return _flat(net)
+
+
+def _on_devices(name: str, dtype: torch.dtype, num_steps: int) -> Tensor:
+    """Train through a local store that three tensors per key, one per device, are pushed to."""
+    data, net = digits.load(dtype), digits.make_net(0, dtype)
+    weights = dict(net.named_parameters())
+    optimizer_class, options = OPTIMIZERS[name]
+    with tensorkv.create("local") as kv:
+        kv.set_optimizer(optimizer_class, **options)
+        kv.init(weights)
+        for chosen in _steps(data, num_steps):
+            shares = [chosen[device::3] for device in range(3)]
+            pushed = [
+                digits.gradients(net, data.train_images[mine], data.train_labels[mine], len(chosen))
+                for mine in shares
+            ]
+            kv.push({key: [share[key] for share in pushed] for key in weights})
+            kv.pull(out=weights)
+    return _flat(net)
+
+
+def _by_job(kind: str, name: str, dtype: torch.dtype, num_steps: int) -> list[Tensor]:
+    """Train as the example does, 4 workers and 2 servers; return the weights of each worker."""
+    data = digits.load(dtype)
+    fresh = digits.make_net(0, dtype)  # here, because the workers are threads and share torch's seed
+    optimizer_class, options = OPTIMIZERS[name]
+
+    def work(kv: tensorkv.KVStore) -> Tensor:
+        net = copy.deepcopy(fresh)
+        kv.set_optimizer(optimizer_class, **options)
+        kv.init(dict(net.named_parameters()))
+        with Progress(disable=True) as bar:
+            bar.add_task("training", total=num_steps)
+            digits.train_epoch(kv, net, data, tuple(_steps(data, num_steps)), bar)
+        return _flat(net)
+
+    cluster = pytest.importorskip("tensorkv.testing.cluster")
+    by_rank: list[Tensor] = cluster.run_job(work, num_workers=4, num_servers=2, kind=kind)
+    return by_rank
+
+
+@pytest.mark.parametrize(("name", "dtype", "num_steps", "tolerance"), CASES)
+def test_devices_equal_one_process(name: str, dtype: torch.dtype, num_steps: int, tolerance: float) -> None:
+    difference = _on_devices(name, dtype, num_steps) - _alone(name, dtype, num_steps)
+    assert difference.abs().max().item() <= tolerance
+
+
+@pytest.mark.parametrize(("name", "dtype", "num_steps", "tolerance"), CASES)
+def test_workers_equal_one_process(name: str, dtype: torch.dtype, num_steps: int, tolerance: float) -> None:
+    by_rank = _by_job("dist_sync", name, dtype, num_steps)
+    assert all(torch.equal(weights, by_rank[0]) for weights in by_rank)
+    assert (by_rank[0] - _alone(name, dtype, num_steps)).abs().max().item() <= tolerance
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    first, second = (_by_job("dist_sync", "momentum", torch.float32, 12)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_training_changes_the_weights() -> None:
+    """So that the comparisons above are not between untouched weights."""
+    untouched = _flat(digits.make_net(0, torch.float64))
+    assert (_alone("sgd", torch.float64, 5) - untouched).abs().max().item() > 1e-3
+
+
+def test_split_is_whole_and_disjoint() -> None:
+    data = digits.load()
+    assert len(data.train_labels) + len(data.test_labels) == 1797
+    chosen = torch.cat(digits.batches(len(data.train_labels), BATCH, 3, 1))
+    assert torch.equal(chosen.sort().values, torch.arange(len(data.train_labels)))
+
+
+def test_shares_add_up_also_where_one_is_empty() -> None:
+    data, net = digits.load(torch.float64), digits.make_net(0, torch.float64)
+    chosen = torch.arange(3)
+    whole = digits.gradients(net, data.train_images[chosen], data.train_labels[chosen], 3)
+    parts = []
+    for rank in range(5):
+        mine = chosen[rank::5]
+        parts.append(digits.gradients(net, data.train_images[mine], data.train_labels[mine], 3))
+    for key, gradient in whole.items():
+        total = torch.stack([part[key] for part in parts]).sum(0)
+        assert (total - gradient).abs().max().item() < 1e-14
+
+
+@pytest.mark.e2e
+def test_script_runs_in_one_process() -> None:
+    command = [sys.executable, str(EXAMPLE), "--store", "local", "--epochs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(
+        r"^epoch +(\d+)  loss ([\d.]+)  test accuracy ([\d.]+)% +[\d,]+ images/s", done.stdout, re.M
+    )
+    assert [int(number) for number, _, _ in lines] == [1, 2]
+    assert float(lines[1][1]) < float(lines[0][1])
+    assert float(lines[1][2]) > 30  # a guess would be right one time in ten
