@@ -84,7 +84,7 @@ class System(Protocol):
     ways: dict[str, Callable[[], None]]  # name to a function that does one whole step
 
     def barrier(self) -> None:
-        """Return when every worker has called it."""
+        """Return when every worker has called it. Called before each step, outside the measured time."""
 
     def set_gradients(self, scale: float) -> None:
         """Fill the gradients of device d with `gradient_value(rank, d, scale)`."""
@@ -157,22 +157,25 @@ def run(system: System, plan: Plan) -> dict[str, list[float]]:
     expected = Expected(plan.updater, system.num_workers * num_devices)
     times_s: dict[str, list[float]] = {}
     for name, step in system.ways.items():
-        _checked_step(system, step, expected, scale=2.0)
+        _checked_step(system, name, expected, scale=2.0)
         system.set_gradients(1.0)
         time_steps(step, system.barrier, plan.warmup)
         times_s[name] = time_steps(step, system.barrier, plan.steps)
         for _ in range(plan.warmup + plan.steps):
             expected.step(1.0)
-        _checked_step(system, step, expected, scale=3.0)
+        _checked_step(system, name, expected, scale=3.0)
     return times_s
 
 
-def _checked_step(system: System, step: Callable[[], None], expected: Expected, *, scale: float) -> None:
+def _checked_step(system: System, way: str, expected: Expected, *, scale: float) -> None:
     system.set_gradients(scale)
     system.clear_results()
     system.barrier()
-    step()
-    check_results(system.results(), expected.step(scale))
+    system.ways[way]()
+    try:
+        check_results(system.results(), expected.step(scale))
+    except WrongResult as exc:
+        raise WrongResult(f"{way}, gradients of scale {scale}: {exc}") from None
     system.barrier()
 
 

@@ -1,0 +1,196 @@
+"""Starting the jobs that are measured, ending them whatever happens, and adding up what they report."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import IO
+
+from steps import read_result
+
+HERE = Path(__file__).resolve().parent
+SOURCE = HERE.parent / "src"
+
+END_S = 20.0
+"""How long a process may take to end by itself after its job is done, or after SIGTERM."""
+
+
+class JobFailed(Exception):
+    """A measured job failed or ran out of time. The text ends with what it printed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """One process of a job.
+
+    The job is over when every process has ended that is not a `helper`. Helpers, servers say, are
+    expected to end by themselves then.
+    """
+
+    name: str
+    command: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)  # beside this process's own
+    helper: bool = False
+
+
+def python_script(script: str, *arguments: str, python: str = sys.executable) -> list[str]:
+    """Return the command that runs a script of this folder."""
+    return [python, str(HERE / script), *arguments]
+
+
+def threads_env(num_processes: int) -> dict[str, str]:
+    """Return OMP_NUM_THREADS as torchrun sets it: 1 if there are several processes, else as it was."""
+    return {"OMP_NUM_THREADS": "1"} if num_processes > 1 else {}
+
+
+def run_job(processes: Sequence[Process], *, timeout_s: float) -> dict[str, list[float]]:
+    """Run a job and return the seconds of its steps by way, as its rank 0 printed them.
+
+    Raises:
+        JobFailed: a process ended with an error, the time was up, or there is no result.
+    """
+    with _started(processes) as running:
+        try:
+            _wait_for([each for each in running if not each.process.helper], running, timeout_s)
+            _wait_for(running, running, END_S)
+            return read_result("\n".join(each.output() for each in running if not each.process.helper))
+        except (JobFailed, ValueError) as exc:
+            raise JobFailed("\n".join([str(exc), *(each.tail() for each in running)])) from exc
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Running:
+    process: Process
+    popen: subprocess.Popen[bytes]
+    descriptor: int  # a pidfd: readable once the process has ended
+    log: IO[bytes]
+
+    def status(self) -> int | None:
+        """Return the exit status, negative for a signal; None while it runs.
+
+        The process is not reaped, so that its number stays its own until its group has been ended.
+        """
+        ended = os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
+            return None
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+    def output(self) -> str:
+        self.log.seek(0)
+        return self.log.read().decode(errors="replace")
+
+    def tail(self) -> str:
+        return f"--- {self.process.name}, status {self.status()}:\n{self.output()[-3000:]}"
+
+
+@contextmanager
+def _started(processes: Sequence[Process]) -> Iterator[list[_Running]]:
+    """Start processes, each as a group of its own, and end every group on the way out."""
+    running: list[_Running] = []
+    with ExitStack() as stack:
+        try:
+            for process in processes:
+                running.append(_start(process, stack))
+            yield running
+        finally:
+            _end(running)
+
+
+def _start(process: Process, stack: ExitStack) -> _Running:
+    log = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
+    popen = subprocess.Popen(
+        list(process.command),
+        env={**os.environ, **process.env},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    descriptor = os.pidfd_open(popen.pid)
+    stack.callback(os.close, descriptor)
+    return _Running(process, popen, descriptor, log)
+
+
+def _end(running: Sequence[_Running]) -> None:
+    """Ask what still runs to end, so that a launcher can end its own, and kill what is left."""
+    alive = {each.descriptor for each in running if each.status() is None}
+    for each in running:
+        if each.descriptor in alive:
+            os.killpg(each.popen.pid, signal.SIGTERM)
+    deadline = time.monotonic() + END_S
+    while alive and (ended := wait(list(alive), max(0.0, deadline - time.monotonic()))):
+        alive.difference_update(ended)
+    for each in running:
+        os.killpg(each.popen.pid, signal.SIGKILL)  # the process itself, or children that outlived it
+        each.popen.wait()
+
+
+def _wait_for(wanted: Sequence[_Running], watched: Sequence[_Running], timeout_s: float) -> None:
+    """Return when all `wanted` have ended; raise if one of `watched` fails or the time is up."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        for each in watched:
+            if each.status() not in (None, 0):
+                raise JobFailed(f"{each.process.name} ended with status {each.status()}")
+        missing = [each for each in wanted if each.status() is None]
+        if not missing:
+            return
+        alive = [each.descriptor for each in watched if each.status() is None]
+        if not wait(alive, max(0.0, deadline - time.monotonic())):
+            names = ", ".join(each.process.name for each in missing)
+            raise JobFailed(f"{names} still running after {timeout_s:.0f} s")
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What the steps of one way took over all rounds, in milliseconds, and against TensorKV.
+
+    `ratio` is how many times as long as TensorKV's a step took, None for TensorKV itself or without it.
+    It is the median of the rounds' ratios: a round's jobs run one after another within a minute, so that
+    what else the machine does weighs on both sides alike.
+    """
+
+    median_ms: float
+    min_ms: float
+    p99_ms: float
+    num_steps: int
+    ratio: float | None
+
+
+def figures(rounds: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]] | None) -> Figures:
+    """Return the figures of a way from its seconds per step, a list for each round.
+
+    Args:
+        rounds: the seconds of each step, a list per round.
+        baseline: the same of TensorKV, from the same rounds; None gives no ratio.
+    """
+    all_s = sorted(time_s for times_s in rounds for time_s in times_s)
+    ratio = None
+    if baseline is not None:
+        ratio = statistics.median(
+            statistics.median(times_s) / statistics.median(base_s)
+            for times_s, base_s in zip(rounds, baseline, strict=True)
+        )
+    return Figures(
+        median_ms=statistics.median(all_s) * 1e3,
+        min_ms=all_s[0] * 1e3,
+        p99_ms=all_s[min(len(all_s) - 1, int(len(all_s) * 0.99))] * 1e3,
+        num_steps=len(all_s),
+        ratio=ratio,
+    )

@@ -1,0 +1,119 @@
+"""How each system under test is started for a case: the processes of its job and their environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import HERE, SOURCE, Process, python_script, threads_env
+from steps import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One situation in which all systems are measured.
+
+    `required` is how many times as fast as MXNet TensorKV has to be, None if nothing is asked.
+    """
+
+    name: str
+    title: str
+    kind: str
+    plan: Plan
+    num_workers: int = 1
+    num_servers: int = 0
+    required: float | None = None
+
+    @property
+    def is_dist(self) -> bool:
+        """Whether it takes several processes."""
+        return self.num_servers > 0
+
+
+def tensorkv_job(case: Case) -> list[Process]:
+    """Return TensorKV's job: the launcher starts the rest, in one process the script itself is all."""
+    script = python_script("tensorkvsteps.py", f"--kind={case.kind}", *case.plan.arguments())
+    env = _checkout_first() | threads_env(case.num_workers)
+    if not case.is_dist:
+        return [Process(name="tensorkv", command=script, env=env)]
+    launcher = [sys.executable, "-m", "tensorkv", "run"]
+    sizes = ["-n", str(case.num_workers), "-s", str(case.num_servers), "--"]
+    return [Process(name="tensorkv run", command=[*launcher, *sizes, *script], env=env)]
+
+
+def mxnet_job(case: Case, python: str) -> list[Process]:
+    """Return MXNet's job, run by the interpreter `python`, which has MXNet 1.9.1."""
+    script = python_script("mxnetsteps.py", f"--kind={case.kind}", *case.plan.arguments(), python=python)
+    if not case.is_dist:
+        return [Process(name="mxnet", command=script)]
+    job = {
+        "DMLC_NUM_WORKER": str(case.num_workers),
+        "DMLC_NUM_SERVER": str(case.num_servers),
+        "DMLC_PS_ROOT_URI": "127.0.0.1",
+        "DMLC_PS_ROOT_PORT": str(_free_port()),
+        "DMLC_NODE_HOST": "127.0.0.1",
+        **threads_env(case.num_workers),
+    }
+    roles = ["scheduler"] + ["server"] * case.num_servers + ["worker"] * case.num_workers
+    return [
+        Process(
+            name=f"mxnet {role}",
+            command=script,
+            env={**job, "DMLC_ROLE": role},
+            helper=role != "worker",
+        )
+        for role in roles
+    ]
+
+
+def gloo_job(case: Case, folder: Path) -> list[Process]:
+    """Return the ranks of a gloo all-reduce, which meet in a file in the empty folder `folder`."""
+    script = python_script("gloosteps.py", f"--meet={folder / 'meet'}", *case.plan.arguments())
+    env = {
+        "WORLD_SIZE": str(case.num_workers),
+        "GLOO_SOCKET_IFNAME": "lo",  # as for the others, everything goes over loopback
+        **threads_env(case.num_workers),
+    }
+    return [
+        Process(name=f"gloo rank {rank}", command=script, env={**env, "RANK": str(rank)})
+        for rank in range(case.num_workers)
+    ]
+
+
+def floor_job(case: Case) -> list[Process]:
+    """Return the floor: one process, which forks the others."""
+    ways = ["--way=shm", "--way=tcp"] if case.is_dist else ["--way=local"]
+    sizes = [f"--workers={case.num_workers}", f"--servers={max(1, case.num_servers)}"]
+    script = python_script("floor.py", *ways, *sizes, *case.plan.arguments())
+    return [Process(name="floor", command=script, env=threads_env(case.num_workers))]
+
+
+def has_gloo(case: Case) -> bool:
+    """Whether an all-reduce can do what the case asks for."""
+    return case.is_dist and case.plan.updater == "assign"
+
+
+def has_floor(case: Case) -> bool:
+    """Whether there is a floor for the case: none of several processes with an optimizer."""
+    return not case.is_dist or case.plan.updater == "assign"
+
+
+JobMaker = Callable[[Case], list[Process]]
+
+
+def _checkout_first() -> dict[str, str]:
+    """Measure the source beside this folder, whatever is installed."""
+    inherited = os.environ.get("PYTHONPATH")
+    paths = [str(SOURCE), str(HERE), *([inherited] if inherited else [])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _free_port() -> int:
+    """Return a port that is free now. MXNet's scheduler cannot choose one itself."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
