@@ -1,0 +1,416 @@
+"""Checks of several workers: settings, init and commit on which they must agree; delete; errors; stores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tensorkv.errors import (
+    CommitMismatch,
+    KeyAlreadyInitialized,
+    KeyDeleted,
+    KeyNotInitialized,
+    SettingMismatch,
+    TensorKVError,
+    UpdaterError,
+)
+from tensorkv.keys import ABSENT
+from tensorkv.store import KVStore
+from tensorkv.testing.checks_rounds import SEVERAL, assert_waits
+from tensorkv.testing.suite import (
+    Meeting,
+    StoreMaker,
+    arrived,
+    check,
+    close,
+    full,
+    in_workers,
+    keep_half,
+    noise,
+    raises,
+    refuse_negative,
+    same,
+)
+
+# ---- init -----------------------------------------------------------------------------------------
+
+
+@check(workers=SEVERAL)
+def check_rank_0_initialises(maker: StoreMaker, workers: int) -> None:
+    """Rank 0's value counts, and init on another rank waits for it."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        if kv.rank == 0:
+            kv.init("w", full(5))
+            meeting.wait_for("1 came first")
+            kv.init("b", full(7, 3))
+        else:
+            kv.init("w", full(-1))
+            meeting.signal("1 came first")
+            kv.init("b", full(kv.rank, 3))
+        same(kv.pull("w"), 5.0)
+        same(kv.pull("b"), full(7, 3))
+        same(kv.broadcast("c", full(kv.rank + 2), full(0)), 2.0, "broadcast")
+        assert kv.keys() == ["w", "b", "c"]
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL)
+def check_init_must_agree(maker: StoreMaker, workers: int) -> None:
+    """Another rank's init with another shape or dtype is refused there, and changes nothing."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        if kv.rank != 1:
+            kv.init("w", full(5))
+            kv.init("b", full(6, 3))
+        else:
+            raises(SettingMismatch, lambda: kv.init("w", full(5, 3, 2)), "'w'", "(3, 2)", "(2, 3)")
+            raises(SettingMismatch, lambda: kv.init("b", full(6, 3, dtype=torch.float64)), "'b'", "float64")
+        meeting.everybody()
+        same(kv.pull("w"), 5.0)
+        kv.set_updater("add")
+        kv.push("w", full(1))
+        kv.barrier()
+        same(kv.pull("w"), 5.0 + workers)
+        assert kv.info("b").dtype == torch.float32 and kv.keys() == ["w", "b"]
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL)
+def check_keys_used_without_init(maker: StoreMaker, workers: int) -> None:
+    """A rank may use keys that it did not init, once rank 0 has; before, the key does not exist."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        if kv.rank == 1:
+            raises(KeyNotInitialized, lambda: kv.push("w", full(1)), "'w'")
+        meeting.everybody()
+        if kv.rank == 0:
+            kv.init(["w", "b"], [full(5), full(6, 4)])
+            kv.set_updater("add")
+            raises(KeyAlreadyInitialized, lambda: kv.init("w", full(5)), "'w'")
+        meeting.everybody()
+        assert kv.keys() == ["w", "b"] and "w" in kv and kv.info("b").shape == (4,)
+        kv.push(["b", "w"], [full(1, 4), full(1)])
+        kv.barrier()
+        same(kv.pull("w"), 5.0 + workers)
+        same(kv.pull("b"), full(6 + workers, 4))
+
+    in_workers(maker, workers, work)
+
+
+# ---- settings --------------------------------------------------------------------------------------
+
+
+@check(workers=SEVERAL, only="sync")
+def check_setting_holds_from_the_next_push_of_rank_0(maker: StoreMaker, workers: int) -> None:
+    """A setting holds from the first round rank 0 pushes after it, whatever is in already."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["w", "b"], [full(10), full(10)])
+        meeting.everybody()
+        if kv.rank == 0:
+            kv.push("w", full(1))  # round 1 of w: still assign
+            meeting.wait_for("pushed")
+            kv.set_updater("add")
+            meeting.signal("set")
+            kv.push("b", full(1))  # round 1 of b: add, though others pushed before the setting
+        else:
+            kv.push("b", full(1))
+            arrived(kv, "b")
+            if kv.rank == 1:
+                meeting.signal("pushed")
+            meeting.wait_for("set")
+            kv.push("w", full(1))
+        same(kv.pull("w"), float(workers), "the round rank 0 pushed before the setting")
+        same(kv.pull("b"), 10.0 + workers, "the round rank 0 pushed after it")
+        kv.push("w", full(1))
+        same(kv.pull("w"), 2.0 * workers, "the next round")
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL)
+def check_settings_must_agree(maker: StoreMaker, workers: int) -> None:
+    """The k-th setting of a rank is compared with rank 0's k-th, which it waits for."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(0))
+        if kv.rank == 0:
+            meeting.wait_for("1 sets")
+            kv.set_updater("add")
+            kv.set_optimizer("sgd", lr=0.5)
+            kv.set_optimizer_options(lr=1.0)
+        elif kv.rank == 1:
+            meeting.signal("1 sets")
+            raises(SettingMismatch, lambda: kv.set_updater("assign"), "assign", "add")
+            raises(SettingMismatch, lambda: kv.set_optimizer("sgd", lr=0.25), "0.25", "0.5")
+            kv.set_optimizer_options(lr=1.0)
+        meeting.everybody()
+        kv.push("w", full(1))
+        kv.barrier()
+        same(kv.pull("w"), -1.0 * workers, "after rank 0's settings")
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL)
+def check_followers_need_no_settings(maker: StoreMaker, workers: int) -> None:
+    """A rank that makes no settings works with those of rank 0."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(0))
+        if kv.rank == 0:
+            kv.set_optimizer(torch.optim.SGD, lr=0.5)
+        meeting.everybody()
+        for _ in range(3):
+            kv.push("w", full(1))
+        kv.barrier()
+        same(kv.pull("w"), -1.5 * workers)
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL, only="sync")
+def check_optimizer_on_the_sum(maker: StoreMaker, workers: int) -> None:
+    """An optimizer sees one gradient per round: the sum over the workers."""
+    start, steps = noise(0, 6, 5), 4
+
+    def gradient(rank: int, step: int) -> torch.Tensor:
+        return noise(100 * rank + step, 6, 5)
+
+    def work(kv: KVStore, meeting: Meeting) -> list[torch.Tensor]:
+        kv.init("w", start)
+        kv.set_optimizer("adam", lr=0.1)
+        return [kv.pushpull("w", gradient(kv.rank, step)) for step in range(steps)]
+
+    results = in_workers(maker, workers, work)
+    parameter = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.Adam([parameter], lr=0.1)
+    for step in range(steps):
+        total = gradient(0, step)
+        for rank in range(1, workers):
+            total = total + gradient(rank, step)
+        parameter.grad = total
+        optimizer.step()
+        for rank in range(workers):
+            close(results[rank][step], parameter.detach(), f"rank {rank} after step {step}")
+            same(results[rank][step], results[0][step], f"rank {rank} beside rank 0")
+
+
+# ---- commit ----------------------------------------------------------------------------------------
+
+
+@check(workers=SEVERAL, only="sync")
+def check_commit_of_workers(maker: StoreMaker, workers: int) -> None:
+    """A commit clips the sum over all workers, keys and servers; absent workers take part."""
+    shapes = {"a": (5, 4), "b": (9,), "c": (2, 2, 2)}
+
+    def gradients(rank: int) -> dict[str, torch.Tensor]:
+        return {
+            key: noise(10 * rank + index, *shape, dtype=torch.float64)
+            for index, (key, shape) in enumerate(shapes.items())
+        }
+
+    def work(kv: KVStore, meeting: Meeting) -> tuple[float | None, list[torch.Tensor]]:
+        kv.init({key: torch.zeros(shape, dtype=torch.float64) for key, shape in shapes.items()})
+        mine: dict[str, Any] = gradients(kv.rank)
+        if kv.rank == 1:
+            mine["b"] = ABSENT
+        kv.push(mine, apply=False)
+        result = kv.commit(max_norm=1.5)
+        assert result.applied
+        return result.norm, kv.pull(list(shapes))
+
+    results = in_workers(maker, workers, work)
+    parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes.values()]
+    for key, parameter in zip(shapes, parameters, strict=True):
+        ranks = [rank for rank in range(workers) if (key, rank) != ("b", 1)]
+        parameter.grad = torch.stack([gradients(rank)[key] for rank in ranks]).sum(0)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.5).item()
+    for rank, (found, values) in enumerate(results):
+        assert found is not None and abs(found - norm) <= 1e-9 * norm, f"rank {rank}: {found}, not {norm}"
+        for parameter, value in zip(parameters, values, strict=True):
+            assert parameter.grad is not None
+            close(value, parameter.grad, f"rank {rank}", rtol=1e-9)
+
+
+@check(workers=SEVERAL, only="sync")
+def check_commit_skip_is_ored(maker: StoreMaker, workers: int) -> None:
+    """One worker that asks to skip, or one NaN of one worker, drops the round for all."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["w", "b"], [full(1), full(2)])
+        kv.set_updater("add")
+        kv.push(["w", "b"], [full(5), full(5)], apply=False)
+        assert not kv.commit(skip=kv.rank == workers - 1).applied
+        same(kv.pull("w"), 1.0, "after skip")
+        bad = float("nan") if kv.rank == 1 else 1.0
+        kv.push(["w", "b"], [full(5), full(bad)], apply=False)
+        assert not kv.commit(check_finite=True).applied
+        same(kv.pull("w"), 1.0, "after a NaN")
+        same(kv.pull("b"), 2.0, "after a NaN")
+        kv.push(["w", "b"], [full(5), full(5)], apply=False)
+        assert kv.commit(check_finite=True).applied
+        same(kv.pull("w"), 1.0 + 5 * workers)
+        assert (kv.info("w").round, kv.info("w").version) == (3, 1)
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL, only="sync")
+def check_commit_must_agree(maker: StoreMaker, workers: int) -> None:
+    """Differing keys or max_norm are an error on every rank, commit nothing, and may be repeated right."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["a", "b"], [full(0), full(0)])
+        kv.push("a", full(1), apply=False)
+        raises(CommitMismatch, lambda: kv.commit(max_norm=1.0 + kv.rank), "max_norm")
+        if kv.rank == 1:
+            kv.push("b", full(1), apply=False)
+        raises(CommitMismatch, kv.commit, "'b'")
+        if kv.rank != 1:
+            kv.push("b", full(1), apply=False)
+        assert kv.info("a").version == kv.info("b").version == 0
+        assert kv.commit().applied
+        same(kv.pull("a"), float(workers))
+        same(kv.pull("b"), float(workers))
+
+    in_workers(maker, workers, work)
+
+
+# ---- delete ----------------------------------------------------------------------------------------
+
+
+@check(workers=SEVERAL, only="sync")
+def check_delete_while_another_waits(maker: StoreMaker, workers: int) -> None:
+    """A call that waits for a round of a deleted key ends with an error that names who deleted it."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["w", "b"], [full(0), full(0)])
+        meeting.everybody()
+        if kv.rank == 0:
+            kv.push("w", full(1))
+            pulled = assert_waits(kv.pull("w", async_op=True), "the pull")
+            meeting.signal("waiting")
+            error = pulled.exception()
+            assert isinstance(error, KeyDeleted), f"the waiting pull ended with {error!r}"
+            assert "'w'" in str(error) and "rank 1" in str(error), f"the text is {error}"
+        elif kv.rank == 1:
+            meeting.wait_for("waiting")
+            kv.delete("w")
+            assert kv.keys() == ["b"]
+        meeting.everybody()
+        raises(KeyNotInitialized, lambda: _use(kv, "w"), "'w'")
+        meeting.everybody()
+        if kv.rank == 0:
+            kv.init("w", full(3, 4))
+        meeting.everybody()
+        assert kv.info("w").generation == 2 and kv.info("w").round == 0
+        kv.push("w", full(2, 4))
+        same(kv.pull("w"), full(2 * workers, 4), "the new generation")
+
+    in_workers(maker, workers, work)
+
+
+def _use(kv: KVStore, key: str) -> None:
+    """Use a deleted key until its worker has learnt that it is gone: told who deleted it, then as unknown."""
+    try:
+        kv.pull(key)
+    except KeyDeleted:
+        kv.pull(key)
+
+
+@check(workers=SEVERAL)
+def check_delete_of_an_old_generation(maker: StoreMaker, workers: int) -> None:
+    """Everybody may delete the same key; who knew only the old generation does not touch the new one."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["w", "b"], [full(1), full(2)])
+        same(kv.pull("w"), 1.0)
+        meeting.everybody()
+        kv.delete("w")
+        meeting.everybody()
+        assert kv.keys() == ["b"]
+        meeting.everybody()
+        if kv.rank == 0:
+            kv.delete("b")
+            kv.init("b", full(3))
+        meeting.everybody()
+        if kv.rank == 1:
+            kv.delete("b")
+        meeting.everybody()
+        assert kv.keys() == ["b"] and kv.info("b").generation == 2
+        meeting.everybody()
+
+    in_workers(maker, workers, work)
+
+
+# ---- an updater that raises -------------------------------------------------------------------------
+
+
+@check(workers=SEVERAL, only="sync")
+def check_updater_error_of_workers(maker: StoreMaker, workers: int) -> None:
+    """Each contributor is told once; the value is as before, the round counts, the version does not."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["w", "b"], [full(1), full(1)])
+        kv.set_updater(refuse_negative)
+        kv.push(["w", "b"], [full(-1), full(1)])
+        raises(UpdaterError, lambda: kv.pull("w"), "'w'", "negative gradient", "Traceback")
+        same(kv.pull("w"), 1.0, "the value after the updater raised")
+        same(kv.pull("b"), 1.0 + workers, "the other key")
+        assert (kv.info("w").round, kv.info("w").version) == (1, 0)
+        kv.push("w", full(2))
+        same(kv.pull("w"), 1.0 + 2 * workers, "the next round")
+        kv.push("w", full(-1))
+        raises(UpdaterError, kv.barrier, "'w'", "negative gradient")
+        meeting.everybody()
+        kv.barrier()
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL, only="async")
+def check_updater_error_of_one_worker(maker: StoreMaker, workers: int) -> None:
+    """In an asynchronous kind only the worker whose push failed is told."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(1))
+        kv.set_updater(refuse_negative)
+        meeting.everybody()
+
+        def step(value: float) -> None:
+            kv.push("w", full(value))
+            kv.pull("w")
+
+        if kv.rank == 1:
+            raises(UpdaterError, lambda: step(-1), "negative gradient")
+        else:
+            step(1)
+        kv.barrier()
+        same(kv.pull("w"), float(workers))
+        assert (kv.info("w").round, kv.info("w").version) == (workers, workers - 1)
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL)
+def check_refused_calls_change_nothing(maker: StoreMaker, workers: int) -> None:
+    """A worker whose push was refused has not contributed: its next push is the same round."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["w", "b"], [full(0), full(0)])
+        kv.set_updater(keep_half if not maker.is_async else "add")
+        for _ in range(2):
+            if kv.rank == 0:
+                raises(TensorKVError, lambda: kv.push(["w", "b"], [full(1), full(1, 3)]), "(3,)")
+                raises(TensorKVError, lambda: kv.push(["w", "x"], [full(1), full(1)]), "'x'")
+            kv.push(["w", "b"], [full(2), full(2)])
+        kv.barrier()
+        for value in kv.pull(["w", "b"]):
+            same(value, (4.0 if maker.is_async else 3.0) * workers)
+
+    in_workers(maker, workers, work)

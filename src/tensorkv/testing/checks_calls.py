@@ -1,0 +1,261 @@
+"""Checks of one worker: commit, Work handles, threads, the end of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from tensorkv.errors import NotSupported, StoreClosed, UncommittedPush, UpdaterError
+from tensorkv.keys import ABSENT
+from tensorkv.store import CommitResult, KVStore
+from tensorkv.testing.suite import (
+    DEADLINE_S,
+    StoreMaker,
+    check,
+    close,
+    full,
+    in_one,
+    noise,
+    raises,
+    refuse_negative,
+    same,
+)
+from tensorkv.work import Work
+
+# ---- commit ----------------------------------------------------------------------------------------
+
+
+@check(only="sync")
+def check_commit(maker: StoreMaker) -> None:
+    """apply=False only merges; commit applies all keys so pushed; until then the keys are blocked."""
+
+    def work(kv: KVStore) -> None:
+        kv.init(["a", "b", "c"], [full(1), full(2), full(3)])
+        kv.set_updater("add")
+        kv.push(["a", "b"], [[full(1), full(1)], full(1)], apply=False)
+        assert kv.info("a").version == 0
+        blocked: list[Callable[[], Any]] = [
+            lambda: kv.push("a", full(1)),
+            lambda: kv.push(["c", "a"], [full(1), full(1)], apply=False),
+            lambda: kv.pull(["c", "b"]),
+            lambda: kv.pushpull("b", full(1)),
+        ]
+        for call in blocked:
+            raises(UncommittedPush, call, "commit")
+        same(kv.pull("c"), 3.0)
+        assert kv.info("c").round == 0
+        assert kv.commit() == CommitResult(applied=True, norm=None)
+        for key, expected in (("a", 3.0), ("b", 3.0), ("c", 3.0)):
+            same(kv.pull(key), expected, key)
+        assert (kv.info("a").round, kv.info("a").version, kv.info("c").version) == (1, 1, 0)
+        kv.push("a", full(1))
+        same(kv.pull("a"), 4.0)
+
+    in_one(maker, work)
+
+
+@check(only="sync")
+def check_commit_clips_exactly(maker: StoreMaker) -> None:
+    """max_norm scales by the norm over all keys, as torch.nn.utils.clip_grad_norm_ does."""
+
+    def work(kv: KVStore) -> None:
+        shapes = {"a": (3, 4), "b": (7,), "c": ()}
+        kv.init({key: torch.zeros(shape, dtype=torch.float64) for key, shape in shapes.items()})
+        for max_norm in (0.5, 1e9):
+            gradients = {k: noise(i, *s, dtype=torch.float64) for i, (k, s) in enumerate(shapes.items())}
+            parameters = [torch.nn.Parameter(torch.zeros_like(each)) for each in gradients.values()]
+            for parameter, gradient in zip(parameters, gradients.values(), strict=True):
+                parameter.grad = gradient.clone()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+            kv.push(gradients, apply=False)
+            result = kv.commit(max_norm=max_norm)
+            assert result.applied and result.norm is not None
+            assert abs(result.norm - norm.item()) <= 1e-9 * norm.item(), f"norm {result.norm}, not {norm}"
+            for key, parameter in zip(shapes, parameters, strict=True):
+                assert parameter.grad is not None
+                close(kv.pull(key), parameter.grad, f"{key} clipped at {max_norm}", rtol=1e-9)
+
+    in_one(maker, work)
+
+
+@check(only="sync")
+def check_commit_skips(maker: StoreMaker) -> None:
+    """skip, and check_finite with a NaN, drop the round: no value changes, no version, the next is free."""
+
+    def work(kv: KVStore) -> None:
+        kv.init(["a", "b"], [full(1), full(2)])
+        for bad, options in ((5.0, {"skip": True}), (float("nan"), {}), (float("inf"), {"max_norm": 1.0})):
+            kv.push({"a": full(bad), "b": full(5)}, apply=False)
+            result = kv.commit(check_finite=True, **options)
+            assert not result.applied, f"applied {bad} with {options}"
+            same(kv.pull("a"), 1.0)
+            same(kv.pull("b"), 2.0)
+        assert (kv.info("a").round, kv.info("a").version) == (3, 0)
+        kv.push({"a": full(7), "b": ABSENT}, apply=False)
+        result = kv.commit(check_finite=True)
+        assert result.applied and result.norm is not None and abs(result.norm - 7 * 6**0.5) < 1e-4
+        same(kv.pull("a"), 7.0)
+        same(kv.pull("b"), 2.0)
+        assert (kv.info("b").round, kv.info("b").version) == (4, 0)
+
+    in_one(maker, work)
+
+
+@check(only="sync")
+def check_commit_with_optimizer(maker: StoreMaker) -> None:
+    """A skipped step leaves the optimizer's state alone."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", full(0))
+        kv.set_optimizer("sgd", lr=1.0, momentum=0.5)
+        for value, skip in ((1.0, False), (100.0, True), (1.0, False)):
+            kv.push("w", full(value), apply=False)
+            assert kv.commit(skip=skip).applied is not skip
+        same(kv.pull("w"), -2.5)
+
+    in_one(maker, work)
+
+
+@check(only="async")
+def check_async_has_no_commit(maker: StoreMaker) -> None:
+    """Without common rounds there is nothing to commit."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", full(1))
+        raises(NotSupported, kv.commit)
+        raises(NotSupported, lambda: kv.push("w", full(2), apply=False))
+        same(kv.pull("w"), 1.0)
+        assert kv.info("w").round == 0
+
+    in_one(maker, work)
+
+
+# ---- handles, threads, the end -----------------------------------------------------------------------
+
+
+@check()
+def check_work_handles(maker: StoreMaker) -> None:
+    """async_op=True returns a Work: wait, is_completed, result, exception."""
+
+    def work(kv: KVStore) -> None:
+        kv.init(["a", "b"], [full(1), full(2)])
+        pushed = kv.push("a", full(5), async_op=True)
+        assert isinstance(pushed, Work)
+        assert pushed.wait() is True and pushed.is_completed() and pushed.result() is None
+        assert pushed.exception() is None
+        pulled = kv.pull("a", async_op=True)
+        assert isinstance(pulled, Work) and pulled.wait(timeout=DEADLINE_S) is True
+        same(pulled.result(), 5.0)
+        out = torch.empty(2, 3)
+        assert kv.pull("a", out, async_op=True).result() is out
+        same(out, 5.0)
+        both = kv.pushpull(["a", "b"], [full(6), full(7)], async_op=True)
+        first, second = both.result()
+        same(first, 6.0)
+        same(second, 7.0)
+        named = kv.pushpull({"a": full(1), "b": full(2)}, async_op=True).result()
+        same(named["a"], 1.0)
+        same(named["b"], 2.0)
+        pending = [kv.push("a", full(value), async_op=True) for value in range(20)]
+        last = kv.pull("a", async_op=True)
+        same(last.result(), 19.0, "calls of one thread take effect in order")
+        assert all(each is not None and each.wait() for each in pending)
+
+    in_one(maker, work)
+
+
+@check()
+def check_work_carries_errors(maker: StoreMaker) -> None:
+    """What the blocking call would have raised is raised by wait and result, and returned by exception."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("a", full(1))
+        kv.set_updater(refuse_negative)
+        failing = kv.pushpull("a", full(-1), async_op=True)
+        assert isinstance(failing.exception(), UpdaterError)
+        raises(UpdaterError, failing.wait, "negative gradient")
+        raises(UpdaterError, failing.result, "negative gradient")
+        assert failing.is_completed()
+        same(kv.pull("a"), 1.0)
+
+    in_one(maker, work)
+
+
+@check()
+def check_threads_with_own_keys(maker: StoreMaker) -> None:
+    """Threads that push keys of their own do not disturb each other, and each sees its calls in order."""
+
+    def work(kv: KVStore) -> None:
+        names = [f"w{number}" for number in range(4)]
+        kv.init(names, [full(0)] * 4)
+        kv.set_updater("add")
+
+        def train(name: str) -> None:
+            for step in range(1, 11):
+                kv.push(name, full(step))
+                same(kv.pull(name), step * (step + 1) / 2, f"{name} after step {step}")
+
+        _in_threads([lambda name=name: train(name) for name in names])  # type: ignore[misc]
+        assert [kv.info(name).version for name in names] == [10] * 4
+
+    in_one(maker, work)
+
+
+@check()
+def check_threads_on_one_key(maker: StoreMaker) -> None:
+    """Pushes of one key from several threads are each counted once."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", full(0))
+        kv.set_updater("add")
+
+        def push() -> None:
+            for _ in range(10):
+                kv.push("w", full(1))
+
+        _in_threads([push] * 4)
+        same(kv.pull("w"), 40.0)
+        assert kv.info("w").round == 40
+
+    in_one(maker, work)
+
+
+@check()
+def check_context_manager(maker: StoreMaker) -> None:
+    """A store is a context manager; after it, and after close, it refuses to be used."""
+
+    def work(kv: KVStore) -> None:
+        closed = kv.closed
+        assert not closed, "a new store is closed"
+        with kv as same_store:
+            assert same_store is kv
+            kv.init("w", full(1))
+        assert kv.closed
+        kv.close()
+        raises(StoreClosed, lambda: kv.pull("w"), "closed")
+        raises(StoreClosed, kv.__enter__, "closed")
+
+    in_one(maker, work)
+
+
+@check()
+def check_who(maker: StoreMaker) -> None:
+    """kind, name, rank and numbers; a barrier of one returns."""
+
+    def work(kv: KVStore) -> None:
+        assert kv.kind == maker.kind and kv.name == "default" and kv.reduction == "sum"
+        assert kv.rank == 0 and kv.num_workers == kv.world_size == 1
+        assert maker.kind in repr(kv)
+        kv.barrier()
+
+    in_one(maker, work)
+
+
+def _in_threads(calls: list[Callable[[], None]]) -> None:
+    """Make each call in a thread of its own, and raise the first error of any."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for future in [pool.submit(call) for call in calls]:
+            future.result(DEADLINE_S)

@@ -1,0 +1,439 @@
+"""Checks of several workers: rounds, sums, running ahead, leaving, barrier, and the asynchronous kinds."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from tensorkv.errors import WaitTimeout
+from tensorkv.keys import ABSENT
+from tensorkv.store import KVStore
+from tensorkv.testing.suite import (
+    Meeting,
+    StoreMaker,
+    arrived,
+    check,
+    full,
+    in_workers,
+    keep_half,
+    noise,
+    same,
+)
+from tensorkv.work import Work
+
+SEVERAL = (2, 3)
+IN_TIME_S = 0.02  # a wait that must not succeed is given up after this
+
+
+def assert_waits(work: object, what: str) -> Work:
+    """Assert that `work` is a handle of a call that cannot be complete yet, and return it."""
+    assert isinstance(work, Work), f"{what} gave {work!r}, not a Work"
+    try:
+        work.wait(timeout=IN_TIME_S)
+    except WaitTimeout:
+        assert not work.is_completed()
+        return work
+    raise AssertionError(f"{what} is complete before the other workers have contributed")
+
+
+@check(workers=SEVERAL, only="sync")
+def check_rounds_add_up(maker: StoreMaker, workers: int) -> None:
+    """Round n is the sum of every worker's n-th push; each pulls exactly the value after its round."""
+
+    def work(kv: KVStore, meeting: Meeting) -> list[torch.Tensor]:
+        assert kv.num_workers == kv.world_size == workers and kv.kind == maker.kind
+        kv.init(["w", "b"], [full(0), full(0, 5)])
+        kv.set_updater(keep_half)
+        seen = []
+        for step in range(1, 5):
+            kv.push(["b", "w"], [full(step, 5), [full(kv.rank), full(step * 10)]])
+            seen.append(kv.pull("w"))
+        same(kv.pull("b"), _decayed(workers), "b")
+        assert (kv.info("w").round, kv.info("w").version) == (4, 4)
+        return seen
+
+    results = in_workers(maker, workers, work)
+    expected = 0.0
+    for step in range(1, 5):
+        expected = expected / 2 + sum(rank + step * 10 for rank in range(workers))
+        for rank in range(workers):
+            same(results[rank][step - 1], expected, f"rank {rank} after round {step}")
+
+
+def _decayed(workers: int) -> torch.Tensor:
+    value = 0.0
+    for step in range(1, 5):
+        value = value / 2 + step * workers
+    return full(value, 5)
+
+
+@check(workers=SEVERAL)
+def check_ranks(maker: StoreMaker, workers: int) -> None:
+    """Ranks count from 0, and results come by rank."""
+    assert in_workers(maker, workers, lambda kv, meeting: kv.rank) == list(range(workers))
+
+
+@check(workers=SEVERAL, only="sync")
+def check_pull_waits_for_the_round(maker: StoreMaker, workers: int) -> None:
+    """A pull after a push returns only when every worker's push of that round is in."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(0))
+        meeting.everybody()
+        if kv.rank == 0:
+            same(kv.pull("w"), 0.0, "before any push")
+            kv.push("w", full(1))
+            pulled = assert_waits(kv.pull("w", async_op=True), "the pull")
+            meeting.signal("seen")
+            same(pulled.result(), float(workers), "after the round")
+        else:
+            meeting.wait_for("seen")
+            kv.push("w", full(1))
+        same(kv.pull("w"), float(workers))
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL, only="sync")
+def check_sums_in_rank_order(maker: StoreMaker, workers: int) -> None:
+    """Devices in list order, then workers in rank order, bit for bit, for every order of arrival."""
+    parts = [[noise(10 * rank + device, 97) for device in range(3)] for rank in range(workers)]
+    sums = [(first + second) + third for first, second, third in parts]
+    expected = sums[0]
+    for each in sums[1:]:
+        expected = expected + each
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["w", "b"], [torch.zeros(97), full(0, 3)])
+        for order in itertools.permutations(range(workers)):
+            for turn in order:
+                if turn == kv.rank:
+                    kv.push({"w": parts[turn], "b": _extreme(turn, workers)})
+                    arrived(kv, "w")
+                    arrived(kv, "b")
+                meeting.everybody()
+            same(kv.pull("w"), expected, f"the sum when ranks arrive as {order}")
+            same(kv.pull("b"), float(workers > 2), f"the sum of extremes when ranks arrive as {order}")
+            meeting.everybody()
+
+    in_workers(maker, workers, work)
+
+
+def _extreme(rank: int, workers: int) -> list[torch.Tensor]:
+    """1e8 - 1e8 + 1 over three ranks; over two, 1 of rank 0 drowns in its own 1e8."""
+    values = [[1e8], [-1e8], [1.0]] if workers > 2 else [[1e8, 1.0], [-1e8]]
+    return [full(value, 3) for value in values[rank]]
+
+
+@check(workers=SEVERAL, only="sync")
+def check_double_push(maker: StoreMaker, workers: int) -> None:
+    """A worker's second push of a key waits until the first is merged, and counts in a round of its own."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(0))
+        meeting.everybody()
+        if kv.rank == 0:
+            kv.push("w", full(1))
+            second = assert_waits(kv.push("w", full(10), async_op=True), "the second push")
+            meeting.signal("second push waits")
+            second.wait()
+            same(kv.pull("w"), 10.0 + 1000 * (workers - 1), "round 2")
+        else:
+            meeting.wait_for("second push waits")
+            kv.push("w", full(100))
+            same(kv.pull("w"), 1.0 + 100 * (workers - 1), "round 1")
+            meeting.signal(f"{kv.rank} has pulled")
+            for rank in range(1, workers):
+                meeting.wait_for(f"{rank} has pulled")
+            kv.push("w", full(1000))
+            same(kv.pull("w"), 10.0 + 1000 * (workers - 1), "round 2")
+        assert kv.info("w").round == 2
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL, only="sync")
+def check_free_keys_go_at_once(maker: StoreMaker, workers: int) -> None:
+    """Of a list, only the keys with an unmerged push wait for others."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["busy", "free"], [full(0), full(0)])
+        meeting.everybody()
+        if kv.rank == 0:
+            kv.push("busy", full(1))
+            both = assert_waits(kv.push(["busy", "free"], [full(2), full(3)], async_op=True), "the push")
+            meeting.signal("pushed")
+            both.wait()
+        else:
+            meeting.wait_for("pushed")
+            kv.push("free", full(4))
+            same(kv.pull("free"), 3.0 + 4 * (workers - 1), "the free key")
+            kv.push("busy", full(1))
+            kv.push("busy", full(5))
+        same(kv.pull("busy"), 2.0 + 5 * (workers - 1), "the busy key")
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL, only="sync")
+def check_uneven_pushes(maker: StoreMaker, workers: int) -> None:
+    """Workers with different numbers of batches: who is done leaves, and the others go on."""
+
+    def work(kv: KVStore, meeting: Meeting) -> list[float]:
+        kv.init("w", full(0))
+        kv.set_updater("add")
+        seen = []
+        for _ in range(2 * kv.rank + 1):
+            kv.push("w", full(1))
+            seen.append(kv.pull("w")[0, 0].item())
+        kv.close()
+        return seen
+
+    numbers = [2 * rank + 1 for rank in range(workers)]
+    for rank, seen in enumerate(in_workers(maker, workers, work)):
+        expected = [float(sum(min(n, each) for each in numbers)) for n in range(1, numbers[rank] + 1)]
+        assert seen == expected, f"rank {rank} pulled {seen}, not {expected}"
+
+
+@check(workers=SEVERAL, only="sync")
+def check_what_a_left_worker_pushed_counts(maker: StoreMaker, workers: int) -> None:
+    """Leaving completes the rounds that waited for the worker; what it pushed before stays in."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["w", "b"], [full(0), full(0)])
+        meeting.everybody()
+        last = workers - 1
+        if kv.rank == last:
+            kv.push("w", full(100))
+            meeting.wait_for("waiting")
+            kv.close()
+            meeting.signal("left")
+            return
+        kv.push("b", full(1))
+        if kv.rank == 0:
+            assert_waits(kv.pull("b", async_op=True), "the pull")
+            meeting.signal("waiting")
+        same(kv.pull("b"), float(last), "the round without the one who left")
+        meeting.wait_for("left")
+        kv.push("w", full(1))
+        same(kv.pull("w"), 100.0 + last, "the round the one who left had pushed")
+        kv.push("w", full(1))
+        same(kv.pull("w"), float(last), "the next round")
+        kv.barrier()
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL, only="sync")
+def check_leaving_drops_uncommitted(maker: StoreMaker, workers: int) -> None:
+    """A push that was never committed does not count when its worker leaves."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(0))
+        meeting.everybody()
+        kv.push("w", full(1 if kv.rank else 100), apply=False)
+        if kv.rank == workers - 1:
+            kv.close()
+            meeting.signal("left")
+            return
+        meeting.wait_for("left")
+        assert kv.commit().applied
+        same(kv.pull("w"), 100.0 + workers - 2, "what the workers that stayed committed")
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL, only="sync")
+def check_mean_over_workers(maker: StoreMaker, workers: int) -> None:
+    """A mean divides by every device of every worker; absent workers count none."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(-1))
+        kv.push("w", [full(0), full(2)] if kv.rank == 0 else full(4))
+        same(kv.pull("w"), full(2 + 4 * (workers - 1)) / (workers + 1), "the mean of all devices")
+        kv.push("w", [full(1), full(3)] if kv.rank == 0 else ABSENT)
+        same(kv.pull("w"), 2.0, "the mean without those absent")
+        kv.push(["w", "w"], [full(1), full(2)])
+        same(kv.pull("w"), 3.0, "the same key twice counts one")
+        kv.push("w", ABSENT)
+        same(kv.pull("w"), 3.0, "all absent")
+        assert (kv.info("w").round, kv.info("w").version) == (4, 3)
+
+    in_workers(maker, workers, work, reduction="mean")
+
+
+@check(workers=SEVERAL, only="sync")
+def check_absent_workers(maker: StoreMaker, workers: int) -> None:
+    """ABSENT completes a round for this worker; a round of nothing but ABSENT runs no updater."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(1))
+        kv.set_updater("add")
+        for step in range(workers):
+            kv.push("w", full(10) if kv.rank == step else ABSENT)
+            same(kv.pull("w"), 1.0 + 10 * (step + 1), f"rank {step} alone")
+        kv.push("w", ABSENT)
+        same(kv.pull("w"), 1.0 + 10 * workers, "all absent")
+        assert (kv.info("w").round, kv.info("w").version) == (workers + 1, workers)
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL)
+def check_barrier(maker: StoreMaker, workers: int) -> None:
+    """Nobody passes before all are there, and what was pushed before is applied then."""
+    there: list[int] = []
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(0))
+        kv.set_updater("add")
+        kv.barrier()
+        for step in range(1, 6):
+            kv.push("w", full(1))
+            there.append(kv.rank)
+            kv.barrier()
+            assert len(there) >= step * workers, f"passed the barrier with {len(there)} there"
+            same(kv.pull("w"), float(step * workers), f"after barrier {step}")
+            kv.barrier()
+        info = kv.info("w")
+        assert info.version == (5 * workers if maker.is_async else 5)
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL)
+def check_barrier_timeout(maker: StoreMaker, workers: int) -> None:
+    """A barrier that not everybody reaches ends with an error that names who is missing."""
+
+    def work(kv: KVStore, meeting: Meeting) -> str:
+        text = ""
+        if kv.rank != workers - 1:
+            try:
+                kv.barrier(timeout_s=IN_TIME_S)
+            except WaitTimeout as exc:
+                text = str(exc)
+        meeting.everybody()
+        return text
+
+    for text in in_workers(maker, workers, work)[:-1]:
+        assert str(workers - 1) in text, f"the text does not name worker {workers - 1}: {text!r}"
+
+
+@check(workers=SEVERAL)
+def check_barrier_without_those_who_left(maker: StoreMaker, workers: int) -> None:
+    """A barrier waits for a worker until it leaves."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(0))
+        meeting.everybody()
+        if kv.rank == workers - 1:
+            return  # the maker closes the store
+        kv.barrier()
+        kv.barrier()
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL)
+def check_many_keys_of_workers(maker: StoreMaker, workers: int) -> None:
+    """A thousand keys, pushed by every worker in one call, in an order of its own."""
+    names = list(range(1000))
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(names, [full(0, 8)] * 1000)
+        kv.set_updater("add")
+        mine = names[::-1] if kv.rank else names
+        kv.push({key: full(key, 8) for key in mine})
+        kv.barrier()
+        values = torch.stack(kv.pull(names))
+        same(values, torch.arange(1000.0)[:, None].expand(1000, 8) * workers, "the values")
+        assert kv.keys() == names
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL)
+def check_large_values_of_workers(maker: StoreMaker, workers: int) -> None:
+    """Values of several MB, cut into slices or whole, are summed the same."""
+    size = 600_011
+    parts = [noise(rank, size) for rank in range(workers)]
+    expected = parts[0]
+    for part in parts[1:]:
+        expected = expected + part
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("cut", torch.zeros(size))
+        kv.init("whole", torch.zeros(size), whole=True)
+        if maker.is_async:
+            kv.set_updater("add")
+        for _ in range(1 if maker.is_async else 2):
+            kv.push(["cut", "whole"], [parts[kv.rank], parts[kv.rank]])
+        kv.barrier()
+        for key in ("cut", "whole"):
+            value = kv.pull(key)
+            if maker.is_async:  # in order of arrival
+                assert torch.allclose(value, expected, rtol=1e-4, atol=1e-3), key
+            else:
+                same(value, expected, key)
+        assert kv.info("whole").num_slices == 1
+
+    in_workers(maker, workers, work)
+
+
+# ---- asynchronous -----------------------------------------------------------------------------------
+
+
+@check(workers=(1, *SEVERAL), only="async")
+def check_every_push_is_a_round(maker: StoreMaker, workers: int) -> None:
+    """In an asynchronous kind each push is applied by itself, and none is lost."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(0))
+        kv.set_updater("add")
+        seen = 0.0
+        for step in range(1, 4 + kv.rank):
+            kv.push("w", [full(1), full(1)])
+            value = kv.pull("w")[0, 0].item()
+            assert value >= max(seen, 2 * step), "a pull does not contain this worker's own pushes"
+            seen = value
+        kv.barrier()
+        pushes = sum(3 + rank for rank in range(workers))
+        same(kv.pull("w"), 2.0 * pushes)
+        assert (kv.info("w").version, kv.info("w").round) == (pushes, pushes)
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL, only="async")
+def check_async_waits_for_nobody(maker: StoreMaker, workers: int) -> None:
+    """A worker trains alone while the others do nothing."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(0))
+        meeting.everybody()
+        if kv.rank == 1:
+            for step in range(5):
+                kv.push("w", full(step))
+                same(kv.pull("w"), float(step))
+        meeting.everybody()
+        same(kv.pull("w"), 4.0)
+        kv.push("w", ABSENT)
+        kv.barrier()
+        assert (kv.info("w").round, kv.info("w").version) == (5 + workers, 5)
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL, only="async")
+def check_async_mean(maker: StoreMaker, workers: int) -> None:
+    """In an asynchronous kind a mean is over the devices of one push."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(0))
+        kv.set_updater("add")
+        kv.push("w", [full(1), full(3)])
+        kv.barrier()
+        same(kv.pull("w"), 2.0 * workers)
+
+    in_workers(maker, workers, work, reduction="mean")

@@ -1,0 +1,263 @@
+"""Checks of one worker: updaters and optimizers, their options, state and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tensorkv.errors import UpdaterError
+from tensorkv.store import KVStore
+from tensorkv.testing.suite import (
+    StoreMaker,
+    add_twice,
+    check,
+    close,
+    full,
+    in_one,
+    noise,
+    raises,
+    refuse_negative,
+    same,
+)
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    "Adam": {"lr": 0.1, "betas": (0.8, 0.9)},
+    "AdamW": {"lr": 0.1, "amsgrad": True},
+    "RMSprop": {"lr": 0.01, "momentum": 0.5},
+    "Adagrad": {"lr": 0.1},
+    "NAdam": {"lr": 0.1},
+    "Adafactor": {"lr": 0.1},
+}
+
+
+class Twin:
+    """The same optimization in torch alone: what a store must come to."""
+
+    def __init__(self, start: torch.Tensor, name: str, **options: Any) -> None:
+        self.parameter = torch.nn.Parameter(start.clone())
+        self.optimizer: torch.optim.Optimizer = getattr(torch.optim, name)([self.parameter], **options)
+
+    def step(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Make a step along `gradient` and return the parameter."""
+        self.parameter.grad = gradient.clone()
+        self.optimizer.step()
+        return self.parameter.detach()
+
+    def set(self, **options: Any) -> None:
+        """Change options, as set_optimizer_options does."""
+        self.optimizer.param_groups[0].update(options)
+
+
+@check()
+def check_optimizers_by_class(maker: StoreMaker) -> None:
+    """Torch's optimizers do in a store what they do in torch."""
+
+    def work(kv: KVStore) -> None:
+        for name, options in OPTIMIZERS.items():
+            start = noise(3, 4, 5, dtype=torch.float64)
+            kv.init(name, start, whole=True)
+            kv.set_optimizer(getattr(torch.optim, name), **options)
+            twin = Twin(start, name, **options)
+            for step in range(3):
+                gradient = noise(step, 4, 5, dtype=torch.float64)
+                kv.push(name, gradient)
+                close(kv.pull(name), twin.step(gradient), f"{name} after step {step}", rtol=1e-9)
+
+    in_one(maker, work)
+
+
+@check()
+def check_optimizer_by_name(maker: StoreMaker) -> None:
+    """An optimizer is found by its name in any case; float32 values agree with torch to rounding."""
+
+    def work(kv: KVStore) -> None:
+        kv.init(["w", "b"], [full(1), full(1, 3)])
+        twins = [Twin(full(1), "AdamW", lr=0.1), Twin(full(1, 3), "AdamW", lr=0.1)]
+        for name in ("adamw", "ADAMW", "AdamW"):  # the same setting: the state is kept
+            kv.set_optimizer(name, lr=0.1)
+            gradients = [noise(len(name), 2, 3), noise(7, 3)]
+            kv.push(["w", "b"], gradients)
+            for key, twin, gradient in zip(("w", "b"), twins, gradients, strict=True):
+                close(kv.pull(key), twin.step(gradient), key)
+        assert "AdamW" in kv.info("w").updater
+
+    in_one(maker, work)
+
+
+@check()
+def check_optimizer_for_some_keys(maker: StoreMaker) -> None:
+    """An optimizer for some keys leaves the others as they are, also when set before init."""
+
+    def work(kv: KVStore) -> None:
+        kv.set_optimizer("sgd", keys=["late"], lr=1.0)
+        kv.init(["w", "b", "late"], [full(1), full(1), full(1)])
+        kv.set_optimizer("sgd", keys="w", lr=0.5)
+        kv.push(["w", "b", "late"], [full(1), full(1), full(1)])
+        same(kv.pull("w"), 0.5)
+        same(kv.pull("b"), 1.0, "the key with no optimizer")
+        same(kv.pull("late"), 0.0)
+        kv.set_optimizer("sgd", lr=2.0)
+        kv.push(["w", "b"], [full(1), full(1)])
+        same(kv.pull("w"), -1.5, "after an optimizer for all keys")
+        same(kv.pull("b"), -1.0, "after an optimizer for all keys")
+        kv.set_updater("assign")
+        kv.push(["w", "late"], [full(9), full(9)])
+        same(kv.pull("w"), 9.0)
+        same(kv.pull("late"), 9.0)
+
+    in_one(maker, work)
+
+
+@check()
+def check_muon_for_matrices(maker: StoreMaker) -> None:
+    """Muon runs on the matrices it is set for, whole and with their shape."""
+
+    def work(kv: KVStore) -> None:
+        start, gradient = noise(1, 8, 6), noise(2, 8, 6)
+        kv.set_optimizer("muon", keys=["matrix"], lr=0.1)
+        kv.init({"matrix": start, "bias": full(1, 6)})
+        kv.push({"matrix": gradient, "bias": full(2, 6)})
+        close(kv.pull("matrix"), Twin(start, "Muon", lr=0.1).step(gradient), "matrix")
+        same(kv.pull("bias"), full(2, 6))
+
+    if hasattr(torch.optim, "Muon"):
+        in_one(maker, work)
+
+
+@check()
+def check_options_change_later(maker: StoreMaker) -> None:
+    """set_optimizer_options changes options, for all keys or some, and keeps the state."""
+
+    def work(kv: KVStore) -> None:
+        options: dict[str, Any] = {"lr": 0.5, "momentum": 0.5}
+        kv.init(["w", "b"], [full(0), full(0)])
+        kv.set_optimizer("sgd", **options)
+        twins = {key: Twin(full(0), "SGD", **options) for key in ("w", "b")}
+
+        def step(value: float) -> None:
+            kv.push(["w", "b"], [full(value), full(value)])
+            for key, twin in twins.items():
+                close(kv.pull(key), twin.step(full(value)), key)
+
+        step(1.0)
+        kv.set_optimizer_options(lr=0.25)
+        for twin in twins.values():
+            twin.set(lr=0.25)
+        step(2.0)
+        kv.set_optimizer_options(keys=["b"], lr=0.125, momentum=0.0)
+        twins["b"].set(lr=0.125, momentum=0.0)
+        step(3.0)
+        kv.set_optimizer_options(lr=1.0)
+        for twin in twins.values():
+            twin.set(lr=1.0)
+        step(4.0)
+
+    in_one(maker, work)
+
+
+@check()
+def check_repeated_setting_keeps_state(maker: StoreMaker) -> None:
+    """The same optimizer set again keeps its momentum; another one, or other options, start afresh."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", full(0))
+        kv.set_optimizer("sgd", lr=1.0, momentum=0.5)
+        kv.push("w", full(1))
+        same(kv.pull("w"), -1.0)
+        kv.set_optimizer(torch.optim.SGD, momentum=0.5, lr=1.0)
+        kv.push("w", full(1))
+        same(kv.pull("w"), -2.5, "with momentum kept")
+        kv.set_optimizer("adagrad", lr=0.0)
+        kv.push("w", full(1))
+        same(kv.pull("w"), -2.5)
+        kv.set_optimizer("sgd", lr=1.0, momentum=0.5)
+        kv.push("w", full(1))
+        same(kv.pull("w"), -3.5, "after another optimizer: fresh")
+        kv.set_optimizer("sgd", lr=1.0, momentum=0.25)
+        kv.push("w", full(1))
+        same(kv.pull("w"), -4.5, "with other options: fresh")
+
+    in_one(maker, work)
+
+
+@check()
+def check_updater_error(maker: StoreMaker) -> None:
+    """An updater that raises: told once, with its traceback; the value is as before, the round counts."""
+
+    def work(kv: KVStore) -> None:
+        kv.init(["a", "b"], [full(1), full(1)])
+        kv.set_updater(refuse_negative)
+
+        def fail() -> None:
+            kv.push(["a", "b"], [full(-5), full(2)])
+            kv.pull("a")
+
+        raises(
+            UpdaterError, fail, "'a'", "negative gradient", "ArithmeticError", "refuse_negative", "Traceback"
+        )
+        same(kv.pull("a"), 1.0, "the value after the updater raised")
+        same(kv.pull("b"), 3.0, "the other key of the push")
+        assert (kv.info("a").round, kv.info("a").version) == (1, 0)
+        assert (kv.info("b").round, kv.info("b").version) == (1, 1)
+        kv.push("a", full(1))
+        same(kv.pull("a"), 2.0)
+        kv.barrier()
+
+        raises(UpdaterError, lambda: kv.pushpull("a", full(-1)), "negative gradient")
+        same(kv.pull("a"), 2.0)
+
+    in_one(maker, work)
+
+
+@check()
+def check_optimizer_error(maker: StoreMaker) -> None:
+    """A value that the optimizer refuses is an error of the call, or of the updater, and not a change."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("n", torch.ones(3, dtype=torch.int64))
+        kv.set_optimizer("sgd", lr=0.5)
+
+        def push() -> None:
+            kv.push("n", torch.ones(3, dtype=torch.int64))
+            kv.pull("n")
+
+        raises(UpdaterError, push, "'n'")
+        same(kv.pull("n"), torch.ones(3, dtype=torch.int64))
+
+    in_one(maker, work)
+
+
+@check()
+def check_updater_error_at_barrier(maker: StoreMaker) -> None:
+    """An updater's error that no call on the key has told is told by the barrier, or was by the push."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("a", full(1))
+        kv.set_updater(refuse_negative)
+
+        def fail() -> None:
+            kv.push("a", full(-5))
+            kv.barrier()
+
+        raises(UpdaterError, fail, "'a'", "negative gradient")
+        kv.barrier()
+        same(kv.pull("a"), 1.0)
+
+    in_one(maker, work)
+
+
+@check()
+def check_function_on_every_key_in_order(maker: StoreMaker) -> None:
+    """A function updater runs once per key of a list."""
+
+    def work(kv: KVStore) -> None:
+        keys = [9, 5, 7]
+        kv.init(keys, [full(key) for key in keys])
+        kv.set_updater(add_twice)
+        kv.push(keys, [full(1)] * 3)
+        for key, value in zip(keys, kv.pull(keys), strict=True):
+            same(value, key + 2.0, str(key))
+
+    in_one(maker, work)

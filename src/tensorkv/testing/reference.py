@@ -1,0 +1,193 @@
+"""The specification as a small dictionary: what a store of any kind must compute, and nothing else.
+
+No threads, no waiting, no speed. Every method takes the rank that calls it; a call that would have to
+wait for another worker raises `WouldWait` and changes nothing. Tests run random programs on a real
+store and here and compare.
+
+It knows values of the dtype they are stored in, sums and means, rounds, ABSENT, commit, leaving,
+deleting, and updaters that are functions. Optimizers are such functions as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tensorkv.arrays import Key, check_matches
+from tensorkv.errors import KeyAlreadyInitialized, KeyNotInitialized, UncommittedPush
+from tensorkv.keys import ABSENT
+from tensorkv.store import CommitResult, UpdaterFunction
+
+
+def _assign(key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+    stored.copy_(pushed)
+
+
+def _add(key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+    stored.add_(pushed)
+
+
+NAMED: dict[str, UpdaterFunction] = {"assign": _assign, "add": _add}
+
+
+class WouldWait(Exception):
+    """The call has to wait for another worker."""
+
+
+@dataclass
+class _Push:
+    """One worker's part of a round: the sum over its devices (None: absent), and how many they were."""
+
+    total: torch.Tensor | None
+    count: int
+    apply: bool
+    updater: UpdaterFunction
+
+
+@dataclass
+class _Entry:
+    """A key: its value, and the pushes of each rank from the first round of this generation on."""
+
+    value: torch.Tensor
+    generation: int
+    pushes: list[list[_Push]]
+    round: int = 0
+    version: int = 0
+
+
+@dataclass
+class ReferenceStore:
+    """A store of `num_workers` workers; with `is_async` every push is a round of its own."""
+
+    num_workers: int = 1
+    reduction: str = "sum"
+    is_async: bool = False
+    entries: dict[Key, _Entry] = field(default_factory=dict)
+    left: set[int] = field(default_factory=set)
+    _updater: UpdaterFunction = _assign
+    _generations: dict[Key, int] = field(default_factory=dict)
+    _commits: dict[int, bool] = field(default_factory=dict)
+
+    def init(self, rank: int, key: Key, value: torch.Tensor) -> None:
+        """Create a key. In a real job only rank 0's value counts, so only rank 0 calls this here."""
+        if key in self.entries:
+            raise KeyAlreadyInitialized(f"key {key!r} is initialised")
+        self._generations[key] = self._generations.get(key, 0) + 1
+        pushes: list[list[_Push]] = [[] for _ in range(self.num_workers)]
+        self.entries[key] = _Entry(value.clone(), self._generations[key], pushes)
+
+    def push(self, rank: int, key: Key, values: Sequence[torch.Tensor] | object, apply: bool = True) -> None:
+        """Contribute to the next round of this rank: one tensor per device, or ABSENT."""
+        entry = self._entry(key)
+        tensors = [] if values is ABSENT else list(values)  # type: ignore[call-overload]
+        for tensor in tensors:
+            check_matches("value", tensor, key, tuple(entry.value.shape), entry.value.dtype)
+        self._check_free(entry, rank, key)
+        total = None
+        for tensor in tensors:  # devices first, in list order
+            total = tensor.clone() if total is None else total + tensor
+        entry.pushes[rank].append(_Push(total, len(tensors), apply, self._updater))
+        self._advance(key, entry)
+
+    def pull(self, rank: int, key: Key) -> torch.Tensor:
+        """Return the value after as many rounds as this rank has pushed."""
+        entry = self._entry(key)
+        self._check_free(entry, rank, key)
+        return entry.value.clone()
+
+    def commit(self, rank: int, *, max_norm: float | None = None, skip: bool = False) -> CommitResult | None:
+        """Commit what was pushed with `apply=False`: the last worker's call does it, others get None."""
+        self._commits[rank] = skip
+        if len(self._commits) + len(self.left) < self.num_workers:
+            return None
+        skip = any(self._commits.values())
+        self._commits.clear()
+        sums = {key: self._sum(entry) for key, entry in self.entries.items() if self._uncommitted(entry)}
+        squares = sum(float(total.double().square().sum()) for total in sums.values() if total is not None)
+        norm = None if max_norm is None else squares**0.5
+        scale = 1.0 if norm is None or max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+        for key, total in sums.items():
+            scaled = total if total is None or scale == 1.0 else total * scale
+            self._apply(key, self.entries[key], None if skip else scaled)
+        return CommitResult(applied=not skip, norm=norm)
+
+    def set_updater(self, rank: int, updater: UpdaterFunction | str) -> None:
+        """Choose the updater, from the next push of this rank on: in a real job rank 0's choice counts."""
+        self._updater = NAMED[updater] if isinstance(updater, str) else updater
+
+    def leave(self, rank: int) -> None:
+        """Rounds wait for this rank no longer; what it pushed counts, what it did not commit is dropped."""
+        self.left.add(rank)
+        for key, entry in self.entries.items():
+            if entry.pushes[rank] and not entry.pushes[rank][-1].apply:
+                entry.pushes[rank].pop()
+            self._advance(key, entry)
+
+    def delete(self, rank: int, key: Key) -> None:
+        """Forget a key, its open round included; the name may be initialised again."""
+        del self.entries[self._known(key)]
+
+    def info(self, rank: int, key: Key) -> tuple[int, int, int]:
+        """Return round, version and generation."""
+        entry = self._entry(key)
+        return entry.round, entry.version, entry.generation
+
+    def _known(self, key: Key) -> Key:
+        if key not in self.entries:
+            raise KeyNotInitialized(f"key {key!r} is not initialised")
+        return key
+
+    def _entry(self, key: Key) -> _Entry:
+        return self.entries[self._known(key)]
+
+    def _check_free(self, entry: _Entry, rank: int, key: Key) -> None:
+        if entry.pushes[rank] and not entry.pushes[rank][-1].apply:
+            raise UncommittedPush(f"key {key!r} awaits commit")
+        if not self.is_async and entry.round < len(entry.pushes[rank]):
+            raise WouldWait
+
+    def _uncommitted(self, entry: _Entry) -> bool:
+        return any(pushes and not pushes[-1].apply for pushes in entry.pushes)
+
+    def _parts(self, entry: _Entry) -> list[_Push]:
+        """Return the contributions to the open round, in rank order."""
+        return [pushes[entry.round] for pushes in entry.pushes if len(pushes) > entry.round]
+
+    def _advance(self, key: Key, entry: _Entry) -> None:
+        if self.is_async:
+            for pushes in entry.pushes:
+                for push in pushes:
+                    self._apply(key, entry, self._mean(push.total, push.count), push.updater)
+                pushes.clear()
+            return
+        while parts := self._parts(entry):
+            waits = any(
+                len(pushes) <= entry.round and rank not in self.left
+                for rank, pushes in enumerate(entry.pushes)
+            )
+            if waits or not all(part.apply for part in parts):
+                return
+            self._apply(key, entry, self._sum(entry))
+
+    def _sum(self, entry: _Entry) -> torch.Tensor | None:
+        total = None
+        for part in self._parts(entry):  # then workers, in rank order
+            if part.total is not None:
+                total = part.total if total is None else total + part.total
+        return self._mean(total, sum(part.count for part in self._parts(entry)))
+
+    def _mean(self, total: torch.Tensor | None, count: int) -> torch.Tensor | None:
+        return total / count if total is not None and self.reduction == "mean" else total
+
+    def _apply(
+        self, key: Key, entry: _Entry, total: torch.Tensor | None, updater: UpdaterFunction | None = None
+    ) -> None:
+        """End the open round; the updater is the one its lowest rank pushed under."""
+        for part in self._parts(entry):
+            part.apply = True
+        if total is not None:
+            (updater or self._parts(entry)[0].updater)(key, total, entry.value)
+            entry.version += 1
+        entry.round += 1

@@ -1,0 +1,89 @@
+"""Every kind of store passes the conformance suite and refuses every bad input."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import tensorkv
+from tensorkv import errors
+from tensorkv.testing import (
+    bad_inputs,
+    checks_agreement,
+    checks_calls,
+    checks_numbers,
+    checks_rounds,
+    checks_updaters,
+    checks_values,
+)
+from tensorkv.testing.conformance import BAD_INPUTS, CHECKS, BadInput, Case, StoreMaker, applicable
+from tensorkv.testing.makers import EMBEDDED, HAS_CLUSTER, JOBS, LOCAL
+
+MODULES = (
+    bad_inputs,
+    checks_agreement,
+    checks_calls,
+    checks_numbers,
+    checks_rounds,
+    checks_updaters,
+    checks_values,
+)
+without_cluster = pytest.mark.skipif(not HAS_CLUSTER, reason="tensorkv.testing.cluster is not built yet")
+
+
+def _named(maker: Any) -> str:
+    return f"{maker.kind}-{type(maker).__name__}"
+
+
+def _params(of: Any) -> list[Any]:
+    """One parameter set per maker and line of its table."""
+    return [
+        pytest.param(
+            maker, line, id=f"{_named(maker)}-{line.name}", marks=[without_cluster] * (maker not in LOCAL)
+        )
+        for maker in [*LOCAL, *EMBEDDED, *JOBS]
+        for line in of(maker)
+    ]
+
+
+@pytest.mark.parametrize(("maker", "case"), _params(applicable))
+def test_conformance(maker: StoreMaker, case: Case) -> None:
+    case.run(maker)
+
+
+@pytest.mark.parametrize(("maker", "bad"), _params(lambda maker: BAD_INPUTS))
+def test_bad_input(maker: StoreMaker, bad: BadInput) -> None:
+    bad.run(maker)
+
+
+def test_every_check_is_in_the_table() -> None:
+    written = {
+        function
+        for module in MODULES
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if name.startswith("check_") and function.__module__ == module.__name__
+    }
+    assert {check.function for check in CHECKS} == written
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+    assert len({bad.name for bad in BAD_INPUTS}) == len(BAD_INPUTS)
+    for check in CHECKS:
+        assert check.function.__doc__, check.name
+
+
+@pytest.mark.parametrize("kind", ["Local", "dist_sync_", "nccl", "", None, 3])
+def test_unknown_kind_lists_the_known(kind: Any) -> None:
+    with pytest.raises(errors.UnknownKind, match="'dist_sync'.*'local'") as raised:
+        tensorkv.create(kind)
+    assert repr(kind) in str(raised.value)
+    assert isinstance(raised.value, ValueError)
+
+
+@pytest.mark.parametrize("kind", ["local_update_cpu", "local_allreduce_cpu", "local_allreduce_device"])
+def test_other_names_of_local_kinds(kind: str) -> None:
+    with tensorkv.create(kind) as kv:
+        kv.init("w", torch.ones(2))
+        assert kv.kind == kind
+        assert kv.pull("w").tolist() == [1.0, 1.0]
