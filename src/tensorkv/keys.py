@@ -160,6 +160,8 @@ def answer(batch: PullBatch, tensors: list[torch.Tensor]) -> Any:
         return batch.given
     if batch.form is Form.SINGLE:
         return tensors[0]
+    if batch.form is Form.DICT:
+        return dict(zip(batch.keys, tensors, strict=True))
     return tensors
 
 

@@ -22,7 +22,7 @@ import torch
 
 from tensorkv.arrays import Key
 from tensorkv.errors import DuplicateKey, InvalidArgument, NotSupported, StoreClosed
-from tensorkv.keys import PullBatch, PushBatch, check_keys, pull_batch, push_batch
+from tensorkv.keys import Form, PullBatch, PushBatch, check_keys, pull_batch, push_batch
 from tensorkv.work import Work
 
 Reduction = Literal["sum", "mean"]
@@ -230,10 +230,9 @@ class KVStore(ABC):
         pulled = pull_batch(asked, out, self._key_type)
         if set(pulled.keys) != set(pushed.keys):
             raise InvalidArgument("pushpull pulls the keys it pushes; out has other keys than value")
-        result = self._pushpull(pushed, pulled, async_op)
-        if isinstance(key, Mapping) and out is None and not async_op:
-            return dict(zip(pulled.keys, result, strict=True))
-        return result
+        if isinstance(key, Mapping) and out is None:
+            pulled.form = Form.DICT
+        return self._pushpull(pushed, pulled, async_op)
 
     def broadcast(self, key: Any, value: Any, out: Any = None) -> Any:
         """Init, then pull into `out`: every worker ends with rank 0's value. Once per key, as `init`.
