@@ -8,6 +8,7 @@ takes them with it (`child.py`, `guard.py`).
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -24,7 +25,9 @@ from tensorkv.launch.output import STREAMS, Output
 from tensorkv.launch.pump import Pump
 from tensorkv.launch.signals import SignalInbox
 from tensorkv.launch.supervisor import (
+    GRACE_S,
     KILL_WAIT_S,
+    SERVER_STOP_S,
     Action,
     Finish,
     Kill,
@@ -38,6 +41,9 @@ from tensorkv.launch.supervisor import (
 _CHILD = Path(__file__).with_name("child.py")
 _GUARD = Path(__file__).with_name("guard.py")
 _GUARD_EXIT_S = 5.0
+
+_LAST_OUTPUT_S = 2.0
+"""So long a reader that does not read keeps an interrupted launcher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +108,7 @@ class Job:
         output: where the lines go.
         stop_servers: called when the last worker has ended with 0; servers then end by themselves.
         first_lost: which process the scheduler lost first, where it knows.
+        grace_s, server_stop_s: see `supervisor`.
     """
 
     def __init__(
@@ -111,12 +118,16 @@ class Job:
         *,
         stop_servers: Callable[[], None],
         first_lost: Callable[[], Node | None] = lambda: None,
+        grace_s: float = GRACE_S,
+        server_stop_s: float = SERVER_STOP_S,
     ) -> None:
         self._specs = specs
         self._output = output
         self._stop_servers = stop_servers
         self._first_lost = first_lost
-        self._supervisor = Supervisor(spec.node for spec in specs)
+        self._supervisor = Supervisor(
+            [spec.node for spec in specs], grace_s=grace_s, server_stop_s=server_stop_s
+        )
         self._processes: dict[Node, subprocess.Popen[bytes]] = {}
         self._reports: list[str] = []
 
@@ -130,11 +141,9 @@ class Job:
             pump = Pump(self._output, inbox.wake)
             try:
                 self._start(pump, guard)
-                try:
-                    finish = self._supervise(pump, inbox)
-                finally:
-                    self._end_groups(guard)
-                    written = self._flush(pump, inbox)
+                finish = self._supervise(pump, inbox)
+                self._end_groups(guard)
+                written = self._flush(pump, inbox, finish)
             finally:
                 self._end_groups(guard)
                 pump.close()
@@ -214,11 +223,17 @@ class Job:
                 process.wait(KILL_WAIT_S)
         self._processes.clear()
 
-    def _flush(self, pump: Pump, inbox: SignalInbox) -> bool:
-        """Wait until all output is written; return whether it is. A signal gives up a slow reader."""
+    def _flush(self, pump: Pump, inbox: SignalInbox, finish: Finish) -> bool:
+        """Wait until all output is written; return whether it is.
+
+        A reader that does not read is waited for, unless the user wants the job to end.
+        """
+        interrupted = finish.status != 0 and finish.culprit is None
+        deadline = time.monotonic() + _LAST_OUTPUT_S if interrupted else math.inf
         pump.finish()
         while not pump.done:
-            if inbox.wait(None):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or inbox.wait(left_s if interrupted else None):
                 return False
         return pump.error is None
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any, final
 
@@ -23,6 +24,8 @@ class SignalInbox:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> SignalInbox:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("a job is run from the main thread, where signals arrive")
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
