@@ -1,0 +1,1 @@
+"""The names of older systems over a TensorKV store."""

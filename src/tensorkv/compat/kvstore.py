@@ -1,0 +1,121 @@
+"""MXNet's KVStore over a TensorKV store. It translates arguments and errors, and decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, final
+
+from tensorkv.compat.base import mxnet_errors
+from tensorkv.compat.ndarray import MXNetUpdater, NDArray
+from tensorkv.compat.optimizer import Optimizer
+from tensorkv.errors import InvalidOut, UnknownUpdater
+from tensorkv.store import KVStore as TensorKVStore
+from tensorkv.stores.registry import create as create_store
+
+
+@final
+class KVStore:
+    """A store with the methods of MXNet's.
+
+    Keys are ints or strings; values NDArrays, and where one stands a list of them, one per device.
+    `priority` is taken and has no effect. Calls return None, as MXNet's do; errors are MXNetErrors and
+    at the same time those of the TensorKV call.
+
+    Attributes:
+        store: the TensorKV store underneath.
+    """
+
+    def __init__(self, store: TensorKVStore) -> None:
+        self.store = store
+
+    @property
+    def type(self) -> str:
+        """The kind of store, as given to `create`."""
+        return self.store.kind
+
+    @property
+    def rank(self) -> int:
+        """The number of this worker, from 0."""
+        return self.store.rank
+
+    @property
+    def num_workers(self) -> int:
+        """The number of workers."""
+        return self.store.num_workers
+
+    def init(self, key: Any, value: Any) -> None:
+        """Create a key, or a list of keys, with first values."""
+        with mxnet_errors():
+            self.store.init(key, _unwrap(value))
+
+    def push(self, key: Any, value: Any, priority: int = 0) -> None:
+        """Add values to keys; several values of a key are summed first."""
+        with mxnet_errors():
+            self.store.push(key, _unwrap(value))
+
+    def pull(self, key: Any, out: Any = None, priority: int = 0, ignore_sparse: bool = True) -> None:
+        """Copy the values of keys into `out`: an array, or a list of arrays, per key."""
+        with mxnet_errors():
+            if out is None:
+                raise InvalidOut(f"pull({key!r}): there is no out; MXNet's pull writes into arrays")
+            self.store.pull(key, _unwrap(out))
+
+    def pushpull(self, key: Any, value: Any, out: Any = None, priority: int = 0) -> None:
+        """Push `value`, then pull into `out`; without it into `value` itself."""
+        with mxnet_errors():
+            self.store.pushpull(key, _unwrap(value), _unwrap(value if out is None else out))
+
+    def broadcast(self, key: Any, value: Any, out: Any, priority: int = 0) -> None:
+        """Create keys and copy them into `out`: every worker ends with rank 0's value."""
+        with mxnet_errors():
+            self.store.broadcast(key, _unwrap(value), _unwrap(out))
+
+    def _set_updater(self, updater: Callable[[Any, NDArray, NDArray], Any]) -> None:
+        """Let `updater(key, input, stored)` combine what is pushed with what is stored, in place."""
+        with mxnet_errors():
+            self.store.set_updater(MXNetUpdater(updater))
+
+    def set_optimizer(self, optimizer: Optimizer) -> None:
+        """Let an optimizer of `tensorkv.compat.optimizer` be the updater, where the values live."""
+        with mxnet_errors():
+            if not isinstance(optimizer, Optimizer):
+                raise UnknownUpdater(
+                    f"{optimizer!r} is not an optimizer of MXNet's; use mx.optimizer.create(name, ...)"
+                )
+            self.store.set_optimizer(optimizer.torch_class, **optimizer.options)
+
+    def _barrier(self) -> None:
+        """Wait until all workers have called it."""
+        with mxnet_errors():
+            self.store.barrier()
+
+    def close(self) -> None:
+        """Leave the store. MXNet has no such call; there the store is left when the program ends."""
+        with mxnet_errors():
+            self.store.close()
+
+
+def create(name: str = "local", **options: Any) -> KVStore:
+    """Open a store of a kind, "local" or "dist_sync" say.
+
+    Args:
+        name: the kind. MXNet takes any text here and makes a local store of it; here it is an error.
+        **options: those of `tensorkv.create`.
+
+    Raises:
+        TypeError: `name` is not a str.
+        UnknownKind, NotInJob, and what else `tensorkv.create` raises, each an MXNetError.
+    """
+    if not isinstance(name, str):
+        raise TypeError("name must be a string")
+    with mxnet_errors():
+        return KVStore(create_store(name, **options))
+
+
+def _unwrap(value: Any) -> Any:
+    """Replace NDArrays, also in lists, by their tensors. Anything else is for the store to judge."""
+    if isinstance(value, NDArray):
+        return value.tensor
+    if isinstance(value, (list, tuple)):
+        return [_unwrap(each) for each in value]
+    return value
