@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
+import torch.utils.dlpack
 
 from tensorkv.errors import DtypeMismatch, InvalidOut, InvalidValue, ShapeMismatch
 
@@ -60,7 +62,7 @@ def to_out(value: Any, key: Key) -> torch.Tensor:
         tensor = _writable_from_dlpack(value, key)
     else:
         raise InvalidValue(f"out for key {key!r} is {_describe(value)}; pass a tensor or array to be written")
-    if tensor.numel() > 1 and any(
+    if not tensor.is_contiguous() and any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     ):
         raise InvalidOut(
@@ -142,7 +144,7 @@ def _from_numpy(array: np.ndarray[Any, Any], key: Key) -> torch.Tensor:
 
 def _from_dlpack(value: Any, key: Key) -> torch.Tensor:
     try:
-        return _checked(torch.from_dlpack(value), key)
+        return _checked(torch.utils.dlpack.from_dlpack(value), key)
     except (RuntimeError, BufferError, TypeError, ValueError) as exc:
         raise InvalidValue(f"{_describe(value)} for key {key!r} cannot come in by DLPack: {exc}") from exc
 
@@ -156,3 +158,9 @@ def _writable_from_dlpack(value: Any, key: Key) -> torch.Tensor:
 
 def _describe(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor as writable bytes, whatever its dtype. No copy."""
+    array: np.ndarray[tuple[int], np.dtype[np.uint8]] = tensor.reshape(-1).view(torch.uint8).numpy()
+    return array.data

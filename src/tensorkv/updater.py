@@ -382,7 +382,7 @@ class SettingsTable:
         return self._of_key.get(key, self._default)
 
     def set_updater(self, updater: Updater, keys: tuple[Key, ...] | None) -> None:
-        """Make `updater` hold for `keys`, or for all. An equal one that is set already stays, with its state."""
+        """Make `updater` hold for `keys`, or for all. An equal one already set stays, with its state."""
         setting = Setting(self._equal(updater), dict(_tuples(updater.spec.options)))
         if keys is None:
             self._of_key.clear()
