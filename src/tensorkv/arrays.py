@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.dlpack import from_dlpack
 import torch.utils.dlpack
 
 from tensorkv.errors import DtypeMismatch, InvalidOut, InvalidValue, ShapeMismatch

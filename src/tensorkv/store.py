@@ -500,7 +500,7 @@ class KVStore(ABC):
             raise StoreClosed(f"{call}: store {self._name!r} is closed; create it again")
         if self._pid != os.getpid():
             raise StoreClosed(
-                f"{call}: store {self._name!r} belongs to process {self._pid}, and this is the forked process "
+                f"{call}: store {self._name!r} belongs to process {self._pid}, and this is its forked child "
                 f"{os.getpid()}; create a store of its own, or start the process by 'spawn'"
             )
 
