@@ -33,7 +33,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 types: setup
-	$(BIN)/mypy src examples
+	$(BIN)/mypy src
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -3,7 +3,7 @@
 How a block is read:
 
 - ```python blocks of one file run in order and share their names, as if typed one after the other. What
-  they print must be what stands in the comment behind each print, and in the comment lines below it.
+  they print must be what stands in the comment behind each print and in the comment lines right below it.
 - A ```python block after `<!-- file: train.py -->` is not run but saved under that name.
 - A ```console block holds commands after `$ `. They run in a folder of their own, with the files saved so
   far in it and the repository's `examples/`, and must succeed. The lines below a command must be among the
@@ -59,8 +59,8 @@ def _expected_output(text: str) -> list[str]:
     below_print = False
     for line in text.splitlines():
         code, mark, comment = line.partition("  # ")
-        if code.lstrip().startswith("print(") and mark:
-            expected.append(comment)
+        if code.lstrip().startswith("print("):
+            expected.extend([comment] if mark else [])
             below_print = True
         elif below_print and line.lstrip().startswith("# "):
             expected.append(line.lstrip().removeprefix("# "))

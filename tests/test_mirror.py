@@ -11,6 +11,7 @@ PACKAGE = ROOT / "src" / "tensorkv"
 
 ELSEWHERE = {
     "__init__.py": "test_exports.py",
+    "__main__.py": "cli/test_main.py",
     "store.py": "conformance",  # the contract: the suite runs it on every kind of store
 }
 """Modules whose tests have another place, and which."""
