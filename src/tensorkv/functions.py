@@ -20,7 +20,6 @@ import inspect
 import os
 import re
 import sys
-import threading
 import traceback
 import types
 from collections.abc import Collection
@@ -217,15 +216,12 @@ def _adapter(adapter: str) -> Any:
 
 
 _scripts: dict[tuple[str, str], types.ModuleType] = {}
-_scripts_lock = threading.Lock()
 
 
 def _load_from_script(ref: CodeRef) -> Any:
-    with _scripts_lock:
-        module = _scripts.get((ref.script, ref.sha256))
-        if module is None:
-            module = _execute_definitions(ref)
-            _scripts[ref.script, ref.sha256] = module
+    module = _scripts.get((ref.script, ref.sha256))
+    if module is None:  # servers that are threads of one process may both come here; the first one counts
+        module = _scripts.setdefault((ref.script, ref.sha256), _execute_definitions(ref))
     found = getattr(module, ref.name, None)
     if not _is_code(found) or found.__module__ != module.__name__:
         raise NotShippable(f"{ref.name} is not a function or class that the definitions of {ref.script} make")
@@ -254,7 +250,7 @@ def _execute_definitions(ref: CodeRef) -> types.ModuleType:
     try:
         exec(compile(tree, ref.script, "exec", flags=flags, dont_inherit=True), vars(module))
     except (Exception, SystemExit) as exc:  # the user's definitions may raise anything
-        del sys.modules[module.__name__]
+        sys.modules.pop(module.__name__, None)
         text = "".join(traceback.format_exception(exc)).rstrip()
         raise NotShippable(f"the definitions of {ref.script} fail on the server: {exc}\n{text}") from exc
     return module

@@ -45,7 +45,7 @@ class SGD(_MXNetOptimizer):
         rescale_grad: float = 1.0,
         clip_gradient: float | None = None,
     ) -> None:
-        _check_numbers(learning_rate, momentum, wd, rescale_grad)
+        _check_numbers(learning_rate, momentum, wd, rescale_grad, clip_gradient or 0)
         defaults = {
             "learning_rate": learning_rate,
             "momentum": momentum,
@@ -85,9 +85,11 @@ class Adam(_MXNetOptimizer):
         clip_gradient: float | None = None,
         begin_num_update: int = 0,
     ) -> None:
-        _check_numbers(learning_rate, beta1, beta2, epsilon, wd, rescale_grad)
+        _check_numbers(learning_rate, beta1, beta2, epsilon, wd, rescale_grad, clip_gradient or 0)
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
             raise ValueError(f"beta1={beta1} and beta2={beta2} must lie in [0, 1)")
+        if not isinstance(begin_num_update, int) or begin_num_update < 0:
+            raise ValueError(f"begin_num_update={begin_num_update!r} must be a count, 0 or more")
         defaults = {
             "learning_rate": learning_rate,
             "beta1": beta1,
