@@ -33,6 +33,7 @@ ENV_TOKEN = "TENSORKV_TOKEN"
 ENV_HOST = "TENSORKV_HOST"
 ENV_TIMEOUT_S = "TENSORKV_TIMEOUT_S"
 ENV_SLICE_BOUND_BYTES = "TENSORKV_SLICE_BOUND_BYTES"
+ENV_ALLOW_IMPORT = "TENSORKV_ALLOW_IMPORT"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,8 @@ class JobConfig:
     """Who a process is in its job and where the scheduler listens.
 
     `rank` counts from 0 within the role. `token` is the job's secret; it is kept out of the repr,
-    never sent and never logged. `host` is the address this process binds to.
+    never sent and never logged. `host` is the address this process binds to. `allow_import` names the
+    modules that servers may import for updaters and optimizers, besides those they always may.
     """
 
     role: Role
@@ -53,6 +55,7 @@ class JobConfig:
     host: str = "127.0.0.1"
     timeout_s: float = DEFAULT_TIMEOUT_S
     slice_bound_bytes: int = SLICE_BOUND_BYTES
+    allow_import: tuple[str, ...] = ()
 
     def to_env(self) -> dict[str, str]:
         """Return the environment variables from which `from_env` rebuilds this config."""
@@ -66,6 +69,7 @@ class JobConfig:
             ENV_HOST: self.host,
             ENV_TIMEOUT_S: repr(self.timeout_s),
             ENV_SLICE_BOUND_BYTES: str(self.slice_bound_bytes),
+            ENV_ALLOW_IMPORT: ",".join(self.allow_import),
         }
 
 
@@ -94,6 +98,7 @@ def from_env(environ: Mapping[str, str] | None = None) -> JobConfig | None:
             host=environ.get(ENV_HOST, "127.0.0.1"),
             timeout_s=float(environ.get(ENV_TIMEOUT_S, DEFAULT_TIMEOUT_S)),
             slice_bound_bytes=int(environ.get(ENV_SLICE_BOUND_BYTES, SLICE_BOUND_BYTES)),
+            allow_import=tuple(filter(None, environ.get(ENV_ALLOW_IMPORT, "").split(","))),
         )
     except (KeyError, ValueError) as exc:
         raise NotInJob(

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +33,7 @@ specs = [
     for role, rank, argv in arguments["specs"]
 ]
 output = Output({"stdout": FileSink(sys.stdout), "stderr": FileSink(sys.stderr)})
-sys.exit(Job(specs, output, stop_servers=lambda: None, grace_s=arguments["grace_s"]).run())
+sys.exit(Job(specs, output, stop_servers=lambda: [], grace_s=arguments["grace_s"]).run())
 """
 
 WAIT = "import signal; signal.pause()"
@@ -61,7 +61,7 @@ def python(role: str, rank: int, code: str, *arguments: str) -> ProcessSpec:
 
 def job(
     *specs: ProcessSpec,
-    stop_servers: Callable[[], None] = lambda: None,
+    stop_servers: Callable[[], Iterable[Node]] = list,
     first_lost: Callable[[], Node | None] = lambda: None,
     **seconds: float,
 ) -> int:
@@ -134,11 +134,16 @@ def release(path: str) -> None:
 
 def test_a_job_without_faults(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = fifo(tmp_path)
+
+    def stop() -> list[Node]:
+        release(path)
+        return []
+
     status = job(
         python("server", 0, "import sys; open(sys.argv[1]).read(); print('server ends', end='')", path),
         python("worker", 0, "import sys; print('one\\ntwo'); print('warned', file=sys.stderr)"),
         python("worker", 1, "import sys; sys.stdout.buffer.write(b'\\xff half')"),
-        stop_servers=lambda: release(path),
+        stop_servers=stop,
     )
     out, err = capfd.readouterr()
     assert status == 0
@@ -241,6 +246,14 @@ def test_servers_that_do_not_end_are_killed_and_reported(capfd: pytest.CaptureFi
     status = job(python("server", 0, WAIT), python("worker", 0, "pass"), server_stop_s=0.1)
     assert status == 0
     assert capfd.readouterr().err == "tensorkv: server 0 did not end within 0.1 s and will be killed\n"
+
+
+def test_servers_that_have_not_started_yet_are_not_waited_for(capfd: pytest.CaptureFixture[str]) -> None:
+    servers = [python("server", rank, WAIT) for rank in range(2)]
+    nodes = [spec.node for spec in servers]
+    worker = python("worker", 0, "pass")
+    assert job(*servers, worker, stop_servers=lambda: nodes, server_stop_s=1000.0) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_a_process_that_cannot_be_started_leaves_no_other() -> None:

@@ -123,6 +123,15 @@ def test_servers_that_do_not_end_are_killed_and_reported_but_the_work_is_done() 
     assert core.exited({S0: -9}, 5.1) == [Finish(0)]
 
 
+def test_servers_that_are_not_wanted_any_more_may_end_in_any_way() -> None:
+    core = Supervisor([S0, S1, W0])
+    core.exited({W0: 0}, 0.0)
+    assert core.dismiss([S1, W0]) == [Terminate((S1,))]
+    assert core.dismiss([W0]) == []
+    assert core.exited({S1: -15}, 0.1) == []
+    assert core.exited({S0: 0}, 0.2) == [Finish(0)]
+
+
 def test_a_server_that_fails_while_it_stops_is_a_failure() -> None:
     core = Supervisor([S0, S1, W0])
     core.exited({W0: 0}, 0.0)

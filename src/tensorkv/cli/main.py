@@ -83,6 +83,8 @@ def run(
         status = run_local(options, os.environ)
     except CommandNotFound as exc:
         status = _fail(str(exc), exc.status)
+    except InvalidArgument as exc:
+        status = _fail(str(exc), 2)
     except OSError as exc:
         status = _fail(f"the job could not be started: {exc}", 1)
     raise typer.Exit(status)

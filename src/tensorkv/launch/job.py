@@ -106,7 +106,8 @@ class Job:
     Args:
         specs: what to start, in this order.
         output: where the lines go.
-        stop_servers: called when the last worker has ended with 0; servers then end by themselves.
+        stop_servers: called when the last worker has ended with 0. It tells the servers to end, and
+            returns those that it does not reach since they are still starting: they get a SIGTERM.
         first_lost: which process the scheduler lost first, where it knows.
         grace_s, server_stop_s: see `supervisor`.
     """
@@ -116,7 +117,7 @@ class Job:
         specs: Sequence[ProcessSpec],
         output: Output,
         *,
-        stop_servers: Callable[[], None],
+        stop_servers: Callable[[], Iterable[Node]],
         first_lost: Callable[[], Node | None] = lambda: None,
         grace_s: float = GRACE_S,
         server_stop_s: float = SERVER_STOP_S,
@@ -197,14 +198,15 @@ class Job:
                 exits[node] = info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
         return exits
 
-    def _perform(self, action: Terminate | Kill | StopServers | Report) -> None:
+    def _perform(self, action: Action) -> None:
         match action:
             case Terminate(nodes):
                 self._signal(nodes, signal.SIGTERM)
             case Kill(nodes):
                 self._signal(nodes, signal.SIGKILL)
             case StopServers():
-                self._stop_servers()
+                for further in self._supervisor.dismiss(self._stop_servers()):
+                    self._perform(further)
             case Report(text):
                 self._reports.append(text)
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TypeVar
 
-from tensorkv.config import DEFAULT_TIMEOUT_S, ENV_SLICE_BOUND_BYTES, ENV_TIMEOUT_S, JobConfig
+from tensorkv.config import (
+    DEFAULT_TIMEOUT_S,
+    ENV_SLICE_BOUND_BYTES,
+    ENV_TIMEOUT_S,
+    SLICE_BOUND_BYTES,
+    JobConfig,
+    Role,
+)
 from tensorkv.errors import InvalidArgument
 from tensorkv.launch.job import Job, ProcessSpec
 from tensorkv.launch.output import FileSink, Output, Sink, Stream, prefix_text
 from tensorkv.launch.supervisor import Node
 
-ENV_ALLOW_IMPORT = "TENSORKV_ALLOW_IMPORT"
-"""Modules, joined by commas, that servers may import for updaters and optimizers."""
+_Number = TypeVar("_Number", int, float)
 
 
 class CommandNotFound(Exception):
@@ -80,46 +87,75 @@ class JobOptions:
             raise InvalidArgument("there is no command for the workers to run")
 
 
-def plan(
+def job_config(
     options: JobOptions, environ: Mapping[str, str], *, scheduler: tuple[str, int], token: str
-) -> list[ProcessSpec]:
-    """Return the processes of a job whose scheduler listens at `scheduler`, servers first.
+) -> JobConfig:
+    """Return the config of worker 0, from which those of all others differ by role and rank.
 
-    `environ` is what they inherit; a thread count, a timeout and a slice bound in it are respected.
+    A timeout that `options` leaves open and the slice bound are taken from `environ`.
+
+    Raises:
+        InvalidArgument: a number in `environ` is not one.
     """
-    server_argv = (sys.executable, "-m", "tensorkv.runtime.server")
-    command = find_command(options.command, environ)
-    timeout_s = options.timeout_s or float(environ.get(ENV_TIMEOUT_S, DEFAULT_TIMEOUT_S))
-    inherited = {name: environ[name] for name in (ENV_SLICE_BOUND_BYTES,) if name in environ}
-    worker_threads = max(1, len(os.sched_getaffinity(0)) // options.num_workers)
+    timeout_s = options.timeout_s
+    if timeout_s is None:
+        timeout_s = _number(environ, ENV_TIMEOUT_S, float, DEFAULT_TIMEOUT_S)
+    return JobConfig(
+        role="worker",
+        rank=0,
+        num_workers=options.num_workers,
+        num_servers=options.num_servers,
+        scheduler_host=scheduler[0],
+        scheduler_port=scheduler[1],
+        token=token,
+        host=options.host,
+        timeout_s=timeout_s,
+        slice_bound_bytes=slice_bound_bytes(environ),
+        allow_import=options.allow_import,
+    )
 
-    def spec(role: Literal["worker", "server"], rank: int) -> ProcessSpec:
-        config = JobConfig(
-            role=role,
-            rank=rank,
-            num_workers=options.num_workers,
-            num_servers=options.num_servers,
-            scheduler_host=scheduler[0],
-            scheduler_port=scheduler[1],
-            token=token,
-            host=options.host,
-            timeout_s=timeout_s,
-        )
-        env = {"OMP_NUM_THREADS": str(worker_threads), **environ, **config.to_env(), **inherited}
-        env["PYTHONUNBUFFERED"] = "1"
-        if role == "server":
-            env["OMP_NUM_THREADS"] = "1"
-        if options.allow_import:
-            env[ENV_ALLOW_IMPORT] = ",".join(options.allow_import)
-        return ProcessSpec(
-            node=Node(role, rank),
-            argv=command if role == "worker" else server_argv,
-            env=env,
-            inherit_stdin=role == "worker" and options.num_workers == 1,
-        )
 
-    servers = [spec("server", rank) for rank in range(options.num_servers)]
-    return servers + [spec("worker", rank) for rank in range(options.num_workers)]
+def slice_bound_bytes(environ: Mapping[str, str]) -> int:
+    """Return the slice bound that `environ` asks for, or the default."""
+    return _number(environ, ENV_SLICE_BOUND_BYTES, int, SLICE_BOUND_BYTES)
+
+
+def _number(environ: Mapping[str, str], name: str, kind: type[_Number], default: _Number) -> _Number:
+    try:
+        return kind(environ.get(name, default))
+    except ValueError as exc:
+        raise InvalidArgument(f"the environment says {name}={environ[name]}, which is no number") from exc
+
+
+def plan(config: JobConfig, command: Sequence[str], environ: Mapping[str, str]) -> list[ProcessSpec]:
+    """Return the processes of a job, servers first; workers run `command`.
+
+    All inherit `environ`. Workers share out the cores, unless OMP_NUM_THREADS is set in there.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // config.num_workers)
+    inherited = {"OMP_NUM_THREADS": str(threads), **environ, "PYTHONUNBUFFERED": "1"}
+
+    def env(role: Role, rank: int) -> dict[str, str]:
+        return {**inherited, **dataclasses.replace(config, role=role, rank=rank).to_env()}
+
+    servers = [
+        ProcessSpec(
+            node=Node("server", rank),
+            argv=(sys.executable, "-m", "tensorkv.runtime.server"),
+            env={**env("server", rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(config.num_servers)
+    ]
+    workers = [
+        ProcessSpec(
+            node=Node("worker", rank),
+            argv=tuple(command),
+            env=env("worker", rank),
+            inherit_stdin=config.num_workers == 1,
+        )
+        for rank in range(config.num_workers)
+    ]
+    return servers + workers
 
 
 def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
@@ -129,23 +165,39 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
 
     Raises:
         CommandNotFound: the command cannot be run; nothing was started.
+        InvalidArgument: a number in `environ` is not one.
         OSError: the scheduler cannot listen on `host`, or a process cannot be started.
     """
-    find_command(options.command, environ)
+    command = find_command(options.command, environ)
     from tensorkv.runtime.scheduler import SchedulerServer
 
     token = secrets.token_hex(32)
     scheduler = SchedulerServer(
-        num_workers=options.num_workers, num_servers=options.num_servers, token=token, host=options.host
+        num_workers=options.num_workers,
+        num_servers=options.num_servers,
+        token=token,
+        host=options.host,
+        slice_bound_bytes=slice_bound_bytes(environ),
     )
+
+    def first_lost() -> Node | None:
+        lost = scheduler.lost
+        return Node(lost.role, lost.rank) if lost is not None and lost.role != "scheduler" else None
+
+    def stop_servers() -> list[Node]:
+        servers = [Node("server", rank) for rank in range(options.num_servers)]
+        absent = [node for node in servers if not scheduler._membership.is_known(node.role, node.rank)]
+        scheduler.stop()
+        return absent
+
     scheduler.start()
     try:
         sinks: dict[Stream, Sink] = {"stdout": FileSink(sys.stdout), "stderr": FileSink(sys.stderr)}
         eager = options.num_workers == 1 and sys.stdin is not None and sys.stdin.isatty()
         output = Output(sinks, prefix=options.prefix, eager=eager)
-        environ = {**_columns(options, sinks), **environ}
-        specs = plan(options, environ, scheduler=scheduler.address, token=token)
-        return Job(specs, output, stop_servers=scheduler.stop).run()
+        config = job_config(options, environ, scheduler=scheduler.address, token=token)
+        specs = plan(config, command, {**_columns(options, sinks), **environ})
+        return Job(specs, output, stop_servers=stop_servers, first_lost=first_lost).run()
     finally:
         scheduler.stop()
 

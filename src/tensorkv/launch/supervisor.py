@@ -123,6 +123,7 @@ class Supervisor:
         self._phase = _Phase.RUNNING
         self._verdict = Finish(0)
         self._suspect: Node | None = None
+        self._dismissed: set[Node] = set()
         self.deadline: float | None = None
 
     @property
@@ -140,7 +141,8 @@ class Supervisor:
             suspect: the process that the scheduler lost first, where it knows.
         """
         self._alive -= exits.keys()
-        failed = sorted((node for node in exits if exits[node] != 0), key=lambda n: _suspicion(n, exits[n]))
+        failing = (node for node in exits if exits[node] != 0 and node not in self._dismissed)
+        failed = sorted(failing, key=lambda node: _suspicion(node, exits[node]))
         actions: list[Action] = []
         if failed and self._phase in (_Phase.RUNNING, _Phase.STOPPING):
             first = suspect if suspect in failed else failed[0]
@@ -155,6 +157,12 @@ class Supervisor:
                 self._verdict = _failure(self._suspect, exits[self._suspect])
             actions = self._end(now)
         return actions + self._advance(now)
+
+    def dismiss(self, nodes: Iterable[Node]) -> list[Action]:
+        """End these, whose work is not wanted any more: how they end does not matter."""
+        going = self._alive.intersection(nodes)
+        self._dismissed |= going
+        return [Terminate(tuple(sorted(going)))] if going else []
 
     def signalled(self, signum: int, now: float) -> list[Action]:
         """Take note of a signal to the launcher. The first ends the job, a later Ctrl-C kills it."""
