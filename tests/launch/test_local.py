@@ -56,8 +56,8 @@ class TestJobOptions:
     @pytest.mark.parametrize(
         ("changes", "text"),
         [
-            ({"num_workers": 0}, "at least 1 of its workers, but 0"),
-            ({"num_servers": -1}, "at least 1 of its servers, but -1"),
+            ({"num_workers": 0}, "at least one of its workers, but 0"),
+            ({"num_servers": -1}, "at least one of its servers, but -1"),
             ({"timeout_s": 0.0}, "more than 0 seconds, but is 0"),
             ({"timeout_s": float("nan")}, "more than 0 seconds"),
             ({"allow_import": ("torch", "not a.module")}, "'not a.module' is not the name"),

@@ -13,6 +13,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # errors as plain lines, which can be searched and piped; and no import of rich
     help="A parameter server for PyTorch.",
 )
 
@@ -60,7 +61,8 @@ def run(
     """Run a job on this machine: a scheduler, servers, and COMMAND as each worker.
 
     Options go before the command; what follows belongs to it:
-    tensorkv run -n 4 -s 2 python train.py --epochs 3
+
+        tensorkv run -n 4 -s 2 python train.py --epochs 3
 
     Ends with the status of the first process that failed (128 + signal number for a signal, 1 for a
     server), or 0. Ctrl-C ends the whole job, a second one at once.

@@ -77,7 +77,7 @@ class JobOptions:
     def __post_init__(self) -> None:
         for name, number in (("workers", self.num_workers), ("servers", self.num_servers)):
             if number < 1:
-                raise InvalidArgument(f"a job needs at least 1 of its {name}, but {number} were asked for")
+                raise InvalidArgument(f"a job needs at least one of its {name}, but {number} were asked for")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise InvalidArgument(f"the timeout must be more than 0 seconds, but is {self.timeout_s:g}")
         for module in self.allow_import:
