@@ -1,0 +1,77 @@
+"""What a process learns from its environment."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tensorkv.config import DEFAULT_TIMEOUT_S, SLICE_BOUND_BYTES, JobConfig, from_env
+from tensorkv.errors import NotInJob
+
+CONFIG = JobConfig(
+    role="server",
+    rank=1,
+    num_workers=4,
+    num_servers=2,
+    scheduler_host="10.0.0.7",
+    scheduler_port=9321,
+    token="s3cret",
+    host="10.0.0.8",
+    timeout_s=12.5,
+    slice_bound_bytes=4096,
+)
+
+
+def test_outside_a_job_there_is_no_config() -> None:
+    assert from_env({}) is None
+    assert from_env() is None  # the test's own environment has no job
+
+
+def test_a_config_survives_the_environment() -> None:
+    assert from_env(CONFIG.to_env()) == CONFIG
+
+
+def test_it_is_read_from_the_process_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in CONFIG.to_env().items():
+        monkeypatch.setenv(name, value)
+    assert from_env() == CONFIG
+
+
+def test_an_ipv6_scheduler_keeps_its_colons() -> None:
+    config = dataclasses.replace(CONFIG, scheduler_host="::1")
+    assert from_env(config.to_env()) == config
+
+
+def test_what_is_not_said_has_a_default() -> None:
+    environ = CONFIG.to_env()
+    for name in ("ROLE", "TOKEN", "HOST", "TIMEOUT_S", "SLICE_BOUND_BYTES"):
+        del environ[f"TENSORKV_{name}"]
+    config = from_env(environ)
+    assert config is not None
+    assert config.role == "worker"
+    assert config.token == ""
+    assert config.host == "127.0.0.1"
+    assert config.timeout_s == DEFAULT_TIMEOUT_S
+    assert config.slice_bound_bytes == SLICE_BOUND_BYTES
+
+
+@pytest.mark.parametrize("name", ["RANK", "NUM_WORKERS", "NUM_SERVERS"])
+def test_a_missing_variable_is_named(name: str) -> None:
+    environ = CONFIG.to_env()
+    del environ[f"TENSORKV_{name}"]
+    with pytest.raises(NotInJob, match=f"TENSORKV_{name}.*tensorkv run"):
+        from_env(environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "first"), ("ROLE", "queen"), ("SCHEDULER", "nowhere"), ("TIMEOUT_S", "soon")],
+)
+def test_an_unreadable_variable_is_quoted(name: str, value: str) -> None:
+    with pytest.raises(NotInJob, match=value):
+        from_env({**CONFIG.to_env(), f"TENSORKV_{name}": value})
+
+
+def test_the_token_is_not_shown() -> None:
+    assert "s3cret" not in repr(CONFIG)

@@ -1,0 +1,79 @@
+"""The tree of errors: what its picture says, what a leaf is, and that it survives pickle and the wire."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import pickle
+import re
+
+import pytest
+
+from tensorkv import errors
+from tensorkv.errors import KeyNotInitialized, TensorKVError, UpdaterError, from_wire, to_wire
+
+CLASSES = [
+    value
+    for value in vars(errors).values()
+    if inspect.isclass(value) and issubclass(value, TensorKVError) and value is not TensorKVError
+]
+
+
+def pictured() -> dict[str, set[str]]:
+    """Return the errors drawn in the docstring of the module, each with its standard errors."""
+    assert errors.__doc__ is not None
+    tree: dict[str, set[str]] = {}
+    broken = False
+    for line in errors.__doc__.splitlines():
+        broken = broken or "(ConnectionError)" in line
+        found = re.search(r"[├└]── ([A-Z]\w+)(?: \(([\w, ]+)\))?", line)
+        if found:
+            named = {name.strip() for name in (found[2] or "").split(",")} - {""}
+            tree[found[1]] = named or ({"ConnectionError"} if broken else set())
+    return tree
+
+
+def test_the_picture_shows_every_error_once() -> None:
+    assert set(pictured()) == {cls.__name__ for cls in CLASSES}
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_a_leaf_is_the_standard_errors_of_the_picture(cls: type[TensorKVError]) -> None:
+    standard = {base.__name__ for base in cls.__bases__} - {"TensorKVError"}
+    assert standard == pictured()[cls.__name__]
+    assert all(issubclass(cls, getattr(builtins, name)) for name in standard)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_a_leaf_keeps_its_text(cls: type[TensorKVError]) -> None:
+    text = "key 'w': 3 is not 4"
+    assert str(cls(text)) == text  # a plain KeyError would add quotes
+    again = pickle.loads(pickle.dumps(cls(text)))
+    assert type(again) is cls
+    assert str(again) == text
+    sent = from_wire(*to_wire(cls(text)))
+    assert type(sent) is cls
+    assert str(sent) == text
+
+
+def test_an_error_without_text_is_empty() -> None:
+    assert str(KeyNotInitialized()) == ""
+
+
+def test_a_foreign_error_travels_with_its_type_in_the_text() -> None:
+    name, text = to_wire(ZeroDivisionError("by zero"))
+    assert (name, text) == ("TensorKVError", "ZeroDivisionError: by zero")
+    assert type(from_wire(name, text)) is TensorKVError
+
+
+def test_an_unknown_name_from_the_wire_is_a_plain_error() -> None:
+    error = from_wire("SystemExit", "boom")
+    assert type(error) is TensorKVError
+    assert str(error) == "boom"
+
+
+def test_a_subclass_of_the_user_travels_as_what_it_is_called() -> None:
+    class Mine(UpdaterError):
+        pass
+
+    assert type(from_wire(*to_wire(Mine("x")))) is TensorKVError

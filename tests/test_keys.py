@@ -1,0 +1,143 @@
+"""Arguments become pairs of key and values, in each of the three forms."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tensorkv.errors import InvalidKey, InvalidOut, InvalidValue, LengthMismatch
+from tensorkv.keys import ABSENT, Form, answer, check_keys, pull_batch, push_batch, split_keys
+
+A, B, C = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])
+
+
+class TestCheckKeys:
+    def test_ints_or_strings(self) -> None:
+        assert check_keys([3, 1]) == (3, 1)
+        assert check_keys(iter(["b", "a"]), str) == ("b", "a")
+
+    @pytest.mark.parametrize("key", [True, None, 1.0, b"w", ("w",), np.int64(3)])
+    def test_anything_else_is_refused(self, key: Any) -> None:
+        with pytest.raises(InvalidKey, match="int or a str"):
+            check_keys([key])
+
+    def test_a_bool_among_ints_is_found(self) -> None:
+        with pytest.raises(InvalidKey, match="True is a bool"):
+            check_keys([1, True])
+
+    def test_a_mix_is_refused(self) -> None:
+        with pytest.raises(InvalidKey, match="mixed"):
+            check_keys([1, "a"])
+        with pytest.raises(InvalidKey, match="int keys"):
+            check_keys(["a"], int)
+
+    def test_a_long_list_is_cut_in_the_text(self) -> None:
+        with pytest.raises(InvalidKey) as caught:
+            check_keys([*range(1000), "a"])
+        assert len(str(caught.value)) < 200
+
+    def test_none_at_all(self) -> None:
+        with pytest.raises(LengthMismatch, match="empty"):
+            check_keys([])
+
+
+class TestSplitKeys:
+    def test_three_forms(self) -> None:
+        assert split_keys("w", A) == (["w"], [A], Form.SINGLE)
+        assert split_keys(("w", "b"), [A, B]) == (["w", "b"], [A, B], Form.LIST)
+        assert split_keys({"w": A, "b": B}, None) == (["w", "b"], [A, B], Form.DICT)
+
+    def test_values_may_come_from_a_generator(self) -> None:
+        assert split_keys([1, 2], (x for x in (A, B)))[1] == [A, B]
+
+    def test_a_dict_and_values(self) -> None:
+        with pytest.raises(InvalidValue, match="already holds"):
+            split_keys({"w": A}, A)
+
+    @pytest.mark.parametrize("value", [None, A, {"w": A}])
+    def test_a_list_of_keys_wants_a_list(self, value: Any) -> None:
+        with pytest.raises(InvalidValue, match="list of 1 keys"):
+            split_keys(["w"], value)
+
+    @pytest.mark.parametrize(("keys", "values"), [(["w"], [A, B]), (["w", "b"], [A]), ([], []), ({}, None)])
+    def test_lengths(self, keys: Any, values: Any) -> None:
+        with pytest.raises(LengthMismatch):
+            split_keys(keys, values)
+
+
+class TestPushBatch:
+    def test_devices_of_one_key(self) -> None:
+        batch = push_batch("w", [A, B], None)
+        assert batch.keys == ("w",)
+        assert batch.tensors == [[A, B]]
+        assert batch.counts == [2]
+
+    def test_absent(self) -> None:
+        batch = push_batch(["w", "b"], [ABSENT, A], None)
+        assert batch.tensors == [[], [A]]
+        assert batch.counts == [0, 1]
+
+    def test_absent_is_no_device(self) -> None:
+        with pytest.raises(InvalidValue):
+            push_batch("w", [A, ABSENT], None)
+
+    def test_a_repeated_key_is_joined_in_order_and_counts_as_one_push(self) -> None:
+        batch = push_batch(["w", "b", "w"], [[A, B], A, [C]], None)
+        assert batch.keys == ("w", "b")
+        assert batch.tensors[0] == [A, B, C]
+        assert batch.counts == [2, 1]
+
+    def test_a_repeated_key_with_absent(self) -> None:
+        batch = push_batch(["w", "w"], [ABSENT, A], None)
+        assert batch.tensors == [[A]]
+        assert batch.counts == [1]
+
+    def test_no_devices(self) -> None:
+        with pytest.raises(LengthMismatch, match="'w' is empty"):
+            push_batch("w", [], None)
+
+    def test_a_missing_value(self) -> None:
+        with pytest.raises(InvalidValue, match="None"):
+            push_batch("w", None, None)
+
+
+class TestPullBatch:
+    def test_without_out(self) -> None:
+        single, many = pull_batch("w", None, None), pull_batch(["w", "b"], None, str)
+        assert (single.outs, single.form) == ([[]], Form.SINGLE)
+        assert (many.outs, many.form) == ([[], []], Form.LIST)
+
+    def test_keys_may_repeat(self) -> None:
+        assert pull_batch(["w", "w"], [A, B], None).keys == ("w", "w")
+
+    def test_a_dict_of_outs_needs_no_keys(self) -> None:
+        given = {"w": torch.zeros(1), "b": [torch.zeros(1), torch.zeros(1)]}
+        batch = pull_batch(None, given, None)
+        assert batch.keys == ("w", "b")
+        assert [len(outs) for outs in batch.outs] == [1, 2]
+        assert answer(batch, []) is given
+
+    def test_no_key_and_no_out(self) -> None:
+        with pytest.raises(InvalidKey):
+            pull_batch(None, None, None)
+
+    def test_bad_outs(self) -> None:
+        with pytest.raises(LengthMismatch, match="outs"):
+            pull_batch("w", [], None)
+        with pytest.raises(InvalidOut):
+            pull_batch("w", torch.zeros(1).expand(4), None)
+
+    def test_the_answer_has_the_form_of_the_question(self) -> None:
+        assert answer(pull_batch("w", None, None), [A]) is A
+        assert answer(pull_batch(["w"], None, None), [A]) == [A]
+        out = torch.zeros(1)
+        assert answer(pull_batch("w", out, None), []) is out
+
+
+def test_absent_is_one_object_with_a_name() -> None:
+    assert repr(ABSENT) == "tensorkv.ABSENT"
+    assert pickle.loads(pickle.dumps(ABSENT)) is ABSENT

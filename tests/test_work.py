@@ -1,0 +1,62 @@
+"""Work: the handle of a call that may still be going on."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tensorkv.errors import PeerLostError, WaitTimeout
+from tensorkv.work import Work
+
+
+def test_a_completed_work_has_its_value() -> None:
+    work = Work.completed(3, "pull")
+    assert work.is_completed()
+    assert work.wait() is True
+    assert work.result() == 3
+    assert work.exception() is None
+    assert "completed" in repr(work)
+
+
+def test_a_pending_work_can_be_waited_for_again() -> None:
+    future: Future[Any] = Future()
+    work = Work(future, "push of 'w'")
+    assert not work.is_completed()
+    assert "pending" in repr(work)
+    with pytest.raises(WaitTimeout, match=r"push of 'w' is not complete after 0\.01 s"):
+        work.wait(0.01)
+    with pytest.raises(WaitTimeout):
+        work.wait(timedelta(milliseconds=1))
+    future.set_result("value")
+    assert work.wait(timedelta(seconds=1)) is True
+    assert work.result() == "value"
+
+
+def test_wait_wakes_up_when_another_thread_completes_it() -> None:
+    future: Future[Any] = Future()
+    thread = threading.Thread(target=future.set_result, args=(1,))
+    thread.start()
+    assert Work(future, "pull").wait(30)
+    thread.join(30)
+
+
+def test_the_error_of_the_call_is_raised() -> None:
+    future: Future[Any] = Future()
+    future.set_exception(PeerLostError("server 1 is gone"))
+    work = Work(future, "pull")
+    assert work.is_completed()
+    assert isinstance(work.exception(), PeerLostError)
+    for call in (work.wait, work.result):
+        with pytest.raises(PeerLostError, match="server 1"):
+            call()
+
+
+def test_a_timeout_of_the_call_itself_passes_as_it_is() -> None:
+    future: Future[Any] = Future()
+    future.set_exception(WaitTimeout("waiting for worker 3"))
+    with pytest.raises(WaitTimeout, match="worker 3"):
+        Work(future, "pull").wait(5)
