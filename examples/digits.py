@@ -112,9 +112,7 @@ def main() -> None:
                     print(f"epoch {epoch:2}  loss {loss:.4f}  test accuracy {right:.2%}  {speed}")
         if kv.rank == 0:
             _, right = evaluate(net, data.test_images, data.test_labels)
-            print(
-                f"{kv.kind}, {kv.num_workers} worker(s): {right:.2%} of {len(data.test_labels)} images right"
-            )
+            print(f"{kv.kind}, {kv.num_workers} worker(s): {right:.2%} of the test images right")
 
 
 if __name__ == "__main__":
