@@ -272,3 +272,5 @@ def test_an_updater_works_on_the_memory_of_the_tensors() -> None:
     assert stored.tolist() == [-1.0, 3.0, 3.0]
     assert seen == [("w", cpu(0))]
     assert updater.__name__ == "update"
+    assert updater == MXNetUpdater(update) != MXNetUpdater(print)
+    assert len({updater, MXNetUpdater(update)}) == 1

@@ -66,6 +66,12 @@ def test_arguments_a_store_cannot_honour_are_refused(argument: dict[str, Any]) -
     assert isinstance(info.value, MXNetError)
 
 
+@pytest.mark.parametrize("name", ["rescale_grad", "lr", "learning_rate", "wd_mult"])
+def test_attributes_that_would_be_ignored_cannot_be_set(name: str) -> None:
+    with pytest.raises(AttributeError):
+        setattr(optimizer.SGD(), name, 0.5)
+
+
 @pytest.mark.parametrize("options", [{"foo": 1}, {"learning_rate": "fast"}, {"wd": [1]}, {"beta1": 0.9}])
 def test_wrong_options_are_refused_at_once(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidOption) as info:

@@ -18,6 +18,8 @@ from tensorkv.updater import optimizer_spec
 class Optimizer:
     """An optimizer with its options, to be given to `KVStore.set_optimizer`. It does not change."""
 
+    __slots__ = ("_options",)  # an attribute that MXNet has and that would be ignored here is an error
+
     torch_class: ClassVar[type[torch.optim.Optimizer]]
     """The torch optimizer that a store runs."""
 
@@ -56,6 +58,7 @@ class Optimizer:
 class SGD(Optimizer):
     """Gradient descent: learning_rate=0.01, momentum=0.0, wd=0.0, rescale_grad=1.0, clip_gradient=None."""
 
+    __slots__ = ()
     torch_class = arithmetic.SGD
     without_effect = frozenset({"begin_num_update"})
 
@@ -65,6 +68,7 @@ class Adam(Optimizer):
     arguments wd, rescale_grad, clip_gradient.
     """
 
+    __slots__ = ()
     torch_class = arithmetic.Adam
 
     @property
@@ -78,6 +82,7 @@ class Adam(Optimizer):
 class Test(Optimizer):
     """Adds rescale_grad times the gradient."""
 
+    __slots__ = ()
     torch_class = arithmetic.Test
     without_effect = frozenset({"begin_num_update", "clip_gradient", "learning_rate", "wd"})
 
