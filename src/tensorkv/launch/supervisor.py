@@ -124,6 +124,7 @@ class Supervisor:
         self._verdict = Finish(0)
         self._suspect: Node | None = None
         self._dismissed: set[Node] = set()
+        self._asked: set[Node] = set()
         self.deadline: float | None = None
 
     @property
@@ -184,15 +185,23 @@ class Supervisor:
             return []
         if self._phase is _Phase.AWAITING:
             return self._end(now)
-        who = _listing(self.alive)
         if self._phase is _Phase.KILLING:
-            return [Report(f"{who} could not be killed"), *self._finish()]
-        late = self._server_stop_s if self._phase is _Phase.STOPPING else self._grace_s
+            return [Report(f"{_listing(self.alive)} could not be killed"), *self._finish()]
+        stopping = self._phase is _Phase.STOPPING
+        late = self._server_stop_s if stopping else self._grace_s
+        who = _listing(node for node in self.alive if stopping or node in self._asked)
         return [Report(f"{who} did not end within {late:g} s and will be killed"), *self._kill(now)]
 
     def _end(self, now: float) -> list[Action]:
         self._phase, self.deadline = _Phase.ENDING, now + self._grace_s
-        return [Terminate(self.alive)] if self._alive else []
+        return self._ask()
+
+    def _ask(self) -> list[Action]:
+        """Ask workers to end, and servers after them: a worker that leaves in good order needs those."""
+        workers = {node for node in self._alive if node.role == "worker"}
+        new = (workers or self._alive) - self._asked
+        self._asked |= new
+        return [Terminate(tuple(sorted(new)))] if new else []
 
     def _kill(self, now: float) -> list[Action]:
         self._phase, self.deadline = _Phase.KILLING, now + self._kill_wait_s
@@ -211,7 +220,7 @@ class Supervisor:
         if self._phase is _Phase.RUNNING and all(node.role == "server" for node in self._alive):
             self._phase, self.deadline = _Phase.STOPPING, now + self._server_stop_s
             return [StopServers()]
-        return []
+        return self._ask() if self._phase is _Phase.ENDING else []
 
 
 def _suspicion(node: Node, returncode: int) -> tuple[bool, Node]:
