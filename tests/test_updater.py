@@ -1,0 +1,329 @@
+"""Updaters: named ones, functions, torch's optimizers; and which of them holds for a key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tensorkv.errors import (
+    InvalidOption,
+    InvalidValue,
+    UnknownUpdater,
+    UnsupportedOptimizer,
+    UpdaterError,
+)
+from tensorkv.updater import (
+    ELEMENTWISE_OPTIMIZERS,
+    FunctionUpdater,
+    OptimizerUpdater,
+    Setting,
+    SettingsTable,
+    Update,
+    Updater,
+    apply_all,
+    build,
+    build_from_argument,
+    find_optimizer,
+    named_spec,
+    optimizer_spec,
+)
+from tensorkv.updaterspec import UpdaterSpec
+
+OPTIONS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}}
+
+
+def optimizer(name: str, **options: Any) -> OptimizerUpdater:
+    cls = find_optimizer(name)
+    updater = build(optimizer_spec(cls, options), cls)
+    assert isinstance(updater, OptimizerUpdater)
+    return updater
+
+
+def function(call: Any) -> Updater:
+    return build(UpdaterSpec(type="function", name="tests:call", elementwise=False), call)
+
+
+def step(updater: Updater, slot: int, pushed: torch.Tensor, stored: torch.Tensor, **options: Any) -> Any:
+    return updater.apply([Update(slot, f"key {slot}", pushed, stored)], options)[0]
+
+
+class TestNamed:
+    def test_assign_and_add(self) -> None:
+        stored = torch.tensor([5.0])
+        assert step(build(named_spec("assign")), 0, torch.tensor([2.0]), stored) is None
+        assert stored.item() == 2
+        assert step(build(named_spec("add")), 0, torch.tensor([2.0]), stored) is None
+        assert stored.item() == 4
+
+    @pytest.mark.parametrize("name", ["replace", "", "Assign"])
+    def test_an_unknown_name_lists_the_known(self, name: str) -> None:
+        with pytest.raises(UnknownUpdater, match="'add', 'assign'"):
+            build_from_argument(name, False)
+
+    def test_none_is_assign(self) -> None:
+        assert build_from_argument(None, False).spec.name == "assign"
+
+
+class TestFunction:
+    def test_it_is_named_by_where_it_lives(self) -> None:
+        spec = build_from_argument(lambda key, pushed, stored: None, True).spec
+        assert spec.type == "function"
+        assert spec.name.startswith(f"{__name__}:TestFunction")
+        assert spec.elementwise
+
+    def test_an_object_that_can_be_called_has_the_name_of_its_class(self) -> None:
+        class Scale:
+            def __call__(self, key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+                stored += 2 * pushed
+
+        updater = build_from_argument(Scale(), False)
+        assert updater.spec.name.endswith("Scale")
+        stored = torch.zeros(2)
+        assert step(updater, 0, torch.ones(2), stored) is None
+        assert stored.tolist() == [2, 2]
+
+    @pytest.mark.parametrize("wrong", [3, torch.optim.SGD, object()])
+    def test_what_is_no_function(self, wrong: Any) -> None:
+        with pytest.raises(UnknownUpdater):
+            build_from_argument(wrong, False)
+
+    def test_one_that_raises_leaves_the_value(self) -> None:
+        def half_way(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+            stored.fill_(99)
+            raise ZeroDivisionError("by zero")
+
+        stored = torch.zeros(2)
+        failure = step(function(half_way), 3, torch.ones(2), stored)
+        assert isinstance(failure, UpdaterError)
+        assert isinstance(failure.__cause__, ZeroDivisionError)
+        assert "'key 3'" in str(failure)
+        assert "in half_way" in str(failure)  # the traceback
+        assert stored.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("cls", sorted(ELEMENTWISE_OPTIMIZERS, key=str))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_optimizer_does_what_torch_does(cls: type[torch.optim.Optimizer], dtype: torch.dtype) -> None:
+    options = OPTIONS.get(cls.__name__.lower(), {})
+    updater = build(optimizer_spec(cls, options), cls)
+    start = [torch.randn(4, 3, dtype=dtype), torch.randn((), dtype=dtype), torch.zeros(0, dtype=dtype)]
+    expected = [torch.nn.Parameter(each.clone()) for each in start]
+    reference = cls(expected, **options)
+    for _ in range(5):
+        grads = [torch.randn_like(each) for each in start]
+        for parameter, grad in zip(expected, grads, strict=True):
+            parameter.grad = grad.clone()
+        reference.step()
+        updates = [
+            Update(i, i, grad.clone(), each) for i, (grad, each) in enumerate(zip(grads, start, strict=True))
+        ]
+        assert updater.apply(updates, options) == [None] * 3
+    for each, parameter in zip(start, expected, strict=True):
+        torch.testing.assert_close(each, parameter.detach(), rtol=1e-6, atol=1e-7)
+
+
+class TestOptimizer:
+    @pytest.mark.parametrize("name", ["sgd", "SGD", "AdamW", "rmsprop"])
+    def test_names_in_any_case(self, name: str) -> None:
+        assert find_optimizer(name).__name__.lower() == name.lower()
+
+    def test_a_class_is_taken_as_it_is(self) -> None:
+        class Mine(torch.optim.SGD):
+            pass
+
+        assert find_optimizer(Mine) is Mine
+        assert not optimizer_spec(Mine, {}).elementwise
+
+    @pytest.mark.parametrize("wrong", ["sgdd", "optimizer", torch.optim.Optimizer, torch.nn.Linear, 3])
+    def test_what_is_no_optimizer(self, wrong: Any) -> None:
+        with pytest.raises(UnknownUpdater):
+            find_optimizer(wrong)
+
+    def test_an_object_made_from_a_class_is_none(self) -> None:
+        made: Any = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+        with pytest.raises(UnknownUpdater, match="not an object"):
+            find_optimizer(made)
+
+    @pytest.mark.parametrize("name", ["lbfgs", "SparseAdam"])
+    def test_those_a_store_cannot_run(self, name: str) -> None:
+        with pytest.raises(UnsupportedOptimizer):
+            find_optimizer(name)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"lr": -1.0},
+            {"speed": 3},
+            {"lr": "fast"},
+            {"lr": torch.tensor(0.1)},
+            {"momentum": [0.9, object()]},
+        ],
+        ids=["range", "unknown", "type", "tensor", "object"],
+    )
+    def test_refused_options(self, options: dict[str, Any]) -> None:
+        with pytest.raises(InvalidOption, match="SGD"):
+            optimizer_spec(torch.optim.SGD, options)
+
+    def test_lists_become_tuples(self) -> None:
+        assert step(optimizer("adam", betas=[0.8, 0.9]), 0, torch.ones(2), torch.ones(2)) is None
+
+    def test_slots_with_and_without_momentum_go_in_one_call(self) -> None:
+        updater, values = optimizer("sgd", lr=1.0, momentum=0.5), [torch.zeros(2), torch.zeros(2)]
+        options = {"lr": 1.0, "momentum": 0.5}
+        step(updater, 0, torch.ones(2), values[0], **options)
+        both = [Update(i, i, torch.ones(2), values[i]) for i in (1, 0)]
+        assert updater.apply(both, options) == [None, None]
+        assert values[0].tolist() == [-2.5, -2.5]
+        assert values[1].tolist() == [-1, -1]
+
+    def test_options_of_the_call_win(self) -> None:
+        updater, stored = optimizer("sgd", lr=1.0), torch.zeros(1)
+        step(updater, 0, torch.ones(1), stored, lr=0.25)
+        assert stored.item() == -0.25
+
+    def test_foreach_may_be_asked_for(self) -> None:
+        updater, stored = optimizer("adam", lr=0.1), torch.zeros(3)
+        assert step(updater, 0, torch.ones(3), stored, lr=0.1, foreach=True) is None
+        assert stored[0].item() == pytest.approx(-0.1)
+
+    def test_forgetting_starts_afresh(self) -> None:
+        updater, stored = optimizer("sgd", lr=1.0, momentum=0.5), torch.zeros(1)
+        options = {"lr": 1.0, "momentum": 0.5}
+        step(updater, 0, torch.ones(1), stored, **options)
+        updater.forget(0)
+        updater.forget(17)  # one without state
+        step(updater, 0, torch.ones(1), stored, **options)
+        assert stored.item() == -2
+
+    def test_a_value_may_move(self) -> None:
+        updater, stored = optimizer("sgd", lr=1.0, momentum=0.5), torch.zeros(1)
+        options = {"lr": 1.0, "momentum": 0.5}
+        step(updater, 0, torch.ones(1), stored, **options)
+        moved = stored.clone()
+        step(updater, 0, torch.ones(1), moved, **options)
+        assert (stored.item(), moved.item()) == (-1, -2.5)
+
+    def test_one_off_the_list_runs_on_a_copy(self) -> None:
+        class Moody(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:
+                super().step()
+                if self.param_groups[0]["params"][0].grad.sum() < 0:
+                    raise RuntimeError("not in the mood")
+
+        updater = build(optimizer_spec(Moody, {"lr": 1.0, "momentum": 0.5}), Moody)
+        options, stored = {"lr": 1.0, "momentum": 0.5}, torch.zeros(1)
+        assert step(updater, 0, torch.ones(1), stored, **options) is None
+        failure = step(updater, 0, -torch.ones(1), stored, **options)
+        assert isinstance(failure, UpdaterError)
+        assert stored.item() == -1
+        assert step(updater, 0, torch.ones(1), stored, **options) is None
+        assert stored.item() == -2.5  # momentum as if the failed step had not been
+
+    def test_what_it_raises_is_reported_for_each_slot(self) -> None:
+        updater, stored = optimizer("adam"), [torch.ones(2), torch.ones(2)]
+        updates = [Update(i, i, torch.ones(2), stored[i]) for i in range(2)]
+        updater.apply(updates, {})
+        failures = updater.apply(updates, {"amsgrad": True, "foreach": False})  # it has no such state
+        assert [type(failure) for failure in failures] == [UpdaterError, UpdaterError]
+
+    def test_an_integer_value_fails_alone(self) -> None:
+        updater = optimizer("sgd", lr=0.5)
+        floats, ints = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+        updates = [Update(0, "i", ints + 1, ints), Update(1, "f", floats + 1, floats)]
+        failures = updater.apply(updates, {"lr": 0.5})
+        assert isinstance(failures[0], UpdaterError)
+        assert failures[1] is None
+        assert (ints.item(), floats.item()) == (0, -0.5)
+
+    def test_muon_takes_matrices_only(self) -> None:
+        updater = optimizer("muon")
+        updater.check_value("m", (3, 4), torch.float32)
+        with pytest.raises(InvalidValue, match=r"'v' of shape \(3,\).*keys="):
+            updater.check_value("v", (3,), torch.float32)
+
+
+class TestSettingsTable:
+    def test_assign_holds_at_first(self) -> None:
+        assert SettingsTable().setting("w").updater.spec.name == "assign"
+
+    def test_the_last_one_that_names_a_key_holds(self) -> None:
+        table, sgd, adam = SettingsTable(), optimizer("sgd"), optimizer("adam")
+        table.set_updater(sgd, None)
+        table.set_updater(adam, ("w",))
+        assert table.setting("w").updater is adam
+        assert table.setting("b").updater is sgd
+        table.set_updater(sgd, None)
+        assert table.setting("w").updater is sgd
+
+    def test_an_equal_updater_is_kept(self) -> None:
+        table, first = SettingsTable(), optimizer("sgd", lr=0.1)
+        table.set_updater(first, None)
+        table.set_updater(optimizer("sgd", lr=0.1), None)
+        assert table.setting("w").updater is first
+        table.set_updater(optimizer("sgd", lr=0.2), None)
+        assert table.setting("w").updater is not first
+
+    def test_functions_are_equal_if_they_are_the_same(self) -> None:
+        table = SettingsTable()
+
+        def call(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+            stored += pushed
+
+        first, again, other = function(call), function(call), function(lambda key, pushed, stored: None)
+        table.set_updater(first, None)
+        table.set_updater(again, None)
+        assert table.setting("w").updater is first
+        table.set_updater(other, None)
+        held = table.setting("w").updater
+        assert isinstance(held, FunctionUpdater)
+        assert held is other
+
+    def test_options_for_all_and_for_some(self) -> None:
+        table = SettingsTable()
+        table.set_updater(optimizer("sgd", lr=0.1), None)
+        table.set_options({"lr": 0.5}, ("w",))
+        assert table.setting("w").options["lr"] == 0.5
+        assert table.setting("b").options["lr"] == 0.1
+        table.set_options({"lr": 0.7}, None)
+        assert table.setting("w").options["lr"] == table.setting("b").options["lr"] == 0.7
+        assert table.setting("w").updater is table.setting("b").updater
+
+    @pytest.mark.parametrize("options", [{"speed": 1}, {"lr": -1.0}])
+    def test_refused_options_change_nothing(self, options: dict[str, Any]) -> None:
+        table = SettingsTable()
+        table.set_updater(optimizer("sgd", lr=0.1), None)
+        with pytest.raises(InvalidOption):
+            table.set_options({**options}, None)
+        assert table.setting("w").options == {"lr": 0.1}
+
+    def test_options_need_an_optimizer(self) -> None:
+        table = SettingsTable()
+        with pytest.raises(InvalidOption, match="set_optimizer first"):
+            table.set_options({"lr": 1.0}, None)
+        table.set_updater(optimizer("sgd"), ("w",))
+        with pytest.raises(InvalidOption):
+            table.set_options({"lr": 1.0}, ("w", "b"))
+        table.set_options({"lr": 1.0}, None)  # for those that have one
+
+    def test_a_copy_is_on_its_own(self) -> None:
+        table = SettingsTable()
+        other = table.copy()
+        other.set_updater(optimizer("sgd"), ("w",))
+        assert table.setting("w").updater.spec.name == "assign"
+        assert other.setting("w").updater.spec.type == "optimizer"
+
+
+def test_apply_all_gives_each_update_its_own_answer() -> None:
+    def refuse(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+        raise ValueError(f"no {key}")
+
+    good, bad = Setting(build(named_spec("add"))), Setting(function(refuse))
+    values = [torch.zeros(1) for _ in range(4)]
+    settings = [good, bad, good, bad]
+    updates = [(setting, Update(i, i, torch.ones(1), values[i])) for i, setting in enumerate(settings)]
+    failures = apply_all(updates)
+    assert [failure is None for failure in failures] == [True, False, True, False]
+    assert "no 3" in str(failures[3])
+    assert [value.item() for value in values] == [1, 0, 1, 0]
