@@ -71,6 +71,7 @@ def check_init_must_agree(maker: StoreMaker, workers: int) -> None:
         meeting.everybody()
         same(kv.pull("w"), 5.0)
         kv.set_updater("add")
+        meeting.everybody()
         kv.push("w", full(1))
         kv.barrier()
         same(kv.pull("w"), 5.0 + workers)

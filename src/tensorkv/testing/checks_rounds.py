@@ -96,6 +96,26 @@ def check_pull_waits_for_the_round(maker: StoreMaker, workers: int) -> None:
 
 
 @check(workers=SEVERAL, only="sync")
+def check_pushed_memory_is_free_at_once(maker: StoreMaker, workers: int) -> None:
+    """When push has returned the caller may change its tensors, though the round is still open."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["w", "large"], [full(0), full(0, 50_000)])
+        meeting.everybody()
+        if kv.rank > 0:
+            meeting.wait_for("changed")
+        mine, large = full(1), full(1, 50_000)
+        kv.push(["w", "large"], [mine, large])
+        mine.fill_(1000)
+        large.fill_(1000)
+        meeting.signal("changed")
+        same(kv.pull("w"), float(workers))
+        same(kv.pull("large"), full(workers, 50_000))
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL, only="sync")
 def check_sums_in_rank_order(maker: StoreMaker, workers: int) -> None:
     """Devices in list order, then workers in rank order, bit for bit, for every order of arrival."""
     parts = [[noise(10 * rank + device, 97) for device in range(3)] for rank in range(workers)]

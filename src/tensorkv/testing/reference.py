@@ -10,13 +10,14 @@ deleting, and updaters that are functions. Optimizers are such functions as well
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from tensorkv.arrays import Key, check_matches
-from tensorkv.errors import KeyAlreadyInitialized, KeyNotInitialized, UncommittedPush
+from tensorkv.errors import KeyAlreadyInitialized, KeyNotInitialized, UncommittedPush, UpdaterError
 from tensorkv.keys import ABSENT
 from tensorkv.store import CommitResult, UpdaterFunction
 
@@ -52,9 +53,10 @@ class _Entry:
 
     value: torch.Tensor
     generation: int
-    pushes: list[list[_Push]]
+    pushes: list[list[_Push | None]]
     round: int = 0
     version: int = 0
+    failures: dict[int, UpdaterError] = field(default_factory=dict)  # by contributor, until it is told
 
 
 @dataclass
@@ -75,11 +77,21 @@ class ReferenceStore:
         if key in self.entries:
             raise KeyAlreadyInitialized(f"key {key!r} is initialised")
         self._generations[key] = self._generations.get(key, 0) + 1
-        pushes: list[list[_Push]] = [[] for _ in range(self.num_workers)]
+        pushes: list[list[_Push | None]] = [[] for _ in range(self.num_workers)]
         self.entries[key] = _Entry(value.clone(), self._generations[key], pushes)
 
-    def push(self, rank: int, key: Key, values: Sequence[torch.Tensor] | object, apply: bool = True) -> None:
-        """Contribute to the next round of this rank: one tensor per device, or ABSENT."""
+    def push(
+        self,
+        rank: int,
+        key: Key,
+        values: Sequence[torch.Tensor] | object,
+        apply: bool = True,
+        count: int | None = None,
+    ) -> None:
+        """Contribute to the next round of this rank: one tensor per device, or ABSENT.
+
+        In a mean they count as `count`, by default as many as they are.
+        """
         entry = self._entry(key)
         tensors = [] if values is ABSENT else list(values)  # type: ignore[call-overload]
         for tensor in tensors:
@@ -88,7 +100,11 @@ class ReferenceStore:
         total = None
         for tensor in tensors:  # devices first, in list order
             total = tensor.clone() if total is None else total + tensor
-        entry.pushes[rank].append(_Push(total, len(tensors), apply, self._updater))
+        for other, pushes in enumerate(entry.pushes):
+            if other == rank:
+                pushes.append(_Push(total, len(tensors) if count is None else count, apply, self._updater))
+            elif self.is_async:  # a round in which nobody else takes part
+                pushes.append(None)
         self._advance(key, entry)
 
     def pull(self, rank: int, key: Key) -> torch.Tensor:
@@ -97,21 +113,30 @@ class ReferenceStore:
         self._check_free(entry, rank, key)
         return entry.value.clone()
 
-    def commit(self, rank: int, *, max_norm: float | None = None, skip: bool = False) -> CommitResult | None:
+    def commit(
+        self, rank: int, *, max_norm: float | None = None, skip: bool = False, check_finite: bool = False
+    ) -> CommitResult | None:
         """Commit what was pushed with `apply=False`: the last worker's call does it, others get None."""
         self._commits[rank] = skip
         if len(self._commits) + len(self.left) < self.num_workers:
             return None
-        skip = any(self._commits.values())
+        asked_to_skip = any(self._commits.values())
         self._commits.clear()
-        sums = {key: self._sum(entry) for key, entry in self.entries.items() if self._uncommitted(entry)}
-        squares = sum(float(total.double().square().sum()) for total in sums.values() if total is not None)
-        norm = None if max_norm is None else squares**0.5
-        scale = 1.0 if norm is None or max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+        ranks = range(self.num_workers)
+        sums = {
+            key: self._sum(entry)
+            for key, entry in self.entries.items()
+            if any(self._is_uncommitted(entry, each) for each in ranks)
+        }
+        values = [total.double() for total in sums.values() if total is not None]
+        norm = sum(float(value.square().sum()) for value in values) ** 0.5
+        finite = all(bool(value.isfinite().all()) for value in values)
+        skip = asked_to_skip or (check_finite and not finite)
+        scale = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
         for key, total in sums.items():
             scaled = total if total is None or scale == 1.0 else total * scale
             self._apply(key, self.entries[key], None if skip else scaled)
-        return CommitResult(applied=not skip, norm=norm)
+        return CommitResult(applied=not skip, norm=None if max_norm is None and not check_finite else norm)
 
     def set_updater(self, rank: int, updater: UpdaterFunction | str) -> None:
         """Choose the updater, from the next push of this rank on: in a real job rank 0's choice counts."""
@@ -121,7 +146,7 @@ class ReferenceStore:
         """Rounds wait for this rank no longer; what it pushed counts, what it did not commit is dropped."""
         self.left.add(rank)
         for key, entry in self.entries.items():
-            if entry.pushes[rank] and not entry.pushes[rank][-1].apply:
+            if self._is_uncommitted(entry, rank):
                 entry.pushes[rank].pop()
             self._advance(key, entry)
 
@@ -143,51 +168,59 @@ class ReferenceStore:
         return self.entries[self._known(key)]
 
     def _check_free(self, entry: _Entry, rank: int, key: Key) -> None:
-        if entry.pushes[rank] and not entry.pushes[rank][-1].apply:
+        if rank in entry.failures:
+            raise entry.failures.pop(rank)
+        if self._is_uncommitted(entry, rank):
             raise UncommittedPush(f"key {key!r} awaits commit")
-        if not self.is_async and entry.round < len(entry.pushes[rank]):
+        if entry.round < len(entry.pushes[rank]):
             raise WouldWait
 
-    def _uncommitted(self, entry: _Entry) -> bool:
-        return any(pushes and not pushes[-1].apply for pushes in entry.pushes)
+    def _is_uncommitted(self, entry: _Entry, rank: int) -> bool:
+        last = entry.pushes[rank][-1] if entry.pushes[rank] else None
+        return last is not None and not last.apply
 
-    def _parts(self, entry: _Entry) -> list[_Push]:
-        """Return the contributions to the open round, in rank order."""
-        return [pushes[entry.round] for pushes in entry.pushes if len(pushes) > entry.round]
+    def _parts(self, entry: _Entry) -> dict[int, _Push]:
+        """Return the contributions to the open round by rank, in rank order."""
+        in_round = (
+            (rank, each[entry.round]) for rank, each in enumerate(entry.pushes) if len(each) > entry.round
+        )
+        return {rank: push for rank, push in in_round if push is not None}
 
     def _advance(self, key: Key, entry: _Entry) -> None:
-        if self.is_async:
-            for pushes in entry.pushes:
-                for push in pushes:
-                    self._apply(key, entry, self._mean(push.total, push.count), push.updater)
-                pushes.clear()
-            return
         while parts := self._parts(entry):
             waits = any(
                 len(pushes) <= entry.round and rank not in self.left
                 for rank, pushes in enumerate(entry.pushes)
             )
-            if waits or not all(part.apply for part in parts):
+            if waits or not all(part.apply for part in parts.values()):
                 return
             self._apply(key, entry, self._sum(entry))
 
     def _sum(self, entry: _Entry) -> torch.Tensor | None:
         total = None
-        for part in self._parts(entry):  # then workers, in rank order
+        for part in self._parts(entry).values():  # then workers, in rank order
             if part.total is not None:
                 total = part.total if total is None else total + part.total
-        return self._mean(total, sum(part.count for part in self._parts(entry)))
+        if total is None or self.reduction == "sum":
+            return total
+        return total / sum(part.count for part in self._parts(entry).values())
 
-    def _mean(self, total: torch.Tensor | None, count: int) -> torch.Tensor | None:
-        return total / count if total is not None and self.reduction == "mean" else total
-
-    def _apply(
-        self, key: Key, entry: _Entry, total: torch.Tensor | None, updater: UpdaterFunction | None = None
-    ) -> None:
-        """End the open round; the updater is the one its lowest rank pushed under."""
-        for part in self._parts(entry):
+    def _apply(self, key: Key, entry: _Entry, total: torch.Tensor | None) -> None:
+        """End the open round. The updater is the one its lowest rank pushed under."""
+        parts = self._parts(entry)
+        for part in parts.values():
             part.apply = True
         if total is not None:
-            (updater or self._parts(entry)[0].updater)(key, total, entry.value)
-            entry.version += 1
+            self._update(key, entry, total, parts)
         entry.round += 1
+
+    def _update(self, key: Key, entry: _Entry, total: torch.Tensor, parts: dict[int, _Push]) -> None:
+        changed = entry.value.clone()
+        try:
+            parts[min(parts)].updater(key, total, changed)
+        except Exception as exc:  # noqa: BLE001  (told to everybody who contributed)
+            error = UpdaterError(f"key {key!r}: {''.join(traceback.format_exception(exc))}")
+            entry.failures.update(dict.fromkeys(parts, error))
+            return
+        entry.value.copy_(changed)
+        entry.version += 1

@@ -1,0 +1,76 @@
+"""A whole job in one process: scheduler and servers in threads, each worker a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from tensorkv.config import DEFAULT_TIMEOUT_S, SLICE_BOUND_BYTES
+from tensorkv.errors import PeerLostError, StoreClosed
+from tensorkv.runtime.embedded import EmbeddedJob
+from tensorkv.runtime.job import Job
+from tensorkv.store import KVStore, Reduction
+from tensorkv.stores.dist import DistStore
+from tensorkv.wire import messages as m
+
+T = TypeVar("T")
+
+
+def run_job(
+    fn: Callable[[KVStore], T],
+    *,
+    num_workers: int,
+    num_servers: int,
+    kind: str = "dist_sync",
+    store: str = "default",
+    reduction: Reduction = "sum",
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    slice_bound_bytes: int = SLICE_BOUND_BYTES,
+    host: str = "inproc",
+) -> list[T]:
+    """Run `fn(kv)` as each worker of a job and return the results by rank.
+
+    Args:
+        fn: gets its worker's store; it is closed when `fn` returns.
+        num_workers, num_servers: the size of the job.
+        kind, store, reduction, timeout_s: as in `tensorkv.create`.
+        slice_bound_bytes: values larger than this are sliced where they may be.
+        host: "inproc" for no sockets, "127.0.0.1" for real ones.
+
+    Raises:
+        The first error that a worker raised. The job is then broken, so that no other worker hangs.
+    """
+    cluster = EmbeddedJob(
+        num_workers, num_servers, timeout_s=timeout_s, slice_bound_bytes=slice_bound_bytes, host=host
+    )
+    results: list[Any] = [None] * num_workers
+    errors: list[tuple[int, BaseException]] = []
+
+    def work(rank: int) -> None:
+        job: Job | None = None
+        try:
+            job = cluster.join(rank)
+            kv = DistStore(kind, job, store=store, reduction=reduction, timeout_s=timeout_s)
+            results[rank] = fn(kv)
+            kv.close()
+            job.close(m.Goodbye())
+        except BaseException as exc:  # raised again below, in the caller's thread
+            errors.append((rank, exc))
+            if job is not None:
+                job.close(m.Abandon(f"{type(exc).__name__}: {exc}"))
+
+    threads = [
+        threading.Thread(target=work, args=(rank,), name=f"worker-{rank}") for rank in range(num_workers)
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        cluster.stop()
+    if errors:
+        causes = [exc for _, exc in errors if not isinstance(exc, (PeerLostError, StoreClosed))]
+        raise causes[0] if causes else errors[0][1]
+    return results

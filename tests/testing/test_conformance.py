@@ -1,0 +1,510 @@
+"""The suite itself: a store made of the reference passes it, and stores with one fault each do not."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from tensorkv import errors
+from tensorkv.arrays import accumulate_dtype, check_matches
+from tensorkv.keys import ABSENT, PullBatch, PushBatch, answer
+from tensorkv.store import CommitResult, KeyInfo, KVStore
+from tensorkv.testing.conformance import BAD_INPUTS, BadInput, Case, StoreMaker, applicable
+from tensorkv.testing.reference import ReferenceStore, WouldWait
+from tensorkv.updater import (
+    FunctionUpdater,
+    SettingsTable,
+    Update,
+    build,
+    find_optimizer,
+    named_spec,
+    optimizer_spec,
+)
+from tensorkv.updaterspec import UpdaterSpec
+from tensorkv.work import Work
+
+
+@dataclass
+class Job:
+    """What the workers of a model job share, under one lock. `reference` does the arithmetic."""
+
+    reference: ReferenceStore
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    table: SettingsTable = field(default_factory=SettingsTable)
+    settings: list[Any] = field(default_factory=list)  # of rank 0, to be compared
+    deleted: dict[tuple[Any, int], int] = field(default_factory=dict)  # key and generation: by whom
+    barriers: list[int] = field(default_factory=list)
+    commits: dict[int, Any] = field(default_factory=dict)
+    outcomes: list[Any] = field(default_factory=list)
+    broken: str = ""
+
+
+class ModelStore(KVStore):
+    """A worker of a model job: the calls of a store, the waiting, and for the rest the reference."""
+
+    def __init__(self, kind: str, job: Job, rank: int, store: str, reduction: Any, timeout_s: float) -> None:
+        super().__init__(kind, store=store, reduction=reduction, timeout_s=timeout_s)
+        self.job, self.reference, self._rank = job, job.reference, rank
+        self.known: dict[Any, int] = {}
+        self.num_settings = 0
+        self.pool = ThreadPoolExecutor(1)  # one call after the other, so that they stay in order
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def num_workers(self) -> int:
+        return self.reference.num_workers
+
+    def _when(self, ready: Callable[[], Any], what: str, timeout_s: float | None = None) -> Any:
+        """Return what `ready` returns once it raises no WouldWait any more."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+
+        def attempt() -> bool:
+            try:
+                results.append(ready())
+            except WouldWait:
+                return False
+            return True
+
+        results: list[Any] = []
+        with self.job.changed:
+            if not self.job.changed.wait_for(attempt, timeout_s):
+                raise errors.WaitTimeout(f"{what} waits for workers {self._missing()}")
+            self.job.changed.notify_all()
+        return results[0]
+
+    def _missing(self) -> list[int]:
+        mine = self.job.barriers[self.rank]
+        return [rank for rank, count in enumerate(self.job.barriers) if count < mine]
+
+    def _submit(self, call: Callable[[], Any], what: str, async_op: bool) -> Any:
+        future: Future[Any] = self.pool.submit(call)
+        return Work(future, what) if async_op else future.result()
+
+    # ---- values
+
+    def _init(self, keys: Any, values: Any, whole: bool) -> None:
+        if self._reduction == "mean" and any(not v.dtype.is_floating_point for v in values):
+            raise errors.DtypeMismatch(f"there is no mean of integers: {keys}")
+        if self.rank == 0:
+            with self.job.changed:
+                for key in keys:
+                    if key in self.reference.entries:
+                        raise errors.KeyAlreadyInitialized(f"key {key!r} is initialised; delete it first")
+                for key, value in zip(keys, values, strict=True):
+                    self.reference.init(0, key, value.detach())
+                self.job.changed.notify_all()
+            return
+        for key, value in zip(keys, values, strict=True):
+            entry = self._when(lambda key=key: self._there(key), "init")
+            self.known[key] = entry.generation
+            if entry.value.shape != value.shape or entry.value.dtype != value.dtype:
+                raise errors.SettingMismatch(
+                    f"init of key {key!r}: {tuple(value.shape)} {value.dtype}, "
+                    f"but rank 0 has {tuple(entry.value.shape)} {entry.value.dtype}"
+                )
+
+    def _there(self, key: Any) -> Any:
+        if key not in self.reference.entries:
+            raise WouldWait
+        return self.reference.entries[key]
+
+    def _push(self, batch: PushBatch, apply: bool, async_op: bool) -> Any:
+        self._check_push(batch, apply)
+        copies = [[tensor.clone() for tensor in each] for each in batch.tensors]
+        if self.job.broken == "keeps memory":
+            copies = batch.tensors
+        return self._submit(lambda: self._push_now(batch, copies, apply), "push", async_op)
+
+    def _check_push(self, batch: PushBatch, apply: bool) -> None:
+        if not apply and self.reference.is_async:
+            raise errors.NotSupported("there is no commit in an asynchronous kind")
+        with self.job.changed:
+            for key, tensors in zip(batch.keys, batch.tensors, strict=True):
+                value = self._entry(key).value
+                for tensor in tensors:
+                    check_matches("value", tensor, key, tuple(value.shape), value.dtype)
+                self._check_committed(key)
+
+    def _check_committed(self, key: Any) -> None:
+        if self.reference._is_uncommitted(self.reference.entries[key], self.rank):
+            raise errors.UncommittedPush(f"key {key!r} awaits commit")
+
+    def _push_now(self, batch: PushBatch, copies: list[list[torch.Tensor]], apply: bool) -> None:
+        todo = list(zip(batch.keys, copies, batch.counts, strict=True))
+
+        def attempt() -> None:
+            left = [each for each in todo if not self._contribute(*each, apply=apply)]
+            if len(left) < len(todo):
+                todo[:] = left
+                self.job.changed.notify_all()
+            if todo:
+                raise WouldWait
+
+        self._when(attempt, "push")
+
+    def _contribute(self, key: Any, tensors: list[torch.Tensor], count: int, apply: bool) -> bool:
+        value = self._entry(key).value
+        wide = [tensor.to(accumulate_dtype(value.dtype)) for tensor in tensors]
+        total = sum(wide[1:], start=wide[0]).to(value.dtype) if wide else None
+        self.reference._updater = self._updater()
+        try:
+            self.reference.push(self.rank, key, ABSENT if total is None else [total], apply, count)
+        except WouldWait:
+            return False
+        last = self.reference.entries[key].pushes[self.rank][-1]
+        if self.job.broken == "keeps memory" and last is not None:
+            last.total = tensors[0]
+        return True
+
+    def _pull(self, batch: PullBatch, async_op: bool) -> Any:
+        self._check_pull(batch)
+        return self._submit(lambda: self._pull_now(batch), "pull", async_op)
+
+    def _check_pull(self, batch: PullBatch) -> None:
+        with self.job.changed:
+            for key, outs in zip(batch.keys, batch.outs, strict=True):
+                value = self._entry(key).value
+                for out in outs:
+                    check_matches("out", out, key, tuple(value.shape), value.dtype)
+                self._check_committed(key)
+
+    def _pull_now(self, batch: PullBatch) -> Any:
+        tensors = []
+        for key, outs in zip(batch.keys, batch.outs, strict=True):
+            value = self._when(lambda key=key: self._value(key), "pull")
+            for out in outs:
+                out.copy_(value)
+            if not outs:
+                tensors.append(value)
+        return answer(batch, tensors)
+
+    def _value(self, key: Any) -> torch.Tensor:
+        self._entry(key)
+        if self.job.broken == "pull does not wait":
+            return self.reference.entries[key].value.clone()
+        return self.reference.pull(self.rank, key)
+
+    def _pushpull(self, pushed: PushBatch, pulled: PullBatch, async_op: bool) -> Any:
+        self._check_push(pushed, True)
+        self._check_pull(pulled)
+        copies = [[tensor.clone() for tensor in each] for each in pushed.tensors]
+
+        def both() -> Any:
+            self._push_now(pushed, copies, True)
+            return self._pull_now(pulled)
+
+        return self._submit(both, "pushpull", async_op)
+
+    # ---- commit
+
+    def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
+        if self.reference.is_async:
+            raise errors.NotSupported("there is no commit in an asynchronous kind")
+        with self.job.changed:
+            number = len(self.job.outcomes)
+            uncommitted = [
+                key
+                for key, entry in self.reference.entries.items()
+                if self.reference._is_uncommitted(entry, self.rank)
+            ]
+            self.job.commits[self.rank] = (uncommitted, max_norm, check_finite), skip
+
+        def decided() -> Any:
+            if len(self.job.outcomes) <= number:
+                self._decide_commit()
+            return self.job.outcomes[number]
+
+        outcome = self._when(decided, "commit")
+        if isinstance(outcome, str):
+            raise errors.CommitMismatch(outcome)
+        assert isinstance(outcome, CommitResult)
+        return outcome
+
+    def _decide_commit(self) -> None:
+        commits, left = self.job.commits, self.reference.left
+        if len(commits) + len(left - set(commits)) < self.num_workers:
+            raise WouldWait
+        first = commits[min(commits)][0]
+        if any(terms != first for terms, _ in commits.values()):
+            self.job.outcomes.append(f"keys, max_norm or check_finite differ: {commits}")
+        else:
+            skips = [skip for _, skip in commits.values()]
+            skip = all(skips) if self.job.broken == "skip is and-ed" else any(skips)
+            for rank in commits:
+                result = self.reference.commit(rank, max_norm=first[1], skip=skip, check_finite=first[2])
+            self.job.outcomes.append(result)
+        commits.clear()
+
+    # ---- settings
+
+    def _updater(self) -> Callable[[Any, torch.Tensor, torch.Tensor], None]:
+        table = self.job.table.copy()
+
+        def update(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+            current = self.job.table if self.job.broken == "settings hold at once" else table
+            setting = current.setting(key)
+            slot = hash((key, self.reference.entries[key].generation))
+            (failure,) = setting.updater.apply([Update(slot, key, pushed.clone(), stored)], setting.options)
+            if failure is not None:
+                raise failure
+
+        return update
+
+    def _agree(self, setting: Any, change: Callable[[], None]) -> None:
+        def agreed() -> None:
+            if self.rank == 0:
+                change()
+                self.job.settings.append(setting)
+            elif len(self.job.settings) <= self.num_settings:
+                raise WouldWait
+            elif self.job.settings[self.num_settings] != setting:
+                self.num_settings += 1
+                raise errors.SettingMismatch(
+                    f"{setting} differs from rank 0's {self.job.settings[self.num_settings - 1]}"
+                )
+            self.num_settings += 1
+
+        self._when(agreed, "a setting")
+
+    def _set_updater(self, updater: Any, elementwise: bool) -> None:
+        if updater is None or isinstance(updater, str):
+            built: Any = build(named_spec(updater or "assign"))
+        else:
+            name = updater.__qualname__
+            built = FunctionUpdater(updater, UpdaterSpec(type="function", name=name, elementwise=elementwise))
+        self._agree(built.spec, lambda: self.job.table.set_updater(built, None))
+
+    def _set_optimizer(self, optimizer: Any, keys: Any, options: dict[str, Any]) -> None:
+        found = find_optimizer(optimizer)
+        built = build(optimizer_spec(found, options), found)
+        self._agree((built.spec, keys), lambda: self.job.table.set_updater(built, keys))
+
+    def _set_optimizer_options(self, keys: Any, options: dict[str, Any]) -> None:
+        self._agree((options, keys), lambda: self.job.table.set_options(options, keys))
+
+    # ---- together, the keys, the end
+
+    def _barrier(self, timeout_s: float) -> None:
+        with self.job.changed:
+            self.job.barriers[self.rank] += 1
+            mine = self.job.barriers[self.rank]
+            self.job.changed.notify_all()
+
+        def there() -> None:
+            for entry in self.reference.entries.values():
+                if self.rank in entry.failures:
+                    raise entry.failures.pop(self.rank)
+            counts = enumerate(self.job.barriers)
+            if self.job.broken == "barrier does not wait":
+                return
+            if any(count < mine and rank not in self.reference.left for rank, count in counts):
+                raise WouldWait
+
+        self._when(there, "barrier", timeout_s)
+
+    def _keys(self) -> list[Any]:
+        with self.job.changed:
+            return list(self.reference.entries)
+
+    def _entry(self, key: Any) -> Any:
+        """Return the entry of a key in the generation that this worker knows."""
+        entry, known = self.reference.entries.get(key), self.known.get(key)
+        if known is not None and (entry is None or entry.generation != known):
+            del self.known[key]
+            raise errors.KeyDeleted(f"key {key!r} was deleted by rank {self.job.deleted[key, known]}")
+        if entry is None:
+            raise errors.KeyNotInitialized(f"key {key!r} is not initialised")
+        self.known[key] = entry.generation
+        return entry
+
+    def _info(self, key: Any) -> KeyInfo:
+        with self.job.changed:
+            if key in self.reference.entries:
+                self.known[key] = self.reference.entries[key].generation
+            entry = self._entry(key)
+            return KeyInfo(
+                key=key,
+                shape=tuple(entry.value.shape),
+                dtype=entry.value.dtype,
+                version=entry.version,
+                round=entry.round,
+                updater=self.job.table.setting(key).updater.spec.name,
+                generation=entry.generation,
+            )
+
+    def _delete(self, keys: Any) -> None:
+        with self.job.changed:
+            for key in keys:
+                if key not in self.reference.entries and key not in self.known:
+                    raise errors.KeyNotInitialized(f"key {key!r} is not initialised")
+            for key in keys:
+                entry = self.reference.entries.get(key)
+                if entry is not None and self.known.pop(key, entry.generation) == entry.generation:
+                    self.job.deleted[key, entry.generation] = self.rank
+                    self.reference.delete(self.rank, key)
+            self.job.changed.notify_all()
+
+    def _close(self) -> None:
+        with self.job.changed:
+            self.reference.leave(self.rank)
+            self.job.changed.notify_all()
+        self.pool.shutdown()
+
+    def _abandon(self, why: str) -> None:
+        self._close()
+
+
+@dataclass(frozen=True)
+class ModelMaker:
+    """Opens model jobs, their workers threads. `broken` names a fault they are given."""
+
+    kind: str
+    is_async: bool = False
+    broken: str = ""
+    max_workers: int = 3
+    distributed: bool = True
+
+    def run(self, fn: Callable[[KVStore], Any], num_workers: int = 1, **create_options: Any) -> list[Any]:
+        options: dict[str, Any] = {
+            "store": "default",
+            "reduction": "sum",
+            "timeout_s": 20.0,
+            **create_options,
+        }
+        faulty = FAULTS.get(self.broken, ReferenceStore)
+        job = Job(faulty(num_workers, options["reduction"], self.is_async), broken=self.broken)
+        job.barriers = [0] * num_workers
+        stores = [ModelStore(self.kind, job, rank, **options) for rank in range(num_workers)]
+
+        def work(kv: KVStore) -> Any:
+            with kv:
+                return fn(kv)
+
+        with ThreadPoolExecutor(num_workers) as pool:
+            futures = [pool.submit(work, kv) for kv in stores]
+        return [future.result() for future in futures]
+
+
+# ---- faults ------------------------------------------------------------------------------------------
+
+
+class SumsBackwards(ReferenceStore):
+    def _parts(self, entry: Any) -> Any:
+        return dict(reversed(super()._parts(entry).items()))
+
+
+class LeavingDrops(ReferenceStore):
+    def leave(self, rank: int) -> None:
+        for entry in self.entries.values():
+            del entry.pushes[rank][entry.round :]
+        super().leave(rank)
+
+
+class NeverWaits(ReferenceStore):
+    def _check_free(self, entry: Any, rank: int, key: Any) -> None:
+        pass
+
+
+class SpoilsOnError(ReferenceStore):
+    def _update(self, key: Any, entry: Any, total: Any, parts: Any) -> None:
+        before = entry.version
+        super()._update(key, entry, total, parts)
+        if entry.version == before:
+            entry.value += total
+
+
+class CountsAbsent(ReferenceStore):
+    def _apply(self, key: Any, entry: Any, total: Any) -> None:
+        super()._apply(key, entry, total)
+        entry.version = entry.round
+
+
+class ForgetsGenerations(ReferenceStore):
+    def init(self, rank: int, key: Any, value: torch.Tensor) -> None:
+        super().init(rank, key, value)
+        self.entries[key].generation = 1
+
+
+FAULTS = {
+    "sums backwards": SumsBackwards,
+    "leaving drops": LeavingDrops,
+    "never waits": NeverWaits,
+    "spoils on error": SpoilsOnError,
+    "counts absent": CountsAbsent,
+    "forgets generations": ForgetsGenerations,
+}
+"""Faults of the arithmetic; those of the waiting stand in ModelStore."""
+
+CAUGHT_BY = {
+    "sums backwards": ["sums_in_rank_order-3", "large_values_of_workers-3"],
+    "leaving drops": ["what_a_left_worker_pushed_counts-2"],
+    "never waits": ["double_push-2", "free_keys_go_at_once-2", "pull_waits_for_the_round-2"],
+    "spoils on error": ["updater_error", "updater_error_of_workers-2"],
+    "counts absent": ["absent", "absent_workers-2", "commit_skips"],
+    "forgets generations": ["directory", "delete_of_an_old_generation-2"],
+    "keeps memory": ["pushed_memory_is_free_at_once-2"],
+    "pull does not wait": ["pull_waits_for_the_round-2", "updater_error"],
+    "skip is and-ed": ["commit_skip_is_ored-2"],
+    "settings hold at once": ["setting_holds_from_the_next_push_of_rank_0-2"],
+    "barrier does not wait": ["barrier_timeout-2"],
+}
+
+MAKERS: list[StoreMaker] = [ModelMaker("model_sync"), ModelMaker("model_async", is_async=True)]
+
+
+# ---- the reference passes ------------------------------------------------------------------------------
+
+
+def _params(of: Callable[[StoreMaker], list[Any]]) -> list[Any]:
+    return [
+        pytest.param(maker, line, id=f"{maker.kind}-{line.name}") for maker in MAKERS for line in of(maker)
+    ]
+
+
+@pytest.mark.parametrize(("maker", "case"), _params(applicable))
+def test_the_reference_passes(maker: StoreMaker, case: Case) -> None:
+    case.run(maker)
+
+
+@pytest.mark.parametrize(("maker", "bad"), _params(lambda maker: BAD_INPUTS))
+def test_the_reference_refuses(maker: StoreMaker, bad: BadInput) -> None:
+    bad.run(maker)
+
+
+# ---- a faulty store does not -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"), [(fault, name) for fault, names in CAUGHT_BY.items() for name in names]
+)
+def test_a_fault_is_caught(fault: str, name: str) -> None:
+    maker = ModelMaker("model_sync", broken=fault)
+    (case,) = [case for case in applicable(maker) if case.name == name]
+    with pytest.raises((AssertionError, errors.TensorKVError)):
+        case.run(maker)
+
+
+@pytest.mark.parametrize("bad", BAD_INPUTS, ids=lambda bad: bad.name)
+def test_a_call_that_is_not_refused_is_caught(bad: BadInput) -> None:
+    harmless = BadInput(bad.name, lambda kv: kv.pull("w"), bad.error, bad.standard)
+    with pytest.raises(AssertionError, match="was not raised"):
+        harmless.run(MAKERS[0])
+
+
+def test_a_refused_call_that_changes_something_is_caught() -> None:
+    def push_then_fail(kv: KVStore) -> None:
+        kv.push("b", torch.ones(3))
+        kv.push("b", torch.ones(4))
+
+    bad = BadInput("half", push_then_fail, errors.ShapeMismatch, ValueError)
+    with pytest.raises(AssertionError, match="'b' after the refused call"):
+        bad.run(MAKERS[0])
