@@ -362,6 +362,29 @@ def build(spec: UpdaterSpec, code: Any = None) -> Updater:
     return OptimizerUpdater(find_optimizer(code), spec)
 
 
+def build_from_argument(updater: UpdaterFunction | str | None, elementwise: bool) -> Updater:
+    """Return the updater that a user names or passes to `set_updater`.
+
+    Raises:
+        UnknownUpdater: there is no such name, or it is not a function.
+    """
+    if updater is None or isinstance(updater, str):
+        return build(named_spec("assign" if updater is None else updater))
+    if isinstance(updater, type) and issubclass(updater, torch.optim.Optimizer):
+        raise UnknownUpdater(
+            f"{updater.__name__} is an optimizer; use set_optimizer({updater.__name__}, ...)"
+        )
+    if not callable(updater):
+        raise UnknownUpdater(f"{updater!r} is no updater; pass a function (key, pushed, stored), or a name")
+    named = updater if hasattr(updater, "__qualname__") else type(updater)  # a callable object has none
+    spec = UpdaterSpec(
+        type="function",
+        name=f"{named.__module__}:{named.__qualname__}",
+        elementwise=elementwise,
+    )
+    return build(spec, updater)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Setting:
     """What holds for a slot in a round: an updater and the options it is called with."""

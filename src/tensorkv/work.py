@@ -13,9 +13,12 @@ from tensorkv.errors import WaitTimeout
 class Work:
     """A call that may still be going on. It is complete when the blocking call would have returned."""
 
-    def __init__(self, future: concurrent.futures.Future[Any], what: str) -> None:
+    def __init__(
+        self, future: concurrent.futures.Future[Any], what: str, timeout_s: float | None = None
+    ) -> None:
         self._future = future
         self._what = what
+        self._timeout_s = timeout_s  # how long the blocking call would wait
 
     @classmethod
     def completed(cls, value: Any, what: str) -> Work:
@@ -51,6 +54,8 @@ class Work:
 
     def _result(self, timeout: float | timedelta | None) -> Any:
         timeout_s = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        if timeout_s is None:
+            timeout_s = self._timeout_s
         try:
             return self._future.result(timeout_s)
         except concurrent.futures.TimeoutError as exc:

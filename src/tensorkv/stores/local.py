@@ -27,7 +27,6 @@ from tensorkv.errors import (
     KeyNotInitialized,
     StoreClosed,
     UncommittedPush,
-    UnknownUpdater,
     UpdaterError,
 )
 from tensorkv.keys import PullBatch, PushBatch, answer, check_keys
@@ -38,14 +37,12 @@ from tensorkv.updater import (
     Setting,
     SettingsTable,
     Update,
-    Updater,
     apply_all,
     build,
+    build_from_argument,
     find_optimizer,
-    named_spec,
     optimizer_spec,
 )
-from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.work import Work
 
 CPU_KINDS = ("local", "local_update_cpu", "local_allreduce_cpu")
@@ -173,7 +170,7 @@ class LocalStore(KVStore):
     # ---- settings --------------------------------------------------------------------------------
 
     def _set_updater(self, updater: UpdaterFunction | str | None, elementwise: bool) -> None:
-        built = _build_updater(updater, elementwise)
+        built = build_from_argument(updater, elementwise)
         with self._lock:
             self._settings.set_updater(built, None)
             self._settings_changed()
@@ -427,24 +424,6 @@ def _work(call: Callable[[], Any], what: str) -> Work:
     except UpdaterError as exc:
         future.set_exception(exc)
     return Work(future, what)
-
-
-def _build_updater(updater: UpdaterFunction | str | None, elementwise: bool) -> Updater:
-    if updater is None or isinstance(updater, str):
-        return build(named_spec(updater or "assign"))
-    if isinstance(updater, type) and issubclass(updater, torch.optim.Optimizer):
-        raise UnknownUpdater(
-            f"{updater.__name__} is an optimizer; use set_optimizer({updater.__name__}, ...)"
-        )
-    if not callable(updater):
-        raise UnknownUpdater(f"{updater!r} is no updater; pass a function (key, pushed, stored), or a name")
-    named = updater if hasattr(updater, "__qualname__") else type(updater)  # a callable object has none
-    spec = UpdaterSpec(
-        type="function",
-        name=f"{named.__module__}:{named.__qualname__}",
-        elementwise=elementwise,
-    )
-    return build(spec, updater)
 
 
 def _only_reads(setting: Setting, value: torch.Tensor) -> bool:

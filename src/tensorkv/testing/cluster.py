@@ -55,7 +55,7 @@ def run_job(
             results[rank] = fn(kv)
             kv.close()
             job.close(m.Goodbye())
-        except BaseException as exc:  # raised again below, in the caller's thread
+        except BaseException as exc:  # noqa: BLE001  # raised again below, in the caller's thread
             errors.append((rank, exc))
             if job is not None:
                 job.close(m.Abandon(f"{type(exc).__name__}: {exc}"))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from tensorkv.functions import CodeRef
 from tensorkv.updaterspec import UpdaterSpec
 
 Key = int | str
@@ -19,7 +20,7 @@ EPOCH = 0
 """The epoch of every placement so far: keys do not move yet."""
 
 
-class Message(msgspec.Struct, frozen=True, array_like=True, tag_field="type", forbid_unknown_fields=True):
+class Message(msgspec.Struct, array_like=True, tag_field="type", forbid_unknown_fields=True):
     """Base of all messages."""
 
 
@@ -72,9 +73,10 @@ class Failed(Message, tag=11):
 
 
 class AskWaiting(Message, tag=12):
-    """What is request `request` waiting for?"""
+    """What is request `request` of a store waiting for?"""
 
     request: int
+    store: int
 
 
 class Waiting(Message, tag=13):
@@ -98,14 +100,13 @@ class SliceEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class KeySpec(msgspec.Struct, frozen=True, array_like=True):
-    """What init says about a key. `sliceable`: neither `whole` nor the updater forbids slicing."""
+    """What init says about a key."""
 
     key: Key
     shape: tuple[int, ...]
     dtype: str
     itemsize_bytes: int
     whole: bool
-    sliceable: bool
 
 
 class KeyEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -125,8 +126,11 @@ class SettingRecord(msgspec.Struct, frozen=True):
 
     keys: tuple[Key, ...] | None
     updater: UpdaterSpec | None = None
-    code: dict[str, Any] | None = None
+    code: CodeRef | None = None
     options: dict[str, Any] | None = None
+
+
+PayloadKind = Literal["dense", "absent"]
 
 
 class PayloadDescriptor(msgspec.Struct, frozen=True, array_like=True):
@@ -135,15 +139,19 @@ class PayloadDescriptor(msgspec.Struct, frozen=True, array_like=True):
     `kind` says what the value is ("dense", or "absent" without bytes), `codec` how it was packed.
     """
 
-    kind: Literal["dense", "absent"]
+    kind: PayloadKind
     dtype: str
     codec: Literal["plain"] = "plain"
 
 
 class ChunkEntry(msgspec.Struct, frozen=True, array_like=True):
-    """A chunk of a plan: slices that travel in one frame, one after the other, and how often each counts."""
+    """A chunk of a plan: slices that travel in one frame, one after the other.
+
+    `lengths` are their elements, `counts` how often each counts in a mean.
+    """
 
     slice_ids: list[int]
+    lengths: list[int]
     payload: PayloadDescriptor
     counts: list[int]
 
@@ -304,10 +312,14 @@ class Info(Message, tag=43):
 
 
 class Fault(Message, tag=44):
-    """A round this worker contributed to failed for these slices. Raised by its next call on the key."""
+    """A round this worker contributed to failed for these slices. Raised by its next call on the key.
+
+    `round` is 0 if the slices are gone.
+    """
 
     store: int
     slice_ids: list[int]
+    round: int
     name: str
     text: str
 
@@ -431,6 +443,13 @@ class Barrier(Message, tag=64):
     store: int
 
 
+class GiveUp(Message, tag=72):
+    """The deadline of a request has passed: do not answer it any more."""
+
+    store: int
+    request: int
+
+
 class LeaveStore(Message, tag=65):
     """A rank has left the store, after the servers have been told."""
 
@@ -511,6 +530,7 @@ ToScheduler = (
     | Lookup
     | DeleteKeys
     | Barrier
+    | GiveUp
     | LeaveStore
     | Goodbye
     | Abandon

@@ -1,0 +1,443 @@
+"""What the scheduler knows of one store: its members, keys, placements, settings and barriers.
+
+RULES
+1. The setting rank is the lowest rank that has not left. Only it creates keys and makes settings; the
+   scheduler tells it so (`lead`), it does so on the servers, and concludes.
+2. A rank's k-th init of a key is matched with generation k of that key, its k-th setting with the k-th
+   of the setting rank. It waits until there is one, and must agree with it.
+3. A refused proposal changes nothing. A setting that the servers refused counts: other ranks that make
+   it get the same refusal.
+
+Answers are (rank, message) pairs in `out`. Nothing here waits; what cannot be answered yet is kept and
+tried again after every change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+from tensorkv.errors import (
+    KeyAlreadyInitialized,
+    KeyNotInitialized,
+    NotElementwise,
+    SettingMismatch,
+    TensorKVError,
+    WaitTimeout,
+    to_wire,
+)
+from tensorkv.partition import ValueSize, place
+from tensorkv.wire import messages as m
+from tensorkv.wire.messages import Key, KeyEntry, KeySpec, SettingRecord, SliceEntry
+
+MAX_REMEMBERED_GENERATIONS = 64
+
+
+@final
+@dataclass(slots=True)
+class Placement:
+    """How values are placed: the bounds of `tensorkv.partition`, and the bytes each server holds so far."""
+
+    bound_bytes: int
+    max_slice_bytes: int
+    load_bytes: list[int]
+    next_slice_id: int = 1
+    next_key_id: int = 1
+
+
+@final
+@dataclass(slots=True)
+class _KeyHistory:
+    """All generations of one name. `specs` remembers what the latest ones were initialised with."""
+
+    generation: int = 0
+    alive: KeyEntry | None = None
+    creating: bool = False
+    specs: dict[int, tuple[KeySpec, KeyEntry]] = field(default_factory=dict)
+    inits: dict[int, int] = field(default_factory=dict)  # by rank
+
+
+@final
+@dataclass(slots=True)
+class _Attempt:
+    """A setting of the setting rank: under way (`done` False), made, or refused with `error`."""
+
+    record: SettingRecord
+    leader: int
+    done: bool = False
+    error: tuple[str, str] | None = None
+
+
+@final
+class Directory:
+    """One store, as the scheduler sees it."""
+
+    def __init__(self, store: int, opened: m.JoinStore, num_workers: int, placement: Placement) -> None:
+        self.store = store
+        self.opened = opened
+        self.num_workers = num_workers
+        self.left: set[int] = set()
+        self.out: list[tuple[int, m.Message]] = []
+        self._placement = placement
+        self._keys: dict[Key, _KeyHistory] = {}
+        self._creating: dict[int, tuple[int, _KeyHistory, KeySpec, KeyEntry]] = {}  # by key id; first is rank
+        self._attempts: list[_Attempt] = []
+        self._attempts_of: dict[int, int] = {}
+        self._waiting_inits: list[tuple[int, m.ProposeInit]] = []
+        self._waiting_settings: list[tuple[int, m.ProposeSetting]] = []
+        self._barrier: dict[int, int] = {}  # rank -> request
+
+    @property
+    def setting_rank(self) -> int:
+        """The lowest rank that has not left."""
+        return min(set(range(self.num_workers)) - self.left, default=0)
+
+    @property
+    def members(self) -> set[int]:
+        """The ranks that have not left."""
+        return set(range(self.num_workers)) - self.left
+
+    # ---- init ------------------------------------------------------------------------------------
+
+    def propose_init(self, rank: int, message: m.ProposeInit) -> None:
+        """A rank calls init: lead, agree, refuse, or wait for the setting rank."""
+        self._waiting_inits.append((rank, message))
+        self._retry()
+
+    def _try_init(self, rank: int, message: m.ProposeInit) -> bool:
+        histories = [self._keys.setdefault(spec.key, _KeyHistory()) for spec in message.keys]
+        lead: list[bool] = []
+        try:
+            for spec, history in zip(message.keys, histories, strict=True):
+                leads = self._leads(rank, spec, history)
+                if leads is None:
+                    return False
+                lead.append(leads)
+        except TensorKVError as error:
+            self._refuse(rank, message.request, error)
+            return True
+        placed = iter(self._place([spec for spec, leads in zip(message.keys, lead, strict=True) if leads]))
+        entries: list[KeyEntry] = []
+        for spec, history, leads in zip(message.keys, histories, lead, strict=True):
+            number = history.inits.get(rank, 0) + 1
+            if leads:
+                entry = self._create(rank, spec, history, next(placed))
+            else:
+                entry = history.specs[number][1] if number in history.specs else _unknown(spec, number)
+            history.inits[rank] = number
+            entries.append(entry)
+        self.out.append((rank, m.InitReply(message.request, entries, lead)))
+        return True
+
+    def _leads(self, rank: int, spec: KeySpec, history: _KeyHistory) -> bool | None:
+        """Return whether this rank creates the key, False if it agrees, None if it must wait."""
+        number = history.inits.get(rank, 0) + 1
+        if number <= history.generation:
+            if number in history.specs:
+                _check_agrees(rank, spec, history.specs[number][0])
+            return False
+        if number == history.generation + 1 and history.alive is not None:
+            raise KeyAlreadyInitialized(
+                f"key {spec.key!r} is already initialised, with shape {tuple(history.alive.shape)}; "
+                "delete it first, or use push"
+            )
+        if history.creating or rank != self.setting_rank:
+            return None
+        return True
+
+    def _place(self, specs: Sequence[KeySpec]) -> list[list[SliceEntry]]:
+        sizes = [
+            ValueSize(
+                _num_elems(spec.shape),
+                spec.itemsize_bytes,
+                not spec.whole and self._is_elementwise(spec.key),
+            )
+            for spec in specs
+        ]
+        placement = self._placement
+        all_parts = place(
+            sizes,
+            placement.load_bytes,
+            bound_bytes=placement.bound_bytes,
+            max_slice_bytes=placement.max_slice_bytes,
+        )
+        entries: list[list[SliceEntry]] = []
+        for parts in all_parts:
+            first = placement.next_slice_id
+            placement.next_slice_id += len(parts)
+            entries.append(
+                [SliceEntry(first + i, part.server, part.start, part.stop) for i, part in enumerate(parts)]
+            )
+        return entries
+
+    def _is_elementwise(self, key: Key) -> bool:
+        """Whether the updater that holds for a key allows it to be sliced. ASSIGN does."""
+        for attempt in reversed(self._attempts):
+            updater, keys = attempt.record.updater, attempt.record.keys
+            if updater is not None and attempt.error is None and (keys is None or key in keys):
+                return updater.elementwise
+        return True
+
+    def _create(self, rank: int, spec: KeySpec, history: _KeyHistory, slices: list[SliceEntry]) -> KeyEntry:
+        entry = KeyEntry(
+            key=spec.key,
+            key_id=self._placement.next_key_id,
+            generation=history.generation + 1,
+            shape=spec.shape,
+            dtype=spec.dtype,
+            epoch=m.EPOCH,
+            slices=slices,
+        )
+        self._placement.next_key_id += 1
+        self._add_load(entry, spec.itemsize_bytes)
+        history.creating = True
+        self._creating[entry.key_id] = (rank, history, spec, entry)
+        return entry
+
+    def _add_load(self, entry: KeyEntry, bytes_per_elem: int) -> None:
+        for each in entry.slices:
+            self._placement.load_bytes[each.server] += (each.stop - each.start) * bytes_per_elem
+
+    def conclude_init(self, rank: int, message: m.ConcludeInit) -> None:
+        """The leading rank has stored the values, or has not: then the keys do not exist."""
+        for key_id in message.key_ids:
+            created = self._creating.pop(key_id, None)
+            if created is None:
+                continue
+            _, history, spec, entry = created
+            history.creating = False
+            if message.error is not None:
+                history.inits[rank] -= 1
+                self._add_load(entry, -spec.itemsize_bytes)
+                continue
+            history.generation = entry.generation
+            history.alive = entry
+            history.specs[entry.generation] = (spec, entry)
+            history.specs.pop(entry.generation - MAX_REMEMBERED_GENERATIONS, None)
+        self._retry()
+
+    # ---- keys ------------------------------------------------------------------------------------
+
+    def lookup(self, rank: int, message: m.Lookup) -> None:
+        """Answer with the entries of keys, all of them in the order of init for None."""
+        if message.keys is None:
+            alive = [history.alive for history in self._keys.values() if history.alive is not None]
+            self.out.append((rank, m.Entries(message.request, sorted(alive, key=lambda e: e.key_id))))
+            return
+        entries: list[KeyEntry] = []
+        for key in message.keys:
+            history = self._keys.get(key)
+            if history is None or history.alive is None:
+                self._refuse(rank, message.request, KeyNotInitialized(_not_initialized(key)))
+                return
+            entries.append(history.alive)
+        self.out.append((rank, m.Entries(message.request, entries)))
+
+    def delete(self, rank: int, message: m.DeleteKeys) -> None:
+        """Remove the named generations; those that are gone are passed over."""
+        removed: list[KeyEntry] = []
+        for key, key_id in message.keys:
+            history = self._keys.get(key)
+            if history is None or history.alive is None or history.alive.key_id != key_id:
+                continue
+            removed.append(history.alive)
+            spec = history.specs[history.generation][0]
+            self._add_load(history.alive, -spec.itemsize_bytes)
+            history.alive = None
+        self.out.append((rank, m.Deleted(message.request, removed)))
+        self._retry()
+
+    # ---- settings --------------------------------------------------------------------------------
+
+    def propose_setting(self, rank: int, message: m.ProposeSetting) -> None:
+        """A rank makes its next setting: lead, agree, refuse, or wait for the setting rank."""
+        self._waiting_settings.append((rank, message))
+        self._retry()
+
+    def _try_setting(self, rank: int, message: m.ProposeSetting) -> bool:
+        number = self._attempts_of.get(rank, 0)
+        if number == len(self._attempts):
+            if rank != self.setting_rank:
+                return False
+            sliced = self._sliced_key(message.record)
+            if sliced is not None:
+                self._refuse(rank, message.request, sliced)
+                return True
+            self._attempts.append(_Attempt(message.record, rank))
+            self._attempts_of[rank] = number + 1
+            self.out.append((rank, m.SettingReply(message.request, number, True)))
+            return True
+        attempt = self._attempts[number]
+        if attempt.record != message.record:
+            self._refuse(rank, message.request, _setting_mismatch(rank, number, message.record, attempt))
+            return True
+        if not attempt.done:
+            return False
+        self._attempts_of[rank] = number + 1
+        if attempt.error is not None:
+            self.out.append((rank, m.Failed(message.request, *attempt.error)))
+        else:
+            self.out.append((rank, m.SettingReply(message.request, number, False)))
+        return True
+
+    def _sliced_key(self, record: SettingRecord) -> NotElementwise | None:
+        """Return why an updater that needs whole values cannot be set: a key it is for is sliced."""
+        if record.updater is None or record.updater.elementwise:
+            return None
+        for key, history in self._keys.items():
+            if history.alive is None or (record.keys is not None and key not in record.keys):
+                continue
+            if len(history.alive.slices) > 1:
+                return NotElementwise(
+                    f"updater {record.updater.name!r} needs whole values, but key {key!r} of shape "
+                    f"{tuple(history.alive.shape)} is kept in {len(history.alive.slices)} slices; set the "
+                    "updater before init, or use init(..., whole=True), or set_updater(..., elementwise=True)"
+                )
+        return None
+
+    def conclude_setting(self, rank: int, message: m.ConcludeSetting) -> None:
+        """The setting rank has made the setting on all servers, or they have refused it."""
+        if 0 <= message.number < len(self._attempts):
+            attempt = self._attempts[message.number]
+            attempt.done, attempt.error = True, message.error
+        self._retry()
+
+    # ---- barriers and leaving --------------------------------------------------------------------
+
+    def barrier(self, rank: int, message: m.Barrier) -> None:
+        """A rank has arrived; when all members have, all go on."""
+        self._barrier[rank] = message.request
+        self._retry()
+
+    def give_up(self, rank: int, request: int) -> None:
+        """The rank's call has reached its deadline: it waits no more."""
+        if self._barrier.get(rank) == request:
+            del self._barrier[rank]
+        self._waiting_inits = [(r, w) for r, w in self._waiting_inits if (r, w.request) != (rank, request)]
+        self._waiting_settings = [
+            (r, w) for r, w in self._waiting_settings if (r, w.request) != (rank, request)
+        ]
+
+    def leave(self, rank: int) -> None:
+        """A rank has left. What it was about to create or set is withdrawn."""
+        self.left.add(rank)
+        self._barrier.pop(rank, None)
+        self._waiting_inits = [each for each in self._waiting_inits if each[0] != rank]
+        self._waiting_settings = [each for each in self._waiting_settings if each[0] != rank]
+        for key_id, (leader, history, _, _) in list(self._creating.items()):
+            if leader == rank:
+                history.creating = False
+                del self._creating[key_id]
+        if self._attempts and not self._attempts[-1].done and self._attempts[-1].leader == rank:
+            self._attempts.pop()
+        self._retry()
+
+    def close(self) -> None:
+        """All have left: give back what the store's keys counted in the placement of others."""
+        for history in self._keys.values():
+            if history.alive is not None:
+                self._add_load(history.alive, -history.specs[history.generation][0].itemsize_bytes)
+                history.alive = None
+
+    def waiting(self, rank: int, request: int) -> m.Waiting | None:
+        """Return whom a request of this rank waits for, None if it is not one that waits here."""
+        if self._barrier.get(rank) == request:
+            return m.Waiting(request, sorted(self.members - set(self._barrier)), "a barrier")
+        for waiter, init in self._waiting_inits:
+            if (waiter, init.request) == (rank, request):
+                return m.Waiting(request, [self.setting_rank], f"init of {init.keys[0].key!r}")
+        for waiter, setting in self._waiting_settings:
+            if (waiter, setting.request) == (rank, request):
+                number = self._attempts_of.get(rank, 0) + 1
+                return m.Waiting(request, [self.setting_rank], f"setting number {number}")
+        return None
+
+    def _retry(self) -> None:
+        """Answer whatever can be answered now."""
+        again = True
+        while again:
+            inits, self._waiting_inits = self._waiting_inits, []
+            self._waiting_inits = [w for w in inits if not self._try_init(*w)]
+            settings, self._waiting_settings = self._waiting_settings, []
+            self._waiting_settings = [w for w in settings if not self._try_setting(*w)]
+            again = len(inits) + len(settings) > len(self._waiting_inits) + len(self._waiting_settings)
+        if self._barrier and self.members <= set(self._barrier):
+            for rank, request in sorted(self._barrier.items()):
+                self.out.append((rank, m.Done(request)))
+            self._barrier.clear()
+
+    def _refuse(self, rank: int, request: int, error: TensorKVError) -> None:
+        self.out.append((rank, m.Failed(request, *to_wire(error))))
+
+
+@final
+class CommitReduction:
+    """Collects what every server says of a commit, and decides when all have."""
+
+    def __init__(self, num_servers: int) -> None:
+        self._num_servers = num_servers
+        self._ready: dict[tuple[int, int], dict[int, m.CommitReady]] = {}
+
+    def add(self, server: int, ready: m.CommitReady) -> m.CommitDecision | None:
+        """Return the decision if this was the last server. Sums are taken in the order of server ranks."""
+        name = (ready.store, ready.number)
+        there = self._ready.setdefault(name, {})
+        there[server] = ready
+        if len(there) < self._num_servers:
+            return None
+        del self._ready[name]
+        in_order = [there[rank] for rank in sorted(there)]
+        error = next((each.error for each in in_order if each.error is not None), None)
+        norm = sum(each.sum_squares for each in in_order) ** 0.5
+        skip = any(each.skip for each in in_order) or not all(each.finite for each in in_order)
+        return m.CommitDecision(ready.store, ready.number, not skip and error is None, norm, error)
+
+
+def timeout_text(waiting: m.Waiting | None, what: str, waited_s: float) -> WaitTimeout:
+    """Return the error of a call whose deadline has passed, naming who is missing."""
+    if waiting is None or not waiting.ranks:
+        return WaitTimeout(f"{what} did not finish within {waited_s:.1f} s")
+    ranks = ", ".join(map(str, waiting.ranks))
+    return WaitTimeout(f"{what} waited {waited_s:.1f} s for worker {ranks}: {waiting.where}")
+
+
+def _check_agrees(rank: int, spec: KeySpec, first: KeySpec) -> None:
+    for what in ("shape", "dtype", "whole"):
+        mine, theirs = getattr(spec, what), getattr(first, what)
+        if mine != theirs:
+            raise SettingMismatch(
+                f"init of key {spec.key!r}: rank {rank} has {what} {mine}, but it was initialised with "
+                f"{theirs}; all ranks must agree"
+            )
+
+
+def _setting_mismatch(rank: int, number: int, record: SettingRecord, attempt: _Attempt) -> SettingMismatch:
+    return SettingMismatch(
+        f"setting number {number + 1} of rank {rank} is {_describe(record)}, but that of rank "
+        f"{attempt.leader} is {_describe(attempt.record)}; all ranks that make a setting must agree"
+    )
+
+
+def _describe(record: SettingRecord) -> str:
+    keys = "all keys" if record.keys is None else f"keys {list(record.keys)}"
+    if record.updater is not None:
+        options = f" with {record.updater.options}" if record.updater.options else ""
+        return f"updater {record.updater.name!r}{options} for {keys}"
+    return f"options {record.options} for {keys}"
+
+
+def _not_initialized(key: Key) -> str:
+    return f"key {key!r} is not initialised; call init({key!r}, value) first"
+
+
+def _unknown(spec: KeySpec, generation: int) -> KeyEntry:
+    """Stand for a generation so old that it is forgotten: it is deleted, and has no slices."""
+    return KeyEntry(spec.key, 0, generation, spec.shape, spec.dtype, m.EPOCH, [])
+
+
+def _num_elems(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

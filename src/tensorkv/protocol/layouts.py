@@ -1,0 +1,167 @@
+"""Layouts: the slices of a chunk one after the other, as they lie in a frame, against where they are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+
+from tensorkv.arrays import Key
+from tensorkv.protocol.rounds import Index
+from tensorkv.protocol.slots import Slot
+from tensorkv.updater import Assign, Setting
+
+
+@final
+@dataclass(slots=True, eq=False)
+class Slice:
+    """One slice of a value: elements [start, stop) of `key`, kept in `slot` from `offset` on.
+
+    `shape` is the value's own where the slice is all of it, else (stop - start,).
+    """
+
+    slice_id: int
+    index: int
+    key: Key
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    slot: Slot
+    offset: int
+    setting: Setting
+
+    @property
+    def num_elems(self) -> int:
+        """Elements of the slice."""
+        return self.stop - self.start
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The stored dtype."""
+        return self.slot.tensor.dtype
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The stored elements, in `shape`, sharing the slot's memory."""
+        return self.slot.tensor[self.offset : self.offset + self.num_elems].view(self.shape)
+
+
+@final
+@dataclass(slots=True)
+class Run:
+    """Elements [low, high) of a chunk that lie together in one slot, from `offset` on."""
+
+    low: int
+    high: int
+    slot: Slot
+    offset: int
+
+    @property
+    def stop_offset(self) -> int:
+        """Where the run ends in its slot."""
+        return self.offset + self.high - self.low
+
+    @property
+    def stored(self) -> torch.Tensor:
+        """The stored elements of the run, flat."""
+        return self.slot.tensor[self.offset : self.stop_offset]
+
+
+@final
+class Layout:
+    """Slices as they lie in a chunk: where each begins and ends there, and which runs of memory they make.
+
+    Workers that push the same slices in the same order share one layout object, so that their
+    contributions can be added as whole runs. A slice that was deleted leaves a gap.
+    """
+
+    def __init__(self, slices: list[Slice], lows: list[int]) -> None:
+        self.slices = slices
+        self.lows = lows
+        self.index: Index = np.array([each.index for each in slices], np.int64)
+        self.position = {each.index: number for number, each in enumerate(slices)}
+        self.runs = self._find_runs()
+        self._settings_epoch = -1
+        self._all_assign = False
+
+    def bounds(self, position: int) -> tuple[int, int]:
+        """Return where the slice at `position` begins and ends in the chunk, in elements."""
+        low = self.lows[position]
+        return low, low + self.slices[position].num_elems
+
+    def all_assign(self, settings_epoch: int) -> bool:
+        """Whether ASSIGN holds for every slice; looked up anew when `settings_epoch` has changed."""
+        if self._settings_epoch != settings_epoch:
+            self._all_assign = all(isinstance(each.setting.updater, Assign) for each in self.slices)
+            self._settings_epoch = settings_epoch
+        return self._all_assign
+
+    def _find_runs(self) -> list[Run]:
+        runs: list[Run] = []
+        for number, each in enumerate(self.slices):
+            low, high = self.bounds(number)
+            last = runs[-1] if runs else None
+            if last and last.slot is each.slot and last.high == low and last.stop_offset == each.offset:
+                last.high = high
+            else:
+                runs.append(Run(low, high, each.slot, each.offset))
+        return runs
+
+
+@final
+@dataclass(slots=True)
+class Chunk:
+    """A chunk of a worker's plan: a layout, and how the worker's bytes for it are to be read.
+
+    `slice_ids` and `lengths` are those the worker named; the layout holds what still exists of them.
+    `dtype` is the pushed one, `absent` means that no bytes come. `counts` and `numbers` (positions in the
+    whole plan) stand per slice of the layout.
+    """
+
+    slice_ids: list[int]
+    lengths: list[int]
+    named_counts: list[int]
+    dtype: torch.dtype
+    absent: bool
+    first: int
+    layout: Layout
+    counts: list[int]
+    numbers: list[int]
+
+    @property
+    def payload_bytes(self) -> int:
+        """The bytes that a push of this chunk carries."""
+        return 0 if self.absent else sum(self.lengths) * self.dtype.itemsize
+
+    def gone(self) -> list[int]:
+        """Return the ids of its slices that do not exist any more."""
+        if len(self.numbers) == len(self.slice_ids):
+            return []
+        there = set(self.numbers)
+        return [each for number, each in enumerate(self.slice_ids, self.first) if number not in there]
+
+
+@final
+@dataclass(slots=True, eq=False)
+class Contribution:
+    """What one worker pushed for a chunk, until each of its slices is applied or dropped.
+
+    `live` counts those slices; at 0 the buffer goes back to its pool.
+    """
+
+    number: int
+    worker: int
+    layout: Layout
+    dtype: torch.dtype
+    absent: bool
+    counts: list[int]
+    buffer: torch.Tensor
+    apply: bool
+    live: int
+
+    def elements(self, low: int, high: int) -> torch.Tensor:
+        """Return elements [low, high) of the chunk as they were pushed, sharing the buffer."""
+        itemsize = self.dtype.itemsize
+        return self.buffer[low * itemsize : high * itemsize].view(self.dtype)

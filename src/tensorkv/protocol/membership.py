@@ -1,0 +1,194 @@
+"""Membership: the job as the scheduler sees it. Who is in, which stores there are, who is lost.
+
+RULES
+1. Servers are in when they have registered; workers are told the servers' addresses once all are.
+2. A process is lost when its connection ends without a Goodbye, or when it says Abandon. The first loss
+   is the cause that everybody is told; after it nothing else matters.
+3. A worker that has said Goodbye has left every store.
+4. A store lives from the first JoinStore of its name until every worker has left it.
+
+Messages go out through `out`, as (role, rank, message). Nothing here waits and nothing knows a socket.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, final
+
+from tensorkv.config import MAX_SLICE_BYTES, Role
+from tensorkv.errors import StoreMismatch, to_wire
+from tensorkv.protocol.directory import CommitReduction, Directory, Placement
+from tensorkv.wire import messages as m
+
+
+@final
+@dataclass(slots=True)
+class _Process:
+    address: tuple[str, int]
+    hostname: str
+    gone: bool = False
+
+
+@final
+class Membership:
+    """State of one job."""
+
+    def __init__(self, num_workers: int, num_servers: int, slice_bound_bytes: int) -> None:
+        self.num_workers = num_workers
+        self.num_servers = num_servers
+        self.out: list[tuple[Role, int, m.Message]] = []
+        self.lost: m.Lost | None = None
+        self._processes: dict[tuple[Role, int], _Process] = {}
+        self._placement = Placement(slice_bound_bytes, MAX_SLICE_BYTES, [0] * num_servers)
+        self._stores: dict[int, Directory] = {}
+        self._by_name: dict[str, int] = {}
+        self._next_store = 1
+        self._commits = CommitReduction(num_servers)
+        self._goodbyes: set[int] = set()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every worker has said Goodbye."""
+        return len(self._goodbyes) == self.num_workers
+
+    def is_known(self, role: Role, rank: int) -> bool:
+        """Whether this place in the job is taken."""
+        return (role, rank) in self._processes
+
+    def handle(self, role: Role, rank: int, message: Any) -> None:
+        """Take in a message of a process."""
+        match message:
+            case m.Register():
+                self._register(role, rank, message)
+            case m.Goodbye():
+                self._goodbye(role, rank)
+            case m.Abandon():
+                self.declare_lost(role, rank, message.cause)
+            case m.CommitReady():
+                decision = self._commits.add(rank, message)
+                if decision is not None:
+                    self._to_servers(decision)
+            case m.JoinStore():
+                self._join_store(rank, message)
+            case m.AskWaiting():
+                self._answer_waiting(rank, message.request)
+            case _:
+                self._handle_store(rank, message)
+
+    def _handle_store(self, rank: int, message: Any) -> None:
+        directory = self._stores.get(message.store)
+        if directory is None:
+            return  # ended meanwhile: whoever asked has left it
+        match message:
+            case m.ProposeInit():
+                directory.propose_init(rank, message)
+            case m.ConcludeInit():
+                directory.conclude_init(rank, message)
+            case m.ProposeSetting():
+                directory.propose_setting(rank, message)
+            case m.ConcludeSetting():
+                directory.conclude_setting(rank, message)
+            case m.Lookup():
+                directory.lookup(rank, message)
+            case m.DeleteKeys():
+                directory.delete(rank, message)
+            case m.Barrier():
+                directory.barrier(rank, message)
+            case m.GiveUp():
+                directory.give_up(rank, message.request)
+            case m.LeaveStore():
+                directory.leave(rank)
+                self.out.append(("worker", rank, m.Done(message.request)))
+        self._collect(directory)
+
+    def _register(self, role: Role, rank: int, message: m.Register) -> None:
+        self._processes[role, rank] = _Process((message.host, message.port), message.hostname)
+        servers = [self._processes.get(("server", each)) for each in range(self.num_servers)]
+        addresses = [server.address for server in servers if server is not None]
+        if len(addresses) < self.num_servers:
+            return
+        welcome = m.Welcome(addresses)
+        newcomers = list(self._processes) if role == "server" else [(role, rank)]
+        for each_role, each_rank in newcomers:
+            if each_role == "worker":
+                self.out.append((each_role, each_rank, welcome))
+
+    def _join_store(self, rank: int, message: m.JoinStore) -> None:
+        number = self._by_name.get(message.name)
+        directory = self._stores[number] if number is not None else None
+        if directory is not None and rank in directory.left:
+            text = (
+                f"store {message.name!r}: rank {rank} has closed it, and other ranks have not yet; "
+                "the name is free again when all have"
+            )
+            self.out.append(("worker", rank, m.Failed(message.request, *to_wire(StoreMismatch(text)))))
+            return
+        if directory is None:
+            number = self._next_store
+            self._next_store += 1
+            directory = Directory(number, message, self.num_workers, self._placement)
+            for gone in self._goodbyes:
+                directory.leave(gone)
+            self._stores[number] = directory
+            self._by_name[message.name] = number
+        opened = directory.opened
+        if (opened.kind, opened.reduction) != (message.kind, message.reduction):
+            text = (
+                f"store {message.name!r} is open with kind {opened.kind!r} and reduction "
+                f"{opened.reduction!r}, but rank {rank} asks for kind {message.kind!r} and reduction "
+                f"{message.reduction!r}; all ranks must agree, or use another store name"
+            )
+            self.out.append(("worker", rank, m.Failed(message.request, *to_wire(StoreMismatch(text)))))
+            return
+        self.out.append(("worker", rank, m.Joined(message.request, directory.store)))
+
+    def _goodbye(self, role: Role, rank: int) -> None:
+        self._processes[role, rank].gone = True
+        if role == "worker":
+            self._goodbyes.add(rank)
+            for directory in list(self._stores.values()):
+                if rank not in directory.left:
+                    directory.leave(rank)
+                self._collect(directory)
+
+    def disconnected(self, role: Role, rank: int, cause: str) -> None:
+        """A connection has ended: that is a loss unless the process had said Goodbye."""
+        process = self._processes.get((role, rank))
+        if process is None or not process.gone:
+            self.declare_lost(role, rank, cause)
+
+    def declare_lost(self, role: Role, rank: int, cause: str) -> None:
+        """Declare a process lost. The first declaration is the one everybody is told."""
+        process = self._processes.get((role, rank))
+        if process is not None:
+            process.gone = True
+        if self.lost is not None or self.finished:
+            return
+        self.lost = m.Lost(role, rank, process.hostname if process else "", cause)
+        for each_role, each_rank in self._processes:
+            if (each_role, each_rank) != (role, rank):
+                self.out.append((each_role, each_rank, self.lost))
+
+    def stop(self) -> None:
+        """The job is over: tell the servers."""
+        self._to_servers(m.Stop())
+
+    def _to_servers(self, message: m.Message) -> None:
+        for rank in range(self.num_servers):
+            self.out.append(("server", rank, message))
+
+    def _answer_waiting(self, rank: int, request: int) -> None:
+        for directory in self._stores.values():
+            answer = directory.waiting(rank, request)
+            if answer is not None:
+                self.out.append(("worker", rank, answer))
+                return
+        self.out.append(("worker", rank, m.Waiting(request, [], "")))
+
+    def _collect(self, directory: Directory) -> None:
+        self.out += [("worker", rank, message) for rank, message in directory.out]
+        directory.out.clear()
+        if not directory.members and directory.store in self._stores:
+            directory.close()
+            del self._stores[directory.store]
+            del self._by_name[directory.opened.name]

@@ -1,0 +1,87 @@
+"""From which round a setting holds: the settings of one store on one server.
+
+In sync mode a setting holds from the first round that the setting rank pushes after the call, for every
+key. Setting and pushes come over one connection in order, so that round is known when the setting
+comes, and is the same for all orders of arrival. In async mode a setting holds at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+from tensorkv.arrays import Key
+from tensorkv.errors import ProtocolError
+from tensorkv.updater import Setting, SettingsTable, Updater
+from tensorkv.wire.messages import SettingRecord
+
+LoadUpdater = Callable[[SettingRecord], Updater]
+
+
+@final
+@dataclass(slots=True)
+class _Pending:
+    table: SettingsTable
+    from_round: dict[int, int]  # by slice index; who is in here still waits for its round
+
+
+@final
+class SettingSchedule:
+    """The newest settings, and those that wait for their round."""
+
+    def __init__(self, load: LoadUpdater) -> None:
+        self._load = load
+        self._latest = SettingsTable()
+        self._prepared: dict[int, SettingsTable] = {}
+        self._pending: list[_Pending] = []
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether a setting waits for its round."""
+        return bool(self._pending)
+
+    def prepare(self, number: int, record: SettingRecord) -> None:
+        """Load what a setting needs and try it on a copy of the newest settings.
+
+        Raises what the loader raises, or InvalidOption; nothing is changed then.
+        """
+        table = self._latest.copy()
+        if record.updater is not None:
+            table.set_updater(self._load(record), record.keys)
+        if record.options is not None:
+            table.set_options(record.options, record.keys)
+        self._prepared = {number: table}
+
+    def activate(self, number: int, from_round: dict[int, int]) -> None:
+        """Make the prepared setting the newest; slices get it from these rounds on.
+
+        Raises:
+            ProtocolError: it was not prepared.
+        """
+        if number not in self._prepared:
+            raise ProtocolError(f"setting {number} was activated but not prepared")
+        self._latest = self._prepared.pop(number)
+        self._pending.append(_Pending(self._latest, from_round))
+
+    def newest(self, key: Key) -> Setting:
+        """Return what holds for a new slice of `key`."""
+        return self._latest.setting(key)
+
+    def due(self, index: int, key: Key, round_number: int) -> Setting | None:
+        """Return the setting that holds for a slice from this round on, if one has waited for it."""
+        found: Setting | None = None
+        for pending in self._pending:
+            if pending.from_round.get(index, round_number + 1) <= round_number:
+                del pending.from_round[index]
+                found = pending.table.setting(key)
+        return found
+
+    def forget(self, index: int) -> None:
+        """A slice is gone."""
+        for pending in self._pending:
+            pending.from_round.pop(index, None)
+
+    def tidy(self) -> None:
+        """Drop settings that nobody waits for any more."""
+        self._pending = [each for each in self._pending if each.from_round]

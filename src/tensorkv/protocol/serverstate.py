@@ -1,0 +1,141 @@
+"""ServerState: all stores of one server, what each message does to them, and how long its payload must be."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, final
+
+import torch
+
+from tensorkv.arrays import dtype_from_name
+from tensorkv.errors import ProtocolError, TensorKVError, to_wire
+from tensorkv.protocol.schedule import LoadUpdater
+from tensorkv.protocol.shard import Outgoing, StoreShard
+from tensorkv.protocol.slots import BufferPool
+from tensorkv.wire import messages as m
+
+_EMPTY = torch.empty(0, dtype=torch.uint8)
+
+
+@final
+class ServerState:
+    """The stores that a server serves. One thread at a time."""
+
+    def __init__(self, num_workers: int, pool: BufferPool, load_updater: LoadUpdater) -> None:
+        self._num_workers = num_workers
+        self._pool = pool
+        self._load_updater = load_updater
+        self._stores: dict[int, StoreShard] = {}
+        self._store_of_plan: dict[tuple[int, int], StoreShard] = {}
+
+    def payload_bytes(self, worker: int, message: Any) -> int:
+        """Return how many payload bytes `message` must carry, before any memory is taken for them.
+
+        Raises:
+            ProtocolError: the message names something this worker has not defined.
+        """
+        match message:
+            case m.Push():
+                return (
+                    self._plan(worker, message.plan).chunk(worker, message.plan, message.chunk).payload_bytes
+                )
+            case m.InitSlices():
+                itemsize = dtype_from_name(message.dtype).itemsize
+                whole = math.prod(message.shape)
+                for entry in message.slices:
+                    if not 0 <= entry.start <= entry.stop <= whole:
+                        raise ProtocolError(f"slice [{entry.start}, {entry.stop}) of {whole} elements")
+                return sum(entry.stop - entry.start for entry in message.slices) * itemsize
+            case _:
+                return 0
+
+    def handle(self, worker: int, message: Any, payload: torch.Tensor = _EMPTY) -> list[Outgoing]:
+        """Take in a worker's message, and return what is to be sent, in order.
+
+        Raises:
+            ProtocolError: the worker has broken the rules; nothing of the message has taken effect.
+        """
+        if isinstance(message, m.OpenStore):
+            if message.store not in self._stores:
+                self._stores[message.store] = StoreShard(
+                    message, self._num_workers, self._pool, self._load_updater
+                )
+            return []
+        shard = self._shard(worker, message)
+        try:
+            self._dispatch(shard, worker, message, payload)
+        except ProtocolError:
+            raise
+        except TensorKVError as error:
+            shard.out.append(Outgoing(worker, m.Failed(message.request, *to_wire(error))))
+        out, shard.out = shard.out, []
+        return out
+
+    def _dispatch(self, shard: StoreShard, worker: int, message: Any, payload: torch.Tensor) -> None:
+        match message:
+            case m.Push():
+                shard.push(worker, message, payload)
+            case m.Pull():
+                shard.pull(worker, message)
+            case m.DefinePlan():
+                shard.define_plan(worker, message)
+                self._store_of_plan[worker, message.plan] = shard
+            case m.DropPlan():
+                shard.drop_plan(worker, message)
+                del self._store_of_plan[worker, message.plan]
+            case m.WaitMerged():
+                shard.wait_merged(worker, message)
+            case m.Commit():
+                shard.commit(worker, message)
+            case m.InitSlices():
+                shard.init_slices(worker, message, payload)
+            case m.PrepareSetting():
+                shard.prepare_setting(worker, message)
+            case m.ActivateSetting():
+                shard.activate_setting(worker, message)
+            case m.DeleteSlices():
+                shard.delete_slices(worker, message)
+            case m.Flush():
+                shard.out.append(Outgoing(worker, m.Done(message.request)))
+            case m.AskInfo():
+                shard.info(worker, message)
+            case m.AskWaiting():
+                shard.waiting(worker, message)
+            case m.Leave():
+                self._leave(shard, worker, message)
+
+    def _leave(self, shard: StoreShard, worker: int, message: m.Leave) -> None:
+        shard.leave(worker)
+        shard.out.append(Outgoing(worker, m.Done(message.request)))
+        self._store_of_plan = {
+            name: owner
+            for name, owner in self._store_of_plan.items()
+            if name[0] != worker or owner is not shard
+        }
+        if shard.rounds.left.all():
+            del self._stores[shard.store]
+
+    def decide_commit(self, decision: m.CommitDecision) -> list[Outgoing]:
+        """Take in the scheduler's decision on a commit."""
+        shard = self._stores.get(decision.store)
+        if shard is None:
+            return []
+        shard.decide_commit(decision)
+        out, shard.out = shard.out, []
+        return out
+
+    def _shard(self, worker: int, message: Any) -> StoreShard:
+        if isinstance(message, (m.Push, m.Pull, m.DropPlan, m.WaitMerged)):
+            return self._plan(worker, message.plan)
+        shard = self._stores.get(message.store)
+        if shard is None:
+            raise ProtocolError(f"store {message.store} is not open")
+        if shard.rounds.left[worker]:
+            raise ProtocolError(f"worker {worker} has left store {message.store}")
+        return shard
+
+    def _plan(self, worker: int, plan: int) -> StoreShard:
+        shard = self._store_of_plan.get((worker, plan))
+        if shard is None:
+            raise ProtocolError(f"worker {worker} has not defined plan {plan}")
+        return shard

@@ -1,0 +1,683 @@
+"""StoreShard: one store's slices on one server. Messages of workers in, messages to workers out.
+
+THEORY OF OPERATION
+A push leaves a contribution with each slice of its chunk (`_holder` tells which). When the last worker's
+has come the round is merged; the contributions are then added in rank order, the updater runs, and pulls
+that waited for the round are answered. A push with apply=False is added up only at the commit, when the
+servers have told each other, through the scheduler, the sums of squares.
+
+Everything here runs in one thread at a time, under its owner's lock, and never waits. Rounds are counted
+in `rounds.py`; from which round a setting holds stands in `schedule.py`; sums are taken in `sums.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+
+from tensorkv.arrays import dtype_from_name
+from tensorkv.errors import (
+    CommitMismatch,
+    KeyDeleted,
+    ProtocolError,
+    TensorKVError,
+    to_wire,
+)
+from tensorkv.protocol.commits import CommitGather, clip_factor, sum_squares
+from tensorkv.protocol.layouts import Chunk, Contribution, Layout, Slice
+from tensorkv.protocol.rounds import Index, Rounds
+from tensorkv.protocol.schedule import LoadUpdater, SettingSchedule
+from tensorkv.protocol.slots import BufferPool, Lease, SlotAllocator
+from tensorkv.protocol.sums import add_up
+from tensorkv.updater import Setting, Update, apply_all
+from tensorkv.wire import messages as m
+
+MAX_TOMBSTONES = 4096
+
+
+@final
+@dataclass(slots=True)
+class Outgoing:
+    """A message to a worker, or to the scheduler (worker -1), with the tensors of its payload.
+
+    The leases are held until the payload is sent.
+    """
+
+    worker: int
+    message: Any
+    payload: list[torch.Tensor] = field(default_factory=list)
+    leases: list[Lease] = field(default_factory=list)
+
+
+SCHEDULER = -1
+
+
+@final
+@dataclass(slots=True)
+class _PendingPull:
+    """A chunk that a worker waits for: its slices, each with the round it must have reached."""
+
+    worker: int
+    request: int
+    chunk: int
+    layout: Layout
+    need: Index
+
+
+@final
+@dataclass(slots=True)
+class _PendingMerge:
+    """Slices whose merging a worker waits for; `numbers` are their positions in the worker's plan."""
+
+    worker: int
+    request: int
+    index: Index
+    numbers: Index
+    need: Index
+
+
+@final
+class StoreShard:
+    """The slices that one server holds of one store."""
+
+    def __init__(
+        self, opened: m.OpenStore, num_workers: int, pool: BufferPool, load_updater: LoadUpdater
+    ) -> None:
+        self.store = opened.store
+        self.is_async = opened.is_async
+        self.mean = opened.mean
+        self.rounds = Rounds(num_workers)
+        self.schedule = SettingSchedule(load_updater)
+        self.out: list[Outgoing] = []
+        self._pool = pool
+        self._slots = SlotAllocator()
+        self._slices: dict[int, Slice] = {}  # by index
+        self._index_of: dict[int, int] = {}  # slice id -> index
+        self._tombstones: dict[int, str] = {}
+        self._plans: dict[tuple[int, int], list[Chunk]] = {}
+        self._layouts: WeakValueDictionary[tuple[tuple[int, ...], tuple[int, ...]], Layout] = (
+            WeakValueDictionary()
+        )
+        self._contributions: dict[int, Contribution] = {}
+        self._next_contribution = 1
+        self._holder: Index = np.zeros((num_workers, 0), np.int64)  # which contribution, 0 for none
+        self._held: set[int] = set()  # merged, but to be applied by a commit
+        self._pulls: list[_PendingPull] = []
+        self._merge_waits: list[_PendingMerge] = []
+        self._commit: CommitGather = CommitGather(1)
+        self._settings_epoch = 0
+
+    # ---- keys ------------------------------------------------------------------------------------
+
+    def init_slices(self, worker: int, message: m.InitSlices, payload: torch.Tensor) -> None:
+        """Create slices with the values in `payload`, which is uint8."""
+        dtype = dtype_from_name(message.dtype)
+        if any(entry.slice_id in self._index_of for entry in message.slices):
+            raise ProtocolError(f"a slice of key {message.key!r} exists already")
+        values, low = payload.view(dtype), 0
+        for entry in message.slices:
+            length = entry.stop - entry.start
+            slot, offset = self._slots.allocate(length, dtype)
+            slot.make_writable()
+            slot.tensor[offset : offset + length].copy_(values[low : low + length])
+            low += length
+            self._add_slice(entry, message, slot, offset)
+        self._reply(worker, m.Done(message.request))
+
+    def _add_slice(self, entry: m.SliceEntry, message: m.InitSlices, slot: Any, offset: int) -> None:
+        index = self.rounds.add()
+        capacity = self.rounds.merged.shape[0]
+        if self._holder.shape[1] < capacity:
+            grown = np.zeros((self.rounds.num_workers, capacity), np.int64)
+            grown[:, : self._holder.shape[1]] = self._holder
+            self._holder = grown
+        length = entry.stop - entry.start
+        shape = message.shape if length == math.prod(message.shape) else (length,)
+        setting = self.schedule.newest(message.key)
+        self._index_of[entry.slice_id] = index
+        self._slices[index] = Slice(
+            entry.slice_id, index, message.key, entry.start, entry.stop, shape, slot, offset, setting
+        )
+
+    def delete_slices(self, worker: int, message: m.DeleteSlices) -> None:
+        """Drop slices, their open rounds, and the calls that wait for them."""
+        text = f"key {message.key!r} was deleted by rank {message.rank}"
+        gone: set[int] = set()
+        for slice_id in message.slice_ids:
+            index = self._index_of.pop(slice_id, None)
+            if index is not None:
+                gone.add(index)
+                self._tombstones[slice_id] = text
+                self._remove_slice(index)
+        while len(self._tombstones) > MAX_TOMBSTONES:
+            del self._tombstones[next(iter(self._tombstones))]
+        if gone:
+            self._end_waits_for(gone, KeyDeleted(text))
+            for chunks in self._plans.values():
+                for chunk in chunks:
+                    if not gone.isdisjoint(chunk.layout.position):
+                        self._lay_out(chunk)
+        self._reply(worker, m.Done(message.request))
+
+    def _remove_slice(self, index: int) -> None:
+        each = self._slices.pop(index)
+        each.setting.updater.forget(each.slice_id)
+        self.schedule.forget(index)
+        self._held.discard(index)
+        self._release(np.array([index], np.int64))
+        self.rounds.remove(index)
+
+    def _end_waits_for(self, gone: set[int], error: TensorKVError) -> None:
+        ended = {
+            (pull.worker, pull.request)
+            for pull in self._pulls
+            if not gone.isdisjoint(pull.layout.index.tolist())
+        }
+        ended |= {
+            (wait.worker, wait.request)
+            for wait in self._merge_waits
+            if not gone.isdisjoint(wait.index.tolist())
+        }
+        self._pulls = [pull for pull in self._pulls if (pull.worker, pull.request) not in ended]
+        self._merge_waits = [w for w in self._merge_waits if (w.worker, w.request) not in ended]
+        for worker, request in sorted(ended):
+            self._reply(worker, m.Failed(request, *to_wire(error)))
+
+    # ---- plans -----------------------------------------------------------------------------------
+
+    def define_plan(self, worker: int, message: m.DefinePlan) -> None:
+        """Remember a worker's list of slices under its number."""
+        chunks: list[Chunk] = []
+        first = 0
+        for entry in message.chunks:
+            if not len(entry.slice_ids) == len(entry.lengths) == len(entry.counts):
+                raise ProtocolError("a chunk's slices, lengths and counts differ in number")
+            if len(set(entry.slice_ids)) != len(entry.slice_ids):
+                raise ProtocolError("a chunk names a slice twice")
+            dtype = dtype_from_name(entry.payload.dtype)
+            absent = entry.payload.kind == "absent"
+            chunk = Chunk(
+                entry.slice_ids, entry.lengths, entry.counts, dtype, absent, first, Layout([], []), [], []
+            )
+            self._lay_out(chunk)
+            chunks.append(chunk)
+            first += len(entry.slice_ids)
+        self._plans[worker, message.plan] = chunks
+
+    def _lay_out(self, chunk: Chunk) -> None:
+        """Find where the chunk's slices are; those that are gone leave a gap."""
+        slices: list[Slice] = []
+        lows: list[int] = []
+        chunk.counts, chunk.numbers = [], []
+        low = 0
+        for number, (slice_id, length) in enumerate(zip(chunk.slice_ids, chunk.lengths, strict=True)):
+            index = self._index_of.get(slice_id)
+            if index is not None:
+                each = self._slices[index]
+                if each.num_elems != length:
+                    raise ProtocolError(f"slice {slice_id} has {each.num_elems} elements, not {length}")
+                slices.append(each)
+                lows.append(low)
+                chunk.counts.append(chunk.named_counts[number])
+                chunk.numbers.append(chunk.first + number)
+            low += length
+        name = (tuple(each.slice_id for each in slices), tuple(lows))
+        layout = self._layouts.get(name)
+        if layout is None:
+            layout = self._layouts[name] = Layout(slices, lows)
+        chunk.layout = layout
+
+    def drop_plan(self, worker: int, message: m.DropPlan) -> None:
+        """Forget a plan."""
+        self._plans.pop((worker, message.plan), None)
+
+    def has_plan(self, worker: int, plan: int) -> bool:
+        """Whether this worker has named such a plan of this store."""
+        return (worker, plan) in self._plans
+
+    def chunk(self, worker: int, plan: int, number: int) -> Chunk:
+        """Return a chunk of a worker's plan.
+
+        Raises:
+            ProtocolError: there is none.
+        """
+        chunks = self._plans.get((worker, plan))
+        if chunks is None or not 0 <= number < len(chunks):
+            raise ProtocolError(f"there is no chunk {number} of plan {plan}")
+        return chunks[number]
+
+    # ---- push ------------------------------------------------------------------------------------
+
+    def push(self, worker: int, message: m.Push, payload: torch.Tensor) -> None:
+        """Take in a worker's contribution; `payload` is uint8, from the pool, and now the shard's."""
+        chunk = self.chunk(worker, message.plan, message.chunk)
+        layout = chunk.layout
+        self._tell_gone(worker, chunk)
+        if len(layout.slices) == 0:
+            self._pool.give(payload)
+            self._answer_push(worker, message, layout)
+            return
+        if not self.is_async and not self.rounds.may_push(worker, layout.index).all():
+            raise ProtocolError(f"worker {worker} pushed a slice whose last push is not merged")
+        contribution = Contribution(
+            number=self._next_contribution,
+            worker=worker,
+            layout=layout,
+            dtype=chunk.dtype,
+            absent=chunk.absent,
+            counts=chunk.counts,
+            buffer=payload,
+            apply=message.apply,
+            live=len(layout.slices),
+        )
+        self._next_contribution += 1
+        self._contributions[contribution.number] = contribution
+        self._holder[worker, layout.index] = contribution.number
+        if self.is_async:
+            self.rounds.push_alone(worker, layout.index)
+            self._apply(layout.index, [worker])
+        else:
+            self._merge(self.rounds.push(worker, layout.index))
+        self._answer_push(worker, message, layout)
+
+    def _tell_gone(self, worker: int, chunk: Chunk) -> None:
+        """Tell a worker that slices it pushed are deleted: it learns so by its next call on the key."""
+        for slice_id in chunk.gone():
+            text = self._tombstones.get(slice_id, "the key was deleted")
+            self._reply(worker, m.Fault(self.store, [slice_id], 0, *to_wire(KeyDeleted(text))))
+
+    def _answer_push(self, worker: int, message: m.Push, layout: Layout) -> None:
+        if message.reply:
+            self._pull_chunk(worker, message.reply, message.chunk, layout)
+
+    def _merge(self, slices: Index) -> None:
+        """The last contribution has come to these slices: apply them, or hold them for the commit."""
+        if not len(slices):
+            return
+        self.rounds.merge(slices)
+        applying, holding, mixed = self._sort_by_commit(slices)
+        self._held.update(holding.tolist())
+        if len(mixed):
+            self._refuse_mixed(mixed)
+        if len(applying):
+            self._apply(applying, list(range(self.rounds.num_workers)))
+        self._answer_merge_waits()
+
+    def _sort_by_commit(self, slices: Index) -> tuple[Index, Index, Index]:
+        """Split slices into those to apply now, those to hold, and those where workers disagree."""
+        numbers = np.unique(self._holder[:, slices])
+        flags = {number: self._contributions[number].apply for number in numbers.tolist() if number}
+        none = slices[:0]
+        if all(flags.values()):
+            return slices, none, none
+        if not any(flags.values()):
+            return none, slices, none
+        apply_now = np.array([flags.get(n, True) for n in numbers.tolist()])
+        hold = np.array([not flags.get(n, False) for n in numbers.tolist()])
+        where = np.searchsorted(numbers, self._holder[:, slices])
+        all_apply, all_hold = apply_now[where].all(axis=0), (hold[where] | (self._holder[:, slices] == 0))
+        holding = all_hold.all(axis=0) & ~all_apply
+        return slices[all_apply], slices[holding], slices[~all_apply & ~holding]
+
+    def _refuse_mixed(self, slices: Index) -> None:
+        for index in slices.tolist():
+            each = self._slices[index]
+            error = CommitMismatch(
+                f"round {self.rounds.applied[index] + 1} of key {each.key!r}: some workers pushed with "
+                "apply=False and some without; the round is dropped"
+            )
+            self._blame(index, error)
+        self.rounds.apply(slices)
+        self._release(slices)
+        self._answer_pulls()
+
+    # ---- apply -----------------------------------------------------------------------------------
+
+    def _apply(self, slices: Index, workers: Sequence[int]) -> None:
+        """Add up the contributions of merged slices, run the updater, and answer who waits."""
+        self._take_due_settings(slices)
+        together = self._common_layout(slices, workers)
+        if together is not None:
+            self._apply_chunk(*together)
+        else:
+            self._apply_each(slices, workers)
+        self.rounds.apply(slices)
+        self._release(slices, workers)
+        self._answer_pulls()
+
+    def _common_layout(
+        self, slices: Index, workers: Sequence[int]
+    ) -> tuple[Layout, list[Contribution]] | None:
+        """Return layout and contributions if all workers pushed just these slices in one chunk alike."""
+        found: list[Contribution] = []
+        for worker in workers:
+            row = self._holder[worker, slices]
+            first = int(row[0])
+            if (row != first).any():
+                return None
+            if first:
+                found.append(self._contributions[first])
+        if any(
+            each.layout is not found[0].layout
+            or len(each.layout.slices) != len(slices)
+            or len(set(each.counts)) > 1
+            for each in found
+        ):
+            return None
+        return found[0].layout, found
+
+    def _apply_chunk(self, layout: Layout, contributions: list[Contribution]) -> None:
+        """The common case: whole runs of memory are added, and all slices updated in one call."""
+        present = [each for each in contributions if not each.absent]
+        if not present:
+            return
+        divisor = sum(each.counts[0] for each in present) if self.mean else 1
+        dtype = layout.slices[0].dtype
+        if layout.all_assign(self._settings_epoch):
+            for run in layout.runs:
+                run.slot.make_writable()
+                parts = [each.elements(run.low, run.high) for each in present]
+                add_up(parts, dtype, divisor, run.stored)
+            self.rounds.version[layout.index] += 1
+            return
+        stop = layout.bounds(len(layout.slices) - 1)[1]
+        total = add_up([each.elements(0, stop) for each in present], dtype, divisor)
+        self._update(
+            [
+                (each, total[low : low + each.num_elems])
+                for low, each in zip(layout.lows, layout.slices, strict=True)
+            ]
+        )
+
+    def _apply_each(self, slices: Index, workers: Sequence[int]) -> None:
+        """The general case: every slice on its own, whatever chunks its contributions came in."""
+        sums = [(self._slices[index], self._sum(index, workers)) for index in slices.tolist()]
+        self._update([(each, total) for each, total in sums if total is not None])
+
+    def _sum(self, index: int, workers: Sequence[int], may_overwrite: bool = True) -> torch.Tensor | None:
+        """Return the sum of one slice's contributions, None if all are absent."""
+        parts: list[torch.Tensor] = []
+        divisor = 0
+        for worker in workers:
+            number = int(self._holder[worker, index])
+            contribution = self._contributions[number] if number else None
+            if contribution is not None and not contribution.absent:
+                position = contribution.layout.position[index]
+                parts.append(contribution.elements(*contribution.layout.bounds(position)))
+                divisor += contribution.counts[position]
+        if not parts:
+            return None
+        dtype = self._slices[index].dtype
+        return add_up(parts, dtype, divisor if self.mean else 1, may_overwrite=may_overwrite)
+
+    def _update(self, sums: list[tuple[Slice, torch.Tensor]]) -> None:
+        """Run the updater of each slice on its sum; a failed one keeps its value and blames its pushers."""
+        updates: list[tuple[Setting, Update]] = []
+        for each, _ in sums:
+            each.slot.make_writable()
+        for each, total in sums:
+            update = Update(each.slice_id, each.key, total.view(each.shape), each.value)
+            updates.append((each.setting, update))
+        failures = apply_all(updates)
+        changed = [each.index for (each, _), failure in zip(sums, failures, strict=True) if failure is None]
+        self.rounds.version[changed] += 1
+        for (each, _), failure in zip(sums, failures, strict=True):
+            if failure is not None:
+                self._blame(each.index, failure)
+
+    def _blame(self, index: int, error: Exception) -> None:
+        """Tell every contributor to the round of a slice that it failed."""
+        each = self._slices[index]
+        for worker in np.flatnonzero(self._holder[:, index]).tolist():
+            fault = m.Fault(self.store, [each.slice_id], int(self.rounds.applied[index]) + 1, *to_wire(error))
+            self._reply(worker, fault)
+
+    def _release(self, slices: Index, workers: Sequence[int] | None = None) -> None:
+        """The contributions to these slices are used up; buffers of which nothing is left go back."""
+        rows = range(self.rounds.num_workers) if workers is None else workers
+        for worker in rows:
+            numbers, counts = np.unique(self._holder[worker, slices], return_counts=True)
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+                if number:
+                    contribution = self._contributions[number]
+                    contribution.live -= count
+                    if not contribution.live:
+                        del self._contributions[number]
+                        self._pool.give(contribution.buffer)
+            self._holder[worker, slices] = 0
+
+    # ---- pull ------------------------------------------------------------------------------------
+
+    def pull(self, worker: int, message: m.Pull) -> None:
+        """Answer chunk by chunk, each as soon as this worker's last round of its slices is applied."""
+        chunks = self._plans.get((worker, message.plan))
+        if chunks is None:
+            raise ProtocolError(f"there is no plan {message.plan}")
+        gone = [slice_id for chunk in chunks for slice_id in chunk.gone()]
+        if gone:
+            text = self._tombstones.get(gone[0], "the key was deleted")
+            self._reply(worker, m.Failed(message.request, *to_wire(KeyDeleted(text))))
+            return
+        for number, chunk in enumerate(chunks):
+            self._pull_chunk(worker, message.request, number, chunk.layout)
+
+    def _pull_chunk(self, worker: int, request: int, number: int, layout: Layout) -> None:
+        need = self.rounds.pushed[worker, layout.index]
+        pull = _PendingPull(worker, request, number, layout, need)
+        if self.is_async or self._is_ready(pull):
+            self._send_chunk(pull)
+        else:
+            self._pulls.append(pull)
+
+    def _is_ready(self, pull: _PendingPull) -> bool:
+        return bool((self.rounds.applied[pull.layout.index] >= pull.need).all())
+
+    def _answer_pulls(self) -> None:
+        if self._pulls:
+            ready = [pull for pull in self._pulls if self._is_ready(pull)]
+            if ready:
+                self._pulls = [pull for pull in self._pulls if not self._is_ready(pull)]
+                for pull in ready:
+                    self._send_chunk(pull)
+
+    def _send_chunk(self, pull: _PendingPull) -> None:
+        leases = [run.slot.lease for run in pull.layout.runs]
+        for lease in leases:
+            lease.readers += 1
+        payload = [run.stored for run in pull.layout.runs]
+        self.out.append(Outgoing(pull.worker, m.Data(pull.request, pull.chunk), payload, leases))
+
+    def wait_merged(self, worker: int, message: m.WaitMerged) -> None:
+        """Tell, as it happens, which slices of a plan have this worker's last push merged."""
+        for chunk in self._plans.get((worker, message.plan), []):
+            gone = chunk.gone()
+            if gone:
+                text = self._tombstones.get(gone[0], "the key was deleted")
+                self._reply(worker, m.Failed(message.request, *to_wire(KeyDeleted(text))))
+                return
+            index = chunk.layout.index
+            wait = _PendingMerge(
+                worker,
+                message.request,
+                index,
+                np.array(chunk.numbers, np.int64),
+                self.rounds.pushed[worker, index],
+            )
+            self._merge_waits.append(wait)
+        self._answer_merge_waits()
+
+    def _answer_merge_waits(self) -> None:
+        for wait in self._merge_waits:
+            merged = self.rounds.merged[wait.index] >= wait.need
+            if merged.any():
+                self._reply(wait.worker, m.Merged(wait.request, wait.numbers[merged].tolist()))
+                wait.index, wait.numbers = wait.index[~merged], wait.numbers[~merged]
+                wait.need = wait.need[~merged]
+        self._merge_waits = [wait for wait in self._merge_waits if len(wait.index)]
+
+    # ---- settings --------------------------------------------------------------------------------
+
+    def prepare_setting(self, worker: int, message: m.PrepareSetting) -> None:
+        """Load a setting; raises what is wrong with it."""
+        self.schedule.prepare(message.number, message.record)
+        self._reply(worker, m.Done(message.request))
+
+    def activate_setting(self, worker: int, message: m.ActivateSetting) -> None:
+        """From this worker's next push of each key on the prepared setting holds."""
+        pushed = self.rounds.applied if self.is_async else self.rounds.pushed[worker]
+        self.schedule.activate(message.number, {index: int(pushed[index]) + 1 for index in self._slices})
+        idle = [i for i in self._slices if self.is_async or self.rounds.applied[i] == pushed[i]]
+        self._take_due_settings(np.array(idle, np.int64))
+
+    def _take_due_settings(self, slices: Index) -> None:
+        if not self.schedule.has_pending:
+            return
+        for index in slices.tolist():
+            each = self._slices[index]
+            setting = self.schedule.due(index, each.key, int(self.rounds.applied[index]) + 1)
+            if setting is not None and setting is not each.setting:
+                if setting.updater is not each.setting.updater:
+                    each.setting.updater.forget(each.slice_id)
+                each.setting = setting
+        self._settings_epoch += 1
+        self.schedule.tidy()
+
+    # ---- commit ----------------------------------------------------------------------------------
+
+    def commit(self, worker: int, message: m.Commit) -> None:
+        """A worker asks to commit what it pushed with apply=False."""
+        mine = [index for index in self._slices if self._uncommitted(worker, index)]
+        self._commit.add(worker, message, mine)
+        self._check_commit()
+
+    def _uncommitted(self, worker: int, index: int) -> bool:
+        number = int(self._holder[worker, index])
+        return number != 0 and not self._contributions[number].apply
+
+    def _check_commit(self) -> None:
+        """When every member has asked, tell the scheduler what this server has."""
+        gather = self._commit
+        members = set(np.flatnonzero(~self.rounds.left).tolist())
+        if gather.reported or not gather.asked or not members <= set(gather.asked):
+            return
+        gather.reported = True
+        names = {index: repr(each.key) for index, each in self._slices.items()}
+        gather.keys = {w: frozenset(keys & names.keys()) for w, keys in gather.keys.items()}
+        error = gather.disagreement(names)
+        norm_squared = 0.0
+        if error is None:
+            workers = range(self.rounds.num_workers)
+            for index in sorted(self._held):
+                total = self._sum(index, workers, may_overwrite=False)
+                if total is not None:
+                    gather.totals.append((self._slices[index], total))
+            if gather.wants_norm:
+                norm_squared = sum_squares(total for _, total in gather.totals)
+        self.out.append(
+            Outgoing(
+                SCHEDULER,
+                m.CommitReady(
+                    self.store,
+                    gather.number,
+                    norm_squared,
+                    not gather.check_finite or math.isfinite(norm_squared),
+                    gather.skip,
+                    None if error is None else to_wire(error),
+                ),
+            )
+        )
+
+    def decide_commit(self, decision: m.CommitDecision) -> None:
+        """All servers are ready: apply, skip, or refuse."""
+        gather = self._commit
+        if decision.number != gather.number or not gather.reported:
+            raise ProtocolError(f"commit {decision.number} was decided, but {gather.number} is under way")
+        self._commit = CommitGather(gather.number + 1)
+        if decision.error is not None:
+            for worker, asked in sorted(gather.asked.items()):
+                self._reply(worker, m.Failed(asked.request, *decision.error))
+            return
+        slices = np.array(sorted(self._held), np.int64)
+        self._take_due_settings(slices)
+        if decision.apply:
+            self._apply_totals(gather, decision)
+        self._held.clear()
+        self.rounds.apply(slices)
+        self._release(slices)
+        norm = decision.norm if gather.wants_norm else None
+        for worker, asked in sorted(gather.asked.items()):
+            self._reply(worker, m.Committed(asked.request, decision.apply, norm))
+        self._answer_pulls()
+
+    def _apply_totals(self, gather: CommitGather, decision: m.CommitDecision) -> None:
+        factor = clip_factor(decision.norm, gather.max_norm)
+        alive = [(each, total) for each, total in gather.totals if each.index in self._held]
+        if factor != 1.0:
+            alive = [(each, total * factor) for each, total in alive]
+        self._update([(each, total.to(each.dtype)) for each, total in alive])
+
+    # ---- the rest --------------------------------------------------------------------------------
+
+    def info(self, worker: int, message: m.AskInfo) -> None:
+        """Tell rounds and versions."""
+        found = [self._index_of.get(slice_id, -1) for slice_id in message.slice_ids]
+        rounds = [int(self.rounds.applied[i]) if i >= 0 else -1 for i in found]
+        versions = [int(self.rounds.version[i]) if i >= 0 else -1 for i in found]
+        alive = [self._slices[i] for i in found if i >= 0]
+        name = alive[0].setting.updater.spec.name if alive else ""
+        self._reply(worker, m.Info(message.request, rounds, versions, name))
+
+    def leave(self, worker: int) -> None:
+        """A worker is gone for good: its pushes count, but what it has not committed is dropped."""
+        self._pulls = [pull for pull in self._pulls if pull.worker != worker]
+        self._merge_waits = [wait for wait in self._merge_waits if wait.worker != worker]
+        self._plans = {name: plan for name, plan in self._plans.items() if name[0] != worker}
+        self._drop_uncommitted(worker)
+        self.rounds.left[worker] = True
+        if not self.is_async and self._slices:
+            everything = np.fromiter(self._slices, np.int64, len(self._slices))
+            waiting = everything[(self.rounds.applied == self.rounds.merged)[everything]]
+            self._merge(self.rounds.mergeable(waiting))
+        self._check_commit()
+
+    def _drop_uncommitted(self, worker: int) -> None:
+        dropped = np.array([i for i in self._slices if self._uncommitted(worker, i)], np.int64)
+        if len(dropped):
+            unmerged = dropped[[i not in self._held for i in dropped.tolist()]]
+            self.rounds.withdraw(worker, unmerged)
+            self._release(dropped, [worker])
+
+    def waiting(self, worker: int, message: m.AskWaiting) -> None:
+        """Tell whom a request of this worker waits for."""
+        ranks, where = self._missing(worker, message.request)
+        self._reply(worker, m.Waiting(message.request, ranks, where))
+
+    def _missing(self, worker: int, request: int) -> tuple[list[int], str]:
+        for pull in self._pulls:
+            if (pull.worker, pull.request) == (worker, request):
+                late = pull.layout.index[self.rounds.applied[pull.layout.index] < pull.need]
+                return self._missing_round(int(late[0]))
+        for wait in self._merge_waits:
+            if (wait.worker, wait.request) == (worker, request):
+                return self._missing_round(int(wait.index[0]))
+        if any(asked.request == request for w, asked in self._commit.asked.items() if w == worker):
+            members = np.flatnonzero(~self.rounds.left).tolist()
+            return [w for w in members if w not in self._commit.asked], f"commit {self._commit.number}"
+        return [], ""
+
+    def _missing_round(self, index: int) -> tuple[list[int], str]:
+        where = f"round {int(self.rounds.applied[index]) + 1} of {self._slices[index].key!r}"
+        if index in self._held:
+            members = np.flatnonzero(~self.rounds.left).tolist()
+            return [w for w in members if w not in self._commit.asked], f"{where}, to be committed"
+        return self.rounds.missing(index), where
+
+    def _reply(self, worker: int, message: Any) -> None:
+        if not self.rounds.left[worker] or isinstance(message, m.Done):
+            self.out.append(Outgoing(worker, message))

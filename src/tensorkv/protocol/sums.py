@@ -1,0 +1,62 @@
+"""Sums of contributions: in rank order, in the stored dtype, half-width floats in float32.
+
+The order is fixed, ((w0 + w1) + w2), whatever the order of arrival, so runs are bitwise repeatable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tensorkv.arrays import accumulate_dtype
+
+
+def add_up(
+    parts: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    divisor: int = 1,
+    out: torch.Tensor | None = None,
+    *,
+    may_overwrite: bool = True,
+) -> torch.Tensor:
+    """Return ((p0 + p1) + p2 ...) / divisor in `dtype`, all flat and of one length.
+
+    Args:
+        parts: at least one; their dtypes may differ from `dtype` if all are floats.
+        dtype: of the result; the sum itself is taken in float32 for half-width floats.
+        divisor: what a mean divides by.
+        out: where the result goes, if given; it must not overlap the parts.
+        may_overwrite: the first part may be used as the accumulator.
+    """
+    wide = accumulate_dtype(dtype)
+    first, rest = parts[0], parts[1:]
+    target = out if out is not None and dtype == wide else None
+    if not rest:
+        total = _single(first, wide, target, may_overwrite or divisor == 1)
+    elif target is not None:
+        total = torch.add(first.to(wide), rest[0].to(wide), out=target)
+    elif first.dtype == wide and may_overwrite:
+        total = first.add_(rest[0].to(wide))
+    else:
+        total = torch.add(first.to(wide), rest[0].to(wide))
+    for part in rest[1:]:
+        total.add_(part.to(wide))
+    if divisor != 1:
+        total.div_(divisor)
+    if total.dtype != dtype:
+        total = total.to(dtype)
+    if out is not None and total is not out:
+        out.copy_(total)
+        return out
+    return total
+
+
+def _single(
+    part: torch.Tensor, wide: torch.dtype, target: torch.Tensor | None, may_overwrite: bool
+) -> torch.Tensor:
+    if target is not None:
+        return target.copy_(part)
+    if part.dtype == wide:
+        return part if may_overwrite else part.clone()
+    return part.to(wide)

@@ -1,0 +1,1 @@
+"""The threads and loops that join state machines and transports: scheduler, server and worker."""

@@ -1,0 +1,153 @@
+"""ControlClient: a worker's connection to the scheduler."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, final
+
+from tensorkv.config import JobConfig
+from tensorkv.errors import PeerLostError, TensorKVError, from_wire
+from tensorkv.runtime.handshake import introduce, receive_message
+from tensorkv.runtime.sender import Sender
+from tensorkv.runtime.waits import Wait, lost_error
+from tensorkv.transport.base import TICK_S
+from tensorkv.transport.endpoint import connect
+from tensorkv.transport.tcp import hostname
+from tensorkv.wire import messages as m
+from tensorkv.wire.codec import Decoder, encode
+
+CONNECT_TIMEOUT_S = 10.0
+JOIN_TIMEOUT_S = 5.0
+
+
+@final
+class _Reply:
+    """Where the reply to a request will be."""
+
+    def __init__(self, wait: Wait) -> None:
+        self.ready = threading.Event()
+        self.message: Any = None
+        self.wait = wait
+
+
+@final
+class ControlClient:
+    """Requests to the scheduler and what it announces. Safe from any thread.
+
+    `on_failure` is called once, from the receiving thread, when the job is declared broken.
+    """
+
+    def __init__(self, config: JobConfig, on_failure: Callable[[TensorKVError], None]) -> None:
+        self._on_failure = on_failure
+        self._numbers = itertools.count(1)
+        self._replies: dict[int, _Reply] = {}
+        self._welcome = _Reply(Wait("joining the job", config.timeout_s, lambda: self.failure))
+        self.failure: TensorKVError | None = None
+        self._closing = False
+        self._connection = connect(config.scheduler_host, config.scheduler_port, CONNECT_TIMEOUT_S)
+        try:
+            introduce(self._connection, config.token, "worker", config.rank)
+        except BaseException:
+            self._connection.close()
+            raise
+        self._sender = Sender(self._connection, "scheduler", self._fail)
+        self._thread = threading.Thread(target=self._read, name="tensorkv-control", daemon=True)
+        self._thread.start()
+        self.notify(m.Register("", 0, hostname(), os.getpid()))
+
+    def servers(self) -> list[tuple[str, int]]:
+        """Wait until all servers are there, and return their addresses."""
+        self._await(self._welcome)
+        servers: list[tuple[str, int]] = self._welcome.message.servers
+        return servers
+
+    def notify(self, message: m.Message) -> None:
+        """Send a message that has no reply. Never blocks."""
+        self._sender.put([encode(message)])
+        self._sender.pump()
+
+    def request(self, make: Callable[[int], m.Message], what: str, timeout_s: float, store: int = 0) -> Any:
+        """Send a request and wait for its reply.
+
+        Args:
+            make: builds the message from the request's number.
+            what: the call, for texts.
+            timeout_s: seconds.
+            store: the store it is about; 0 if none.
+
+        Raises:
+            WaitTimeout: no reply in time; the text names who is missing.
+            PeerLostError, or the error of a refused request.
+        """
+        number = next(self._numbers)
+        wait = Wait(what, timeout_s, lambda: self.failure, lambda: self.notify(m.AskWaiting(number, store)))
+        reply = self._replies[number] = _Reply(wait)
+        self.notify(make(number))
+        try:
+            self._await(reply)
+        except TensorKVError:
+            if self.failure is None and store:
+                self.notify(m.GiveUp(store, number))
+            raise
+        finally:
+            del self._replies[number]
+        if isinstance(reply.message, m.Failed):
+            raise from_wire(reply.message.name, reply.message.text)
+        return reply.message
+
+    def close(self, last_words: m.Message) -> None:
+        """Send a Goodbye or Abandon and end the connection."""
+        self._closing = True
+        self.notify(last_words)
+        self._sender.close(JOIN_TIMEOUT_S)
+        self._connection.shutdown()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(JOIN_TIMEOUT_S)
+        self._connection.close()
+
+    def _await(self, reply: _Reply) -> None:
+        while not reply.ready.wait(TICK_S):
+            reply.wait.tick()
+        if self.failure is not None and reply.message is None:
+            raise self.failure
+
+    def _read(self) -> None:
+        decoder: Decoder[m.FromScheduler] = Decoder(m.FromScheduler)
+        try:
+            while True:
+                self._take(receive_message(self._connection, decoder))
+        except (EOFError, ConnectionError) as exc:
+            self._fail(exc)
+
+    def _take(self, message: Any) -> None:
+        match message:
+            case m.Welcome():
+                self._answer(self._welcome, message)
+            case m.Lost():
+                self._fail(lost_error(message))
+            case m.Waiting():
+                waiting = self._replies.get(message.request)
+                if waiting is not None:
+                    waiting.wait.answered(message)
+            case _:
+                reply = self._replies.get(message.request)
+                if reply is not None:
+                    self._answer(reply, message)
+
+    def _answer(self, reply: _Reply, message: Any) -> None:
+        reply.message = message
+        reply.ready.set()
+
+    def _fail(self, exc: Exception) -> None:
+        if self.failure is not None or self._closing:
+            return
+        if isinstance(exc, PeerLostError):
+            self.failure = exc
+        else:
+            self.failure = PeerLostError(f"the scheduler is gone: {exc}")
+        for reply in [self._welcome, *self._replies.values()]:
+            reply.ready.set()
+        self._on_failure(self.failure)

@@ -1,0 +1,76 @@
+"""EmbeddedJob: scheduler and servers as threads of this process, connected without sockets.
+
+For notebooks, debuggers and tests. Values take the very way they take in a real job, but frames are
+handed over in queues.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import final
+
+from tensorkv.config import DEFAULT_TIMEOUT_S, SLICE_BOUND_BYTES, JobConfig, Role
+from tensorkv.runtime.code import CodeTable, updater_loader
+from tensorkv.runtime.job import Job
+from tensorkv.runtime.scheduler import SchedulerServer
+from tensorkv.runtime.server import Server
+
+
+@final
+class EmbeddedJob:
+    """A job whose scheduler and servers are threads of this process. Owns them until `stop`.
+
+    `host` is "inproc", or an address to go through real sockets.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        num_servers: int,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        slice_bound_bytes: int = SLICE_BOUND_BYTES,
+        host: str = "inproc",
+    ) -> None:
+        self._size = (num_workers, num_servers)
+        self._token = secrets.token_hex(16)
+        self._timeout_s = timeout_s
+        self._host = host
+        self.code_table = CodeTable()
+        self.scheduler = SchedulerServer(
+            num_workers=num_workers,
+            num_servers=num_servers,
+            token=self._token,
+            host=host,
+            slice_bound_bytes=slice_bound_bytes,
+        )
+        self.scheduler.start()
+        loader = updater_loader((), self.code_table)
+        self.servers = [Server(self.config("server", rank), loader) for rank in range(num_servers)]
+        for server in self.servers:
+            server.start()
+
+    def config(self, role: Role, rank: int) -> JobConfig:
+        """Return the place of a process, or here a thread, in this job."""
+        host, port = self.scheduler.address
+        return JobConfig(
+            role=role,
+            rank=rank,
+            num_workers=self._size[0],
+            num_servers=self._size[1],
+            scheduler_host=host,
+            scheduler_port=port,
+            token=self._token,
+            host=self._host,
+            timeout_s=self._timeout_s,
+        )
+
+    def join(self, rank: int) -> Job:
+        """Join as worker `rank`."""
+        return Job(self.config("worker", rank), self.code_table)
+
+    def stop(self) -> None:
+        """End scheduler and servers. The workers have left."""
+        self.scheduler.stop()
+        for server in self.servers:
+            server.stop()

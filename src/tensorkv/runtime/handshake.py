@@ -1,0 +1,120 @@
+"""The handshake: each side proves that it knows the job's token, which itself is never sent.
+
+    accepting side                      connecting side
+    Challenge(nonce)          ->
+                              <-        Hello(nonce, HMAC(token, "hello" both nonces, role, rank), role, rank)
+    Accept(HMAC(token, "accept" ...)) ->
+
+Until then a peer may send 4 KiB. A replayed Hello fails: the accepting side's nonce is new each time.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from tensorkv.config import Role
+from tensorkv.errors import AuthenticationError, ProtocolError, TensorKVError, WaitTimeout, from_wire, to_wire
+from tensorkv.transport.base import Connection, Tick, no_tick
+from tensorkv.wire import messages as m
+from tensorkv.wire.codec import MAX_HEADER_BYTES, Decoder, encode
+
+HANDSHAKE_TIMEOUT_S = 10.0
+_NONCE_BYTES = 32
+_decoder: Decoder[m.HandshakeMessage] = Decoder(m.HandshakeMessage)
+T = TypeVar("T")
+
+
+def receive_message(connection: Connection, decoder: Decoder[T], tick: Tick = no_tick) -> T:
+    """Receive one message that has no payload."""
+    messages: list[T] = []
+
+    def sink(body: memoryview, payload_bytes: int) -> list[memoryview]:
+        if payload_bytes:
+            raise ProtocolError(f"a payload of {payload_bytes} bytes where none belongs")
+        messages.append(decoder.decode(body))
+        return []
+
+    connection.receive(sink, tick)
+    return messages[0]
+
+
+def accept(
+    connection: Connection, token: str, check: Callable[[Role, int], TensorKVError | None]
+) -> tuple[Role, int]:
+    """Let a peer prove itself, and return its role and rank. `check` may refuse them.
+
+    Raises:
+        AuthenticationError, ProtocolError, ProtocolVersionError, EOFError, ConnectionError: the peer is
+            not let in; the connection is to be closed.
+    """
+    tick = deadline_tick(HANDSHAKE_TIMEOUT_S, f"the handshake with {connection.peer}")
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    connection.send(encode(m.Challenge(nonce)), (), tick)
+    hello = receive_message(connection, _decoder, tick)
+    if not isinstance(hello, m.Hello):
+        raise ProtocolError(f"{connection.peer} began with {type(hello).__name__} instead of Hello")
+    expected = _proof(token, b"hello", nonce, hello)
+    if not token or not hmac.compare_digest(expected, hello.proof):
+        error: TensorKVError = AuthenticationError(
+            f"{connection.peer} ({hello.role} {hello.rank}) does not hold the token of this job; "
+            "TENSORKV_TOKEN must be the same in all its processes"
+        )
+        _reject(connection, error, tick)
+        raise error
+    refused = check(hello.role, hello.rank)
+    if refused is not None:
+        _reject(connection, refused, tick)
+        raise refused
+    connection.send(encode(m.Accept(_proof(token, b"accept", nonce, hello))), (), tick)
+    connection.max_header_bytes = MAX_HEADER_BYTES
+    return hello.role, hello.rank
+
+
+def introduce(connection: Connection, token: str, role: Role, rank: int) -> None:
+    """Prove to the accepting side that we know the token, and check that it does.
+
+    Raises:
+        AuthenticationError: one of the two does not.
+        ProtocolVersionError: it speaks another version.
+        ProtocolError, EOFError, ConnectionError, WaitTimeout.
+    """
+    if not token:
+        raise AuthenticationError("this process has no token of a job: TENSORKV_TOKEN is not set or empty")
+    tick = deadline_tick(HANDSHAKE_TIMEOUT_S, f"the handshake with {connection.peer}")
+    challenge = receive_message(connection, _decoder, tick)
+    if not isinstance(challenge, m.Challenge):
+        raise ProtocolError(f"{connection.peer} began with {type(challenge).__name__} instead of Challenge")
+    hello = m.Hello(secrets.token_bytes(_NONCE_BYTES), b"", role, rank)
+    hello.proof = _proof(token, b"hello", challenge.nonce, hello)
+    connection.send(encode(hello), (), tick)
+    answer: Any = receive_message(connection, _decoder, tick)
+    if isinstance(answer, m.Reject):
+        raise from_wire(answer.name, answer.text)
+    expected = _proof(token, b"accept", challenge.nonce, hello)
+    if not isinstance(answer, m.Accept) or not hmac.compare_digest(expected, answer.proof):
+        raise AuthenticationError(f"{connection.peer} does not hold the token of this job")
+    connection.max_header_bytes = MAX_HEADER_BYTES
+
+
+def deadline_tick(timeout_s: float, what: str) -> Tick:
+    """Return a tick that raises WaitTimeout once `timeout_s` seconds have passed."""
+    end = time.monotonic() + timeout_s
+
+    def tick() -> None:
+        if time.monotonic() > end:
+            raise WaitTimeout(f"{what} did not finish within {timeout_s} s")
+
+    return tick
+
+
+def _proof(token: str, purpose: bytes, nonce: bytes, hello: m.Hello) -> bytes:
+    text = b"|".join((purpose, nonce, hello.nonce, hello.role.encode(), str(hello.rank).encode()))
+    return hmac.digest(token.encode(), text, "sha256")
+
+
+def _reject(connection: Connection, error: TensorKVError, tick: Tick) -> None:
+    connection.send(encode(m.Reject(*to_wire(error))), (), tick)

@@ -1,0 +1,183 @@
+"""Job: this process as a worker of a job, with its connections to the scheduler and to every server.
+
+Stores of one process share its job. It is joined by the first store and left when the interpreter
+exits, or, for a job that lives in this process, when its store is closed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, final
+
+from tensorkv.config import JobConfig
+from tensorkv.errors import PeerLostError, TensorKVError
+from tensorkv.runtime.code import CodeTable
+from tensorkv.runtime.control import ControlClient
+from tensorkv.runtime.handshake import introduce
+from tensorkv.runtime.link import ServerLink, SingleReply
+from tensorkv.runtime.waits import Wait
+from tensorkv.transport.endpoint import connect
+from tensorkv.wire import messages as m
+
+logger = logging.getLogger(__name__)
+CONNECT_TIMEOUT_S = 10.0
+
+
+class OpenStore(Protocol):
+    """What a job knows of the stores opened in it."""
+
+    def on_fault(self, fault: m.Fault) -> None:
+        """A round that this worker contributed to has failed."""
+
+    def close(self) -> None:
+        """Leave the store."""
+
+
+@final
+class Job:
+    """A worker's place in a job. Safe from any thread.
+
+    `order` is held while one call's messages are queued to all servers, so that every server sees the
+    calls of this worker in the same order.
+
+    Args:
+        config: the worker's place.
+        code_table: where in-process servers find functions; None if servers are other processes.
+
+    Raises:
+        AuthenticationError, ProtocolVersionError, PeerLostError, WaitTimeout, ConnectionError.
+    """
+
+    def __init__(self, config: JobConfig, code_table: CodeTable | None = None) -> None:
+        self.config = config
+        self.code_table = code_table
+        self.order = threading.Lock()
+        self.plan_numbers = itertools.count(1)
+        self.stores: dict[int, OpenStore] = {}
+        self.links: list[ServerLink] = []
+        self.closed = False
+        self._broken: TensorKVError | None = None
+        self.control = ControlClient(config, self._on_failure)
+        try:
+            for rank, (host, port) in enumerate(self.control.servers()):
+                connection = connect(host, port, CONNECT_TIMEOUT_S)
+                introduce(connection, config.token, "worker", config.rank)
+                self.links.append(ServerLink(connection, f"server {rank}", self.failure, self._on_fault))
+        except BaseException:
+            self.close(m.Abandon("it could not connect to all servers"))
+            raise
+
+    def failure(self) -> TensorKVError | None:
+        """Return why the job is broken, None while it is not."""
+        return self._broken or self.control.failure
+
+    def wait(self, what: str, timeout_s: float, ask: Callable[[], None] | None = None) -> Wait:
+        """Return a deadline for one call."""
+        return Wait(what, timeout_s, self.failure, ask)
+
+    def ask_all(
+        self,
+        make: Callable[[int], m.Message],
+        what: str,
+        timeout_s: float,
+        store: int,
+        servers: Sequence[int] | None = None,
+    ) -> list[Any]:
+        """Send a request to every server (or to `servers`) and return their replies, by rank.
+
+        Raises:
+            WaitTimeout, PeerLostError, or the first refusal.
+        """
+        links = self.links if servers is None else [self.links[rank] for rank in servers]
+        opened = [(link, SingleReply()) for link in links]
+        with self.order:
+            numbers = [link.open(exchange) for link, exchange in opened]
+            for link, number in zip(links, numbers, strict=True):
+                link.put(make(number))
+        for link in links:
+            link.pump()
+        self.await_replies(list(zip(links, numbers, strict=True)), what, timeout_s, store)
+        for _, exchange in opened:
+            exchange.check()
+        return [exchange.message for _, exchange in opened]
+
+    def await_replies(
+        self, numbers: list[tuple[ServerLink, int]], what: str, timeout_s: float, store: int
+    ) -> None:
+        """Wait until these exchanges have ended; after an error they are given up."""
+        try:
+            for link, number in numbers:
+                self._await(link, number, what, timeout_s, store)
+        except BaseException:
+            for link, number in numbers:
+                link.drop(number)
+            raise
+
+    def _await(self, link: ServerLink, number: int, what: str, timeout_s: float, store: int) -> None:
+        def ask() -> None:
+            link.put(m.AskWaiting(number, store))
+            link.pump()
+
+        link.wait(number, self.wait(what, timeout_s, ask))
+
+    def poll(self) -> None:
+        """Take in what the servers have sent already. Never blocks."""
+        for link in self.links:
+            link.poll()
+
+    def close(self, last_words: m.Message) -> None:
+        """End all connections, after a Goodbye or an Abandon."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._broken is None:
+            self._broken = PeerLostError("this worker has left the job")
+        self.control.close(last_words)
+        for link in self.links:
+            link.close()
+
+    def _on_failure(self, error: TensorKVError) -> None:
+        for link in self.links:
+            link.shutdown()
+
+    def _on_fault(self, fault: m.Fault) -> None:
+        store = self.stores.get(fault.store)
+        if store is not None:
+            store.on_fault(fault)
+
+
+_lock = threading.Lock()
+_joined: dict[int, Job] = {}  # by process id: a forked child has none
+
+
+def join(config: JobConfig) -> Job:
+    """Return this process's place in its job; the first call joins it."""
+    with _lock:
+        job = _joined.get(os.getpid())
+        if job is None:
+            job = Job(config)
+            _joined[os.getpid()] = job
+            atexit.register(leave, job)
+        return job
+
+
+def leave(job: Job) -> None:
+    """Leave the job as the interpreter exits: in good order, or as lost after an uncaught exception."""
+    if _joined.get(os.getpid()) is not job or job.closed:
+        return
+    uncaught = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
+    if uncaught is not None:
+        job.close(m.Abandon(f"it ended with {type(uncaught).__name__}: {uncaught}"))
+        return
+    for store in list(job.stores.values()):
+        try:
+            store.close()
+        except TensorKVError as error:  # nobody is left to raise it to
+            logger.error("while leaving the job: %s", error)
+    job.close(m.Goodbye())

@@ -1,0 +1,273 @@
+"""ServerLink: a worker's connection to one server.
+
+Nobody has a thread here for receiving. Whoever waits for an answer takes the lead and receives frames,
+also those that others wait for, until its own is there; then another takes the lead. So a small
+request costs no change of threads. Only while calls with `async_op` are under way does a thread of
+the link lead.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, final
+
+from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, from_wire
+from tensorkv.runtime.sender import Sender, Sent
+from tensorkv.runtime.waits import Wait
+from tensorkv.transport.base import TICK_S, Buffer, Connection, Tick
+from tensorkv.wire import messages as m
+from tensorkv.wire.codec import Decoder, encode
+
+JOIN_TIMEOUT_S = 5.0
+LOST_GRACE_S = 3.0
+_decoder: Decoder[m.FromServer] = Decoder(m.FromServer)
+
+
+class Exchange(ABC):
+    """A request to one server until it is answered. Its methods are called by whoever leads."""
+
+    @abstractmethod
+    def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
+        """Return where the payload of `message` goes."""
+
+    @abstractmethod
+    def take(self, message: Any) -> bool:
+        """Take in a reply, its payload in place, and return whether it was the last."""
+
+
+@final
+class SingleReply(Exchange):
+    """A request that has one reply without payload."""
+
+    def __init__(self) -> None:
+        self.message: Any = None
+
+    def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
+        raise ProtocolError("a payload where none belongs")
+
+    def take(self, message: Any) -> bool:
+        self.message = message
+        return True
+
+    def check(self) -> None:
+        """Raise if the request was refused."""
+        if isinstance(self.message, TensorKVError):
+            raise self.message
+        if isinstance(self.message, m.Failed):
+            raise from_wire(self.message.name, self.message.text)
+
+
+@final
+class ServerLink:
+    """Sends messages to one server and hands its replies to the exchanges that wait for them.
+
+    Args:
+        connection: after its handshake.
+        name: "server 1", for texts.
+        failure: returns why the job is broken, None while it is not.
+        on_fault: called with every Fault of this server.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        name: str,
+        failure: Callable[[], TensorKVError | None],
+        on_fault: Callable[[m.Fault], None],
+    ) -> None:
+        self.name = name
+        self._connection = connection
+        self._failure = failure
+        self._on_fault = on_fault
+        self._sender = Sender(connection, name.replace(" ", "-"), lambda exc: connection.shutdown())
+        self._numbers = itertools.count(1)
+        self._exchanges: dict[int, Exchange] = {}
+        self._waits: dict[int, Wait] = {}
+        self._reading = threading.Lock()  # who holds it leads
+        self._turn = threading.Condition(
+            threading.RLock()
+        )  # told when an exchange ends, and when the lead is free
+        self._watched: set[int] = set()  # exchanges that nobody waits for; guarded by _turn
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    # ---- sending ---------------------------------------------------------------------------------
+
+    def open(self, exchange: Exchange) -> int:
+        """Return a number under which `exchange` gets the replies to a request."""
+        number = next(self._numbers)
+        self._exchanges[number] = exchange
+        return number
+
+    def put(
+        self, message: m.Message, parts: list[memoryview] | None = None, on_sent: Sent | None = None
+    ) -> None:
+        """Queue a message. The caller keeps the order between servers, and calls `pump` afterwards."""
+        buffers: list[Buffer] = list(parts or ())
+        self._sender.put([encode(message, sum(map(len, buffers))), *buffers], on_sent)
+
+    def pump(self) -> None:
+        """Send what is queued, as far as that goes without waiting."""
+        self._sender.pump()
+
+    def drop(self, number: int) -> None:
+        """Give up an exchange: replies that still come are received and thrown away."""
+        self._exchanges.pop(number, None)
+
+    # ---- receiving -------------------------------------------------------------------------------
+
+    def wait(self, number: int, wait: Wait) -> None:
+        """Block until the exchange with this number has ended.
+
+        Raises:
+            WaitTimeout, PeerLostError: it has not.
+        """
+        self._waits[number] = wait
+        try:
+            self._lead_until(lambda: number not in self._exchanges, wait.tick)
+        finally:
+            del self._waits[number]
+
+    def poll(self) -> None:
+        """Receive what has come already, without waiting, unless somebody else leads."""
+        if self._reading.acquire(blocking=False):
+            try:
+                while self._connection.readable():
+                    self._receive(self._check_failure)
+            finally:
+                self._hand_over()
+
+    def watch(self, number: int, wait: Wait | None = None) -> None:
+        """See to it that this exchange ends although nobody waits for it.
+
+        Args:
+            number: of the exchange.
+            wait: told whom the exchange waits for, if it asks.
+        """
+        with self._turn:
+            self._watched.add(number)
+            if wait is not None:
+                self._waits[number] = wait
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._lead_watched, name=f"tensorkv-receive-{self.name}", daemon=True
+                )
+                self._thread.start()
+            self._turn.notify_all()
+
+    def close(self) -> None:
+        """End the connection."""
+        self._closing = True
+        self._sender.close(JOIN_TIMEOUT_S)
+        self._connection.shutdown()
+        with self._turn:
+            self._turn.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(JOIN_TIMEOUT_S)
+        self._connection.close()
+
+    def shutdown(self) -> None:
+        """Wake whoever waits: the job is broken."""
+        self._connection.shutdown()
+
+    def _lead_until(self, done: Callable[[], bool], tick: Tick) -> None:
+        while not done():
+            if self._reading.acquire(blocking=False):
+                try:
+                    while not done():
+                        self._receive(tick)
+                finally:
+                    self._hand_over()
+            else:
+                with self._turn:
+                    if not done() and self._reading.locked():
+                        self._turn.wait(TICK_S)
+                if not done():
+                    tick()
+
+    def _hand_over(self) -> None:
+        self._reading.release()
+        with self._turn:
+            self._turn.notify_all()
+
+    def _lead_watched(self) -> None:
+        while True:
+            with self._turn:
+                self._turn.wait_for(lambda: self._closing or not self._nothing_watched())
+            if self._closing:
+                return
+            try:
+                self._lead_until(lambda: self._closing or self._nothing_watched(), self._check_failure)
+            except TensorKVError as error:
+                self._end_all(error)
+                return
+
+    def _nothing_watched(self) -> bool:
+        """Whether all watched exchanges have ended."""
+        with self._turn:
+            for number in self._watched - self._exchanges.keys():
+                self._watched.discard(number)
+                self._waits.pop(number, None)
+            return not self._watched
+
+    def _check_failure(self) -> None:
+        failure = self._failure()
+        if failure is not None:
+            raise failure
+
+    def _receive(self, tick: Tick) -> None:
+        """Receive one frame and hand it on."""
+        message: Any = None
+
+        def sink(body: memoryview, payload_bytes: int) -> list[memoryview]:
+            nonlocal message
+            message = _decoder.decode(body)
+            if not payload_bytes:
+                return []
+            if not isinstance(message, m.Data):
+                raise ProtocolError(f"{type(message).__name__} came with {payload_bytes} bytes of payload")
+            exchange = self._exchanges.get(message.request)
+            if exchange is None:  # its caller has given up
+                return [memoryview(bytearray(payload_bytes))]
+            return exchange.place(message, payload_bytes)
+
+        try:
+            self._connection.receive(sink, tick)
+        except (EOFError, ConnectionError) as exc:
+            raise self._why_gone(exc) from exc
+        self._hand_on(message)
+
+    def _hand_on(self, message: Any) -> None:
+        match message:
+            case m.Fault():
+                self._on_fault(message)
+            case m.Waiting():
+                wait = self._waits.get(message.request)
+                if wait is not None:
+                    wait.answered(message)
+            case _:
+                exchange = self._exchanges.get(message.request)
+                if exchange is not None and exchange.take(message):
+                    self._exchanges.pop(message.request, None)
+                    with self._turn:
+                        self._turn.notify_all()
+
+    def _why_gone(self, exc: BaseException) -> TensorKVError:
+        """Return why the connection ended: the scheduler's word counts, if it comes soon."""
+        if isinstance(exc, TensorKVError):
+            return exc
+        event = threading.Event()
+        for _ in range(int(LOST_GRACE_S / TICK_S)):
+            failure = self._failure()
+            if failure is not None:
+                return failure
+            event.wait(TICK_S)
+        return PeerLostError(f"{self.name} has ended its connection: {exc}")
+
+    def _end_all(self, error: TensorKVError) -> None:
+        for number, exchange in list(self._exchanges.items()):
+            self._exchanges.pop(number, None)
+            exchange.take(error)

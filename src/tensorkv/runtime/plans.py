@@ -1,0 +1,165 @@
+"""Plans: what a list of keys means on the wire, worked out once and used in every step.
+
+A plan says for each server which slices of which keys travel in which chunk, one frame each. Both ends
+keep it under its number. A chunk holds whole slices of one dtype, up to `MAX_SLICE_BYTES` together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+
+from tensorkv.arrays import Key, dtype_from_name, dtype_name
+from tensorkv.config import MAX_SLICE_BYTES
+from tensorkv.wire import messages as m
+
+SMALL_BYTES = 32 << 10
+"""Pieces up to this size are gathered into one buffer before they travel."""
+
+
+@final
+@dataclass(slots=True, eq=False)
+class KeyState:
+    """An initialised key as a worker knows it."""
+
+    entry: m.KeyEntry
+    shape: torch.Size
+    dtype: torch.dtype
+    num_elems: int
+
+    @property
+    def key(self) -> Key:
+        """The name."""
+        return self.entry.key
+
+    @property
+    def key_id(self) -> int:
+        """The number of this generation of the key."""
+        return self.entry.key_id
+
+    @classmethod
+    def of(cls, entry: m.KeyEntry) -> KeyState:
+        """Make it from what the scheduler tells."""
+        shape = torch.Size(entry.shape)
+        return cls(entry, shape, dtype_from_name(entry.dtype), math.prod(shape))
+
+
+@final
+@dataclass(slots=True)
+class Piece:
+    """A slice in a chunk: elements [start, stop) of the plan's value number `value`.
+
+    `low` is where it begins in the chunk, in elements; `small` tells that it travels through a buffer.
+    """
+
+    value: int
+    start: int
+    stop: int
+    low: int
+    whole: bool
+    small: bool
+
+
+@final
+@dataclass(slots=True)
+class PlanChunk:
+    """A chunk: its pieces in order, in the dtype that is pushed (and, pulled, in the stored dtype)."""
+
+    pieces: list[Piece]
+    dtype: torch.dtype
+    stored_dtype: torch.dtype
+    absent: bool
+    num_elems: int
+    stagings: list[tuple[torch.Tensor, list[torch.Tensor]]] = field(default_factory=list)
+
+
+@final
+@dataclass(slots=True)
+class ServerPart:
+    """What of a plan concerns one server. `values[i]` is the value that slice i of the part belongs to."""
+
+    server: int
+    chunks: list[PlanChunk]
+    entries: list[m.ChunkEntry]
+    values: list[int]
+
+
+@final
+@dataclass(slots=True, eq=False)
+class Plan:
+    """A list of keys, each with the dtype, presence and count of what is pushed."""
+
+    number: int
+    states: list[KeyState]
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+    counts: list[int]
+    parts: list[ServerPart]
+    key_ids: frozenset[int]
+    known_to: set[int] = field(default_factory=set)  # servers that have been told
+
+
+def build_plan(
+    number: int,
+    states: Sequence[KeyState],
+    dtypes: Sequence[torch.dtype],
+    counts: Sequence[int],
+    num_servers: int,
+) -> Plan:
+    """Return the plan of pushing values of `dtypes` to `states`; a count of 0 stands for absent."""
+    builders = [_PartBuilder(server) for server in range(num_servers)]
+    for value, state in enumerate(states):
+        for entry in state.entry.slices:
+            builders[entry.server].add(value, state, entry, dtypes[value], counts[value])
+    parts = [builder.finish() for builder in builders if builder.chunks]
+    return Plan(
+        number=number,
+        states=list(states),
+        shapes=[state.shape for state in states],
+        dtypes=list(dtypes),
+        counts=list(counts),
+        parts=parts,
+        key_ids=frozenset(state.key_id for state in states),
+    )
+
+
+class _PartBuilder:
+    """Packs the slices of one server into chunks."""
+
+    def __init__(self, server: int) -> None:
+        self._server = server
+        self.chunks: list[PlanChunk] = []
+        self._entries: list[m.ChunkEntry] = []
+        self._values: list[int] = []
+
+    def add(self, value: int, state: KeyState, entry: m.SliceEntry, dtype: torch.dtype, count: int) -> None:
+        length = entry.stop - entry.start
+        size_bytes = length * max(dtype.itemsize, state.dtype.itemsize)
+        if not self._fits(size_bytes, dtype, state.dtype, count == 0):
+            self.chunks.append(PlanChunk([], dtype, state.dtype, count == 0, 0))
+            kind: m.PayloadKind = "dense" if count else "absent"
+            self._entries.append(m.ChunkEntry([], [], m.PayloadDescriptor(kind, dtype_name(dtype)), []))
+        chunk, names = self.chunks[-1], self._entries[-1]
+        small = size_bytes <= SMALL_BYTES
+        whole = length == state.num_elems
+        chunk.pieces.append(Piece(value, entry.start, entry.stop, chunk.num_elems, whole, small))
+        chunk.num_elems += length
+        names.slice_ids.append(entry.slice_id)
+        names.lengths.append(length)
+        names.counts.append(count)
+        self._values.append(value)
+
+    def _fits(self, size_bytes: int, dtype: torch.dtype, stored: torch.dtype, absent: bool) -> bool:
+        if not self.chunks:
+            return False
+        last = self.chunks[-1]
+        if (last.dtype, last.stored_dtype, last.absent) != (dtype, stored, absent):
+            return False
+        return last.num_elems * max(dtype.itemsize, stored.itemsize) + size_bytes <= MAX_SLICE_BYTES
+
+    def finish(self) -> ServerPart:
+        return ServerPart(self._server, self.chunks, self._entries, self._values)

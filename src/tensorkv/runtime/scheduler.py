@@ -1,0 +1,179 @@
+"""The scheduler: serves `Membership` to all processes of a job. A few threads; imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import Any, final
+
+from tensorkv.config import SLICE_BOUND_BYTES, Role
+from tensorkv.errors import AuthenticationError, TensorKVError
+from tensorkv.protocol.membership import Membership
+from tensorkv.runtime.handshake import accept, receive_message
+from tensorkv.runtime.sender import Sender
+from tensorkv.transport.base import Connection
+from tensorkv.transport.endpoint import listen
+from tensorkv.wire import messages as m
+from tensorkv.wire.codec import Decoder, encode
+
+logger = logging.getLogger(__name__)
+JOIN_TIMEOUT_S = 5.0
+
+
+@final
+@dataclass(slots=True)
+class _Peer:
+    connection: Connection
+    sender: Sender
+
+
+@final
+class SchedulerServer:
+    """The scheduler of one job, in threads of this process.
+
+    Args:
+        num_workers, num_servers: the size of the job.
+        token: the job's secret.
+        host: the address to bind to; "inproc" serves threads of this process only.
+        port: 0 lets the system choose.
+        slice_bound_bytes: values larger than this are sliced where they may be.
+
+    `start` it, tell everybody its `address`, and `stop` it when the workers have ended.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_workers: int,
+        num_servers: int,
+        token: str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        slice_bound_bytes: int = SLICE_BOUND_BYTES,
+    ) -> None:
+        if num_workers < 1 or num_servers < 1:
+            raise ValueError(f"a job needs workers and servers, not {num_workers} and {num_servers}")
+        self._token = token
+        self._listener = listen(host, port)
+        self._lock = threading.Lock()  # guards _membership, _peers and _threads
+        self._membership = Membership(num_workers, num_servers, slice_bound_bytes)
+        self._size: dict[Role, int] = {"worker": num_workers, "server": num_servers}
+        self._peers: dict[tuple[Role, int], _Peer] = {}
+        self._pending: set[Connection] = set()
+        self._threads: list[threading.Thread] = []
+        self._stopped = False
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port that the processes of the job connect to."""
+        return self._listener.address
+
+    @property
+    def lost(self) -> m.Lost | None:
+        """The first process that was declared lost, if any."""
+        return self._membership.lost
+
+    def start(self) -> None:
+        """Begin to accept processes. Returns at once."""
+        self._spawn("accept", self._accept)
+
+    def stop(self) -> None:
+        """Tell the servers that the job is over, and end all threads. Blocks for a few seconds at most."""
+        with self._lock:
+            self._stopped = True
+            self._membership.stop()
+            self._flush()
+            peers = list(self._peers.values())
+            pending = list(self._pending)
+        self._listener.close()
+        for peer in peers:
+            peer.sender.pump()
+        for peer in peers:
+            peer.sender.close(JOIN_TIMEOUT_S)
+        for connection in [*pending, *(peer.connection for peer in peers)]:
+            connection.shutdown()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(JOIN_TIMEOUT_S)
+        for peer in peers:
+            peer.connection.close()
+
+    def _spawn(self, name: str, target: Any, *args: Any) -> None:
+        thread = threading.Thread(target=target, args=args, name=f"tensorkv-scheduler-{name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection = self._listener.accept()
+            except ConnectionError:
+                return
+            with self._lock:
+                if self._stopped:
+                    connection.close()
+                    return
+                self._pending.add(connection)
+                self._threads = [thread for thread in self._threads if thread.is_alive()]
+                self._spawn(connection.peer, self._serve, connection)
+
+    def _serve(self, connection: Connection) -> None:
+        """One process, from its handshake to its end."""
+        try:
+            role, rank = accept(connection, self._token, self._check_place)
+        except (TensorKVError, EOFError, ConnectionError) as exc:
+            logger.warning("scheduler: refused %s: %s", connection.peer, exc)
+            with self._lock:
+                self._pending.discard(connection)
+            connection.shutdown()
+            connection.close()
+            return
+        sender = Sender(connection, f"{role}-{rank}", lambda exc: connection.shutdown())
+        with self._lock:
+            self._pending.discard(connection)
+            self._peers[role, rank] = _Peer(connection, sender)
+        cause = self._read(connection, role, rank)
+        with self._lock:
+            if not self._stopped:
+                self._membership.disconnected(role, rank, cause)
+                self._flush()
+        self._pump()
+        connection.shutdown()
+
+    def _read(self, connection: Connection, role: Role, rank: int) -> str:
+        decoder: Decoder[m.ToScheduler] = Decoder(m.ToScheduler)
+        try:
+            while True:
+                message = receive_message(connection, decoder)
+                with self._lock:
+                    self._membership.handle(role, rank, message)
+                    self._flush()
+                self._pump()
+        except (EOFError, ConnectionError) as exc:
+            if isinstance(exc, TensorKVError):
+                logger.warning("scheduler: closed the connection of %s %d: %s", role, rank, exc)
+            return f"its connection to the scheduler ended: {exc}"
+
+    def _check_place(self, role: Role, rank: int) -> TensorKVError | None:
+        size = self._size.get(role, 0)
+        with self._lock:
+            if not 0 <= rank < size:
+                return AuthenticationError(f"there is no {role} {rank} in this job, which has {size}")
+            if self._membership.is_known(role, rank):
+                return AuthenticationError(f"{role} {rank} of this job is taken by another process")
+        return None
+
+    def _flush(self) -> None:
+        """Queue what the state machine wants to be sent. With the lock held, so that the order stays."""
+        for role, rank, message in self._membership.out:
+            peer = self._peers.get((role, rank))
+            if peer is not None:
+                peer.sender.put([encode(message)])
+        self._membership.out.clear()
+
+    def _pump(self) -> None:
+        with self._lock:
+            peers = list(self._peers.values())
+        for peer in peers:
+            peer.sender.pump()

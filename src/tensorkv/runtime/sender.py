@@ -1,0 +1,96 @@
+"""Sender: sends frames on one connection, in order, without making the caller wait.
+
+Frames are put in a queue. Whoever calls `pump` sends them as far as the connection takes them without
+waiting; what is left goes to a thread that waits. So a small frame costs no change of threads, and a peer
+that does not read holds up nobody but its own thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import final
+
+from tensorkv.transport.base import Buffer, Connection
+
+Sent = Callable[[], None]
+
+
+@final
+class Sender:
+    """Owns the sending side of a connection, and a thread that lives until `close`.
+
+    `on_error` is called once, from any thread, when the connection fails; after that frames are dropped.
+    """
+
+    def __init__(self, connection: Connection, name: str, on_error: Callable[[Exception], None]) -> None:
+        self._connection = connection
+        self._on_error = on_error
+        self._frames: deque[tuple[Sequence[Buffer], Sent | None]] = deque()
+        self._sending = threading.Lock()  # who holds it sends; frames are sent in the order of the queue
+        self._work = threading.Event()
+        self._failed = False
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=f"tensorkv-send-{name}", daemon=True)
+        self._thread.start()
+
+    def put(self, buffers: Sequence[Buffer], on_sent: Sent | None = None) -> None:
+        """Queue a frame. `on_sent` is called when the buffers may be changed, also after a failure."""
+        self._frames.append((buffers, on_sent))
+
+    def pump(self) -> None:
+        """Send what is queued, as far as that goes without waiting. Never blocks."""
+        while self._frames and self._sending.acquire(blocking=False):
+            try:
+                waits = not self._send_all(wait=False)
+            finally:
+                self._sending.release()
+            if waits:
+                self._work.set()
+                return
+
+    def close(self, timeout_s: float) -> None:
+        """Wait up to `timeout_s` seconds until the queue is sent, and end the thread."""
+        self._closing = True
+        self._work.set()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not (self._closing and not self._frames):
+            self._work.wait()
+            self._work.clear()
+            while self._frames:
+                with self._sending:
+                    self._send_all(wait=True)
+
+    def _send_all(self, wait: bool) -> bool:
+        """Send queued frames; return False if the connection would have to be waited for."""
+        if self._failed:
+            self._drop()
+        while self._frames and not self._failed:
+            buffers, on_sent = self._frames[0]
+            try:
+                if wait:
+                    self._connection.send_rest(buffers)
+                    rest: Sequence[Buffer] = ()
+                else:
+                    rest = self._connection.send_now(buffers)
+            except (OSError, EOFError) as exc:
+                self._failed = True
+                self._drop()
+                self._on_error(exc)
+                return True
+            if rest:
+                self._frames[0] = (rest, on_sent)
+                return False
+            self._frames.popleft()
+            if on_sent is not None:
+                on_sent()
+        return True
+
+    def _drop(self) -> None:
+        while self._frames:
+            _, on_sent = self._frames.popleft()
+            if on_sent is not None:
+                on_sent()

@@ -1,0 +1,1 @@
+"""Moves frames between two processes, or two threads, and knows no message."""

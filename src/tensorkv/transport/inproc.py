@@ -1,0 +1,125 @@
+"""Connections between threads of one process: queues of frames, no socket. Tests and debuggers use it.
+
+A frame is copied when it is sent, as a socket would.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+from collections.abc import Sequence
+from typing import final
+
+from tensorkv.transport.base import TICK_S, Buffer, Connection, Listener, Sink, Tick, no_tick
+from tensorkv.wire.codec import MAX_HANDSHAKE_BYTES, PREFIX, decode_prefix
+
+_ports = itertools.count(1)
+_listeners: dict[int, InprocListener] = {}
+_Frames = queue.SimpleQueue[tuple[bytes, bytes] | None]
+
+
+@final
+class InprocConnection(Connection):
+    """One end of a pair of queues; None in a queue means that the connection has ended."""
+
+    def __init__(self, incoming: _Frames, outgoing: _Frames, peer: str) -> None:
+        self.max_header_bytes = MAX_HANDSHAKE_BYTES
+        self.peer = peer
+        self._incoming, self._outgoing = incoming, outgoing
+        self._ended = False
+        self._broken = False
+
+    @property
+    def broken(self) -> bool:
+        return self._broken
+
+    def send_rest(self, buffers: Sequence[Buffer], tick: Tick = no_tick) -> None:
+        if self._ended:
+            raise ConnectionError(f"the connection to {self.peer} is gone")
+        head, *parts = buffers
+        self._outgoing.put((bytes(head), b"".join(parts)))
+
+    def send_now(self, buffers: Sequence[Buffer]) -> list[Buffer]:
+        self.send_rest(buffers)
+        return []
+
+    def receive(self, sink: Sink, tick: Tick = no_tick) -> None:
+        frame = self._next(tick)
+        if frame is None:
+            self._incoming.put(None)  # the end stays the end
+            if self._ended:
+                raise ConnectionError(f"the connection to {self.peer} is gone")
+            self._ended = True
+            raise EOFError(f"{self.peer} ended the connection")
+        head, payload = frame
+        try:
+            decode_prefix(head[: PREFIX.size], self.max_header_bytes)
+            start = 0
+            for buffer in sink(memoryview(head)[PREFIX.size :], len(payload)):
+                buffer[:] = payload[start : start + len(buffer)]
+                start += len(buffer)
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _next(self, tick: Tick) -> tuple[bytes, bytes] | None:
+        while True:
+            try:
+                return self._incoming.get(timeout=TICK_S)
+            except queue.Empty:
+                tick()
+
+    def readable(self) -> bool:
+        return not self._incoming.empty()
+
+    def shutdown(self) -> None:
+        self._ended = True
+        self._outgoing.put(None)
+        self._incoming.put(None)
+
+    def close(self) -> None:
+        self.shutdown()
+
+
+@final
+class InprocListener(Listener):
+    """Accepts connections from `connect` in the same process; its port is a number of its own."""
+
+    def __init__(self) -> None:
+        self._port = next(_ports)
+        self._waiting: queue.SimpleQueue[InprocConnection | None] = queue.SimpleQueue()
+        _listeners[self._port] = self
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return ("inproc", self._port)
+
+    def accept(self) -> Connection:
+        connection = self._waiting.get()
+        if connection is None:
+            self._waiting.put(None)
+            raise ConnectionError("the listener is closed")
+        return connection
+
+    def close(self) -> None:
+        _listeners.pop(self._port, None)
+        self._waiting.put(None)
+
+    def meet(self) -> InprocConnection:
+        """Make a pair of ends; one is accepted here, the other returned."""
+        there: _Frames = queue.SimpleQueue()
+        back: _Frames = queue.SimpleQueue()
+        self._waiting.put(InprocConnection(there, back, "a thread of this process"))
+        return InprocConnection(back, there, f"inproc:{self._port}")
+
+
+def connect(host: str, port: int, timeout_s: float) -> Connection:
+    """Connect to the listener with this port.
+
+    Raises:
+        ConnectionError: there is none.
+    """
+    listener = _listeners.get(port)
+    if listener is None:
+        raise ConnectionError(f"nobody listens at inproc:{port}")
+    return listener.meet()

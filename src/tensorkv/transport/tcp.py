@@ -1,0 +1,186 @@
+"""TCP: blocking sockets, `sendmsg` out and `recvmsg_into` straight into place.
+
+Deadlines are the kernel's, by SO_RCVTIMEO and SO_SNDTIMEO: `settimeout` would make the socket
+non-blocking underneath and so defeat MSG_WAITALL (61 calls instead of 1 for 4 MB, measured).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import weakref
+from collections.abc import Sequence
+from typing import final
+
+from tensorkv.transport.base import TICK_S, Buffer, Connection, Listener, Sink, Tick, no_tick
+from tensorkv.wire.codec import MAX_HANDSHAKE_BYTES, PREFIX, decode_prefix
+
+MAX_BUFFERS = 1024
+"""What one sendmsg or recvmsg takes (IOV_MAX)."""
+
+_TICK = struct.pack("ll", int(TICK_S), int(TICK_S % 1 * 1e6))
+_open_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+@final
+class TcpConnection(Connection):
+    """A connected socket that carries frames."""
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        sock.setblocking(True)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TICK)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TICK)
+        _open_sockets.add(sock)
+        self.max_header_bytes = MAX_HANDSHAKE_BYTES
+        self.peer = peer
+        self._sock = sock
+        self._prefix = bytearray(PREFIX.size)
+        self._broken = False
+        self._poll = select.poll()  # select() refuses descriptors above 1023
+        self._poll.register(sock, select.POLLIN)
+
+    @property
+    def broken(self) -> bool:
+        return self._broken
+
+    def send_rest(self, buffers: Sequence[Buffer], tick: Tick = no_tick) -> None:
+        rest = list(buffers)
+        try:
+            while rest:
+                try:
+                    rest = _after(rest, self._sendmsg(rest, 0))
+                except BlockingIOError:
+                    tick()
+        except BaseException:
+            self._broken = True
+            raise
+
+    def send_now(self, buffers: Sequence[Buffer]) -> list[Buffer]:
+        rest = list(buffers)
+        try:
+            while rest:
+                rest = _after(rest, self._sendmsg(rest, socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            pass  # the rest is the answer
+        return rest
+
+    def _sendmsg(self, buffers: list[Buffer], flags: int) -> int:
+        try:
+            return self._sock.sendmsg(buffers[:MAX_BUFFERS], (), flags)
+        except BlockingIOError:
+            raise
+        except OSError as exc:
+            self._broken = True
+            raise ConnectionError(f"the connection to {self.peer} is gone: {exc}") from exc
+
+    def receive(self, sink: Sink, tick: Tick = no_tick) -> None:
+        self._fill([memoryview(self._prefix)], tick, started=False)
+        try:
+            header_bytes, payload_bytes = decode_prefix(self._prefix, self.max_header_bytes)
+            body = memoryview(bytearray(header_bytes))
+            self._fill([body], tick)
+            self._fill(sink(body, payload_bytes), tick)
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _fill(self, buffers: Sequence[memoryview], tick: Tick, started: bool = True) -> None:
+        """Receive until all buffers are full. `started` is False at a frame's first byte."""
+        rest: list[Buffer] = [each for each in buffers if len(each)]
+        while rest:
+            try:
+                got = self._sock.recvmsg_into(rest[:MAX_BUFFERS], 0, socket.MSG_WAITALL)[0]
+            except BlockingIOError:
+                try:
+                    tick()
+                except BaseException:
+                    self._broken = self._broken or started
+                    raise
+                continue
+            except OSError as exc:
+                raise ConnectionError(f"the connection to {self.peer} is gone: {exc}") from exc
+            if got == 0:
+                if started:
+                    raise ConnectionError(f"{self.peer} ended the connection in the middle of a frame")
+                raise EOFError(f"{self.peer} ended the connection")
+            started = True
+            rest = _after(rest, got)
+
+    def readable(self) -> bool:
+        return bool(self._poll.poll(0))
+
+    def shutdown(self) -> None:
+        with contextlib.suppress(OSError):  # already shut down, by us or by the peer
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+@final
+class TcpListener(Listener):
+    """A listening socket. Port 0 lets the system choose one."""
+
+    def __init__(self, host: str, port: int = 0) -> None:
+        self._sock = socket.create_server((host, port), backlog=1024)
+        _open_sockets.add(self._sock)
+        name = self._sock.getsockname()
+        self._address = (str(name[0]), int(name[1]))
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self._address
+
+    def accept(self) -> Connection:
+        try:
+            sock, name = self._sock.accept()
+        except OSError as exc:
+            raise ConnectionError("the listener is closed") from exc
+        return TcpConnection(sock, f"{name[0]}:{name[1]}")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # shutdown wakes an accept; not every system allows it
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+
+def connect(host: str, port: int, timeout_s: float) -> Connection:
+    """Connect to a listener.
+
+    Raises:
+        ConnectionError: nobody listens there, or nobody answers within `timeout_s` seconds.
+    """
+    try:
+        sock = socket.create_connection((host, port), timeout=timeout_s)
+    except OSError as exc:
+        raise ConnectionError(f"cannot connect to {host}:{port}: {exc}") from exc
+    return TcpConnection(sock, f"{host}:{port}")
+
+
+def hostname() -> str:
+    """Return this host's name, for texts that people read."""
+    return socket.gethostname()
+
+
+def _after(buffers: Sequence[Buffer], num_bytes: int) -> list[Buffer]:
+    """Return what is left of `buffers` after their first `num_bytes` bytes."""
+    for index, buffer in enumerate(buffers):
+        size = len(buffer)
+        if num_bytes < size:
+            return [memoryview(buffer)[num_bytes:], *buffers[index + 1 :]]
+        num_bytes -= size
+    return []
+
+
+def _close_in_child() -> None:
+    """A forked child keeps no connection open: its parent's end would otherwise be seen late."""
+    for sock in list(_open_sockets):
+        with contextlib.suppress(OSError):
+            sock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
