@@ -205,7 +205,7 @@ class TestFiles:
         output.feed(W0, "stderr", b"".join(b"line %d\n" % i for i in range(30)), 0.0)
         assert output.last_words(W0) == [], "they stand there already"
         output.feed(W1, "stdout", b"more\n", 0.0)
-        assert output.last_words(W0) == [f"line {i}" for i in range(10, 30)]
+        assert output.last_words(W0) == [f"line {i}" for i in range(20, 30)]
         assert output.last_words(W1) == [], "only stderr counts"
 
 

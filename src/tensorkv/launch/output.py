@@ -26,7 +26,7 @@ STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
 MAX_LINE_CHARS = 1 << 16
 """An unfinished line longer than this is written as if it were finished."""
 
-TAIL_LINES = 20
+TAIL_LINES = 10
 """So many lines of a process's stderr are kept, to be shown if it fails."""
 
 BAR_INTERVAL_S = 1.0
