@@ -143,11 +143,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows = rows_of(case, measure(case, makers, arguments.rounds, console))
             tables.append((case.title, rows))
             console.print(terminal_table(case.title, rows))
-    if arguments.json:
-        rows = [row for _, rows in tables for row in rows]
-        arguments.json.write_text(json.dumps(as_json(rows, machine, command), indent=1) + "\n")
-    if arguments.markdown:
-        arguments.markdown.write_text(markdown(tables, machine, command))
+            if arguments.json:
+                so_far = as_json([row for _, rows in tables for row in rows], machine, command)
+                arguments.json.write_text(json.dumps(so_far, indent=1) + "\n")
+            if arguments.markdown:
+                arguments.markdown.write_text(markdown(tables, machine, command))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from harness import Figures
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-COLUMNS = ("system", "step", "ms", "min", "p99", "ratio", "required", "reached")
+COLUMNS = ("system", "step", "ms", "min", "p99", "ratio", "of min", "required", "reached")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +41,11 @@ class Row:
         return [
             self.system,
             self.way,
-            f"{found.median_ms:.3g}",
-            f"{found.min_ms:.3g}",
-            f"{found.p99_ms:.3g}",
-            "" if found.ratio is None else f"{found.ratio:.2f}",
+            _three_digits(found.median_ms),
+            _three_digits(found.min_ms),
+            _three_digits(found.p99_ms),
+            "" if found.ratio is None else _three_digits(found.ratio),
+            "" if found.ratio_of_min is None else _three_digits(found.ratio_of_min),
             "" if self.required is None else f"{self.required:g}",
             reached,
         ]
@@ -88,7 +89,7 @@ def terminal_table(title: str, rows: Sequence[Row]) -> Table:
     table = Table(*COLUMNS, title=title, title_justify="left", box=SIMPLE_HEAD)
     for column in table.columns:
         column.no_wrap = True
-    for column in table.columns[2:7]:
+    for column in table.columns[2:8]:
         column.justify = "right"
     for row in rows:
         table.add_row(*row.cells(), style={False: "red", True: "green", None: ""}[row.reached])
@@ -99,7 +100,7 @@ def markdown(tables: Sequence[tuple[str, Sequence[Row]]], machine: Machine, comm
     """Return all tables, with machine, date and command, as markdown."""
     lines = [machine.text() + ".", "", f"    {command}", ""]
     for title, rows in tables:
-        lines += [f"**{title}**", "", _line(COLUMNS), _line(["---", "---", *["--:"] * 5, "---"])]
+        lines += [f"**{title}**", "", _line(COLUMNS), _line(["---", "---", *["--:"] * 6, "---"])]
         lines += [_line(row.cells()) for row in rows]
         lines.append("")
     return "\n".join(lines)
@@ -112,6 +113,10 @@ def as_json(rows: Sequence[Row], machine: Machine, command: str) -> dict[str, An
         "command": command,
         "rows": [{**asdict(row), "reached": row.reached} for row in rows],
     }
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,0 +1,199 @@
+"""The benchmarks run, check their results and end what they start. No figure is judged here."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tensorkv
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import floor  # noqa: E402
+import harness  # noqa: E402
+import jobs  # noqa: E402
+import mxnetenv  # noqa: E402
+import pushpull  # noqa: E402
+import steps  # noqa: E402
+import tables  # noqa: E402
+import tensorkvsteps  # noqa: E402
+import tensorsets  # noqa: E402
+from harness import JobFailed, Process, run_job  # noqa: E402
+from steps import Plan  # noqa: E402
+
+QUICK = Plan(warmup=1, steps=3)
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+
+def test_resnet50_has_its_parameters() -> None:
+    shapes = tensorsets.SETS["resnet50"]
+    assert len(shapes) == 161
+    assert tensorsets.num_elems(shapes) == 25_557_032
+
+
+def test_plan_survives_the_command_line() -> None:
+    plan = Plan(tensors="tiny", updater="sgd", num_devices=3, warmup=2, steps=7)
+    assert steps.parse_plan(steps.plan_parser(None).parse_args(plan.arguments())) == plan
+
+
+def test_expected_is_what_torch_computes() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    sgd = torch.optim.SGD([parameter], lr=steps.LEARNING_RATE, momentum=steps.MOMENTUM)
+    expected = steps.Expected("sgd", num_tensors=3)
+    for scale in (2.0, 1.0, 1.0, 3.0):
+        parameter.grad = torch.tensor(
+            [sum(steps.gradient_value(0, device, 3, scale) for device in range(3))], dtype=torch.float64
+        )
+        sgd.step()
+        assert expected.step(scale) == pytest.approx(parameter.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, 2.5, -2.0])
+def test_one_wrong_element_is_found(wrong: float) -> None:
+    results = [np.full(5, 2.0, np.float32), np.full((2, 3), 2.0, np.float32)]
+    steps.check_results(results, 2.0)
+    results[1][1, 1] = wrong
+    with pytest.raises(steps.WrongResult, match="tensor 1"):
+        steps.check_results(results, 2.0)
+
+
+@pytest.mark.parametrize("updater", ["assign", "sgd"])
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_local_store_is_measured(updater: str, num_devices: int) -> None:
+    plan = Plan(updater=updater, num_devices=num_devices, warmup=1, steps=3)
+    with tensorkv.create("local") as kv:
+        times_s = steps.run(tensorkvsteps.TensorKVSystem(kv, plan), plan)
+    assert {way: len(found) for way, found in times_s.items()} == {"push+pull": 3, "pushpull": 3}
+
+
+def test_a_step_that_does_nothing_is_caught() -> None:
+    with tensorkv.create("local") as kv:
+        system = tensorkvsteps.TensorKVSystem(kv, QUICK)
+        system.ways = {"nothing": lambda: None}
+        with pytest.raises(steps.WrongResult, match="nothing, gradients of scale 2"):
+            steps.run(system, QUICK)
+
+
+@pytest.mark.parametrize("updater", ["assign", "sgd"])
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_local_floor_is_measured(updater: str, num_devices: int) -> None:
+    plan = Plan(updater=updater, num_devices=num_devices, warmup=1, steps=3)
+    assert len(floor.measure("local", plan, num_workers=1, num_servers=1)) == 3
+
+
+# ---- the jobs ------------------------------------------------------------------------------------
+
+
+def _shell(script: str) -> list[Process]:
+    return [Process(name="shell", command=["sh", "-c", script])]
+
+
+def test_result_is_found_behind_a_prefix() -> None:
+    result = {"a way": [0.25, 0.5]}
+    script = f"echo hello; echo '[worker 0] {steps.MARK}{json.dumps(result)}'"
+    assert run_job(_shell(script), timeout_s=30) == result
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo why it failed; exit 3", "(?s)ended with status 3.*why it failed"),
+        ("echo nothing to tell", "(?s)0 results.*nothing to tell"),
+        ("kill -9 $$", "ended with status -9"),
+    ],
+)
+def test_failed_job_says_why(script: str, reason: str) -> None:
+    with pytest.raises(JobFailed, match=reason):
+        run_job(_shell(script), timeout_s=30)
+
+
+def test_late_job_is_ended_with_its_children() -> None:
+    with pytest.raises(JobFailed, match="still running") as caught:
+        run_job(_shell("sleep 300 & echo pid $!; wait"), timeout_s=1)
+    pid = str(caught.value).partition("pid ")[2].split()[0]
+    status = Path(f"/proc/{pid}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_helper_that_fails_ends_the_job() -> None:
+    worker, helper = _shell("sleep 300")[0], Process(name="server", command=["false"], helper=True)
+    with pytest.raises(JobFailed, match="server ended with status 1"):
+        run_job([worker, helper], timeout_s=30)
+
+
+def test_floor_is_measured_in_processes() -> None:
+    case = jobs.Case(name="c", title="", kind="dist_sync", plan=QUICK, num_workers=3, num_servers=2)
+    times_s = run_job(jobs.floor_job(case), timeout_s=50)
+    assert {way: len(found) for way, found in times_s.items()} == {"shm": 3, "tcp": 3}
+
+
+def test_command_writes_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    as_json, as_markdown = tmp_path / "out.json", tmp_path / "out.md"
+    wanted = ["--quick", "--case=local-assign", f"--json={as_json}", f"--markdown={as_markdown}"]
+    pushpull.main(wanted)
+    rows = json.loads(as_json.read_text())["rows"]
+    assert [(row["system"], row["way"]) for row in rows] == [
+        ("tensorkv", "push+pull"),
+        ("tensorkv", "pushpull"),
+        ("floor", "local"),
+    ]
+    assert "| floor | local |" in as_markdown.read_text()
+    assert str(tmp_path) not in as_markdown.read_text()
+    assert "floor" in capsys.readouterr().out
+
+
+@pytest.mark.e2e
+def test_dist_is_measured() -> None:
+    case = next(pushpull.quick(case) for case in pushpull.CASES if case.name == "dist-sgd")
+    times_s = run_job(jobs.tensorkv_job(case), timeout_s=50)
+    assert {way: len(found) for way, found in times_s.items()} == {"push+pull": 3, "pushpull": 3}
+
+
+@pytest.mark.e2e
+def test_gloo_is_measured(tmp_path: Path) -> None:
+    case = jobs.Case(name="c", title="", kind="dist_sync", plan=QUICK, num_workers=2, num_servers=2)
+    times_s = run_job(jobs.gloo_job(case, tmp_path), timeout_s=50)
+    assert {way: len(found) for way, found in times_s.items()} == {"flat": 3, "per tensor": 3}
+
+
+def test_interpreter_without_mxnet_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(mxnetenv.NoMXNet, match="has no MXNet"):
+        mxnetenv.mxnet_python(sys.executable, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the figures ---------------------------------------------------------------------------------
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    ours = [[1.0, 2.0, 3.0], [10.0, 20.0, 30.0], [1.0, 1.0, 1.0]]
+    theirs = [[4.0, 6.0, 8.0], [30.0, 40.0, 90.0], [1.5, 9.0, 9.5]]
+    found = harness.figures(theirs, ours)
+    assert found.ratio == 3.0  # of 3, 2 and 9
+    assert found.ratio_of_min == 1.5
+    assert found.median_ms == 9000.0
+    assert found.min_ms == 1500.0
+    assert found.p99_ms == 90_000.0
+    assert harness.figures(ours, None).ratio is None
+
+
+@pytest.mark.parametrize(("theirs", "reached"), [(1.4, False), (1.5, True)])
+def test_required_ratio_is_judged_for_mxnet(theirs: float, reached: bool) -> None:
+    case = next(case for case in pushpull.CASES if case.name == "dist-resnet50")
+    times = {"tensorkv": {"pushpull": [[1.0]]}, "mxnet": {"pushpull": [[theirs]]}, "floor": {"tcp": [[0.5]]}}
+    rows = {row.system: row for row in pushpull.rows_of(case, times)}
+    assert rows["mxnet"].reached is reached
+    assert rows["floor"].reached is None
+    assert rows["floor"].figures.ratio == 0.5
+    text = tables.markdown([(case.title, list(rows.values()))], tables.this_machine(), "a command")
+    assert case.title in text
+    assert "    a command\n" in text
