@@ -271,6 +271,6 @@ def test_an_updater_works_on_the_memory_of_the_tensors() -> None:
     updater("w", torch.ones(3), stored)
     assert stored.tolist() == [-1.0, 3.0, 3.0]
     assert seen == [("w", cpu(0))]
-    assert updater.__name__ == "update"
+    assert (updater.__module__, updater.__qualname__) == (update.__module__, update.__qualname__)
     assert updater == MXNetUpdater(update) != MXNetUpdater(print)
     assert len({updater, MXNetUpdater(update)}) == 1

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -56,7 +55,6 @@ def test_in_one_process() -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.skipif(find_spec("tensorkv.stores.dist") is None, reason="there are no servers yet")
 def test_in_a_job_whose_updater_prints_on_the_servers() -> None:
     lines = run(
         ["-m", "tensorkv", "run", "-n", "1", "-s", "2", "--", sys.executable, str(TUTORIAL), "dist_sync"]

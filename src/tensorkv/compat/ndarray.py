@@ -359,7 +359,9 @@ class MXNetUpdater:
 
     def __init__(self, function: Callable[[Key, NDArray, NDArray], Any]) -> None:
         self.function = function
-        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        named = function if hasattr(function, "__qualname__") else type(function)
+        self.__name__, self.__qualname__ = named.__name__, named.__qualname__
+        self.__module__ = named.__module__  # a store tells its updater by these
 
     def __eq__(self, other: object) -> bool:  # setting the same function again is no other setting
         return isinstance(other, MXNetUpdater) and other.function == self.function
