@@ -12,7 +12,16 @@ import pytest
 from tensorkv import config as settings
 from tensorkv.config import JobConfig
 from tensorkv.errors import InvalidArgument
-from tensorkv.launch.local import CommandNotFound, JobOptions, find_command, job_config, plan, run_local
+from tensorkv.launch.local import (
+    CommandNotFound,
+    JobOptions,
+    find_command,
+    job_config,
+    plan,
+    run_local,
+    terminal_variables,
+)
+from tensorkv.launch.output import Sink, Stream
 from tensorkv.launch.supervisor import Node
 
 CORES = len(os.sched_getaffinity(0))
@@ -132,6 +141,32 @@ class TestPlan:
     def test_only_a_single_worker_reads_what_is_typed(self) -> None:
         assert [s.inherit_stdin for s in plan(config(num_workers=1), ("x",), {})] == [False, False, True]
         assert not any(s.inherit_stdin for s in plan(config(num_workers=2), ("x",), {}))
+
+
+class Screen:
+    """A sink of some size."""
+
+    def __init__(self, size: tuple[int, int] | None) -> None:
+        self.size = size
+
+    def write(self, text: str) -> None:
+        raise AssertionError("nothing is to be written")
+
+
+class TestTerminalVariables:
+    def test_bars_get_the_width_that_the_prefix_leaves(self) -> None:
+        sinks: dict[Stream, Sink] = {"stdout": Screen((80, 24)), "stderr": Screen((80, 24))}
+        told = terminal_variables(options(), sinks)
+        assert told == {"COLUMNS": "68", "TTY_COMPATIBLE": "1"}
+        assert terminal_variables(options(num_workers=11), sinks)["COLUMNS"] == "67"
+        assert terminal_variables(options(prefix=False), sinks)["COLUMNS"] == "79"
+
+    def test_without_a_terminal_for_both_there_is_nothing_to_tell(self) -> None:
+        sinks: dict[Stream, Sink] = {"stdout": Screen(None), "stderr": Screen((80, 24))}
+        assert terminal_variables(options(), sinks) == {}
+        assert (
+            terminal_variables(options(), {**sinks, "stdout": Screen((80, 24)), "stderr": Screen(None)}) == {}
+        )
 
 
 class TestRunLocal:

@@ -87,25 +87,25 @@ class TestLineAssembler:
     def test_a_rewritten_line_ends_as_its_last_state(self) -> None:
         lines = LineAssembler()
         assert lines.feed(b"\r 10%") == []
-        assert lines.bar == " 10%"
+        assert lines.bars == [" 10%"]
         lines.feed(b"\r 20%\r 30%")
-        assert lines.bar == " 30%"
+        assert lines.bars == [" 30%"]
         assert lines.feed(b"\r100%\n") == ["100%"]
-        assert lines.bar is None
+        assert lines.bars == []
 
     def test_a_state_may_end_with_the_carriage_return(self) -> None:
         lines = LineAssembler()
         lines.feed(b"10%\r")
-        assert lines.bar == "10%"
+        assert lines.bars == ["10%"]
         lines.feed(b"20%\r")
-        assert lines.bar == "20%"
+        assert lines.bars == ["20%"]
         assert lines.feed(b"\n") == ["20%"]
 
     def test_a_bar_that_clears_itself_leaves_nothing(self) -> None:
         lines = LineAssembler()
         lines.feed(b"\r 50%")
         lines.feed(b"\r     \r")
-        assert lines.bar == ""
+        assert lines.bars == []
         assert lines.feed(b"ready\n") == ["ready"]
         lines.feed(b"\r 50%\r     \r")
         assert lines.feed(b"", final=True) == []
@@ -113,14 +113,14 @@ class TestLineAssembler:
     def test_only_what_was_rewritten_is_a_bar(self) -> None:
         lines = LineAssembler()
         lines.feed(b"loading ...")
-        assert lines.bar is None
+        assert lines.bars == []
         assert lines.partial == "loading ..."
 
     def test_moves_of_the_cursor_go_and_colours_stay(self) -> None:
         lines = LineAssembler()
-        assert lines.feed(b"\x1b[2K\x1b[1A\x1b[31mred\x1b[0m\x1b[?25l\x08\n") == ["\x1b[31mred\x1b[0m"]
+        assert lines.feed(b"\x1b[2K\x1b[3C\x1b[31mred\x1b[0m\x1b[?25l\x08\n") == ["\x1b[31mred\x1b[0m"]
         lines.feed(b"a\x1b[")
-        assert lines.feed(b"2Kb\n") == ["ab"]
+        assert lines.feed(b"0Kb\n") == ["ab"]
 
     def test_memory_is_bounded(self) -> None:
         lines = LineAssembler()
@@ -128,9 +128,40 @@ class TestLineAssembler:
         assert lines.feed(b"y") == ["x" * MAX_LINE_CHARS + "y"]
         for number in range(1000):
             lines.feed(b"\r" + b"%d" % number * 100)
-        assert len(lines._rest) < 500
+        assert len(lines._rows[0]) < 500
 
-    @given(st.text(alphabet="ab\r\n é\u20ac", max_size=40), st.integers(0, 2**32))
+    def test_nested_bars_are_held_back_as_one_block(self) -> None:
+        lines, written = LineAssembler(), list[str]()
+        for step in range(6):  # what tqdm does with two bars
+            written += lines.feed(b"\router %d" % (step // 3))
+            written += lines.feed(b"\n\rinner %d\x1b[A" % (step % 3))
+            assert lines.bars[-1] == f"inner {step % 3}"
+        assert written == ["outer 0"], "once, before it was known"
+        assert lines.bars == ["outer 1", "inner 2"]
+        written = lines.feed(b"\router end\n\rinner end\na\nb\n")
+        assert written == ["outer end", "inner end", "a"], "the bars may go on yet"
+        assert lines.feed(b"c\nd\n") == ["b", "c", "d"]
+        assert lines.bars == []
+
+    def test_a_block_of_rows_that_is_erased_and_written_again(self) -> None:
+        lines, written = LineAssembler(), list[str]()
+        lines.feed(b"a 0\nb 0\nc 0")
+        for step in range(1, 4):  # what rich does with three rows
+            erase = b"\r\x1b[2K" + b"\x1b[1A\x1b[2K" * 2
+            written += lines.feed(erase + b"a %d\nb %d\nc %d" % (step, step, step))
+        assert written == []
+        assert lines.bars == ["a 3", "b 3", "c 3"]
+        lines.feed(b"\r\x1b[1A\x1b[2K\x1b[J")
+        assert lines.bars == ["a 3"]
+        assert lines.feed(b"", final=True) == ["a 3"]
+
+    def test_rows_beyond_all_measure_are_not_kept(self) -> None:
+        lines = LineAssembler()
+        for _ in range(10):
+            lines.feed(b"\x1b[999999999A\x1b[99999999B")
+        assert len(lines._rows) < 200
+
+    @given(st.text(alphabet="ab\r\n é\u20ac\x1b[2AKJm", max_size=40), st.integers(0, 2**32))
     def test_the_cuts_between_reads_do_not_matter(self, text: str, seed: int) -> None:
         data, pieces, rng = text.encode(), list[bytes](), random.Random(seed)
         while data:
@@ -269,6 +300,26 @@ class TestTerminal:
         output, paper = to_terminal()
         output.feed(W0, "stderr", b"\r\x1b[31mred", 0.0)
         assert paper.text.endswith("\x1b[31mred\x1b[0m")
+
+    def test_nested_bars_of_two_processes(self) -> None:
+        output, paper = to_terminal()
+        for step in range(3):
+            for node in (W1, W0):
+                output.feed(node, "stderr", b"\ro%d\n\ri%d\x1b[A" % (step, step), 0.0)
+        assert screen_of(paper.text)[-4:] == [
+            "[worker 0] o2",
+            "[worker 0] i2",
+            "[worker 1] o2",
+            "[worker 1] i2",
+        ]
+        output.close_all(0.0)
+        assert screen_of(paper.text)[-5:] == [
+            "[worker 1] o2",
+            "[worker 1] i2",
+            "[worker 0] o2",
+            "[worker 0] i2",
+            "",
+        ]
 
     def test_a_question_is_shown_before_its_line_is_finished(self) -> None:
         output, paper = to_terminal(eager=True)

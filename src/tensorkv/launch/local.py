@@ -196,16 +196,19 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
         eager = options.num_workers == 1 and sys.stdin is not None and sys.stdin.isatty()
         output = Output(sinks, prefix=options.prefix, eager=eager)
         config = job_config(options, environ, scheduler=scheduler.address, token=token)
-        specs = plan(config, command, {**_columns(options, sinks), **environ})
+        specs = plan(config, command, {**terminal_variables(options, sinks), **environ})
         return Job(specs, output, stop_servers=stop_servers, first_lost=first_lost).run()
     finally:
         scheduler.stop()
 
 
-def _columns(options: JobOptions, sinks: Mapping[Stream, Sink]) -> dict[str, str]:
-    """Return the variable that tells progress bars how wide they may be, if there is a terminal."""
-    sizes = [sink.size for sink in sinks.values() if sink.size is not None]
-    if not sizes:
+def terminal_variables(options: JobOptions, sinks: Mapping[Stream, Sink]) -> dict[str, str]:
+    """Return the variables by which progress bars learn of the terminal behind their pipe, if there is one.
+
+    COLUMNS is what the prefix leaves of its width. TTY_COMPATIBLE makes rich draw bars at all.
+    """
+    sizes = [sink.size for sink in sinks.values()]
+    if sizes[0] is None or None in sizes:
         return {}
     prefix = prefix_text(Node("worker", options.num_workers - 1)) if options.prefix else ""
-    return {"COLUMNS": str(max(sizes[0][0] - len(prefix) - 1, 20))}
+    return {"COLUMNS": str(max(sizes[0][0] - len(prefix) - 1, 20)), "TTY_COMPATIBLE": "1"}

@@ -34,39 +34,104 @@ BAR_INTERVAL_S = 1.0
 
 # Moving the cursor would garble the lines of others; colours (final byte "m") may stay.
 _CURSOR = re.compile(r"\x1b\[[0-?]*[ -/]*[@-ln-~]|\x08")
+_MOVE = re.compile(r"\n|\x1b\[(\d*)([ABEFJK])")
+_INCOMPLETE = re.compile(r"\x1b(\[[0-?]*[ -/]*)?\Z")
 _ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+_MAX_ROWS = 50
+_LINES_ABOVE_BARS = 3  # so many may be written together with bars before those are taken to be over
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
 
 
 @final
 class LineAssembler:
-    """Cuts one stream of bytes into lines. Undecodable bytes become U+FFFD."""
+    """Cuts one stream of bytes into lines. Undecodable bytes become U+FFFD.
+
+    Follows what nested progress bars do: they go up some rows and write those again. From then on so
+    many rows are held back as bars, until more lines than that have come without going up again.
+    """
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._rest = ""
+        self._cut = ""  # the beginning of an escape sequence
+        self._rows = [""]  # not finished yet
+        self._row = 0  # where the cursor is
+        self._height = 0  # so many rows above the cursor are held back
+        self._lines_since_up = 0
 
     def feed(self, data: bytes, final: bool = False) -> list[str]:
-        """Return the lines that `data` finishes; with `final` the unfinished one too."""
-        text = _CURSOR.sub("", self._rest + self._decoder.decode(data, final))
-        *lines, rest = text.split("\n")
-        if len(rest) > MAX_LINE_CHARS or (final and _visible(rest)):
-            lines.append(rest)
-            rest = ""
-        if "\r" in rest:  # only the last state matters
-            rest = "\r" + _last_state(rest) + ("\r" if rest.endswith("\r") else "")
-        self._rest = rest
-        return [_visible(line) for line in lines]
+        """Return the lines that `data` finishes; with `final` the unfinished ones too."""
+        text = self._cut + self._decoder.decode(data, final)
+        cut = _INCOMPLETE.search(text)
+        end = cut.start() if cut else len(text)
+        self._cut = text[end:]
+        lines: list[str] = []
+        position = 0
+        for move in _MOVE.finditer(text, 0, end):
+            self._write(text[position : move.start()])
+            self._move(move, lines)
+            position = move.end()
+        self._write(text[position:end])
+        if len(self._rows[self._row]) > MAX_LINE_CHARS:
+            self._down(lines)
+        if final:
+            lines += [line for line in map(_visible, self._rows) if line]
+            self._rows, self._row = [""], 0
+        return lines
 
     @property
-    def bar(self) -> str | None:
-        """What stands in the unfinished line, if its process has rewritten it; "" if it is blank."""
-        return _visible(self._rest) if "\r" in self._rest else None
+    def bars(self) -> list[str]:
+        """The unfinished lines that their process rewrites, without blank ones."""
+        if self._height == 0 and "\r" not in self._rows[0]:
+            return []
+        return [line for line in map(_visible, self._rows) if line]
 
     @property
     def partial(self) -> str:
         """What stands in the unfinished line, blanks at its end included."""
-        return _last_state(self._rest)
+        return _last_state(self._rows[self._row])
+
+    def _write(self, text: str) -> None:
+        line = self._rows[self._row] + _CURSOR.sub("", text)
+        if "\r" in line:  # only the last state matters
+            line = "\r" + _last_state(line) + ("\r" if line.endswith("\r") else "")
+        self._rows[self._row] = line
+
+    def _move(self, move: re.Match[str], lines: list[str]) -> None:
+        count = min(int(move[1] or 1), _MAX_ROWS)
+        match move[2]:
+            case "A" | "F":
+                self._up(count)
+            case "K":
+                if move[1] == "2":
+                    self._rows[self._row] = "\r"
+            case "J":
+                del self._rows[self._row + 1 :]
+            case _:  # a newline, or a move down
+                for _ in range(count):
+                    self._down(lines)
+
+    def _up(self, count: int) -> None:
+        missing = min(count - self._row, _MAX_ROWS - len(self._rows))  # rows that are finished already
+        self._rows[:0] = [""] * missing
+        self._row = max(self._row - count, 0)
+        self._height = max(self._height, len(self._rows) - 1 - self._row)
+        self._lines_since_up = 0
+        self._rows[self._row] += "\r"
+
+    def _down(self, lines: list[str]) -> None:
+        self._row += 1
+        if self._row == len(self._rows):
+            self._rows.append("")
+        else:
+            self._rows[self._row] += "\r"
+        self._lines_since_up += 1
+        if self._lines_since_up > self._height + _LINES_ABOVE_BARS:
+            self._height = 0
+        excess = self._row - self._height
+        if excess > 0:
+            lines += map(_visible, self._rows[:excess])
+            del self._rows[:excess]
+            self._row -= excess
 
 
 def _last_state(line: str) -> str:
@@ -132,7 +197,7 @@ class _Source:
     node: Node
     stream: Stream
     lines: LineAssembler = field(default_factory=LineAssembler)
-    bar: str = ""
+    bars: list[str] = field(default_factory=list)
     shown_at: float | None = None
 
 
@@ -186,8 +251,10 @@ class Output:
         if self._sinks[source.stream].size is None:
             lines = lines + self._due_state(source, now, finished=bool(lines))
         else:
-            state = source.lines.partial if self._eager else source.lines.bar or ""
-            changed, source.bar = state != source.bar, state
+            state = source.lines.bars
+            if self._eager and not state and source.lines.partial:
+                state = [source.lines.partial]
+            changed, source.bars = state != source.bars, state
             if changed and not lines:
                 self._write(source.stream, "", self._last)
         if lines:
@@ -197,14 +264,14 @@ class Output:
 
     def _due_state(self, source: _Source, now: float, finished: bool) -> list[str]:
         """Return the state of a bar if it is time to write it to a file."""
-        state = source.lines.bar
-        if state is None or finished or source.shown_at is None:
-            source.shown_at = None if state is None else now
+        state = source.lines.bars
+        if not state or finished or source.shown_at is None:
+            source.shown_at = now if state else None
             return []
-        if now - source.shown_at < BAR_INTERVAL_S or state in ("", source.bar):
+        if now - source.shown_at < BAR_INTERVAL_S or state == source.bars:
             return []
-        source.shown_at, source.bar = now, state
-        return [state]
+        source.shown_at, source.bars = now, state
+        return state
 
     def _write(self, stream: Stream, text: str, last: tuple[Node, Stream] | None) -> None:
         """Write finished lines, and redraw the bars below them."""
@@ -220,10 +287,13 @@ class Output:
 
     def _bars(self, size: tuple[int, int]) -> list[str]:
         columns, rows = size
-        sources = sorted((s for s in self._sources.values() if s.bar), key=lambda s: (s.node, s.stream))
-        shown = [s for s in sources if self._sinks[s.stream].size is not None][: max(rows - 1, 1)]
-        room = columns - 1 - (len(prefix_text(shown[0].node)) if shown and self._prefix else 0)
-        return [self._prefix_of(s) + _clip(s.bar, max(room, 1)) for s in shown]
+        drawn: list[str] = []
+        for source in sorted(self._sources.values(), key=lambda each: (each.node, each.stream)):
+            if source.bars and self._sinks[source.stream].size is not None:
+                taken = len(prefix_text(source.node)) if self._prefix else 0
+                room = max(columns - 1 - taken, 1)
+                drawn += [self._prefix_of(source) + _clip(bar, room) for bar in source.bars]
+        return drawn[: max(rows - 1, 1)]
 
     def _prefix_of(self, source: _Source) -> str:
         if not self._prefix:
