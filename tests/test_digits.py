@@ -7,7 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import tensorkv
+from tensorkv.testing.cluster import run_job
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.py"
 BATCH = 64
@@ -47,7 +48,6 @@ def _load_example() -> Any:
 
 
 digits = _load_example()
-Run = Callable[[str, torch.dtype, int], Tensor]
 
 
 def _steps(data: Any, num_steps: int) -> list[Tensor]:
@@ -64,6 +64,7 @@ def _flat(net: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().double().flatten() for parameter in net.parameters()])
 
 
+@cache
 def _alone(name: str, dtype: torch.dtype, num_steps: int) -> Tensor:
     """Train as plain torch would: one process, the whole batch, no store."""
     data, net = digits.load(dtype), digits.make_net(0, dtype)
@@ -111,9 +112,7 @@ def _by_job(kind: str, name: str, dtype: torch.dtype, num_steps: int) -> list[Te
             digits.train_epoch(kv, net, data, tuple(_steps(data, num_steps)), bar)
         return _flat(net)
 
-    cluster = pytest.importorskip("tensorkv.testing.cluster")
-    by_rank: list[Tensor] = cluster.run_job(work, num_workers=4, num_servers=2, kind=kind)
-    return by_rank
+    return run_job(work, num_workers=4, num_servers=2, kind=kind)
 
 
 @pytest.mark.parametrize(("name", "dtype", "num_steps", "tolerance"), CASES)
@@ -162,7 +161,7 @@ def test_shares_add_up_also_where_one_is_empty() -> None:
 
 def _epochs(command: list[str]) -> tuple[list[tuple[float, float]], str]:
     """Run the script; return loss and accuracy in per cent of each epoch, and the last line."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=55, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr
     lines = re.findall(
         r"epoch +(\d+)  loss ([\d.]+)  test accuracy ([\d.]+)% +[\d,]+ images/s$", done.stdout, re.M
@@ -172,6 +171,7 @@ def _epochs(command: list[str]) -> tuple[list[tuple[float, float]], str]:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(180)
 def test_script_in_one_process_recognises_97_per_cent() -> None:
     epochs, last = _epochs([sys.executable, str(EXAMPLE), "--store", "local"])
     assert len(epochs) == 12
@@ -180,6 +180,7 @@ def test_script_in_one_process_recognises_97_per_cent() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("kind", ["dist_sync", "dist_async"])
 def test_script_in_a_job(kind: str) -> None:
     job = [sys.executable, "-m", "tensorkv", "run", "-n", "2", "-s", "2", "--"]

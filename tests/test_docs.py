@@ -111,7 +111,7 @@ def _run_console(block: Block, page: Path, folder: Path) -> None:
             env=environ,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=170,
             check=False,
         )
         where = f"{page.name}:{block.line}: {command}\n{done.stdout}\n{done.stderr}"
@@ -127,6 +127,7 @@ def _matches(expected: str, printed: str) -> bool:
     return printed == expected
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
