@@ -11,7 +11,21 @@ PACKAGE = ROOT / "src" / "tensorkv"
 
 ELSEWHERE = {
     "__init__.py": "test_exports.py",
-    "__main__.py": "cli/test_main.py",
+    "updaterspec.py": "test_updater.py",
+    "testing/makers.py": "conformance/test_stores.py",
+    **dict.fromkeys(
+        (
+            "testing/bad_inputs.py",
+            "testing/checks_agreement.py",
+            "testing/checks_calls.py",
+            "testing/checks_numbers.py",
+            "testing/checks_rounds.py",
+            "testing/checks_updaters.py",
+            "testing/checks_values.py",
+        ),
+        "testing/test_conformance.py",  # every check passes on the model, and finds the fault it is for
+    ),
+    "stores/dist.py": "conformance/test_stores.py",
     "store.py": "conformance",  # the contract: the suite runs it on every kind of store
 }
 """Modules whose tests have another place, and which."""
