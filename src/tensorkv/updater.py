@@ -167,7 +167,7 @@ class OptimizerUpdater(Updater):
     def __init__(self, optimizer_class: type[torch.optim.Optimizer], spec: UpdaterSpec) -> None:
         self.spec = spec
         self._class = optimizer_class
-        self._in_place = optimizer_class in ELEMENTWISE_OPTIMIZERS
+        self._in_place = is_elementwise(optimizer_class)
         self._optimizer = make_optimizer(optimizer_class, _probe(), spec.options)
         self._optimizer.state.clear()
         self._parameters: dict[int, torch.nn.Parameter] = {}

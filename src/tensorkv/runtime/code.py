@@ -24,7 +24,7 @@ class CodeTable:
     def describe(self, obj: Any) -> CodeRef:
         """Return a reference by which `find` gives `obj` back; the same object has the same reference."""
         for number, known in enumerate(self._objects):
-            if known is obj:
+            if known is obj or known == obj:  # wrappers of one function are equal
                 break
         else:
             number = len(self._objects)

@@ -129,9 +129,11 @@ class SchedulerServer:
             connection.shutdown()
             connection.close()
             return
-        sender = Sender(connection, f"{role}-{rank}", lambda exc: connection.shutdown())
         with self._lock:
+            if self._stopped:  # `stop` has closed this connection, and would not see the sender
+                return
             self._pending.discard(connection)
+            sender = Sender(connection, f"{role}-{rank}", lambda exc: connection.shutdown())
             self._peers[role, rank] = _Peer(connection, sender)
         cause = self._read(connection, role, rank)
         with self._lock:

@@ -142,9 +142,11 @@ class Server:
             connection.shutdown()
             connection.close()
             return
-        sender = Sender(connection, f"worker-{worker}", lambda exc: connection.shutdown())
         with self._lock:
+            if self._ended.is_set():  # `stop` has closed this connection, and would not see the sender
+                return
             self._pending.discard(connection)
+            sender = Sender(connection, f"worker-{worker}", lambda exc: connection.shutdown())
             self._workers[worker] = (connection, sender)
         try:
             self._read(connection, worker)

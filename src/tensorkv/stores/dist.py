@@ -842,10 +842,13 @@ def open_dist(
 def _open_embedded(
     kind: str, cluster: EmbeddedJob, store: str, reduction: Reduction, timeout_s: float
 ) -> KVStore:
+    job: Job | None = None
     try:
         job = cluster.join(0)
         return DistStore(kind, job, store=store, reduction=reduction, timeout_s=timeout_s, embedded=cluster)
     except BaseException:
+        if job is not None:
+            job.close(m.Goodbye())
         cluster.stop()
         raise
 
