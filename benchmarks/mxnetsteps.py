@@ -43,6 +43,9 @@ class MXNetSystem:
         self._keys = key_names(plan.shapes)
         self._grads = self._tensors()
         self._outs = self._tensors()
+        one = plan.num_devices == 1
+        self._pushed = [grads[0] for grads in self._grads] if one else self._grads
+        self._pulled = [outs[0] for outs in self._outs] if one else self._outs
         self._kv.init(self._keys, [mx.nd.zeros(shape or (1,)) for shape in plan.shapes])
         if plan.updater == "sgd":
             sgd = mx.optimizer.create("sgd", learning_rate=LEARNING_RATE, momentum=MOMENTUM)
@@ -58,12 +61,12 @@ class MXNetSystem:
         return [[mx.nd.zeros(shape or (1,), device) for device in devices] for shape in self._plan.shapes]
 
     def _push_pull(self) -> None:
-        self._kv.push(self._keys, self._grads)
-        self._kv.pull(self._keys, out=self._outs)
+        self._kv.push(self._keys, self._pushed)
+        self._kv.pull(self._keys, out=self._pulled)
         self._wait()
 
     def _pushpull(self) -> None:
-        self._kv.pushpull(self._keys, self._grads, out=self._outs)
+        self._kv.pushpull(self._keys, self._pushed, out=self._pulled)
         self._wait()
 
     def _wait(self) -> None:

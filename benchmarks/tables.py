@@ -14,7 +14,7 @@ from harness import Figures
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-COLUMNS = ("system", "step", "ms", "min", "p99", "ratio", "of min", "required", "reached")
+COLUMNS = ("system", "step", "ms", "min", "p99", "ratio", "of min", "goal", "reached")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,10 @@ class TensorKVSystem:
         self._keys = key_names(plan.shapes)
         self._grads = [[torch.zeros(shape) for _ in range(plan.num_devices)] for shape in plan.shapes]
         self._outs = [[torch.zeros(shape) for _ in range(plan.num_devices)] for shape in plan.shapes]
+        # As a user with one device would write it: a list of tensors, not of lists.
+        one = plan.num_devices == 1
+        self._pushed = [grads[0] for grads in self._grads] if one else self._grads
+        self._pulled = [outs[0] for outs in self._outs] if one else self._outs
         kv.init(self._keys, [torch.zeros(shape) for shape in plan.shapes])
         if plan.updater == "sgd":
             kv.set_optimizer(torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM)
@@ -44,11 +48,11 @@ class TensorKVSystem:
         }
 
     def _push_pull(self) -> None:
-        self._kv.push(self._keys, self._grads)
-        self._kv.pull(self._keys, out=self._outs)
+        self._kv.push(self._keys, self._pushed)
+        self._kv.pull(self._keys, out=self._pulled)
 
     def _pushpull(self) -> None:
-        self._kv.pushpull(self._keys, self._grads, out=self._outs)
+        self._kv.pushpull(self._keys, self._pushed, out=self._pulled)
 
     def barrier(self) -> None:
         self._kv.barrier()
