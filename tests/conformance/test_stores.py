@@ -20,7 +20,7 @@ from tensorkv.testing import (
     checks_values,
 )
 from tensorkv.testing.conformance import BAD_INPUTS, CHECKS, BadInput, Case, StoreMaker, applicable
-from tensorkv.testing.makers import EMBEDDED, HAS_CLUSTER, JOBS, LOCAL
+from tensorkv.testing.makers import EMBEDDED, JOBS, LOCAL
 
 MODULES = (
     bad_inputs,
@@ -31,7 +31,6 @@ MODULES = (
     checks_updaters,
     checks_values,
 )
-without_cluster = pytest.mark.skipif(not HAS_CLUSTER, reason="tensorkv.testing.cluster is not built yet")
 
 
 def _named(maker: Any) -> str:
@@ -41,9 +40,7 @@ def _named(maker: Any) -> str:
 def _params(of: Any) -> list[Any]:
     """One parameter set per maker and line of its table."""
     return [
-        pytest.param(
-            maker, line, id=f"{_named(maker)}-{line.name}", marks=[without_cluster] * (maker not in LOCAL)
-        )
+        pytest.param(maker, line, id=f"{_named(maker)}-{line.name}")
         for maker in [*LOCAL, *EMBEDDED, *JOBS]
         for line in of(maker)
     ]

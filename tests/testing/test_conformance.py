@@ -43,6 +43,7 @@ class Job:
     commits: dict[int, Any] = field(default_factory=dict)
     outcomes: list[Any] = field(default_factory=list)
     broken: str = ""
+    others: dict[str, Job] = field(default_factory=dict)  # more stores, by name
 
 
 class ModelStore(KVStore):
@@ -267,9 +268,8 @@ class ModelStore(KVStore):
             elif len(self.job.settings) <= self.num_settings:
                 raise WouldWait
             elif self.job.settings[self.num_settings] != setting:
-                self.num_settings += 1
                 raise errors.SettingMismatch(
-                    f"{setting} differs from rank 0's {self.job.settings[self.num_settings - 1]}"
+                    f"{setting} differs from rank 0's {self.job.settings[self.num_settings]}"
                 )
             self.num_settings += 1
 
@@ -372,6 +372,24 @@ class ModelMaker:
     broken: str = ""
     max_workers: int = 3
     distributed: bool = True
+
+    @property
+    def other_kind(self) -> str:
+        return "model_sync" if self.is_async else "model_async"
+
+    def open(self, kv: KVStore, kind: str, store: str, **create_options: Any) -> KVStore:
+        assert isinstance(kv, ModelStore)
+        options: dict[str, Any] = {"reduction": "sum", "timeout_s": 20.0, **create_options}
+        size, terms = kv.num_workers, (kind == "model_async", options["reduction"])
+        with kv.job.changed:
+            other = kv.job.others.get(store)
+            if other is None or len(other.reference.left) == size:
+                reference = ReferenceStore(size, options["reduction"], kind == "model_async")
+                other = kv.job.others[store] = Job(reference, barriers=[0] * size)
+            open_terms = (other.reference.is_async, other.reference.reduction)
+            if open_terms != terms:
+                raise errors.StoreMismatch(f"store {store!r} is open with {open_terms}, not {terms}")
+            return ModelStore(kind, other, kv.rank, store, **options)
 
     def run(self, fn: Callable[[KVStore], Any], num_workers: int = 1, **create_options: Any) -> list[Any]:
         options: dict[str, Any] = {

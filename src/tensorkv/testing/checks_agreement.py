@@ -12,6 +12,7 @@ from tensorkv.errors import (
     KeyDeleted,
     KeyNotInitialized,
     SettingMismatch,
+    StoreMismatch,
     TensorKVError,
     UpdaterError,
 )
@@ -147,7 +148,9 @@ def check_settings_must_agree(maker: StoreMaker, workers: int) -> None:
         elif kv.rank == 1:
             meeting.signal("1 sets")
             raises(SettingMismatch, lambda: kv.set_updater("assign"), "assign", "add")
+            kv.set_updater("add")  # what was refused does not count
             raises(SettingMismatch, lambda: kv.set_optimizer("sgd", lr=0.25), "0.25", "0.5")
+            kv.set_optimizer("sgd", lr=0.5)
             kv.set_optimizer_options(lr=1.0)
         meeting.everybody()
         kv.push("w", full(1))
@@ -341,10 +344,63 @@ def check_delete_of_an_old_generation(maker: StoreMaker, workers: int) -> None:
             kv.init("b", full(3))
         meeting.everybody()
         if kv.rank == 1:
-            kv.delete("b")
+            kv.delete("b")  # does nothing: the "b" it knew is gone
+        elif kv.rank > 1:
+            raises(KeyDeleted, lambda: kv.pull("b"), "'b'", "rank 0")
         meeting.everybody()
+        same(kv.pull("b"), 3.0, "the new generation")
         assert kv.keys() == ["b"] and kv.info("b").generation == 2
         meeting.everybody()
+
+    in_workers(maker, workers, work)
+
+
+# ---- several stores --------------------------------------------------------------------------------
+
+
+@check(workers=SEVERAL)
+def check_stores_of_workers(maker: StoreMaker, workers: int) -> None:
+    """A job has several stores, each of its own kind, rounds, settings and members."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(0))
+        for turn in range(2):
+            with maker.open(kv, maker.other_kind, "beside") as other:
+                other.init("w", full(10, 4))
+                other.set_updater("add")
+                other.barrier()
+                other.push("w", full(1, 4))
+                other.barrier()
+                same(other.pull("w"), full(10 + workers, 4), f"the other store, turn {turn}")
+                assert other.info("w").generation == 1
+                other.barrier()
+            meeting.everybody()  # all have closed it: the name starts empty again
+        kv.push("w", full(1))
+        kv.barrier()
+        same(kv.pull("w"), 1.0 if maker.is_async else float(workers), "the first store")
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL)
+def check_stores_must_agree(maker: StoreMaker, workers: int) -> None:
+    """A name that is open with another kind or reduction is refused, and what is open goes on."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        if kv.rank == 0:
+            with maker.open(kv, maker.kind, "beside") as other:
+                meeting.signal("open")
+                meeting.wait_for("refused")
+                other.init("w", full(1))
+                meeting.signal("used")
+        elif kv.rank == 1:
+            meeting.wait_for("open")
+            raises(StoreMismatch, lambda: maker.open(kv, maker.other_kind, "beside"), "beside")
+            raises(StoreMismatch, lambda: maker.open(kv, maker.kind, "beside", reduction="mean"), "mean")
+            meeting.signal("refused")
+        meeting.wait_for("used")
+        kv.init("w", full(2))
+        same(kv.pull("w"), 2.0)
 
     in_workers(maker, workers, work)
 

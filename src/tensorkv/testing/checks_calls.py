@@ -254,6 +254,29 @@ def check_who(maker: StoreMaker) -> None:
     in_one(maker, work)
 
 
+@check()
+def check_stores_beside_each_other(maker: StoreMaker) -> None:
+    """Stores of other names, also of another kind, share nothing; a name that all have closed is empty."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", full(1))
+        for kind in (maker.kind, maker.other_kind):
+            with maker.open(kv, kind, "beside") as other:
+                assert (other.kind, other.name, other.keys()) == (kind, "beside", [])
+                other.init([3, 4], [full(2, 5), full(3)])
+                other.set_updater("add")
+                other.push(4, full(4))
+                same(other.pull(4), 7.0, "the other store")
+                kv.push("w", full(5))
+                same(kv.pull("w"), 5.0, "the first store")
+            assert other.closed and not kv.closed
+            kv.push("w", full(6))
+            same(kv.pull("w"), 6.0, "the first store, after the other was closed")
+        assert kv.keys() == ["w"] and kv.info("w").generation == 1
+
+    in_one(maker, work)
+
+
 def _in_threads(calls: list[Callable[[], None]]) -> None:
     """Make each call in a thread of its own, and raise the first error of any."""
     with ThreadPoolExecutor(len(calls)) as pool:

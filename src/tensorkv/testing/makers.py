@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import tensorkv
+from tensorkv.config import DEFAULT_TIMEOUT_S
 from tensorkv.store import KVStore
-
-HAS_CLUSTER = importlib.util.find_spec("tensorkv.testing.cluster") is not None
+from tensorkv.stores.dist import DistStore
+from tensorkv.testing.cluster import run_job
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,13 @@ class InProcess:
     distributed: bool = False
     is_async: bool = False
 
+    @property
+    def other_kind(self) -> str:
+        return "device" if self.kind == "local" else "local"
+
+    def open(self, kv: KVStore, kind: str, store: str, **create_options: Any) -> KVStore:
+        return tensorkv.create(kind, store=store, **create_options)
+
     def run(self, fn: Callable[[KVStore], Any], num_workers: int = 1, **create_options: Any) -> list[Any]:
         assert num_workers == 1
         with tensorkv.create(self.kind, **create_options) as kv:
@@ -29,8 +36,8 @@ class InProcess:
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """A distributed store with its scheduler and servers in this process, for one worker."""
+class _OnServers:
+    """What the distributed kinds have in common."""
 
     kind: str
     num_servers: int = 2
@@ -41,6 +48,20 @@ class Embedded:
     def is_async(self) -> bool:
         return self.kind == "dist_async"
 
+    @property
+    def other_kind(self) -> str:
+        return "dist_sync" if self.is_async else "dist_async"
+
+    def open(self, kv: KVStore, kind: str, store: str, **create_options: Any) -> KVStore:
+        assert isinstance(kv, DistStore)
+        options = {"reduction": "sum", "timeout_s": DEFAULT_TIMEOUT_S, **create_options}
+        return DistStore(kind, kv._job, store=store, **options)
+
+
+@dataclass(frozen=True)
+class Embedded(_OnServers):
+    """A distributed store with its scheduler and servers in this process, for one worker."""
+
     def run(self, fn: Callable[[KVStore], Any], num_workers: int = 1, **create_options: Any) -> list[Any]:
         assert num_workers == 1
         options = {"embedded": True, "num_servers": self.num_servers, **create_options}
@@ -49,21 +70,12 @@ class Embedded:
 
 
 @dataclass(frozen=True)
-class WholeJob:
+class WholeJob(_OnServers):
     """A job in this process, each worker a thread."""
 
-    kind: str
-    num_servers: int = 2
     max_workers: int = 3
-    distributed: bool = True
-
-    @property
-    def is_async(self) -> bool:
-        return self.kind == "dist_async"
 
     def run(self, fn: Callable[[KVStore], Any], num_workers: int = 1, **create_options: Any) -> list[Any]:
-        from tensorkv.testing.cluster import run_job
-
         return run_job(
             fn, num_workers=num_workers, num_servers=self.num_servers, kind=self.kind, **create_options
         )

@@ -40,6 +40,13 @@ class StoreMaker(Protocol):
     def is_async(self) -> bool:
         """Whether every push is a round of its own."""
 
+    @property
+    def other_kind(self) -> str:
+        """A kind of which a store may be open in the same job, beside one of this kind."""
+
+    def open(self, kv: KVStore, kind: str, store: str, **create_options: Any) -> KVStore:
+        """Open another store in the job of `kv`, as the same worker. The caller closes it."""
+
     def run(self, fn: Callable[[KVStore], Any], num_workers: int = 1, **create_options: Any) -> list[Any]:
         """Open a store in each of `num_workers` workers, call `fn(kv)` there, close the stores.
 
@@ -257,7 +264,7 @@ def add_twice(key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
 
 def keep_half(key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
     """An updater in which the order of rounds shows."""
-    stored.mul_(0.5).add_(pushed)
+    stored.copy_(stored * 0.5 + pushed)
 
 
 def add_key(key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
