@@ -109,6 +109,7 @@ class Job:
         stop_servers: called when the last worker has ended with 0. It tells the servers to end, and
             returns those that it does not reach since they are still starting: they get a SIGTERM.
         first_lost: which process the scheduler lost first, where it knows.
+        on_worker_done: called with the rank of each worker that has ended with 0.
         grace_s, server_stop_s: see `supervisor`.
     """
 
@@ -119,6 +120,7 @@ class Job:
         *,
         stop_servers: Callable[[], Iterable[Node]],
         first_lost: Callable[[], Node | None] = lambda: None,
+        on_worker_done: Callable[[int], None] = lambda rank: None,
         grace_s: float = GRACE_S,
         server_stop_s: float = SERVER_STOP_S,
     ) -> None:
@@ -126,6 +128,7 @@ class Job:
         self._output = output
         self._stop_servers = stop_servers
         self._first_lost = first_lost
+        self._on_worker_done = on_worker_done
         self._supervisor = Supervisor(
             [spec.node for spec in specs], grace_s=grace_s, server_stop_s=server_stop_s
         )
@@ -176,6 +179,9 @@ class Job:
             if pump.done:
                 actions += supervisor.abort(*_lost_output(pump.error), now)
             exits = self._exits()
+            for node, status in exits.items():
+                if node.role == "worker" and status == 0:
+                    self._on_worker_done(node.rank)
             if exits:
                 actions += supervisor.exited(exits, now, self._first_lost())
             actions += supervisor.tick(now)

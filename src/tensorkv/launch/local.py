@@ -186,7 +186,7 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
 
     def stop_servers() -> list[Node]:
         servers = [Node("server", rank) for rank in range(options.num_servers)]
-        absent = [node for node in servers if not scheduler._membership.is_known(node.role, node.rank)]
+        absent = [node for node in servers if not scheduler.has_joined(node.role, node.rank)]
         scheduler.stop()
         return absent
 
@@ -197,7 +197,13 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
         output = Output(sinks, prefix=options.prefix, eager=eager)
         config = job_config(options, environ, scheduler=scheduler.address, token=token)
         specs = plan(config, command, {**terminal_variables(options, sinks), **environ})
-        return Job(specs, output, stop_servers=stop_servers, first_lost=first_lost).run()
+        return Job(
+            specs,
+            output,
+            stop_servers=stop_servers,
+            first_lost=first_lost,
+            on_worker_done=scheduler.worker_exited,
+        ).run()
     finally:
         scheduler.stop()
 

@@ -51,8 +51,8 @@ class Membership:
         """Whether every worker has said Goodbye."""
         return len(self._goodbyes) == self.num_workers
 
-    def is_known(self, role: Role, rank: int) -> bool:
-        """Whether this place in the job is taken."""
+    def has_joined(self, role: Role, rank: int) -> bool:
+        """Whether a process has registered in this place of the job."""
         return (role, rank) in self._processes
 
     def handle(self, role: Role, rank: int, message: Any) -> None:
@@ -103,6 +103,8 @@ class Membership:
 
     def _register(self, role: Role, rank: int, message: m.Register) -> None:
         self._processes[role, rank] = _Process((message.host, message.port), message.hostname)
+        if role == "server":
+            self.out += [(role, rank, m.Gone(gone)) for gone in sorted(self._goodbyes)]
         servers = [self._processes.get(("server", each)) for each in range(self.num_servers)]
         addresses = [server.address for server in servers if server is not None]
         if len(addresses) < self.num_servers:
@@ -145,11 +147,18 @@ class Membership:
     def _goodbye(self, role: Role, rank: int) -> None:
         self._processes[role, rank].gone = True
         if role == "worker":
-            self._goodbyes.add(rank)
-            for directory in list(self._stores.values()):
-                if rank not in directory.left:
-                    directory.leave(rank)
-                self._collect(directory)
+            self.worker_exited(rank)
+
+    def worker_exited(self, rank: int) -> None:
+        """A worker has ended in good order, perhaps without ever having joined."""
+        if rank in self._goodbyes:
+            return
+        self._goodbyes.add(rank)
+        self._to_servers(m.Gone(rank))
+        for directory in list(self._stores.values()):
+            if rank not in directory.left:
+                directory.leave(rank)
+            self._collect(directory)
 
     def disconnected(self, role: Role, rank: int, cause: str) -> None:
         """A connection has ended: that is a loss unless the process had said Goodbye."""

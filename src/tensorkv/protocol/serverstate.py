@@ -27,6 +27,7 @@ class ServerState:
         self._load_updater = load_updater
         self._stores: dict[int, StoreShard] = {}
         self._store_of_plan: dict[tuple[int, int], StoreShard] = {}
+        self._gone: set[int] = set()
 
     def payload_bytes(self, worker: int, message: Any) -> int:
         """Return how many payload bytes `message` must carry, before any memory is taken for them.
@@ -57,9 +58,10 @@ class ServerState:
         """
         if isinstance(message, m.OpenStore):
             if message.store not in self._stores:
-                self._stores[message.store] = StoreShard(
-                    message, self._num_workers, self._pool, self._load_updater
-                )
+                shard = StoreShard(message, self._num_workers, self._pool, self._load_updater)
+                for gone in self._gone:
+                    shard.leave(gone)
+                self._stores[message.store] = shard
             return []
         shard = self._shard(worker, message)
         try:
@@ -102,11 +104,22 @@ class ServerState:
             case m.AskWaiting():
                 shard.waiting(worker, message)
             case m.Leave():
-                self._leave(shard, worker, message)
+                self._leave(shard, worker)
+                shard.out.append(Outgoing(worker, m.Done(message.request)))
 
-    def _leave(self, shard: StoreShard, worker: int, message: m.Leave) -> None:
+    def worker_gone(self, worker: int) -> list[Outgoing]:
+        """A worker has left the job: with it every store, also those it never opened."""
+        self._gone.add(worker)
+        out: list[Outgoing] = []
+        for shard in list(self._stores.values()):
+            if not shard.rounds.left[worker]:
+                self._leave(shard, worker)
+                out += shard.out
+                shard.out = []
+        return out
+
+    def _leave(self, shard: StoreShard, worker: int) -> None:
         shard.leave(worker)
-        shard.out.append(Outgoing(worker, m.Done(message.request)))
         self._store_of_plan = {
             name: owner
             for name, owner in self._store_of_plan.items()

@@ -74,6 +74,19 @@ class SchedulerServer:
         """The first process that was declared lost, if any."""
         return self._membership.lost
 
+    def has_joined(self, role: Role, rank: int) -> bool:
+        """Whether this process of the job has registered."""
+        with self._lock:
+            return self._membership.has_joined(role, rank)
+
+    def worker_exited(self, rank: int) -> None:
+        """The launcher has seen a worker end with status 0; perhaps it never opened a store."""
+        with self._lock:
+            if not self._membership.has_joined("worker", rank):
+                self._membership.worker_exited(rank)
+                self._flush()
+        self._pump()
+
     def start(self) -> None:
         """Begin to accept processes. Returns at once."""
         self._spawn("accept", self._accept)
@@ -162,7 +175,7 @@ class SchedulerServer:
         with self._lock:
             if not 0 <= rank < size:
                 return AuthenticationError(f"there is no {role} {rank} in this job, which has {size}")
-            if self._membership.is_known(role, rank):
+            if self._membership.has_joined(role, rank):
                 return AuthenticationError(f"{role} {rank} of this job is taken by another process")
         return None
 

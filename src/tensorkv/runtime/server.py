@@ -193,9 +193,13 @@ class Server:
                 self._pool.give(buffer)
 
     def _handle(self, worker: int, message: Any, payload: torch.Tensor) -> None:
+        self._run(lambda: self._state.handle(worker, message, payload))
+
+    def _run(self, step: Callable[[], list[Outgoing]]) -> None:
+        """Run one step of the state machine, and send what it answers."""
         with self._lock:
             self._settle_leases()
-            self._queue(self._state.handle(worker, message, payload))
+            self._queue(step())
         self._pump()
 
     def _queue(self, out: list[Outgoing]) -> None:
@@ -233,19 +237,20 @@ class Server:
         assert self._scheduler is not None
         try:
             while not self._ended.is_set():
-                message = receive_message(self._scheduler, decoder)
-                match message:
-                    case m.CommitDecision():
-                        with self._lock:
-                            self._settle_leases()
-                            self._queue(self._state.decide_commit(message))
-                        self._pump()
-                    case m.Lost():
-                        self._end(lost_error(message))
-                    case m.Stop():
-                        self._end(None)
+                self._take(receive_message(self._scheduler, decoder))
         except (EOFError, ConnectionError) as exc:
             self._scheduler_failed(exc)
+
+    def _take(self, message: m.FromScheduler) -> None:
+        match message:
+            case m.CommitDecision():
+                self._run(lambda: self._state.decide_commit(message))
+            case m.Gone():
+                self._run(lambda: self._state.worker_gone(message.rank))
+            case m.Lost():
+                self._end(lost_error(message))
+            case m.Stop():
+                self._end(None)
 
     def _scheduler_failed(self, exc: Exception) -> None:
         self._end(PeerLostError(f"the scheduler is gone: {exc}"))

@@ -296,7 +296,6 @@ class DistStore(KVStore):
             lambda n: m.DeleteKeys(n, self._store, names), what, self._timeout_s, self._store
         )
         for entry in reply.entries:
-            ids = [each.slice_id for each in entry.slices]
             self._delete_slices(entry, what)
         with self._lock:
             for state in states:

@@ -501,6 +501,12 @@ class Stop(Message, tag=71):
     """The job is over: a server ends."""
 
 
+class Gone(Message, tag=73):
+    """A worker has left the job in good order: it has left every store, also those it never opened."""
+
+    rank: int
+
+
 HandshakeMessage = Challenge | Hello | Accept | Reject
 ToServer = (
     OpenStore
@@ -548,6 +554,7 @@ FromScheduler = (
     | Failed
     | Waiting
     | CommitDecision
+    | Gone
     | Lost
     | Stop
 )
