@@ -1,4 +1,4 @@
-"""Layouts: the slices of a chunk one after the other, as they lie in a frame, against where they are stored."""
+"""Layouts: how the slices of a chunk lie in a frame, and where they are stored."""
 
 from __future__ import annotations
 

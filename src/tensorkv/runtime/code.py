@@ -23,13 +23,9 @@ class CodeTable:
 
     def describe(self, obj: Any) -> CodeRef:
         """Return a reference by which `find` gives `obj` back; the same object has the same reference."""
-        for number, known in enumerate(self._objects):
-            if known is obj or known == obj:  # wrappers of one function are equal
-                break
-        else:
-            number = len(self._objects)
+        if obj not in self._objects:  # by equality: wrappers of one function are equal
             self._objects.append(obj)
-        return CodeRef(module=_IN_PROCESS, name=f"_{number}")
+        return CodeRef(module=_IN_PROCESS, name=f"_{self._objects.index(obj)}")
 
     def find(self, ref: CodeRef) -> Any:
         """Return the object of a reference, None if it is not of this table."""

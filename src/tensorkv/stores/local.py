@@ -30,6 +30,7 @@ from tensorkv.errors import (
     UpdaterError,
 )
 from tensorkv.keys import PullBatch, PushBatch, answer, check_keys
+from tensorkv.protocol.commits import clip_factor, sum_squares
 from tensorkv.reduce import broadcast, lightest, sum_devices
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
 from tensorkv.updater import (
@@ -50,7 +51,6 @@ DEVICE_KINDS = ("device", "local_allreduce_device")
 LOCAL_KINDS = CPU_KINDS + DEVICE_KINDS
 
 _CPU = torch.device("cpu")
-_NORM_BLOCK_ELEMS = 1 << 18  # a norm in float64 makes a float64 copy of what it reads
 
 
 @dataclass(slots=True)
@@ -150,8 +150,10 @@ class LocalStore(KVStore):
                     _check_scalable(merged)
                 norm, finite = _norm([tensor for _, tensor in merged])
             applied = not skip and (finite or not check_finite)
-            if applied and max_norm is not None and norm is not None:
-                _clip([tensor for _, tensor in merged], norm, max_norm)
+            factor = 1.0 if norm is None else clip_factor(norm, max_norm)
+            if applied and factor != 1.0:
+                for _, tensor in merged:
+                    tensor.mul_(factor)
             for slot, _ in waiting:
                 slot.uncommitted = None
                 slot.round += 1
@@ -455,22 +457,9 @@ def _check_scalable(merged: Sequence[tuple[_Slot, torch.Tensor]]) -> None:
 
 def _norm(tensors: Sequence[torch.Tensor]) -> tuple[float, bool]:
     """Return the Euclidean norm over all `tensors`, added up in float64, and whether all is finite."""
-    total = 0.0
-    for tensor in tensors:
-        flat = torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor.view(-1)
-        for block in torch.split(flat, _NORM_BLOCK_ELEMS):
-            wide = block.to(torch.float64)
-            total += float(torch.dot(wide, wide))
+    total = sum_squares(tensors)
     finite = math.isfinite(total) or all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
     return math.sqrt(total), finite
-
-
-def _clip(tensors: Sequence[torch.Tensor], norm: float, max_norm: float) -> None:
-    """Scale as torch.nn.utils.clip_grad_norm_ does, small constant included."""
-    scale = max_norm / (norm + 1e-6)
-    if scale < 1:
-        for tensor in tensors:
-            tensor.mul_(scale)
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:
