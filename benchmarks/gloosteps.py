@@ -37,8 +37,10 @@ class GlooSystem:
         dist.all_reduce(self._flat)
 
     def _each(self) -> None:
-        for tensor in self._tensors:  # with async_op=True it was slower: 0.8 s for 1000 tensors
-            dist.all_reduce(tensor)
+        # All are started before the first is waited for: the quicker way, measured in turn with one by one.
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in self._tensors]:
+            assert work is not None
+            work.wait()
 
     def barrier(self) -> None:
         self._flat.fill_(self._value)
