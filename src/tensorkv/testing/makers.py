@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import tensorkv
 from tensorkv.config import DEFAULT_TIMEOUT_S
 from tensorkv.store import KVStore
 from tensorkv.stores.dist import DistStore
+from tensorkv.stores.registry import create
 from tensorkv.testing.cluster import run_job
 
 
@@ -27,11 +27,11 @@ class InProcess:
         return "device" if self.kind == "local" else "local"
 
     def open(self, kv: KVStore, kind: str, store: str, **create_options: Any) -> KVStore:
-        return tensorkv.create(kind, store=store, **create_options)
+        return create(kind, store=store, **create_options)
 
     def run(self, fn: Callable[[KVStore], Any], num_workers: int = 1, **create_options: Any) -> list[Any]:
         assert num_workers == 1
-        with tensorkv.create(self.kind, **create_options) as kv:
+        with create(self.kind, **create_options) as kv:
             return [fn(kv)]
 
 
@@ -65,20 +65,20 @@ class Embedded(_OnServers):
     def run(self, fn: Callable[[KVStore], Any], num_workers: int = 1, **create_options: Any) -> list[Any]:
         assert num_workers == 1
         options = {"embedded": True, "num_servers": self.num_servers, **create_options}
-        with tensorkv.create(self.kind, **options) as kv:
+        with create(self.kind, **options) as kv:
             return [fn(kv)]
 
 
 @dataclass(frozen=True)
 class WholeJob(_OnServers):
-    """A job in this process, each worker a thread."""
+    """A job in this process, each worker a thread; `host` "127.0.0.1" connects them by real sockets."""
 
     max_workers: int = 3
+    host: str = "inproc"
 
     def run(self, fn: Callable[[KVStore], Any], num_workers: int = 1, **create_options: Any) -> list[Any]:
-        return run_job(
-            fn, num_workers=num_workers, num_servers=self.num_servers, kind=self.kind, **create_options
-        )
+        options = {"num_servers": self.num_servers, "kind": self.kind, "host": self.host, **create_options}
+        return run_job(fn, num_workers=num_workers, **options)
 
 
 LOCAL = [InProcess("local"), InProcess("device")]
