@@ -12,12 +12,16 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 
 from tensorkv.arrays import Key, to_out, to_tensor
 from tensorkv.errors import InvalidKey, InvalidValue, LengthMismatch
+
+_traits = attrgetter("requires_grad", "layout", "is_quantized", "is_meta")
+_PLAIN = {(False, torch.strided, False, False)}
 
 
 class _Absent(enum.Enum):
@@ -128,7 +132,10 @@ def push_batch(key: Any, value: Any, known_type: type | None) -> PushBatch:
     """
     raw_keys, values, _ = split_keys(key, value)
     keys = check_keys(raw_keys, known_type)
-    tensors = [_device_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
+    if _all_plain(values):
+        tensors = [[value] for value in values]
+    else:
+        tensors = [_device_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
     if len(set(keys)) == len(keys):
         return PushBatch(keys, tensors, [len(each) for each in tensors])
     return _merge_repeated(keys, tensors)
@@ -150,7 +157,10 @@ def pull_batch(key: Any, out: Any, known_type: type | None) -> PullBatch:
     else:
         raw_keys, values, form = split_keys(key, out)
     keys = check_keys(raw_keys, known_type)
-    outs = [_out_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
+    if _all_plain(values) and all(map(torch.Tensor.is_contiguous, values)):
+        outs = [[value] for value in values]
+    else:
+        outs = [_out_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
     return PullBatch(keys, outs, form, out)
 
 
@@ -165,9 +175,12 @@ def answer(batch: PullBatch, tensors: list[torch.Tensor]) -> Any:
     return tensors
 
 
+def _all_plain(values: list[Any]) -> bool:
+    """Whether all are tensors that need no preparation. A few vector operations, for a list of many."""
+    return set(map(type, values)) == {torch.Tensor} and set(map(_traits, values)) == _PLAIN
+
+
 def _device_list(value: Any, key: Key) -> list[torch.Tensor]:
-    if type(value) is torch.Tensor and not value.requires_grad:  # the common case, kept short
-        return [to_tensor(value, key)]
     if value is ABSENT:
         return []
     if isinstance(value, (list, tuple)):

@@ -311,9 +311,11 @@ class StoreShard:
 
     def _sort_by_commit(self, slices: Index) -> tuple[Index, Index, Index]:
         """Split slices into those to apply now, those to hold, and those where workers disagree."""
+        none = slices[:0]
+        if all(each.apply for each in self._contributions.values()):  # nothing at all waits for a commit
+            return slices, none, none
         numbers = np.unique(self._holder[:, slices])
         flags = {number: self._contributions[number].apply for number in numbers.tolist() if number}
-        none = slices[:0]
         if all(flags.values()):
             return slices, none, none
         if not any(flags.values()):
@@ -345,10 +347,14 @@ class StoreShard:
         together = self._common_layout(slices, workers)
         if together is not None:
             self._apply_chunk(*together)
+            self.rounds.apply(slices)
+            self._holder[:, slices] = 0
+            for each in together[1]:
+                self._use_up(each, len(slices))
         else:
             self._apply_each(slices, workers)
-        self.rounds.apply(slices)
-        self._release(slices, workers)
+            self.rounds.apply(slices)
+            self._release(slices, workers)
         self._answer_pulls()
 
     def _common_layout(
@@ -445,12 +451,14 @@ class StoreShard:
             numbers, counts = np.unique(self._holder[worker, slices], return_counts=True)
             for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
                 if number:
-                    contribution = self._contributions[number]
-                    contribution.live -= count
-                    if not contribution.live:
-                        del self._contributions[number]
-                        self._pool.give(contribution.buffer)
+                    self._use_up(self._contributions[number], count)
             self._holder[worker, slices] = 0
+
+    def _use_up(self, contribution: Contribution, count: int) -> None:
+        contribution.live -= count
+        if not contribution.live:
+            del self._contributions[contribution.number]
+            self._pool.give(contribution.buffer)
 
     # ---- pull ------------------------------------------------------------------------------------
 

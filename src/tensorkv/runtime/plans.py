@@ -7,8 +7,9 @@ keep it under its number. A chunk holds whole slices of one dtype, up to `MAX_SL
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import final
 
 import torch
@@ -74,6 +75,10 @@ class PlanChunk:
     stored_dtype: torch.dtype
     absent: bool
     num_elems: int
+    pick: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]] | None = (
+        None  # its values, if all are small and whole
+    )
+    one_dim: bool = False  # whether all values have one dimension
     stagings: list[tuple[torch.Tensor, list[torch.Tensor]]] = field(default_factory=list)
 
 
@@ -115,7 +120,7 @@ def build_plan(
     for value, state in enumerate(states):
         for entry in state.entry.slices:
             builders[entry.server].add(value, state, entry, dtypes[value], counts[value])
-    parts = [builder.finish() for builder in builders if builder.chunks]
+    parts = [builder.finish(states) for builder in builders if builder.chunks]
     return Plan(
         number=number,
         states=list(states),
@@ -161,5 +166,10 @@ class _PartBuilder:
             return False
         return last.num_elems * max(dtype.itemsize, stored.itemsize) + size_bytes <= MAX_SLICE_BYTES
 
-    def finish(self) -> ServerPart:
+    def finish(self, states: Sequence[KeyState]) -> ServerPart:
+        for chunk in self.chunks:
+            if len(chunk.pieces) > 1 and all(piece.small and piece.whole for piece in chunk.pieces):
+                values = [piece.value for piece in chunk.pieces]
+                chunk.pick = itemgetter(*values)
+                chunk.one_dim = all(len(states[value].shape) == 1 for value in values)
         return ServerPart(self._server, self.chunks, self._entries, self._values)

@@ -22,6 +22,9 @@ def gather(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]
     """Return the payload of a chunk. The views keep alive whatever memory they show."""
     if chunk.absent:
         return []
+    if chunk.pick is not None:
+        picked = chunk.pick(values)
+        return [bytes_of(torch.cat(picked if chunk.one_dim else [each.reshape(-1) for each in picked]))]
     parts: list[memoryview] = []
     small: list[torch.Tensor] = []
     for piece in chunk.pieces:
@@ -54,7 +57,9 @@ class Destinations:
         self.outs = outs
         self._flat: dict[int, torch.Tensor] = {}
         self._direct: set[int] = set()
-        self._aliased = _share_memory(outs)
+        self._aliased: bool | None = None
+        self._firsts = [each[0] for each in outs]
+        self._plain = set(map(len, outs)) == {1} and not _share_memory(self._firsts)
 
     def flat(self, value: int) -> torch.Tensor:
         """Return contiguous memory, flat and in the stored dtype, for value number `value`."""
@@ -65,7 +70,7 @@ class Destinations:
                 out.dtype == state.dtype
                 and out.is_contiguous()
                 and out.device.type == "cpu"
-                and not self._aliased
+                and (self._plain or not self._is_aliased())
             ):
                 found = out.view(-1)
                 self._direct.add(value)
@@ -76,12 +81,14 @@ class Destinations:
 
     def spread(self, chunk: PlanChunk, staging: list[torch.Tensor]) -> None:
         """Copy the small pieces of a chunk from where they were received."""
+        if self._plain and chunk.pick is not None:
+            torch._foreach_copy_(chunk.pick(self._firsts), staging)
+            return
         targets: list[torch.Tensor] = []
         for piece in chunk.pieces:
             if piece.small:
-                outs = self.outs[piece.value]
-                if piece.whole and len(outs) == 1 and not self._aliased:
-                    targets.append(outs[0])
+                if piece.whole and self._plain:
+                    targets.append(self._firsts[piece.value])
                 else:
                     targets.append(self._small_target(piece))
         torch._foreach_copy_(targets, staging)
@@ -89,6 +96,12 @@ class Destinations:
     def _small_target(self, piece: Piece) -> torch.Tensor:
         flat = self.flat(piece.value)
         return flat.view(self.states[piece.value].shape) if piece.whole else flat[piece.start : piece.stop]
+
+    def _is_aliased(self) -> bool:
+        """Whether two values go to the same memory: then the last one in list order must win."""
+        if self._aliased is None:
+            self._aliased = _share_memory([out for each in self.outs for out in each])
+        return self._aliased
 
     def finish(self) -> None:
         """All has been received: fill what was not received in place, and tell autograd what was."""
@@ -185,8 +198,9 @@ def _take_staging(chunk: PlanChunk, states: Sequence[KeyState]) -> tuple[torch.T
     return buffer, views
 
 
-def _share_memory(outs: Sequence[list[torch.Tensor]]) -> bool:
-    """Whether two values go to the same memory: then the last one in list order must win."""
-    pointers = [out.data_ptr() for each in outs for out in each]
-    distinct = set(pointers)
-    return len(distinct) + pointers.count(0) < len(pointers) + (0 in distinct)
+def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether two tensors begin at the same address; empty ones do not count."""
+    pointers = list(map(torch.Tensor.data_ptr, tensors))
+    return len(set(pointers)) < len(pointers) and len(set(filter(None, pointers))) < len(
+        list(filter(None, pointers))
+    )

@@ -11,6 +11,7 @@ import concurrent.futures
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, final
 
 import torch
@@ -80,7 +81,8 @@ class DistStore(KVStore):
         self._lock = threading.Lock()
         self._states: dict[Key, KeyState] = {}
         self._plans: OrderedDict[PlanName, Plan] = OrderedDict()
-        self._last_plan: dict[tuple[Key, ...], Plan] = {}
+        self._last_push: dict[tuple[Key, ...], Plan] = {}  # by the keys of a call
+        self._last_pull: dict[tuple[Key, ...], Plan] = {}
         self._dropped: list[Plan] = []
         self._unmerged: dict[int, frozenset[int]] = {}  # number of a push -> the keys it pushed
         self._pushes = 0
@@ -202,7 +204,9 @@ class DistStore(KVStore):
         self._uncommitted.discard(state.key_id)
         self._raised.pop(state.key_id, None)
         self._unmerged = {n: ids - {state.key_id} for n, ids in self._unmerged.items()}
-        self._last_plan = {k: p for k, p in self._last_plan.items() if state.key_id not in p.key_ids}
+        for last in (self._last_push, self._last_pull):
+            for keys in [keys for keys, plan in last.items() if state.key_id in plan.key_ids]:
+                del last[keys]
         for name in [name for name, plan in self._plans.items() if state.key_id in plan.key_ids]:
             self._drop_plan(self._plans.pop(name))
 
@@ -331,7 +335,9 @@ class DistStore(KVStore):
     def _drop_plan(self, plan: Plan) -> None:
         """Let the servers forget a plan, when they are next told something. With the lock held."""
         self._dropped.append(plan)
-        self._last_plan = {keys: each for keys, each in self._last_plan.items() if each is not plan}
+        for last in (self._last_push, self._last_pull):
+            for keys in [keys for keys, each in last.items() if each is plan]:
+                del last[keys]
 
     def _tell(self, plan: Plan) -> None:
         """Define a plan on the servers that do not know it. With the order held."""
@@ -365,9 +371,9 @@ class DistStore(KVStore):
         self._job.poll()
         if self._faults:
             self._raise_faults(batch.keys)
-        last = self._last_plan.get(batch.keys)
-        if last is not None and not self._uncommitted and _alike(last, batch):
-            return last, [_prepared(each[0]) for each in batch.tensors]
+        last = self._last_push.get(batch.keys)
+        if last is not None and not self._uncommitted and _alike(last, batch.tensors):
+            return last, _all_prepared([each[0] for each in batch.tensors])
         states = self._known(batch.keys)
         self._check_committed(states, "push")
         for state, tensors in zip(states, batch.tensors, strict=True):
@@ -379,7 +385,7 @@ class DistStore(KVStore):
         ]
         plan = self._plan(states, dtypes, batch.counts)
         if all(len(each) == 1 for each in batch.tensors) and set(batch.counts) == {1}:
-            self._last_plan[batch.keys] = plan
+            self._last_push[batch.keys] = plan
         return plan, [_summed(tensors) for tensors in batch.tensors]
 
     def _check_committed(self, states: Sequence[KeyState], call: str) -> None:
@@ -541,6 +547,10 @@ class DistStore(KVStore):
     def _prepare_pull(self, batch: PullBatch) -> _PullCall:
         if self._faults:
             self._raise_faults(batch.keys)
+        last = self._last_pull.get(batch.keys)
+        if last is not None and not self._uncommitted and _alike(last, batch.outs):
+            self._wait_deferred(last.states)
+            return _PullCall(self, batch, last, Destinations(last.states, batch.outs), [])
         keys = tuple(dict.fromkeys(batch.keys))
         states = self._known(keys)
         self._check_committed(states, "pull")
@@ -559,6 +569,8 @@ class DistStore(KVStore):
             made = _copies_for_repeats(batch.keys, outs_of)
         self._wait_deferred(states)
         plan = self._plan(states, [state.dtype for state in states], [1] * len(states))
+        if len(keys) == len(batch.keys):
+            self._last_pull[keys] = plan
         return _PullCall(self, batch, plan, Destinations(states, list(outs_of.values())), made)
 
     def _wait_deferred(self, states: Sequence[KeyState]) -> None:
@@ -865,15 +877,23 @@ def _summed(tensors: list[torch.Tensor]) -> torch.Tensor:
     return _prepared(sum_devices(tensors)) if tensors else torch.empty(0)
 
 
-def _alike(plan: Plan, batch: PushBatch) -> bool:
-    """Whether a push has the very shapes and dtypes of a plan, one tensor per key."""
-    tensors = batch.tensors
-    return (
-        batch.counts == plan.counts
-        and [each[0].dtype for each in tensors] == plan.dtypes
-        and [each[0].shape for each in tensors] == plan.shapes
-        and all(len(each) == 1 for each in tensors)
-    )
+def _all_prepared(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return `_prepared` of each; a few vector operations if none needs it."""
+    if (
+        all(map(attrgetter("is_cpu"), tensors))
+        and not any(map(torch.Tensor.is_conj, tensors))
+        and not any(map(torch.Tensor.is_neg, tensors))
+    ):
+        return tensors
+    return [_prepared(tensor) for tensor in tensors]
+
+
+def _alike(plan: Plan, tensors: list[list[torch.Tensor]]) -> bool:
+    """Whether there is one tensor per key of a plan, of the very shape and dtype."""
+    if set(map(len, tensors)) != {1}:
+        return False
+    firsts = [each[0] for each in tensors]
+    return [each.dtype for each in firsts] == plan.dtypes and [each.shape for each in firsts] == plan.shapes
 
 
 def _copies_for_repeats(keys: tuple[Key, ...], outs_of: dict[Key, list[torch.Tensor]]) -> list[torch.Tensor]:

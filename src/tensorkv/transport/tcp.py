@@ -21,6 +21,9 @@ from tensorkv.wire.codec import MAX_HANDSHAKE_BYTES, PREFIX, decode_prefix
 MAX_BUFFERS = 1024
 """What one sendmsg or recvmsg takes (IOV_MAX)."""
 
+LOOK_AHEAD_BYTES = 32 << 10
+"""Frames are received through a buffer of this size; what does not fit goes straight into place."""
+
 _TICK = struct.pack("ll", int(TICK_S), int(TICK_S % 1 * 1e6))
 _open_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
@@ -38,7 +41,8 @@ class TcpConnection(Connection):
         self.max_header_bytes = MAX_HANDSHAKE_BYTES
         self.peer = peer
         self._sock = sock
-        self._prefix = bytearray(PREFIX.size)
+        self._ahead = memoryview(bytearray(LOOK_AHEAD_BYTES))  # received, but not yet taken
+        self._ahead_start = self._ahead_stop = 0
         self._broken = False
         self._poll = select.poll()  # select() refuses descriptors above 1023
         self._poll.register(sock, select.POLLIN)
@@ -78,22 +82,60 @@ class TcpConnection(Connection):
             raise ConnectionError(f"the connection to {self.peer} is gone: {exc}") from exc
 
     def receive(self, sink: Sink, tick: Tick = no_tick) -> None:
-        self._fill([memoryview(self._prefix)], tick, started=False)
+        self._look_ahead(PREFIX.size, tick, started=self._ahead_stop > self._ahead_start)
         try:
-            header_bytes, payload_bytes = decode_prefix(self._prefix, self.max_header_bytes)
-            body = memoryview(bytearray(header_bytes))
-            self._fill([body], tick)
-            self._fill(sink(body, payload_bytes), tick)
+            start = self._ahead_start
+            prefix = self._ahead[start : start + PREFIX.size]
+            header_bytes, payload_bytes = decode_prefix(prefix, self.max_header_bytes)
+            self._ahead_start += PREFIX.size
+            self._fill(sink(self._take_header(header_bytes, tick), payload_bytes), tick)
         except BaseException:
             self._broken = True
             raise
 
-    def _fill(self, buffers: Sequence[memoryview], tick: Tick, started: bool = True) -> None:
-        """Receive until all buffers are full. `started` is False at a frame's first byte."""
+    def _take_header(self, header_bytes: int, tick: Tick) -> memoryview:
+        if header_bytes > LOOK_AHEAD_BYTES - PREFIX.size:
+            body = memoryview(bytearray(header_bytes))
+            self._fill([body], tick)
+            return body
+        self._look_ahead(header_bytes, tick, started=True)
+        start = self._ahead_start
+        self._ahead_start += header_bytes
+        return self._ahead[start : start + header_bytes]
+
+    def _look_ahead(self, size_bytes: int, tick: Tick, started: bool) -> None:
+        """Have at least `size_bytes` bytes in the look-ahead buffer, and what else has come.
+
+        So a small frame, or several, cost one call.
+        """
+        have = self._ahead_stop - self._ahead_start
+        if have >= size_bytes:
+            return
+        if self._ahead_start + size_bytes > LOOK_AHEAD_BYTES or have == 0:
+            self._ahead[:have] = self._ahead[self._ahead_start : self._ahead_stop]
+            self._ahead_start, self._ahead_stop = 0, have
+        while self._ahead_stop - self._ahead_start < size_bytes:
+            got = self._receive_some([self._ahead[self._ahead_stop :]], 0, tick, started)
+            self._ahead_stop += got
+            started = True
+
+    def _fill(self, buffers: Sequence[memoryview], tick: Tick) -> None:
+        """Receive until all buffers are full: first from the look-ahead, then straight into them."""
         rest: list[Buffer] = [each for each in buffers if len(each)]
+        while rest and self._ahead_start < self._ahead_stop:
+            size_bytes = min(len(rest[0]), self._ahead_stop - self._ahead_start)
+            start = self._ahead_start
+            memoryview(rest[0])[:size_bytes] = self._ahead[start : start + size_bytes]
+            self._ahead_start += size_bytes
+            rest = _after(rest, size_bytes)
         while rest:
+            rest = _after(rest, self._receive_some(rest[:MAX_BUFFERS], socket.MSG_WAITALL, tick, True))
+
+    def _receive_some(self, buffers: Sequence[Buffer], flags: int, tick: Tick, started: bool) -> int:
+        """Receive at least one byte. `started` is False at a frame's first byte."""
+        while True:
             try:
-                got = self._sock.recvmsg_into(rest[:MAX_BUFFERS], 0, socket.MSG_WAITALL)[0]
+                got: int = self._sock.recvmsg_into(buffers, 0, flags)[0]
             except BlockingIOError:
                 try:
                     tick()
@@ -103,15 +145,14 @@ class TcpConnection(Connection):
                 continue
             except OSError as exc:
                 raise ConnectionError(f"the connection to {self.peer} is gone: {exc}") from exc
-            if got == 0:
-                if started:
-                    raise ConnectionError(f"{self.peer} ended the connection in the middle of a frame")
-                raise EOFError(f"{self.peer} ended the connection")
-            started = True
-            rest = _after(rest, got)
+            if got:
+                return got
+            if started:
+                raise ConnectionError(f"{self.peer} ended the connection in the middle of a frame")
+            raise EOFError(f"{self.peer} ended the connection")
 
     def readable(self) -> bool:
-        return bool(self._poll.poll(0))
+        return self._ahead_start < self._ahead_stop or bool(self._poll.poll(0))
 
     def shutdown(self) -> None:
         with contextlib.suppress(OSError):  # already shut down, by us or by the peer
