@@ -68,7 +68,11 @@ class Piece:
 @final
 @dataclass(slots=True)
 class PlanChunk:
-    """A chunk: its pieces in order, in the dtype that is pushed (and, pulled, in the stored dtype)."""
+    """A chunk: its pieces in order, in the dtype that is pushed (and, pulled, in the stored dtype).
+
+    Where all pieces are small and whole, `pick` takes their values out of those of the plan. `one_dim`
+    tells whether those all have one dimension.
+    """
 
     pieces: list[Piece]
     dtype: torch.dtype
