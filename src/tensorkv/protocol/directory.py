@@ -215,6 +215,7 @@ class Directory:
             history.alive = entry
             history.specs[entry.generation] = (spec, entry)
             history.specs.pop(entry.generation - MAX_REMEMBERED_GENERATIONS, None)
+        self.out.append((rank, m.Done(message.request)))
         self._retry()
 
     # ---- keys ------------------------------------------------------------------------------------
@@ -301,6 +302,7 @@ class Directory:
         if 0 <= message.number < len(self._attempts):
             attempt = self._attempts[message.number]
             attempt.done, attempt.error = True, message.error
+        self.out.append((rank, m.Done(message.request)))
         self._retry()
 
     # ---- barriers and leaving --------------------------------------------------------------------

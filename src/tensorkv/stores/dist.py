@@ -150,9 +150,18 @@ class DistStore(KVStore):
         try:
             self._send_values(created, what)
         except TensorKVError as error:
-            self._job.control.notify(m.ConcludeInit(self._store, key_ids, to_wire(error)))
+            self._conclude(m.ConcludeInit(0, self._store, key_ids, to_wire(error)), what)
             raise
-        self._job.control.notify(m.ConcludeInit(self._store, key_ids, None))
+        self._conclude(m.ConcludeInit(0, self._store, key_ids, None), what)
+
+    def _conclude(self, message: m.ConcludeInit | m.ConcludeSetting, what: str) -> None:
+        """Tell the scheduler how what this rank leads has ended, and wait until it knows."""
+
+        def make(number: int) -> m.Message:
+            message.request = number
+            return message
+
+        self._job.control.request(make, what, self._timeout_s, self._store)
 
     def _send_values(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> None:
         """Send each value as a push of one key would be, one message per key and server."""
@@ -685,22 +694,21 @@ class DistStore(KVStore):
         table.set_options(record.options, record.keys)
 
     def _lead_setting(self, number: int, record: m.SettingRecord) -> None:
+        """Make a setting on all servers, and tell the scheduler."""
+        what = "a setting"
         try:
             self._job.ask_all(
-                lambda n: m.PrepareSetting(n, self._store, number, record),
-                "a setting",
-                self._timeout_s,
-                self._store,
+                lambda n: m.PrepareSetting(n, self._store, number, record), what, self._timeout_s, self._store
             )
         except TensorKVError as error:
-            self._job.control.notify(m.ConcludeSetting(self._store, number, to_wire(error)))
+            self._conclude(m.ConcludeSetting(0, self._store, number, to_wire(error)), what)
             raise
         with self._job.order:
             for link in self._job.links:
                 link.put(m.ActivateSetting(self._store, number))
-        for link in self._job.links:
-            link.pump()
-        self._job.control.notify(m.ConcludeSetting(self._store, number, None))
+        # In async mode another rank's push may come before the setting, unless it waits for this.
+        self._job.ask_all(lambda n: m.Flush(n, self._store), what, self._timeout_s, self._store)
+        self._conclude(m.ConcludeSetting(0, self._store, number, None), what)
 
     # ---- together --------------------------------------------------------------------------------
 

@@ -375,8 +375,9 @@ class InitReply(Message, tag=55):
 
 
 class ConcludeInit(Message, tag=56):
-    """The leading rank has stored the values of these key ids, or failed to."""
+    """The leading rank has stored the values of these key ids, or failed to. Answered by Done."""
 
+    request: int
     store: int
     key_ids: list[int]
     error: tuple[str, str] | None
@@ -399,8 +400,9 @@ class SettingReply(Message, tag=58):
 
 
 class ConcludeSetting(Message, tag=59):
-    """The leading rank has made the setting on all servers, or failed to."""
+    """The leading rank has made the setting on all servers, or failed to. Answered by Done."""
 
+    request: int
     store: int
     number: int
     error: tuple[str, str] | None
