@@ -81,6 +81,11 @@ class Connection(ABC):
     def broken(self) -> bool:
         """Whether a frame was left in the middle, so that nothing more can be sent or received."""
 
+    @property
+    @abstractmethod
+    def in_frame(self) -> bool:
+        """For a `tick` of `receive`: whether a part of a frame is here, so that raising would break it."""
+
     @abstractmethod
     def shutdown(self) -> None:
         """End the connection and wake whoever waits in it. Safe from any thread, more than once."""

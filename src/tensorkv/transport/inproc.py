@@ -5,8 +5,10 @@ A frame is copied when it is sent, as a socket would.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
+import threading
 from collections.abc import Sequence
 from typing import final
 
@@ -20,21 +22,29 @@ _Frames = queue.SimpleQueue[tuple[bytes, bytes] | None]
 
 @final
 class InprocConnection(Connection):
-    """One end of a pair of queues; None in a queue means that the connection has ended."""
+    """One end of a pair of queues; None in a queue means that the connection has ended.
 
-    def __init__(self, incoming: _Frames, outgoing: _Frames, peer: str) -> None:
+    `ended` is shared by both ends.
+    """
+
+    def __init__(self, incoming: _Frames, outgoing: _Frames, ended: threading.Event, peer: str) -> None:
         self.max_header_bytes = MAX_HANDSHAKE_BYTES
         self.peer = peer
         self._incoming, self._outgoing = incoming, outgoing
-        self._ended = False
+        self._ended = ended
+        self._ended_here = False
         self._broken = False
 
     @property
     def broken(self) -> bool:
         return self._broken
 
+    @property
+    def in_frame(self) -> bool:
+        return False  # frames come whole
+
     def send_rest(self, buffers: Sequence[Buffer], tick: Tick = no_tick) -> None:
-        if self._ended:
+        if self._ended.is_set():
             raise ConnectionError(f"the connection to {self.peer} is gone")
         head, *parts = buffers
         self._outgoing.put((bytes(head), b"".join(parts)))
@@ -47,9 +57,8 @@ class InprocConnection(Connection):
         frame = self._next(tick)
         if frame is None:
             self._incoming.put(None)  # the end stays the end
-            if self._ended:
-                raise ConnectionError(f"the connection to {self.peer} is gone")
-            self._ended = True
+            if self._ended_here:
+                raise ConnectionError(f"this side has ended the connection to {self.peer}")
             raise EOFError(f"{self.peer} ended the connection")
         head, payload = frame
         try:
@@ -73,7 +82,8 @@ class InprocConnection(Connection):
         return not self._incoming.empty()
 
     def shutdown(self) -> None:
-        self._ended = True
+        self._ended_here = True
+        self._ended.set()
         self._outgoing.put(None)
         self._incoming.put(None)
 
@@ -103,14 +113,18 @@ class InprocListener(Listener):
 
     def close(self) -> None:
         _listeners.pop(self._port, None)
+        with contextlib.suppress(queue.Empty):  # who has connected but was not accepted
+            while (connection := self._waiting.get_nowait()) is not None:
+                connection.shutdown()
         self._waiting.put(None)
 
     def meet(self) -> InprocConnection:
         """Make a pair of ends; one is accepted here, the other returned."""
         there: _Frames = queue.SimpleQueue()
         back: _Frames = queue.SimpleQueue()
-        self._waiting.put(InprocConnection(there, back, "a thread of this process"))
-        return InprocConnection(back, there, f"inproc:{self._port}")
+        ended = threading.Event()
+        self._waiting.put(InprocConnection(there, back, ended, "a thread of this process"))
+        return InprocConnection(back, there, ended, f"inproc:{self._port}")
 
 
 def connect(host: str, port: int, timeout_s: float) -> Connection:

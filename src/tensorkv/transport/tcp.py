@@ -7,10 +7,12 @@ non-blocking underneath and so defeat MSG_WAITALL (61 calls instead of 1 for 4 M
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import socket
 import struct
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import final
@@ -18,6 +20,7 @@ from typing import final
 from tensorkv.transport.base import TICK_S, Buffer, Connection, Listener, Sink, Tick, no_tick
 from tensorkv.wire.codec import MAX_HANDSHAKE_BYTES, PREFIX, decode_prefix
 
+logger = logging.getLogger(__name__)
 MAX_BUFFERS = 1024
 """What one sendmsg or recvmsg takes (IOV_MAX)."""
 
@@ -44,12 +47,18 @@ class TcpConnection(Connection):
         self._ahead = memoryview(bytearray(LOOK_AHEAD_BYTES))  # received, but not yet taken
         self._ahead_start = self._ahead_stop = 0
         self._broken = False
+        self._in_frame = False
+        self._ended_here = False
         self._poll = select.poll()  # select() refuses descriptors above 1023
         self._poll.register(sock, select.POLLIN)
 
     @property
     def broken(self) -> bool:
         return self._broken
+
+    @property
+    def in_frame(self) -> bool:
+        return self._in_frame
 
     def send_rest(self, buffers: Sequence[Buffer], tick: Tick = no_tick) -> None:
         rest = list(buffers)
@@ -137,6 +146,7 @@ class TcpConnection(Connection):
             try:
                 got: int = self._sock.recvmsg_into(buffers, 0, flags)[0]
             except BlockingIOError:
+                self._in_frame = started
                 try:
                     tick()
                 except BaseException:
@@ -147,7 +157,10 @@ class TcpConnection(Connection):
                 raise ConnectionError(f"the connection to {self.peer} is gone: {exc}") from exc
             if got:
                 return got
+            if self._ended_here:
+                raise ConnectionError(f"this side has ended the connection to {self.peer}")
             if started:
+                self._broken = True
                 raise ConnectionError(f"{self.peer} ended the connection in the middle of a frame")
             raise EOFError(f"{self.peer} ended the connection")
 
@@ -155,6 +168,7 @@ class TcpConnection(Connection):
         return self._ahead_start < self._ahead_stop or bool(self._poll.poll(0))
 
     def shutdown(self) -> None:
+        self._ended_here = True
         with contextlib.suppress(OSError):  # already shut down, by us or by the peer
             self._sock.shutdown(socket.SHUT_RDWR)
 
@@ -171,19 +185,25 @@ class TcpListener(Listener):
         _open_sockets.add(self._sock)
         name = self._sock.getsockname()
         self._address = (str(name[0]), int(name[1]))
+        self._closed = threading.Event()
 
     @property
     def address(self) -> tuple[str, int]:
         return self._address
 
     def accept(self) -> Connection:
-        try:
-            sock, name = self._sock.accept()
-        except OSError as exc:
-            raise ConnectionError("the listener is closed") from exc
-        return TcpConnection(sock, f"{name[0]}:{name[1]}")
+        while True:
+            try:
+                sock, name = self._sock.accept()
+                return TcpConnection(sock, f"{name[0]}:{name[1]}")
+            except OSError as exc:
+                if self._closed.is_set():
+                    raise ConnectionError("the listener is closed") from exc
+                logger.warning("a connection could not be accepted: %s", exc)
+                self._closed.wait(TICK_S)  # there may be no descriptors left for the moment
 
     def close(self) -> None:
+        self._closed.set()
         with contextlib.suppress(OSError):  # shutdown wakes an accept; not every system allows it
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
