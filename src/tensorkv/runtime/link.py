@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, final
 
-from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, from_wire
+from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, WaitTimeout, from_wire
 from tensorkv.runtime.sender import Sender, Sent
 from tensorkv.runtime.waits import Wait
 from tensorkv.transport.base import TICK_S, Buffer, Connection, Tick
@@ -23,6 +23,9 @@ from tensorkv.wire.codec import Decoder, encode
 
 JOIN_TIMEOUT_S = 5.0
 LOST_GRACE_S = 3.0
+STALL_S = 10.0
+"""How long a frame whose end does not come is waited for beyond the deadline of whoever receives it."""
+
 _decoder: Decoder[m.FromServer] = Decoder(m.FromServer)
 
 
@@ -35,7 +38,10 @@ class Exchange(ABC):
 
     @abstractmethod
     def take(self, message: Any) -> bool:
-        """Take in a reply, its payload in place, and return whether it was the last."""
+        """Take in a reply, its payload in place, and return whether it was the last.
+
+        `message` may also be an error instead of a reply: then it is the last.
+        """
 
 
 @final
@@ -54,7 +60,7 @@ class SingleReply(Exchange):
 
     def check(self) -> None:
         """Raise if the request was refused."""
-        if isinstance(self.message, TensorKVError):
+        if isinstance(self.message, Exception):
             raise self.message
         if isinstance(self.message, m.Failed):
             raise from_wire(self.message.name, self.message.text)
@@ -93,6 +99,7 @@ class ServerLink:
         self._watched: set[int] = set()  # exchanges that nobody waits for; guarded by _turn
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._lost: TensorKVError | None = None  # why nothing more can be received; guarded by _reading
 
     # ---- sending ---------------------------------------------------------------------------------
 
@@ -174,11 +181,14 @@ class ServerLink:
         self._connection.shutdown()
 
     def _lead_until(self, done: Callable[[], bool], tick: Tick) -> None:
+        patient = self._patient(tick)
         while not done():
             if self._reading.acquire(blocking=False):
                 try:
                     while not done():
-                        self._receive(tick)
+                        self._receive(patient)
+                        if not done():
+                            tick()  # frames may come for others only, without a pause
                 finally:
                     self._hand_over()
             else:
@@ -187,6 +197,24 @@ class ServerLink:
                         self._turn.wait(TICK_S)
                 if not done():
                     tick()
+
+    def _patient(self, tick: Tick) -> Tick:
+        """Return a tick whose deadline does not end the receiving of a frame in its middle.
+
+        That would end the connection for everybody.
+        """
+        stalled = 0
+
+        def patient() -> None:
+            nonlocal stalled
+            try:
+                tick()
+            except WaitTimeout:
+                stalled += 1
+                if not self._connection.in_frame or stalled * TICK_S > STALL_S:
+                    raise
+
+        return patient
 
     def _hand_over(self) -> None:
         self._reading.release()
@@ -203,7 +231,6 @@ class ServerLink:
                 self._lead_until(lambda: self._closing or self._nothing_watched(), self._check_failure)
             except TensorKVError as error:
                 self._end_all(error)
-                return
 
     def _nothing_watched(self) -> bool:
         """Whether all watched exchanges have ended."""
@@ -220,6 +247,8 @@ class ServerLink:
 
     def _receive(self, tick: Tick) -> None:
         """Receive one frame and hand it on."""
+        if self._lost is not None:
+            raise self._lost
         message: Any = None
 
         def sink(body: memoryview, payload_bytes: int) -> list[memoryview]:
@@ -237,8 +266,20 @@ class ServerLink:
         try:
             self._connection.receive(sink, tick)
         except (EOFError, ConnectionError) as exc:
-            raise self._why_gone(exc) from exc
-        self._hand_on(message)
+            self._connection.shutdown()
+            self._lost = self._why_gone(exc)
+            raise self._lost from exc
+        except BaseException as exc:
+            if self._connection.broken:
+                self._connection.shutdown()
+                self._lost = PeerLostError(f"the connection to {self.name} ended inside a message: {exc}")
+            raise
+        try:
+            self._hand_on(message)
+        except ProtocolError as exc:
+            self._connection.shutdown()
+            self._lost = exc
+            raise
 
     def _hand_on(self, message: Any) -> None:
         match message:
@@ -250,7 +291,7 @@ class ServerLink:
                     wait.answered(message)
             case _:
                 exchange = self._exchanges.get(message.request)
-                if exchange is not None and exchange.take(message):
+                if exchange is not None and _take(exchange, message):
                     self._exchanges.pop(message.request, None)
                     with self._turn:
                         self._turn.notify_all()
@@ -268,6 +309,21 @@ class ServerLink:
         return PeerLostError(f"{self.name} has ended its connection: {exc}")
 
     def _end_all(self, error: TensorKVError) -> None:
-        for number, exchange in list(self._exchanges.items()):
-            self._exchanges.pop(number, None)
-            exchange.take(error)
+        """Nothing more will come: tell every exchange."""
+        with self._reading:  # nobody hands on a reply meanwhile
+            for number in list(self._exchanges):
+                exchange = self._exchanges.pop(number, None)
+                if exchange is not None:
+                    exchange.take(error)
+        with self._turn:
+            self._turn.notify_all()
+
+
+def _take(exchange: Exchange, message: Any) -> bool:
+    """Hand a reply to its exchange. What goes wrong there is that exchange's error, not the receiver's."""
+    try:
+        return exchange.take(message)
+    except ProtocolError:
+        raise
+    except Exception as exc:  # noqa: BLE001  # memory that cannot be written, say
+        return exchange.take(exc)

@@ -1,15 +1,13 @@
 """DistStore: `dist_sync` and `dist_async`, a store whose values and updaters live on server processes.
 
-This file turns the calls of the contract into messages, and their replies into results. What holds on
-the other side stands in `tensorkv.protocol`: `shard` for rounds and updates, `directory` for keys,
-settings and barriers.
+This file turns the calls of the contract into messages, and their replies into results, with the help
+of `tensorkv.runtime`: `keytable` (what is known of keys), `plancache`, `pusher` and `pullcall`. What
+holds on the other side stands in `tensorkv.protocol`: `shard` for rounds and updates, `directory` for
+keys, settings and barriers.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, final
@@ -22,12 +20,9 @@ from tensorkv.errors import (
     DtypeMismatch,
     InvalidArgument,
     KeyDeleted,
-    KeyNotInitialized,
     NotInJob,
     NotSupported,
     TensorKVError,
-    UncommittedPush,
-    from_wire,
     to_wire,
 )
 from tensorkv.keys import PullBatch, PushBatch, answer
@@ -35,12 +30,14 @@ from tensorkv.reduce import sum_devices, sum_dtype
 from tensorkv.runtime.code import describe_code
 from tensorkv.runtime.embedded import EmbeddedJob
 from tensorkv.runtime.job import Job, join
-from tensorkv.runtime.link import ServerLink, SingleReply
+from tensorkv.runtime.keytable import KeyTable
+from tensorkv.runtime.link import SingleReply
+from tensorkv.runtime.plancache import PlanCache
 from tensorkv.runtime.plans import KeyState, Plan, build_plan
-from tensorkv.runtime.pushes import MergeWatch
-from tensorkv.runtime.transfers import Destinations, PullExchange, gather
+from tensorkv.runtime.pullcall import PullCall
+from tensorkv.runtime.pusher import Pusher
+from tensorkv.runtime.transfers import Destinations, gather
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
-from tensorkv.transport.base import TICK_S
 from tensorkv.updater import (
     SettingsTable,
     Updater,
@@ -52,17 +49,10 @@ from tensorkv.updater import (
 from tensorkv.wire import messages as m
 from tensorkv.work import Work
 
-MAX_PLANS = 1024
-POLICIES = ("fail", "continue")
-PlanName = tuple[tuple[int, ...], tuple[torch.dtype, ...], tuple[int, ...]]
-
 
 @final
 class DistStore(KVStore):
-    """A store on servers. The contract is that of `KVStore`.
-
-    `_lock` guards what this worker knows of keys, plans and faults; it is never held while waiting.
-    """
+    """A store on servers. The contract is that of `KVStore`."""
 
     def __init__(
         self,
@@ -78,25 +68,15 @@ class DistStore(KVStore):
         self._job = job
         self._embedded = embedded
         self._is_async = kind == "dist_async"
-        self._lock = threading.Lock()
-        self._states: dict[Key, KeyState] = {}
-        self._plans: OrderedDict[PlanName, Plan] = OrderedDict()
-        self._last_push: dict[tuple[Key, ...], Plan] = {}  # by the keys of a call
-        self._last_pull: dict[tuple[Key, ...], Plan] = {}
-        self._dropped: list[Plan] = []
-        self._unmerged: dict[int, frozenset[int]] = {}  # number of a push -> the keys it pushed
-        self._pushes = 0
-        self._uncommitted: set[int] = set()  # key ids
-        self._key_of_slice: dict[int, KeyState] = {}
-        self._faults: dict[Key, tuple[int, TensorKVError]] = {}
-        self._raised: dict[int, int] = {}  # key id -> the last round whose fault was raised
-        self._deferred: dict[int, concurrent.futures.Future[Any]] = {}  # key id -> push still to go
         self._settings = SettingsTable()
         policy = "async" if self._is_async else "sync"
         joined = job.control.request(
             lambda n: m.JoinStore(n, store, policy, reduction), f"opening store {store!r}", timeout_s
         )
         self._store: int = joined.store
+        self._plans = PlanCache(job, self._store)
+        self._table = KeyTable(job, self._store, timeout_s, self._forget)
+        self._pusher = Pusher(job, self._store, timeout_s, self._is_async, self._table, self._plans)
         job.stores[self._store] = self
         with job.order:
             for link in job.links:
@@ -112,6 +92,14 @@ class DistStore(KVStore):
         """The number of workers in the job."""
         return self._job.config.num_workers
 
+    def _forget(self, state: KeyState) -> None:
+        self._plans.forget(state)
+        self._pusher.forget(state)
+
+    def on_fault(self, fault: m.Fault) -> None:
+        """A round that this worker contributed to has failed; its next call on the key raises it."""
+        self._table.on_fault(fault)
+
     # ---- init ------------------------------------------------------------------------------------
 
     def _init(self, keys: tuple[Key, ...], values: list[torch.Tensor], whole: bool) -> None:
@@ -125,16 +113,14 @@ class DistStore(KVStore):
         reply = self._job.control.request(
             lambda n: m.ProposeInit(n, self._store, specs), what, self._timeout_s, self._store
         )
-        mine = [
+        created = [
             (entry, value)
             for entry, value, lead in zip(reply.entries, values, reply.lead, strict=True)
             if lead
         ]
-        if mine:
-            self._lead_init(mine, what)
-        with self._lock:
-            for entry in reply.entries:
-                self._learn(entry)
+        if created:
+            self._lead_init(created, what)
+        self._table.learn(reply.entries)
 
     def _check_new(self, key: Key, value: torch.Tensor) -> None:
         if self._reduction == "mean" and not (value.dtype.is_floating_point or value.dtype.is_complex):
@@ -189,82 +175,7 @@ class DistStore(KVStore):
         for _, _, exchange in exchanges:
             exchange.check()
 
-    def _learn(self, entry: m.KeyEntry) -> KeyState:
-        """Remember a key. With the lock held."""
-        known = self._states.get(entry.key)
-        if known is not None:
-            if known.entry.generation >= entry.generation:
-                return known
-            self._forget(known)
-        state = KeyState.of(entry)
-        self._states[entry.key] = state
-        for each in entry.slices:
-            self._key_of_slice[each.slice_id] = state
-        if self._key_type is None:
-            self._key_type = type(entry.key)
-        return state
-
-    def _forget(self, state: KeyState) -> None:
-        """Forget a generation of a key. With the lock held."""
-        if self._states.get(state.key) is state:
-            del self._states[state.key]
-        for each in state.entry.slices:
-            self._key_of_slice.pop(each.slice_id, None)
-        self._uncommitted.discard(state.key_id)
-        self._raised.pop(state.key_id, None)
-        self._unmerged = {n: ids - {state.key_id} for n, ids in self._unmerged.items()}
-        for last in (self._last_push, self._last_pull):
-            for keys in [keys for keys, plan in last.items() if state.key_id in plan.key_ids]:
-                del last[keys]
-        for name in [name for name, plan in self._plans.items() if state.key_id in plan.key_ids]:
-            self._drop_plan(self._plans.pop(name))
-
     # ---- keys ------------------------------------------------------------------------------------
-
-    def _known(self, keys: Sequence[Key]) -> list[KeyState]:
-        """Return what is known of keys, asking the scheduler about those this rank did not init."""
-        states = self._states
-        unknown = [key for key in keys if key not in states]
-        if unknown:
-            what = f"lookup of {unknown[0]!r}"
-            reply = self._job.control.request(
-                lambda n: m.Lookup(n, self._store, unknown), what, self._timeout_s, self._store
-            )
-            with self._lock:
-                for entry in reply.entries:
-                    self._learn(entry)
-        try:
-            return [states[key] for key in keys]
-        except KeyError as exc:  # another thread of this worker has deleted it meanwhile
-            raise KeyNotInitialized(f"key {exc.args[0]!r} was deleted during the call") from exc
-
-    def _raise_faults(self, keys: Sequence[Key]) -> None:
-        """Raise what servers have reported about these keys, each once."""
-        if not self._faults:
-            return
-        with self._lock:
-            found = [self._faults.pop(key) for key in dict.fromkeys(keys) if key in self._faults]
-        if found:
-            first = found[0][1]
-            for _, other in found[1:]:
-                first.add_note(f"and {other}")
-            raise first
-
-    def on_fault(self, fault: m.Fault) -> None:
-        """A round that this worker contributed to has failed; its next call on the key raises it."""
-        error = from_wire(fault.name, fault.text)
-        with self._lock:
-            for slice_id in fault.slice_ids:
-                state = self._key_of_slice.get(slice_id)
-                if state is None:
-                    continue
-                if isinstance(error, KeyDeleted):
-                    self._forget(state)
-                elif self._raised.get(state.key_id, 0) >= fault.round:
-                    continue  # another slice of the same round has reported it
-                else:
-                    self._raised[state.key_id] = fault.round
-                self._faults.setdefault(state.key, (fault.round, error))
 
     def _keys(self) -> list[Key]:
         reply = self._job.control.request(
@@ -273,36 +184,37 @@ class DistStore(KVStore):
         return [entry.key for entry in reply.entries]
 
     def _info(self, key: Key) -> KeyInfo:
-        state = self._known([key])[0]
-        entries = state.entry.slices
-        servers = sorted({each.server for each in entries})
-        by_server = {s: [each.slice_id for each in entries if each.server == s] for s in servers}
-        remaining = iter(servers)
-        replies = self._job.ask_all(
-            lambda n: m.AskInfo(n, self._store, by_server[next(remaining)]),
-            f"info of {key!r}",
-            self._timeout_s,
-            self._store,
-            servers,
-        )
-        rounds = [number for reply in replies for number in reply.rounds]
-        if min(rounds) < 0:
-            with self._lock:
-                self._forget(state)
-            raise KeyDeleted(f"key {key!r} was deleted by another rank")
+        state = self._table.known([key])[0]
+        replies = self._ask_info(state)
+        if min(number for reply in replies for number in reply.rounds) < 0:  # deleted by another rank
+            self._table.forget([state])
+            state = self._table.known([key])[0]
+            replies = self._ask_info(state)
         return KeyInfo(
             key=key,
             shape=tuple(state.shape),
             dtype=state.dtype,
             version=min(number for reply in replies for number in reply.versions),
-            round=min(rounds),
+            round=min(number for reply in replies for number in reply.rounds),
             updater=replies[0].updater,
-            num_slices=len(entries),
+            num_slices=len(state.entry.slices),
             generation=state.entry.generation,
         )
 
+    def _ask_info(self, state: KeyState) -> list[m.Info]:
+        entries = state.entry.slices
+        servers = sorted({each.server for each in entries})
+        slices = iter([[each.slice_id for each in entries if each.server == server] for server in servers])
+        return self._job.ask_all(
+            lambda n: m.AskInfo(n, self._store, next(slices)),
+            f"info of {state.key!r}",
+            self._timeout_s,
+            self._store,
+            servers,
+        )
+
     def _delete(self, keys: tuple[Key, ...]) -> None:
-        states = self._known(list(dict.fromkeys(keys)))
+        states = self._table.known(list(dict.fromkeys(keys)))
         names = [(state.key, state.key_id) for state in states]
         what = f"delete of {keys[0]!r}"
         reply = self._job.control.request(
@@ -310,10 +222,9 @@ class DistStore(KVStore):
         )
         for entry in reply.entries:
             self._delete_slices(entry, what)
-        with self._lock:
-            for state in states:
-                self._forget(state)
-                self._faults.pop(state.key, None)
+        self._table.forget(states)
+        for state in states:
+            self._table.faults.pop(state.key, None)
 
     def _delete_slices(self, entry: m.KeyEntry, what: str) -> None:
         ids = [each.slice_id for each in entry.slices]
@@ -324,67 +235,58 @@ class DistStore(KVStore):
             self._store,
         )
 
-    # ---- plans -----------------------------------------------------------------------------------
-
-    def _plan(self, states: Sequence[KeyState], dtypes: Sequence[torch.dtype], counts: Sequence[int]) -> Plan:
-        """Return the plan of a list of keys, the same one each time."""
-        name = (tuple(state.key_id for state in states), tuple(dtypes), tuple(counts))
-        with self._lock:
-            plan = self._plans.get(name)
-            if plan is None:
-                number = next(self._job.plan_numbers)
-                plan = build_plan(number, states, dtypes, counts, len(self._job.links))
-                self._plans[name] = plan
-                if len(self._plans) > MAX_PLANS:
-                    self._drop_plan(self._plans.popitem(last=False)[1])
-            else:
-                self._plans.move_to_end(name)
-        return plan
-
-    def _drop_plan(self, plan: Plan) -> None:
-        """Let the servers forget a plan, when they are next told something. With the lock held."""
-        self._dropped.append(plan)
-        for last in (self._last_push, self._last_pull):
-            for keys in [keys for keys, each in last.items() if each is plan]:
-                del last[keys]
-
-    def _tell(self, plan: Plan) -> None:
-        """Define a plan on the servers that do not know it. With the order held."""
-        while self._dropped:
-            dropped = self._dropped.pop()
-            for server in dropped.known_to:
-                self._job.links[server].put(m.DropPlan(dropped.number))
-            dropped.known_to.clear()
-        for part in plan.parts:
-            if part.server not in plan.known_to:
-                plan.known_to.add(part.server)
-                self._job.links[part.server].put(m.DefinePlan(self._store, plan.number, part.entries))
-
     # ---- push ------------------------------------------------------------------------------------
 
     def _push(self, batch: PushBatch, apply: bool, async_op: bool) -> Work | None:
-        plan, values = self._check_push(batch)
         if not apply and self._is_async:
             raise NotSupported("push(apply=False): dist_async has no rounds to commit")
-        busy = self._busy(plan)
+        plan, values = self._check_push(batch)
+        what = f"push of {batch.keys[0]!r}"
+        busy = self._pusher.busy(plan)
         if busy:
-            return self._push_behind(plan, values, apply, busy, async_op)
-        sent = self._send(plan, values, apply)
+            return self._push_busy(plan, values, apply, busy, async_op, what)
+        sent = self._pusher.send(plan, values, apply)
+        if not async_op:
+            self._pusher.await_sent(sent, what)
+            return None
+        work, settle = Work.pending(what, self._timeout_s)
+        sent.then(lambda: settle(None))
+        return work
+
+    def _push_busy(
+        self,
+        plan: Plan,
+        values: list[torch.Tensor],
+        apply: bool,
+        busy: set[int],
+        async_op: bool,
+        what: str,
+    ) -> Work | None:
+        """Push the free keys of a list at once, and each other one when its last push is merged."""
+        sent, late = self._pusher.push_around(plan, values, apply, busy)
+        states = [plan.states[place] for place in late]
+
+        def push_rest() -> None:
+            self._pusher.push_late(plan, late, values, apply, what)
+            for latch in sent:
+                self._pusher.await_sent(latch, what)
+
         if async_op:
-            return Work(sent, f"push of {batch.keys[0]!r}", self._timeout_s)
-        self._await_future(sent, f"push of {batch.keys[0]!r}")
+            return Work(self._pusher.run_later(states, push_rest, what), what, self._timeout_s)
+        self._pusher.await_deferred(states, what)
+        push_rest()
         return None
 
     def _check_push(self, batch: PushBatch) -> tuple[Plan, list[torch.Tensor]]:
         """Check a push wholly, sum over devices, and return its plan and one tensor per key."""
         self._job.poll()
-        if self._faults:
-            self._raise_faults(batch.keys)
-        last = self._last_push.get(batch.keys)
-        if last is not None and not self._uncommitted and _alike(last, batch.tensors):
+        if self._table.faults:
+            self._table.raise_faults(batch.keys)
+        last = self._plans.last_push.get(batch.keys)
+        if last is not None and not self._table.uncommitted and _alike(last, batch.tensors):
             return last, _all_prepared([each[0] for each in batch.tensors])
-        states = self._known(batch.keys)
-        self._check_committed(states, "push")
+        states = self._table.known(batch.keys)
+        self._table.check_committed(states, "push")
         for state, tensors in zip(states, batch.tensors, strict=True):
             for tensor in tensors:
                 check_matches("the pushed tensor", tensor, state.key, state.shape, state.dtype)
@@ -392,263 +294,130 @@ class DistStore(KVStore):
             sum_dtype(tensors) if tensors else state.dtype
             for state, tensors in zip(states, batch.tensors, strict=True)
         ]
-        plan = self._plan(states, dtypes, batch.counts)
-        if all(len(each) == 1 for each in batch.tensors) and set(batch.counts) == {1}:
-            self._last_push[batch.keys] = plan
+        plan = self._plans.plan(states, dtypes, batch.counts)
+        if set(map(len, batch.tensors)) == {1} and set(batch.counts) == {1}:
+            self._plans.last_push[batch.keys] = plan
         return plan, [_summed(tensors) for tensors in batch.tensors]
-
-    def _check_committed(self, states: Sequence[KeyState], call: str) -> None:
-        if self._uncommitted:
-            for state in states:
-                if state.key_id in self._uncommitted:
-                    raise UncommittedPush(
-                        f"{call}: key {state.key!r} was pushed with apply=False; call commit() first"
-                    )
-
-    def _busy(self, plan: Plan) -> set[int]:
-        """Return the keys of a plan whose last push by this worker may not be merged, or not gone yet."""
-        busy: set[int] = set()
-        if self._unmerged or self._deferred:
-            with self._lock:
-                for ids in self._unmerged.values():
-                    busy |= ids & plan.key_ids
-                busy |= plan.key_ids & self._deferred.keys()
-        return busy
-
-    def _send(
-        self,
-        plan: Plan,
-        values: Sequence[torch.Tensor],
-        apply: bool,
-        call: _PullCall | None = None,
-    ) -> concurrent.futures.Future[Any]:
-        """Queue a push to all its servers, and return a future that is done when all has been sent."""
-        sent: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        count = _CountDown(sum(len(part.chunks) for part in plan.parts), lambda: sent.set_result(None))
-        payloads = [[gather(chunk, values) for chunk in part.chunks] for part in plan.parts]
-        with self._job.order:
-            self._tell(plan)
-            for part, chunks in zip(plan.parts, payloads, strict=True):
-                link = self._job.links[part.server]
-                reply = call.request_of[part.server] if call else 0
-                for number, payload in enumerate(chunks):
-                    link.put(m.Push(plan.number, number, apply, reply), payload, count.down)
-            self._note_push(plan, apply)
-            if call is not None:
-                call.after_push = self._pushes
-        for part in plan.parts:
-            self._job.links[part.server].pump()
-        return sent
-
-    def _note_push(self, plan: Plan, apply: bool) -> None:
-        if self._is_async:
-            return
-        with self._lock:
-            self._pushes += 1
-            self._unmerged[self._pushes] = plan.key_ids
-            if not apply:
-                self._uncommitted |= plan.key_ids
-
-    def _await_future(self, future: concurrent.futures.Future[Any], what: str) -> Any:
-        if not future.done():
-            wait = self._job.wait(what, self._timeout_s)
-            while not _done_soon(future):
-                wait.tick()
-        failure = self._job.failure()
-        if failure is not None:
-            raise failure
-        return future.result()
-
-    def _push_behind(
-        self, plan: Plan, values: list[torch.Tensor], apply: bool, busy: set[int], async_op: bool
-    ) -> Work | None:
-        """Push the free keys of a list at once, and each other one when its last push is merged."""
-        what = f"push of {plan.states[0].key!r}"
-        free = [i for i, state in enumerate(plan.states) if state.key_id not in busy]
-        late = [i for i, state in enumerate(plan.states) if state.key_id in busy]
-        sent: list[concurrent.futures.Future[Any]] = []
-        if free:
-            sent.append(self._send(self._part_of(plan, free), [values[i] for i in free], apply))
-        if not async_op:
-            self._push_late(plan, late, values, apply)
-            for future in sent:
-                self._await_future(future, what)
-            return None
-        done: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        with self._lock:
-            before = {f for i in late if (f := self._deferred.get(plan.states[i].key_id)) is not None}
-            self._deferred.update(dict.fromkeys((plan.states[i].key_id for i in late), done))
-
-        def run() -> None:
-            try:
-                for future in before:
-                    self._await_future(future, what)
-                self._push_late(plan, late, values, apply, deferred=done)
-                for future in sent:
-                    self._await_future(future, what)
-            except Exception as exc:  # noqa: BLE001  # the work raises it
-                done.set_exception(exc)
-            else:
-                done.set_result(None)
-            finally:
-                with self._lock:
-                    self._deferred = {k: f for k, f in self._deferred.items() if f is not done}
-
-        threading.Thread(target=run, name="tensorkv-push", daemon=True).start()
-        return Work(done, what, self._timeout_s)
-
-    def _push_late(
-        self,
-        plan: Plan,
-        late: list[int],
-        values: list[torch.Tensor],
-        apply: bool,
-        deferred: concurrent.futures.Future[Any] | None = None,
-    ) -> None:
-        """Push these values of a plan, key by key as their last pushes are merged."""
-        what = f"push of {plan.states[late[0]].key!r}"
-        if deferred is None:
-            with self._lock:
-                futures = [f for i in late if (f := self._deferred.get(plan.states[i].key_id))]
-            for future in dict.fromkeys(futures):
-                self._await_future(future, what)
-        asked = self._plan(
-            [plan.states[i] for i in late], [plan.states[i].dtype for i in late], [1] * len(late)
-        )
-        watch = MergeWatch(self._job, self._store, asked, self._timeout_s, what)
-        with self._job.order:
-            self._tell(asked)
-            watch.ask()
-        try:
-            for merged in watch.ready():
-                places = [late[number] for number in merged]
-                self._forget_unmerged({plan.states[i].key_id for i in places})
-                part = self._part_of(plan, places)
-                self._await_future(self._send(part, [values[i] for i in places], apply), what)
-        finally:
-            watch.close()
-
-    def _part_of(self, plan: Plan, places: list[int]) -> Plan:
-        """Return the plan of some of the values of a plan."""
-        return self._plan(
-            [plan.states[i] for i in places],
-            [plan.dtypes[i] for i in places],
-            [plan.counts[i] for i in places],
-        )
-
-    def _forget_unmerged(self, key_ids: set[int], up_to: int | None = None) -> None:
-        """These keys are merged, as far as pushes up to this number go."""
-        with self._lock:
-            left: dict[int, frozenset[int]] = {}
-            for number, ids in self._unmerged.items():
-                rest = ids if up_to is not None and number > up_to else ids - key_ids
-                if rest:
-                    left[number] = rest
-            self._unmerged = left
 
     # ---- pull ------------------------------------------------------------------------------------
 
     def _pull(self, batch: PullBatch, async_op: bool) -> Any:
         call = self._prepare_pull(batch)
-        call.send(None)
-        return self._finish_pull(call, async_op)
-
-    def _prepare_pull(self, batch: PullBatch) -> _PullCall:
-        if self._faults:
-            self._raise_faults(batch.keys)
-        last = self._last_pull.get(batch.keys)
-        if last is not None and not self._uncommitted and _alike(last, batch.outs):
-            self._wait_deferred(last.states)
-            return _PullCall(self, batch, last, Destinations(last.states, batch.outs), [])
-        keys = tuple(dict.fromkeys(batch.keys))
-        states = self._known(keys)
-        self._check_committed(states, "pull")
-        for key, outs in zip(batch.keys, batch.outs, strict=True):
-            state = self._states[key]
-            for out in outs:
-                if out.shape != state.shape or out.dtype != state.dtype:
-                    check_matches("out", out, key, state.shape, state.dtype)
-        outs_of: dict[Key, list[torch.Tensor]] = {key: [] for key in keys}
-        for key, outs in zip(batch.keys, batch.outs, strict=True):
-            outs_of[key] += outs
-        made: list[torch.Tensor] = []
-        if batch.given is None:
-            for state in states:
-                outs_of[state.key] = [torch.empty(state.shape, dtype=state.dtype)]
-            made = _copies_for_repeats(batch.keys, outs_of)
-        self._wait_deferred(states)
-        plan = self._plan(states, [state.dtype for state in states], [1] * len(states))
-        if len(keys) == len(batch.keys):
-            self._last_pull[keys] = plan
-        return _PullCall(self, batch, plan, Destinations(states, list(outs_of.values())), made)
-
-    def _wait_deferred(self, states: Sequence[KeyState]) -> None:
-        """An earlier push with async_op may not have gone yet; what comes after it must wait."""
-        if self._deferred:
-            with self._lock:
-                futures = [f for state in states if (f := self._deferred.get(state.key_id))]
-            for future in dict.fromkeys(futures):
-                self._await_future(future, "an earlier push")
-
-    def _finish_pull(self, call: _PullCall, async_op: bool) -> Any:
-        what = f"pull of {call.batch.keys[0]!r}"
+        what = f"pull of {batch.keys[0]!r}"
+        if self._pusher.deferred(call.plan.states):
+            return self._after_deferred(call.plan, lambda: self._run_pull(call, what), async_op, what)
+        call.ask(self._job, self._plans, self._pusher)
         if async_op:
-            call.watch()
-            return Work(call.future, what, self._timeout_s)
-        self._job.await_replies(call.numbers, what, self._timeout_s, self._store)
-        return self._await_future(call.future, what)
-
-    def _pull_done(self, call: _PullCall, error: TensorKVError | None) -> Any:
-        """All replies of a pull are in: raise what went wrong, else return what the call returns."""
-        if error is not None:
-            if isinstance(error, KeyDeleted):
-                self._forget_deleted(call.plan.states)
-            raise error
-        call.destinations.finish()
-        self._forget_unmerged(set(call.plan.key_ids), call.after_push)
-        self._raise_faults(call.batch.keys)
-        return answer(call.batch, call.made)
-
-    def _forget_deleted(self, states: Sequence[KeyState]) -> None:
-        """One of these keys is gone, the error does not say which: the next call asks for all anew."""
-        with self._lock:
-            for state in states:
-                uncommitted = state.key_id in self._uncommitted
-                self._forget(state)
-                if uncommitted:
-                    self._uncommitted.add(state.key_id)
+            return Work(call.watch(), what, self._timeout_s)
+        return self._await_call(call, what)
 
     def _pushpull(self, pushed: PushBatch, pulled: PullBatch, async_op: bool) -> Any:
         plan, values = self._check_push(pushed)
-        in_order = list(pushed.keys) == list(pulled.keys)
-        if not in_order or self._busy(plan) or any(count == 0 for count in pushed.counts):
-            call = self._prepare_pull(pulled)  # refuse a bad out before anything is pushed
-            self._push(pushed, True, False)
-            call.send(None)
-            return self._finish_pull(call, async_op)
         call = self._prepare_pull(pulled)
-        call.plan = plan
-        call.send(values)
-        return self._finish_pull(call, async_op)
+        what = f"pushpull of {pushed.keys[0]!r}"
+        busy = self._pusher.busy(plan)
+        if busy:
+
+            def push_and_pull() -> Any:
+                self._push_busy(plan, values, True, busy, False, what)
+                return self._run_pull(call, what)
+
+            return self._after_deferred(plan, push_and_pull, async_op, what)
+        if pushed.keys == pulled.keys and 0 not in pushed.counts:
+            call.plan = plan
+            call.push(self._job, self._pusher, values)
+        else:
+            sent = self._pusher.send(plan, values, True)
+            call.ask(self._job, self._plans, self._pusher)
+            if not async_op:
+                self._pusher.await_sent(sent, what)
+        if async_op:
+            return Work(call.watch(), what, self._timeout_s)
+        return self._await_call(call, what)
+
+    def _after_deferred(self, plan: Plan, call: Callable[[], Any], async_op: bool, what: str) -> Any:
+        """Run a call that must wait before it can even be sent."""
+        if async_op:
+            return Work(self._pusher.run_later(plan.states, call, what), what, self._timeout_s)
+        self._pusher.await_deferred(plan.states, what)
+        return call()
+
+    def _run_pull(self, call: PullCall, what: str) -> Any:
+        call.ask(self._job, self._plans, self._pusher)
+        return self._await_call(call, what)
+
+    def _await_call(self, call: PullCall, what: str) -> Any:
+        self._job.await_replies(call.numbers, what, self._timeout_s, self._store)
+        return call.result()
+
+    def _prepare_pull(self, batch: PullBatch) -> PullCall:
+        """Check a pull wholly, and return the call that is to be sent."""
+        if self._table.faults:
+            self._table.raise_faults(batch.keys)
+        last = self._plans.last_pull.get(batch.keys)
+        if last is not None and not self._table.uncommitted and _alike(last, batch.outs):
+            return self._pull_call(batch, last, batch.outs, [])
+        keys = tuple(dict.fromkeys(batch.keys))
+        states = self._table.known(keys)
+        self._table.check_committed(states, "pull")
+        outs_of: dict[Key, list[torch.Tensor]] = {key: [] for key in keys}
+        state_of = dict(zip(keys, states, strict=True))
+        for key, outs in zip(batch.keys, batch.outs, strict=True):
+            for out in outs:
+                check_matches("out", out, key, state_of[key].shape, state_of[key].dtype)
+            outs_of[key] += outs
+        made: list[torch.Tensor] = []
+        if batch.given is None:
+            made = [torch.empty(state_of[key].shape, dtype=state_of[key].dtype) for key in batch.keys]
+            for key, tensor in zip(batch.keys, made, strict=True):
+                outs_of[key].append(tensor)
+        plan = self._plans.plan_to_pull(states)
+        if len(keys) == len(batch.keys):
+            self._plans.last_pull[keys] = plan
+        return self._pull_call(batch, plan, list(outs_of.values()), made)
+
+    def _pull_call(
+        self, batch: PullBatch, plan: Plan, outs: list[list[torch.Tensor]], made: list[torch.Tensor]
+    ) -> PullCall:
+        def finish(call: PullCall, error: TensorKVError | None) -> Any:
+            if error is not None:
+                if isinstance(error, KeyDeleted):
+                    self._forget_deleted(plan.states)
+                raise error
+            call.destinations.finish()
+            self._pusher.merged(plan.key_ids, call.up_to)
+            self._table.raise_faults(batch.keys)
+            return answer(batch, made)
+
+        return PullCall(plan, Destinations(plan.states, outs), finish)
+
+    def _forget_deleted(self, states: Sequence[KeyState]) -> None:
+        """One of these keys is gone, the error does not say which: the next call asks for all anew.
+
+        Those that wait for a commit stay: nothing else may be done with them.
+        """
+        self._table.forget([state for state in states if state.key_id not in self._table.uncommitted])
 
     # ---- commit ----------------------------------------------------------------------------------
 
     def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
         if self._is_async:
             raise NotSupported("commit: dist_async has no rounds to commit")
-        with self._lock:
-            committed = set(self._uncommitted)
-        keys = [state.key for state in self._states.values() if state.key_id in committed]
+        self._pusher.await_deferred(list(self._table.states.values()), "commit")
+        with self._table.lock:
+            committed = set(self._table.uncommitted)
+        keys = [state.key for state in self._table.states.values() if state.key_id in committed]
+        up_to = self._pusher.count
         replies = self._job.ask_all(
             lambda n: m.Commit(n, self._store, max_norm, skip, check_finite),
             "commit",
             self._timeout_s,
             self._store,
         )
-        with self._lock:
-            self._uncommitted -= committed
-        self._forget_unmerged(committed)
-        self._raise_faults(keys)
+        with self._table.lock:
+            self._table.uncommitted -= committed
+        self._pusher.merged(committed, up_to)
+        self._table.raise_faults(keys)
         return CommitResult(applied=replies[0].applied, norm=replies[0].norm)
 
     # ---- settings --------------------------------------------------------------------------------
@@ -666,7 +435,7 @@ class DistStore(KVStore):
     ) -> None:
         optimizer_class = find_optimizer(optimizer)
         built = build(optimizer_spec(optimizer_class, options), optimizer_class)
-        for state in list(self._states.values()):
+        for state in list(self._table.states.values()):
             if keys is None or state.key in keys:
                 built.check_value(state.key, state.shape, state.dtype)
         code = describe_code(optimizer_class, self._job.code_table)
@@ -713,23 +482,27 @@ class DistStore(KVStore):
     # ---- together --------------------------------------------------------------------------------
 
     def _barrier(self, timeout_s: float) -> None:
-        self._wait_deferred(list(self._states.values()))
-        self._job.ask_all(lambda n: m.Flush(n, self._store), "barrier", timeout_s, self._store)
+        self._pusher.await_deferred(list(self._table.states.values()), "barrier")
+        self._flush(timeout_s)
         self._job.control.request(lambda n: m.Barrier(n, self._store), "barrier", timeout_s, self._store)
+        self._flush(timeout_s)  # what others pushed before may have failed a round of ours
+        self._table.raise_faults()
+
+    def _flush(self, timeout_s: float) -> None:
+        """Wait until the servers have taken in all that this worker has sent."""
         self._job.ask_all(lambda n: m.Flush(n, self._store), "barrier", timeout_s, self._store)
-        self._raise_faults(list(self._faults))
 
     def _close(self) -> None:
-        self._job.stores.pop(self._store, None)
         try:
-            self._wait_deferred(list(self._states.values()))
+            self._pusher.await_deferred(list(self._table.states.values()), "close")
             self._job.ask_all(lambda n: m.Leave(n, self._store), "close", self._timeout_s, self._store)
             self._job.control.request(
                 lambda n: m.LeaveStore(n, self._store), "close", self._timeout_s, self._store
             )
         finally:
+            self._job.stores.pop(self._store, None)
             self._end_embedded(m.Goodbye())
-        self._raise_faults(list(self._faults))
+        self._table.raise_faults()
 
     def _abandon(self, why: str) -> None:
         self._job.stores.pop(self._store, None)
@@ -740,86 +513,6 @@ class DistStore(KVStore):
         if self._embedded is not None:
             self._job.close(last_words)
             self._embedded.stop()
-
-
-@final
-class _PullCall:
-    """A pull under way: exchanges with its servers, and the future of its result."""
-
-    def __init__(
-        self,
-        store: DistStore,
-        batch: PullBatch,
-        plan: Plan,
-        destinations: Destinations,
-        made: list[torch.Tensor],
-    ) -> None:
-        self.batch = batch
-        self.plan = plan
-        self.destinations = destinations
-        self.made = made
-        self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        self.numbers: list[tuple[ServerLink, int]] = []
-        self.request_of: dict[int, int] = {}  # by server
-        self.after_push = 0  # pushes up to this number were queued before
-        self._store = store
-        self._errors: list[TensorKVError] = []
-        self._lock = threading.Lock()
-
-    def send(self, values: Sequence[torch.Tensor] | None) -> None:
-        """Ask every server; with `values` push them in the same frames."""
-        job = self._store._job
-        self._left = len(self.plan.parts)
-        for part in self.plan.parts:
-            link = job.links[part.server]
-            number = link.open(PullExchange(part, self.destinations, self._ended))
-            self.request_of[part.server] = number
-            self.numbers.append((link, number))
-        if values is not None:
-            self._store._send(self.plan, values, True, self)
-        else:
-            with job.order:
-                self._store._tell(self.plan)
-                for part in self.plan.parts:
-                    job.links[part.server].put(m.Pull(self.plan.number, self.request_of[part.server]))
-                self.after_push = self._store._pushes
-            for link, _ in self.numbers:
-                link.pump()
-
-    def watch(self) -> None:
-        """See to it that the call ends although nobody waits for it."""
-        for link, number in self.numbers:
-            link.watch(number)
-
-    def _ended(self, error: TensorKVError | None) -> None:
-        """One server has answered all, or refused."""
-        with self._lock:
-            self._left -= 1
-            if error is not None:
-                self._errors.append(error)
-            if self._left:
-                return
-        try:
-            self.future.set_result(self._store._pull_done(self, self._errors[0] if self._errors else None))
-        except TensorKVError as exc:
-            self.future.set_exception(exc)
-
-
-@final
-class _CountDown:
-    """Calls `at_zero` when `down` has been called as often as said. Safe from any thread."""
-
-    def __init__(self, number: int, at_zero: Callable[[], None]) -> None:
-        self._left = number
-        self._at_zero = at_zero
-        self._lock = threading.Lock()
-
-    def down(self) -> None:
-        with self._lock:
-            self._left -= 1
-            if self._left:
-                return
-        self._at_zero()
 
 
 def open_dist(
@@ -902,21 +595,3 @@ def _alike(plan: Plan, tensors: list[list[torch.Tensor]]) -> bool:
         return False
     firsts = [each[0] for each in tensors]
     return [each.dtype for each in firsts] == plan.dtypes and [each.shape for each in firsts] == plan.shapes
-
-
-def _copies_for_repeats(keys: tuple[Key, ...], outs_of: dict[Key, list[torch.Tensor]]) -> list[torch.Tensor]:
-    """Return a new tensor per key of a call in call order; a key that repeats gets one each time."""
-    used: set[Key] = set()
-    made: list[torch.Tensor] = []
-    for key in keys:
-        if key in used:
-            outs_of[key].append(torch.empty_like(outs_of[key][0]))
-            made.append(outs_of[key][-1])
-        else:
-            used.add(key)
-            made.append(outs_of[key][0])
-    return made
-
-
-def _done_soon(future: concurrent.futures.Future[Any]) -> bool:
-    return bool(concurrent.futures.wait([future], TICK_S).done)

@@ -1,0 +1,118 @@
+"""KeyTable: what a worker knows of the keys of one store, and what servers have reported about them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import final
+
+from tensorkv.arrays import Key
+from tensorkv.errors import KeyDeleted, KeyNotInitialized, TensorKVError, UncommittedPush, from_wire
+from tensorkv.runtime.job import Job
+from tensorkv.runtime.plans import KeyState
+from tensorkv.wire import messages as m
+
+
+@final
+class KeyTable:
+    """Keys by name, each in the generation this worker knows. Safe from any thread.
+
+    `on_forget` is called with each generation that is forgotten, with the lock held.
+    `uncommitted` are the ids of keys that were pushed with apply=False.
+    """
+
+    def __init__(self, job: Job, store: int, timeout_s: float, on_forget: Callable[[KeyState], None]) -> None:
+        self.lock = threading.Lock()
+        self.states: dict[Key, KeyState] = {}
+        self.uncommitted: set[int] = set()
+        self.faults: dict[Key, TensorKVError] = {}
+        self._job = job
+        self._store = store
+        self._timeout_s = timeout_s
+        self._on_forget = on_forget
+        self._of_slice: dict[int, KeyState] = {}
+        self._raised: dict[int, int] = {}  # key id -> the last round whose fault was reported
+
+    def known(self, keys: Sequence[Key]) -> list[KeyState]:
+        """Return what is known of keys, asking the scheduler about those this rank did not init.
+
+        Raises:
+            KeyNotInitialized: one of them does not exist.
+        """
+        unknown = [key for key in keys if key not in self.states]
+        if unknown:
+            what = f"lookup of {unknown[0]!r}"
+            reply = self._job.control.request(
+                lambda n: m.Lookup(n, self._store, unknown), what, self._timeout_s, self._store
+            )
+            self.learn(reply.entries)
+        try:
+            return [self.states[key] for key in keys]
+        except KeyError as exc:  # another thread of this worker has deleted it meanwhile
+            raise KeyNotInitialized(f"key {exc.args[0]!r} was deleted during the call") from exc
+
+    def learn(self, entries: Sequence[m.KeyEntry]) -> None:
+        """Remember keys; a generation that is older than the known one is passed over."""
+        with self.lock:
+            for entry in entries:
+                known = self.states.get(entry.key)
+                if known is not None:
+                    if known.entry.generation >= entry.generation:
+                        continue
+                    self._forget(known)
+                state = KeyState.of(entry)
+                self.states[entry.key] = state
+                for each in entry.slices:
+                    self._of_slice[each.slice_id] = state
+
+    def forget(self, states: Sequence[KeyState]) -> None:
+        """Forget generations of keys: the next call asks the scheduler anew."""
+        with self.lock:
+            for state in states:
+                self._forget(state)
+
+    def _forget(self, state: KeyState) -> None:
+        if self.states.get(state.key) is state:
+            del self.states[state.key]
+        for each in state.entry.slices:
+            self._of_slice.pop(each.slice_id, None)
+        self.uncommitted.discard(state.key_id)
+        self._raised.pop(state.key_id, None)
+        self._on_forget(state)
+
+    def check_committed(self, states: Sequence[KeyState], call: str) -> None:
+        """Raise UncommittedPush if one of the keys waits for this worker's commit."""
+        if self.uncommitted:
+            for state in states:
+                if state.key_id in self.uncommitted:
+                    raise UncommittedPush(
+                        f"{call}: key {state.key!r} was pushed with apply=False; call commit() first"
+                    )
+
+    def on_fault(self, fault: m.Fault) -> None:
+        """A round that this worker contributed to has failed; its next call on the key raises it."""
+        error = from_wire(fault.name, fault.text)
+        with self.lock:
+            for slice_id in fault.slice_ids:
+                state = self._of_slice.get(slice_id)
+                if state is None:
+                    continue
+                if isinstance(error, KeyDeleted):
+                    self._forget(state)
+                elif self._raised.get(state.key_id, 0) >= fault.round:
+                    continue  # another slice of the same round has reported it
+                else:
+                    self._raised[state.key_id] = fault.round
+                self.faults.setdefault(state.key, error)
+
+    def raise_faults(self, keys: Sequence[Key] | None = None) -> None:
+        """Raise what servers have reported about these keys (None: all), each once."""
+        if not self.faults:
+            return
+        with self.lock:
+            names = list(self.faults) if keys is None else dict.fromkeys(keys)
+            found = [self.faults.pop(key) for key in names if key in self.faults]
+        if found:
+            for other in found[1:]:
+                found[0].add_note(f"and {other}")
+            raise found[0]

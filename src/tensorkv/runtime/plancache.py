@@ -1,0 +1,92 @@
+"""PlanCache: the plans of one store on a worker, and which servers know them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import final
+
+import torch
+
+from tensorkv.arrays import Key
+from tensorkv.runtime.job import Job
+from tensorkv.runtime.plans import KeyState, Plan, build_plan
+from tensorkv.wire import messages as m
+
+MAX_PLANS = 1024
+"""Plans kept; the one that was not used for longest goes first."""
+
+_Name = tuple[tuple[int, ...], tuple[torch.dtype, ...], tuple[int, ...]]
+
+
+@final
+class PlanCache:
+    """Finds the plan of a list of keys, the same one each time. Safe from any thread.
+
+    `last_push` and `last_pull` name plans by the keys of a call: whether the tensors of a new call are
+    like those of the last is for the caller to check.
+    """
+
+    def __init__(self, job: Job, store: int) -> None:
+        self.last_push: dict[tuple[Key, ...], Plan] = {}
+        self.last_pull: dict[tuple[Key, ...], Plan] = {}
+        self._job = job
+        self._store = store
+        self._lock = threading.Lock()
+        self._plans: OrderedDict[_Name, Plan] = OrderedDict()
+        self._dropped: list[Plan] = []
+
+    def plan(self, states: Sequence[KeyState], dtypes: Sequence[torch.dtype], counts: Sequence[int]) -> Plan:
+        """Return the plan of pushing values of `dtypes`, each counting as `counts` says, 0 if absent."""
+        name = (tuple(state.key_id for state in states), tuple(dtypes), tuple(counts))
+        with self._lock:
+            plan = self._plans.get(name)
+            if plan is not None:
+                self._plans.move_to_end(name)
+                return plan
+            number = next(self._job.plan_numbers)
+            plan = build_plan(number, states, dtypes, counts, len(self._job.links))
+            self._plans[name] = plan
+            if len(self._plans) > MAX_PLANS:
+                self._drop(self._plans.popitem(last=False)[1])
+            return plan
+
+    def plan_to_pull(self, states: Sequence[KeyState]) -> Plan:
+        """Return the plan of pulling keys: as if values of the stored dtype were pushed."""
+        return self.plan(states, [state.dtype for state in states], [1] * len(states))
+
+    def part_of(self, plan: Plan, places: Sequence[int]) -> Plan:
+        """Return the plan of some of the values of a plan."""
+        return self.plan(
+            [plan.states[place] for place in places],
+            [plan.dtypes[place] for place in places],
+            [plan.counts[place] for place in places],
+        )
+
+    def tell(self, plan: Plan) -> None:
+        """Queue its definition to the servers that do not know a plan. The job's order is held."""
+        while self._dropped:
+            dropped = self._dropped.pop()
+            for server in dropped.known_to:
+                self._job.links[server].put(m.DropPlan(dropped.number))
+            dropped.known_to.clear()
+        if len(plan.known_to) == len(plan.parts):
+            return
+        for part in plan.parts:
+            if part.server not in plan.known_to:
+                plan.known_to.add(part.server)
+                self._job.links[part.server].put(m.DefinePlan(self._store, plan.number, part.entries))
+
+    def forget(self, state: KeyState) -> None:
+        """A generation of a key is gone, and with it the plans it is in."""
+        with self._lock:
+            for name in [name for name, plan in self._plans.items() if state.key_id in plan.key_ids]:
+                self._drop(self._plans.pop(name))
+
+    def _drop(self, plan: Plan) -> None:
+        """Let the servers forget a plan, when they are next told something."""
+        self._dropped.append(plan)
+        for last in (self.last_push, self.last_pull):
+            for keys in [keys for keys, each in last.items() if each is plan]:
+                del last[keys]

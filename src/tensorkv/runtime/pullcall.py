@@ -1,0 +1,120 @@
+"""PullCall: one pull (or pushpull) of a worker, from its requests to its result."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+
+from tensorkv.errors import TensorKVError
+from tensorkv.runtime.job import Job
+from tensorkv.runtime.link import ServerLink
+from tensorkv.runtime.plancache import PlanCache
+from tensorkv.runtime.plans import Plan
+from tensorkv.runtime.pusher import Pusher
+from tensorkv.runtime.transfers import Destinations, PullExchange
+from tensorkv.wire import messages as m
+
+
+@final
+class PullCall:
+    """A pull under way.
+
+    Args:
+        plan: what is asked for.
+        destinations: where it goes.
+        finish: called once, by whoever receives the last reply, with the call and the first error or
+            None; what it returns or raises is the result.
+
+    `up_to` is the number of the last push that was queued before it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        destinations: Destinations,
+        finish: Callable[[PullCall, TensorKVError | None], Any],
+    ) -> None:
+        self.plan = plan
+        self.destinations = destinations
+        self.up_to = 0
+        self.numbers: list[tuple[ServerLink, int]] = []
+        self._finish = finish
+        self._left = len(plan.parts)
+        self._lock = threading.Lock()
+        self._first_error: TensorKVError | None = None
+        self._result: Any = None
+        self._error: Exception | None = None
+        self._future: concurrent.futures.Future[Any] | None = None
+
+    def ask(self, job: Job, plans: PlanCache, pusher: Pusher) -> None:
+        """Send the requests of a pull."""
+        replies = self._open(job)
+        with job.order:
+            plans.tell(self.plan)
+            for part in self.plan.parts:
+                job.links[part.server].put(m.Pull(self.plan.number, replies[part.server]))
+            self.up_to = pusher.count
+        for link, _ in self.numbers:
+            link.pump()
+
+    def push(self, job: Job, pusher: Pusher, values: Sequence[torch.Tensor]) -> None:
+        """Push, and have the values after the round sent back chunk by chunk."""
+
+        def queued() -> None:
+            self.up_to = pusher.count
+
+        pusher.send(self.plan, values, True, self._open(job), queued)
+
+    def _open(self, job: Job) -> dict[int, int]:
+        replies: dict[int, int] = {}
+        for part in self.plan.parts:
+            link = job.links[part.server]
+            number = link.open(PullExchange(part, self.destinations, self._ended))
+            self.numbers.append((link, number))
+            replies[part.server] = number
+        return replies
+
+    def watch(self) -> concurrent.futures.Future[Any]:
+        """Let the call end although nobody waits for it; return the future of its result."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        with self._lock:
+            self._future = future
+            ended = self._left == 0
+        if ended:
+            self._settle(future)
+        for link, number in self.numbers:
+            link.watch(number)
+        return future
+
+    def result(self) -> Any:
+        """Return the result of a call that has ended, or raise its error."""
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def _ended(self, error: TensorKVError | None) -> None:
+        """One server has answered all, or refused."""
+        with self._lock:
+            self._first_error = self._first_error or error
+            if self._left > 1:
+                self._left -= 1
+                return
+        try:
+            self._result = self._finish(self, self._first_error)
+        except Exception as exc:  # noqa: BLE001  # `result` raises it, or the future
+            self._error = exc
+        with self._lock:
+            self._left = 0
+            future = self._future
+        if future is not None:
+            self._settle(future)
+
+    def _settle(self, future: concurrent.futures.Future[Any]) -> None:
+        if self._error is not None:
+            future.set_exception(self._error)
+        else:
+            future.set_result(self._result)

@@ -1,0 +1,211 @@
+"""Pusher: the pushes of one store on a worker, and what must wait before a key may be pushed again.
+
+A push goes at once, unless an earlier one of the same key is not merged yet; then only that key waits.
+A call with `async_op` that must wait does so in a thread of its own. What comes after it on its keys
+waits for it, so that calls take effect in program order.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+
+from tensorkv.runtime.job import Job
+from tensorkv.runtime.keytable import KeyTable
+from tensorkv.runtime.latch import Latch
+from tensorkv.runtime.mergewatch import MergeWatch
+from tensorkv.runtime.plancache import PlanCache
+from tensorkv.runtime.plans import KeyState, Plan
+from tensorkv.runtime.transfers import gather
+from tensorkv.transport.base import TICK_S
+from tensorkv.wire import messages as m
+
+Replies = dict[int, int]
+"""By server: the request under which the values after the push are to be sent back."""
+
+
+@final
+class Pusher:
+    """Sends pushes. Safe from any thread."""
+
+    def __init__(
+        self, job: Job, store: int, timeout_s: float, is_async: bool, keys: KeyTable, plans: PlanCache
+    ) -> None:
+        self._job = job
+        self._store = store
+        self._timeout_s = timeout_s
+        self._is_async = is_async
+        self._keys = keys
+        self._plans = plans
+        self._lock = threading.Lock()  # guards _unmerged and _deferred
+        self._unmerged: dict[int, frozenset[int]] = {}  # number of a push -> the ids it pushed
+        self._deferred: dict[int, concurrent.futures.Future[Any]] = {}  # key id -> call still to go
+        self.count = 0  # pushes queued so far; read and written with the job's order held
+
+    def send(
+        self,
+        plan: Plan,
+        values: Sequence[torch.Tensor],
+        apply: bool,
+        replies: Replies | None = None,
+        on_queued: Callable[[], None] | None = None,
+    ) -> Latch:
+        """Queue a push to all its servers; the latch opens when the values may be changed.
+
+        Args:
+            plan: what to push; none of its keys may be busy.
+            values: per key of the plan, on the CPU.
+            apply: as in `push`.
+            replies: send back the values after the round, too.
+            on_queued: called with the job's order held, when all is queued.
+        """
+        payloads = [[gather(chunk, values) for chunk in part.chunks] for part in plan.parts]
+        sent = Latch(sum(map(len, payloads)))
+        links = self._job.links
+        with self._job.order:
+            self._plans.tell(plan)
+            for part, chunks in zip(plan.parts, payloads, strict=True):
+                reply = replies[part.server] if replies is not None else 0
+                for number, payload in enumerate(chunks):
+                    links[part.server].put(m.Push(plan.number, number, apply, reply), payload, sent.down)
+            self._note(plan, apply)
+            if on_queued is not None:
+                on_queued()
+        for part in plan.parts:
+            links[part.server].pump()
+        return sent
+
+    def _note(self, plan: Plan, apply: bool) -> None:
+        self.count += 1
+        if self._is_async:
+            return
+        with self._lock:
+            self._unmerged[self.count] = plan.key_ids
+        if not apply:
+            with self._keys.lock:
+                self._keys.uncommitted |= plan.key_ids
+
+    def await_sent(self, sent: Latch, what: str) -> None:
+        """Wait until a push has been handed to the system. Raises WaitTimeout, PeerLostError."""
+        if not sent.open:
+            wait = self._job.wait(what, self._timeout_s)
+            while not sent.wait(TICK_S):
+                wait.tick()
+        failure = self._job.failure()
+        if failure is not None:
+            raise failure
+
+    # ---- busy keys -------------------------------------------------------------------------------
+
+    def busy(self, plan: Plan) -> set[int]:
+        """Return the keys of a plan whose last push by this worker may not be merged, or not gone yet."""
+        found: set[int] = set()
+        if self._unmerged or self._deferred:
+            with self._lock:
+                for ids in self._unmerged.values():
+                    found |= ids & plan.key_ids
+                found |= plan.key_ids & self._deferred.keys()
+        return found
+
+    def merged(self, key_ids: frozenset[int] | set[int], up_to: int) -> None:
+        """The pushes of these keys up to this number are merged."""
+        if not self._unmerged:
+            return
+        with self._lock:
+            left: dict[int, frozenset[int]] = {}
+            for number, ids in self._unmerged.items():
+                rest = ids if number > up_to or ids.isdisjoint(key_ids) else ids - key_ids
+                if rest:
+                    left[number] = rest
+            self._unmerged = left
+
+    def forget(self, state: KeyState) -> None:
+        """A generation of a key is gone."""
+        self.merged({state.key_id}, self.count)
+
+    def deferred(self, states: Sequence[KeyState]) -> bool:
+        """Whether an earlier call with `async_op` on one of these keys is still to go."""
+        return bool(self._deferred) and any(state.key_id in self._deferred for state in states)
+
+    def await_deferred(self, states: Sequence[KeyState], what: str) -> None:
+        """Wait until earlier calls with `async_op` on these keys have gone."""
+        if not self._deferred:
+            return
+        with self._lock:
+            found = [f for state in states if (f := self._deferred.get(state.key_id)) is not None]
+        self._await_futures(found, what)
+
+    def _await_futures(self, futures: Sequence[concurrent.futures.Future[Any]], what: str) -> None:
+        wait = self._job.wait(what, self._timeout_s)
+        for future in dict.fromkeys(futures):
+            while not concurrent.futures.wait([future], TICK_S).done:
+                wait.tick()
+
+    def run_later(
+        self, states: Sequence[KeyState], call: Callable[[], Any], what: str
+    ) -> concurrent.futures.Future[Any]:
+        """Run a call that must wait in a thread of its own; later calls on its keys wait for it.
+
+        Args:
+            states: the keys of the call; it runs after earlier calls on them that still wait.
+            call: makes the call, blocking.
+            what: for texts.
+        """
+        done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        with self._lock:
+            before = [f for state in states if (f := self._deferred.get(state.key_id)) is not None]
+            self._deferred.update(dict.fromkeys((state.key_id for state in states), done))
+
+        def run() -> None:
+            try:
+                self._await_futures(before, what)
+                result = call()
+            except Exception as exc:  # noqa: BLE001  # whoever waits for the work gets it
+                self._gone(done)
+                done.set_exception(exc)
+            else:
+                self._gone(done)
+                done.set_result(result)
+
+        threading.Thread(target=run, name="tensorkv-later", daemon=True).start()
+        return done
+
+    def _gone(self, done: concurrent.futures.Future[Any]) -> None:
+        with self._lock:
+            self._deferred = {k: f for k, f in self._deferred.items() if f is not done}
+
+    # ---- pushing behind an unmerged push ---------------------------------------------------------
+
+    def push_around(
+        self, plan: Plan, values: Sequence[torch.Tensor], apply: bool, busy: set[int]
+    ) -> tuple[list[Latch], list[int]]:
+        """Push the keys of a plan that are not busy; return their latches and the places of the others."""
+        free = [place for place, state in enumerate(plan.states) if state.key_id not in busy]
+        late = [place for place, state in enumerate(plan.states) if state.key_id in busy]
+        if not free:
+            return [], late
+        part = self._plans.part_of(plan, free)
+        return [self.send(part, [values[place] for place in free], apply)], late
+
+    def push_late(
+        self, plan: Plan, places: Sequence[int], values: Sequence[torch.Tensor], apply: bool, what: str
+    ) -> None:
+        """Push these values of a plan key by key, each when its last push is merged. Blocks."""
+        asked = self._plans.plan_to_pull([plan.states[place] for place in places])
+        watch = MergeWatch(self._job, self._store, asked, self._timeout_s, what)
+        with self._job.order:
+            up_to = self.count
+            self._plans.tell(asked)
+            watch.ask()
+        try:
+            for merged in watch.ready():
+                free = [places[number] for number in merged]
+                self.merged({plan.states[place].key_id for place in free}, up_to)
+                part = self._plans.part_of(plan, free)
+                self.await_sent(self.send(part, [values[place] for place in free], apply), what)
+        finally:
+            watch.close()
