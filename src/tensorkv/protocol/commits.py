@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import final
 
@@ -10,6 +10,7 @@ import torch
 
 from tensorkv.errors import CommitMismatch, TensorKVError
 from tensorkv.protocol.layouts import Slice
+from tensorkv.protocol.rounds import Index
 from tensorkv.wire.messages import Commit
 
 EPSILON = 1e-6
@@ -19,21 +20,30 @@ EPSILON = 1e-6
 @final
 @dataclass(slots=True)
 class CommitGather:
-    """One commit of a store: who has asked for it, with which slices, and later the sums.
+    """One commit of a store: who has asked for it, for which pushes, and later the sums.
 
-    `totals` are the sums of the slices to be updated; `slices` all that take part, also empty rounds.
+    `pushes` are by worker and slice index the numbers of the contributions to be committed. What a
+    worker has asked for stands, also if it leaves then: servers may learn of that before or after they
+    report, and must do the same. `slices` are those that take part, `totals` their sums but for those
+    whose round is empty.
     """
 
     number: int
     asked: dict[int, Commit] = field(default_factory=dict)
-    keys: dict[int, frozenset[int]] = field(default_factory=dict)
+    pushes: dict[int, dict[int, int]] = field(default_factory=dict)
     reported: bool = False
+    slices: list[Slice] = field(default_factory=list)
     totals: list[tuple[Slice, torch.Tensor]] = field(default_factory=list)
 
-    def add(self, worker: int, commit: Commit, slices: Iterable[int]) -> None:
-        """A worker has asked, and has pushed these slices for it."""
+    def add(self, worker: int, commit: Commit, pushes: Mapping[int, int]) -> None:
+        """A worker has asked, and has made these pushes for it."""
         self.asked[worker] = commit
-        self.keys[worker] = frozenset(slices)
+        self.pushes[worker] = dict(pushes)
+
+    def forget_dropped(self, holder: Index) -> None:
+        """Leave out pushes whose round was dropped meanwhile; `holder` tells what is still there."""
+        for worker, pushes in self.pushes.items():
+            self.pushes[worker] = {i: number for i, number in pushes.items() if holder[worker, i] == number}
 
     def disagreement(self, names: dict[int, str]) -> TensorKVError | None:
         """Return why the workers do not agree, or None. `names` tells the key of a slice."""
@@ -46,7 +56,7 @@ class CommitGather:
                     f"commit: rank {worker} asks for max_norm={mine[0]}, check_finite={mine[1]}, "
                     f"rank {first_worker} for max_norm={theirs[0]}, check_finite={theirs[1]}"
                 )
-            different = self.keys[worker] ^ self.keys[first_worker]
+            different = self.pushes[worker].keys() ^ self.pushes[first_worker].keys()
             if different:
                 keys = sorted({names[index] for index in different})
                 return CommitMismatch(
@@ -87,6 +97,11 @@ def sum_squares(tensors: Iterable[torch.Tensor]) -> float:
         norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
         total += norm * norm
     return total
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether no element is infinite or NaN. The square of one that is finite may not be."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def clip_factor(norm: float, max_norm: float | None) -> float:

@@ -8,10 +8,23 @@ from typing import final
 import numpy as np
 import torch
 
-from tensorkv.arrays import Key
+from tensorkv.arrays import Key, dtype_from_name
+from tensorkv.errors import InvalidValue, ProtocolError
 from tensorkv.protocol.rounds import Index
 from tensorkv.protocol.slots import Slot
 from tensorkv.updater import Assign, Setting
+
+
+def sent_dtype(name: str) -> torch.dtype:
+    """Return the dtype that a message names.
+
+    Raises:
+        ProtocolError: there is none of this name.
+    """
+    try:
+        return dtype_from_name(name)
+    except InvalidValue as exc:
+        raise ProtocolError(str(exc)) from exc
 
 
 @final

@@ -53,28 +53,43 @@ class SettingSchedule:
             table.set_options(record.options, record.keys)
         self._prepared = {number: table}
 
-    def activate(self, number: int, from_round: dict[int, int]) -> None:
-        """Make the prepared setting the newest; slices get it from these rounds on.
+    def activate(self, number: int, from_round: dict[int, int], keys: dict[int, Key]) -> None:
+        """Make the prepared setting the newest; slices get it from these rounds on, if it is for them.
+
+        Args:
+            number: of the setting.
+            from_round: by slice index.
+            keys: what each slice belongs to, by slice index.
 
         Raises:
             ProtocolError: it was not prepared.
         """
         if number not in self._prepared:
             raise ProtocolError(f"setting {number} was activated but not prepared")
-        self._latest = self._prepared.pop(number)
-        self._pending.append(_Pending(self._latest, from_round))
+        before, self._latest = self._latest, self._prepared.pop(number)
+        changed = {
+            index: first
+            for index, first in from_round.items()
+            if self._latest.setting(keys[index]) is not before.setting(keys[index])
+        }
+        self._pending.append(_Pending(self._latest, changed))
 
     def newest(self, key: Key) -> Setting:
         """Return what holds for a new slice of `key`."""
         return self._latest.setting(key)
 
     def due(self, index: int, key: Key, round_number: int) -> Setting | None:
-        """Return the setting that holds for a slice from this round on, if one has waited for it."""
+        """Return the setting that holds for a slice from this round on, if one has waited for it.
+
+        A setting that was made earlier and waits for a later round is overtaken: the rank that made it
+        was ahead and has left.
+        """
         found: Setting | None = None
-        for pending in self._pending:
+        for number, pending in enumerate(self._pending):
             if pending.from_round.get(index, round_number + 1) <= round_number:
-                del pending.from_round[index]
                 found = pending.table.setting(key)
+                for overtaken in self._pending[: number + 1]:
+                    overtaken.from_round.pop(index, None)
         return found
 
     def forget(self, index: int) -> None:

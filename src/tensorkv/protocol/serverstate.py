@@ -7,8 +7,8 @@ from typing import Any, final
 
 import torch
 
-from tensorkv.arrays import dtype_from_name
 from tensorkv.errors import ProtocolError, TensorKVError, to_wire
+from tensorkv.protocol.layouts import sent_dtype
 from tensorkv.protocol.schedule import LoadUpdater
 from tensorkv.protocol.shard import Outgoing, StoreShard
 from tensorkv.protocol.slots import BufferPool
@@ -41,7 +41,9 @@ class ServerState:
                     self._plan(worker, message.plan).chunk(worker, message.plan, message.chunk).payload_bytes
                 )
             case m.InitSlices():
-                itemsize = dtype_from_name(message.dtype).itemsize
+                itemsize = sent_dtype(message.dtype).itemsize
+                if any(size < 0 for size in message.shape):
+                    raise ProtocolError(f"a shape {message.shape}")
                 whole = math.prod(message.shape)
                 for entry in message.slices:
                     if not 0 <= entry.start <= entry.stop <= whole:
@@ -52,6 +54,8 @@ class ServerState:
 
     def handle(self, worker: int, message: Any, payload: torch.Tensor = _EMPTY) -> list[Outgoing]:
         """Take in a worker's message, and return what is to be sent, in order.
+
+        The payload of a push is the store's from now on, unless the push is refused.
 
         Raises:
             ProtocolError: the worker has broken the rules; nothing of the message has taken effect.
@@ -80,6 +84,8 @@ class ServerState:
             case m.Pull():
                 shard.pull(worker, message)
             case m.DefinePlan():
+                if (worker, message.plan) in self._store_of_plan:
+                    raise ProtocolError(f"worker {worker} has defined plan {message.plan} already")
                 shard.define_plan(worker, message)
                 self._store_of_plan[worker, message.plan] = shard
             case m.DropPlan():
@@ -126,6 +132,7 @@ class ServerState:
             if name[0] != worker or owner is not shard
         }
         if shard.rounds.left.all():
+            shard.end()
             del self._stores[shard.store]
 
     def decide_commit(self, decision: m.CommitDecision) -> list[Outgoing]:

@@ -21,7 +21,6 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
-from tensorkv.arrays import dtype_from_name
 from tensorkv.errors import (
     CommitMismatch,
     KeyDeleted,
@@ -29,8 +28,8 @@ from tensorkv.errors import (
     TensorKVError,
     to_wire,
 )
-from tensorkv.protocol.commits import CommitGather, clip_factor, sum_squares
-from tensorkv.protocol.layouts import Chunk, Contribution, Layout, Slice
+from tensorkv.protocol.commits import CommitGather, all_finite, clip_factor, sum_squares
+from tensorkv.protocol.layouts import Chunk, Contribution, Layout, Slice, sent_dtype
 from tensorkv.protocol.rounds import Index, Rounds
 from tensorkv.protocol.schedule import LoadUpdater, SettingSchedule
 from tensorkv.protocol.slots import BufferPool, Lease, SlotAllocator
@@ -117,8 +116,9 @@ class StoreShard:
 
     def init_slices(self, worker: int, message: m.InitSlices, payload: torch.Tensor) -> None:
         """Create slices with the values in `payload`, which is uint8."""
-        dtype = dtype_from_name(message.dtype)
-        if any(entry.slice_id in self._index_of for entry in message.slices):
+        dtype = sent_dtype(message.dtype)
+        ids = {entry.slice_id for entry in message.slices}
+        if len(ids) < len(message.slices) or not ids.isdisjoint(self._index_of):
             raise ProtocolError(f"a slice of key {message.key!r} exists already")
         values, low = payload.view(dtype), 0
         for entry in message.slices:
@@ -200,7 +200,9 @@ class StoreShard:
                 raise ProtocolError("a chunk's slices, lengths and counts differ in number")
             if len(set(entry.slice_ids)) != len(entry.slice_ids):
                 raise ProtocolError("a chunk names a slice twice")
-            dtype = dtype_from_name(entry.payload.dtype)
+            if any(length < 0 for length in entry.lengths):
+                raise ProtocolError("a slice of a chunk has less than no elements")
+            dtype = sent_dtype(entry.payload.dtype)
             absent = entry.payload.kind == "absent"
             chunk = Chunk(
                 entry.slice_ids, entry.lengths, entry.counts, dtype, absent, first, Layout([], []), [], []
@@ -222,6 +224,8 @@ class StoreShard:
                 each = self._slices[index]
                 if each.num_elems != length:
                     raise ProtocolError(f"slice {slice_id} has {each.num_elems} elements, not {length}")
+                if not _is_cast(chunk.dtype, each.dtype) or (slices and slices[0].dtype != each.dtype):
+                    raise ProtocolError(f"slice {slice_id} is {each.dtype}, which the chunk is not")
                 slices.append(each)
                 lows.append(low)
                 chunk.counts.append(chunk.named_counts[number])
@@ -258,13 +262,14 @@ class StoreShard:
         """Take in a worker's contribution; `payload` is uint8, from the pool, and now the shard's."""
         chunk = self.chunk(worker, message.plan, message.chunk)
         layout = chunk.layout
-        self._tell_gone(worker, chunk)
+        if not self.is_async:
+            self._check_may_push(worker, layout)
+        if not message.reply:  # else the reply tells
+            self._tell_gone(worker, chunk)
         if len(layout.slices) == 0:
             self._pool.give(payload)
-            self._answer_push(worker, message, layout)
+            self._answer_push(worker, message, chunk)
             return
-        if not self.is_async and not self.rounds.may_push(worker, layout.index).all():
-            raise ProtocolError(f"worker {worker} pushed a slice whose last push is not merged")
         contribution = Contribution(
             number=self._next_contribution,
             worker=worker,
@@ -284,7 +289,13 @@ class StoreShard:
             self._apply(layout.index, [worker])
         else:
             self._merge(self.rounds.push(worker, layout.index))
-        self._answer_push(worker, message, layout)
+        self._answer_push(worker, message, chunk)
+
+    def _check_may_push(self, worker: int, layout: Layout) -> None:
+        if not self.rounds.may_push(worker, layout.index).all():
+            raise ProtocolError(f"worker {worker} pushed a slice whose last push is not merged")
+        if self._held and self._holder[worker, layout.index].any():
+            raise ProtocolError(f"worker {worker} pushed a slice whose last push awaits its commit")
 
     def _tell_gone(self, worker: int, chunk: Chunk) -> None:
         """Tell a worker that slices it pushed are deleted: it learns so by its next call on the key."""
@@ -292,9 +303,17 @@ class StoreShard:
             text = self._tombstones.get(slice_id, "the key was deleted")
             self._reply(worker, m.Fault(self.store, [slice_id], 0, *to_wire(KeyDeleted(text))))
 
-    def _answer_push(self, worker: int, message: m.Push, layout: Layout) -> None:
-        if message.reply:
-            self._pull_chunk(worker, message.reply, message.chunk, layout)
+    def _answer_push(self, worker: int, message: m.Push, chunk: Chunk) -> None:
+        if message.reply and not self._refuse_gone(worker, message.reply, [chunk]):
+            self._pull_chunk(worker, message.reply, message.chunk, chunk.layout)
+
+    def _refuse_gone(self, worker: int, request: int, chunks: Sequence[Chunk]) -> bool:
+        """Refuse a request for chunks of which slices are deleted; return whether some are."""
+        gone = [slice_id for chunk in chunks for slice_id in chunk.gone()]
+        if gone:
+            text = self._tombstones.get(gone[0], "the key was deleted")
+            self._reply(worker, m.Failed(request, *to_wire(KeyDeleted(text))))
+        return bool(gone)
 
     def _merge(self, slices: Index) -> None:
         """The last contribution has come to these slices: apply them, or hold them for the commit."""
@@ -467,10 +486,7 @@ class StoreShard:
         chunks = self._plans.get((worker, message.plan))
         if chunks is None:
             raise ProtocolError(f"there is no plan {message.plan}")
-        gone = [slice_id for chunk in chunks for slice_id in chunk.gone()]
-        if gone:
-            text = self._tombstones.get(gone[0], "the key was deleted")
-            self._reply(worker, m.Failed(message.request, *to_wire(KeyDeleted(text))))
+        if self._refuse_gone(worker, message.request, chunks):
             return
         for number, chunk in enumerate(chunks):
             self._pull_chunk(worker, message.request, number, chunk.layout)
@@ -503,12 +519,10 @@ class StoreShard:
 
     def wait_merged(self, worker: int, message: m.WaitMerged) -> None:
         """Tell, as it happens, which slices of a plan have this worker's last push merged."""
-        for chunk in self._plans.get((worker, message.plan), []):
-            gone = chunk.gone()
-            if gone:
-                text = self._tombstones.get(gone[0], "the key was deleted")
-                self._reply(worker, m.Failed(message.request, *to_wire(KeyDeleted(text))))
-                return
+        chunks = self._plans.get((worker, message.plan), [])
+        if self._refuse_gone(worker, message.request, chunks):
+            return
+        for chunk in chunks:
             index = chunk.layout.index
             wait = _PendingMerge(
                 worker,
@@ -539,7 +553,11 @@ class StoreShard:
     def activate_setting(self, worker: int, message: m.ActivateSetting) -> None:
         """From this worker's next push of each key on the prepared setting holds."""
         pushed = self.rounds.applied if self.is_async else self.rounds.pushed[worker]
-        self.schedule.activate(message.number, {index: int(pushed[index]) + 1 for index in self._slices})
+        self.schedule.activate(
+            message.number,
+            {index: int(pushed[index]) + 1 for index in self._slices},
+            {index: each.key for index, each in self._slices.items()},
+        )
         idle = [i for i in self._slices if self.is_async or self.rounds.applied[i] == pushed[i]]
         self._take_due_settings(np.array(idle, np.int64))
 
@@ -561,7 +579,7 @@ class StoreShard:
     def commit(self, worker: int, message: m.Commit) -> None:
         """A worker asks to commit what it pushed with apply=False."""
         mine = [index for index in self._slices if self._uncommitted(worker, index)]
-        self._commit.add(worker, message, mine)
+        self._commit.add(worker, message, {index: int(self._holder[worker, index]) for index in mine})
         self._check_commit()
 
     def _uncommitted(self, worker: int, index: int) -> bool:
@@ -575,18 +593,14 @@ class StoreShard:
         if gather.reported or not gather.asked or not members <= set(gather.asked):
             return
         gather.reported = True
-        names = {index: repr(each.key) for index, each in self._slices.items()}
-        gather.keys = {w: frozenset(keys & names.keys()) for w, keys in gather.keys.items()}
-        error = gather.disagreement(names)
+        gather.forget_dropped(self._holder)
+        error = gather.disagreement({index: repr(each.key) for index, each in self._slices.items()})
         norm_squared = 0.0
         if error is None:
-            workers = range(self.rounds.num_workers)
-            for index in sorted(self._held):
-                total = self._sum(index, workers, may_overwrite=False)
-                if total is not None:
-                    gather.totals.append((self._slices[index], total))
+            self._add_up_commit(gather)
             if gather.wants_norm:
                 norm_squared = sum_squares(total for _, total in gather.totals)
+        finite = math.isfinite(norm_squared) or all_finite(total for _, total in gather.totals)
         self.out.append(
             Outgoing(
                 SCHEDULER,
@@ -594,12 +608,22 @@ class StoreShard:
                     self.store,
                     gather.number,
                     norm_squared,
-                    not gather.check_finite or math.isfinite(norm_squared),
+                    not gather.check_finite or finite,
                     gather.skip,
                     None if error is None else to_wire(error),
                 ),
             )
         )
+
+    def _add_up_commit(self, gather: CommitGather) -> None:
+        """Take the sums of what all have asked for, in an order that is the same in every run."""
+        agreed = next(iter(gather.pushes.values()))
+        gather.slices = sorted((self._slices[index] for index in agreed), key=lambda each: each.slice_id)
+        workers = range(self.rounds.num_workers)
+        for each in gather.slices:
+            total = self._sum(each.index, workers, may_overwrite=False)
+            if total is not None:
+                gather.totals.append((each, total))
 
     def decide_commit(self, decision: m.CommitDecision) -> None:
         """All servers are ready: apply, skip, or refuse."""
@@ -610,12 +634,15 @@ class StoreShard:
         if decision.error is not None:
             for worker, asked in sorted(gather.asked.items()):
                 self._reply(worker, m.Failed(asked.request, *decision.error))
+                if self.rounds.left[worker]:
+                    self._drop_uncommitted(worker)
             return
-        slices = np.array(sorted(self._held), np.int64)
+        alive = [each.index for each in gather.slices if self._slices.get(each.index) is each]
+        slices = np.array(alive, np.int64)
         self._take_due_settings(slices)
         if decision.apply:
             self._apply_totals(gather, decision)
-        self._held.clear()
+        self._held.difference_update(alive)
         self.rounds.apply(slices)
         self._release(slices)
         norm = decision.norm if gather.wants_norm else None
@@ -625,7 +652,7 @@ class StoreShard:
 
     def _apply_totals(self, gather: CommitGather, decision: m.CommitDecision) -> None:
         factor = clip_factor(decision.norm, gather.max_norm)
-        alive = [(each, total) for each, total in gather.totals if each.index in self._held]
+        alive = [(each, total) for each, total in gather.totals if self._slices.get(each.index) is each]
         if factor != 1.0:
             alive = [(each, total * factor) for each, total in alive]
         self._update([(each, total.to(each.dtype)) for each, total in alive])
@@ -642,7 +669,7 @@ class StoreShard:
         self._reply(worker, m.Info(message.request, rounds, versions, name))
 
     def leave(self, worker: int) -> None:
-        """A worker is gone for good: its pushes count, but what it has not committed is dropped."""
+        """A worker is gone for good: its pushes count, but what it has not asked to commit is dropped."""
         self._pulls = [pull for pull in self._pulls if pull.worker != worker]
         self._merge_waits = [wait for wait in self._merge_waits if wait.worker != worker]
         self._plans = {name: plan for name, plan in self._plans.items() if name[0] != worker}
@@ -655,11 +682,17 @@ class StoreShard:
         self._check_commit()
 
     def _drop_uncommitted(self, worker: int) -> None:
-        dropped = np.array([i for i in self._slices if self._uncommitted(worker, i)], np.int64)
+        asked = self._commit.pushes.get(worker, {})
+        found = [i for i in self._slices if i not in asked and self._uncommitted(worker, i)]
+        dropped = np.array(found, np.int64)
         if len(dropped):
             unmerged = dropped[[i not in self._held for i in dropped.tolist()]]
             self.rounds.withdraw(worker, unmerged)
             self._release(dropped, [worker])
+
+    def end(self) -> None:
+        """All have left: give back what is still here."""
+        self._release(np.fromiter(self._slices, np.int64, len(self._slices)))
 
     def waiting(self, worker: int, message: m.AskWaiting) -> None:
         """Tell whom a request of this worker waits for."""
@@ -689,3 +722,8 @@ class StoreShard:
     def _reply(self, worker: int, message: Any) -> None:
         if not self.rounds.left[worker] or isinstance(message, m.Done):
             self.out.append(Outgoing(worker, message))
+
+
+def _is_cast(pushed: torch.dtype, stored: torch.dtype) -> bool:
+    """Whether what is pushed may be added to what is stored: floats are cast, others must be equal."""
+    return pushed == stored or (pushed.is_floating_point and stored.is_floating_point)

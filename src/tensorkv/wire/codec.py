@@ -43,7 +43,10 @@ def decode_prefix(prefix: bytes | bytearray | memoryview, max_header_bytes: int)
         ProtocolVersionError: the frame is ours but of another version.
         ProtocolError: it is not a frame, or its message is longer than `max_header_bytes`.
     """
-    magic, version, header_bytes, payload_bytes = PREFIX.unpack(prefix)
+    try:
+        magic, version, header_bytes, payload_bytes = PREFIX.unpack(prefix)
+    except struct.error as exc:
+        raise ProtocolError(f"a prefix of {len(prefix)} bytes: {exc}") from exc
     if magic != MAGIC:
         raise ProtocolError(f"the peer does not speak TensorKV: its frame begins with {magic!r}")
     if version != VERSION:
@@ -70,5 +73,5 @@ class Decoder(Generic[T]):
         """
         try:
             return self._decoder.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise ProtocolError(f"a malformed message: {exc}") from exc

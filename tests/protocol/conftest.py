@@ -1,0 +1,230 @@
+"""A server without threads and sockets: messages in, messages out, and memory that tells of misuse."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from tensorkv.arrays import bytes_of, dtype_name
+from tensorkv.errors import TensorKVError, from_wire
+from tensorkv.protocol.serverstate import ServerState
+from tensorkv.protocol.shard import Outgoing
+from tensorkv.updater import Updater, build
+from tensorkv.updaterspec import UpdaterSpec
+from tensorkv.wire import messages as m
+
+STORE = 1
+
+
+class CheckedPool:
+    """A BufferPool that knows what is out, and spoils what is given back: who still reads it gets NaN."""
+
+    def __init__(self) -> None:
+        self.out: dict[int, torch.Tensor] = {}
+
+    def take(self, size_bytes: int) -> torch.Tensor:
+        buffer = torch.zeros(size_bytes + 16, dtype=torch.uint8)
+        self.out[id(buffer)] = buffer
+        return buffer
+
+    def give(self, buffer: torch.Tensor) -> None:
+        assert self.out.pop(id(buffer), None) is buffer, "a buffer was given back that was not out"
+        buffer.fill_(255)
+
+
+def payload_of(tensors: Sequence[torch.Tensor], buffer: torch.Tensor) -> int:
+    """Write the bytes of tensors one after the other into a buffer; return how many they are."""
+    low = 0
+    for tensor in tensors:
+        data = bytes_of(tensor.contiguous())
+        bytes_of(buffer)[low : low + len(data)] = data
+        low += len(data)
+    return low
+
+
+class Bench:
+    """One server and its workers. Every call returns what the server sends in answer."""
+
+    def __init__(
+        self,
+        num_workers: int = 2,
+        *,
+        is_async: bool = False,
+        mean: bool = False,
+        functions: dict[str, Callable[..., None]] | None = None,
+        workers: Sequence[int] | None = None,
+    ) -> None:
+        self.pool = CheckedPool()
+        self.functions = functions or {}
+        self.state = ServerState(num_workers, self.pool, self._load)  # type: ignore[arg-type]
+        self.requests = itertools.count(1)
+        self.ids = itertools.count(1)
+        self.plans: dict[int, tuple[int, list[m.ChunkEntry]]] = {}
+        self.settings = itertools.count(0)
+        for worker in range(num_workers) if workers is None else workers:
+            self.state.handle(worker, m.OpenStore(STORE, "default", is_async, mean))
+
+    def _load(self, record: m.SettingRecord) -> Updater:
+        assert record.updater is not None
+        code: Any = self.functions.get(record.updater.name)
+        if record.updater.type == "optimizer":
+            code = getattr(torch.optim, record.updater.name.rpartition(":")[2])
+        return build(record.updater, code)
+
+    def send(self, worker: int, message: Any, tensors: Sequence[torch.Tensor] = ()) -> list[Outgoing]:
+        """Hand over a message as the server's receiving thread does."""
+        expected = self.state.payload_bytes(worker, message)
+        if not isinstance(message, (m.Push, m.InitSlices)):
+            assert expected == 0
+            return self.state.handle(worker, message)
+        buffer = self.pool.take(expected)
+        size_bytes = payload_of(tensors, buffer)
+        assert size_bytes == expected
+        is_push = isinstance(message, m.Push)
+        try:
+            return self.state.handle(worker, message, buffer if is_push else buffer[:size_bytes])
+        except BaseException:
+            is_push = False  # refused: it is still the caller's
+            raise
+        finally:
+            if not is_push:
+                self.pool.give(buffer)
+
+    def init(self, key: m.Key, value: torch.Tensor, *cuts: int, worker: int = 0) -> list[int]:
+        """Create a key in slices; return their ids."""
+        bounds = [0, *cuts, value.numel()]
+        entries = [m.SliceEntry(next(self.ids), 0, low, high) for low, high in itertools.pairwise(bounds)]
+        message = m.InitSlices(
+            next(self.requests), STORE, key, tuple(value.shape), dtype_name(value.dtype), entries
+        )
+        out = self.send(worker, message, [value.reshape(-1)])
+        assert [type(each.message) for each in out] == [m.Done]
+        return [each.slice_id for each in entries]
+
+    def define(self, worker: int, *chunks: m.ChunkEntry) -> int:
+        """Define a plan; return its number."""
+        number = len(self.plans) + 1
+        self.plans[number] = (worker, list(chunks))
+        assert self.state.handle(worker, m.DefinePlan(STORE, number, list(chunks))) == []
+        return number
+
+    def push(
+        self,
+        worker: int,
+        plan: int,
+        *tensors: torch.Tensor,
+        apply: bool = True,
+        reply: int = 0,
+        chunk: int = 0,
+    ) -> list[Outgoing]:
+        """Push one chunk of a plan."""
+        return self.send(worker, m.Push(plan, chunk, apply, reply), tensors)
+
+    def pull(self, worker: int, plan: int) -> list[Outgoing]:
+        """Ask for the values of a plan."""
+        return self.send(worker, m.Pull(plan, next(self.requests)))
+
+    def value(self, worker: int, plan: int) -> torch.Tensor:
+        """Return the values of a one-chunk plan, which must be there at once, flat and in one tensor."""
+        (out,) = self.pull(worker, plan)
+        assert isinstance(out.message, m.Data)
+        value = torch.cat([each.reshape(-1) for each in out.payload])
+        settle([out])
+        return value
+
+    def set_updater(self, worker: int, spec: UpdaterSpec, keys: tuple[m.Key, ...] | None = None) -> None:
+        """Make a setting, all of it at once."""
+        self.setting(worker, m.SettingRecord(keys, updater=spec))
+
+    def setting(self, worker: int, record: m.SettingRecord) -> None:
+        """Prepare and activate a setting."""
+        number = next(self.settings)
+        prepared = self.send(worker, m.PrepareSetting(next(self.requests), STORE, number, record))
+        assert [type(each.message) for each in prepared] == [m.Done], prepared
+        assert self.send(worker, m.ActivateSetting(STORE, number)) == []
+
+    def commit(self, worker: int, **arguments: Any) -> list[Outgoing]:
+        """Ask for a commit."""
+        message = {"max_norm": None, "skip": False, "check_finite": False, **arguments}
+        return self.send(worker, m.Commit(next(self.requests), STORE, **message))
+
+    def decide(self, ready: m.CommitReady) -> list[Outgoing]:
+        """Decide as the scheduler of a job with one server does."""
+        apply = ready.error is None and ready.finite and not ready.skip
+        norm = ready.sum_squares**0.5
+        return self.state.decide_commit(m.CommitDecision(STORE, ready.number, apply, norm, ready.error))
+
+    def info(self, worker: int, ids: Sequence[int]) -> m.Info:
+        """Return rounds and versions of slices."""
+        (out,) = self.send(worker, m.AskInfo(next(self.requests), STORE, list(ids)))
+        assert isinstance(out.message, m.Info)
+        return out.message
+
+    def delete(self, worker: int, key: m.Key, ids: Sequence[int]) -> list[Outgoing]:
+        """Delete slices."""
+        return self.send(worker, m.DeleteSlices(next(self.requests), STORE, key, worker, list(ids)))
+
+    def leave(self, worker: int) -> list[Outgoing]:
+        """Let a worker leave the store."""
+        return self.send(worker, m.Leave(next(self.requests), STORE))
+
+    @property
+    def shard(self) -> Any:
+        """The store's insides, to see that nothing is left in them."""
+        return self.state._stores[STORE]
+
+    def check_empty(self) -> None:
+        """Fail if a buffer, a contribution or a waiting call is left."""
+        assert self.pool.out == {}
+        for name in ("_contributions", "_held", "_pulls", "_merge_waits"):
+            assert not getattr(self.shard, name), name
+        assert not self.shard._holder.any()
+
+
+def settle(out: Sequence[Outgoing]) -> None:
+    """The payloads have been sent: give the leases back, as the server does."""
+    for each in out:
+        for lease in each.leases:
+            lease.readers -= 1
+
+
+def dense(
+    ids: Sequence[int],
+    lengths: Sequence[int],
+    dtype: str = "float32",
+    counts: Sequence[int] | None = None,
+) -> m.ChunkEntry:
+    """Return a chunk that carries values."""
+    return m.ChunkEntry(
+        list(ids), list(lengths), m.PayloadDescriptor("dense", dtype), list(counts or [1] * len(ids))
+    )
+
+
+def absent(ids: Sequence[int], lengths: Sequence[int], dtype: str = "float32") -> m.ChunkEntry:
+    """Return a chunk without bytes."""
+    return m.ChunkEntry(list(ids), list(lengths), m.PayloadDescriptor("absent", dtype), [0] * len(ids))
+
+
+def error_of(message: Any) -> TensorKVError:
+    """Return the error that a Failed or Fault carries."""
+    return from_wire(message.name, message.text)
+
+
+class Tools:
+    """What the tests of this folder share."""
+
+    Bench = Bench
+    settle = staticmethod(settle)
+    dense = staticmethod(dense)
+    absent = staticmethod(absent)
+    error_of = staticmethod(error_of)
+
+
+@pytest.fixture(scope="session")
+def t() -> type[Tools]:
+    """The tools, under a short name."""
+    return Tools

@@ -1,0 +1,99 @@
+"""ServerState: which store a message is for, what its payload must be, and when a store ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tensorkv.errors import ProtocolError
+from tensorkv.wire import messages as m
+
+
+def test_payloads_are_known_before_they_come(t: Any) -> None:
+    bench = t.Bench(1)
+    (w,) = bench.init("w", torch.zeros(6), 2)[:1]
+    plan = bench.define(0, t.dense([w], [2], dtype="float64"), t.absent([w], [2]))
+    size = bench.state.payload_bytes
+    assert size(0, m.Push(plan, 0, True, 0)) == 16
+    assert size(0, m.Push(plan, 1, True, 0)) == 0
+    slices = [m.SliceEntry(8, 0, 2, 4), m.SliceEntry(9, 0, 6, 6)]
+    assert size(0, m.InitSlices(1, 1, "k", (2, 3), "int16", slices)) == 4
+    assert size(0, m.Pull(plan, 1)) == 0
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Push(7, 0, True, 0),
+        m.Pull(7, 1),
+        m.WaitMerged(7, 1),
+        m.DropPlan(7),
+        m.Flush(1, 99),
+        m.DefinePlan(99, 1, []),
+        m.Leave(1, 99),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_what_was_not_defined_cannot_be_used(t: Any, message: Any) -> None:
+    with pytest.raises(ProtocolError):
+        t.Bench(1).send(0, message)
+
+
+def test_plans_belong_to_one_worker_and_are_dropped(t: Any) -> None:
+    bench = t.Bench(2)
+    (w,) = bench.init("w", torch.zeros(1))
+    plan = bench.define(0, t.dense([w], [1]))
+    with pytest.raises(ProtocolError, match="worker 1 has not defined plan"):
+        bench.pull(1, plan)
+    with pytest.raises(ProtocolError, match="defined"):
+        bench.state.handle(0, m.DefinePlan(1, plan, []))
+    bench.send(0, m.DropPlan(plan))
+    with pytest.raises(ProtocolError):
+        bench.pull(0, plan)
+
+
+def test_stores_share_nothing(t: Any) -> None:
+    bench = t.Bench(1)
+    bench.state.handle(0, m.OpenStore(2, "other", False, False))
+    bench.init("w", torch.zeros(1))
+    bench.send(0, m.Leave(1, 1))
+    assert [type(each.message) for each in bench.send(0, m.Flush(2, 2))] == [m.Done]
+    with pytest.raises(ProtocolError, match="store 1 is not open"):
+        bench.send(0, m.Flush(3, 1))
+
+
+def test_who_has_left_is_heard_no_more(t: Any) -> None:
+    bench = t.Bench(2)
+    (w,) = bench.init("w", torch.zeros(1))
+    plan = bench.define(0, t.dense([w], [1]))
+    bench.leave(0)
+    for message in (m.Pull(plan, 1), m.Flush(2, 1), m.Leave(3, 1)):
+        with pytest.raises(ProtocolError):
+            bench.send(0, message)
+
+
+def test_a_store_ends_with_its_last_worker_and_gives_its_memory_back(t: Any) -> None:
+    bench = t.Bench(2)
+    (w,) = bench.init("w", torch.zeros(1))
+    bench.push(0, bench.define(0, t.dense([w], [1])), torch.ones(1), apply=False)
+    bench.leave(1)
+    assert [type(each.message) for each in bench.leave(0)] == [m.Done]
+    assert bench.pool.out == {}
+    with pytest.raises(ProtocolError, match="store 1 is not open"):
+        bench.send(0, m.Flush(1, 1))
+    assert bench.state.decide_commit(m.CommitDecision(1, 1, True, 0.0, None)) == []
+
+
+def test_a_worker_that_is_gone_has_left_every_store_also_those_of_later(t: Any) -> None:
+    bench = t.Bench(2, workers=[0])
+    (w,) = bench.init("w", torch.zeros(1))
+    plan = bench.define(0, t.dense([w], [1]))
+    bench.push(0, plan, torch.ones(1))
+    bench.pull(0, plan)
+    (out,) = bench.state.worker_gone(1)
+    assert out.payload[0].tolist() == [1.0]
+    bench.state.handle(0, m.OpenStore(2, "later", False, False))
+    assert bench.state._stores[2].rounds.left.tolist() == [False, True]
+    assert bench.state.worker_gone(1) == []
