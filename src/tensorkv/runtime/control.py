@@ -10,16 +10,14 @@ from typing import Any, final
 
 from tensorkv.config import JobConfig
 from tensorkv.errors import PeerLostError, TensorKVError, from_wire
-from tensorkv.runtime.handshake import introduce, receive_message
+from tensorkv.runtime.handshake import connect_as, receive_message
 from tensorkv.runtime.sender import Sender
 from tensorkv.runtime.waits import Wait, lost_error
 from tensorkv.transport.base import TICK_S
-from tensorkv.transport.endpoint import connect
 from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 
-CONNECT_TIMEOUT_S = 10.0
 JOIN_TIMEOUT_S = 5.0
 
 
@@ -37,7 +35,11 @@ class _Reply:
 class ControlClient:
     """Requests to the scheduler and what it announces. Safe from any thread.
 
-    `on_failure` is called once, from the receiving thread, when the job is declared broken.
+    `on_failure` is called once, from any thread, when the job is declared broken. After `close` requests
+    raise PeerLostError.
+
+    Raises:
+        PeerLostError, AuthenticationError, ProtocolVersionError, ProtocolError: it cannot be joined.
     """
 
     def __init__(self, config: JobConfig, on_failure: Callable[[TensorKVError], None]) -> None:
@@ -46,13 +48,8 @@ class ControlClient:
         self._replies: dict[int, _Reply] = {}
         self._welcome = _Reply(Wait("joining the job", config.timeout_s, lambda: self.failure))
         self.failure: TensorKVError | None = None
-        self._closing = False
-        self._connection = connect(config.scheduler_host, config.scheduler_port, CONNECT_TIMEOUT_S)
-        try:
-            introduce(self._connection, config.token, "worker", config.rank)
-        except BaseException:
-            self._connection.close()
-            raise
+        self._failing = threading.Lock()  # only one failure counts
+        self._connection = connect_as(config, "the scheduler", config.scheduler_host, config.scheduler_port)
         self._sender = Sender(self._connection, "scheduler", self._fail)
         self._thread = threading.Thread(target=self._read, name="tensorkv-control", daemon=True)
         self._thread.start()
@@ -99,9 +96,12 @@ class ControlClient:
         return reply.message
 
     def close(self, last_words: m.Message) -> None:
-        """Send a Goodbye or Abandon and end the connection."""
-        self._closing = True
+        """Send a Goodbye or Abandon and end the connection. Requests that wait raise PeerLostError."""
         self.notify(last_words)
+        with self._failing:
+            if self.failure is None:
+                self.failure = PeerLostError("this worker has left the job")
+        self._wake_all()
         self._sender.close(JOIN_TIMEOUT_S)
         self._connection.shutdown()
         if threading.current_thread() is not self._thread:
@@ -142,12 +142,16 @@ class ControlClient:
         reply.ready.set()
 
     def _fail(self, exc: Exception) -> None:
-        if self.failure is not None or self._closing:
-            return
-        if isinstance(exc, PeerLostError):
-            self.failure = exc
-        else:
-            self.failure = PeerLostError(f"the scheduler is gone: {exc}")
+        with self._failing:
+            if self.failure is not None:
+                return
+            if isinstance(exc, PeerLostError):
+                self.failure = exc
+            else:
+                self.failure = PeerLostError(f"the scheduler is gone: {exc}")
+        self._wake_all()
+        self._on_failure(self.failure)
+
+    def _wake_all(self) -> None:
         for reply in [self._welcome, *self._replies.values()]:
             reply.ready.set()
-        self._on_failure(self.failure)

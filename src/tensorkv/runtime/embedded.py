@@ -44,11 +44,16 @@ class EmbeddedJob:
             host=host,
             slice_bound_bytes=slice_bound_bytes,
         )
+        self.servers: list[Server] = []
         self.scheduler.start()
-        loader = updater_loader((), self.code_table)
-        self.servers = [Server(self.config("server", rank), loader) for rank in range(num_servers)]
-        for server in self.servers:
-            server.start()
+        try:
+            loader = updater_loader((), self.code_table)
+            for rank in range(num_servers):
+                self.servers.append(Server(self.config("server", rank), loader))
+                self.servers[-1].start()
+        except BaseException:
+            self.stop()
+            raise
 
     def config(self, role: Role, rank: int) -> JobConfig:
         """Return the place of a process, or here a thread, in this job."""

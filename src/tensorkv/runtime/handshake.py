@@ -16,12 +16,22 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from tensorkv.config import Role
-from tensorkv.errors import AuthenticationError, ProtocolError, TensorKVError, WaitTimeout, from_wire, to_wire
+from tensorkv.config import JobConfig, Role
+from tensorkv.errors import (
+    AuthenticationError,
+    PeerLostError,
+    ProtocolError,
+    TensorKVError,
+    WaitTimeout,
+    from_wire,
+    to_wire,
+)
 from tensorkv.transport.base import Connection, Tick, no_tick
+from tensorkv.transport.endpoint import connect
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import MAX_HEADER_BYTES, Decoder, encode
 
+CONNECT_TIMEOUT_S = 10.0
 HANDSHAKE_TIMEOUT_S = 10.0
 _NONCE_BYTES = 32
 _decoder: Decoder[m.HandshakeMessage] = Decoder(m.HandshakeMessage)
@@ -57,6 +67,7 @@ def accept(
     hello = receive_message(connection, _decoder, tick)
     if not isinstance(hello, m.Hello):
         raise ProtocolError(f"{connection.peer} began with {type(hello).__name__} instead of Hello")
+    _check_nonce(connection, hello.nonce)
     expected = _proof(token, b"hello", nonce, hello)
     if not token or not hmac.compare_digest(expected, hello.proof):
         error: TensorKVError = AuthenticationError(
@@ -88,6 +99,7 @@ def introduce(connection: Connection, token: str, role: Role, rank: int) -> None
     challenge = receive_message(connection, _decoder, tick)
     if not isinstance(challenge, m.Challenge):
         raise ProtocolError(f"{connection.peer} began with {type(challenge).__name__} instead of Challenge")
+    _check_nonce(connection, challenge.nonce)
     hello = m.Hello(secrets.token_bytes(_NONCE_BYTES), b"", role, rank)
     hello.proof = _proof(token, b"hello", challenge.nonce, hello)
     connection.send(encode(hello), (), tick)
@@ -100,6 +112,36 @@ def introduce(connection: Connection, token: str, role: Role, rank: int) -> None
     connection.max_header_bytes = MAX_HEADER_BYTES
 
 
+def connect_as(config: JobConfig, name: str, host: str, port: int) -> Connection:
+    """Connect to a process of the job, introduced as the process that `config` describes.
+
+    Args:
+        name: "server 1", for texts.
+
+    Raises:
+        PeerLostError: it cannot be reached, does not answer in time, or has ended the connection.
+        AuthenticationError, ProtocolVersionError, ProtocolError.
+    """
+    where = f"{name} at {host}:{port}"
+    try:
+        connection = connect(host, port, CONNECT_TIMEOUT_S)
+    except ConnectionError as exc:
+        raise PeerLostError(f"{where} cannot be reached: {exc}") from exc
+    try:
+        introduce(connection, config.token, config.role, config.rank)
+    except BaseException as exc:
+        connection.shutdown()
+        connection.close()
+        if isinstance(exc, (EOFError, ConnectionError, WaitTimeout)) and not _tells_why(exc):
+            raise PeerLostError(f"{where} cannot be joined: {exc}") from exc
+        raise
+    return connection
+
+
+def _tells_why(exc: BaseException) -> bool:
+    return isinstance(exc, TensorKVError) and not isinstance(exc, WaitTimeout)
+
+
 def deadline_tick(timeout_s: float, what: str) -> Tick:
     """Return a tick that raises WaitTimeout once `timeout_s` seconds have passed."""
     end = time.monotonic() + timeout_s
@@ -109,6 +151,11 @@ def deadline_tick(timeout_s: float, what: str) -> Tick:
             raise WaitTimeout(f"{what} did not finish within {timeout_s} s")
 
     return tick
+
+
+def _check_nonce(connection: Connection, nonce: bytes) -> None:
+    if len(nonce) != _NONCE_BYTES:
+        raise ProtocolError(f"{connection.peer} sent a nonce of {len(nonce)} bytes, not {_NONCE_BYTES}")
 
 
 def _proof(token: str, purpose: bytes, nonce: bytes, hello: m.Hello) -> bytes:

@@ -16,17 +16,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, final
 
 from tensorkv.config import JobConfig
-from tensorkv.errors import PeerLostError, TensorKVError
+from tensorkv.errors import PeerLostError, StoreClosed, TensorKVError
 from tensorkv.runtime.code import CodeTable
 from tensorkv.runtime.control import ControlClient
-from tensorkv.runtime.handshake import introduce
+from tensorkv.runtime.handshake import connect_as
 from tensorkv.runtime.link import ServerLink, SingleReply
 from tensorkv.runtime.waits import Wait
-from tensorkv.transport.endpoint import connect
 from tensorkv.wire import messages as m
 
 logger = logging.getLogger(__name__)
-CONNECT_TIMEOUT_S = 10.0
 
 
 class OpenStore(Protocol):
@@ -44,7 +42,7 @@ class Job:
     """A worker's place in a job. Safe from any thread.
 
     `order` is held while one call's messages are queued to all servers, so that every server sees the
-    calls of this worker in the same order.
+    calls of this worker in the same order. Nothing is queued for a store after its Leave.
 
     Args:
         config: the worker's place.
@@ -62,12 +60,12 @@ class Job:
         self.stores: dict[int, OpenStore] = {}
         self.links: list[ServerLink] = []
         self.closed = False
+        self._left: set[int] = set()  # stores; guarded by `order`
         self._broken: TensorKVError | None = None
         self.control = ControlClient(config, self._on_failure)
         try:
             for rank, (host, port) in enumerate(self.control.servers()):
-                connection = connect(host, port, CONNECT_TIMEOUT_S)
-                introduce(connection, config.token, "worker", config.rank)
+                connection = connect_as(config, f"server {rank}", host, port)
                 self.links.append(ServerLink(connection, f"server {rank}", self.failure, self._on_fault))
         except BaseException:
             self.close(m.Abandon("it could not connect to all servers"))
@@ -77,9 +75,24 @@ class Job:
         """Return why the job is broken, None while it is not."""
         return self._broken or self.control.failure
 
-    def wait(self, what: str, timeout_s: float, ask: Callable[[], None] | None = None) -> Wait:
-        """Return a deadline for one call."""
-        return Wait(what, timeout_s, self.failure, ask)
+    def check_open(self, store: int, what: str) -> None:
+        """Raise StoreClosed if another thread has closed the store meanwhile. With the order held."""
+        if store in self._left:
+            raise _closed_meanwhile(what)
+
+    def leave_store(self, store: int) -> None:
+        """Nothing more may be queued for this store; calls that wait in it end. With the order held."""
+        self._left.add(store)
+
+    def wait(
+        self, what: str, timeout_s: float, ask: Callable[[], None] | None = None, store: int = 0
+    ) -> Wait:
+        """Return a deadline for one call. It ends, too, when another thread closes the store."""
+
+        def failure() -> TensorKVError | None:
+            return self.failure() or (_closed_meanwhile(what) if store in self._left else None)
+
+        return Wait(what, timeout_s, failure, ask)
 
     def ask_all(
         self,
@@ -88,21 +101,28 @@ class Job:
         timeout_s: float,
         store: int,
         servers: Sequence[int] | None = None,
+        leave: bool = False,
     ) -> list[Any]:
         """Send a request to every server (or to `servers`) and return their replies, by rank.
 
+        With `leave` it is the last that is sent for this store.
+
         Raises:
-            WaitTimeout, PeerLostError, or the first refusal.
+            WaitTimeout, PeerLostError, StoreClosed, or the first refusal.
         """
         links = self.links if servers is None else [self.links[rank] for rank in servers]
         opened = [(link, SingleReply()) for link in links]
         with self.order:
+            self.check_open(store, what)
+            if leave:
+                self.leave_store(store)
             numbers = [link.open(exchange) for link, exchange in opened]
             for link, number in zip(links, numbers, strict=True):
                 link.put(make(number))
         for link in links:
             link.pump()
-        self.await_replies(list(zip(links, numbers, strict=True)), what, timeout_s, store)
+        waited_in = 0 if leave else store
+        self.await_replies(list(zip(links, numbers, strict=True)), what, timeout_s, waited_in)
         for _, exchange in opened:
             exchange.check()
         return [exchange.message for _, exchange in opened]
@@ -110,21 +130,28 @@ class Job:
     def await_replies(
         self, numbers: list[tuple[ServerLink, int]], what: str, timeout_s: float, store: int
     ) -> None:
-        """Wait until these exchanges have ended; after an error they are given up."""
+        """Wait until these exchanges have ended; after an error they are given up. One deadline for all."""
+        current = 0
+
+        def ask() -> None:
+            self.ask_waiting(*numbers[current], store)
+
+        wait = self.wait(what, timeout_s, ask if store else None, store)
         try:
-            for link, number in numbers:
-                self._await(link, number, what, timeout_s, store)
+            for current in range(len(numbers)):
+                link, number = numbers[current]
+                link.wait(number, wait)
         except BaseException:
             for link, number in numbers:
                 link.drop(number)
             raise
 
-    def _await(self, link: ServerLink, number: int, what: str, timeout_s: float, store: int) -> None:
-        def ask() -> None:
-            link.put(m.AskWaiting(number, store))
-            link.pump()
-
-        link.wait(number, self.wait(what, timeout_s, ask))
+    def ask_waiting(self, link: ServerLink, number: int, store: int) -> None:
+        """Ask a server whom a request waits for; the link hands the answer to its Wait."""
+        with self.order:
+            if store not in self._left:
+                link.put(m.AskWaiting(number, store))
+        link.pump()
 
     def poll(self) -> None:
         """Take in what the servers have sent already. Never blocks."""
@@ -150,6 +177,10 @@ class Job:
         store = self.stores.get(fault.store)
         if store is not None:
             store.on_fault(fault)
+
+
+def _closed_meanwhile(what: str) -> StoreClosed:
+    return StoreClosed(f"{what}: the store was closed by another thread during the call")
 
 
 _lock = threading.Lock()

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, final
 
-from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, WaitTimeout, from_wire
+from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, WaitTimeout, from_wire, to_wire
 from tensorkv.runtime.sender import Sender, Sent
 from tensorkv.runtime.waits import Wait
 from tensorkv.transport.base import TICK_S, Buffer, Connection, Tick
@@ -40,7 +40,7 @@ class Exchange(ABC):
     def take(self, message: Any) -> bool:
         """Take in a reply, its payload in place, and return whether it was the last.
 
-        `message` may also be an error instead of a reply: then it is the last.
+        `message` may also be a TensorKVError instead of a reply: then it is the last.
         """
 
 
@@ -60,7 +60,7 @@ class SingleReply(Exchange):
 
     def check(self) -> None:
         """Raise if the request was refused."""
-        if isinstance(self.message, Exception):
+        if isinstance(self.message, TensorKVError):
             raise self.message
         if isinstance(self.message, m.Failed):
             raise from_wire(self.message.name, self.message.text)
@@ -326,4 +326,6 @@ def _take(exchange: Exchange, message: Any) -> bool:
     except ProtocolError:
         raise
     except Exception as exc:  # noqa: BLE001  # memory that cannot be written, say
-        return exchange.take(exc)
+        error = from_wire(*to_wire(exc))
+        error.__cause__ = exc
+        return exchange.take(error)

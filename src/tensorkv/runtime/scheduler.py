@@ -56,10 +56,11 @@ class SchedulerServer:
             raise ValueError(f"a job needs workers and servers, not {num_workers} and {num_servers}")
         self._token = token
         self._listener = listen(host, port)
-        self._lock = threading.Lock()  # guards _membership, _peers and _threads
+        self._lock = threading.Lock()  # guards what stands below
         self._membership = Membership(num_workers, num_servers, slice_bound_bytes)
         self._size: dict[Role, int] = {"worker": num_workers, "server": num_servers}
         self._peers: dict[tuple[Role, int], _Peer] = {}
+        self._taken: set[tuple[Role, int]] = set()  # places of processes that have proved themselves
         self._pending: set[Connection] = set()
         self._threads: list[threading.Thread] = []
         self._stopped = False
@@ -143,7 +144,8 @@ class SchedulerServer:
             connection.close()
             return
         with self._lock:
-            if self._stopped:  # `stop` has closed this connection, and would not see the sender
+            if self._stopped:  # `stop` has shut this connection down, and would not see the sender
+                connection.close()
                 return
             self._pending.discard(connection)
             sender = Sender(connection, f"{role}-{rank}", lambda exc: connection.shutdown())
@@ -169,14 +171,18 @@ class SchedulerServer:
             if isinstance(exc, TensorKVError):
                 logger.warning("scheduler: closed the connection of %s %d: %s", role, rank, exc)
             return f"its connection to the scheduler ended: {exc}"
+        except Exception as exc:  # a message that makes no sense, or a fault of ours: it ends this process
+            logger.exception("scheduler: closed the connection of %s %d", role, rank)
+            return f"the scheduler could not handle its message: {type(exc).__name__}: {exc}"
 
     def _check_place(self, role: Role, rank: int) -> TensorKVError | None:
         size = self._size.get(role, 0)
         with self._lock:
             if not 0 <= rank < size:
                 return AuthenticationError(f"there is no {role} {rank} in this job, which has {size}")
-            if self._membership.has_joined(role, rank):
+            if (role, rank) in self._taken:
                 return AuthenticationError(f"{role} {rank} of this job is taken by another process")
+            self._taken.add((role, rank))
         return None
 
     def _flush(self) -> None:

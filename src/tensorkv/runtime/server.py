@@ -25,18 +25,17 @@ from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import SCHEDULER, Outgoing
 from tensorkv.protocol.slots import BufferPool, Lease
 from tensorkv.runtime.code import updater_loader
-from tensorkv.runtime.handshake import accept, introduce, receive_message
+from tensorkv.runtime.handshake import accept, connect_as, receive_message
 from tensorkv.runtime.sender import Sender
 from tensorkv.runtime.waits import lost_error
 from tensorkv.transport.base import Connection
-from tensorkv.transport.endpoint import connect, listen
+from tensorkv.transport.endpoint import listen
 from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 
 logger = logging.getLogger(__name__)
 JOIN_TIMEOUT_S = 5.0
-CONNECT_TIMEOUT_S = 10.0
 
 
 @final
@@ -54,6 +53,7 @@ class Server:
         self._lock = threading.Lock()  # guards _state, _workers and the order of what is sent
         self._state = ServerState(config.num_workers, self._pool, load_updater)
         self._workers: dict[int, tuple[Connection, Sender]] = {}
+        self._taken: set[int] = set()  # ranks of workers that have proved themselves
         self._released: deque[list[Lease]] = deque()  # by sending threads, settled under the lock
         self._pending: set[Connection] = set()
         self._threads: list[threading.Thread] = []
@@ -67,11 +67,10 @@ class Server:
         """Register with the scheduler and begin to serve.
 
         Raises:
-            ConnectionError, AuthenticationError, ProtocolVersionError: the scheduler cannot be joined.
+            PeerLostError, AuthenticationError, ProtocolVersionError: the scheduler cannot be joined.
         """
         config = self._config
-        self._scheduler = connect(config.scheduler_host, config.scheduler_port, CONNECT_TIMEOUT_S)
-        introduce(self._scheduler, config.token, "server", config.rank)
+        self._scheduler = connect_as(config, "the scheduler", config.scheduler_host, config.scheduler_port)
         self._to_scheduler = Sender(self._scheduler, "scheduler", self._scheduler_failed)
         host, port = self._listener.address
         self._spawn("accept", self._accept)
@@ -143,7 +142,8 @@ class Server:
             connection.close()
             return
         with self._lock:
-            if self._ended.is_set():  # `stop` has closed this connection, and would not see the sender
+            if self._ended.is_set():  # `stop` has shut this connection down, and would not see the sender
+                connection.close()
                 return
             self._pending.discard(connection)
             sender = Sender(connection, f"worker-{worker}", lambda exc: connection.shutdown())
@@ -155,14 +155,17 @@ class Server:
         except ConnectionError as exc:  # ProtocolError too: it ends this connection, and nothing else
             if not self._ended.is_set():
                 logger.warning("server %d: worker %d: %s", self._config.rank, worker, exc)
+        except Exception:  # a message that makes no sense, or a fault of ours: it ends this connection
+            logger.exception("server %d: closed the connection of worker %d", self._config.rank, worker)
         connection.shutdown()
 
     def _check_place(self, role: Role, rank: int) -> TensorKVError | None:
         if role != "worker" or not 0 <= rank < self._config.num_workers:
             return AuthenticationError(f"there is no {role} {rank} that this server serves")
         with self._lock:
-            if rank in self._workers:
+            if rank in self._taken:
                 return AuthenticationError(f"worker {rank} is connected already")
+            self._taken.add(rank)
         return None
 
     def _read(self, connection: Connection, worker: int) -> None:
@@ -240,6 +243,9 @@ class Server:
                 self._take(receive_message(self._scheduler, decoder))
         except (EOFError, ConnectionError) as exc:
             self._scheduler_failed(exc)
+        except Exception as exc:  # a fault of ours; deaf to the scheduler the server is of no use
+            logger.exception("server %d: cannot go on", self._config.rank)
+            self._end(TensorKVError(f"the server failed: {type(exc).__name__}: {exc}"))
 
     def _take(self, message: m.FromScheduler) -> None:
         match message:
@@ -258,15 +264,21 @@ class Server:
 
 def main() -> int:
     """Run a server process until the job is over; return its exit status."""
-    config = from_env()
-    if config is None or config.role != "server":
-        raise NotInJob("a server process is started by `tensorkv run -n WORKERS -s SERVERS ...`")
-    torch.set_num_threads(1)
-    logging.basicConfig(format="%(name)s: %(message)s")
-    server = Server(config, updater_loader(config.allow_import))
-    server.start()
-    failure = server.wait()
-    server.stop()
+    try:
+        config = from_env()
+        if config is None or config.role != "server":
+            raise NotInJob("a server process is started by `tensorkv run -n WORKERS -s SERVERS ...`")
+        torch.set_num_threads(1)
+        logging.basicConfig(format="%(name)s: %(message)s")
+        server = Server(config, updater_loader(config.allow_import))
+        try:
+            server.start()
+            failure = server.wait()
+        finally:
+            server.stop()
+    except TensorKVError as error:
+        sys.stderr.write(f"tensorkv server: {error}\n")
+        return 1
     if failure is not None:
         sys.stderr.write(f"tensorkv server {config.rank}: {failure}\n")
         return 1

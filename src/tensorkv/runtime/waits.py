@@ -56,8 +56,9 @@ class Wait:
                 self._ask()
 
     def answered(self, waiting: m.Waiting) -> None:
-        """The other side tells whom this call waits for."""
-        self._waiting = waiting
+        """The other side tells whom this call waits for. Of several answers one that names ranks counts."""
+        if waiting.ranks or self._waiting is None:
+            self._waiting = waiting
         waited_s = time.monotonic() - self._begin
         if waited_s < self._timeout_s and waiting.ranks:
             logger.warning("%s: %s, %.0f s", self.what, _missing(waiting), waited_s)
