@@ -265,6 +265,57 @@ class TestSettingsTable:
         table.set_updater(optimizer("sgd", lr=0.2), None)
         assert table.setting("w").updater is not first
 
+    def test_what_holds_already_or_was_asked_last_keeps_its_updater(self) -> None:
+        table, first = SettingsTable(), optimizer("sgd", lr=0.1)
+        table.set_updater(first, None)
+        table.set_options({"lr": 0.01}, None)
+        table.set_updater(optimizer("sgd", lr=0.01), None)
+        assert table.setting("w").updater is first
+        table.set_options({"lr": 0.001}, None)
+        table.set_updater(optimizer("sgd", lr=0.01), None)
+        assert (table.setting("w").updater, table.setting("w").options) == (first, {"lr": 0.01})
+        table.set_updater(optimizer("sgd", lr=0.1), None)  # neither
+        assert table.setting("w").updater is not first
+
+    def test_a_kept_updater_forgets_the_options_of_earlier_calls(self) -> None:
+        table, first = SettingsTable(), optimizer("sgd", lr=1.0, momentum=0.5)
+        table.set_updater(first, None)
+        table.set_options({"momentum": 0.0}, None)
+        for _ in range(2):
+            table.set_updater(optimizer("sgd", lr=1.0), None)
+            assert table.setting("w").updater is first
+            assert table.setting("w").options == {"lr": 1.0, "momentum": 0}
+            table.set_options({"momentum": 0.25}, None)
+
+    def test_each_key_is_asked_for_itself(self) -> None:
+        table, first = SettingsTable(), optimizer("sgd", lr=0.1)
+        table.set_updater(first, None)
+        table.set_options({"lr": 0.01}, ("w",))
+        table.set_updater(optimizer("sgd", lr=0.01), None)
+        assert table.setting("w").updater is first
+        assert table.setting("b").updater is not first
+        table.set_updater(optimizer("adam"), ("w",))
+        table.set_updater(optimizer("sgd", lr=0.01), ("w",))
+        assert table.setting("w").updater not in (first, table.setting("b").updater)
+
+    def test_lists_and_tuples_are_the_same_option(self) -> None:
+        table, first = SettingsTable(), optimizer("adam", betas=(0.8, 0.9))
+        table.set_updater(first, None)
+        table.set_updater(optimizer("adam", betas=[0.8, 0.9]), None)
+        assert table.setting("w").updater is first
+
+    def test_an_option_that_is_no_default_counts(self) -> None:
+        class Scaled(torch.optim.SGD):
+            def __init__(self, params: Any, scale: float = 1.0) -> None:
+                super().__init__(params, lr=scale)
+                self.scale = scale
+
+        table = SettingsTable()
+        for scale, kept in ((1.0, False), (1.0, True), (2.0, False)):
+            before = table.setting("w").updater
+            table.set_updater(build(optimizer_spec(Scaled, {"scale": scale}), Scaled), None)
+            assert (table.setting("w").updater is before) is kept
+
     def test_functions_are_equal_if_they_are_the_same(self) -> None:
         table = SettingsTable()
 

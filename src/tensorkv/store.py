@@ -314,8 +314,9 @@ class KVStore(ABC):
     ) -> None:
         """Let a torch optimizer be the updater: what is pushed are gradients, what is stored parameters.
 
-        Its state stays where the value lives. Setting the current optimizer and options again keeps the
-        state; another optimizer starts afresh.
+        Its state stays where the value lives. It is kept for each key for which the call asks for what
+        holds already, the same optimizer with the same options, or repeats the last call that was made
+        for the key; anything else starts afresh.
 
         Args:
             optimizer: a class, `torch.optim.SGD` say, or its name in any case, "sgd".

@@ -387,14 +387,23 @@ def build_from_argument(updater: UpdaterFunction | str | None, elementwise: bool
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Setting:
-    """What holds for a slot in a round: an updater and the options it is called with."""
+    """What holds for a slot in a round: an updater and the options it is called with.
+
+    `asked` is the spec of the call that made it, None if it was not made by a call. The updater's own
+    spec may be that of an earlier call: a setting that was repeated goes on with the same updater.
+    """
 
     updater: Updater
     options: dict[str, Any] = field(default_factory=dict)
+    asked: UpdaterSpec | None = None
 
 
 class SettingsTable:
-    """The settings of a store, in the order they were made; the last one that names a key holds for it."""
+    """The settings of a store, in the order they were made; the last one that names a key holds for it.
+
+    An updater keeps its state when a setting asks for what holds already, or repeats the last call
+    that made a setting; this is decided for each key by itself.
+    """
 
     def __init__(self) -> None:
         self._default = Setting(Assign())
@@ -405,13 +414,17 @@ class SettingsTable:
         return self._of_key.get(key, self._default)
 
     def set_updater(self, updater: Updater, keys: tuple[Key, ...] | None) -> None:
-        """Make `updater` hold for `keys`, or for all. An equal one already set stays, with its state."""
-        setting = Setting(self._equal(updater), dict(_tuples(updater.spec.options)))
+        """Make `updater`, which is new, hold for `keys`, or for all; where it holds already it stays."""
+        new = Setting(updater, _tuples(updater.spec.options), updater.spec)
+        current = [self._default, *self._of_key.values()] if keys is None else map(self.setting, keys)
+        repeated = {id(setting): _repeated(setting, new) for setting in current}
         if keys is None:
-            self._of_key.clear()
-            self._default = setting
+            default = repeated[id(self._default)] or new
+            of_key = {key: repeated[id(setting)] or new for key, setting in self._of_key.items()}
+            self._of_key = {key: setting for key, setting in of_key.items() if setting is not default}
+            self._default = default
         else:
-            self._of_key.update(dict.fromkeys(keys, setting))
+            self._of_key.update({key: repeated[id(self.setting(key))] or new for key in keys})
 
     def set_options(self, options: dict[str, Any], keys: tuple[Key, ...] | None) -> None:
         """Change options of the optimizers that hold for `keys`, or for all that have one.
@@ -438,15 +451,6 @@ class SettingsTable:
         other._default, other._of_key = self._default, dict(self._of_key)
         return other
 
-    def _equal(self, updater: Updater) -> Updater:
-        for setting in (self._default, *self._of_key.values()):
-            if setting.updater.spec == updater.spec and type(setting.updater) is type(updater):
-                if not isinstance(updater, FunctionUpdater):
-                    return setting.updater
-                if updater.function is getattr(setting.updater, "function", None):
-                    return setting.updater
-        return updater
-
 
 def apply_all(updates: Sequence[tuple[Setting, Update]]) -> list[Failure]:
     """Apply updates, those with the same setting in one call, and return each one's failure or None."""
@@ -472,7 +476,23 @@ def _with_options(setting: Setting, options: dict[str, Any]) -> Setting:
             raise InvalidOption(f"{optimizer_class.__name__} has no option {name!r}; it has {known}")
     merged = {**setting.options, **options}
     optimizer_spec(optimizer_class, merged)
-    return Setting(updater, dict(_tuples(merged)))
+    return Setting(updater, _tuples(merged), setting.asked)
+
+
+def _repeated(current: Setting, new: Setting) -> Setting | None:
+    """Return `new` with the updater of `current`, if it asks for the same: the state is kept then."""
+    old, updater = current.updater, new.updater
+    if type(old) is not type(updater) or old.spec.name != updater.spec.name:
+        return None
+    if isinstance(old, FunctionUpdater) and isinstance(updater, FunctionUpdater):
+        return current if old.function is updater.function and old.spec == updater.spec else None
+    if not (isinstance(old, OptimizerUpdater) and isinstance(updater, OptimizerUpdater)):
+        return current  # a named updater
+    made, asked = old._optimizer.defaults, {**updater._optimizer.defaults, **new.options}
+    if {**made, **current.options} != asked and current.asked != new.asked:
+        return None
+    given = {name: value for name, value in asked.items() if name in new.options or made.get(name) != value}
+    return Setting(old, given, new.asked)
 
 
 def _updater_error(name: str, key: Key, exc: Exception) -> TensorKVError:

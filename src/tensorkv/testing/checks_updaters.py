@@ -183,6 +183,82 @@ def check_repeated_setting_keeps_state(maker: StoreMaker) -> None:
 
 
 @check()
+def check_options_as_they_are_keep_state(maker: StoreMaker) -> None:
+    """A setting that asks for what holds already keeps the state; so does the last call made again."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", full(0))
+        value = 0.0
+
+        def step(change: float, what: str) -> None:
+            nonlocal value
+            value -= change
+            kv.push("w", full(1))
+            same(kv.pull("w"), value, what)
+
+        kv.set_optimizer("sgd", lr=1.0, momentum=0.5)
+        step(1.0, "the first step")
+        kv.set_optimizer_options(lr=2.0)
+        kv.set_optimizer("sgd", lr=2.0, momentum=0.5)
+        step(3.0, "options that hold already: kept")
+        kv.set_optimizer_options(lr=4.0)
+        kv.set_optimizer("sgd", lr=2.0, momentum=0.5)
+        step(3.5, "the last call again: kept, with its options")
+        kv.set_optimizer("sgd", lr=1.0, momentum=0.5)
+        step(1.0, "the first call again, which is not the last one: fresh")
+        kv.set_optimizer("sgd", lr=1.0, momentum=0.5, dampening=0.0)
+        step(1.5, "a default written out: kept")
+        kv.set_optimizer_options(momentum=0.0)
+        kv.set_optimizer("sgd", lr=1.0)
+        step(1.0, "momentum stays 0, as was asked for")
+        kv.set_optimizer_options(momentum=0.5)
+        kv.set_optimizer("sgd", lr=1.0)
+        step(1.0, "the last call again: no momentum")
+        kv.set_updater("add")
+        kv.set_optimizer("sgd", lr=1.0, momentum=0.5)
+        step(1.0, "after another updater: fresh")
+
+    in_one(maker, work)
+
+
+@check()
+def check_each_key_keeps_its_own_state(maker: StoreMaker) -> None:
+    """Whether a setting keeps the state is decided for each key by what holds for that key."""
+
+    def work(kv: KVStore) -> None:
+        kv.init(["a", "b"], [full(0), full(0)])
+        values = {"a": 0.0, "b": 0.0}
+
+        def step(a: float, b: float, what: str) -> None:
+            values["a"] -= a
+            values["b"] -= b
+            kv.push(["a", "b"], [full(1), full(1)])
+            for key, value in values.items():
+                same(kv.pull(key), value, f"{key}, {what}")
+
+        kv.set_optimizer("sgd", lr=1.0, momentum=0.5)
+        step(1.0, 1.0, "the first step")
+        kv.set_optimizer_options(keys=["b"], lr=2.0)
+        kv.set_optimizer("sgd", lr=2.0, momentum=0.5)
+        step(2.0, 3.0, "one set for both: only b had it")
+        kv.set_optimizer("sgd", keys=["b"], lr=2.0, momentum=0.5)
+        step(3.0, 3.5, "set for b again")
+        kv.set_updater("add")
+        kv.set_optimizer("sgd", lr=2.0, momentum=0.5)
+        kv.set_updater("add")
+        kv.set_optimizer("sgd", keys=["a"], lr=1.0, momentum=0.5)
+        kv.set_optimizer("sgd", keys=["b"], lr=1.0, momentum=0.5)
+        step(1.0, 1.0, "after another updater")
+        kv.set_optimizer("adagrad", keys=["a"], lr=0.0)
+        kv.set_optimizer("sgd", keys=["a"], lr=1.0, momentum=0.5)
+        step(1.0, 1.5, "a had another optimizer between")
+        kv.set_optimizer("sgd", lr=1.0, momentum=0.5)
+        step(1.5, 1.75, "the same for all keys")
+
+    in_one(maker, work)
+
+
+@check()
 def check_updater_error(maker: StoreMaker) -> None:
     """An updater that raises: told once, with its traceback; the value is as before, the round counts."""
 
