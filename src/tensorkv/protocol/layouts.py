@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from tensorkv.errors import InvalidValue, ProtocolError
 from tensorkv.protocol.rounds import Index
 from tensorkv.protocol.slots import Slot
 from tensorkv.updater import Assign, Setting
+
+if TYPE_CHECKING:
+    from tensorkv.protocol.lockstep import Lockstep
 
 
 def sent_dtype(name: str) -> torch.dtype:
@@ -96,6 +99,8 @@ class Layout:
         self.index: Index = np.array([each.index for each in slices], np.int64)
         self.position = {each.index: number for number, each in enumerate(slices)}
         self.runs = self._find_runs()
+        self.lockstep: Lockstep | None = None  # set and ended by the shard
+        self.may_lockstep = True
         self._settings_epoch = -1
         self._all_assign = False
 
@@ -130,7 +135,8 @@ class Chunk:
 
     `slice_ids` and `lengths` are those the worker named; the layout holds what still exists of them.
     `dtype` is the pushed one, `absent` means that no bytes come. `counts` and `numbers` (positions in the
-    whole plan) stand per slice of the layout.
+    whole plan) stand per slice of the layout; `plain` tells that all counts are
+    equal and no slice is gone.
     """
 
     slice_ids: list[int]
@@ -142,6 +148,7 @@ class Chunk:
     layout: Layout
     counts: list[int]
     numbers: list[int]
+    plain: bool = True
 
     @property
     def payload_bytes(self) -> int:

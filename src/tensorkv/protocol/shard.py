@@ -30,6 +30,7 @@ from tensorkv.errors import (
 )
 from tensorkv.protocol.commits import CommitGather, all_finite, clip_factor, sum_squares
 from tensorkv.protocol.layouts import Chunk, Contribution, Layout, Slice, sent_dtype
+from tensorkv.protocol.lockstep import MIN_ROUNDS, Lockstep, is_at_rest
 from tensorkv.protocol.rounds import Index, Rounds
 from tensorkv.protocol.schedule import LoadUpdater, SettingSchedule
 from tensorkv.protocol.slots import BufferPool, Lease, SlotAllocator
@@ -111,6 +112,7 @@ class StoreShard:
         self._merge_waits: list[_PendingMerge] = []
         self._commit: CommitGather = CommitGather(1)
         self._settings_epoch = 0
+        self._locksteps: dict[int, Lockstep] = {}  # by slice index
 
     # ---- keys ------------------------------------------------------------------------------------
 
@@ -147,6 +149,7 @@ class StoreShard:
 
     def delete_slices(self, worker: int, message: m.DeleteSlices) -> None:
         """Drop slices, their open rounds, and the calls that wait for them."""
+        self.general()
         text = f"key {message.key!r} was deleted by rank {message.rank}"
         gone: set[int] = set()
         for slice_id in message.slice_ids:
@@ -236,6 +239,7 @@ class StoreShard:
         if layout is None:
             layout = self._layouts[name] = Layout(slices, lows)
         chunk.layout = layout
+        chunk.plain = len(set(chunk.counts)) <= 1 and len(slices) == len(chunk.slice_ids)
 
     def drop_plan(self, worker: int, message: m.DropPlan) -> None:
         """Forget a plan."""
@@ -262,6 +266,12 @@ class StoreShard:
         """Take in a worker's contribution; `payload` is uint8, from the pool, and now the shard's."""
         chunk = self.chunk(worker, message.plan, message.chunk)
         layout = chunk.layout
+        lockstep = layout.lockstep or self._begin_lockstep(layout)
+        if lockstep is not None:
+            if message.apply and chunk.plain and lockstep.open[worker] is None:
+                self._push_in_lockstep(lockstep, worker, message, chunk, payload)
+                return
+            self._end_lockstep(lockstep)
         if not self.is_async:
             self._check_may_push(worker, layout)
         if not message.reply:  # else the reply tells
@@ -270,18 +280,7 @@ class StoreShard:
             self._pool.give(payload)
             self._answer_push(worker, message, chunk)
             return
-        contribution = Contribution(
-            number=self._next_contribution,
-            worker=worker,
-            layout=layout,
-            dtype=chunk.dtype,
-            absent=chunk.absent,
-            counts=chunk.counts,
-            buffer=payload,
-            apply=message.apply,
-            live=len(layout.slices),
-        )
-        self._next_contribution += 1
+        contribution = self._contribution(worker, chunk, payload, message.apply)
         self._contributions[contribution.number] = contribution
         self._holder[worker, layout.index] = contribution.number
         if self.is_async:
@@ -290,6 +289,20 @@ class StoreShard:
         else:
             self._merge(self.rounds.push(worker, layout.index))
         self._answer_push(worker, message, chunk)
+
+    def _contribution(self, worker: int, chunk: Chunk, payload: torch.Tensor, apply: bool) -> Contribution:
+        self._next_contribution += 1
+        return Contribution(
+            number=self._next_contribution,
+            worker=worker,
+            layout=chunk.layout,
+            dtype=chunk.dtype,
+            absent=chunk.absent,
+            counts=chunk.counts,
+            buffer=payload,
+            apply=apply,
+            live=len(chunk.layout.slices),
+        )
 
     def _check_may_push(self, worker: int, layout: Layout) -> None:
         if not self.rounds.may_push(worker, layout.index).all():
@@ -358,6 +371,70 @@ class StoreShard:
         self._release(slices)
         self._answer_pulls()
 
+    # ---- lockstep --------------------------------------------------------------------------------
+
+    def _begin_lockstep(self, layout: Layout) -> Lockstep | None:
+        """Take up lockstep for a layout that is at rest and whose slices are all ASSIGN, if it may."""
+        if (
+            self.is_async
+            or not layout.may_lockstep
+            or not layout.slices
+            or self.schedule.has_pending
+            or self._locksteps.keys() & layout.position.keys()
+            or not layout.all_assign(self._settings_epoch)
+            or not is_at_rest(layout, self.rounds)
+        ):
+            self._end_locksteps_of(layout)
+            return None
+        lockstep = layout.lockstep = Lockstep(layout, self.rounds.num_workers)
+        self._locksteps.update(dict.fromkeys(layout.position, lockstep))
+        return lockstep
+
+    def _push_in_lockstep(
+        self, lockstep: Lockstep, worker: int, message: m.Push, chunk: Chunk, payload: torch.Tensor
+    ) -> None:
+        last = lockstep.add(self._contribution(worker, chunk, payload, True))
+        if message.reply:
+            lockstep.pulls.append((worker, message.reply, message.chunk))
+        if not last:
+            return
+        contributions = lockstep.take()
+        lockstep.version += self._assign_runs(chunk.layout, contributions)
+        for each in contributions:
+            self._pool.give(each.buffer)
+        pulls, lockstep.pulls = lockstep.pulls, []
+        for worker, request, number in pulls:
+            self._send_chunk(worker, request, number, chunk.layout)
+
+    def _end_lockstep(self, lockstep: Lockstep) -> None:
+        """Write a lockstep back to the arrays; what follows takes the general way."""
+        layout = lockstep.layout
+        layout.lockstep = None
+        for index in layout.position:
+            del self._locksteps[index]
+        lockstep.write_back(self.rounds, self._holder)
+        for contribution in lockstep.open:
+            if contribution is not None:
+                self._contributions[contribution.number] = contribution
+        for worker, request, number in lockstep.pulls:
+            need = self.rounds.pushed[worker, layout.index]
+            self._pulls.append(_PendingPull(worker, request, number, layout, need))
+
+    def _end_locksteps_of(self, layout: Layout) -> None:
+        """End the locksteps that share slices with a layout: another list of keys has come."""
+        if self._locksteps:
+            for index in layout.position:
+                lockstep = self._locksteps.get(index)
+                if lockstep is not None:
+                    if lockstep.round < MIN_ROUNDS:
+                        lockstep.layout.may_lockstep = False
+                    self._end_lockstep(lockstep)
+
+    def general(self) -> None:
+        """End all locksteps, before anything but a push or a pull of a whole plan."""
+        while self._locksteps:
+            self._end_lockstep(next(iter(self._locksteps.values())))
+
     # ---- apply -----------------------------------------------------------------------------------
 
     def _apply(self, slices: Index, workers: Sequence[int]) -> None:
@@ -399,26 +476,34 @@ class StoreShard:
 
     def _apply_chunk(self, layout: Layout, contributions: list[Contribution]) -> None:
         """The common case: whole runs of memory are added, and all slices updated in one call."""
+        if layout.all_assign(self._settings_epoch):
+            self.rounds.version[layout.index] += self._assign_runs(layout, contributions)
+            return
         present = [each for each in contributions if not each.absent]
         if not present:
             return
         divisor = sum(each.counts[0] for each in present) if self.mean else 1
-        dtype = layout.slices[0].dtype
-        if layout.all_assign(self._settings_epoch):
-            for run in layout.runs:
-                run.slot.make_writable()
-                parts = [each.elements(run.low, run.high) for each in present]
-                add_up(parts, dtype, divisor, run.stored)
-            self.rounds.version[layout.index] += 1
-            return
         stop = layout.bounds(len(layout.slices) - 1)[1]
-        total = add_up([each.elements(0, stop) for each in present], dtype, divisor)
+        total = add_up([each.elements(0, stop) for each in present], layout.slices[0].dtype, divisor)
         self._update(
             [
                 (each, total[low : low + each.num_elems])
                 for low, each in zip(layout.lows, layout.slices, strict=True)
             ]
         )
+
+    def _assign_runs(self, layout: Layout, contributions: list[Contribution]) -> int:
+        """Add whole runs straight into the stored values; return the updates, 0 if all are absent."""
+        present = [each for each in contributions if not each.absent]
+        if not present:
+            return 0
+        divisor = sum(each.counts[0] for each in present) if self.mean else 1
+        dtype = layout.slices[0].dtype
+        for run in layout.runs:
+            run.slot.make_writable()
+            parts = [each.elements(run.low, run.high) for each in present]
+            add_up(parts, dtype, divisor, run.stored)
+        return 1
 
     def _apply_each(self, slices: Index, workers: Sequence[int]) -> None:
         """The general case: every slice on its own, whatever chunks its contributions came in."""
@@ -492,10 +577,18 @@ class StoreShard:
             self._pull_chunk(worker, message.request, number, chunk.layout)
 
     def _pull_chunk(self, worker: int, request: int, number: int, layout: Layout) -> None:
+        lockstep = layout.lockstep
+        if lockstep is not None:
+            if lockstep.open[worker] is None:
+                self._send_chunk(worker, request, number, layout)
+            else:
+                lockstep.pulls.append((worker, request, number))
+            return
+        self._end_locksteps_of(layout)
         need = self.rounds.pushed[worker, layout.index]
         pull = _PendingPull(worker, request, number, layout, need)
         if self.is_async or self._is_ready(pull):
-            self._send_chunk(pull)
+            self._send_chunk(worker, request, number, layout)
         else:
             self._pulls.append(pull)
 
@@ -508,17 +601,18 @@ class StoreShard:
             if ready:
                 self._pulls = [pull for pull in self._pulls if not self._is_ready(pull)]
                 for pull in ready:
-                    self._send_chunk(pull)
+                    self._send_chunk(pull.worker, pull.request, pull.chunk, pull.layout)
 
-    def _send_chunk(self, pull: _PendingPull) -> None:
-        leases = [run.slot.lease for run in pull.layout.runs]
+    def _send_chunk(self, worker: int, request: int, number: int, layout: Layout) -> None:
+        leases = [run.slot.lease for run in layout.runs]
         for lease in leases:
             lease.readers += 1
-        payload = [run.stored for run in pull.layout.runs]
-        self.out.append(Outgoing(pull.worker, m.Data(pull.request, pull.chunk), payload, leases))
+        payload = [run.stored for run in layout.runs]
+        self.out.append(Outgoing(worker, m.Data(request, number), payload, leases))
 
     def wait_merged(self, worker: int, message: m.WaitMerged) -> None:
         """Tell, as it happens, which slices of a plan have this worker's last push merged."""
+        self.general()
         chunks = self._plans.get((worker, message.plan), [])
         if self._refuse_gone(worker, message.request, chunks):
             return
@@ -552,6 +646,7 @@ class StoreShard:
 
     def activate_setting(self, worker: int, message: m.ActivateSetting) -> None:
         """From this worker's next push of each key on the prepared setting holds."""
+        self.general()
         pushed = self.rounds.applied if self.is_async else self.rounds.pushed[worker]
         self.schedule.activate(
             message.number,
@@ -578,6 +673,7 @@ class StoreShard:
 
     def commit(self, worker: int, message: m.Commit) -> None:
         """A worker asks to commit what it pushed with apply=False."""
+        self.general()
         mine = [index for index in self._slices if self._uncommitted(worker, index)]
         self._commit.add(worker, message, {index: int(self._holder[worker, index]) for index in mine})
         self._check_commit()
@@ -627,6 +723,7 @@ class StoreShard:
 
     def decide_commit(self, decision: m.CommitDecision) -> None:
         """All servers are ready: apply, skip, or refuse."""
+        self.general()
         gather = self._commit
         if decision.number != gather.number or not gather.reported:
             raise ProtocolError(f"commit {decision.number} was decided, but {gather.number} is under way")
@@ -661,6 +758,7 @@ class StoreShard:
 
     def info(self, worker: int, message: m.AskInfo) -> None:
         """Tell rounds and versions."""
+        self.general()
         found = [self._index_of.get(slice_id, -1) for slice_id in message.slice_ids]
         rounds = [int(self.rounds.applied[i]) if i >= 0 else -1 for i in found]
         versions = [int(self.rounds.version[i]) if i >= 0 else -1 for i in found]
@@ -670,6 +768,7 @@ class StoreShard:
 
     def leave(self, worker: int) -> None:
         """A worker is gone for good: its pushes count, but what it has not asked to commit is dropped."""
+        self.general()
         self._pulls = [pull for pull in self._pulls if pull.worker != worker]
         self._merge_waits = [wait for wait in self._merge_waits if wait.worker != worker]
         self._plans = {name: plan for name, plan in self._plans.items() if name[0] != worker}
@@ -692,10 +791,12 @@ class StoreShard:
 
     def end(self) -> None:
         """All have left: give back what is still here."""
+        self.general()
         self._release(np.fromiter(self._slices, np.int64, len(self._slices)))
 
     def waiting(self, worker: int, message: m.AskWaiting) -> None:
         """Tell whom a request of this worker waits for."""
+        self.general()
         ranks, where = self._missing(worker, message.request)
         self._reply(worker, m.Waiting(message.request, ranks, where))
 
