@@ -155,7 +155,7 @@ class Bench:
     def decide(self, ready: m.CommitReady) -> list[Outgoing]:
         """Decide as the scheduler of a job with one server does."""
         apply = ready.error is None and ready.finite and not ready.skip
-        norm = ready.sum_squares**0.5
+        norm = total_norm(ready.norms)
         return self.state.decide_commit(m.CommitDecision(STORE, ready.number, apply, norm, ready.error))
 
     def info(self, worker: int, ids: Sequence[int]) -> m.Info:
@@ -218,6 +218,7 @@ class Tools:
     """What the tests of this folder share."""
 
     Bench = Bench
+    CheckedPool = CheckedPool
     settle = staticmethod(settle)
     dense = staticmethod(dense)
     absent = staticmethod(absent)

@@ -1,0 +1,974 @@
+"""Whole jobs as pure state machines: whatever the interleaving, the results are those of a dictionary.
+
+Workers run small programs against two ServerStates and one Membership. Each connection is a queue, in
+each direction; hypothesis chooses what moves next: a queue delivers its first message, or a worker
+goes on. The model runs the same programs one after the other, as far as they go without waiting for
+somebody; how far that is, and every value, must be the same, bit by bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tensorkv.arrays import dtype_name
+from tensorkv.protocol.membership import Membership
+from tensorkv.protocol.serverstate import ServerState
+from tensorkv.protocol.shard import SCHEDULER
+from tensorkv.updater import build
+from tensorkv.updaterspec import UpdaterSpec
+from tensorkv.wire import messages as m
+
+NUM_SERVERS = 2
+SHAPES = {"a": (5,), "big": (7, 6), "one": (), "none": (0, 3), "held": (3,), "wide": (40,)}
+HELD = ("held", "wide")  # always pushed with apply=False, the others never
+BOUND_BYTES = 64  # "big" and "wide" are sliced over both servers
+
+Condition = Callable[[], bool]
+Program = list[tuple[Any, ...]]
+
+
+def mix(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+    stored.mul_(0.5).add_(pushed)
+
+
+def picky(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+    if pushed.isnan().any():
+        raise ValueError("not a number")
+    stored.sub_(pushed)
+
+
+def assign(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+    stored.copy_(pushed)
+
+
+def add(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+    stored.add_(pushed)
+
+
+FUNCTIONS = {"assign": assign, "add": add, "mix": mix, "picky": picky}
+
+
+def spec_of(name: str) -> UpdaterSpec:
+    return UpdaterSpec(type="named" if name in ("assign", "add") else "function", name=name)
+
+
+def value_of(key: str, rank: int, step: int, nan: bool = False) -> torch.Tensor:
+    """What a worker pushes: floats whose sum depends on the order."""
+    generator = torch.Generator().manual_seed(hash((sorted(SHAPES).index(key), rank, step)) % (1 << 31))
+    value = torch.randn(SHAPES[key], generator=generator) * 10 ** (step % 5)
+    return value * float("nan") if nan else value
+
+
+def start_of(key: str) -> torch.Tensor:
+    return torch.arange(float(torch.Size(SHAPES[key]).numel())).view(SHAPES[key])
+
+
+# ---- the model -------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelPush:
+    value: torch.Tensor | None
+    count: int
+
+
+@dataclass
+class ModelKey:
+    """A key: its value after each round, and what each rank pushed from the first round on."""
+
+    values: list[torch.Tensor]
+    pushes: list[list[ModelPush]]
+    version: int = 0
+    faults: set[int] = field(default_factory=set)
+
+    @property
+    def applied(self) -> int:
+        return len(self.values) - 1
+
+
+class Model:
+    """The programs, run one after the other as far as they go."""
+
+    def __init__(self, programs: list[Program], mean: bool) -> None:
+        self.mean = mean
+        self.ranks = range(len(programs))
+        self.keys = {key: ModelKey([start_of(key)], [[] for _ in self.ranks]) for key in SHAPES}
+        self.left: set[int] = set()
+        self.settings: list[tuple[str, tuple[str, ...] | None, dict[str, int]]] = []
+        self.asked: dict[int, dict[int, tuple[Any, ...]]] = defaultdict(dict)
+        self.decided: list[str] = []
+        self.uncommitted: list[set[str]] = [set() for _ in self.ranks]
+        self.results: list[list[Any]] = [[] for _ in self.ranks]
+        running = {rank: self.run(rank, program) for rank, program in enumerate(programs)}
+        waiting: dict[int, Condition] = dict.fromkeys(running, lambda: True)
+        while ready := [rank for rank, condition in waiting.items() if condition()]:
+            for rank in ready:
+                condition = next(running[rank], None)
+                if condition is None:
+                    del waiting[rank]
+                else:
+                    waiting[rank] = condition
+                self.advance()
+
+    def run(self, rank: int, program: Program) -> Generator[Condition, None, None]:
+        results, unpulled, commits, made = self.results[rank], set(), 0, 0  # type: ignore[var-annotated]
+        for kind, *op in program:
+            if kind in ("push", "pull") and self.uncommitted[rank] & set(op[0]):
+                results.append("uncommitted")
+                continue
+            if kind == "push":
+                keys, step, apply, nan, absent, count, reply = op
+                free = [key for key in keys if key not in unpulled]
+                late = [key for key in keys if key in unpulled]
+                for part in (free, late):
+                    if part is late and late:
+                        yield lambda late=late: all(self.merged(key, rank) for key in late)
+                    for key in part:
+                        value = None if key in absent else value_of(key, rank, step, nan)
+                        self.keys[key].pushes[rank].append(ModelPush(value, count))
+                        unpulled.add(key)
+                        if not apply:
+                            self.uncommitted[rank].add(key)
+                if not reply:
+                    continue
+            if kind in ("push", "pull"):
+                yield lambda keys=op[0]: all(self.done(key, rank) for key in keys)
+                results.append([self.keys[key].values[len(self.keys[key].pushes[rank])] for key in op[0]])
+                unpulled -= set(op[0])
+            elif kind == "commit":
+                self.asked[commits][rank] = (*op, frozenset(self.uncommitted[rank]))
+                commits += 1
+                yield lambda commits=commits: len(self.decided) >= commits
+                results.append(self.decided[commits - 1])
+            elif kind == "set":
+                if rank == 0:
+                    first = {key: len(each.pushes[0]) + 1 for key, each in self.keys.items()}
+                    self.settings.append((*op, first))  # type: ignore[arg-type]
+                made += 1
+                yield lambda made=made: len(self.settings) >= made
+        for key in self.uncommitted[rank]:
+            self.keys[key].pushes[rank].pop()
+        self.left.add(rank)
+
+    def merged(self, key: str, rank: int) -> bool:
+        pushes = self.keys[key].pushes
+        return all(r in self.left or len(pushes[r]) >= len(pushes[rank]) for r in self.ranks)
+
+    def done(self, key: str, rank: int) -> bool:
+        return self.keys[key].applied >= len(self.keys[key].pushes[rank])
+
+    def advance(self) -> None:
+        for key in SHAPES:
+            while key not in HELD and self.complete(key):
+                self.apply(key)
+        asked = self.asked[len(self.decided)]
+        if asked and all(rank in self.left or rank in asked for rank in self.ranks):
+            self.decide(list(asked.values()))
+
+    def complete(self, key: str) -> bool:
+        each = self.keys[key]
+        lengths = [len(pushes) > each.applied for pushes in each.pushes]
+        return any(lengths) and all(there or rank in self.left for rank, there in enumerate(lengths))
+
+    def decide(self, asked: list[tuple[Any, ...]]) -> None:
+        if len({(max_norm, keys) for max_norm, _, keys in asked}) > 1:
+            self.decided.append("refused")
+            return
+        skip = any(skip for _, skip, _ in asked)
+        for key in asked[0][2]:
+            self.apply(key, skip)
+        for rank in self.asked[len(self.decided)]:
+            self.uncommitted[rank].clear()
+        self.decided.append("skipped" if skip else "applied")
+
+    def apply(self, key: str, skip: bool = False) -> None:
+        each = self.keys[key]
+        number = each.applied + 1
+        parts = [pushes[number - 1] for pushes in each.pushes if len(pushes) >= number]
+        present = [part for part in parts if part.value is not None]
+        value = each.values[-1].clone()
+        if present and not skip:
+            total = present[0].value.clone()  # type: ignore[union-attr]
+            for part in present[1:]:
+                total += part.value
+            divisor = sum(part.count for part in present)
+            if self.mean and divisor != 1:
+                total /= divisor
+            try:
+                FUNCTIONS[self.updater(key, number)](key, total, value)
+                each.version += 1
+            except ValueError:
+                value = each.values[-1]
+                each.faults.add(number)
+        each.values.append(value)
+
+    def updater(self, key: str, number: int) -> str:
+        found = "assign"
+        for name, keys, first in self.settings:
+            if first[key] <= number and (keys is None or key in keys):
+                found = name
+        return found
+
+
+# ---- the job ---------------------------------------------------------------------------------------
+
+
+class Job:
+    """Two servers, a scheduler and the workers, with a queue for each direction of each connection."""
+
+    def __init__(self, t: Any, programs: list[Program], chunk_slices: list[int], **store: bool) -> None:
+        self.store = {"is_async": False, "mean": False, **store}
+        self.settle = t.settle
+        self.value_of = value_of
+        self.pools = [t.CheckedPool() for _ in range(NUM_SERVERS)]
+        self.states = [ServerState(len(programs), pool, self.load) for pool in self.pools]
+        self.membership = Membership(len(programs), NUM_SERVERS, BOUND_BYTES)
+        self.queues: dict[tuple[Any, ...], deque[Any]] = defaultdict(deque)
+        for rank in range(NUM_SERVERS):
+            self.membership.handle("server", rank, m.Register("host", rank, "host", rank))
+        for rank in range(len(programs)):
+            self.membership.handle("worker", rank, m.Register("host", 0, "host", rank))
+        self.membership.out.clear()
+        self.workers = [
+            Worker(self, rank, program, chunk_slices[rank]) for rank, program in enumerate(programs)
+        ]
+        self.shards: list[Any] = []
+        self.leases: list[Any] = []
+        self.crashed: set[int] = set()
+
+    def load(self, record: m.SettingRecord) -> Any:
+        assert record.updater is not None
+        return build(record.updater, FUNCTIONS[record.updater.name])
+
+    def run(self, choices: list[int], stop: int | None = None) -> None:
+        """Let everything move, in an order that the numbers choose, until nothing can."""
+        numbers = itertools.chain(choices, itertools.cycle((0, 1, 5, 3, 2)))
+        for step in itertools.count():
+            moves: list[Any] = [name for name, queue in self.queues.items() if queue]
+            moves += [worker for worker in self.workers if worker.ready()]
+            if not moves or step == stop:
+                return
+            move = moves[next(numbers) % len(moves)]
+            if isinstance(move, Worker):
+                move.go_on()
+            else:
+                self.deliver(move)
+
+    def deliver(self, name: tuple[Any, ...]) -> None:
+        source, rank, target, other = name
+        item = self.queues[name].popleft()
+        if target == "worker":
+            self.to_worker(other, (source, rank), item)
+        elif target == "scheduler":
+            self.membership.handle(source, rank, item)
+            for role, to_rank, message in self.membership.out:
+                self.queues["scheduler", 0, role, to_rank].append(self.over_the_wire(message))
+            self.membership.out.clear()
+        elif source == "scheduler":
+            self.from_scheduler(other, item)
+        else:
+            self.to_server(other, rank, *item)
+
+    def over_the_wire(self, message: Any) -> Any:
+        """Only what its codec can carry may travel."""
+        body = m.msgspec.msgpack.encode(message)
+        return m.msgspec.msgpack.decode(body, type=m.FromScheduler)
+
+    def to_server(self, server: int, worker: int, message: Any, tensors: list[torch.Tensor]) -> None:
+        state, pool = self.states[server], self.pools[server]
+        size_bytes = state.payload_bytes(worker, message)
+        buffer = pool.take(size_bytes)
+        data = b"".join(bytes(tensor.reshape(-1).view(torch.uint8).tolist()) for tensor in tensors)
+        assert len(data) == size_bytes
+        buffer[:size_bytes] = torch.tensor(list(data), dtype=torch.uint8)
+        is_push = isinstance(message, m.Push)
+        out = state.handle(worker, message, buffer if is_push else buffer[:size_bytes])
+        if not is_push:
+            pool.give(buffer)
+        if isinstance(message, m.OpenStore):
+            self.shards.append(state._stores[message.store])
+        self.send_out(server, out)
+
+    def from_scheduler(self, server: int, message: Any) -> None:
+        match message:
+            case m.CommitDecision():
+                self.send_out(server, self.states[server].decide_commit(message))
+            case m.Gone():
+                self.send_out(server, self.states[server].worker_gone(message.rank))
+            case m.Lost():
+                assert message.rank in self.crashed
+
+    def send_out(self, server: int, out: list[Any]) -> None:
+        for each in out:
+            self.leases += each.leases
+            if each.worker == SCHEDULER:
+                self.queues["server", server, "scheduler", 0].append(each.message)
+            elif each.worker in self.crashed:
+                self.settle([each])
+            else:
+                lent = [tensor.clone() for tensor in each.payload]
+                self.queues["server", server, "worker", each.worker].append((each, lent))
+
+    def to_worker(self, rank: int, source: tuple[str, int], item: Any) -> None:
+        if source[0] == "scheduler":
+            self.workers[rank].take(source, item, [])
+            return
+        out, lent = item
+        for tensor, as_it_was in zip(out.payload, lent, strict=True):
+            assert torch.equal(tensor.view(torch.uint8), as_it_was.view(torch.uint8)), (
+                "a lent slot was written"
+            )
+        self.workers[rank].take(source, out.message, [tensor.clone() for tensor in lent])
+        self.settle([out])
+
+    def crash(self, rank: int) -> None:
+        """A worker's process ends in the middle: its connections end, and what is under way is lost."""
+        self.crashed.add(rank)
+        self.workers[rank].end()
+        for name, queue in self.queues.items():
+            if name[2:] == ("worker", rank):
+                for item in queue:
+                    if name[0] == "server":
+                        self.settle([item[0]])
+                queue.clear()
+            if name[:2] == ("worker", rank):
+                while len(queue) > 1:
+                    queue.pop()
+        self.membership.disconnected("worker", rank, "its connection ended")
+        told = [(role, each) for role, each, message in self.membership.out if isinstance(message, m.Lost)]
+        everybody = [("server", s) for s in range(NUM_SERVERS)]
+        everybody += [("worker", w.rank) for w in self.workers if w.rank != rank]
+        said_goodbye = rank in self.membership._goodbyes
+        assert sorted(told) == ([] if said_goodbye else sorted(everybody))
+        self.membership.out.clear()
+
+    def check_nothing_is_left(self) -> None:
+        """All have left: no buffer, contribution, waiting call, lease or store is."""
+        assert all(pool.out == {} for pool in self.pools)
+        assert all(lease.readers == 0 for lease in self.leases)
+        assert [state._stores for state in self.states] == [{}] * NUM_SERVERS
+        assert [state._store_of_plan for state in self.states] == [{}] * NUM_SERVERS
+        for shard in self.shards:
+            shard.general()
+            assert not shard._contributions
+            assert not shard._holder.any()
+            assert not shard._pulls
+            assert not shard._merge_waits
+        assert self.membership.finished
+        assert not self.membership._stores
+        assert self.membership._placement.load_bytes == [0] * NUM_SERVERS
+
+    def info(self, shard: Any, each: Any) -> tuple[int, int]:
+        """Return round and version of a slice; those of a store that has ended are its last."""
+        members = [worker for worker, left in enumerate(shard.rounds.left) if not left]
+        if not members:
+            return shard.rounds.applied[each.index], shard.rounds.version[each.index]
+        state = next(state for state in self.states if shard in state._stores.values())
+        (out,) = state.handle(members[0], m.AskInfo(1, shard.store, [each.slice_id]))
+        return out.message.rounds[0], out.message.versions[0]
+
+    def slices(self, key: str) -> list[Any]:
+        """Return the stored slices of a key in element order, with the shard of each."""
+        shards = {id(shard): shard for shard in self.shards}.values()
+        for shard in shards:
+            shard.general()  # what is kept in lockstep is written to the arrays
+        found = [(each, shard) for shard in shards for each in shard._slices.values() if each.key == key]
+        return sorted(found, key=lambda pair: pair[0].start)
+
+
+class Worker:
+    """A worker that runs its program, one call after the other."""
+
+    def __init__(self, job: Job, rank: int, program: Program, chunk_slices: int) -> None:
+        self.job = job
+        self.rank = rank
+        self.chunk_slices = chunk_slices
+        self.results: list[Any] = []
+        self.faults: dict[int, set[int]] = defaultdict(set)  # slice id -> rounds
+        self.entries: dict[str, m.KeyEntry] = {}
+        self.uncommitted: dict[str, int] = {}  # key -> key id, as a deleted key may come again
+        self.unpulled: dict[str, int] = {}
+        self.plans: dict[Any, tuple[int, dict[int, list[list[tuple[str, m.SliceEntry]]]]]] = {}
+        self.numbers = itertools.count(1)
+        self.replies: dict[tuple[Any, int], list[Any]] = defaultdict(list)
+        self.number_of_store = 0
+        self.running = self.run(program)
+        self.condition: Condition | None = lambda: True
+
+    # ---- moving ----------------------------------------------------------------------------------
+
+    def ready(self) -> bool:
+        return self.condition is not None and self.condition()
+
+    def go_on(self) -> None:
+        self.condition = next(self.running, None)
+
+    def end(self) -> None:
+        self.running.close()
+        self.condition = None
+
+    def give_up(self) -> None:
+        """A deadline has passed: the program ends here, and the worker leaves in good order."""
+        self.running.close()
+        self.running = self.leave()
+        self.condition = lambda: True
+
+    def send(self, server: int, message: Any, *tensors: torch.Tensor) -> None:
+        body = m.msgspec.msgpack.encode(message)
+        decoded = m.msgspec.msgpack.decode(body, type=m.ToServer)
+        self.job.queues["worker", self.rank, "server", server].append((decoded, list(tensors)))
+
+    def tell(self, message: Any) -> None:
+        body = m.msgspec.msgpack.encode(message)
+        decoded = m.msgspec.msgpack.decode(body, type=m.ToScheduler)
+        self.job.queues["worker", self.rank, "scheduler", 0].append(decoded)
+
+    def take(self, source: tuple[str, int], message: Any, tensors: list[torch.Tensor]) -> None:
+        if isinstance(message, m.Fault):
+            for slice_id in message.slice_ids:
+                if message.name == "KeyDeleted":
+                    self.forget(slice_id)
+                    continue
+                assert message.round not in self.faults[slice_id], "a fault was told twice"
+                self.faults[slice_id].add(message.round)
+        elif not isinstance(message, m.Lost):
+            self.replies[source, message.request].append((message, tensors))
+
+    def ask(self, message: Callable[[int], Any]) -> Generator[Condition, None, Any]:
+        """Ask the scheduler, and return its answer."""
+        request = next(self.numbers)
+        self.tell(message(request))
+        name = (("scheduler", 0), request)
+        yield lambda: bool(self.replies[name])
+        return self.replies[name][0][0]
+
+    def ask_all(self, message: Callable[[int], Any]) -> Generator[Condition, None, list[Any]]:
+        """Ask every server, and return their answers."""
+        request = next(self.numbers)
+        for server in range(NUM_SERVERS):
+            self.send(server, message(request))
+        names = [(("server", server), request) for server in range(NUM_SERVERS)]
+        yield lambda: all(self.replies[name] for name in names)
+        return [self.replies[name][0][0] for name in names]
+
+    # ---- the program -----------------------------------------------------------------------------
+
+    def run(self, program: Program) -> Generator[Condition, None, None]:
+        yield from self.open()
+        for kind, *op in program:
+            yield from getattr(self, kind)(*op)
+        yield from self.leave()
+
+    def open(self) -> Generator[Condition, None, None]:
+        joined = yield from self.ask(lambda n: m.JoinStore(n, "default", "sync", "sum"))
+        self.number_of_store = joined.store
+        for server in range(NUM_SERVERS):
+            self.send(server, m.OpenStore(joined.store, "default", **self.job.store))
+        if self.rank % 2:
+            for key in reversed(SHAPES):  # not a list, and in another order
+                yield from self.init(key)
+        else:
+            yield from self.init(*SHAPES)
+
+    def init(self, *keys: str) -> Generator[Condition, None, None]:
+        specs = [m.KeySpec(key, SHAPES[key], "float32", 4, False) for key in keys]
+        reply = yield from self.ask(lambda n: m.ProposeInit(n, self.number_of_store, specs))
+        if isinstance(reply, m.Failed):
+            self.results.append(reply.name)
+            return
+        requests = []
+        for entry, lead in zip(reply.entries, reply.lead, strict=True):
+            for server in {each.server for each in entry.slices} if lead else ():
+                slices = [each for each in entry.slices if each.server == server]
+                request = next(self.numbers)
+                flat = start_of(str(entry.key)).reshape(-1)
+                self.send(
+                    server,
+                    m.InitSlices(request, self.number_of_store, entry.key, entry.shape, "float32", slices),
+                    *[flat[each.start : each.stop] for each in slices],
+                )
+                requests.append((("server", server), request))
+        yield lambda: all(self.replies[name] for name in requests)
+        led = [entry.key_id for entry, lead in zip(reply.entries, reply.lead, strict=True) if lead]
+        if led:
+            done = yield from self.ask(lambda n: m.ConcludeInit(n, self.number_of_store, led, None))
+            assert isinstance(done, m.Done)
+        self.entries.update({str(entry.key): entry for entry in reply.entries})
+
+    def plan(self, keys: list[str], absent: frozenset[str], count: int) -> tuple[int, Any]:
+        """Return the plan of a list of keys: for each server its chunks, and their slices."""
+        name = (tuple(self.entries[key].key_id for key in keys), absent, count)
+        if name in self.plans:
+            return self.plans[name]
+        number = next(self.numbers)
+        parts: dict[int, list[list[tuple[str, m.SliceEntry]]]] = defaultdict(list)
+        for key in keys:
+            for each in self.entries[key].slices:
+                chunks = parts[each.server]
+                last = chunks[-1] if chunks else None
+                if (
+                    last is None
+                    or len(last) >= self.chunk_slices
+                    or (last[0][0] in absent) != (key in absent)
+                ):
+                    chunks.append([])
+                chunks[-1].append((key, each))
+        for server, chunks in parts.items():
+            self.send(
+                server,
+                m.DefinePlan(
+                    self.number_of_store, number, [self.chunk_entry(chunk, absent, count) for chunk in chunks]
+                ),
+            )
+        self.plans[name] = (number, parts)
+        return self.plans[name]
+
+    def chunk_entry(self, chunk: list[Any], absent: frozenset[str], count: int) -> m.ChunkEntry:
+        is_absent = chunk[0][0] in absent
+        return m.ChunkEntry(
+            [each.slice_id for _, each in chunk],
+            [each.stop - each.start for _, each in chunk],
+            m.PayloadDescriptor("absent" if is_absent else "dense", dtype_name(torch.float32)),
+            [0 if is_absent else count] * len(chunk),
+        )
+
+    def push(
+        self,
+        keys: list[str],
+        step: int,
+        apply: bool,
+        nan: bool,
+        absent: frozenset[str],
+        count: int,
+        reply: bool,
+    ) -> Generator[Condition, None, None]:
+        if not (yield from self.may_use(keys)):
+            return
+        late = [key for key in keys if self.is_noted(self.unpulled, key) and not self.job.store["is_async"]]
+        free = [key for key in keys if key not in late]
+        request = next(self.numbers) if reply and not late else 0
+        values = {key: self.job.value_of(key, self.rank, step, nan) for key in keys}
+        self.push_part(free, values, apply, absent, count, request)
+        if late:
+            if not (yield from self.wait_merged(late)):
+                return
+            self.push_part(late, values, apply, absent, count, 0)
+        if request:
+            yield from self.receive(keys, self.plan(keys, absent, count), request)
+        elif reply:
+            yield from self.pull(keys)
+
+    def push_part(
+        self,
+        keys: list[str],
+        values: dict[str, torch.Tensor],
+        apply: bool,
+        absent: frozenset[str],
+        count: int,
+        request: int,
+    ) -> None:
+        if not keys:
+            return
+        number, parts = self.plan(keys, absent, count)
+        for server, chunks in parts.items():
+            for place, chunk in enumerate(chunks):
+                tensors = [
+                    values[key].reshape(-1)[each.start : each.stop]
+                    for key, each in chunk
+                    if key not in absent
+                ]
+                self.send(server, m.Push(number, place, apply, request), *tensors)
+        key_ids = {key: self.entries[key].key_id for key in keys}
+        self.unpulled |= key_ids
+        if not apply:
+            self.uncommitted |= key_ids
+
+    def wait_merged(self, keys: list[str]) -> Generator[Condition, None, bool]:
+        number, parts = self.plan(keys, frozenset(), 1)
+        request = next(self.numbers)
+        expected = {server: sum(map(len, chunks)) for server, chunks in parts.items()}
+        for server in parts:
+            self.send(server, m.WaitMerged(number, request))
+
+        def answers(server: int) -> list[Any]:
+            return [message for message, _ in self.replies[("server", server), request]]
+
+        def done(server: int) -> bool:
+            found = answers(server)
+            if any(isinstance(message, m.Failed) for message in found):
+                return True
+            told = [position for message in found for position in message.positions]
+            assert len(set(told)) == len(told)
+            return len(told) == expected[server]
+
+        yield lambda: all(done(server) for server in parts)
+        failed = [each for server in parts for each in answers(server) if isinstance(each, m.Failed)]
+        if failed:
+            self.deleted(keys, failed[0])
+        return not failed
+
+    def pull(self, keys: list[str]) -> Generator[Condition, None, None]:
+        if not (yield from self.may_use(keys)):
+            return
+        plan = self.plan(keys, frozenset(), 1)
+        request = next(self.numbers)
+        for server in plan[1]:
+            self.send(server, m.Pull(plan[0], request))
+        yield from self.receive(keys, plan, request)
+
+    def receive(self, keys: list[str], plan: Any, request: int) -> Generator[Condition, None, None]:
+        """Wait for the chunks of a pull, and note the values, flat parts put together again."""
+        _, parts = plan
+
+        def done(server: int) -> bool:
+            found = [message for message, _ in self.replies[("server", server), request]]
+            if any(isinstance(message, m.Failed) for message in found):
+                return True
+            assert len({message.chunk for message in found}) == len(found)
+            return len(found) == len(parts[server])
+
+        yield lambda: all(done(server) for server in parts)
+        flats = {key: torch.full((torch.Size(SHAPES[key]).numel(),), float("nan")) for key in keys}
+        for server, chunks in parts.items():
+            for message, tensors in self.replies[("server", server), request]:
+                if isinstance(message, m.Failed):
+                    self.deleted(keys, message)
+                    return
+                data = torch.cat([tensor.reshape(-1) for tensor in tensors])
+                lengths = [each.stop - each.start for _, each in chunks[message.chunk]]
+                for (key, each), piece in zip(chunks[message.chunk], data.split(lengths), strict=True):
+                    flats[key][each.start : each.stop] = piece
+        for key in keys:
+            self.unpulled.pop(key, None)
+        self.results.append([flats[key].view(SHAPES[key]) for key in keys])
+
+    def may_use(self, keys: list[str]) -> Generator[Condition, None, bool]:
+        """Ask about keys this worker does not know; note why they cannot be used."""
+        unknown: list[m.Key] = [key for key in keys if key not in self.entries]
+        if unknown:
+            reply = yield from self.ask(lambda n: m.Lookup(n, self.number_of_store, unknown))
+            if isinstance(reply, m.Failed):
+                self.results.append(reply.name)
+                return False
+            self.entries.update({str(entry.key): entry for entry in reply.entries})
+        if any(self.is_noted(self.uncommitted, key) for key in keys):
+            self.results.append("uncommitted")
+            return False
+        return True
+
+    def is_noted(self, table: dict[str, int], key: str) -> bool:
+        return table.get(key) == self.entries[key].key_id
+
+    def forget(self, slice_id: int) -> None:
+        """The key of a slice is deleted."""
+        for key, entry in list(self.entries.items()):
+            if any(each.slice_id == slice_id for each in entry.slices):
+                del self.entries[key]
+
+    def deleted(self, keys: list[str], failed: m.Failed) -> None:
+        """One of these keys is deleted; which, the next call asks."""
+        assert failed.name == "KeyDeleted", failed
+        self.results.append("deleted")
+        for key in keys:
+            self.entries.pop(key, None)
+
+    def commit(self, max_norm: float | None, skip: bool) -> Generator[Condition, None, None]:
+        replies = yield from self.ask_all(lambda n: m.Commit(n, self.number_of_store, max_norm, skip, False))
+        assert len({type(reply) for reply in replies}) == 1, "the servers disagree on a commit"
+        if isinstance(replies[0], m.Failed):
+            self.results.append("refused")
+            return
+        assert len({reply.applied for reply in replies}) == 1
+        for key in self.uncommitted:
+            self.unpulled.pop(key, None)
+        self.uncommitted.clear()
+        self.results.append("applied" if replies[0].applied else "skipped")
+
+    def set(self, name: str, keys: tuple[str, ...] | None) -> Generator[Condition, None, None]:
+        record = m.SettingRecord(keys, updater=spec_of(name))
+        reply = yield from self.ask(lambda n: m.ProposeSetting(n, self.number_of_store, record))
+        assert isinstance(reply, m.SettingReply), reply
+        if not reply.lead:
+            return
+        done = yield from self.ask_all(
+            lambda n: m.PrepareSetting(n, self.number_of_store, reply.number, record)
+        )
+        assert all(isinstance(each, m.Done) for each in done)
+        for server in range(NUM_SERVERS):
+            self.send(server, m.ActivateSetting(self.number_of_store, reply.number))
+        if self.job.store["is_async"]:  # where a setting holds at once, others must not come before it
+            yield from self.ask_all(lambda n: m.Flush(n, self.number_of_store))
+        number = reply.number
+        done = yield from self.ask(lambda n: m.ConcludeSetting(n, self.number_of_store, number, None))
+        assert isinstance(done, m.Done)
+
+    def delete(self, key: str) -> Generator[Condition, None, None]:
+        entry = self.entries.get(key)
+        if entry is None:
+            return
+        reply = yield from self.ask(lambda n: m.DeleteKeys(n, self.number_of_store, [(key, entry.key_id)]))
+        for gone in reply.entries:
+            ids = [each.slice_id for each in gone.slices]
+            yield from self.ask_all(
+                lambda n, ids=ids: m.DeleteSlices(n, self.number_of_store, key, self.rank, ids)
+            )
+        if self.entries.get(key) is entry:
+            del self.entries[key]
+
+    def leave(self) -> Generator[Condition, None, None]:
+        if self.number_of_store:
+            yield from self.ask_all(lambda n: m.Leave(n, self.number_of_store))
+            yield from self.ask(lambda n: m.LeaveStore(n, self.number_of_store))
+        self.tell(m.Goodbye())
+
+
+# ---- programs --------------------------------------------------------------------------------------
+
+
+@st.composite
+def programs(draw: st.DrawFn, with_settings: bool = True) -> list[Program]:
+    """A script of steps that workers follow more or less: they skip some, and end when they like."""
+    num_workers = draw(st.integers(1, 3))
+    length = draw(st.integers(1, 7))
+    found: list[Program] = [[] for _ in range(num_workers)]
+    ends = [draw(st.integers(0, length)) if draw(st.integers(0, 3)) == 0 else length for _ in found]
+    num_settings = 0
+    for step in range(length):
+        kind = draw(st.sampled_from(["push", "push", "push", "held", "commit", "pull", "pull", "set"]))
+        chosen = draw(
+            st.sets(
+                st.sampled_from(HELD if kind == "held" else [k for k in SHAPES if k not in HELD]), min_size=1
+            )
+        )
+        setting = (
+            draw(st.sampled_from(["assign", "add", "mix", "picky"])),
+            draw(st.sampled_from([None, ("a",), ("big", "held")])),
+        )
+        if kind == "set" and (not with_settings or step >= ends[0]):
+            continue
+        num_settings += kind == "set"
+        for rank, program in enumerate(found):
+            if step >= ends[rank] or (kind != "set" and draw(st.integers(0, 9)) == 0):
+                continue
+            keys = draw(st.permutations(sorted(chosen)))
+            if kind in ("push", "held"):
+                program += draw(pushes(keys, step, kind == "push"))
+                if kind == "held" and draw(st.integers(0, 3)):
+                    program.append(("commit", None, False))
+            elif kind == "pull":
+                program.append(("pull", keys))
+            elif kind == "commit":
+                odd = draw(st.integers(0, 9)) == 0
+                program.append(("commit", 1e30 if odd else None, draw(st.integers(0, 5)) == 0))
+            elif rank == 0 or (
+                draw(st.booleans()) and sum(op[0] == "set" for op in program) == num_settings - 1
+            ):
+                program.append(("set", *setting))
+    return found
+
+
+@st.composite
+def pushes(draw: st.DrawFn, keys: list[str], step: int, apply: bool) -> Program:
+    """One push of a list, or its keys one by one."""
+    parts = [keys] if draw(st.booleans()) else [[key] for key in keys]
+    nan = draw(st.integers(0, 3)) == 0
+    count = draw(st.integers(1, 2))
+    absent = frozenset(key for key in keys if draw(st.integers(0, 4)) == 0)
+    reply = apply and draw(st.booleans())
+    return [("push", part, step, apply, nan, absent & set(part), count, reply) for part in parts]
+
+
+CHOICES = st.lists(st.integers(0, 63), max_size=150)
+CHUNKS = st.lists(st.integers(1, 4), min_size=3, max_size=3)
+moderate = settings(
+    max_examples=120, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Whether two results are the same, bit by bit."""
+    if isinstance(found, str) or isinstance(expected, str):
+        return bool(found == expected)
+    return len(found) == len(expected) and all(
+        torch.equal(a.reshape(-1).view(torch.int32), b.reshape(-1).view(torch.int32))
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def check_results(job: Job, model: Model, *, to_the_end: bool) -> None:
+    for worker in job.workers:
+        expected = model.results[worker.rank]
+        if to_the_end:
+            assert len(worker.results) == len(expected), f"worker {worker.rank} came less far or further"
+        for found, wanted in zip(worker.results, expected, strict=False):
+            assert same(found, wanted), (worker.rank, found, wanted)
+
+
+def check_state(job: Job, model: Model) -> None:
+    """Rounds, versions, values and faults of every slice are those of the model."""
+    for key, expected in model.keys.items():
+        for each, shard in job.slices(key):
+            assert job.info(shard, each) == (expected.applied, expected.version), key
+            value = expected.values[-1].reshape(-1)[each.start : each.stop]
+            assert same([each.value], [value]), key
+            for worker in job.workers:
+                contributed = {n + 1 for n in range(len(expected.pushes[worker.rank]))}
+                told = worker.faults[each.slice_id]
+                assert told <= expected.faults & contributed
+                if worker.rank not in model.left:
+                    assert told == expected.faults & contributed, key
+
+
+def leave_all(job: Job, choices: list[int]) -> None:
+    """Who waits in vain reaches its deadline and leaves; then nothing may be left."""
+    while waiting := [worker for worker in job.workers if worker.condition is not None]:
+        waiting[0].give_up()
+        job.run(choices)
+    job.check_nothing_is_left()
+
+
+@moderate
+@given(programs=programs(), choices=CHOICES, chunks=CHUNKS, mean=st.booleans())
+def test_any_interleaving_gives_the_models_results(
+    t: Any, programs: list[Program], choices: list[int], chunks: list[int], mean: bool
+) -> None:
+    model = Model(programs, mean)
+    job = Job(t, programs, chunks, mean=mean)
+    job.run(choices)
+    check_results(job, model, to_the_end=True)
+    check_state(job, model)
+    leave_all(job, choices)
+
+
+@settings(moderate, max_examples=60)
+@given(programs=programs(), choices=CHOICES, chunks=CHUNKS, stop=st.integers(0, 200), data=st.data())
+def test_a_worker_that_ends_in_the_middle_falsifies_nothing(
+    t: Any, programs: list[Program], choices: list[int], chunks: list[int], stop: int, data: st.DataObject
+) -> None:
+    """What the others still get is right, everybody is told of the loss, and nothing is taken twice."""
+    model = Model(programs, mean=False)
+    job = Job(t, programs, chunks)
+    job.run(choices, stop)
+    job.crash(data.draw(st.integers(0, len(programs) - 1)))
+    job.run(choices[stop:])
+    check_results(job, model, to_the_end=False)
+    for worker in job.workers:
+        if worker.condition is not None:
+            worker.give_up()
+    job.run(choices)
+    for state in job.states:
+        for worker in job.workers:
+            state.worker_gone(worker.rank)
+    assert all(lease.readers == 0 for lease in job.leases)
+    assert all(pool.out == {} for pool in job.pools)
+
+
+@st.composite
+def programs_that_delete(draw: st.DrawFn) -> list[Program]:
+    """Pushes and pulls while keys are deleted, by anybody, and made again by rank 0."""
+    found: list[Program] = [[] for _ in range(draw(st.integers(1, 3)))]
+    for step in range(draw(st.integers(1, 6))):
+        for rank, program in enumerate(found):
+            kind = draw(st.sampled_from(["push", "held", "pull", "delete", "commit", "init", "none"]))
+            chosen = draw(st.sets(st.sampled_from(HELD if kind == "held" else ("a", "big")), min_size=1))
+            keys = draw(st.permutations(sorted(chosen)))
+            if kind in ("push", "held"):
+                program += draw(pushes(keys, step, kind == "push"))
+            elif kind == "pull":
+                program.append(("pull", keys))
+            elif kind == "delete":
+                program.append(("delete", draw(st.sampled_from(sorted(SHAPES)))))
+            elif kind == "commit":
+                program.append(("commit", None, False))
+            elif kind == "init" and rank == 0:
+                program += [("init", key) for key in keys]
+    return found
+
+
+@settings(moderate, max_examples=100)
+@given(programs=programs_that_delete(), choices=CHOICES, chunks=CHUNKS)
+def test_deleting_ends_every_wait_and_leaves_nothing(
+    t: Any, programs: list[Program], choices: list[int], chunks: list[int]
+) -> None:
+    job = Job(t, programs, chunks)
+    job.run(choices)
+    for shard in {id(shard): shard for shard in job.shards}.values():
+        alive = {each.slice_id for each in shard._slices.values()}
+        assert alive == shard._index_of.keys()
+        assert shard._held <= shard._slices.keys()
+        shard.general()
+        for pull in shard._pulls:
+            assert {each.slice_id for each in pull.layout.slices} <= alive
+    leave_all(job, choices)
+
+
+@st.composite
+def programs_of_async(draw: st.DrawFn) -> list[Program]:
+    """Everybody sets ADD, then pushes and pulls."""
+    found: list[Program] = []
+    step = itertools.count()
+    for _ in range(draw(st.integers(1, 3))):
+        program: Program = [("set", "add", None)]
+        for _ in range(draw(st.integers(0, 6))):
+            keys = draw(st.permutations(draw(st.sampled_from([["a"], ["big"], ["a", "big"]]))))
+            if draw(st.booleans()):
+                program.append(("pull", keys))
+            else:
+                absent = frozenset(key for key in keys if draw(st.integers(0, 5)) == 0)
+                program.append(("push", keys, next(step), True, False, absent, 1, draw(st.booleans())))
+        found.append(program)
+    return found
+
+
+def bits_of(value: torch.Tensor, key: str) -> list[int]:
+    """Which pushes have been added to each element."""
+    return [int(bits) for bits in (value - start_of(key)).reshape(-1).tolist()]
+
+
+@settings(moderate, max_examples=60)
+@given(programs=programs_of_async(), choices=CHOICES, chunks=CHUNKS)
+def test_in_async_every_push_counts_once_and_own_pushes_are_seen(
+    t: Any, programs: list[Program], choices: list[int], chunks: list[int]
+) -> None:
+    """Push number n adds 2 to the n, so that a value tells which pushes it holds."""
+    job = Job(t, programs, chunks, is_async=True)
+    job.value_of = lambda key, rank, step, nan: torch.full(SHAPES[key], 2.0**step)
+    everything = {"a": 0, "big": 0}
+    for program in programs:
+        for kind, *op in program:
+            if kind == "push":
+                for key in set(op[0]) - op[4]:
+                    everything[key] |= 1 << op[1]
+    job.run(choices)
+    for rank, program in enumerate(programs):
+        check_reads(program, job.workers[rank].results, everything)
+    for key, bits in everything.items():
+        for each, shard in job.slices(key):
+            value = each.value.reshape(-1) - start_of(key).reshape(-1)[each.start : each.stop]
+            assert set(value.tolist()) == {float(bits)}
+            assert job.info(shard, each)[1] == bits.bit_count()
+    leave_all(job, choices)
+
+
+def check_reads(program: Program, results: list[Any], everything: dict[str, int]) -> None:
+    """A read holds all that its worker pushed before, and nothing that nobody pushed."""
+    mine = {"a": 0, "big": 0}
+    reads = iter(results)
+    for kind, *op in program:
+        if kind == "push":
+            for key in set(op[0]) - op[4]:
+                mine[key] |= 1 << op[1]
+        if kind == "pull" or (kind == "push" and op[6]):
+            for key, value in zip(op[0], next(reads), strict=True):
+                for bits in bits_of(value, key):
+                    assert bits & mine[key] == mine[key]
+                    assert bits | everything[key] == everything[key]
+    assert next(reads, None) is None
