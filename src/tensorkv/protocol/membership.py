@@ -103,6 +103,9 @@ class Membership:
 
     def _register(self, role: Role, rank: int, message: m.Register) -> None:
         self._processes[role, rank] = _Process((message.host, message.port), message.hostname)
+        if self.lost is not None:  # it comes too late
+            self.out.append((role, rank, self.lost))
+            return
         if role == "server":
             self.out += [(role, rank, m.Gone(gone)) for gone in sorted(self._goodbyes)]
         servers = [self._processes.get(("server", each)) for each in range(self.num_servers)]

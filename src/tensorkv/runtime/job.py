@@ -75,10 +75,10 @@ class Job:
         """Return why the job is broken, None while it is not."""
         return self._broken or self.control.failure
 
-    def check_open(self, store: int, what: str) -> None:
+    def check_open(self, store: int) -> None:
         """Raise StoreClosed if another thread has closed the store meanwhile. With the order held."""
         if store in self._left:
-            raise _closed_meanwhile(what)
+            raise _closed_meanwhile("a call")
 
     def leave_store(self, store: int) -> None:
         """Nothing more may be queued for this store; calls that wait in it end. With the order held."""
@@ -113,7 +113,7 @@ class Job:
         links = self.links if servers is None else [self.links[rank] for rank in servers]
         opened = [(link, SingleReply()) for link in links]
         with self.order:
-            self.check_open(store, what)
+            self.check_open(store)
             if leave:
                 self.leave_store(store)
             numbers = [link.open(exchange) for link, exchange in opened]

@@ -57,7 +57,7 @@ class MergeWatch:
         self._free: list[int] = []
         self._error: TensorKVError | None = None
         self._numbers: list[tuple[ServerLink, int]] = []
-        self._wait = job.wait(what, timeout_s, self._ask_waiting)
+        self._wait = job.wait(what, timeout_s, self._ask_waiting, store)
 
     def ask(self) -> None:
         """Queue the question to each server. The caller holds the job's order."""
@@ -108,5 +108,4 @@ class MergeWatch:
 
     def _ask_waiting(self) -> None:
         for link, number in self._numbers:
-            link.put(m.AskWaiting(number, self._store))
-            link.pump()
+            self._job.ask_waiting(link, number, self._store)

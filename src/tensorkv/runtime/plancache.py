@@ -65,7 +65,12 @@ class PlanCache:
         )
 
     def tell(self, plan: Plan) -> None:
-        """Queue its definition to the servers that do not know a plan. The job's order is held."""
+        """Queue its definition to the servers that do not know a plan. The job's order is held.
+
+        Raises:
+            StoreClosed: another thread has closed the store meanwhile.
+        """
+        self._job.check_open(self._store)
         while self._dropped:
             dropped = self._dropped.pop()
             for server in dropped.known_to:

@@ -61,13 +61,21 @@ class PullCall:
         for link, _ in self.numbers:
             link.pump()
 
-    def push(self, job: Job, pusher: Pusher, values: Sequence[torch.Tensor]) -> None:
-        """Push, and have the values after the round sent back chunk by chunk."""
+    def push(self, job: Job, pusher: Pusher, values: Sequence[torch.Tensor]) -> bool:
+        """Push, and have the values after the round sent back chunk by chunk.
+
+        Returns False, and has done nothing, if a key is busy.
+        """
 
         def queued() -> None:
             self.up_to = pusher.count
 
-        pusher.send(self.plan, values, True, self._open(job), queued)
+        if pusher.send(self.plan, values, True, self._open(job), queued) is not None:
+            return True
+        for link, number in self.numbers:
+            link.drop(number)
+        self.numbers.clear()
+        return False
 
     def _open(self, job: Job) -> dict[int, int]:
         replies: dict[int, int] = {}

@@ -53,11 +53,14 @@ class Pusher:
         apply: bool,
         replies: Replies | None = None,
         on_queued: Callable[[], None] | None = None,
-    ) -> Latch:
+    ) -> Latch | None:
         """Queue a push to all its servers; the latch opens when the values may be changed.
 
+        Returns None, and does nothing, if the last push of one of the keys may not be merged: another
+        thread may have pushed it since the caller looked.
+
         Args:
-            plan: what to push; none of its keys may be busy.
+            plan: what to push.
             values: per key of the plan, on the CPU.
             apply: as in `push`.
             replies: send back the values after the round, too.
@@ -67,6 +70,8 @@ class Pusher:
         sent = Latch(sum(map(len, payloads)))
         links = self._job.links
         with self._job.order:
+            if self._unmerged and self._unmerged_of(plan):
+                return None
             self._plans.tell(plan)
             for part, chunks in zip(plan.parts, payloads, strict=True):
                 reply = replies[part.server] if replies is not None else 0
@@ -92,7 +97,7 @@ class Pusher:
     def await_sent(self, sent: Latch, what: str) -> None:
         """Wait until a push has been handed to the system. Raises WaitTimeout, PeerLostError."""
         if not sent.open:
-            wait = self._job.wait(what, self._timeout_s)
+            wait = self._job.wait(what, self._timeout_s, store=self._store)
             while not sent.wait(TICK_S):
                 wait.tick()
         failure = self._job.failure()
@@ -103,12 +108,18 @@ class Pusher:
 
     def busy(self, plan: Plan) -> set[int]:
         """Return the keys of a plan whose last push by this worker may not be merged, or not gone yet."""
+        if not (self._unmerged or self._deferred):
+            return set()
+        found = self._unmerged_of(plan)
+        with self._lock:
+            found |= plan.key_ids & self._deferred.keys()
+        return found
+
+    def _unmerged_of(self, plan: Plan) -> set[int]:
         found: set[int] = set()
-        if self._unmerged or self._deferred:
-            with self._lock:
-                for ids in self._unmerged.values():
-                    found |= ids & plan.key_ids
-                found |= plan.key_ids & self._deferred.keys()
+        with self._lock:
+            for ids in self._unmerged.values():
+                found |= ids & plan.key_ids
         return found
 
     def merged(self, key_ids: frozenset[int] | set[int], up_to: int) -> None:
@@ -140,7 +151,7 @@ class Pusher:
         self._await_futures(found, what)
 
     def _await_futures(self, futures: Sequence[concurrent.futures.Future[Any]], what: str) -> None:
-        wait = self._job.wait(what, self._timeout_s)
+        wait = self._job.wait(what, self._timeout_s, store=self._store)
         for future in dict.fromkeys(futures):
             while not concurrent.futures.wait([future], TICK_S).done:
                 wait.tick()
@@ -181,31 +192,52 @@ class Pusher:
     # ---- pushing behind an unmerged push ---------------------------------------------------------
 
     def push_around(
-        self, plan: Plan, values: Sequence[torch.Tensor], apply: bool, busy: set[int]
+        self, plan: Plan, values: Sequence[torch.Tensor], apply: bool
     ) -> tuple[list[Latch], list[int]]:
         """Push the keys of a plan that are not busy; return their latches and the places of the others."""
-        free = [place for place, state in enumerate(plan.states) if state.key_id not in busy]
-        late = [place for place, state in enumerate(plan.states) if state.key_id in busy]
-        if not free:
-            return [], late
-        part = self._plans.part_of(plan, free)
-        return [self.send(part, [values[place] for place in free], apply)], late
+        while True:
+            busy = self.busy(plan)
+            free = [place for place, state in enumerate(plan.states) if state.key_id not in busy]
+            late = [place for place, state in enumerate(plan.states) if state.key_id in busy]
+            if not free:
+                return [], late
+            sent = self._send_part(plan, free, values, apply)
+            if sent is not None:
+                return [sent], late
 
     def push_late(
         self, plan: Plan, places: Sequence[int], values: Sequence[torch.Tensor], apply: bool, what: str
     ) -> None:
         """Push these values of a plan key by key, each when its last push is merged. Blocks."""
+        while places:
+            places = self._push_merged(plan, places, values, apply, what)
+
+    def _push_merged(
+        self, plan: Plan, places: Sequence[int], values: Sequence[torch.Tensor], apply: bool, what: str
+    ) -> list[int]:
+        """Push values when their last push is merged; return those where another thread was quicker."""
         asked = self._plans.plan_to_pull([plan.states[place] for place in places])
         watch = MergeWatch(self._job, self._store, asked, self._timeout_s, what)
         with self._job.order:
             up_to = self.count
             self._plans.tell(asked)
             watch.ask()
+        again: list[int] = []
         try:
             for merged in watch.ready():
                 free = [places[number] for number in merged]
                 self.merged({plan.states[place].key_id for place in free}, up_to)
-                part = self._plans.part_of(plan, free)
-                self.await_sent(self.send(part, [values[place] for place in free], apply), what)
+                sent = self._send_part(plan, free, values, apply)
+                if sent is None:
+                    again += free
+                else:
+                    self.await_sent(sent, what)
         finally:
             watch.close()
+        return again
+
+    def _send_part(
+        self, plan: Plan, places: Sequence[int], values: Sequence[torch.Tensor], apply: bool
+    ) -> Latch | None:
+        part = self._plans.part_of(plan, places)
+        return self.send(part, [values[place] for place in places], apply)

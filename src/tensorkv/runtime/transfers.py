@@ -76,7 +76,7 @@ class Destinations:
                 self._direct.add(value)
             else:
                 found = torch.empty(state.num_elems, dtype=state.dtype)
-            self._flat[value] = found
+            found = self._flat.setdefault(value, found)  # two links may receive parts of it at once
         return found
 
     def spread(self, chunk: PlanChunk, staging: list[torch.Tensor]) -> None:

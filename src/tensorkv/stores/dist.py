@@ -153,6 +153,7 @@ class DistStore(KVStore):
         """Send each value as a push of one key would be, one message per key and server."""
         exchanges = []
         with self._job.order:
+            self._job.check_open(self._store)
             for entry, value in created:
                 state = KeyState.of(entry)
                 plan = build_plan(0, [state], [value.dtype], [1], len(self._job.links))
@@ -242,10 +243,9 @@ class DistStore(KVStore):
             raise NotSupported("push(apply=False): dist_async has no rounds to commit")
         plan, values = self._check_push(batch)
         what = f"push of {batch.keys[0]!r}"
-        busy = self._pusher.busy(plan)
-        if busy:
-            return self._push_busy(plan, values, apply, busy, async_op, what)
-        sent = self._pusher.send(plan, values, apply)
+        sent = None if self._pusher.busy(plan) else self._pusher.send(plan, values, apply)
+        if sent is None:
+            return self._push_busy(plan, values, apply, async_op, what)
         if not async_op:
             self._pusher.await_sent(sent, what)
             return None
@@ -258,12 +258,11 @@ class DistStore(KVStore):
         plan: Plan,
         values: list[torch.Tensor],
         apply: bool,
-        busy: set[int],
         async_op: bool,
         what: str,
     ) -> Work | None:
         """Push the free keys of a list at once, and each other one when its last push is merged."""
-        sent, late = self._pusher.push_around(plan, values, apply, busy)
+        sent, late = self._pusher.push_around(plan, values, apply)
         states = [plan.states[place] for place in late]
 
         def push_rest() -> None:
@@ -315,19 +314,21 @@ class DistStore(KVStore):
         plan, values = self._check_push(pushed)
         call = self._prepare_pull(pulled)
         what = f"pushpull of {pushed.keys[0]!r}"
-        busy = self._pusher.busy(plan)
-        if busy:
 
-            def push_and_pull() -> Any:
-                self._push_busy(plan, values, True, busy, False, what)
-                return self._run_pull(call, what)
+        def push_and_pull() -> Any:
+            self._pusher.push_late(plan, range(len(plan.states)), values, True, what)
+            return self._run_pull(call, what)
 
+        if self._pusher.busy(plan):
             return self._after_deferred(plan, push_and_pull, async_op, what)
         if pushed.keys == pulled.keys and 0 not in pushed.counts:
             call.plan = plan
-            call.push(self._job, self._pusher, values)
+            if not call.push(self._job, self._pusher, values):
+                return self._after_deferred(plan, push_and_pull, async_op, what)
         else:
             sent = self._pusher.send(plan, values, True)
+            if sent is None:
+                return self._after_deferred(plan, push_and_pull, async_op, what)
             call.ask(self._job, self._plans, self._pusher)
             if not async_op:
                 self._pusher.await_sent(sent, what)
@@ -406,7 +407,7 @@ class DistStore(KVStore):
         self._pusher.await_deferred(list(self._table.states.values()), "commit")
         with self._table.lock:
             committed = set(self._table.uncommitted)
-        keys = [state.key for state in self._table.states.values() if state.key_id in committed]
+        keys = [state.key for state in list(self._table.states.values()) if state.key_id in committed]
         up_to = self._pusher.count
         replies = self._job.ask_all(
             lambda n: m.Commit(n, self._store, max_norm, skip, check_finite),
@@ -473,6 +474,7 @@ class DistStore(KVStore):
             self._conclude(m.ConcludeSetting(0, self._store, number, to_wire(error)), what)
             raise
         with self._job.order:
+            self._job.check_open(self._store)
             for link in self._job.links:
                 link.put(m.ActivateSetting(self._store, number))
         # In async mode another rank's push may come before the setting, unless it waits for this.
@@ -495,7 +497,8 @@ class DistStore(KVStore):
     def _close(self) -> None:
         try:
             self._pusher.await_deferred(list(self._table.states.values()), "close")
-            self._job.ask_all(lambda n: m.Leave(n, self._store), "close", self._timeout_s, self._store)
+            leave = self._job.ask_all
+            leave(lambda n: m.Leave(n, self._store), "close", self._timeout_s, self._store, leave=True)
             self._job.control.request(
                 lambda n: m.LeaveStore(n, self._store), "close", self._timeout_s, self._store
             )

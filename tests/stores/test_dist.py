@@ -1,0 +1,710 @@
+"""The distributed store as a worker sees it: jobs, threads, deadlines, losses, ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tensorkv
+from tensorkv.config import JobConfig
+from tensorkv.errors import (
+    AuthenticationError,
+    InvalidArgument,
+    KeyDeleted,
+    KeyNotInitialized,
+    NotInJob,
+    NotSupported,
+    PeerLostError,
+    ProtocolVersionError,
+    StoreClosed,
+    StoreMismatch,
+    TensorKVError,
+    UpdaterError,
+    WaitTimeout,
+)
+from tensorkv.runtime import job as job_module
+from tensorkv.runtime import plancache
+from tensorkv.runtime.embedded import EmbeddedJob
+from tensorkv.store import KVStore
+from tensorkv.stores.dist import DistStore, open_dist
+from tensorkv.testing.cluster import run_job
+from tensorkv.wire import messages as m
+from tensorkv.wire.codec import MAGIC, PREFIX
+
+DEADLINE_S = 20.0
+
+
+def ones(value: float = 1.0, size: int = 4) -> torch.Tensor:
+    return torch.full((size,), float(value))
+
+
+def in_turn(kv: KVStore, rank: int, gate: threading.Event, call: Callable[[], Any]) -> Any:
+    """Let `rank` make a call first; the others wait for it outside the store."""
+    if kv.rank == rank:
+        result = call()
+        gate.set()
+        return result
+    assert gate.wait(DEADLINE_S)
+    return None
+
+
+# ---- opening -----------------------------------------------------------------------------------------
+
+
+def test_outside_a_job_the_error_says_how_to_start_one() -> None:
+    with pytest.raises(NotInJob, match="tensorkv run -n WORKERS -s SERVERS python train.py") as caught:
+        tensorkv.create("dist_sync")
+    assert "embedded=True" in str(caught.value)
+
+
+def test_a_server_process_opens_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = JobConfig(
+        role="server",
+        rank=0,
+        num_workers=1,
+        num_servers=1,
+        scheduler_host="127.0.0.1",
+        scheduler_port=1,
+        token="t",
+    )
+    for name, value in config.to_env().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(NotInJob):
+        tensorkv.create("dist_sync")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"on_worker_loss": "continue"}, NotSupported),
+        ({"on_worker_loss": "hope"}, InvalidArgument),
+        ({"embedded": True, "num_servers": 0}, InvalidArgument),
+        ({"embedded": True, "timeout_s": 0.0}, InvalidArgument),
+        ({"embedded": True, "reduction": "max"}, InvalidArgument),
+    ],
+)
+def test_arguments_are_checked_and_nothing_is_left(options: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        open_dist("dist_sync", **options)
+
+
+@contextmanager
+def job_over_tcp(num_workers: int = 1) -> Iterator[EmbeddedJob]:
+    cluster = EmbeddedJob(num_workers, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def enter_job(monkeypatch: pytest.MonkeyPatch, config: JobConfig, **changes: str) -> None:
+    for name, value in {**config.to_env(), **changes}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_create_finds_its_job_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with job_over_tcp() as cluster:
+        enter_job(monkeypatch, cluster.config("worker", 0))
+        with tensorkv.create("dist_sync") as kv, tensorkv.create("dist_async", store="other") as other:
+            assert (kv.rank, kv.num_workers, kv.kind, other.kind) == (0, 1, "dist_sync", "dist_async")
+            kv.init("w", ones())
+            other.init("w", ones(5))
+            kv.push("w", ones(2))
+            assert kv.pull("w").tolist() == [2] * 4
+            assert other.pull("w").tolist() == [5] * 4
+        job = job_module._joined[os.getpid()]
+        job_module.leave(job)
+        job_module.leave(job)  # the interpreter's exit does it again
+        assert cluster.scheduler.lost is None
+        with pytest.raises(PeerLostError, match="this worker has left the job"):
+            tensorkv.create("dist_sync")
+        del job_module._joined[os.getpid()]
+
+
+@pytest.mark.parametrize(
+    ("token", "text"), [("not it", "does not hold the token of this job"), ("", "no token of a job")]
+)
+def test_a_wrong_or_missing_token(monkeypatch: pytest.MonkeyPatch, token: str, text: str) -> None:
+    with job_over_tcp() as cluster:
+        enter_job(monkeypatch, cluster.config("worker", 0), TENSORKV_TOKEN=token)
+        with pytest.raises(AuthenticationError, match=text):
+            tensorkv.create("dist_sync")
+
+
+def test_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with job_over_tcp() as cluster:
+        config = cluster.config("worker", 0)
+    enter_job(monkeypatch, config)
+    with pytest.raises(PeerLostError, match="the scheduler at 127.0.0.1:.* cannot be reached"):
+        tensorkv.create("dist_sync")
+
+
+def test_a_job_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(PREFIX.pack(MAGIC, 9, 4, 0) + b"1234")
+                connection.recv(1)
+
+        done = pool.submit(answer)
+        host, port = listener.getsockname()
+        config = JobConfig(
+            role="worker",
+            rank=0,
+            num_workers=1,
+            num_servers=1,
+            scheduler_host=host,
+            scheduler_port=port,
+            token="t",
+        )
+        enter_job(monkeypatch, config)
+        with pytest.raises(ProtocolVersionError, match="version 9 .* this process version 1"):
+            tensorkv.create("dist_sync")
+        done.result(DEADLINE_S)
+
+
+def test_stores_of_one_name_must_agree() -> None:
+    def work(kv: KVStore) -> None:
+        assert isinstance(kv, DistStore)
+        options: dict[str, Any] = {"store": "default", "timeout_s": DEADLINE_S}
+        with pytest.raises(
+            StoreMismatch, match="kind 'sync' and reduction 'sum'.*rank 0 asks for kind 'async'"
+        ):
+            DistStore("dist_async", kv._job, reduction="sum", **options)
+        with pytest.raises(StoreMismatch, match="reduction 'mean'"):
+            DistStore("dist_sync", kv._job, reduction="mean", **options)
+
+    run_job(work, num_workers=1, num_servers=1, timeout_s=DEADLINE_S)
+
+
+def test_stores_of_several_kinds_share_a_job() -> None:
+    def work(kv: KVStore) -> list[list[float]]:
+        assert isinstance(kv, DistStore)
+        summed = kv
+        mean = DistStore("dist_sync", kv._job, store="mean", reduction="mean", timeout_s=DEADLINE_S)
+        newest = DistStore("dist_async", kv._job, store="newest", reduction="sum", timeout_s=DEADLINE_S)
+        with mean, newest:
+            for store in (summed, mean, newest):
+                store.init("w", ones(0))
+            newest.set_updater("add")
+            newest.barrier()
+            for store in (summed, mean, newest):
+                store.push("w", ones(kv.rank + 1))
+            newest.barrier()
+            values = [store.pull("w").tolist() for store in (summed, mean, newest)]
+            newest.barrier()
+        return [each[:1] for each in values]
+
+    expected = [[3.0], [1.5], [3.0]]
+    assert run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S) == [expected, expected]
+
+
+# ---- closing -----------------------------------------------------------------------------------------
+
+
+def test_close_twice_and_use_after_close() -> None:
+    kv = open_dist("dist_sync", embedded=True)
+    kv.init("w", ones())
+    kv.close()
+    kv.close()
+    with pytest.raises(StoreClosed, match="is closed"):
+        kv.push("w", ones())
+
+
+def refuse(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+    raise ArithmeticError("not today")
+
+
+def test_close_raises_what_only_the_servers_knew() -> None:
+    kv = open_dist("dist_sync", embedded=True)
+    kv.set_updater(refuse)
+    kv.init("w", ones())
+    kv.push("w", ones())
+    with pytest.raises(UpdaterError, match="not today"):
+        kv.close()
+
+
+@pytest.mark.parametrize("host", ["inproc", "127.0.0.1"])
+def test_close_ends_the_calls_of_other_threads(host: str) -> None:
+    """A thread waits for a round; another closes the store. Another store of the job is not harmed."""
+    pushed = threading.Event()
+    finished = threading.Event()
+
+    def work(kv: KVStore) -> None:
+        assert isinstance(kv, DistStore)
+        other = DistStore("dist_sync", kv._job, store="other", reduction="sum", timeout_s=DEADLINE_S)
+        kv.init(["w", "v"], [ones(), ones()])
+        other.init("w", ones())
+        if kv.rank == 0:
+            waiting = threading.Event()
+
+            def pull() -> None:
+                kv.push("w", ones())
+                work = kv.pull("w", async_op=True)
+                waiting.set()
+                kv.pull("w")
+                work.wait()
+
+            with ThreadPoolExecutor(2) as pool:
+                stuck = [pool.submit(pull), pool.submit(lambda: [kv.push("v", ones()) for _ in range(2)])]
+                assert waiting.wait(DEADLINE_S)
+                kv.close()
+                for each in stuck:
+                    with pytest.raises(StoreClosed):
+                        each.result(DEADLINE_S)
+            pushed.set()
+        else:
+            assert pushed.wait(DEADLINE_S)
+        other.push("w", ones())
+        assert other.pull("w").tolist() == [2] * 4
+        other.close()
+        finished.set()
+
+    run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S, host=host)
+    assert finished.is_set()
+
+
+def test_a_forked_child_may_not_use_the_store() -> None:
+    kv = open_dist("dist_sync", embedded=True)
+    kv.init("w", ones())
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            kv.push("w", ones())
+        except StoreClosed as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    assert b"forked child" in os.read(read, 1000)
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(read)
+    os.close(write)
+    kv.push("w", ones(7))
+    assert kv.pull("w").tolist() == [7] * 4
+    kv.close()
+
+
+# ---- order -------------------------------------------------------------------------------------------
+
+
+def keep_half(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+    stored.copy_(stored * 0.5 + pushed)
+
+
+@pytest.mark.parametrize("host", ["inproc", "127.0.0.1"])
+def test_an_async_push_behind_an_unmerged_one_keeps_program_order(host: str) -> None:
+    begun = threading.Event()
+
+    def work(kv: KVStore) -> list[float]:
+        kv.set_updater(keep_half)
+        kv.init("w", ones(0))
+        pulled = []
+        if kv.rank == 0:
+            works = [kv.push("w", ones(value), async_op=True) for value in (1.0, 2.0, 4.0)]
+            assert not works[1].is_completed()  # type: ignore[union-attr]
+            both = kv.pushpull("w", ones(8.0), async_op=True)
+            pull = kv.pull("w", async_op=True)
+            begun.set()
+            last = kv.pull("w")
+            for each in works:
+                each.wait()  # type: ignore[union-attr]
+            pulled = [both.result()[0].item(), pull.result()[0].item(), last[0].item()]
+        else:
+            assert begun.wait(DEADLINE_S)
+            for _ in range(4):
+                kv.push("w", ones(0))
+            pulled = [kv.pull("w")[0].item()] * 3
+        return pulled
+
+    value = ((1.0 * 0.5 + 2.0) * 0.5 + 4.0) * 0.5 + 8.0
+    results = run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S, host=host)
+    assert results == [[value] * 3, [value] * 3]
+
+
+def test_only_the_busy_keys_of_a_list_wait() -> None:
+    first = threading.Event()
+
+    def work(kv: KVStore) -> None:
+        kv.init(["a", "b"], [ones(0), ones(0)])
+        if kv.rank == 0:
+            kv.push("a", ones(1))
+            late = kv.push(["a", "b"], [ones(2), ones(3)], async_op=True)
+            assert late is not None
+            first.set()
+            assert kv.pull("b").tolist() == [4] * 4  # needs the others' push of b, not of a
+            assert not late.is_completed()
+            late_too = kv.push(["a"], [ones(3)], async_op=True)
+            assert late_too is not None
+            kv.barrier()
+            late.wait()
+            late_too.wait()
+        else:
+            assert first.wait(DEADLINE_S)
+            kv.push("b", ones(1))
+            kv.pull("b")
+            for _ in range(3):
+                kv.push("a", ones(0))
+            kv.barrier()
+        assert kv.pull("a").tolist() == [3] * 4
+
+    # rank 0 pulls b before rank 1 pushes a: a deadlock if `a` held up `b`
+    run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S)
+
+
+# ---- threads -----------------------------------------------------------------------------------------
+
+NUM_STEPS = 10
+
+
+@pytest.mark.parametrize("kind", ["dist_sync", "dist_async"])
+def test_threads_with_keys_of_their_own(kind: str) -> None:
+    """Several threads of each worker, small and sliced keys, blocking and async calls, over TCP."""
+
+    def work(kv: KVStore) -> None:
+        kv.set_updater("add")
+        names = [[f"{thread}/{i}" for i in range(5)] for thread in range(3)]
+        sizes = [3, 5000, 40_000, 100, 7]
+        for group in names:
+            kv.init(group, [torch.zeros(size) for size in sizes])
+        kv.barrier()
+
+        def train(group: list[str]) -> None:
+            outs = [torch.empty(2 * size)[::2] for size in sizes]
+            for step in range(1, NUM_STEPS + 1):
+                gradients = [torch.full((size,), float(kv.rank + 1)) for size in sizes]
+                if step % 3 == 0:
+                    kv.push(group, gradients)
+                    kv.pull(group, out=outs)
+                elif step % 3 == 1:
+                    kv.pushpull(group, gradients, out=outs)
+                else:
+                    pushed = kv.push(group, gradients, async_op=True)
+                    kv.pull(group, out=outs, async_op=True).wait()
+                    assert pushed is not None
+                    pushed.wait()
+                if kind == "dist_sync":
+                    assert all(bool((out == 3 * step).all()) for out in outs), step
+
+        with ThreadPoolExecutor(len(names)) as pool:
+            for done in [pool.submit(train, group) for group in names]:
+                done.result(DEADLINE_S)
+        kv.barrier()
+        for group in names:
+            assert all(bool((value == 3 * NUM_STEPS).all()) for value in kv.pull(group))
+
+    run_job(
+        work,
+        num_workers=2,
+        num_servers=2,
+        kind=kind,
+        timeout_s=DEADLINE_S,
+        host="127.0.0.1",
+        slice_bound_bytes=50_000,
+    )
+
+
+@pytest.mark.parametrize("host", ["inproc", "127.0.0.1"])
+def test_threads_that_push_the_same_keys(host: str) -> None:
+    """No push is lost or refused, whichever thread is first in which round."""
+
+    def work(kv: KVStore) -> None:
+        kv.set_updater("add")
+        keys = ["a", "b"]
+        kv.init(keys, [ones(0), ones(0)])
+
+        def push(number: int) -> None:
+            for step in range(NUM_STEPS):
+                values = [ones(), ones()]
+                if (number + step) % 3 == 0:
+                    kv.pushpull(keys, values)
+                elif (number + step) % 3 == 1:
+                    kv.push(keys, values)
+                else:
+                    pushed = kv.push(keys, values, async_op=True)
+                    assert pushed is not None
+                    pushed.wait()
+
+        with ThreadPoolExecutor(3) as pool:
+            for done in [pool.submit(push, number) for number in range(3)]:
+                done.result(DEADLINE_S)
+        assert kv.pull("a").tolist() == [2 * 3 * NUM_STEPS] * 4
+        assert kv.pull("b").tolist() == [2 * 3 * NUM_STEPS] * 4
+
+    run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S, host=host)
+
+
+# ---- plans -------------------------------------------------------------------------------------------
+
+
+def test_plans_that_are_not_used_are_forgotten_and_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plancache, "MAX_PLANS", 2)
+
+    def work(kv: KVStore) -> None:
+        assert isinstance(kv, DistStore)
+        keys = [str(i) for i in range(6)]
+        kv.init(keys, [ones(0) for _ in keys])
+        for step in range(3):
+            for i in range(6):
+                group = [keys[i], keys[(i + step + 1) % 6]]
+                kv.push(group, [ones(i), ones(i)])
+                assert [value.tolist() for value in kv.pull(group)] == [[2.0 * i] * 4] * 2
+        assert len(kv._plans._plans) == 2
+
+    run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S)
+
+
+def test_a_plan_is_forgotten_while_calls_of_it_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plancache, "MAX_PLANS", 1)
+    pulling = threading.Event()
+
+    def work(kv: KVStore) -> None:
+        kv.init(["a", "b", "c"], [ones(0), ones(0), ones(0)])
+        if kv.rank == 0:
+            kv.push("a", ones(1))
+            pull = kv.pull("a", async_op=True)
+            late = kv.push("a", ones(2), async_op=True)
+            for key in ("b", "c", "b"):
+                kv.pull(key)
+            pulling.set()
+            assert pull.result().tolist() == [2] * 4
+            assert late is not None
+            late.wait()
+        else:
+            assert pulling.wait(DEADLINE_S)
+            kv.push("a", ones(1))
+            kv.push("a", ones(3))
+        assert kv.pull("a").tolist() == [5] * 4
+
+    run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S)
+
+
+# ---- keys that go and come ----------------------------------------------------------------------------
+
+
+def test_a_deleted_key_may_be_initialised_again() -> None:
+    def work(kv: KVStore) -> None:
+        kv.init("w", ones(1))
+        kv.push("w", ones(2))
+        assert kv.pull("w").tolist() == [4] * 4
+        kv.barrier()
+        kv.delete("w")
+        kv.barrier()
+        with pytest.raises(KeyNotInitialized):
+            kv.push("w", ones())
+        kv.init("w", torch.ones(2, 3))
+        kv.push("w", torch.ones(2, 3))
+        assert torch.equal(kv.pull("w"), torch.full((2, 3), 2.0))
+        assert kv.info("w").generation == 2
+
+    run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S)
+
+
+def test_who_waits_for_a_deleted_key_is_told_who_deleted_it() -> None:
+    waiting = threading.Event()
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", ones(1))
+        if kv.rank == 1:
+            kv.push("w", ones())
+            pull = kv.pull("w", async_op=True)
+            kv.info("w")
+            waiting.set()
+            with pytest.raises(KeyDeleted, match="deleted by rank 0"):
+                pull.wait()
+        else:
+            assert waiting.wait(DEADLINE_S)
+            kv.delete("w")
+        kv.barrier()
+        assert "w" not in kv
+
+    run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S)
+
+
+# ---- deadlines ---------------------------------------------------------------------------------------
+
+
+def test_a_deadline_names_who_is_missing_and_leaves_the_store_usable() -> None:
+    go_on = threading.Event()
+
+    def work(kv: KVStore) -> list[float]:
+        assert isinstance(kv, DistStore)
+        kv.init("w", ones(0))
+        if kv.rank == 0:
+            kv._timeout_s = kv._pusher._timeout_s = 0.3
+            kv.push("w", ones(1))
+            with pytest.raises(WaitTimeout, match="pull of 'w' .*waiting for worker 1, round 1 of 'w'"):
+                kv.pull("w")
+            with pytest.raises(WaitTimeout, match="pushpull of 'w' .*waiting for worker 1, round 1 of 'w'"):
+                kv.pushpull("w", ones(2))
+            with pytest.raises(WaitTimeout, match="barrier .*waiting for worker 1, a barrier"):
+                kv.barrier()
+            with pytest.raises(WaitTimeout, match="pull of 'w' is not complete"):
+                kv.pull("w", async_op=True).wait(0.1)
+            kv._timeout_s = kv._pusher._timeout_s = DEADLINE_S
+            go_on.set()
+        else:
+            assert go_on.wait(DEADLINE_S)
+            kv.push("w", ones(10))
+        kv.barrier()
+        first = kv.pull("w")[0].item()
+        kv.push("w", ones(1))
+        return [first, kv.pull("w")[0].item()]
+
+    assert run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S) == [[11.0, 2.0]] * 2
+
+
+def test_init_that_waits_for_rank_0_in_vain() -> None:
+    go_on = threading.Event()
+
+    def work(kv: KVStore) -> None:
+        assert isinstance(kv, DistStore)
+        if kv.rank == 1:
+            kv._timeout_s = 0.3
+            with pytest.raises(WaitTimeout, match="init of 'w' .*waiting for worker 0, init of 'w'"):
+                kv.init("w", ones())
+            with pytest.raises(WaitTimeout, match="waiting for worker 0, setting number 1"):
+                kv.set_updater("add")
+            kv._timeout_s = DEADLINE_S
+            go_on.set()
+        else:
+            assert go_on.wait(DEADLINE_S)
+        kv.set_updater("add")
+        kv.init("w", ones(0))
+        kv.push("w", ones())
+        assert kv.pull("w").tolist() == [2] * 4
+
+    run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S)
+
+
+# ---- losses ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["inproc", "127.0.0.1"])
+def test_a_worker_lost_inside_with_ends_the_calls_of_others(host: str) -> None:
+    """Blocking and async calls in progress raise, and every later one, with role, rank and cause."""
+    errors: list[TensorKVError] = []
+    stuck = threading.Barrier(2, timeout=DEADLINE_S)
+
+    def fail(kv: KVStore) -> None:
+        with kv:
+            stuck.wait()
+            raise ArithmeticError("a nan")
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", ones(0))
+        if kv.rank == 1:
+            fail(kv)
+        kv.push("w", ones())
+        pull = kv.pull("w", async_op=True)
+        push = kv.push("w", ones(), async_op=True)
+        stuck.wait()
+        for call in (
+            pull.wait,
+            kv.barrier,
+            push.wait,  # type: ignore[union-attr]
+            lambda: kv.pull("w"),
+            lambda: kv.pull("w", async_op=True).wait(),
+            lambda: kv.pushpull("w", ones()),
+            lambda: kv.init("v", ones()),
+        ):
+            with pytest.raises(PeerLostError) as caught:
+                call()
+            errors.append(caught.value)
+
+    with pytest.raises(ArithmeticError, match="a nan"):
+        run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S, host=host)
+    assert len(errors) == 7
+    assert {str(error).split(" on host ")[0] for error in errors} == {"worker 1"}
+    assert all(str(error).endswith("was lost: ArithmeticError: a nan") for error in errors)
+
+
+def test_a_worker_that_comes_after_a_loss_is_told() -> None:
+    cluster = EmbeddedJob(2, 1, timeout_s=DEADLINE_S)
+    try:
+        cluster.join(0).close(m.Abandon("it fell over"))
+        with pytest.raises(PeerLostError, match="worker 0 .* was lost: it fell over"):  # noqa: PT012
+            late = cluster.join(1)
+            try:
+                late.control.request(
+                    lambda n: m.JoinStore(n, "default", "sync", "sum"), "opening", DEADLINE_S
+                )
+            finally:
+                late.close(m.Goodbye())
+    finally:
+        cluster.stop()
+
+
+# ---- real processes ----------------------------------------------------------------------------------
+
+LEAVES_AT_EXIT = """
+import torch
+import tensorkv
+
+kv = tensorkv.create("dist_sync")
+kv.init("w", torch.zeros(4))
+if kv.rank == 0:
+    kv.push("w", torch.full((4,), 5.0))  # and ends, without a word
+else:
+    kv.push("w", torch.full((4,), 1.0))
+    print("both", kv.pull("w").tolist())
+    kv.push("w", torch.full((4,), 7.0))
+    print("alone", kv.pull("w").tolist())
+"""
+
+DIES_BY_EXCEPTION = """
+import torch
+import tensorkv
+
+kv = tensorkv.create("dist_sync")
+kv.init("w", torch.zeros(4))
+if kv.rank == 0:
+    raise ArithmeticError("a nan")
+try:
+    kv.push("w", torch.ones(4))
+    kv.pull("w")
+except tensorkv.PeerLostError as error:
+    print(error, flush=True)
+    raise SystemExit(9)
+"""
+
+
+def run_script(tmp_path: Path, script: str) -> tuple[int, str, str]:
+    path = tmp_path / "train.py"
+    path.write_text(script)
+    command = [sys.executable, "-m", "tensorkv", "run", "-n", "2", "--", sys.executable, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.e2e
+def test_a_worker_leaves_when_its_interpreter_exits(tmp_path: Path) -> None:
+    status, out, err = run_script(tmp_path, LEAVES_AT_EXIT)
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [
+        "[worker 1] both [6.0, 6.0, 6.0, 6.0]",
+        "[worker 1] alone [7.0, 7.0, 7.0, 7.0]",
+    ]
+
+
+@pytest.mark.e2e
+def test_an_uncaught_exception_is_a_loss_with_its_cause(tmp_path: Path) -> None:
+    status, out, err = run_script(tmp_path, DIES_BY_EXCEPTION)
+    assert status == 1
+    assert "ArithmeticError: a nan" in err
+    assert "worker 0 failed with status 1" in err
+    assert all("was lost: it ended with ArithmeticError: a nan" in line for line in out.splitlines())
