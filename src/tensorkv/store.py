@@ -260,6 +260,11 @@ class KVStore(ABC):
     ) -> CommitResult:
         """Apply everything that was pushed with `apply=False`, on all workers together.
 
+        The norm is taken, and the clipping done, on the sum of each round (or its mean) as it is handed
+        to the updater: rounded to the dtype the key is stored in. Squares are added up in float64,
+        so neither float16 nor a huge element makes the norm overflow. The norm is the same to
+        the last bit in every kind of store for values that are not sliced.
+
         Args:
             max_norm: scale all that was pushed so that its Euclidean norm over all keys is at most
                 this, as torch.nn.utils.clip_grad_norm_ does.
@@ -272,6 +277,8 @@ class KVStore(ABC):
         Raises:
             CommitMismatch: the workers' keys, `max_norm` or `check_finite` differ; every worker gets
                 this and nothing is committed.
+            DtypeMismatch: `max_norm` is given and a key that was pushed is neither float nor complex;
+                every worker gets this, nothing is committed, and commit may be called again without it.
             NotSupported: in `dist_async`, which has no rounds to commit.
             UpdaterError, WaitTimeout, PeerLostError.
 

@@ -11,6 +11,7 @@ import torch
 
 from tensorkv.arrays import bytes_of, dtype_name
 from tensorkv.errors import TensorKVError, from_wire
+from tensorkv.protocol.norms import total_norm
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import Outgoing
 from tensorkv.updater import Updater, build

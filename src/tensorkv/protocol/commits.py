@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import final
 
 import torch
 
-from tensorkv.errors import CommitMismatch, TensorKVError
+from tensorkv.arrays import Key
+from tensorkv.errors import CommitMismatch, DtypeMismatch, TensorKVError
 from tensorkv.protocol.layouts import Slice
 from tensorkv.protocol.rounds import Index
 from tensorkv.wire.messages import Commit
 
-EPSILON = 1e-6
-"""Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does."""
+_SQUARES_ARE_EXACT = 1e-140  # above this norm, squares too small for float64 do not count
 
 
 @final
@@ -82,31 +83,57 @@ class CommitGather:
 
     @property
     def wants_norm(self) -> bool:
-        """Whether sums of squares are needed at all."""
+        """Whether norms are needed at all."""
         return self.max_norm is not None or self.check_finite
 
 
-def sum_squares(tensors: Iterable[torch.Tensor]) -> float:
-    """Return the sum of the squares of all elements, taken in float64. Infinite or NaN elements show."""
-    total = 0.0
-    for tensor in tensors:
-        if tensor.is_complex():
-            tensor = torch.view_as_real(tensor)
-        if not tensor.is_floating_point():
-            tensor = tensor.to(torch.float64)
-        norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
-        total += norm * norm
-    return total
+def norms_of(tensors: Iterable[torch.Tensor]) -> list[float]:
+    """Return the Euclidean norm of each tensor, taken in float64. Infinite or NaN elements show."""
+    return [_norm(_computable(tensor)) for tensor in tensors]
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether no element is infinite or NaN. The square of one that is finite may not be."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    """Whether no element is infinite or NaN. The norm of elements that are finite may not be."""
+    return all(bool(_computable(tensor).isfinite().all()) for tensor in tensors)
 
 
-def clip_factor(norm: float, max_norm: float | None) -> float:
-    """Return what the sums are multiplied by so that their norm is at most `max_norm`.
+def unscalable(key: Key, dtype: torch.dtype) -> DtypeMismatch | None:
+    """Return why `max_norm` cannot be used with a key of this dtype, or None."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return None
+    return DtypeMismatch(
+        f"commit: key {key!r} has dtype {dtype}, which max_norm cannot scale; nothing was committed: "
+        "commit without max_norm, or push the key with apply=True"
+    )
 
-    As torch.nn.utils.clip_grad_norm_ has it, also for a norm that is infinite (0) or NaN (NaN).
-    """
-    return 1.0 if max_norm is None else min(max_norm / (norm + EPSILON), 1.0)
+
+def scale(tensor: torch.Tensor, factor: float) -> None:
+    """Multiply `tensor` in place."""
+    if _is_eight_bit_float(tensor):
+        tensor.copy_(_computable(tensor).mul_(factor))
+    else:
+        tensor.mul_(factor)
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not tensor.is_floating_point():
+        tensor = tensor.to(torch.float64)
+    norm: float = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
+    if _SQUARES_ARE_EXACT < norm < math.inf or not tensor.numel():
+        return norm
+    largest: float = tensor.abs().max().item()  # squares may have overflowed or vanished
+    if largest == 0 or not math.isfinite(largest):
+        return norm
+    scaled: float = torch.linalg.vector_norm(tensor.to(torch.float64) / largest).item()
+    return largest * scaled
+
+
+def _computable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor`, or its values in float32 if torch cannot compute with its dtype."""
+    return tensor.to(torch.float32) if _is_eight_bit_float(tensor) else tensor
+
+
+def _is_eight_bit_float(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize == 1

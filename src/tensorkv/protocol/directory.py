@@ -28,6 +28,7 @@ from tensorkv.errors import (
     to_wire,
 )
 from tensorkv.partition import ValueSize, place
+from tensorkv.protocol.norms import total_norm
 from tensorkv.wire import messages as m
 from tensorkv.wire.messages import Key, KeyEntry, KeySpec, SettingRecord, SliceEntry
 
@@ -382,7 +383,7 @@ class CommitReduction:
         self._ready: dict[tuple[int, int], dict[int, m.CommitReady]] = {}
 
     def add(self, server: int, ready: m.CommitReady) -> m.CommitDecision | None:
-        """Return the decision if this was the last server. Sums are taken in the order of server ranks."""
+        """Return the decision if this was the last server."""
         name = (ready.store, ready.number)
         there = self._ready.setdefault(name, {})
         there[server] = ready
@@ -391,7 +392,7 @@ class CommitReduction:
         del self._ready[name]
         in_order = [there[rank] for rank in sorted(there)]
         error = next((each.error for each in in_order if each.error is not None), None)
-        norm = sum(each.sum_squares for each in in_order) ** 0.5
+        norm = total_norm([norm for each in in_order for norm in each.norms])
         skip = any(each.skip for each in in_order) or not all(each.finite for each in in_order)
         return m.CommitDecision(ready.store, ready.number, not skip and error is None, norm, error)
 

@@ -28,9 +28,10 @@ from tensorkv.errors import (
     TensorKVError,
     to_wire,
 )
-from tensorkv.protocol.commits import CommitGather, all_finite, clip_factor, sum_squares
+from tensorkv.protocol.commits import CommitGather, all_finite, norms_of, scale, unscalable
 from tensorkv.protocol.layouts import Chunk, Contribution, Layout, Slice, sent_dtype
 from tensorkv.protocol.lockstep import MIN_ROUNDS, Lockstep, is_at_rest
+from tensorkv.protocol.norms import clip_factor
 from tensorkv.protocol.rounds import Index, Rounds
 from tensorkv.protocol.schedule import LoadUpdater, SettingSchedule
 from tensorkv.protocol.slots import BufferPool, Lease, SlotAllocator
@@ -691,25 +692,32 @@ class StoreShard:
         gather.reported = True
         gather.forget_dropped(self._holder)
         error = gather.disagreement({index: repr(each.key) for index, each in self._slices.items()})
-        norm_squared = 0.0
+        norms: list[float] = []
         if error is None:
             self._add_up_commit(gather)
+            error = self._unscalable(gather)
             if gather.wants_norm:
-                norm_squared = sum_squares(total for _, total in gather.totals)
-        finite = math.isfinite(norm_squared) or all_finite(total for _, total in gather.totals)
+                norms = norms_of(total for _, total in gather.totals)
+        finite = all(map(math.isfinite, norms)) or all_finite(total for _, total in gather.totals)
         self.out.append(
             Outgoing(
                 SCHEDULER,
                 m.CommitReady(
                     self.store,
                     gather.number,
-                    norm_squared,
+                    norms,
                     not gather.check_finite or finite,
                     gather.skip,
                     None if error is None else to_wire(error),
                 ),
             )
         )
+
+    def _unscalable(self, gather: CommitGather) -> TensorKVError | None:
+        if gather.max_norm is None:
+            return None
+        found = (unscalable(each.key, each.dtype) for each, _ in gather.totals)
+        return next((error for error in found if error is not None), None)
 
     def _add_up_commit(self, gather: CommitGather) -> None:
         """Take the sums of what all have asked for, in an order that is the same in every run."""
@@ -751,8 +759,9 @@ class StoreShard:
         factor = clip_factor(decision.norm, gather.max_norm)
         alive = [(each, total) for each, total in gather.totals if self._slices.get(each.index) is each]
         if factor != 1.0:
-            alive = [(each, total * factor) for each, total in alive]
-        self._update([(each, total.to(each.dtype)) for each, total in alive])
+            for _, total in alive:
+                scale(total, factor)
+        self._update(alive)
 
     # ---- the rest --------------------------------------------------------------------------------
 

@@ -30,7 +30,8 @@ from tensorkv.errors import (
     UpdaterError,
 )
 from tensorkv.keys import PullBatch, PushBatch, answer, check_keys
-from tensorkv.protocol.commits import clip_factor, sum_squares
+from tensorkv.protocol.commits import all_finite, norms_of, scale, unscalable
+from tensorkv.protocol.norms import clip_factor, total_norm
 from tensorkv.reduce import broadcast, lightest, sum_devices
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
 from tensorkv.updater import (
@@ -153,7 +154,7 @@ class LocalStore(KVStore):
             factor = 1.0 if norm is None else clip_factor(norm, max_norm)
             if applied and factor != 1.0:
                 for _, tensor in merged:
-                    tensor.mul_(factor)
+                    scale(tensor, factor)
             for slot, _ in waiting:
                 slot.uncommitted = None
                 slot.round += 1
@@ -448,18 +449,15 @@ def _raise_uncommitted(call: str, key: Key) -> None:
 
 def _check_scalable(merged: Sequence[tuple[_Slot, torch.Tensor]]) -> None:
     for slot, tensor in merged:
-        if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
-            raise DtypeMismatch(
-                f"commit: key {slot.key!r} has dtype {tensor.dtype}, which max_norm cannot scale; "
-                "push it with apply=True, or leave max_norm away"
-            )
+        error = unscalable(slot.key, tensor.dtype)
+        if error is not None:
+            raise error
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> tuple[float, bool]:
-    """Return the Euclidean norm over all `tensors`, added up in float64, and whether all is finite."""
-    total = sum_squares(tensors)
-    finite = math.isfinite(total) or all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-    return math.sqrt(total), finite
+    """Return the Euclidean norm over all `tensors`, and whether all is finite."""
+    norms = norms_of(tensors)
+    return total_norm(norms), all(map(math.isfinite, norms)) or all_finite(tensors)
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:

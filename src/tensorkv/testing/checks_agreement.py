@@ -8,6 +8,7 @@ import torch
 
 from tensorkv.errors import (
     CommitMismatch,
+    DtypeMismatch,
     KeyAlreadyInitialized,
     KeyDeleted,
     KeyNotInitialized,
@@ -300,6 +301,22 @@ def check_commit_must_agree(maker: StoreMaker, workers: int) -> None:
         assert kv.commit().applied
         same(kv.pull("a"), float(workers))
         same(kv.pull("b"), float(workers))
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL, only="sync")
+def check_commit_cannot_scale_integers_of_workers(maker: StoreMaker, workers: int) -> None:
+    """max_norm over an integer key is refused on every rank; committed again without it the round counts."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["a", "n"], [full(0), torch.tensor([0])])
+        kv.push(["a", "n"], [full(3), torch.tensor([2]) if kv.rank == 1 else ABSENT], apply=False)
+        raises(DtypeMismatch, lambda: kv.commit(max_norm=1.0), "'n'", "int64", "max_norm")
+        assert kv.info("a").round == kv.info("n").round == 0
+        assert kv.commit().applied
+        same(kv.pull("a"), 3.0 * workers)
+        same(kv.pull("n"), torch.tensor([2]))
 
     in_workers(maker, workers, work)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tensorkv.errors import NotSupported, StoreClosed, UncommittedPush, UpdaterError
+from tensorkv.errors import DtypeMismatch, NotSupported, StoreClosed, UncommittedPush, UpdaterError
 from tensorkv.keys import ABSENT
 from tensorkv.store import CommitResult, KVStore
 from tensorkv.testing.suite import (
@@ -100,6 +100,81 @@ def check_commit_skips(maker: StoreMaker) -> None:
         same(kv.pull("a"), 7.0)
         same(kv.pull("b"), 2.0)
         assert (kv.info("b").round, kv.info("b").version) == (4, 0)
+
+    in_one(maker, work)
+
+
+@check(only="sync")
+def check_commit_cannot_scale_integers(maker: StoreMaker) -> None:
+    """max_norm over a key that is no float is refused, by its name; without it the round is committed."""
+
+    def work(kv: KVStore) -> None:
+        ints = torch.tensor([3, 4])
+        kv.init({"a": full(1), "n": ints, "c": full(0, 2, dtype=torch.complex64)})
+        for _ in range(2):
+            kv.push({"a": full(5), "n": ints, "c": full(1, 2) + 0j}, apply=False)
+            error = raises(DtypeMismatch, lambda: kv.commit(max_norm=1.0), "'n'", "int64", "max_norm")
+            assert isinstance(error, TypeError)
+            raises(DtypeMismatch, lambda: kv.commit(max_norm=1.0, skip=True), "'n'")
+            raises(UncommittedPush, lambda: kv.pull("a"), "commit")
+            assert kv.info("a").version == kv.info("n").version
+            assert kv.commit(check_finite=True).applied
+            same(kv.pull("a"), 5.0)
+            same(kv.pull("n"), ints)
+            same(kv.pull("c"), full(1, 2) + 0j)
+        kv.push({"a": full(5), "n": ABSENT, "c": full(0, 2) + 3j}, apply=False)
+        assert kv.commit(max_norm=168.0**0.5 / 2).applied, "an absent integer has nothing to scale"
+        close(kv.pull("a"), full(2.5), "a")
+        close(kv.pull("c"), full(0, 2) + 1.5j, "c")
+        assert (kv.info("n").round, kv.info("n").version) == (3, 2)
+
+    in_one(maker, work)
+
+
+@check(only="sync")
+def check_commit_of_huge_and_tiny_values(maker: StoreMaker) -> None:
+    """Finite elements are finite however large their squares; the norm neither overflows nor vanishes."""
+
+    def work(kv: KVStore) -> None:
+        wide = torch.float64
+        kv.init({"a": full(0, 4, dtype=wide), "b": full(0, 5, dtype=wide)})
+        for size in (1e200, 1e-200, 1e307):
+            kv.push({"a": full(size, 4, dtype=wide), "b": full(size, 5, dtype=wide)}, apply=False)
+            result = kv.commit(check_finite=True)
+            assert result.applied, f"elements of {size} are finite"
+            assert result.norm is not None and abs(result.norm / size - 3) < 1e-9, f"norm {result.norm}"
+            same(kv.pull("a"), full(size, 4, dtype=wide))
+        kv.push({"a": full(1e200, 4, dtype=wide), "b": full(1e200, 5, dtype=wide)}, apply=False)
+        assert kv.commit(max_norm=3.0, check_finite=True).applied
+        close(kv.pull("a"), full(1, 4, dtype=wide), "a clipped", rtol=1e-9)
+        kv.push({"a": full(1e200, 4, dtype=wide), "b": ABSENT}, apply=False)
+        assert kv.commit(max_norm=1.0).applied
+        close(kv.pull("a"), full(0.5, 4, dtype=wide), "a alone, clipped", rtol=1e-9)
+        for bad in (float("inf"), float("nan")):
+            kv.push({"a": full(1e200, 4, dtype=wide), "b": full(bad, 5, dtype=wide)}, apply=False)
+            assert not kv.commit(check_finite=True).applied, f"applied {bad}"
+
+    in_one(maker, work)
+
+
+@check(only="sync")
+def check_commit_of_half_floats(maker: StoreMaker) -> None:
+    """Norm and clipping are those of the sum of the round as rounded to the stored dtype."""
+
+    def work(kv: KVStore) -> None:
+        for dtype in (torch.float16, torch.bfloat16):
+            key = str(dtype)
+            kv.init(key, full(0, 50, dtype=dtype))
+            gradients = [noise(1, 50), noise(2, 50)]
+            total = (gradients[0] + gradients[1]).to(dtype)
+            norm = torch.linalg.vector_norm(total, dtype=torch.float64).item()
+            kv.push(key, gradients, apply=False)
+            result = kv.commit(max_norm=1.0)
+            assert result.norm is not None and abs(result.norm - norm) <= 1e-12 * norm
+            same(kv.pull(key), total * (1.0 / (result.norm + 1e-6)), key)
+            if dtype == torch.float16:
+                kv.push(key, [full(60000, 50, dtype=dtype), full(60000, 50)], apply=False)
+                assert not kv.commit(check_finite=True).applied, "the sum is infinite in float16"
 
     in_one(maker, work)
 

@@ -470,11 +470,11 @@ class Abandon(Message, tag=67):
 
 
 class CommitReady(Message, tag=68):
-    """A server has all contributions of commit `number` of a store."""
+    """A server has all contributions of commit `number` of a store; `norms` are those of its slices."""
 
     store: int
     number: int
-    sum_squares: float
+    norms: list[float]
     finite: bool
     skip: bool
     error: tuple[str, str] | None
