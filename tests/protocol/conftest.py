@@ -11,7 +11,7 @@ import torch
 
 from tensorkv.arrays import bytes_of, dtype_name
 from tensorkv.errors import TensorKVError, from_wire
-from tensorkv.protocol.norms import total_norm
+from tensorkv.protocol.directory import CommitReduction
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import Outgoing
 from tensorkv.updater import Updater, build
@@ -155,9 +155,9 @@ class Bench:
 
     def decide(self, ready: m.CommitReady) -> list[Outgoing]:
         """Decide as the scheduler of a job with one server does."""
-        apply = ready.error is None and ready.finite and not ready.skip
-        norm = total_norm(ready.norms)
-        return self.state.decide_commit(m.CommitDecision(STORE, ready.number, apply, norm, ready.error))
+        decision = CommitReduction(1).add(0, ready)
+        assert decision is not None
+        return self.state.decide_commit(decision)
 
     def info(self, worker: int, ids: Sequence[int]) -> m.Info:
         """Return rounds and versions of slices."""

@@ -1,0 +1,57 @@
+"""Slots: shared memory of small values, leases, and the pool of buffers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tensorkv.protocol.slots import SHARED_SLOT_BYTES, SMALL_BYTES, BufferPool, Slot, SlotAllocator
+
+
+def test_a_slot_that_is_lent_moves_before_it_is_written() -> None:
+    slot = Slot(torch.ones(3))
+    memory, lease = slot.tensor, slot.lease
+    slot.make_writable()
+    assert slot.tensor is memory
+    lease.readers += 1
+    slot.make_writable()
+    slot.tensor.zero_()
+    assert memory.tolist() == [1.0, 1.0, 1.0]
+    assert slot.lease is not lease
+    slot.make_writable()  # the lease on the old memory does not concern the new
+    assert slot.tensor.tolist() == [0.0, 0.0, 0.0]
+    lease.readers -= 1
+    assert slot.lease.readers == 0
+
+
+def test_small_values_of_one_dtype_share_a_slot_and_large_ones_do_not() -> None:
+    slots = SlotAllocator()
+    first, at = slots.allocate(10, torch.float32)
+    second, behind = slots.allocate(20, torch.float32)
+    other, start = slots.allocate(5, torch.float64)
+    large, zero = slots.allocate(SMALL_BYTES // 4 + 1, torch.float32)
+    assert (first is second, at, behind) == (True, 0, 10)
+    assert (other is first, start, other.tensor.dtype) == (False, 0, torch.float64)
+    assert (large.tensor.numel(), zero) == (SMALL_BYTES // 4 + 1, 0)
+    assert slots.allocate(1, torch.float32) == (first, 30)
+
+
+def test_a_full_slot_is_followed_by_another() -> None:
+    slots = SlotAllocator()
+    per_slot = SHARED_SLOT_BYTES // SMALL_BYTES
+    found = [slots.allocate(SMALL_BYTES // 4, torch.float32) for _ in range(per_slot + 1)]
+    assert len({id(slot) for slot, _ in found}) == 2
+    assert [offset for _, offset in found][-2:] == [(per_slot - 1) * SMALL_BYTES // 4, 0]
+    slots.allocate(0, torch.float32)
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 4096, 4097, 100_000, (8 << 20) + 1])
+def test_a_buffer_is_large_enough_and_used_again(size_bytes: int) -> None:
+    pool = BufferPool()
+    buffer = pool.take(size_bytes)
+    assert buffer.dtype == torch.uint8
+    assert size_bytes <= buffer.numel() <= max(4096, 2 * size_bytes)
+    other = pool.take(size_bytes)
+    assert other.data_ptr() != buffer.data_ptr()
+    pool.give(buffer)
+    assert pool.take(size_bytes) is buffer

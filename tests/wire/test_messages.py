@@ -1,0 +1,148 @@
+"""Messages: every one travels, its tag is its own and stays, and each side takes only what is for it."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tensorkv.errors import ProtocolError
+from tensorkv.functions import CodeRef
+from tensorkv.updaterspec import UpdaterSpec
+from tensorkv.wire import messages as m
+from tensorkv.wire.codec import MAX_HANDSHAKE_BYTES, Decoder, encode
+
+UNIONS = {
+    "handshake": m.HandshakeMessage,
+    "to server": m.ToServer,
+    "from server": m.FromServer,
+    "to scheduler": m.ToScheduler,
+    "from scheduler": m.FromScheduler,
+}
+CLASSES = sorted(
+    {each for union in UNIONS.values() for each in typing.get_args(union)}, key=lambda each: each.__name__
+)
+TAGS = {
+    1: "Challenge", 2: "Hello", 3: "Accept", 4: "Reject",
+    10: "Done", 11: "Failed", 12: "AskWaiting", 13: "Waiting",
+    20: "OpenStore", 21: "InitSlices", 22: "DefinePlan", 23: "DropPlan", 24: "Push", 25: "Pull",
+    26: "WaitMerged", 27: "Commit", 28: "PrepareSetting", 29: "ActivateSetting", 30: "DeleteSlices",
+    31: "Flush", 32: "AskInfo", 33: "Leave",
+    40: "Data", 41: "Merged", 42: "Committed", 43: "Info", 44: "Fault",
+    50: "Register", 51: "Welcome", 52: "JoinStore", 53: "Joined", 54: "ProposeInit", 55: "InitReply",
+    56: "ConcludeInit", 57: "ProposeSetting", 58: "SettingReply", 59: "ConcludeSetting", 60: "Lookup",
+    61: "Entries", 62: "DeleteKeys", 63: "Deleted", 64: "Barrier", 65: "LeaveStore", 66: "Goodbye",
+    67: "Abandon", 68: "CommitReady", 69: "CommitDecision", 70: "Lost", 71: "Stop", 72: "GiveUp", 73: "Gone",
+}  # fmt: skip
+
+INT = st.integers(-(1 << 63), (1 << 64) - 1)
+KEY = INT | st.text(max_size=8)
+TEXT = st.text(max_size=8)
+PLAIN = st.none() | st.booleans() | INT | st.floats(allow_nan=False) | TEXT
+OPTIONS = st.dictionaries(TEXT, PLAIN | st.lists(PLAIN, max_size=3), max_size=3)
+
+
+def _special() -> dict[type, st.SearchStrategy[Any]]:
+    """Fields of type Any cannot be drawn from the type alone."""
+    spec = st.builds(
+        UpdaterSpec, type=st.sampled_from(["named", "function", "optimizer"]), name=TEXT, options=OPTIONS
+    )
+    code = st.builds(CodeRef, module=TEXT, name=TEXT, script=TEXT, sha256=TEXT, package=TEXT, adapter=TEXT)
+    record = st.builds(
+        m.SettingRecord,
+        keys=st.none() | st.lists(KEY, max_size=3).map(tuple),
+        updater=st.none() | spec,
+        code=st.none() | code,
+        options=st.none() | OPTIONS,
+    )
+    return {m.SettingRecord: record}
+
+
+def value_for(annotation: Any) -> st.SearchStrategy[Any]:
+    """Return values of a field's type, as far as messages use types."""
+    special = _special()
+    if annotation in special:
+        return special[annotation]
+    simple = {
+        int: INT,
+        str: TEXT,
+        bytes: st.binary(max_size=40),
+        bool: st.booleans(),
+        float: st.floats(allow_nan=False),
+        type(None): st.none(),
+    }
+    if annotation in simple:
+        return simple[annotation]
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return st.sampled_from(args)
+    if origin is list:
+        return st.lists(value_for(args[0]), max_size=3)
+    if origin is tuple and args[-1] is ...:
+        return st.lists(value_for(args[0]), max_size=3).map(tuple)
+    if origin is tuple:
+        return st.tuples(*map(value_for, args))
+    if args:  # a union
+        return st.one_of(*map(value_for, args))
+    hints = typing.get_type_hints(annotation)
+    fields = [each.name for each in msgspec.structs.fields(annotation)]
+    return st.builds(annotation, **{name: value_for(hints[name]) for name in fields})
+
+
+def test_tags_are_never_reassigned() -> None:
+    found = {each.__struct_config__.tag: each.__name__ for each in CLASSES}
+    assert len(found) == len(CLASSES)
+    assert found == TAGS
+
+
+@pytest.mark.parametrize("union", UNIONS)
+def test_every_message_comes_back_as_it_was(union: str) -> None:
+    decoder: Decoder[Any] = Decoder(UNIONS[union])
+
+    @settings(max_examples=60)
+    @given(message=st.one_of(*map(value_for, typing.get_args(UNIONS[union]))))
+    def check(message: Any) -> None:
+        found = decoder.decode(encode(message)[16:])
+        assert type(found) is type(message)
+        assert found == message
+
+    check()
+
+
+@pytest.mark.parametrize("union", UNIONS)
+def test_what_is_not_for_this_side_is_refused(union: str) -> None:
+    decoder: Decoder[Any] = Decoder(UNIONS[union])
+    mine = typing.get_args(UNIONS[union])
+    others = [each for each in CLASSES if each not in mine]
+    assert others
+    for each in others:
+        body = msgspec.msgpack.encode([each.__struct_config__.tag])
+        with pytest.raises(ProtocolError, match="malformed"):
+            decoder.decode(body)
+
+
+@pytest.mark.parametrize("each", CLASSES, ids=lambda each: each.__name__)
+def test_fields_are_neither_missing_nor_more(each: Any) -> None:
+    union = next(union for union in UNIONS.values() if each in typing.get_args(union))
+    decoder: Decoder[Any] = Decoder(union)
+
+    @settings(max_examples=3)
+    @given(message=value_for(each))
+    def check(message: Any) -> None:
+        items = msgspec.msgpack.decode(msgspec.msgpack.encode(message))
+        with pytest.raises(ProtocolError):
+            decoder.decode(msgspec.msgpack.encode([*items, 0]))
+        if len(items) > 1:
+            with pytest.raises(ProtocolError):
+                decoder.decode(msgspec.msgpack.encode(items[:-1]))
+
+    check()
+
+
+def test_a_handshake_fits_into_what_a_stranger_may_send() -> None:
+    for message in (m.Challenge(bytes(32)), m.Hello(bytes(32), bytes(32), "scheduler", 1 << 31)):
+        assert len(encode(message)) < MAX_HANDSHAKE_BYTES
