@@ -1,0 +1,143 @@
+"""Deadlines with a clock of the test's own."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from tensorkv.errors import PeerLostError, TensorKVError, WaitTimeout
+from tensorkv.runtime import waits
+from tensorkv.runtime.waits import Wait, lost_error
+from tensorkv.wire import messages as m
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(waits, "time", SimpleNamespace(monotonic=made.monotonic))
+    return made
+
+
+class Call:
+    """A call that waits; `asked` counts how often it asked whom for."""
+
+    def __init__(self, timeout_s: float, answer: m.Waiting | None = None) -> None:
+        self.asked = 0
+        self.answer = answer
+        self.failure: TensorKVError | None = None
+        self.wait = Wait("pull of 'w'", timeout_s, lambda: self.failure, self.ask)
+
+    def ask(self) -> None:
+        self.asked += 1
+        if self.answer is not None:
+            self.wait.answered(self.answer)
+
+
+MISSING = m.Waiting(1, [3, 5], "round 812 of 'w'")
+
+
+def test_nothing_happens_before_ten_seconds(clock: Clock) -> None:
+    call = Call(100.0)
+    clock.now += 9.9
+    call.wait.tick()
+    assert call.asked == 0
+
+
+def test_a_line_every_ten_seconds(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    call = Call(100.0, MISSING)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(100):
+            clock.now += 0.45
+            call.wait.tick()
+    assert call.asked == 4
+    assert caplog.messages == [
+        f"pull of 'w': waiting for worker 3, 5, round 812 of 'w', {seconds} s" for seconds in (10, 20, 30, 40)
+    ]
+
+
+def test_no_line_if_nobody_is_known_to_be_missing(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    call = Call(100.0, m.Waiting(1, [], ""))
+    with caplog.at_level(logging.WARNING):
+        clock.now += 10
+        call.wait.tick()
+    assert call.asked == 1
+    assert caplog.messages == []
+
+
+def test_the_deadline_names_who_is_missing(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    call = Call(5.0, MISSING)
+    clock.now += 5
+    with caplog.at_level(logging.WARNING):
+        call.wait.tick()  # asks; the answer is here by the next tick
+    clock.now += 0.25
+    with pytest.raises(
+        WaitTimeout,
+        match="^pull of 'w' did not finish within 5 s: waiting for worker 3, 5, round 812 of 'w'$",
+    ):
+        call.wait.tick()
+    assert caplog.messages == []
+
+
+def test_an_answer_is_waited_for_only_so_long(clock: Clock) -> None:
+    call = Call(5.0)
+    clock.now += 5
+    call.wait.tick()
+    clock.now += waits.ASK_GRACE_S - 0.1
+    call.wait.tick()
+    clock.now += 0.1
+    with pytest.raises(WaitTimeout, match="^pull of 'w' did not finish within 5 s$"):
+        call.wait.tick()
+    assert call.asked == 1
+
+
+def test_an_old_answer_does_not_count_at_the_deadline(clock: Clock) -> None:
+    call = Call(15.0, MISSING)
+    clock.now += 10
+    call.wait.tick()
+    call.answer = m.Waiting(1, [7], "round 813 of 'w'")
+    clock.now += 5
+    call.wait.tick()
+    with pytest.raises(WaitTimeout, match="waiting for worker 7, round 813"):
+        call.wait.tick()
+
+
+def test_of_several_answers_the_one_that_names_somebody_counts(clock: Clock) -> None:
+    call = Call(5.0)
+    clock.now += 5
+    call.wait.tick()
+    for answer in (m.Waiting(1, [], ""), MISSING, m.Waiting(2, [], "")):
+        call.wait.answered(answer)
+    with pytest.raises(WaitTimeout, match="worker 3, 5"):
+        call.wait.tick()
+
+
+def test_without_anybody_to_ask_the_deadline_is_the_deadline(clock: Clock) -> None:
+    wait = Wait("joining the job", 5.0, lambda: None)
+    clock.now += 4.9
+    wait.tick()
+    clock.now += 0.1
+    with pytest.raises(WaitTimeout, match="^joining the job did not finish within 5 s$"):
+        wait.tick()
+
+
+def test_a_broken_job_ends_the_wait_at_once(clock: Clock) -> None:
+    call = Call(100.0)
+    call.failure = PeerLostError("worker 1 was lost")
+    with pytest.raises(PeerLostError, match="worker 1 was lost"):
+        call.wait.tick()
+
+
+@pytest.mark.parametrize(("hostname", "named"), [("node7", "node7"), ("", "?")])
+def test_a_lost_process_is_named(hostname: str, named: str) -> None:
+    error = lost_error(m.Lost("worker", 1, hostname, "killed"))
+    assert str(error) == f"worker 1 on host {named} was lost: killed"
