@@ -1,71 +1,88 @@
-"""Norms, finiteness and scaling of what a commit applies."""
+"""Commits on one server: who agrees, what was dropped meanwhile, and norms."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from tensorkv.errors import DtypeMismatch
-from tensorkv.protocol.commits import all_finite, norms_of, scale, unscalable
+from tensorkv.errors import CommitMismatch, DtypeMismatch
+from tensorkv.protocol.commits import CommitGather, all_finite, norms_of, scale, unscalable
+from tensorkv.wire.messages import Commit
 
-EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, *EIGHT_BITS]
-
-
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.int8, torch.int64, torch.bool])
-def test_norms_of_every_dtype(dtype: torch.dtype) -> None:
-    ones = torch.ones(3, 3).to(dtype)
-    assert norms_of([ones, ones[0], torch.empty(0).to(dtype), ones[0, 0]]) == [3.0, math.sqrt(3), 0.0, 1.0]
-    assert all_finite([ones, torch.empty(0).to(dtype)])
+NAMES = {0: "'a'", 1: "'b'", 2: "'c'"}
 
 
-def test_norms_of_complex_numbers() -> None:
-    assert norms_of([torch.tensor([3 + 4j, 12j])]) == [13.0]
-    assert not all_finite([torch.tensor([complex(1, math.inf)])])
+def gather(*asked: tuple[dict[str, Any], set[int]]) -> CommitGather:
+    made = CommitGather(1)
+    for worker, (arguments, slices) in enumerate(asked):
+        every = {"max_norm": None, "skip": False, "check_finite": False, **arguments}
+        made.add(worker, Commit(worker + 1, 1, **every), {index: 10 * worker + index + 1 for index in slices})
+    return made
 
 
-def test_norms_are_taken_in_float64() -> None:
-    assert norms_of([torch.tensor([3e38, 3e38])]) == [pytest.approx(3e38 * math.sqrt(2))]
-    assert norms_of([torch.tensor([6e4, 6e4], dtype=torch.float16)]) == [
-        pytest.approx(6e4 * math.sqrt(2), 1e-3)
+def test_equal_commits_agree_and_one_skip_is_enough() -> None:
+    made = gather(({"max_norm": 2.0}, {0, 1}), ({"max_norm": 2.0, "skip": True}, {1, 0}))
+    assert made.disagreement(NAMES) is None
+    assert (made.skip, made.max_norm, made.check_finite, made.wants_norm) == (True, 2.0, False, True)
+    made = gather(({}, set()))
+    assert made.disagreement(NAMES) is None
+    assert (made.skip, made.wants_norm) == (False, False)
+    assert gather(({"check_finite": True}, set())).wants_norm
+
+
+@pytest.mark.parametrize("other", [{"max_norm": 3.0}, {"check_finite": True}])
+def test_other_arguments_are_a_mismatch(other: dict[str, Any]) -> None:
+    error = gather(({}, {0}), ({}, {0}), (other, {0})).disagreement(NAMES)
+    assert isinstance(error, CommitMismatch)
+    assert "rank 2" in str(error)
+    assert str(next(iter(other.values()))) in str(error)
+
+
+def test_other_keys_are_a_mismatch_that_names_them() -> None:
+    error = gather(({}, {0, 1}), ({}, {1, 2})).disagreement(NAMES)
+    assert isinstance(error, CommitMismatch)
+    assert "only one of them has pushed 'a', 'c'" in str(error)
+
+
+def test_what_was_dropped_since_is_left_out() -> None:
+    made = gather(({}, {0, 1}), ({}, {0}))
+    holder = np.zeros((2, 3), np.int64)
+    holder[0, 0], holder[1, 0] = 1, 11
+    holder[0, 1] = 99  # the index belongs to another slice now
+    made.forget_dropped(holder)
+    assert made.pushes == {0: {0: 1}, 1: {0: 11}}
+    assert made.disagreement(NAMES) is None
+
+
+def test_norms_are_taken_of_every_dtype() -> None:
+    tensors = [
+        torch.tensor([3.0, 4.0]),
+        torch.tensor([3.0, 4.0], dtype=torch.float16),
+        torch.tensor([3 + 4j]),
+        torch.tensor([3, 4]),
+        torch.empty(0),
+        torch.tensor([60000.0], dtype=torch.float16),
     ]
+    assert norms_of(tensors) == pytest.approx([5.0, 5.0, 5.0, 5.0, 0.0, 59968.0], rel=1e-3)
+    huge = torch.full((4,), 1e300, dtype=torch.float64)
+    assert norms_of([huge, huge * 1e-300 * 1e-300]) == pytest.approx([2e300, 2e-300])
 
 
-@pytest.mark.parametrize("size", [1e200, 1e-200, 1e-155, 1e-320])
-def test_no_square_overflows_or_vanishes(size: float) -> None:
-    (norm,) = norms_of([torch.full((9,), size, dtype=torch.float64)])
-    assert norm == pytest.approx(3 * size, rel=1e-9, abs=0)
-    (norm,) = norms_of([torch.full((9,), -size, dtype=torch.complex128)])
-    assert norm == pytest.approx(3 * size, rel=1e-9, abs=0)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows(bad: float) -> None:
+    tensor = torch.tensor([1.0, bad])
+    assert not math.isfinite(norms_of([tensor])[0])
+    assert not all_finite([torch.ones(2), tensor])
+    assert all_finite([torch.ones(2), torch.tensor([1, 2])])
 
 
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.float8_e5m2])
-def test_one_element_that_is_not_finite_shows(dtype: torch.dtype, bad: float) -> None:
-    values = torch.ones(100).to(dtype)
-    values[57] = bad
-    assert not all_finite([torch.ones(2), values])
-    assert not math.isfinite(norms_of([values])[0])
-
-
-def test_large_elements_are_finite() -> None:
-    assert all_finite([torch.full((9,), 1e308, dtype=torch.float64)])
-
-
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64])
-def test_scaling_is_in_place(dtype: torch.dtype) -> None:
-    values = torch.full((3,), 3.0).to(dtype)
-    assert unscalable("w", dtype) is None
-    scale(values, 0.5)
-    assert values.dtype == dtype
-    assert values.to(torch.complex64).tolist() == [1.5] * 3
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
-def test_what_cannot_be_scaled_is_named(dtype: torch.dtype) -> None:
-    error = unscalable("steps", dtype)
-    assert isinstance(error, DtypeMismatch)
-    for text in ("'steps'", str(dtype), "max_norm"):
-        assert text in str(error)
+def test_only_floats_can_be_scaled() -> None:
+    assert unscalable("w", torch.complex64) is None
+    assert isinstance(unscalable("w", torch.int32), DtypeMismatch)
+    tensor = torch.tensor([2.0, 4.0])
+    scale(tensor, 0.5)
+    assert tensor.tolist() == [1.0, 2.0]

@@ -22,6 +22,7 @@ from tensorkv.errors import (
     KeyAlreadyInitialized,
     KeyNotInitialized,
     NotElementwise,
+    ProtocolError,
     SettingMismatch,
     TensorKVError,
     WaitTimeout,
@@ -102,7 +103,15 @@ class Directory:
     # ---- init ------------------------------------------------------------------------------------
 
     def propose_init(self, rank: int, message: m.ProposeInit) -> None:
-        """A rank calls init: lead, agree, refuse, or wait for the setting rank."""
+        """A rank calls init: lead, agree, refuse, or wait for the setting rank.
+
+        Raises:
+            ProtocolError: the list has a key twice, or a size below 0.
+        """
+        if len({spec.key for spec in message.keys}) < len(message.keys):
+            raise ProtocolError("an init names a key twice")
+        if any(spec.itemsize_bytes < 1 or min(spec.shape, default=0) < 0 for spec in message.keys):
+            raise ProtocolError("an init has a shape or itemsize that cannot be")
         self._waiting_inits.append((rank, message))
         self._retry()
 
@@ -260,12 +269,12 @@ class Directory:
     def _try_setting(self, rank: int, message: m.ProposeSetting) -> bool:
         number = self._attempts_of.get(rank, 0)
         if number == len(self._attempts):
-            if rank != self.setting_rank:
-                return False
             sliced = self._sliced_key(message.record)
-            if sliced is not None:
+            if sliced is not None:  # the setting rank's would be refused too, so nobody waits for that
                 self._refuse(rank, message.request, sliced)
                 return True
+            if rank != self.setting_rank:
+                return False
             self._attempts.append(_Attempt(message.record, rank))
             self._attempts_of[rank] = number + 1
             self.out.append((rank, m.SettingReply(message.request, number, True)))
@@ -302,7 +311,8 @@ class Directory:
         """The setting rank has made the setting on all servers, or they have refused it."""
         if 0 <= message.number < len(self._attempts):
             attempt = self._attempts[message.number]
-            attempt.done, attempt.error = True, message.error
+            if attempt.leader == rank:  # else its own was withdrawn when it left
+                attempt.done, attempt.error = True, message.error
         self.out.append((rank, m.Done(message.request)))
         self._retry()
 
@@ -328,9 +338,10 @@ class Directory:
         self._barrier.pop(rank, None)
         self._waiting_inits = [each for each in self._waiting_inits if each[0] != rank]
         self._waiting_settings = [each for each in self._waiting_settings if each[0] != rank]
-        for key_id, (leader, history, _, _) in list(self._creating.items()):
+        for key_id, (leader, history, spec, entry) in list(self._creating.items()):
             if leader == rank:
                 history.creating = False
+                self._add_load(entry, -spec.itemsize_bytes)
                 del self._creating[key_id]
         if self._attempts and not self._attempts[-1].done and self._attempts[-1].leader == rank:
             self._attempts.pop()

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from tensorkv.config import MAX_SLICE_BYTES, Role
-from tensorkv.errors import StoreMismatch, to_wire
+from tensorkv.errors import ProtocolError, StoreMismatch, to_wire
 from tensorkv.protocol.directory import CommitReduction, Directory, Placement
 from tensorkv.wire import messages as m
+
+_OF_BOTH = (m.Register, m.Goodbye, m.Abandon)
 
 
 @final
@@ -56,7 +58,15 @@ class Membership:
         return (role, rank) in self._processes
 
     def handle(self, role: Role, rank: int, message: Any) -> None:
-        """Take in a message of a process."""
+        """Take in a message of a process.
+
+        Raises:
+            ProtocolError: a process in this place may not say so now.
+        """
+        if isinstance(message, m.Register) == self.has_joined(role, rank):
+            raise ProtocolError(f"{type(message).__name__} of {role} {rank}: out of turn")
+        if isinstance(message, m.CommitReady) != (role == "server") and not isinstance(message, _OF_BOTH):
+            raise ProtocolError(f"{type(message).__name__} is not for a {role} to say")
         match message:
             case m.Register():
                 self._register(role, rank, message)

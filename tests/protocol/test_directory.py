@@ -1,0 +1,381 @@
+"""Directory: who creates keys and makes settings, who must agree, and barriers of one store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tensorkv.errors import (
+    CommitMismatch,
+    KeyAlreadyInitialized,
+    KeyNotInitialized,
+    NotElementwise,
+    ProtocolError,
+    SettingMismatch,
+    UpdaterError,
+    from_wire,
+    to_wire,
+)
+from tensorkv.protocol import directory as directory_module
+from tensorkv.protocol.directory import CommitReduction, Directory, Placement, timeout_text
+from tensorkv.updaterspec import UpdaterSpec
+from tensorkv.wire import messages as m
+
+BOUND_BYTES = 256
+
+
+class Desk:
+    """A directory, with answers by rank."""
+
+    def __init__(self, num_workers: int = 2, num_servers: int = 2) -> None:
+        self.placement = Placement(BOUND_BYTES, 1 << 20, [0] * num_servers)
+        opened = m.JoinStore(1, "default", "sync", "sum")
+        self.directory = Directory(1, opened, num_workers, self.placement)
+        self.request = 0
+
+    def ask(self, method: str, rank: int, message: type, *fields: Any) -> list[tuple[int, Any]]:
+        self.request += 1
+        getattr(self.directory, method)(rank, message(self.request, 1, *fields))
+        return self.taken()
+
+    def taken(self) -> list[tuple[int, Any]]:
+        out, self.directory.out = self.directory.out, []
+        return out
+
+    def init(self, rank: int, *specs: m.KeySpec) -> list[tuple[int, Any]]:
+        return self.ask("propose_init", rank, m.ProposeInit, list(specs))
+
+    def conclude(self, rank: int, reply: m.InitReply, error: Any = None) -> list[tuple[int, Any]]:
+        ids = [entry.key_id for entry, lead in zip(reply.entries, reply.lead, strict=True) if lead]
+        return self.ask("conclude_init", rank, m.ConcludeInit, ids, error)
+
+    def create(self, *specs: m.KeySpec, rank: int = 0) -> list[m.KeyEntry]:
+        ((_, reply),) = self.init(rank, *specs)
+        assert reply.lead == [True] * len(specs)
+        self.conclude(rank, reply)
+        return list(reply.entries)
+
+    def set(self, rank: int, record: m.SettingRecord) -> list[tuple[int, Any]]:
+        return self.ask("propose_setting", rank, m.ProposeSetting, record)
+
+    def conclude_set(self, rank: int, number: int, error: Any = None) -> list[tuple[int, Any]]:
+        return self.ask("conclude_setting", rank, m.ConcludeSetting, number, error)
+
+    def delete(self, rank: int, entry: m.KeyEntry) -> list[m.KeyEntry]:
+        out = self.ask("delete", rank, m.DeleteKeys, [(entry.key, entry.key_id)])
+        return list(out[0][1].entries)
+
+    def lookup(self, keys: list[Any] | None) -> Any:
+        return self.ask("lookup", 0, m.Lookup, keys)[0][1]
+
+
+def spec(key: Any, *shape: int, whole: bool = False, dtype: str = "float32") -> m.KeySpec:
+    return m.KeySpec(key, shape, dtype, 4, whole)
+
+
+def named(name: str = "add", **more: Any) -> m.SettingRecord:
+    return m.SettingRecord(None, updater=UpdaterSpec(type="named", name=name, **more))
+
+
+WHOLE = m.SettingRecord(None, updater=UpdaterSpec(type="function", name="f", elementwise=False))
+
+
+def error_of(out: list[tuple[int, Any]]) -> Any:
+    ((_, message),) = out
+    assert isinstance(message, m.Failed)
+    return from_wire(message.name, message.text)
+
+
+# ---- init ------------------------------------------------------------------------------------------
+
+
+def test_rank_0_leads_and_the_others_wait_and_agree() -> None:
+    desk = Desk(3)
+    assert desk.init(1, spec("w", 3)) == []
+    ((rank, reply),) = desk.init(0, spec("w", 3), spec("b"))
+    assert (rank, reply.lead) == (0, [True, True])
+    assert [each.shape for each in reply.entries] == [(3,), ()]
+    assert desk.init(2, spec("b")) == []
+    out = desk.conclude(0, reply)
+    assert [(each[0], type(each[1])) for each in out] == [(0, m.Done), (1, m.InitReply), (2, m.InitReply)]
+    assert out[1][1].entries == reply.entries[:1]
+    assert out[2][1].lead == [False]
+    assert desk.lookup(["b", "w"]).entries == reply.entries[::-1]
+    assert desk.lookup(None).entries == reply.entries
+
+
+def test_a_list_that_cannot_be_led_whole_waits_whole() -> None:
+    desk = Desk()
+    ((_, reply),) = desk.init(0, spec("a", 1))
+    assert desk.init(1, spec("a", 1), spec("b", 1)) == []
+    desk.conclude(0, reply)
+    assert desk.lookup(["a"]).entries[0].key == "a"
+    desk.create(spec("b", 1))
+
+
+@pytest.mark.parametrize("other", [spec("w", 4), spec("w", 3, dtype="int32"), spec("w", 3, whole=True)])
+def test_another_rank_must_agree(other: m.KeySpec) -> None:
+    desk = Desk()
+    desk.create(spec("w", 3))
+    assert isinstance(error_of(desk.init(1, other)), SettingMismatch)
+    ((_, reply),) = desk.init(1, spec("w", 3))  # the refused call has not counted
+    assert reply.lead == [False]
+
+
+def test_a_key_is_initialised_once_by_every_rank() -> None:
+    desk = Desk()
+    (entry,) = desk.create(spec("w", 3))
+    error = error_of(desk.init(0, spec("new", 1), spec("w", 3)))
+    assert isinstance(error, KeyAlreadyInitialized)
+    assert "(3,)" in str(error)
+    assert isinstance(desk.lookup(["new"]), m.Failed)  # nothing of the refused list was made
+    desk.init(1, spec("w", 3))
+    assert isinstance(error_of(desk.init(1, spec("w", 3))), KeyAlreadyInitialized)
+    assert desk.delete(1, entry) == [entry]
+    assert desk.init(1, spec("w", 5)) == []  # its second waits for the second of rank 0
+    (again,) = desk.create(spec("w", 5))
+    assert (again.generation, again.key_id > entry.key_id) == (2, True)
+    assert not {each.slice_id for each in again.slices} & {each.slice_id for each in entry.slices}
+
+
+def test_the_first_init_of_a_rank_is_matched_with_the_first_generation() -> None:
+    desk = Desk()
+    (entry,) = desk.create(spec("w", 3))
+    desk.delete(0, entry)
+    desk.create(spec("w", 5))
+    assert isinstance(error_of(desk.init(1, spec("w", 5))), SettingMismatch)
+    ((_, reply),) = desk.init(1, spec("w", 3))
+    assert reply.entries == [entry]
+    ((_, reply),) = desk.init(1, spec("w", 5))
+    assert reply.entries[0].generation == 2
+
+
+def test_old_generations_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory_module, "MAX_REMEMBERED_GENERATIONS", 2)
+    desk = Desk()
+    for _ in range(4):
+        (entry,) = desk.create(spec("w", 3))
+        desk.delete(0, entry)
+    ((_, reply),) = desk.init(1, spec("w", 3))
+    assert (reply.lead, reply.entries[0].slices, reply.entries[0].generation) == ([False], [], 1)
+
+
+def test_an_init_that_failed_has_not_been() -> None:
+    desk = Desk()
+    ((_, reply),) = desk.init(0, spec("w", 3))
+    desk.conclude(0, reply, to_wire(UpdaterError("no")))
+    assert isinstance(desk.lookup(["w"]), m.Failed)
+    assert desk.placement.load_bytes == [0, 0]
+    (entry,) = desk.create(spec("w", 4))
+    assert entry.generation == 1
+
+
+def test_who_leaves_while_it_creates_a_key_is_followed_by_the_next() -> None:
+    desk = Desk(3)
+    ((_, reply),) = desk.init(0, spec("w", 3))
+    assert desk.init(1, spec("w", 3)) == []
+    desk.directory.leave(0)
+    ((rank, led),) = desk.taken()
+    assert (rank, led.lead) == (1, [True])
+    assert sum(desk.placement.load_bytes) == 12  # what the first has counted is given back
+    desk.conclude(0, reply)  # too late
+    assert isinstance(desk.lookup(["w"]), m.Failed)
+    desk.conclude(1, led)
+    assert desk.lookup(["w"]).entries == led.entries
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [[spec("w", 3), spec("w", 3)], [spec("w", -1)], [m.KeySpec("w", (1,), "float32", 0, False)]],
+    ids=["twice", "shape", "itemsize"],
+)
+def test_an_init_that_makes_no_sense_is_refused(specs: list[m.KeySpec]) -> None:
+    desk = Desk()
+    with pytest.raises(ProtocolError):
+        desk.init(0, *specs)
+    assert desk.directory.waiting(0, 1) is None
+
+
+def test_values_are_placed_by_their_updater() -> None:
+    desk = Desk()
+    (first,) = desk.create(spec("first", 100))
+    assert [(each.server, each.start, each.stop) for each in first.slices] == [(0, 0, 48), (1, 48, 100)]
+    assert desk.placement.load_bytes == [192, 208]
+    (kept,) = desk.create(spec("kept", 100, whole=True))
+    assert [(each.server, each.start, each.stop) for each in kept.slices] == [(0, 0, 100)]
+    desk.delete(0, first)
+    for_some = m.SettingRecord(("f",), updater=WHOLE.updater)
+    ((_, reply),) = desk.set(0, for_some)
+    desk.conclude_set(0, reply.number)
+    entries = desk.create(spec("f", 100), spec("g", 100))
+    assert [len(entry.slices) for entry in entries] == [1, 2]
+    for entry in [kept, *entries]:
+        desk.delete(1, entry)
+    assert desk.placement.load_bytes == [0, 0]
+
+
+# ---- keys ------------------------------------------------------------------------------------------
+
+
+def test_only_the_named_generation_is_deleted() -> None:
+    desk = Desk()
+    (old,) = desk.create(spec("w", 3))
+    assert desk.delete(0, old) == [old]
+    assert desk.delete(1, old) == []
+    (new,) = desk.create(spec("w", 3))
+    assert desk.delete(1, old) == []
+    assert desk.lookup(["w"]).entries == [new]
+
+
+def test_a_lookup_of_what_is_not_there() -> None:
+    desk = Desk()
+    desk.create(spec("a", 1))
+    reply = desk.lookup(["a", "b"])
+    assert isinstance(from_wire(reply.name, reply.text), KeyNotInitialized)
+    assert "'b'" in reply.text
+
+
+def test_a_store_that_ends_gives_its_place_back() -> None:
+    desk = Desk()
+    desk.create(spec("a", 100), spec("b", 3))
+    desk.directory.close()
+    assert desk.placement.load_bytes == [0, 0]
+
+
+# ---- settings --------------------------------------------------------------------------------------
+
+
+def test_settings_are_matched_one_by_one() -> None:
+    desk = Desk(3)
+    assert desk.set(1, named("add")) == []
+    ((rank, reply),) = desk.set(0, named("add"))
+    assert (rank, reply.number, reply.lead) == (0, 0, True)
+    out = desk.conclude_set(0, 0)
+    assert [(each[0], type(each[1])) for each in out] == [(0, m.Done), (1, m.SettingReply)]
+    assert (out[1][1].number, out[1][1].lead) == (0, False)
+    ((_, reply),) = desk.set(0, named("assign"))
+    desk.conclude_set(0, reply.number)
+    error = error_of(desk.set(2, named("assign")))
+    assert isinstance(error, SettingMismatch)
+    assert "'assign'" in str(error)
+    assert "'add'" in str(error)
+    for number, name in enumerate(("add", "assign")):  # the refused call has not counted
+        ((_, reply),) = desk.set(2, named(name))
+        assert (reply.number, reply.lead) == (number, False)
+
+
+def test_what_the_servers_refuse_is_refused_to_all() -> None:
+    desk = Desk()
+    ((_, reply),) = desk.set(0, named())
+    desk.conclude_set(0, reply.number, ("UpdaterError", "cannot load"))
+    assert str(error_of(desk.set(1, named()))) == "cannot load"
+    ((_, reply),) = desk.set(0, named())
+    assert reply.number == 1
+
+
+def test_options_are_described_in_a_mismatch() -> None:
+    desk = Desk()
+    ((_, reply),) = desk.set(0, named(options={"lr": 0.5}))
+    text = str(error_of(desk.set(1, m.SettingRecord(("w",), options={"lr": 0.25}))))
+    assert "options {'lr': 0.25} for keys ['w']" in text
+    assert "with {'lr': 0.5} for all keys" in text
+    assert reply.lead
+
+
+def test_who_leaves_while_it_makes_a_setting_is_followed_by_the_next() -> None:
+    desk = Desk()
+    ((_, first),) = desk.set(0, named())
+    assert desk.set(1, named()) == []
+    desk.directory.leave(0)
+    ((rank, reply),) = desk.taken()
+    assert (rank, reply.number, reply.lead) == (1, 0, True)
+    desk.conclude_set(0, first.number, ("UpdaterError", "too late"))
+    desk.conclude_set(1, reply.number)
+    assert not desk.directory._attempts[0].error
+
+
+def test_an_updater_for_whole_values_is_refused_to_every_rank_where_a_key_is_sliced() -> None:
+    """The ranks that are not the setting rank must not wait for a setting that is never made."""
+    desk = Desk()
+    desk.create(spec("big", 100), spec("small", 3))
+    for rank in (1, 0):
+        error = error_of(desk.set(rank, WHOLE))
+        assert isinstance(error, NotElementwise)
+        assert "'big'" in str(error)
+    some = m.SettingRecord(("small",), updater=WHOLE.updater)
+    ((_, reply),) = desk.set(0, some)
+    assert reply.lead
+
+
+# ---- waiting ---------------------------------------------------------------------------------------
+
+
+def test_a_barrier_needs_all_that_have_not_left() -> None:
+    desk = Desk(3)
+    assert desk.ask("barrier", 2, m.Barrier) == []
+    assert desk.ask("barrier", 0, m.Barrier) == []
+    assert desk.directory.waiting(0, 2) == m.Waiting(2, [1], "a barrier")
+    desk.directory.leave(1)
+    assert desk.taken() == [(0, m.Done(2)), (2, m.Done(1))]
+    assert desk.ask("barrier", 0, m.Barrier) == []  # the next one begins anew
+
+
+def test_who_leaves_or_gives_up_is_not_at_the_barrier() -> None:
+    desk = Desk(3)
+    for rank in (0, 1):
+        desk.ask("barrier", rank, m.Barrier)
+    desk.directory.give_up(0, 99)
+    desk.directory.give_up(0, 1)
+    desk.directory.leave(1)
+    assert desk.ask("barrier", 2, m.Barrier) == []
+    assert desk.ask("barrier", 0, m.Barrier) == [(0, m.Done(4)), (2, m.Done(3))]
+
+
+def test_who_gives_up_is_not_answered_any_more() -> None:
+    desk = Desk()
+    desk.init(1, spec("w", 3))
+    desk.set(1, named())
+    assert desk.directory.waiting(1, 1) == m.Waiting(1, [0], "init of 'w'")
+    assert desk.directory.waiting(1, 2) == m.Waiting(2, [0], "setting number 1")
+    desk.directory.give_up(1, 1)
+    desk.directory.give_up(1, 2)
+    desk.create(spec("w", 3))
+    ((_, reply),) = desk.set(0, named())
+    assert [rank for rank, _ in desk.conclude_set(0, reply.number)] == [0]
+    assert desk.directory.waiting(1, 1) is None
+
+
+def test_the_text_of_a_deadline() -> None:
+    waiting = m.Waiting(1, [2, 3], "round 4 of 'w'")
+    assert str(timeout_text(waiting, "pull", 2.0)) == "pull waited 2.0 s for worker 2, 3: round 4 of 'w'"
+    assert str(timeout_text(None, "pull", 2.0)) == "pull did not finish within 2.0 s"
+
+
+# ---- commit ----------------------------------------------------------------------------------------
+
+
+def ready(norms: list[float], *, finite: bool = True, skip: bool = False, error: Any = None) -> m.CommitReady:
+    return m.CommitReady(1, 1, norms, finite, skip, error)
+
+
+def test_a_commit_is_decided_when_all_servers_are_ready() -> None:
+    reduction = CommitReduction(2)
+    assert reduction.add(1, ready([3.0])) is None
+    decision = reduction.add(0, ready([4.0]))
+    assert decision == m.CommitDecision(1, 1, True, 5.0, None)
+    assert reduction.add(0, ready([])) is None  # it is forgotten
+
+
+@pytest.mark.parametrize(
+    "other", [{"finite": False}, {"skip": True}, {"error": to_wire(CommitMismatch("x"))}]
+)
+def test_one_server_is_enough_to_keep_all_from_it(other: dict[str, Any]) -> None:
+    for order in ((0, 1), (1, 0)):
+        reduction = CommitReduction(2)
+        says = [ready([1.0]), ready([1.0], **other)]
+        assert reduction.add(order[0], says[order[0]]) is None
+        decision = reduction.add(order[1], says[order[1]])
+        assert decision is not None
+        assert not decision.apply
+        assert decision.error == other.get("error")

@@ -1,0 +1,194 @@
+"""Membership: processes, losses, and stores by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tensorkv.errors import ProtocolError, StoreMismatch, from_wire
+from tensorkv.protocol.membership import Membership
+from tensorkv.wire import messages as m
+
+
+def job(num_workers: int = 2, num_servers: int = 2, *, joined: bool = True) -> Membership:
+    made = Membership(num_workers, num_servers, 1 << 20)
+    if joined:
+        for rank in range(num_servers):
+            made.handle("server", rank, m.Register("here", 100 + rank, f"s{rank}", 1))
+        for rank in range(num_workers):
+            made.handle("worker", rank, m.Register("", 0, f"w{rank}", 1))
+        taken(made)
+    return made
+
+
+def taken(of: Membership) -> list[Any]:
+    out, of.out = of.out, []
+    return out
+
+
+def tell(to: Membership, rank: int, message: Any) -> list[Any]:
+    to.handle("worker", rank, message)
+    return taken(to)
+
+
+def join(to: Membership, rank: int, name: str = "default", kind: str = "sync", reduction: str = "sum") -> Any:
+    ((_, found, reply),) = tell(to, rank, m.JoinStore(1, name, kind, reduction))
+    assert found == rank
+    return reply
+
+
+def test_workers_are_welcome_when_all_servers_are_there() -> None:
+    made = job(joined=False)
+    made.handle("worker", 1, m.Register("", 0, "w1", 1))
+    made.handle("server", 1, m.Register("b", 2, "s1", 1))
+    assert taken(made) == []
+    assert (made.has_joined("server", 1), made.has_joined("server", 0)) == (True, False)
+    made.handle("server", 0, m.Register("a", 1, "s0", 1))
+    welcome = m.Welcome([("a", 1), ("b", 2)])
+    assert taken(made) == [("worker", 1, welcome)]
+    made.handle("worker", 0, m.Register("", 0, "w0", 1))
+    assert taken(made) == [("worker", 0, welcome)]
+
+
+@pytest.mark.parametrize(
+    ("role", "rank", "message"),
+    [
+        ("worker", 0, m.Register("", 0, "", 1)),
+        ("server", 0, m.JoinStore(1, "x", "sync", "sum")),
+        ("server", 1, m.AskWaiting(1, 1)),
+        ("server", 0, m.Barrier(1, 1)),
+        ("worker", 0, m.CommitReady(1, 1, [], True, False, None)),
+        ("worker", 5, m.Goodbye()),
+        ("worker", 5, m.JoinStore(1, "x", "sync", "sum")),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, m.Message) else str(each),
+)
+def test_nobody_speaks_out_of_turn(role: Any, rank: int, message: Any) -> None:
+    made = job()
+    with pytest.raises(ProtocolError):
+        made.handle(role, rank, message)
+    assert taken(made) == []
+    assert made.lost is None
+
+
+def test_stores_are_found_by_name_and_must_agree() -> None:
+    made = job()
+    first = join(made, 0)
+    assert join(made, 1) == first
+    assert join(made, 0, "other", "async", "mean").store != first.store
+    for wrong in (("default", "async", "sum"), ("default", "sync", "mean")):
+        reply = join(made, 1, *wrong)
+        assert isinstance(from_wire(reply.name, reply.text), StoreMismatch)
+        assert "'default'" in reply.text
+
+
+def test_a_name_is_free_when_all_have_left() -> None:
+    made = job()
+    first = join(made, 0)
+    join(made, 1)
+    assert tell(made, 0, m.LeaveStore(2, first.store)) == [("worker", 0, m.Done(2))]
+    reply = join(made, 0)
+    assert isinstance(from_wire(reply.name, reply.text), StoreMismatch)
+    tell(made, 1, m.LeaveStore(2, first.store))
+    again = join(made, 0, kind="async")
+    assert again.store != first.store
+    assert tell(made, 1, m.Barrier(3, first.store)) == []  # it has ended
+
+
+def test_keys_settings_and_barriers_go_to_the_store() -> None:
+    made = job()
+    store = join(made, 0).store
+    spec = m.KeySpec("w", (2,), "float32", 4, False)
+    ((_, _, reply),) = tell(made, 0, m.ProposeInit(1, store, [spec]))
+    assert reply.lead == [True]
+    assert tell(made, 1, m.ProposeInit(1, store, [spec])) == []
+    out = tell(made, 0, m.ConcludeInit(2, store, [reply.entries[0].key_id], None))
+    assert [(rank, type(message)) for _, rank, message in out] == [(0, m.Done), (1, m.InitReply)]
+    record = m.SettingRecord(None, options={"lr": 1})
+    ((_, _, reply),) = tell(made, 0, m.ProposeSetting(3, store, record))
+    tell(made, 0, m.ConcludeSetting(4, store, reply.number, None))
+    ((_, _, entries),) = tell(made, 1, m.Lookup(5, store, None))
+    assert tell(made, 1, m.Barrier(6, store)) == []
+    assert tell(made, 0, m.AskWaiting(6, store)) == [("worker", 0, m.Waiting(6, [], ""))]
+    assert tell(made, 1, m.AskWaiting(6, store)) == [("worker", 1, m.Waiting(6, [0], "a barrier"))]
+    assert tell(made, 1, m.GiveUp(store, 6)) == []
+    ((_, _, gone),) = tell(made, 1, m.DeleteKeys(7, store, [("w", entries.entries[0].key_id)]))
+    assert gone.entries == entries.entries
+
+
+def test_commits_are_decided_for_all_servers() -> None:
+    made = job()
+    made.handle("server", 1, m.CommitReady(3, 1, [4.0], True, False, None))
+    assert taken(made) == []
+    made.handle("server", 0, m.CommitReady(3, 1, [3.0], True, False, None))
+    decision = m.CommitDecision(3, 1, True, 5.0, None)
+    assert taken(made) == [("server", 0, decision), ("server", 1, decision)]
+
+
+def test_goodbye_leaves_every_store_also_those_of_later() -> None:
+    made = job()
+    store = join(made, 0).store
+    tell(made, 0, m.Barrier(7, store))
+    gone = m.Gone(1)
+    assert tell(made, 1, m.Goodbye()) == [
+        ("server", 0, gone), ("server", 1, gone), ("worker", 0, m.Done(7)),
+    ]  # fmt: skip
+    made.disconnected("worker", 1, "end of file")
+    assert made.lost is None
+    later = join(made, 0, "later").store
+    assert tell(made, 0, m.Barrier(8, later)) == [("worker", 0, m.Done(8))]
+    assert not made.finished
+    tell(made, 0, m.Goodbye())
+    assert made.finished
+
+
+def test_a_server_that_comes_late_learns_who_has_gone() -> None:
+    made = job(2, 1, joined=False)
+    made.worker_exited(1)
+    made.worker_exited(1)
+    taken(made)
+    made.handle("server", 0, m.Register("a", 1, "s0", 1))
+    assert taken(made) == [("server", 0, m.Gone(1))]
+
+
+@pytest.mark.parametrize("how", ["disconnected", "abandon", "declared"])
+def test_the_first_loss_is_the_cause_that_all_are_told(how: str) -> None:
+    made = job()
+    if how == "disconnected":
+        made.disconnected("worker", 1, "cause")
+    elif how == "abandon":
+        made.handle("worker", 1, m.Abandon("cause"))
+    else:
+        made.declare_lost("worker", 1, "cause")
+    lost = m.Lost("worker", 1, "w1", "cause")
+    assert made.lost == lost
+    assert taken(made) == [("server", 0, lost), ("server", 1, lost), ("worker", 0, lost)]
+    made.disconnected("worker", 1, "once more")
+    made.disconnected("server", 0, "another")
+    assert (made.lost, taken(made)) == (lost, [])
+
+
+def test_a_process_that_comes_after_a_loss_learns_of_it() -> None:
+    made = job(joined=False)
+    made.handle("server", 0, m.Register("a", 1, "s0", 1))
+    made.disconnected("server", 0, "cause")
+    taken(made)
+    made.handle("worker", 0, m.Register("", 0, "w0", 1))
+    assert taken(made) == [("worker", 0, m.Lost("server", 0, "s0", "cause"))]
+
+
+def test_what_ends_after_the_last_goodbye_is_no_loss() -> None:
+    made = job(1, 1)
+    tell(made, 0, m.Goodbye())
+    made.disconnected("server", 0, "it was told to stop")
+    assert made.lost is None
+    made.stop()
+    assert taken(made) == [("server", 0, m.Stop())]
+
+
+def test_a_server_that_said_goodbye_is_not_lost() -> None:
+    made = job()
+    made.handle("server", 0, m.Goodbye())
+    made.disconnected("server", 0, "end of file")
+    assert made.lost is None
