@@ -237,6 +237,19 @@ class TestOptimizer:
         assert failures[1] is None
         assert (ints.item(), floats.item()) == (0, -0.5)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_the_company_of_others_does_not_change_how_a_slot_is_rounded(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(1)
+        value, pushed = torch.randn(2, 200, generator=generator).to(dtype)
+        options = {"lr": 0.25, "momentum": 0.5}
+        alone, beside = value.clone(), value.clone()
+        step(optimizer("sgd", **options), 0, pushed.clone(), alone, **options)
+        other = torch.ones(3, dtype=torch.complex64)
+        updates = [Update(0, "c", other.clone(), other), Update(1, "w", pushed.clone(), beside)]
+        assert optimizer("sgd", **options).apply(updates, options) == [None, None]
+        assert torch.equal(alone, beside)
+        assert other.tolist() == [0.75] * 3
+
     def test_muon_takes_matrices_only(self) -> None:
         updater = optimizer("muon")
         updater.check_value("m", (3, 4), torch.float32)

@@ -183,22 +183,33 @@ class OptimizerUpdater(Updater):
                 together.append((index, update))
             else:  # an optimizer may refuse other dtypes, each slot on its own
                 failures[index] = self._apply_on_copy(update, options)
-        for group in self._by_freshness(together):
-            failure = self._apply_in_place([updates[index] for index in group], options)
+        for fused, group in self._groups(together, options):
+            failure = self._apply_in_place([updates[index] for index in group], options, fused)
             for index in group:
                 failures[index] = failure
         return failures
 
-    def _by_freshness(self, updates: Sequence[tuple[int, Update]]) -> list[list[int]]:
-        """Part the slots without state from those with: fused SGD takes momentum of all or of none."""
-        groups: tuple[list[int], list[int]] = ([], [])
+    def _groups(
+        self, updates: Sequence[tuple[int, Update]], options: dict[str, Any]
+    ) -> list[tuple[bool, list[int]]]:
+        """Return which slots are updated in one call, and whether by torch's fused kernel.
+
+        Slots without state are apart from those with: fused SGD takes momentum of all or of none. That a
+        slot is fused must not depend on the others of the call, for the kernel rounds in its own way.
+        """
+        groups: dict[tuple[bool, torch.device | None], list[int]] = {}
+        may_fuse = self._class in _FUSED_OPTIMIZERS and not {"fused", "foreach", "differentiable"} & set(
+            options
+        )
         for index, update in updates:
             parameter = self._parameters.get(update.slot)
             known = parameter is not None and bool(self._optimizer.state.get(parameter))
-            groups[known].append(index)
-        return [group for group in groups if group]
+            stored = update.stored
+            fused_on = stored.device if may_fuse and stored.dtype in _FUSED_DTYPES else None
+            groups.setdefault((known, fused_on), []).append(index)
+        return [(fused_on is not None, group) for (_, fused_on), group in groups.items()]
 
-    def _apply_in_place(self, updates: Sequence[Update], options: dict[str, Any]) -> Failure:
+    def _apply_in_place(self, updates: Sequence[Update], options: dict[str, Any], fused: bool) -> Failure:
         parameters = []
         for update in updates:
             parameter = self._parameters.get(update.slot)
@@ -210,7 +221,7 @@ class OptimizerUpdater(Updater):
             parameter.grad = update.pushed
             parameters.append(parameter)
         try:
-            self._step(parameters, options, self._fused(updates, options))
+            self._step(parameters, options, fused)
         except Exception as exc:  # noqa: BLE001  # whatever the optimizer raises is reported to the pushers
             return _updater_error(self.spec.name, updates[0].key, exc)
         finally:
@@ -224,7 +235,7 @@ class OptimizerUpdater(Updater):
         if update.slot in self._states:
             self._optimizer.state[parameter] = copy.deepcopy(self._states[update.slot])
         try:
-            self._step([parameter], options, None)
+            self._step([parameter], options, fused=False)
         except Exception as exc:  # noqa: BLE001  # whatever the optimizer raises is reported to the pushers
             self._optimizer.state.pop(parameter, None)
             return _updater_error(self.spec.name, update.key, exc)
@@ -232,9 +243,7 @@ class OptimizerUpdater(Updater):
         update.stored.copy_(parameter.data)
         return None
 
-    def _step(
-        self, parameters: list[torch.nn.Parameter], options: dict[str, Any], fused: bool | None
-    ) -> None:
+    def _step(self, parameters: list[torch.nn.Parameter], options: dict[str, Any], fused: bool) -> None:
         group = {**self._optimizer.defaults, **options, "params": parameters}
         if fused:
             group["fused"] = True
@@ -243,16 +252,6 @@ class OptimizerUpdater(Updater):
             self._optimizer.step()
         finally:
             self._optimizer.param_groups = []
-
-    def _fused(self, updates: Sequence[Update], options: dict[str, Any]) -> bool:
-        """Whether torch's fused kernel can and may be used. It saves a pass over memory per operation."""
-        if self._class not in _FUSED_OPTIMIZERS or {"fused", "foreach", "differentiable"} & set(options):
-            return False
-        first = updates[0].stored
-        return all(
-            update.stored.dtype in _FUSED_DTYPES and update.stored.device == first.device
-            for update in updates
-        )
 
     def check_value(self, key: Key, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Raise InvalidValue if the optimizer refuses a parameter of this shape; Muon takes matrices only."""

@@ -225,8 +225,8 @@ class ModelStore(KVStore):
             return self.job.outcomes[number]
 
         outcome = self._when(decided, "commit")
-        if isinstance(outcome, str):
-            raise errors.CommitMismatch(outcome)
+        if isinstance(outcome, errors.TensorKVError):
+            raise type(outcome)(str(outcome))
         assert isinstance(outcome, CommitResult)
         return outcome
 
@@ -236,12 +236,17 @@ class ModelStore(KVStore):
             raise WouldWait
         first = commits[min(commits)][0]
         if any(terms != first for terms, _ in commits.values()):
-            self.job.outcomes.append(f"keys, max_norm or check_finite differ: {commits}")
+            text = f"keys, max_norm or check_finite differ: {commits}"
+            self.job.outcomes.append(errors.CommitMismatch(text))
         else:
             skips = [skip for _, skip in commits.values()]
             skip = all(skips) if self.job.broken == "skip is and-ed" else any(skips)
-            for rank in commits:
-                result = self.reference.commit(rank, max_norm=first[1], skip=skip, check_finite=first[2])
+            result: Any = None
+            try:
+                for rank in commits:
+                    result = self.reference.commit(rank, max_norm=first[1], skip=skip, check_finite=first[2])
+            except errors.DtypeMismatch as exc:  # told to every rank
+                result = exc
             self.job.outcomes.append(result)
         commits.clear()
 

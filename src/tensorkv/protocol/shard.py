@@ -4,7 +4,7 @@ THEORY OF OPERATION
 A push leaves a contribution with each slice of its chunk (`_holder` tells which). When the last worker's
 has come the round is merged; the contributions are then added in rank order, the updater runs, and pulls
 that waited for the round are answered. A push with apply=False is added up only at the commit, when the
-servers have told each other, through the scheduler, the sums of squares.
+servers have told each other, through the scheduler, the norms.
 
 Everything here runs in one thread at a time, under its owner's lock, and never waits. Rounds are counted
 in `rounds.py`; from which round a setting holds stands in `schedule.py`; sums are taken in `sums.py`.

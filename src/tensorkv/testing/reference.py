@@ -10,6 +10,7 @@ deleting, and updaters that are functions. Optimizers are such functions as well
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,13 @@ from dataclasses import dataclass, field
 import torch
 
 from tensorkv.arrays import Key, check_matches
-from tensorkv.errors import KeyAlreadyInitialized, KeyNotInitialized, UncommittedPush, UpdaterError
+from tensorkv.errors import (
+    DtypeMismatch,
+    KeyAlreadyInitialized,
+    KeyNotInitialized,
+    UncommittedPush,
+    UpdaterError,
+)
 from tensorkv.keys import ABSENT
 from tensorkv.store import CommitResult, UpdaterFunction
 
@@ -28,6 +35,16 @@ def _assign(key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
 
 def _add(key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
     stored.add_(pushed)
+
+
+def _check_scalable(sums: dict[Key, torch.Tensor | None]) -> None:
+    for key, total in sums.items():
+        if total is not None and not (total.is_floating_point() or total.is_complex()):
+            raise DtypeMismatch(f"max_norm cannot scale key {key!r} of {total.dtype}")
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
 
 
 NAMED: dict[str, UpdaterFunction] = {"assign": _assign, "add": _add}
@@ -128,8 +145,10 @@ class ReferenceStore:
             for key, entry in self.entries.items()
             if any(self._is_uncommitted(entry, each) for each in ranks)
         }
-        values = [total.double() for total in sums.values() if total is not None]
-        norm = sum(float(value.square().sum()) for value in values) ** 0.5
+        if max_norm is not None:
+            _check_scalable(sums)
+        values = [_real(total) for total in sums.values() if total is not None]
+        norm = math.hypot(*[each for value in values for each in value.flatten().tolist()])
         finite = all(bool(value.isfinite().all()) for value in values)
         skip = asked_to_skip or (check_finite and not finite)
         scale = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
