@@ -1,0 +1,192 @@
+"""The scheduler and what its processes, and strangers, do to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tensorkv.config import JobConfig
+from tensorkv.errors import AuthenticationError
+from tensorkv.runtime.scheduler import SchedulerServer
+from tensorkv.transport.endpoint import connect
+from tensorkv.wire import messages as m
+
+DEADLINE_S = 20.0
+
+
+@pytest.fixture(params=["inproc", "127.0.0.1"])
+def scheduler(request: pytest.FixtureRequest) -> Iterator[SchedulerServer]:
+    made = SchedulerServer(num_workers=2, num_servers=1, token="t", host=request.param)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def member(scheduler: SchedulerServer, join_as: Callable[..., Any]) -> Callable[..., Any]:
+    """Connect to the scheduler as a process of the job."""
+
+    def join(role: Any, rank: int, register: bool = True) -> Any:
+        host, port = scheduler.address
+        config = JobConfig(
+            role=role,
+            rank=rank,
+            num_workers=2,
+            num_servers=1,
+            scheduler_host=host,
+            scheduler_port=port,
+            token="t",
+        )
+        peer = join_as(config, scheduler.address, m.FromScheduler)
+        if register:
+            peer.say(m.Register("host", 7, "node", 1))
+        return peer
+
+    return join
+
+
+@pytest.mark.parametrize("size", [(0, 1), (1, 0), (-1, 1)])
+def test_a_job_has_workers_and_servers(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="a job needs workers and servers"):
+        SchedulerServer(num_workers=size[0], num_servers=size[1], token="t")
+
+
+def test_workers_are_welcome_once_all_servers_are_there(
+    scheduler: SchedulerServer, member: Callable[..., Any]
+) -> None:
+    worker = member("worker", 0)
+    member("server", 0)
+    assert worker.hear() == m.Welcome([("host", 7)])
+    assert member("worker", 1).hear() == m.Welcome([("host", 7)])
+    assert scheduler.has_joined("worker", 1)
+    assert not scheduler.has_joined("server", 1)
+    assert scheduler.lost is None
+
+
+@pytest.mark.parametrize("register", [True, False])
+def test_a_place_is_given_away_once(member: Callable[..., Any], register: bool) -> None:
+    """Also before its process has registered."""
+    member("worker", 0, register)
+    with pytest.raises(AuthenticationError, match="worker 0 of this job is taken by another process"):
+        member("worker", 0)
+
+
+@pytest.mark.parametrize(("role", "rank"), [("worker", 2), ("worker", -1), ("server", 1), ("scheduler", 0)])
+def test_places_that_are_not_there(member: Callable[..., Any], role: str, rank: int) -> None:
+    with pytest.raises(AuthenticationError, match=f"there is no {role} {rank} in this job"):
+        member(role, rank)
+
+
+@pytest.mark.parametrize("how", ["ends", "abandons", "talks nonsense", "says what is not its to say"])
+def test_a_process_that_is_lost_is_told_to_the_others(
+    scheduler: SchedulerServer, member: Callable[..., Any], caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    member("server", 0)
+    workers = [member("worker", rank) for rank in range(2)]
+    for each in workers:
+        each.hear()
+    with caplog.at_level(logging.WARNING):
+        match how:
+            case "ends":
+                workers[1].connection.shutdown()
+                cause = "its connection to the scheduler ended"
+            case "abandons":
+                workers[1].say(m.Abandon("it fell over"))
+                cause = "it fell over"
+            case "talks nonsense":
+                workers[1].say(m.Flush(1, 1))
+                cause = "its connection to the scheduler ended: a malformed message"
+            case _:
+                workers[1].say(m.Barrier(1, 1), b"payload")
+                cause = "a payload of 7 bytes where none belongs"
+        lost = workers[0].hear()
+    assert (lost.role, lost.rank, lost.hostname) == ("worker", 1, "node")
+    assert cause in lost.cause
+    assert scheduler.lost == lost
+    assert len(caplog.records) == (1 if how.startswith(("talks", "says")) else 0)
+
+
+def test_a_message_that_cannot_be_handled_ends_its_process_only(
+    scheduler: SchedulerServer,
+    member: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    member("server", 0)
+    workers = [member("worker", rank) for rank in range(2)]
+    for each in workers:
+        each.hear()
+    real = scheduler._membership.handle
+
+    def handle(role: Any, rank: int, message: Any) -> None:
+        if isinstance(message, m.GiveUp):
+            raise KeyError("a bug")
+        real(role, rank, message)
+
+    monkeypatch.setattr(scheduler._membership, "handle", handle)
+    with caplog.at_level(logging.ERROR):
+        workers[1].say(m.GiveUp(1, 1))
+        lost = workers[0].hear()
+    assert "could not handle its message: KeyError: 'a bug'" in lost.cause
+    assert caplog.records[0].exc_info is not None
+    workers[0].say(m.JoinStore(5, "default", "sync", "sum"))
+    assert workers[0].hear().request == 5
+
+
+def test_a_goodbye_is_no_loss(scheduler: SchedulerServer, member: Callable[..., Any]) -> None:
+    server, worker, other = member("server", 0), member("worker", 0), member("worker", 1)
+    worker.say(m.Goodbye())
+    worker.connection.shutdown()
+    assert server.hear() == m.Gone(0)
+    other.hear()
+    other.say(m.JoinStore(5, "default", "sync", "sum"))
+    assert other.hear() == m.Joined(5, 1)
+    assert scheduler.lost is None
+
+
+def test_a_worker_that_never_joined_has_left(scheduler: SchedulerServer, member: Callable[..., Any]) -> None:
+    server, worker = member("server", 0), member("worker", 0)
+    worker.hear()
+    scheduler.worker_exited(0)  # it has joined: what it says itself counts
+    scheduler.worker_exited(1)
+    assert server.hear() == m.Gone(1)
+    worker.say(m.JoinStore(5, "default", "sync", "sum"))
+    number = worker.hear().store
+    worker.say(m.Barrier(6, number))
+    assert worker.hear() == m.Done(6)
+
+
+def test_servers_are_told_that_the_job_is_over(
+    scheduler: SchedulerServer, member: Callable[..., Any]
+) -> None:
+    server = member("server", 0)
+    worker = member("worker", 0)
+    worker.hear()
+    scheduler.stop()
+    assert server.hear() == m.Stop()
+    with pytest.raises((EOFError, ConnectionError)):
+        worker.hear()
+    assert scheduler.lost is None
+
+
+def test_strangers_are_refused_with_one_line(
+    scheduler: SchedulerServer, member: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        stranger = connect(*scheduler.address, DEADLINE_S)
+        stranger.send(b"GET / HTTP/1.1\r\n" + bytes(16))
+
+        def until_the_end() -> None:
+            while True:
+                stranger.receive(lambda body, payload_bytes: [])
+
+        with pytest.raises((EOFError, ConnectionError)):
+            until_the_end()
+    stranger.close()
+    assert len(caplog.records) == 1
+    assert "refused" in caplog.text
+    member("server", 0)
+    assert member("worker", 0).hear() == m.Welcome([("host", 7)])

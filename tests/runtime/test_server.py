@@ -1,0 +1,327 @@
+"""A server and what strangers, broken workers and a broken job do to it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tensorkv.config import JobConfig
+from tensorkv.errors import AuthenticationError, PeerLostError
+from tensorkv.runtime import server as server_module
+from tensorkv.runtime.embedded import EmbeddedJob
+from tensorkv.runtime.server import Server
+from tensorkv.transport.endpoint import connect
+from tensorkv.wire import messages as m
+from tensorkv.wire.codec import PREFIX, encode
+
+DEADLINE_S = 20.0
+TINY = [m.SliceEntry(1, 0, 0, 2)]
+
+
+@pytest.fixture(params=["inproc", "127.0.0.1"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[EmbeddedJob]:
+    made = EmbeddedJob(3, 1, host=request.param, timeout_s=DEADLINE_S)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def worker(cluster: EmbeddedJob, join_as: Callable[..., Any]) -> Callable[[int], Any]:
+    """Connect to the server as a worker."""
+
+    def join(rank: int) -> Any:
+        config, address = cluster.config("worker", rank), cluster.servers[0]._listener.address
+        return join_as(config, address, m.FromServer)
+
+    return join
+
+
+def open_store(peer: Any) -> None:
+    peer.say(m.OpenStore(1, "default", False, False))
+    peer.say(m.Flush(1, 1))
+    assert peer.hear() == m.Done(1)
+
+
+def lives(peer: Any) -> None:
+    """Assert that the server still answers this worker."""
+    peer.say(m.Flush(99, 1))
+    assert peer.hear() == m.Done(99)
+
+
+CHUNK = m.ChunkEntry([1], [2], m.PayloadDescriptor("dense", "float32"), [1])
+NONSENSE = {
+    "a push to an undefined plan": ([m.Push(7, 0, True, 0)], b"12345678", "has not defined plan 7"),
+    "a pull of an undefined plan": ([m.Pull(7, 1)], b"", "has not defined plan 7"),
+    "a chunk that is not there": ([m.DefinePlan(1, 1, [CHUNK]), m.Push(1, 5, True, 0)], b"", "no chunk 5"),
+    "a payload that is too short": (
+        [m.DefinePlan(1, 1, [CHUNK]), m.Push(1, 0, True, 0)],
+        b"1234",
+        "came with 4 bytes of payload, not 8",
+    ),
+    "a payload where none belongs": ([m.Flush(1, 1)], b"1234", "came with 4 bytes of payload, not 0"),
+    "a store that is not open": ([m.Flush(1, 5)], b"", "store 5 is not open"),
+    "a slice outside its value": (
+        [m.InitSlices(1, 1, "v", (2,), "float32", [m.SliceEntry(9, 0, 1, 3)])],
+        b"12345678",
+        "slice",
+    ),
+    "a dtype that does not exist": ([m.InitSlices(1, 1, "v", (2,), "float1", TINY)], b"12345678", "float1"),
+    "a message of another conversation": ([m.Goodbye()], b"", "malformed message"),
+    "a plan that was not defined is dropped": ([m.DropPlan(3)], b"", "has not defined plan 3"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_ends_one_connection_with_one_line(
+    worker: Callable[[int], Any], caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    messages, payload, text = NONSENSE[case]
+    one, other = worker(0), worker(1)
+    open_store(one)
+    open_store(other)
+    with caplog.at_level(logging.WARNING):
+        for message in messages[:-1]:
+            one.say(message)
+        one.say(messages[-1], *([payload] if payload else []))
+        with pytest.raises((EOFError, ConnectionError)):
+            one.hear()
+        lives(other)
+    assert len(caplog.records) == 1, caplog.text
+    assert "worker 0" in caplog.text
+    assert text in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n" + bytes(14), "does not speak TensorKV"),
+        (PREFIX.pack(b"TKV", 1, (64 << 20) + 1, 0), "over the limit"),
+        (PREFIX.pack(b"TKV", 9, 0, 0), "version 9"),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_bytes_that_are_no_frame(
+    worker: Callable[[int], Any],
+    cluster: EmbeddedJob,
+    caplog: pytest.LogCaptureFixture,
+    raw: bytes,
+    text: str,
+    known: bool,
+) -> None:
+    """From a worker and from a stranger."""
+    other = worker(1)
+    open_store(other)
+    if known:
+        connection = worker(0).connection
+    else:
+        connection = connect(*cluster.servers[0]._listener.address, DEADLINE_S)
+    with caplog.at_level(logging.WARNING):
+        connection.send(raw)
+        ends = (EOFError, ConnectionError)
+
+        def until_the_end() -> None:
+            while True:  # a stranger is sent a Challenge first
+                connection.receive(lambda body, payload_bytes: [])
+
+        with pytest.raises(ends):
+            until_the_end()
+        lives(other)
+    assert len(caplog.records) == 1, caplog.text
+    assert text in caplog.text
+    connection.shutdown()
+    connection.close()
+
+
+def test_a_fault_of_ours_ends_one_connection_and_shows_where(
+    worker: Callable[[int], Any],
+    cluster: EmbeddedJob,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = worker(0), worker(1)
+    open_store(one)
+    open_store(other)
+    state = cluster.servers[0]._state
+
+    def fail(worker: int, message: Any, payload: Any) -> Any:
+        raise KeyError("a bug")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+        patch.setattr(state, "handle", fail)
+        one.say(m.Flush(2, 1))
+        with pytest.raises((EOFError, ConnectionError)):
+            one.hear()
+    assert caplog.records[0].exc_info is not None
+    lives(other)
+
+
+@pytest.mark.parametrize(
+    ("role", "rank", "text"),
+    [
+        ("worker", 3, "there is no worker 3"),
+        ("worker", -1, "there is no worker -1"),
+        ("server", 0, "there is no server 0"),
+    ],
+)
+def test_places_that_are_not_there(
+    cluster: EmbeddedJob, join_as: Callable[..., Any], role: Any, rank: int, text: str
+) -> None:
+    with pytest.raises(AuthenticationError, match=text):
+        join_as(cluster.config(role, rank), cluster.servers[0]._listener.address, m.FromServer)
+
+
+def test_a_place_is_given_away_once(worker: Callable[[int], Any]) -> None:
+    first = worker(2)
+    with pytest.raises(AuthenticationError, match="worker 2 is connected already"):
+        worker(2)
+    open_store(first)
+
+
+def test_stop_with_strangers_and_workers_connected(
+    cluster: EmbeddedJob, worker: Callable[[int], Any]
+) -> None:
+    """Nothing is left, whoever is in which state: the suite looks for threads and sockets."""
+    worker(0)
+    strangers = [connect(*cluster.servers[0]._listener.address, DEADLINE_S) for _ in range(2)]
+    strangers += [connect(*cluster.scheduler.address, DEADLINE_S) for _ in range(2)]
+    cluster.stop()
+    cluster.stop()
+    for stranger in strangers:
+        stranger.shutdown()
+        stranger.close()
+
+
+def test_a_server_ends_with_its_scheduler() -> None:
+    cluster = EmbeddedJob(1, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
+    job = cluster.join(0)
+    cluster.scheduler._peers["server", 0].connection.shutdown()  # as if the scheduler's host had gone
+    failure = cluster.servers[0].wait()
+    assert isinstance(failure, PeerLostError)
+    assert "the scheduler is gone" in str(failure)
+    job.close(m.Goodbye())
+    cluster.stop()
+
+
+def test_a_server_ends_when_a_process_is_lost() -> None:
+    cluster = EmbeddedJob(2, 1, timeout_s=DEADLINE_S)
+    job = cluster.join(0)
+    job.close(m.Abandon("it fell over"))
+    failure = cluster.servers[0].wait()
+    assert "worker 0" in str(failure)
+    assert "it fell over" in str(failure)
+    cluster.stop()
+
+
+def test_a_server_ends_in_good_order_with_the_job() -> None:
+    cluster = EmbeddedJob(1, 1, timeout_s=DEADLINE_S)
+    cluster.scheduler.stop()
+    assert cluster.servers[0].wait() is None
+    cluster.stop()
+
+
+def test_a_fault_while_the_scheduler_speaks_ends_the_server(
+    cluster: EmbeddedJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = cluster.servers[0]
+    job = cluster.join(0)  # then the server is there, too
+
+    def fail(decision: Any) -> Any:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(server._state, "decide_commit", fail)
+    job = cluster.join(0)  # returns when the server is known
+    peer = cluster.scheduler._peers["server", 0]
+    peer.sender.put([encode(m.CommitDecision(1, 1, True, 0.0, None))])
+    peer.sender.pump()
+    failure = server.wait()
+    job.close(m.Goodbye())
+    assert "ZeroDivisionError: a bug" in str(failure)
+    job.close(m.Goodbye())
+
+
+def test_a_server_that_cannot_join_leaves_nothing() -> None:
+    cluster = EmbeddedJob(1, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
+    taken = Server(cluster.config("server", 0), lambda record: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(AuthenticationError, match="server 0 of this job is taken"):
+        taken.start()
+    taken.stop()
+    cluster.stop()
+
+
+# ---- the process -------------------------------------------------------------------------------------
+
+
+def test_main_outside_a_job(capsys: pytest.CaptureFixture[str]) -> None:
+    assert server_module.main() == 1
+    assert "tensorkv server: a server process is started by `tensorkv run" in capsys.readouterr().err
+
+
+@pytest.mark.e2e
+def test_the_module_outside_a_job() -> None:
+    command = [sys.executable, "-m", "tensorkv.runtime.server"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "tensorkv server: a server process is started by `tensorkv run -n WORKERS -s SERVERS ...`"
+    ]
+
+
+@pytest.fixture
+def in_job(monkeypatch: pytest.MonkeyPatch) -> Callable[[JobConfig], None]:
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)  # this process is not the server's
+
+    def enter(config: JobConfig) -> None:
+        os.environ.update(config.to_env())
+
+    return enter
+
+
+def test_main_serves_until_the_job_is_over(
+    in_job: Callable[[JobConfig], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tensorkv.runtime.job import Job
+    from tensorkv.runtime.scheduler import SchedulerServer
+
+    for last_words, status in ((m.Goodbye(), 0), (m.Abandon("it fell over"), 1)):
+        scheduler = SchedulerServer(num_workers=1, num_servers=1, token="t")
+        scheduler.start()
+        host, port = scheduler.address
+        places = {
+            role: JobConfig(
+                role=role,  # type: ignore[arg-type]
+                rank=0,
+                num_workers=1,
+                num_servers=1,
+                scheduler_host=host,
+                scheduler_port=port,
+                token="t",
+            )
+            for role in ("worker", "server")
+        }
+        in_job(places["server"])
+        with ThreadPoolExecutor(1) as pool:
+            ended = pool.submit(server_module.main)
+            Job(places["worker"]).close(last_words)
+            if status == 0:
+                scheduler.stop()
+            assert ended.result(DEADLINE_S) == status
+        scheduler.stop()
+    assert "tensorkv server 0: worker 0 on host" in capsys.readouterr().err
+
+
+def test_main_without_a_scheduler(
+    in_job: Callable[[JobConfig], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = EmbeddedJob(1, 1, host="127.0.0.1")
+    cluster.stop()
+    in_job(cluster.config("server", 0))
+    assert server_module.main() == 1
+    assert "the scheduler at 127.0.0.1" in capsys.readouterr().err
