@@ -755,11 +755,15 @@ def programs(draw: st.DrawFn, with_settings: bool = True) -> list[Program]:
         if kind == "set" and (not with_settings or step >= ends[0]):
             continue
         num_settings += kind == "set"
+        repeat = draw(st.sampled_from([1, 1, 3])) if kind == "push" else 1
         for rank, program in enumerate(found):
             if step >= ends[rank] or (kind != "set" and draw(st.integers(0, 9)) == 0):
                 continue
             keys = draw(st.permutations(sorted(chosen)))
-            if kind in ("push", "held"):
+            if repeat > 1:  # a training loop: the same list, round after round
+                for each in range(repeat):
+                    program += draw(pushes(sorted(chosen), 10 * each + step, True, whole=True))
+            elif kind in ("push", "held"):
                 program += draw(pushes(keys, step, kind == "push"))
                 if kind == "held" and draw(st.integers(0, 3)):
                     program.append(("commit", None, False))
@@ -776,9 +780,9 @@ def programs(draw: st.DrawFn, with_settings: bool = True) -> list[Program]:
 
 
 @st.composite
-def pushes(draw: st.DrawFn, keys: list[str], step: int, apply: bool) -> Program:
-    """One push of a list, or its keys one by one."""
-    parts = [keys] if draw(st.booleans()) else [[key] for key in keys]
+def pushes(draw: st.DrawFn, keys: list[str], step: int, apply: bool, whole: bool = False) -> Program:
+    """One push of a list, or, unless it is to be `whole`, its keys one by one."""
+    parts = [keys] if whole or draw(st.booleans()) else [[key] for key in keys]
     nan = draw(st.integers(0, 3)) == 0
     count = draw(st.integers(1, 2))
     absent = frozenset(key for key in keys if draw(st.integers(0, 4)) == 0)
