@@ -10,7 +10,7 @@ import pytest
 
 from tensorkv.config import JobConfig
 from tensorkv.runtime.handshake import introduce
-from tensorkv.transport.base import Connection, no_tick
+from tensorkv.transport.base import Connection, Sink, no_tick
 from tensorkv.transport.endpoint import connect, listen
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
@@ -107,6 +107,12 @@ class Gate(Connection):
 
     def receive(self, sink: Any, tick: Any = no_tick) -> None:
         raise EOFError("nobody")
+
+    def receive_now(self, sink: Sink) -> bool:
+        raise AssertionError("nobody receives here")
+
+    def fileno(self) -> int:
+        raise AssertionError("nobody receives here")
 
     def readable(self) -> bool:
         return False

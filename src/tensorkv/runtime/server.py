@@ -1,14 +1,17 @@
 """The server: serves `ServerState` to the workers. `python -m tensorkv.runtime.server` is a server process.
 
-One thread per worker receives: the payload goes straight into a buffer of the pool, then the state
-machine runs under the lock, and what it answers is sent as far as that goes without waiting. Torch
-is set to one thread in a server process: servers are many, and each adds what fits its cache.
+One thread, the loop, receives from all workers and from the scheduler as their bytes come: a payload
+goes straight into a buffer of the pool, then the state machine runs, and what it answers is sent as far
+as that goes without waiting. So threads do not hand the interpreter to each other in the middle of a
+small request, and a worker that stops in the middle of a frame stops nobody. Torch is set to one thread
+in a server process: servers are many, and each adds what fits its cache.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 import threading
 from collections import deque
@@ -25,10 +28,10 @@ from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import SCHEDULER, Outgoing
 from tensorkv.protocol.slots import BufferPool, Lease
 from tensorkv.runtime.code import updater_loader
-from tensorkv.runtime.handshake import accept, connect_as, receive_message
+from tensorkv.runtime.handshake import accept, connect_as
 from tensorkv.runtime.sender import Sender
 from tensorkv.runtime.waits import lost_error
-from tensorkv.transport.base import Connection
+from tensorkv.transport.base import TICK_S, Connection
 from tensorkv.transport.endpoint import listen
 from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
@@ -36,6 +39,24 @@ from tensorkv.wire.codec import Decoder, encode
 
 logger = logging.getLogger(__name__)
 JOIN_TIMEOUT_S = 5.0
+FRAMES_PER_TURN = 16
+"""So many frames of one worker are taken in before others have their turn."""
+
+_NO_PAYLOAD = torch.empty(0, dtype=torch.uint8)
+
+
+@final
+class _Peer:
+    """A connection that the loop reads, a worker's or the scheduler's, and the frame that is coming."""
+
+    def __init__(self, connection: Connection, name: str, worker: int) -> None:
+        self.connection = connection
+        self.sender = Sender(connection, name, lambda exc: connection.shutdown())
+        self.worker = worker  # SCHEDULER for the scheduler
+        self.message: Any = None
+        self.buffer = _NO_PAYLOAD
+        self.payload_bytes = 0
+        self.ended = False
 
 
 @final
@@ -50,18 +71,21 @@ class Server:
     def __init__(self, config: JobConfig, load_updater: LoadUpdater) -> None:
         self._config = config
         self._pool = BufferPool()
-        self._lock = threading.Lock()  # guards _state, _workers and the order of what is sent
-        self._state = ServerState(config.num_workers, self._pool, load_updater)
-        self._workers: dict[int, tuple[Connection, Sender]] = {}
+        self._state = ServerState(config.num_workers, self._pool, load_updater)  # the loop's alone
+        self._peers: dict[int, _Peer] = {}  # by worker; the loop's alone
+        self._worker_decoder: Decoder[m.ToServer] = Decoder(m.ToServer)
+        self._scheduler_decoder: Decoder[m.FromScheduler] = Decoder(m.FromScheduler)
+        self._released: deque[list[Lease]] = deque()  # by sending threads, settled by the loop
+        self._lock = threading.Lock()  # guards _taken, _pending, _newcomers and _threads
         self._taken: set[int] = set()  # ranks of workers that have proved themselves
-        self._released: deque[list[Lease]] = deque()  # by sending threads, settled under the lock
         self._pending: set[Connection] = set()
+        self._newcomers: list[_Peer] = []
         self._threads: list[threading.Thread] = []
         self._listener = listen(config.host)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._ended = threading.Event()
         self._failure: TensorKVError | None = None
-        self._scheduler: Connection | None = None
-        self._to_scheduler: Sender | None = None
+        self._scheduler: _Peer | None = None
 
     def start(self) -> None:
         """Register with the scheduler and begin to serve.
@@ -70,13 +94,13 @@ class Server:
             PeerLostError, AuthenticationError, ProtocolVersionError: the scheduler cannot be joined.
         """
         config = self._config
-        self._scheduler = connect_as(config, "the scheduler", config.scheduler_host, config.scheduler_port)
-        self._to_scheduler = Sender(self._scheduler, "scheduler", self._scheduler_failed)
+        connection = connect_as(config, "the scheduler", config.scheduler_host, config.scheduler_port)
+        self._scheduler = _Peer(connection, "scheduler", SCHEDULER)
         host, port = self._listener.address
         self._spawn("accept", self._accept)
-        self._to_scheduler.put([encode(m.Register(host, port, hostname(), os.getpid()))])
-        self._to_scheduler.pump()
-        self._spawn("scheduler", self._listen_to_scheduler)
+        self._scheduler.sender.put([encode(m.Register(host, port, hostname(), os.getpid()))])
+        self._scheduler.sender.pump()
+        self._spawn("loop", self._loop)
 
     def wait(self) -> TensorKVError | None:
         """Block until the job is over, and return why it failed, None if it did not."""
@@ -88,20 +112,22 @@ class Server:
         self._end(None)
         self._listener.close()
         with self._lock:
-            workers, pending = list(self._workers.values()), list(self._pending)
-        connections = [*pending, *(connection for connection, _ in workers)]
-        senders = [sender for _, sender in workers]
-        if self._scheduler is not None and self._to_scheduler is not None:
-            connections.append(self._scheduler)
-            senders.append(self._to_scheduler)
-        for connection in connections:
+            pending, threads = list(self._pending), list(self._threads)
+        for connection in pending:
             connection.shutdown()
-        for sender in senders:
-            sender.close(JOIN_TIMEOUT_S)
-        for thread in self._threads:
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
+        for thread in threads:
             thread.join(JOIN_TIMEOUT_S)
-        for connection in connections:
-            connection.close()
+        peers = [*self._peers.values(), *self._newcomers, *([self._scheduler] if self._scheduler else [])]
+        for peer in peers:
+            peer.connection.shutdown()
+        for peer in peers:
+            peer.sender.close(JOIN_TIMEOUT_S)
+            peer.connection.close()
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
 
     def _spawn(self, name: str, target: Callable[..., None], *args: Any) -> None:
         rank = self._config.rank
@@ -114,7 +140,7 @@ class Server:
             self._failure = failure
             self._ended.set()
 
-    # ---- workers ---------------------------------------------------------------------------------
+    # ---- newcomers, in threads of their own --------------------------------------------------------
 
     def _accept(self) -> None:
         while True:
@@ -128,10 +154,10 @@ class Server:
                     return
                 self._pending.add(connection)
                 self._threads = [thread for thread in self._threads if thread.is_alive()]
-                self._spawn(connection.peer, self._serve, connection)
+                self._spawn(connection.peer, self._greet, connection)
 
-    def _serve(self, connection: Connection) -> None:
-        """One worker, from its handshake to its end."""
+    def _greet(self, connection: Connection) -> None:
+        """Let a worker prove itself, and hand it over to the loop."""
         try:
             _, worker = accept(connection, self._config.token, self._check_place)
         except (TensorKVError, EOFError, ConnectionError) as exc:
@@ -142,22 +168,12 @@ class Server:
             connection.close()
             return
         with self._lock:
-            if self._ended.is_set():  # `stop` has shut this connection down, and would not see the sender
+            self._pending.discard(connection)
+            if self._ended.is_set():
                 connection.close()
                 return
-            self._pending.discard(connection)
-            sender = Sender(connection, f"worker-{worker}", lambda exc: connection.shutdown())
-            self._workers[worker] = (connection, sender)
-        try:
-            self._read(connection, worker)
-        except EOFError:
-            pass  # the worker has ended; whether in good order, the scheduler knows
-        except ConnectionError as exc:  # ProtocolError too: it ends this connection, and nothing else
-            if not self._ended.is_set():
-                logger.warning("server %d: worker %d: %s", self._config.rank, worker, exc)
-        except Exception:  # a message that makes no sense, or a fault of ours: it ends this connection
-            logger.exception("server %d: closed the connection of worker %d", self._config.rank, worker)
-        connection.shutdown()
+            self._newcomers.append(_Peer(connection, f"worker-{worker}", worker))
+            os.eventfd_write(self._wake, 1)
 
     def _check_place(self, role: Role, rank: int) -> TensorKVError | None:
         if role != "worker" or not 0 <= rank < self._config.num_workers:
@@ -168,98 +184,131 @@ class Server:
             self._taken.add(rank)
         return None
 
-    def _read(self, connection: Connection, worker: int) -> None:
-        decoder: Decoder[m.ToServer] = Decoder(m.ToServer)
-        message: Any = None
-        buffer = torch.empty(0, dtype=torch.uint8)
-        size_bytes = 0
+    # ---- the loop ----------------------------------------------------------------------------------
 
-        def sink(body: memoryview, payload_bytes: int) -> list[memoryview]:
-            nonlocal message, buffer, size_bytes
-            message = decoder.decode(body)
-            with self._lock:
-                expected = self._state.payload_bytes(worker, message)
-            if payload_bytes != expected:
-                raise ProtocolError(
-                    f"{type(message).__name__} came with {payload_bytes} bytes of payload, not {expected}"
-                )
-            size_bytes = payload_bytes
-            takes_buffer = isinstance(message, (m.Push, m.InitSlices))
-            buffer = self._pool.take(payload_bytes) if takes_buffer else buffer
-            return [bytes_of(buffer)[:payload_bytes]] if payload_bytes else []
+    def _loop(self) -> None:
+        try:
+            self._serve()
+        except Exception as exc:  # a fault of ours: without its loop the server is of no use
+            logger.exception("server %d: cannot go on", self._config.rank)
+            self._end(TensorKVError(f"the server failed: {type(exc).__name__}: {exc}"))
 
-        while True:
-            connection.receive(sink)
-            payload = buffer[:size_bytes] if isinstance(message, m.InitSlices) else buffer
-            self._handle(worker, message, payload)
-            if isinstance(message, m.InitSlices):
-                self._pool.give(buffer)
+    def _serve(self) -> None:
+        """Read whoever has sent something, until the job is over."""
+        assert self._scheduler is not None
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
+        peers: dict[int, _Peer] = {}  # by descriptor
 
-    def _handle(self, worker: int, message: Any, payload: torch.Tensor) -> None:
-        self._run(lambda: self._state.handle(worker, message, payload))
+        def admit(peer: _Peer) -> None:
+            peers[peer.connection.fileno()] = peer
+            poller.register(peer.connection.fileno(), select.POLLIN)
 
-    def _run(self, step: Callable[[], list[Outgoing]]) -> None:
-        """Run one step of the state machine, and send what it answers."""
+        admit(self._scheduler)
+        unread: list[int] = []  # descriptors with more to read, whatever the poller says
+        while not self._ended.is_set():
+            polled = [descriptor for descriptor, _ in poller.poll(0 if unread else TICK_S * 1000)]
+            if self._wake in polled:
+                os.eventfd_read(self._wake)
+                for peer in self._take_newcomers():
+                    admit(peer)
+            ready = dict.fromkeys([*unread, *polled])
+            unread = [
+                descriptor for descriptor in ready if descriptor in peers and self._read(peers[descriptor])
+            ]
+            for descriptor in ready:
+                if descriptor in peers and peers[descriptor].ended:
+                    poller.unregister(descriptor)
+                    del peers[descriptor]
+
+    def _take_newcomers(self) -> list[_Peer]:
         with self._lock:
-            self._settle_leases()
-            self._queue(step())
-        self._pump()
+            newcomers, self._newcomers = self._newcomers, []
+        for peer in newcomers:
+            self._peers[peer.worker] = peer
+        return newcomers
+
+    def _read(self, peer: _Peer) -> bool:
+        """Take in what a peer has sent, a few frames at most; return whether there may be more."""
+        cause: Exception
+        try:
+            for _ in range(FRAMES_PER_TURN):
+                if not peer.connection.receive_now(lambda body, size: self._place(peer, body, size)):
+                    return False
+                self._take(peer)
+            return True
+        except (EOFError, ConnectionError) as exc:  # ProtocolError too
+            cause = exc
+        except Exception as exc:  # a message that makes no sense, or a fault of ours
+            logger.exception("server %d: a message of worker %d", self._config.rank, peer.worker)
+            cause = exc
+        self._lose(peer, cause)
+        return False
+
+    def _lose(self, peer: _Peer, cause: Exception) -> None:
+        """A connection has ended, or is ended since its peer broke the rules. Nothing else is."""
+        peer.ended = True
+        peer.connection.shutdown()
+        if peer.worker == SCHEDULER and isinstance(cause, (EOFError, ConnectionError)):
+            self._end(PeerLostError(f"the scheduler is gone: {cause}"))
+        elif peer.worker == SCHEDULER:  # deaf to the scheduler the server is of no use
+            self._end(TensorKVError(f"the server failed: {type(cause).__name__}: {cause}"))
+        elif not isinstance(cause, EOFError) and not self._ended.is_set():
+            # Whether a worker whose connection just ended has left, the scheduler knows.
+            logger.warning("server %d: worker %d: %s", self._config.rank, peer.worker, cause)
+
+    def _place(self, peer: _Peer, body: memoryview, payload_bytes: int) -> list[memoryview]:
+        """Decode a message, check the length of its payload, and say where that goes."""
+        if peer.worker == SCHEDULER:
+            peer.message, expected = self._scheduler_decoder.decode(body), 0
+        else:
+            peer.message = self._worker_decoder.decode(body)
+            expected = self._state.payload_bytes(peer.worker, peer.message)
+        if payload_bytes != expected:
+            raise ProtocolError(
+                f"{type(peer.message).__name__} came with {payload_bytes} bytes of payload, not {expected}"
+            )
+        peer.payload_bytes = payload_bytes
+        if isinstance(peer.message, (m.Push, m.InitSlices)):
+            peer.buffer = self._pool.take(payload_bytes)
+        return [bytes_of(peer.buffer)[:payload_bytes]] if payload_bytes else []
+
+    def _take(self, peer: _Peer) -> None:
+        """Let the state machine take in a message, and send what it answers."""
+        while self._released:
+            for lease in self._released.popleft():
+                lease.readers -= 1
+        match peer.message:
+            case m.InitSlices():
+                self._queue(self._state.handle(peer.worker, peer.message, peer.buffer[: peer.payload_bytes]))
+                self._pool.give(peer.buffer)
+            case m.CommitDecision():
+                self._queue(self._state.decide_commit(peer.message))
+            case m.Gone():
+                self._queue(self._state.worker_gone(peer.message.rank))
+            case m.Lost():
+                self._end(lost_error(peer.message))
+            case m.Stop():
+                self._end(None)
+            case _:
+                self._queue(self._state.handle(peer.worker, peer.message, peer.buffer))
 
     def _queue(self, out: list[Outgoing]) -> None:
-        """Queue what is to be sent. With the lock held, so that the order stays."""
+        """Send, in order, as far as that goes without waiting; sending threads do the rest."""
+        senders: dict[Sender, None] = {}
         for each in out:
-            if each.worker == SCHEDULER:
-                assert self._to_scheduler is not None
-                self._to_scheduler.put([encode(each.message)])
-                continue
-            entry = self._workers.get(each.worker)
-            if entry is None:
+            peer = self._scheduler if each.worker == SCHEDULER else self._peers.get(each.worker)
+            if peer is None or peer.ended:
                 self._released.append(each.leases)
                 continue
             parts = [bytes_of(tensor) for tensor in each.payload]
             head = encode(each.message, sum(map(len, parts)))
             leases = each.leases
             on_sent = (lambda leases=leases: self._released.append(leases)) if leases else None
-            entry[1].put([head, *parts], on_sent)
-
-    def _settle_leases(self) -> None:
-        while self._released:
-            for lease in self._released.popleft():
-                lease.readers -= 1
-
-    def _pump(self) -> None:
-        for _, sender in list(self._workers.values()):
+            peer.sender.put([head, *parts], on_sent)
+            senders[peer.sender] = None
+        for sender in senders:
             sender.pump()
-        if self._to_scheduler is not None:
-            self._to_scheduler.pump()
-
-    # ---- the scheduler ---------------------------------------------------------------------------
-
-    def _listen_to_scheduler(self) -> None:
-        decoder: Decoder[m.FromScheduler] = Decoder(m.FromScheduler)
-        assert self._scheduler is not None
-        try:
-            while not self._ended.is_set():
-                self._take(receive_message(self._scheduler, decoder))
-        except (EOFError, ConnectionError) as exc:
-            self._scheduler_failed(exc)
-        except Exception as exc:  # a fault of ours; deaf to the scheduler the server is of no use
-            logger.exception("server %d: cannot go on", self._config.rank)
-            self._end(TensorKVError(f"the server failed: {type(exc).__name__}: {exc}"))
-
-    def _take(self, message: m.FromScheduler) -> None:
-        match message:
-            case m.CommitDecision():
-                self._run(lambda: self._state.decide_commit(message))
-            case m.Gone():
-                self._run(lambda: self._state.worker_gone(message.rank))
-            case m.Lost():
-                self._end(lost_error(message))
-            case m.Stop():
-                self._end(None)
-
-    def _scheduler_failed(self, exc: Exception) -> None:
-        self._end(PeerLostError(f"the scheduler is gone: {exc}"))
 
 
 def main() -> int:

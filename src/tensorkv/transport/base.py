@@ -73,6 +73,21 @@ class Connection(ABC):
         """
 
     @abstractmethod
+    def receive_now(self, sink: Sink) -> bool:
+        """Receive as much of a frame as has come, and return whether it is whole.
+
+        False means that more must come first; the next call goes on where this one stopped. `sink` is
+        called once per frame. Errors as `receive`.
+        """
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """Return a descriptor that polls as readable when something has come, or the end.
+
+        What was received ahead does not show there: call `receive_now` until it returns False first.
+        """
+
+    @abstractmethod
     def readable(self) -> bool:
         """Whether `receive` would find something without waiting; also the connection's end."""
 

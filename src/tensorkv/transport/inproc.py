@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import queue
 import threading
 from collections.abc import Sequence
@@ -17,15 +18,56 @@ from tensorkv.wire.codec import MAX_HANDSHAKE_BYTES, PREFIX, decode_prefix
 
 _ports = itertools.count(1)
 _listeners: dict[int, InprocListener] = {}
-_Frames = queue.SimpleQueue[tuple[bytes, bytes] | None]
+
+_Frame = tuple[bytes, bytes]
+
+
+@final
+class _Frames:
+    """A queue of frames in one direction; None in it means that the connection has ended.
+
+    It has a descriptor to poll, an event counter, from the first time that somebody asks for it.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[_Frame | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards _event and what is counted in it
+        self._event = -1
+
+    def put(self, frame: _Frame | None) -> None:
+        with self._lock:
+            self._queue.put(frame)
+            if self._event >= 0:
+                os.eventfd_write(self._event, 1)
+
+    def get(self, timeout_s: float) -> _Frame | None:
+        """Return the next frame; raises queue.Empty if none comes within `timeout_s` seconds."""
+        frame = self._queue.get(timeout=timeout_s) if timeout_s else self._queue.get_nowait()
+        with self._lock:
+            if self._event >= 0:
+                os.eventfd_read(self._event)
+        return frame
+
+    def empty(self) -> bool:
+        return self._queue.empty()
+
+    def fileno(self) -> int:
+        with self._lock:
+            if self._event < 0:
+                flags = os.EFD_NONBLOCK | os.EFD_SEMAPHORE | os.EFD_CLOEXEC
+                self._event = os.eventfd(self._queue.qsize(), flags)
+            return self._event
+
+    def close(self) -> None:
+        with self._lock:
+            if self._event >= 0:
+                os.close(self._event)
+                self._event = -1
 
 
 @final
 class InprocConnection(Connection):
-    """One end of a pair of queues; None in a queue means that the connection has ended.
-
-    `ended` is shared by both ends.
-    """
+    """One end of a pair of queues. `ended` is shared by both ends."""
 
     def __init__(self, incoming: _Frames, outgoing: _Frames, ended: threading.Event, peer: str) -> None:
         self.max_header_bytes = MAX_HANDSHAKE_BYTES
@@ -54,7 +96,23 @@ class InprocConnection(Connection):
         return []
 
     def receive(self, sink: Sink, tick: Tick = no_tick) -> None:
-        frame = self._next(tick)
+        while True:
+            try:
+                frame = self._incoming.get(TICK_S)
+                break
+            except queue.Empty:
+                tick()
+        self._take(frame, sink)
+
+    def receive_now(self, sink: Sink) -> bool:
+        try:
+            frame = self._incoming.get(0)
+        except queue.Empty:
+            return False
+        self._take(frame, sink)
+        return True
+
+    def _take(self, frame: _Frame | None, sink: Sink) -> None:
         if frame is None:
             self._incoming.put(None)  # the end stays the end
             if self._ended_here:
@@ -71,12 +129,8 @@ class InprocConnection(Connection):
             self._broken = True
             raise
 
-    def _next(self, tick: Tick) -> tuple[bytes, bytes] | None:
-        while True:
-            try:
-                return self._incoming.get(timeout=TICK_S)
-            except queue.Empty:
-                tick()
+    def fileno(self) -> int:
+        return self._incoming.fileno()
 
     def readable(self) -> bool:
         return not self._incoming.empty()
@@ -89,6 +143,7 @@ class InprocConnection(Connection):
 
     def close(self) -> None:
         self.shutdown()
+        self._incoming.close()
 
 
 @final
@@ -120,8 +175,8 @@ class InprocListener(Listener):
 
     def meet(self) -> InprocConnection:
         """Make a pair of ends; one is accepted here, the other returned."""
-        there: _Frames = queue.SimpleQueue()
-        back: _Frames = queue.SimpleQueue()
+        there = _Frames()
+        back = _Frames()
         ended = threading.Event()
         self._waiting.put(InprocConnection(there, back, ended, "a thread of this process"))
         return InprocConnection(back, there, ended, f"inproc:{self._port}")

@@ -47,7 +47,7 @@ class TcpConnection(Connection):
         self._ahead = memoryview(bytearray(LOOK_AHEAD_BYTES))  # received, but not yet taken
         self._ahead_start = self._ahead_stop = 0
         self._broken = False
-        self._in_frame = False
+        self._rest: list[Buffer] | None = None  # of the present frame's payload
         self._ended_here = False
         self._poll = select.poll()  # select() refuses descriptors above 1023
         self._poll.register(sock, select.POLLIN)
@@ -55,10 +55,6 @@ class TcpConnection(Connection):
     @property
     def broken(self) -> bool:
         return self._broken
-
-    @property
-    def in_frame(self) -> bool:
-        return self._in_frame
 
     def send_rest(self, buffers: Sequence[Buffer], tick: Tick = no_tick) -> None:
         rest = list(buffers)
@@ -91,28 +87,57 @@ class TcpConnection(Connection):
             raise ConnectionError(f"the connection to {self.peer} is gone: {exc}") from exc
 
     def receive(self, sink: Sink, tick: Tick = no_tick) -> None:
-        self._look_ahead(PREFIX.size, tick, started=self._ahead_stop > self._ahead_start)
+        while True:
+            try:
+                self._advance(sink, 0)
+                return
+            except BlockingIOError:
+                pass  # a tick has passed
+            try:
+                tick()
+            except BaseException:
+                self._broken = self._broken or self.in_frame
+                raise
+
+    def receive_now(self, sink: Sink) -> bool:
         try:
-            start = self._ahead_start
-            prefix = self._ahead[start : start + PREFIX.size]
+            self._advance(sink, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        return True
+
+    @property
+    def in_frame(self) -> bool:
+        return self._rest is not None or self._ahead_start < self._ahead_stop
+
+    def _advance(self, sink: Sink, flags: int) -> None:
+        """Go on with the present frame to its end; BlockingIOError where more must come first."""
+        if self._rest is None:
+            self._rest = self._begin_frame(sink, flags)
+        while self._rest:
+            got = self._receive_some(self._rest[:MAX_BUFFERS], flags | socket.MSG_WAITALL)
+            self._rest = _after(self._rest, got)
+        self._rest = None
+
+    def _begin_frame(self, sink: Sink, flags: int) -> list[Buffer]:
+        """Receive prefix and message, and return the buffers that the payload has yet to fill."""
+        self._look_ahead(PREFIX.size, flags)
+        try:
+            start = self._ahead_start + PREFIX.size
+            prefix = self._ahead[self._ahead_start : start]
             header_bytes, payload_bytes = decode_prefix(prefix, self.max_header_bytes)
-            self._ahead_start += PREFIX.size
-            self._fill(sink(self._take_header(header_bytes, tick), payload_bytes), tick)
+            self._look_ahead(PREFIX.size + header_bytes, flags)
+            start = self._ahead_start + PREFIX.size
+            self._ahead_start = start + header_bytes
+            buffers = sink(self._ahead[start : self._ahead_start], payload_bytes)
+            return self._fill_from_ahead([each for each in buffers if len(each)])
+        except BlockingIOError:
+            raise
         except BaseException:
             self._broken = True
             raise
 
-    def _take_header(self, header_bytes: int, tick: Tick) -> memoryview:
-        if header_bytes > LOOK_AHEAD_BYTES - PREFIX.size:
-            body = memoryview(bytearray(header_bytes))
-            self._fill([body], tick)
-            return body
-        self._look_ahead(header_bytes, tick, started=True)
-        start = self._ahead_start
-        self._ahead_start += header_bytes
-        return self._ahead[start : start + header_bytes]
-
-    def _look_ahead(self, size_bytes: int, tick: Tick, started: bool) -> None:
+    def _look_ahead(self, size_bytes: int, flags: int) -> None:
         """Have at least `size_bytes` bytes in the look-ahead buffer, and what else has come.
 
         So a small frame, or several, cost one call.
@@ -120,49 +145,44 @@ class TcpConnection(Connection):
         have = self._ahead_stop - self._ahead_start
         if have >= size_bytes:
             return
-        if self._ahead_start + size_bytes > LOOK_AHEAD_BYTES or have == 0:
-            self._ahead[:have] = self._ahead[self._ahead_start : self._ahead_stop]
-            self._ahead_start, self._ahead_stop = 0, have
+        if have == 0 or self._ahead_start + size_bytes > len(self._ahead):
+            space = self._ahead
+            if size_bytes > len(space) or len(space) > LOOK_AHEAD_BYTES >= size_bytes:
+                space = memoryview(bytearray(max(size_bytes, LOOK_AHEAD_BYTES)))
+            space[:have] = self._ahead[self._ahead_start : self._ahead_stop]
+            self._ahead, self._ahead_start, self._ahead_stop = space, 0, have
         while self._ahead_stop - self._ahead_start < size_bytes:
-            got = self._receive_some([self._ahead[self._ahead_stop :]], 0, tick, started)
-            self._ahead_stop += got
-            started = True
+            self._ahead_stop += self._receive_some([self._ahead[self._ahead_stop :]], flags)
 
-    def _fill(self, buffers: Sequence[memoryview], tick: Tick) -> None:
-        """Receive until all buffers are full: first from the look-ahead, then straight into them."""
-        rest: list[Buffer] = [each for each in buffers if len(each)]
+    def _fill_from_ahead(self, rest: list[Buffer]) -> list[Buffer]:
+        """Move what was received ahead into buffers, and return those that it has not filled."""
         while rest and self._ahead_start < self._ahead_stop:
             size_bytes = min(len(rest[0]), self._ahead_stop - self._ahead_start)
             start = self._ahead_start
             memoryview(rest[0])[:size_bytes] = self._ahead[start : start + size_bytes]
             self._ahead_start += size_bytes
             rest = _after(rest, size_bytes)
-        while rest:
-            rest = _after(rest, self._receive_some(rest[:MAX_BUFFERS], socket.MSG_WAITALL, tick, True))
+        return rest
 
-    def _receive_some(self, buffers: Sequence[Buffer], flags: int, tick: Tick, started: bool) -> int:
-        """Receive at least one byte. `started` is False at a frame's first byte."""
-        while True:
-            try:
-                got: int = self._sock.recvmsg_into(buffers, 0, flags)[0]
-            except BlockingIOError:
-                self._in_frame = started
-                try:
-                    tick()
-                except BaseException:
-                    self._broken = self._broken or started
-                    raise
-                continue
-            except OSError as exc:
-                raise ConnectionError(f"the connection to {self.peer} is gone: {exc}") from exc
-            if got:
-                return got
-            if self._ended_here:
-                raise ConnectionError(f"this side has ended the connection to {self.peer}")
-            if started:
-                self._broken = True
-                raise ConnectionError(f"{self.peer} ended the connection in the middle of a frame")
-            raise EOFError(f"{self.peer} ended the connection")
+    def _receive_some(self, buffers: Sequence[Buffer], flags: int) -> int:
+        """Receive at least one byte, or raise BlockingIOError."""
+        try:
+            got: int = self._sock.recvmsg_into(buffers, 0, flags)[0]
+        except BlockingIOError:
+            raise
+        except OSError as exc:
+            raise ConnectionError(f"the connection to {self.peer} is gone: {exc}") from exc
+        if got:
+            return got
+        if self._ended_here:
+            raise ConnectionError(f"this side has ended the connection to {self.peer}")
+        if self.in_frame:
+            self._broken = True
+            raise ConnectionError(f"{self.peer} ended the connection in the middle of a frame")
+        raise EOFError(f"{self.peer} ended the connection")
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
 
     def readable(self) -> bool:
         return self._ahead_start < self._ahead_stop or bool(self._poll.poll(0))
