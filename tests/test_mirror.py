@@ -25,7 +25,6 @@ ELSEWHERE = {
         ),
         "testing/test_conformance.py",  # every check passes on the model, and finds the fault it is for
     ),
-    "stores/dist.py": "conformance/test_stores.py",
     "store.py": "conformance",  # the contract: the suite runs it on every kind of store
 }
 """Modules whose tests have another place, and which."""

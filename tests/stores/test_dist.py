@@ -337,7 +337,7 @@ def test_an_async_push_behind_an_unmerged_one_keeps_program_order(host: str) -> 
 
 
 def test_only_the_busy_keys_of_a_list_wait() -> None:
-    first = threading.Event()
+    first, looked = threading.Event(), threading.Event()
 
     def work(kv: KVStore) -> None:
         kv.init(["a", "b"], [ones(0), ones(0)])
@@ -348,6 +348,7 @@ def test_only_the_busy_keys_of_a_list_wait() -> None:
             first.set()
             assert kv.pull("b").tolist() == [4] * 4  # needs the others' push of b, not of a
             assert not late.is_completed()
+            looked.set()
             late_too = kv.push(["a"], [ones(3)], async_op=True)
             assert late_too is not None
             kv.barrier()
@@ -357,12 +358,12 @@ def test_only_the_busy_keys_of_a_list_wait() -> None:
             assert first.wait(DEADLINE_S)
             kv.push("b", ones(1))
             kv.pull("b")
+            assert looked.wait(DEADLINE_S)
             for _ in range(3):
                 kv.push("a", ones(0))
             kv.barrier()
         assert kv.pull("a").tolist() == [3] * 4
 
-    # rank 0 pulls b before rank 1 pushes a: a deadlock if `a` held up `b`
     run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S)
 
 
