@@ -12,6 +12,7 @@ from tensorkv.arrays import (
     accumulate_dtype,
     bytes_of,
     check_matches,
+    check_summable,
     dtype_from_name,
     dtype_name,
     size_bytes,
@@ -202,3 +203,26 @@ def test_bytes_of(dtype: torch.dtype) -> None:
     view[0] = 1
     assert bool(tensor[0, 0] != 0)
     assert bytes_of(torch.zeros(0, 3)).nbytes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e5m2, torch.bool, torch.int8, torch.complex64])
+def test_what_torch_can_add_is_summable(dtype: torch.dtype) -> None:
+    check_summable(dtype, "w")
+    check_summable(dtype, "w", mean=True)  # that integers have none is for the store to say
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_what_torch_cannot_add_is_named() -> None:
+    with pytest.raises(InvalidValue, match=r"add values of dtype torch.uint16, as key 'w'"):
+        check_summable(torch.uint16, "w")
+    check_summable(torch.complex32, "w")
+    with pytest.raises(InvalidValue, match=r"mean of values of dtype torch.complex32, as key 'w'"):
+        check_summable(torch.complex32, "w", mean=True)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda: torch.ones(2, dtype=torch.complex64).conj(), lambda: torch.ones(2)._neg_view()]
+)
+def test_an_out_that_is_changed_as_it_is_read_is_refused(view: Any) -> None:
+    with pytest.raises(InvalidOut, match="'w'.*resolve_conj"):
+        to_out(view(), "w")

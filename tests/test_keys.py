@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tensorkv.errors import InvalidKey, InvalidOut, InvalidValue, LengthMismatch
-from tensorkv.keys import ABSENT, Form, answer, check_keys, pull_batch, push_batch, split_keys
+from tensorkv.keys import ABSENT, Form, answer, check_keys, check_new_keys, pull_batch, push_batch, split_keys
 
 A, B, C = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])
 
@@ -141,3 +141,14 @@ class TestPullBatch:
 def test_absent_is_one_object_with_a_name() -> None:
     assert repr(ABSENT) == "tensorkv.ABSENT"
     assert pickle.loads(pickle.dumps(ABSENT)) is ABSENT
+
+
+@pytest.mark.parametrize("key", [2**63, -(2**63) - 1, "\ud800", "a\udfffb"])
+def test_a_new_key_must_fit_into_a_message(key: Any) -> None:
+    with pytest.raises(InvalidKey, match="64 bits|Unicode"):
+        check_new_keys([key])
+
+
+def test_new_keys_that_fit() -> None:
+    check_new_keys([2**63 - 1, -(2**63), 0])
+    check_new_keys(["w", "", "grün", "\U0001f600", "\ud7ff\ue000"])

@@ -7,6 +7,7 @@ refused: a store holds dense values.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from typing import Any
@@ -68,7 +69,34 @@ def to_out(value: Any, key: Key) -> torch.Tensor:
             f"out for key {key!r} is an expanded tensor: several of its elements share memory; "
             "pass out.clone() or torch.empty(shape)"
         )
+    if tensor.is_conj() or tensor.is_neg():
+        raise InvalidOut(
+            f"out for key {key!r} is a view that torch conjugates or negates as it is read; "
+            "pass out.resolve_conj().resolve_neg()"
+        )
     return tensor
+
+
+def check_summable(dtype: torch.dtype, key: Key, *, mean: bool = False) -> None:
+    """Raise InvalidValue if torch cannot add, or with `mean` divide, values of this dtype."""
+    if not _is_summable(dtype, mean):
+        what = "take a mean of" if mean else "add"
+        raise InvalidValue(
+            f"torch cannot {what} values of dtype {dtype}, as key {key!r} has; use another dtype"
+        )
+
+
+@functools.cache
+def _is_summable(dtype: torch.dtype, mean: bool) -> bool:
+    try:
+        total = torch.zeros(1, dtype=dtype).to(accumulate_dtype(dtype))
+        total.add_(total)
+        if mean and (dtype.is_floating_point or dtype.is_complex):
+            total.div_(2)
+        torch.zeros(1, dtype=dtype).copy_(total)
+    except RuntimeError:  # NotImplementedError is one of them
+        return False
+    return True
 
 
 def check_matches(
@@ -86,7 +114,10 @@ def check_matches(
             f"{what} for key {key!r} has shape {tuple(tensor.shape)}, "
             f"but the key was initialised with shape {tuple(shape)}"
         )
-    if tensor.dtype != dtype and not (tensor.dtype.is_floating_point and dtype.is_floating_point):
+    if tensor.dtype != dtype:
+        if tensor.dtype.is_floating_point and dtype.is_floating_point:
+            check_summable(tensor.dtype, key)
+            return
         raise DtypeMismatch(
             f"{what} for key {key!r} has dtype {tensor.dtype}, but the key was initialised with {dtype}; "
             f"only float dtypes are cast to each other: convert with .to({dtype})"

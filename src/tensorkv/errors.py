@@ -168,6 +168,18 @@ class ProtocolError(TensorKVError, ConnectionError):
     """The peer sent bytes that are not a valid frame or message."""
 
 
+def not_initialized(key: object) -> KeyNotInitialized:
+    """Return the error of a call on a key that does not exist."""
+    return KeyNotInitialized(f"key {key!r} is not initialised; call init({key!r}, value) first")
+
+
+def already_initialized(key: object, shape: tuple[int, ...]) -> KeyAlreadyInitialized:
+    """Return the error of an init of a key that exists, with `shape`."""
+    return KeyAlreadyInitialized(
+        f"key {key!r} is already initialised, with shape {tuple(shape)}; delete it first, or use push"
+    )
+
+
 _BY_NAME: dict[str, type[TensorKVError]] = {
     cls.__name__: cls
     for cls in list(globals().values())

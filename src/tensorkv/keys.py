@@ -98,6 +98,18 @@ def check_keys(keys: Iterable[Any], known_type: type | None = None) -> tuple[Key
     return checked
 
 
+def check_new_keys(keys: Iterable[Key]) -> None:
+    """Raise InvalidKey if a key cannot be sent to servers: an int of more than 64 bits, broken Unicode.
+
+    Every kind of store refuses them, so that a program that works in one process works on several.
+    """
+    for key in keys:
+        if isinstance(key, int) and not -(2**63) <= key < 2**63:
+            raise InvalidKey(f"key {key!r} does not fit in 64 bits; use a smaller int, or str keys")
+        if isinstance(key, str) and not key.isascii() and any("\ud800" <= c <= "\udfff" for c in key):
+            raise InvalidKey(f"key {key!r} is not valid Unicode: it holds half of a surrogate pair")
+
+
 def split_keys(key: Any, value: Any) -> tuple[list[Any], list[Any], Form]:
     """Return the keys and values of a call in any of the three forms, lengths checked, nothing else.
 
@@ -157,7 +169,12 @@ def pull_batch(key: Any, out: Any, known_type: type | None) -> PullBatch:
     else:
         raw_keys, values, form = split_keys(key, out)
     keys = check_keys(raw_keys, known_type)
-    if _all_plain(values) and all(map(torch.Tensor.is_contiguous, values)):
+    if (
+        _all_plain(values)
+        and all(map(torch.Tensor.is_contiguous, values))
+        and not any(map(torch.Tensor.is_conj, values))
+        and not any(map(torch.Tensor.is_neg, values))
+    ):
         outs = [[value] for value in values]
     else:
         outs = [_out_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]

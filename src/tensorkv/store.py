@@ -11,6 +11,7 @@ has run. `round` counts rounds, `version` counts updates.
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -20,9 +21,9 @@ from typing import Any, Literal, Self
 
 import torch
 
-from tensorkv.arrays import Key
+from tensorkv.arrays import Key, check_matches, check_summable
 from tensorkv.errors import DuplicateKey, InvalidArgument, NotSupported, StoreClosed
-from tensorkv.keys import Form, PullBatch, PushBatch, check_keys, pull_batch, push_batch
+from tensorkv.keys import Form, PullBatch, PushBatch, check_keys, check_new_keys, pull_batch, push_batch
 from tensorkv.work import Work
 
 Reduction = Literal["sum", "mean"]
@@ -138,15 +139,14 @@ class KVStore(ABC):
             KeyAlreadyInitialized: one of the keys exists; none is created then.
             DuplicateKey: a key stands twice in the call.
             SettingMismatch: shape, dtype or `whole` differ from rank 0's.
-            InvalidKey, InvalidValue, LengthMismatch, WaitTimeout, PeerLostError.
+            InvalidKey: also an int of more than 64 bits, and text that is not valid Unicode.
+            InvalidValue: also a dtype that torch cannot add, uint16 say, or not take a mean of.
+            LengthMismatch, WaitTimeout, PeerLostError.
 
         Blocks until the values are stored.
         """
         self._check_usable("init")
-        batch = push_batch(key, value, self._key_type)
-        for index, count in enumerate(batch.counts):
-            if len(batch.tensors[index]) != 1 or count != 1:
-                self._raise_many_values(batch, index)
+        batch = self._init_batch(key, value)
         self._init(batch.keys, [each[0] for each in batch.tensors], whole)
         self._key_type = type(batch.keys[0])
 
@@ -241,13 +241,10 @@ class KVStore(ABC):
         """
         self._check_usable("broadcast")
         asked = pull_batch(key, out, self._key_type)  # refuse a bad out before anything is created
-        values = push_batch(key, value, self._key_type)
-        for item, outs in zip(values.tensors, asked.outs, strict=True):
+        values = self._init_batch(key, value)
+        for name, (item,), outs in zip(values.keys, values.tensors, asked.outs, strict=True):
             for destination in outs:
-                if item and destination.shape != item[0].shape:
-                    raise InvalidArgument(
-                        f"broadcast: out has shape {tuple(destination.shape)}, value {tuple(item[0].shape)}"
-                    )
+                check_matches("broadcast: out", destination, name, item.shape, item.dtype)
         self.init(key, value)
         return self.pull(key, out)
 
@@ -285,9 +282,7 @@ class KVStore(ABC):
         Blocks until the updates are applied.
         """
         self._check_usable("commit")
-        if max_norm is not None and not max_norm > 0:
-            raise InvalidArgument(f"max_norm={max_norm!r} is not a positive number")
-        return self._commit(max_norm, bool(skip), bool(check_finite))
+        return self._commit(None if max_norm is None else _positive(max_norm), bool(skip), bool(check_finite))
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -518,8 +513,29 @@ class KVStore(ABC):
         names = [keys] if isinstance(keys, (int, str)) else list(keys)
         return tuple(dict.fromkeys(check_keys(names, self._key_type)))
 
+    def _init_batch(self, key: Any, value: Any) -> PushBatch:
+        """Check the arguments of an init: one value per key, each of which can be kept and added to."""
+        batch = push_batch(key, value, self._key_type)
+        for index, count in enumerate(batch.counts):
+            if len(batch.tensors[index]) != 1 or count != 1:
+                self._raise_many_values(batch, index)
+        check_new_keys(batch.keys)
+        for name, (tensor,) in zip(batch.keys, batch.tensors, strict=True):
+            check_summable(tensor.dtype, name, mean=self._reduction == "mean")
+        return batch
+
     def _raise_many_values(self, batch: PushBatch, index: int) -> None:
         key, number = batch.keys[index], len(batch.tensors[index])
         if number == 0:
             raise InvalidArgument(f"init: key {key!r} has no value; ABSENT is for push")
         raise DuplicateKey(f"init: key {key!r} has {number} values in one call; initialise it with one")
+
+
+def _positive(max_norm: Any) -> float:
+    try:
+        number = math.nan if isinstance(max_norm, str) else float(max_norm)
+    except (TypeError, ValueError, RuntimeError):  # not a number at all, or many of them
+        number = math.nan
+    if not number > 0:
+        raise InvalidArgument(f"max_norm={max_norm!r} is not a positive number")
+    return number

@@ -118,7 +118,11 @@ class Add(Updater):
 
     def apply(self, updates: Sequence[Update], options: dict[str, Any]) -> list[Failure]:
         for update in updates:
-            update.stored.add_(update.pushed)
+            if update.stored.is_floating_point() and update.stored.dtype.itemsize == 1:
+                total = update.stored.float().add_(update.pushed.float())  # torch adds no 8-bit floats
+                update.stored.copy_(total)
+            else:
+                update.stored.add_(update.pushed)
         return [None] * len(updates)
 
     def check_value(self, key: Key, shape: Sequence[int], dtype: torch.dtype) -> None:

@@ -215,6 +215,25 @@ def test_values_are_placed_by_their_updater() -> None:
     assert desk.placement.load_bytes == [0, 0]
 
 
+def test_an_updater_for_whole_values_keeps_later_values_whole_whoever_leads() -> None:
+    desk = Desk()
+    ((_, reply),) = desk.set(0, WHOLE)
+    desk.conclude_set(0, reply.number)
+    desk.directory.leave(0)
+    desk.taken()
+    (entry,) = desk.create(spec("w", 100), rank=1)  # which has made no setting itself
+    assert [(each.start, each.stop) for each in entry.slices] == [(0, 100)]
+    assert desk.directory.setting_rank == 1
+
+
+def test_a_refused_updater_does_not_keep_values_whole() -> None:
+    desk = Desk()
+    ((_, reply),) = desk.set(0, WHOLE)
+    desk.conclude_set(0, reply.number, ("UnknownUpdater", "no"))
+    (entry,) = desk.create(spec("w", 100))
+    assert len(entry.slices) == 2
+
+
 # ---- keys ------------------------------------------------------------------------------------------
 
 

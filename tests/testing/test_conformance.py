@@ -129,11 +129,12 @@ class ModelStore(KVStore):
         if not apply and self.reference.is_async:
             raise errors.NotSupported("there is no commit in an asynchronous kind")
         with self.job.changed:
-            for key, tensors in zip(batch.keys, batch.tensors, strict=True):
-                value = self._entry(key).value
+            values = [self._entry(key).value for key in batch.keys]
+            for key in batch.keys:
+                self._check_committed(key)
+            for key, value, tensors in zip(batch.keys, values, batch.tensors, strict=True):
                 for tensor in tensors:
                     check_matches("value", tensor, key, tuple(value.shape), value.dtype)
-                self._check_committed(key)
 
     def _check_committed(self, key: Any) -> None:
         if self.reference._is_uncommitted(self.reference.entries[key], self.rank):
@@ -172,11 +173,12 @@ class ModelStore(KVStore):
 
     def _check_pull(self, batch: PullBatch) -> None:
         with self.job.changed:
-            for key, outs in zip(batch.keys, batch.outs, strict=True):
-                value = self._entry(key).value
+            values = [self._entry(key).value for key in batch.keys]
+            for key in batch.keys:
+                self._check_committed(key)
+            for key, value, outs in zip(batch.keys, values, batch.outs, strict=True):
                 for out in outs:
                     check_matches("out", out, key, tuple(value.shape), value.dtype)
-                self._check_committed(key)
 
     def _pull_now(self, batch: PullBatch) -> Any:
         tensors = []

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from typing import final
 
 from tensorkv.errors import (
-    KeyAlreadyInitialized,
-    KeyNotInitialized,
     NotElementwise,
     ProtocolError,
     SettingMismatch,
     TensorKVError,
     WaitTimeout,
+    already_initialized,
+    not_initialized,
     to_wire,
 )
 from tensorkv.partition import ValueSize, place
@@ -148,10 +148,7 @@ class Directory:
                 _check_agrees(rank, spec, history.specs[number][0])
             return False
         if number == history.generation + 1 and history.alive is not None:
-            raise KeyAlreadyInitialized(
-                f"key {spec.key!r} is already initialised, with shape {tuple(history.alive.shape)}; "
-                "delete it first, or use push"
-            )
+            raise already_initialized(spec.key, history.alive.shape)
         if history.creating or rank != self.setting_rank:
             return None
         return True
@@ -240,7 +237,7 @@ class Directory:
         for key in message.keys:
             history = self._keys.get(key)
             if history is None or history.alive is None:
-                self._refuse(rank, message.request, KeyNotInitialized(_not_initialized(key)))
+                self._refuse(rank, message.request, not_initialized(key))
                 return
             entries.append(history.alive)
         self.out.append((rank, m.Entries(message.request, entries)))
@@ -439,10 +436,6 @@ def _describe(record: SettingRecord) -> str:
         options = f" with {record.updater.options}" if record.updater.options else ""
         return f"updater {record.updater.name!r}{options} for {keys}"
     return f"options {record.options} for {keys}"
-
-
-def _not_initialized(key: Key) -> str:
-    return f"key {key!r} is not initialised; call init({key!r}, value) first"
 
 
 def _unknown(spec: KeySpec, generation: int) -> KeyEntry:

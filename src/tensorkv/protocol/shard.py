@@ -772,7 +772,7 @@ class StoreShard:
         rounds = [int(self.rounds.applied[i]) if i >= 0 else -1 for i in found]
         versions = [int(self.rounds.version[i]) if i >= 0 else -1 for i in found]
         alive = [self._slices[i] for i in found if i >= 0]
-        name = alive[0].setting.updater.spec.name if alive else ""
+        name = self.schedule.newest(alive[0].key).updater.spec.name if alive else ""
         self._reply(worker, m.Info(message.request, rounds, versions, name))
 
     def leave(self, worker: int) -> None:

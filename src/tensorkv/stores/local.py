@@ -23,11 +23,11 @@ import torch
 from tensorkv.arrays import Key, accumulate_dtype, check_matches, size_bytes
 from tensorkv.errors import (
     DtypeMismatch,
-    KeyAlreadyInitialized,
-    KeyNotInitialized,
     StoreClosed,
     UncommittedPush,
     UpdaterError,
+    already_initialized,
+    not_initialized,
 )
 from tensorkv.keys import PullBatch, PushBatch, answer, check_keys
 from tensorkv.protocol.commits import all_finite, norms_of, scale, unscalable
@@ -111,6 +111,9 @@ class LocalStore(KVStore):
                 check_keys(keys, type(next(iter(self._slots))))
             for key, value in zip(keys, values, strict=True):
                 self._check_new(key, value)
+            for key in keys:
+                if key in self._slots:
+                    raise already_initialized(key, tuple(self._slots[key].value.shape))
             copies = [self._copy(value) for value in values]
             for key, value, copy in zip(keys, values, copies, strict=True):
                 self._create_slot(key, copy, value.device)
@@ -266,18 +269,9 @@ class LocalStore(KVStore):
             return slot
         if self._closed:
             raise StoreClosed(f"store {self._name!r} was closed by another thread during the call")
-        raise KeyNotInitialized(
-            f"key {key!r} has not been initialised; call init({key!r}, value) first "
-            f"(the store has {len(self._slots)} keys)"
-        )
+        raise not_initialized(key)
 
     def _check_new(self, key: Key, value: torch.Tensor) -> None:
-        if key in self._slots:
-            shape = tuple(self._slots[key].value.shape)
-            raise KeyAlreadyInitialized(
-                f"key {key!r} is initialised already, with shape {shape}; "
-                "push to change its value, or delete it first"
-            )
         if self._reduction == "mean" and not (value.dtype.is_floating_point or value.dtype.is_complex):
             raise DtypeMismatch(
                 f"key {key!r} has dtype {value.dtype}, of which a store with reduction='mean' takes no mean; "
@@ -287,18 +281,16 @@ class LocalStore(KVStore):
 
     def _check_push(self, batch: PushBatch) -> list[_Slot]:
         slots = [self._slot(key) for key in batch.keys]
+        _check_committed(slots, "push")
         for slot, tensors in zip(slots, batch.tensors, strict=True):
-            if slot.uncommitted is not None:
-                _raise_uncommitted("push", slot.key)
             for tensor in tensors:
                 check_matches("the pushed tensor", tensor, slot.key, slot.value.shape, slot.value.dtype)
         return slots
 
     def _check_pull(self, batch: PullBatch) -> list[_Slot]:
         slots = [self._slot(key) for key in batch.keys]
+        _check_committed(slots, "pull")
         for slot, outs in zip(slots, batch.outs, strict=True):
-            if slot.uncommitted is not None:
-                _raise_uncommitted("pull", slot.key)
             for out in outs:
                 check_matches("out", out, slot.key, slot.value.shape, slot.value.dtype)
         return slots
@@ -443,8 +435,12 @@ def _only_reads(setting: Setting, value: torch.Tensor) -> bool:
     )
 
 
-def _raise_uncommitted(call: str, key: Key) -> None:
-    raise UncommittedPush(f"{call}: key {key!r} was pushed with apply=False; call commit() first")
+def _check_committed(slots: Sequence[_Slot], call: str) -> None:
+    for slot in slots:
+        if slot.uncommitted is not None:
+            raise UncommittedPush(
+                f"{call}: key {slot.key!r} was pushed with apply=False; call commit() first"
+            )
 
 
 def _check_scalable(merged: Sequence[tuple[_Slot, torch.Tensor]]) -> None:

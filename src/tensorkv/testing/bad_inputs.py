@@ -126,6 +126,37 @@ def _init() -> list[BadInput]:
         BadInput("init_one_twice", lambda kv: kv.init(["x", "w"], [one, one]), twice, ValueError, ("'w'",)),
         BadInput("broadcast_twice", lambda kv: kv.broadcast("w", one, full(0)), twice, ValueError, ("'w'",)),
         BadInput(
+            "broadcast_same_key",
+            lambda kv: kv.broadcast(["x", "x"], [one, one], [full(0), full(0)]),
+            errors.DuplicateKey,
+            ValueError,
+            ("'x'",),
+        ),
+        BadInput(
+            "broadcast_second_shape",
+            lambda kv: kv.broadcast(["x", "y"], [one, one], [full(0), full(0, 3)]),
+            errors.ShapeMismatch,
+            ValueError,
+            ("'y'", "(3,)", "(2, 3)"),
+        ),
+        BadInput(
+            "broadcast_int",
+            lambda kv: kv.broadcast("x", one, _int()),
+            errors.DtypeMismatch,
+            TypeError,
+            ("'x'", "int64", "float32"),
+        ),
+        BadInput(
+            "init_uint16",
+            lambda kv: kv.init(["x", "y"], [one, torch.zeros(2, dtype=torch.uint16)]),
+            errors.InvalidValue,
+            TypeError,
+            ("'y'", "uint16"),
+        ),
+        BadInput(
+            "init_surrogate", lambda kv: kv.init("\ud800", one), errors.InvalidKey, TypeError, ("ud800",)
+        ),
+        BadInput(
             "init_same_key",
             lambda kv: kv.init(["x", "x"], [one, one]),
             errors.DuplicateKey,
@@ -291,6 +322,20 @@ def _settings() -> list[BadInput]:
         BadInput(
             "max_norm", lambda kv: kv.commit(max_norm=-1.0), errors.InvalidArgument, ValueError, ("-1.0",)
         ),
+        BadInput(
+            "max_norm_text",
+            lambda kv: kv.commit(max_norm="1"),  # type: ignore[arg-type]
+            errors.InvalidArgument,
+            ValueError,
+            ("'1'",),
+        ),
+        BadInput(
+            "max_norms",
+            lambda kv: kv.commit(max_norm=full(1)),  # type: ignore[arg-type]
+            errors.InvalidArgument,
+            ValueError,
+            ("max_norm",),
+        ),
     ]
 
 
@@ -331,6 +376,40 @@ def check_create_arguments(maker: StoreMaker) -> None:
     ]
     for option in options:
         raises(errors.InvalidArgument, lambda option=option: in_one(maker, _nothing, **option))  # type: ignore[misc]
+
+
+@check()
+def check_keys_that_do_not_fit(maker: StoreMaker) -> None:
+    """An int key of more than 64 bits is refused when it is created; the largest that fit are fine."""
+
+    def work(kv: KVStore) -> None:
+        for key in (2**63, -(2**63) - 1, 2**80):
+            raises(errors.InvalidKey, lambda key=key: kv.init(key, full(1)), "64 bits")  # type: ignore[misc]
+        for key in (2**63 - 1, -(2**63)):
+            kv.init(key, full(1))
+            same(kv.pushpull(key, full(2)), 2.0)
+
+    in_one(maker, work)
+
+
+@check(only="sync")
+def check_of_several_mistakes_the_same_is_told(maker: StoreMaker) -> None:
+    """An unknown key comes before a push that awaits commit, and that before a wrong shape, in any order."""
+
+    def work(kv: KVStore) -> None:
+        kv.init({"w": full(1), "b": full(1, 3)})
+        kv.push("w", full(2), apply=False)
+        bad = {"b": full(1, 4), "w": full(1), "x": full(1)}
+        for keys in (["b", "w", "x"], ["x", "w", "b"], ["w", "b", "x"]):
+            values = [bad[key] for key in keys]
+            for call in (kv.push, kv.pull, kv.pushpull):
+                raises(errors.KeyNotInitialized, lambda c=call, k=keys, v=values: c(k, v), "'x'")  # type: ignore[misc]
+        for keys in (["b", "w"], ["w", "b"]):
+            values = [bad[key] for key in keys]
+            for call in (kv.push, kv.pull, kv.pushpull):
+                raises(errors.UncommittedPush, lambda c=call, k=keys, v=values: c(k, v), "'w'")  # type: ignore[misc]
+
+    in_one(maker, work)
 
 
 def _nothing(kv: KVStore) -> None:

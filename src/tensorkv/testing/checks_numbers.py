@@ -80,6 +80,26 @@ def check_half_floats_accumulate_wide(maker: StoreMaker) -> None:
 
 
 @check()
+def check_eight_bit_floats(maker: StoreMaker) -> None:
+    """float8 is stored, added up in float32, added to what is stored, and taken a mean of."""
+
+    def work(kv: KVStore) -> None:
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            key, one = str(dtype), full(1, 3, dtype=torch.float32).to(dtype)
+            kv.init(key, one)
+            kv.set_updater("assign")
+            kv.push(key, [one, full(2, 3)])
+            same(kv.pull(key, full(0, 3)), 1.5 if kv.reduction == "mean" else 3.0, key)
+            kv.set_updater("add")
+            kv.push(key, one)
+            same(kv.pull(key, full(0, 3)), 2.5 if kv.reduction == "mean" else 4.0, key)
+            assert kv.pull(key).dtype == dtype
+
+    in_one(maker, work)
+    in_one(maker, work, reduction="mean")
+
+
+@check()
 def check_float_casts(maker: StoreMaker) -> None:
     """Any float dtype may be pushed and pulled into; the stored dtype stays as initialised."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tensorkv.errors import InvalidOut
 from tensorkv.store import KVStore
 from tensorkv.testing.suite import (
     StoreMaker,
@@ -271,6 +272,24 @@ def check_state_dict(maker: StoreMaker) -> None:
         for name, parameter in source.named_parameters():
             same(target.state_dict()[name], parameter.detach(), name)
         kv.pull(list(kv.keys()), out=list(target.parameters()))
+
+    in_one(maker, work)
+
+
+@check()
+def check_views_that_cannot_be_out(maker: StoreMaker) -> None:
+    """A conjugated view may be pushed; as out it is refused, and nothing is written."""
+
+    def work(kv: KVStore) -> None:
+        number = full(1, 2) + 2j
+        kv.init("w", number.conj())
+        same(kv.pull("w"), full(1, 2) - 2j)
+        kv.push("w", [number.conj(), number.conj()])
+        same(kv.pull("w"), full(2, 2) - 4j)
+        for call in (kv.pull, lambda key, out: kv.pushpull(key, number, out)):
+            raises(InvalidOut, lambda call=call: call("w", number.conj()), "'w'", "resolve_conj")  # type: ignore[misc]
+        same(number, full(1, 2) + 2j)
+        same(kv.pull("w"), full(2, 2) - 4j)
 
     in_one(maker, work)
 

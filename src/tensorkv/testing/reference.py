@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tensorkv.arrays import Key, check_matches
+from tensorkv.arrays import Key, accumulate_dtype, check_matches
 from tensorkv.errors import (
     DtypeMismatch,
     KeyAlreadyInitialized,
@@ -29,12 +29,16 @@ from tensorkv.keys import ABSENT
 from tensorkv.store import CommitResult, UpdaterFunction
 
 
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(accumulate_dtype(tensor.dtype))
+
+
 def _assign(key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
     stored.copy_(pushed)
 
 
 def _add(key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
-    stored.add_(pushed)
+    stored.copy_(_wide(stored) + _wide(pushed))
 
 
 def _check_scalable(sums: dict[Key, torch.Tensor | None]) -> None:
@@ -222,7 +226,8 @@ class ReferenceStore:
                 total = part.total if total is None else total + part.total
         if total is None or self.reduction == "sum":
             return total
-        return total / sum(part.count for part in self._parts(entry).values())
+        mean = _wide(total) / sum(part.count for part in self._parts(entry).values())
+        return mean.to(total.dtype)
 
     def _apply(self, key: Key, entry: _Entry, total: torch.Tensor | None) -> None:
         """End the open round. The updater is the one its lowest rank pushed under."""
