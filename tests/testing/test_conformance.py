@@ -181,13 +181,22 @@ class ModelStore(KVStore):
                     check_matches("out", out, key, tuple(value.shape), value.dtype)
 
     def _pull_now(self, batch: PullBatch) -> Any:
-        tensors = []
+        tensors: list[torch.Tensor] = []
+        failures: list[errors.UpdaterError] = []
         for key, outs in zip(batch.keys, batch.outs, strict=True):
-            value = self._when(lambda key=key: self._value(key), "pull")
+            try:
+                value = self._when(lambda key=key: self._value(key), "pull")
+            except errors.UpdaterError as exc:
+                failures.append(exc)
+                continue
             for out in outs:
                 out.copy_(value)
             if not outs:
                 tensors.append(value)
+        for other in failures[1:]:
+            failures[0].add_note(str(other))
+        if failures:
+            raise failures[0]
         return answer(batch, tensors)
 
     def _value(self, key: Any) -> torch.Tensor:

@@ -404,11 +404,10 @@ def _apply(updates: Sequence[tuple[_Slot, Setting, torch.Tensor]]) -> None:
             slot.version += 1
         elif failure not in failed:  # keys that were updated together fail together
             failed.append(failure)
-    if len(failed) == 1:
-        raise failed[0]
     if failed:
-        texts = "\n\n".join(map(str, failed))
-        raise UpdaterError(f"the updater raised {len(failed)} times:\n{texts}") from failed[0]
+        for other in failed[1:]:
+            failed[0].add_note(f"and {other}")
+        raise failed[0]
 
 
 def _work(call: Callable[[], Any], what: str) -> Work:

@@ -288,6 +288,29 @@ def check_updater_error(maker: StoreMaker) -> None:
 
 
 @check()
+def check_updater_errors_of_several_keys(maker: StoreMaker) -> None:
+    """Where the updater raised for several keys of a call, the first is raised; the others are its notes."""
+
+    def work(kv: KVStore) -> None:
+        kv.init(["a", "b", "c"], [full(1), full(1), full(1)])
+        kv.set_updater(refuse_negative)
+
+        error = raises(
+            UpdaterError,
+            lambda: kv.pushpull(["b", "c", "a"], [full(-1), full(1), full(-1)]),
+            "'b'",
+            "Traceback",
+        )
+        (note,) = error.__notes__
+        assert "'a'" in note and "negative gradient" in note, note
+        same(kv.pull("a"), 1.0)
+        same(kv.pull("c"), 2.0)
+        kv.barrier()
+
+    in_one(maker, work)
+
+
+@check()
 def check_optimizer_error(maker: StoreMaker) -> None:
     """A value that the optimizer refuses is an error of the call, or of the updater, and not a change."""
 
