@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -252,3 +253,42 @@ def test_who_was_not_accepted_learns_that_the_listener_has_closed(listener: List
     with pytest.raises((EOFError, ConnectionError)):
         waiting.receive(Taker(), stop)
     waiting.close()
+
+
+def test_receive_now_goes_on_where_it_stopped(pair: tuple[Connection, Connection]) -> None:
+    """A frame of 16 MiB comes in many pieces; the sink is asked once, and a small frame follows at once."""
+    one, other = pair
+    payload = bytes(range(256)) * (1 << 16)
+    taker = Taker(step=1 << 20)
+    assert not other.receive_now(taker)
+    poller = select.poll()
+    poller.register(other.fileno(), select.POLLIN)
+    assert poller.poll(0) == []
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(
+            lambda: (one.send(encode("big", len(payload)), [payload]), one.send(encode("small")))
+        )
+        while len(taker.bodies) < 2:
+            if not other.receive_now(taker):
+                assert poller.poll(DEADLINE_S * 1000)
+        done.result(DEADLINE_S)
+    assert bytes(taker.payloads[0]) == payload
+    assert [len(each) for each in taker.payloads] == [len(payload), 0]
+    assert not other.receive_now(taker)
+    one.shutdown()
+    assert poller.poll(DEADLINE_S * 1000)
+    with pytest.raises(EOFError):
+        other.receive_now(taker)
+
+
+def test_a_message_longer_than_the_look_ahead(pair: tuple[Connection, Connection]) -> None:
+    one, other = pair
+    other.max_header_bytes = 1 << 20
+    taker = Taker()
+    text = "long" * 50_000
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(lambda: [one.send(encode(each)) for each in ("before", text, "after")])
+        for _ in range(3):
+            other.receive(taker)
+        done.result(DEADLINE_S)
+    assert taker.bodies == [encode(each)[PREFIX.size :] for each in ("before", text, "after")]

@@ -52,9 +52,11 @@ class KeyTable:
             raise KeyNotInitialized(f"key {exc.args[0]!r} was deleted during the call") from exc
 
     def learn(self, entries: Sequence[m.KeyEntry]) -> None:
-        """Remember keys; a generation that is older than the known one is passed over."""
+        """Remember keys; a generation older than the known one, or long gone, is passed over."""
         with self.lock:
             for entry in entries:
+                if not entry.slices:
+                    continue  # so old that the scheduler knows no more than that it was deleted
                 known = self.states.get(entry.key)
                 if known is not None:
                     if known.entry.generation >= entry.generation:
