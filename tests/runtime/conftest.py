@@ -114,6 +114,10 @@ class Gate(Connection):
     def fileno(self) -> int:
         raise AssertionError("nobody receives here")
 
+    @property
+    def drained(self) -> bool:
+        return True
+
     def readable(self) -> bool:
         return False
 

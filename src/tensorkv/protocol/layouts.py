@@ -73,6 +73,8 @@ class Run:
     high: int
     slot: Slot
     offset: int
+    _whole: torch.Tensor | None = None  # the slot's memory that `_stored` is a view of
+    _stored: torch.Tensor | None = None
 
     @property
     def stop_offset(self) -> int:
@@ -82,7 +84,10 @@ class Run:
     @property
     def stored(self) -> torch.Tensor:
         """The stored elements of the run, flat."""
-        return self.slot.tensor[self.offset : self.stop_offset]
+        if self._stored is None or self._whole is not self.slot.tensor:
+            self._whole = self.slot.tensor
+            self._stored = self._whole[self.offset : self.stop_offset]
+        return self._stored
 
 
 @final
@@ -122,7 +127,7 @@ class Layout:
             low, high = self.bounds(number)
             last = runs[-1] if runs else None
             if last and last.slot is each.slot and last.high == low and last.stop_offset == each.offset:
-                last.high = high
+                last.high = high  # nobody has asked for `stored` yet
             else:
                 runs.append(Run(low, high, each.slot, each.offset))
         return runs

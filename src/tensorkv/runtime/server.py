@@ -236,6 +236,8 @@ class Server:
                 if not peer.connection.receive_now(lambda body, size: self._place(peer, body, size)):
                     return False
                 self._take(peer)
+                if peer.connection.drained:
+                    return False
             return True
         except (EOFError, ConnectionError) as exc:  # ProtocolError too
             cause = exc

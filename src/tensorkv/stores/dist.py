@@ -278,7 +278,8 @@ class DistStore(KVStore):
 
     def _check_push(self, batch: PushBatch) -> tuple[Plan, list[torch.Tensor]]:
         """Check a push wholly, sum over devices, and return its plan and one tensor per key."""
-        self._job.poll()
+        if self._is_async:  # in sync mode a pull, or the wait for a merge, brings the faults
+            self._job.poll()
         if self._table.faults:
             self._table.raise_faults(batch.keys)
         last = self._plans.last_push.get(batch.keys)

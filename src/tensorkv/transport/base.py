@@ -80,6 +80,11 @@ class Connection(ABC):
         called once per frame. Errors as `receive`.
         """
 
+    @property
+    @abstractmethod
+    def drained(self) -> bool:
+        """Whether, as far as can be told without asking the system, nothing more has come."""
+
     @abstractmethod
     def fileno(self) -> int:
         """Return a descriptor that polls as readable when something has come, or the end.

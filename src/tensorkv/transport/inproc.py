@@ -129,6 +129,10 @@ class InprocConnection(Connection):
             self._broken = True
             raise
 
+    @property
+    def drained(self) -> bool:
+        return self._incoming.empty()
+
     def fileno(self) -> int:
         return self._incoming.fileno()
 

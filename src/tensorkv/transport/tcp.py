@@ -46,6 +46,7 @@ class TcpConnection(Connection):
         self._sock = sock
         self._ahead = memoryview(bytearray(LOOK_AHEAD_BYTES))  # received, but not yet taken
         self._ahead_start = self._ahead_stop = 0
+        self._short = False  # whether the last receive found less than it had room for
         self._broken = False
         self._rest: list[Buffer] | None = None  # of the present frame's payload
         self._ended_here = False
@@ -115,6 +116,7 @@ class TcpConnection(Connection):
         if self._rest is None:
             self._rest = self._begin_frame(sink, flags)
         while self._rest:
+            self._short = False
             got = self._receive_some(self._rest[:MAX_BUFFERS], flags | socket.MSG_WAITALL)
             self._rest = _after(self._rest, got)
         self._rest = None
@@ -153,6 +155,7 @@ class TcpConnection(Connection):
             self._ahead, self._ahead_start, self._ahead_stop = space, 0, have
         while self._ahead_stop - self._ahead_start < size_bytes:
             self._ahead_stop += self._receive_some([self._ahead[self._ahead_stop :]], flags)
+            self._short = self._ahead_stop < len(self._ahead)
 
     def _fill_from_ahead(self, rest: list[Buffer]) -> list[Buffer]:
         """Move what was received ahead into buffers, and return those that it has not filled."""
@@ -180,6 +183,10 @@ class TcpConnection(Connection):
             self._broken = True
             raise ConnectionError(f"{self.peer} ended the connection in the middle of a frame")
         raise EOFError(f"{self.peer} ended the connection")
+
+    @property
+    def drained(self) -> bool:
+        return self._short and self._ahead_start == self._ahead_stop
 
     def fileno(self) -> int:
         return self._sock.fileno()
