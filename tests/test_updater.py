@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -100,6 +101,27 @@ class TestFunction:
         assert isinstance(failure.__cause__, ZeroDivisionError)
         assert "'key 3'" in str(failure)
         assert "in half_way" in str(failure)  # the traceback
+        assert stored.tolist() == [0, 0]
+
+    def test_one_that_wants_to_exit_is_one_that_raises(self) -> None:
+        def leaving(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+            sys.exit("I have had enough")
+
+        stored = torch.zeros(2)
+        failure = step(function(leaving), 3, torch.ones(2), stored)
+        assert isinstance(failure, UpdaterError)
+        assert "SystemExit" in str(failure)
+        assert "I have had enough" in str(failure)
+
+    @pytest.mark.parametrize("size", [1, 7])
+    def test_one_that_resizes_the_value_fails(self, size: int) -> None:
+        def resizing(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+            stored.resize_(size)
+
+        stored = torch.zeros(2)
+        failure = step(function(resizing), 3, torch.ones(2), stored)
+        assert isinstance(failure, UpdaterError)
+        assert f"from (2,) to ({size},)" in str(failure)
         assert stored.tolist() == [0, 0]
 
 

@@ -148,7 +148,11 @@ class FunctionUpdater(Updater):
         try:
             with torch.no_grad():
                 self.function(update.key, update.pushed, changed)
-        except Exception as exc:  # noqa: BLE001  # the user's code may raise anything; it is reported, not hidden
+            if changed.shape != update.stored.shape:
+                raise ValueError(
+                    f"it has resized `stored` from {tuple(update.stored.shape)} to {tuple(changed.shape)}"
+                )
+        except (Exception, SystemExit) as exc:  # noqa: BLE001  # the user's code may raise anything
             return _updater_error(self.spec.name, update.key, exc)
         update.stored.copy_(changed)
         return None
@@ -498,7 +502,7 @@ def _repeated(current: Setting, new: Setting) -> Setting | None:
     return Setting(old, given, new.asked)
 
 
-def _updater_error(name: str, key: Key, exc: Exception) -> TensorKVError:
+def _updater_error(name: str, key: Key, exc: BaseException) -> TensorKVError:
     text = "".join(traceback.format_exception(exc)).rstrip()
     error = UpdaterError(f"updater {name!r} raised {type(exc).__name__} on key {key!r}: {exc}\n{text}")
     error.__cause__ = exc
