@@ -243,6 +243,23 @@ def test_a_fault_while_the_scheduler_speaks_ends_the_server(
     job.close(m.Goodbye())
 
 
+def test_a_loop_that_ends_in_any_way_ends_the_server(
+    worker: Callable[[int], Any],
+    cluster: EmbeddedJob,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Else its workers would wait for their deadlines: an optimizer of the user that calls sys.exit, say."""
+
+    def leave(worker: int, message: Any, payload: Any) -> Any:
+        raise SystemExit(4)
+
+    monkeypatch.setattr(cluster.servers[0]._state, "handle", leave)
+    worker(0).say(m.Flush(1, 1))
+    assert "SystemExit: 4" in str(cluster.servers[0].wait())
+    assert "cannot go on" in caplog.text
+
+
 def test_a_server_that_cannot_join_leaves_nothing() -> None:
     cluster = EmbeddedJob(1, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
     taken = Server(cluster.config("server", 0), lambda record: None)  # type: ignore[arg-type, return-value]

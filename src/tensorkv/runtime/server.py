@@ -37,7 +37,7 @@ from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tensorkv.runtime.server")  # also where this module is the program
 JOIN_TIMEOUT_S = 5.0
 FRAMES_PER_TURN = 16
 """So many frames of one worker are taken in before others have their turn."""
@@ -97,10 +97,11 @@ class Server:
         connection = connect_as(config, "the scheduler", config.scheduler_host, config.scheduler_port)
         self._scheduler = _Peer(connection, "scheduler", SCHEDULER)
         host, port = self._listener.address
-        self._spawn("accept", self._accept)
+        with self._lock:
+            self._spawn("accept", self._accept)
+            self._spawn("loop", self._loop)
         self._scheduler.sender.put([encode(m.Register(host, port, hostname(), os.getpid()))])
         self._scheduler.sender.pump()
-        self._spawn("loop", self._loop)
 
     def wait(self) -> TensorKVError | None:
         """Block until the job is over, and return why it failed, None if it did not."""
@@ -130,6 +131,7 @@ class Server:
             self._wake = -1
 
     def _spawn(self, name: str, target: Callable[..., None], *args: Any) -> None:
+        """Start a thread that `stop` joins. With the lock held."""
         rank = self._config.rank
         thread = threading.Thread(target=target, args=args, name=f"tensorkv-server{rank}-{name}", daemon=True)
         self._threads.append(thread)
@@ -189,7 +191,7 @@ class Server:
     def _loop(self) -> None:
         try:
             self._serve()
-        except Exception as exc:  # a fault of ours: without its loop the server is of no use
+        except BaseException as exc:  # whatever it is: without its loop the server is of no use
             logger.exception("server %d: cannot go on", self._config.rank)
             self._end(TensorKVError(f"the server failed: {type(exc).__name__}: {exc}"))
 
