@@ -436,8 +436,8 @@ class KVStore(ABC):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close. After an exception the worker counts as lost, not as having left."""
-        if exc_type is None:
+        """Close. After an exception the worker counts as lost, not as having left; sys.exit(0) is none."""
+        if exc_type is None or (isinstance(exc, SystemExit) and exc.code in (None, 0)):
             self.close()
         elif not self.closed:
             self._closed = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -507,3 +508,25 @@ def check_refused_calls_change_nothing(maker: StoreMaker, workers: int) -> None:
             same(value, (4.0 if maker.is_async else 3.0) * workers)
 
     in_workers(maker, workers, work)
+
+
+@check(workers=(2,))
+def check_an_exit_in_good_order_inside_with(maker: StoreMaker, workers: int) -> None:
+    """sys.exit() and sys.exit(0) inside a `with` are leavings, no losses: the others go on."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", full(0))
+        kv.set_updater("add")
+        try:
+            with kv:
+                kv.push("w", full(1))
+                kv.barrier()
+                if kv.rank == 0:
+                    sys.exit()
+                kv.push("w", full(1))
+                same(kv.pull("w"), 3.0)
+                sys.exit(0)
+        except SystemExit:
+            assert kv.closed
+
+    maker.run(work, workers)
