@@ -166,8 +166,8 @@ class Bench:
         return out.message
 
     def delete(self, worker: int, key: m.Key, ids: Sequence[int]) -> list[Outgoing]:
-        """Delete slices."""
-        return self.send(worker, m.DeleteSlices(next(self.requests), STORE, key, worker, list(ids)))
+        """Delete the slices of a key."""
+        return self.send(worker, m.DeleteSlices(next(self.requests), STORE, worker, [(key, list(ids))]))
 
     def leave(self, worker: int) -> list[Outgoing]:
         """Let a worker leave the store."""

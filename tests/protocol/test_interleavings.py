@@ -718,7 +718,7 @@ class Worker:
         for gone in reply.entries:
             ids = [each.slice_id for each in gone.slices]
             yield from self.ask_all(
-                lambda n, ids=ids: m.DeleteSlices(n, self.number_of_store, key, self.rank, ids)
+                lambda n, ids=ids: m.DeleteSlices(n, self.number_of_store, self.rank, [(key, ids)])
             )
         if self.entries.get(key) is entry:
             del self.entries[key]

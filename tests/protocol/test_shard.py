@@ -435,6 +435,22 @@ def test_delete_ends_waiting_calls_and_gives_memory_back(t: Any) -> None:
     assert kinds(bench.delete(0, "a", [a])) == [(0, "Done")]  # it is gone already
 
 
+def test_several_keys_are_deleted_by_one_message_and_each_wait_is_told_of_its_own(t: Any) -> None:
+    bench = t.Bench(2)
+    ids = [bench.init(key, torch.zeros(2))[0] for key in "abc"]
+    for request, each in zip((90, 91, 92), ids, strict=True):
+        plan = bench.define(0, t.dense([each], [2]))
+        bench.push(0, plan, ones(2))
+        bench.send(0, m.Pull(plan, request))
+    out = bench.send(
+        1, m.DeleteSlices(5, bench.shard.store, 1, [("a", [ids[0]]), ("gone", [77]), ("c", [ids[2]])])
+    )
+    assert [(each.worker, each.message.request) for each in out] == [(0, 90), (0, 92), (1, 5)]
+    assert "key 'a' was deleted by rank 1" in out[0].message.text
+    assert "key 'c' was deleted by rank 1" in out[1].message.text
+    assert bench.info(1, ids).rounds == [-1, 0, -1]
+
+
 def test_a_pushpull_of_a_deleted_key_fails(t: Any) -> None:
     """Data without the deleted slices would be a frame of a wrong length to the worker."""
     bench = t.Bench(1)

@@ -35,6 +35,7 @@ from tensorkv.errors import (
 from tensorkv.runtime import job as job_module
 from tensorkv.runtime import plancache
 from tensorkv.runtime.embedded import EmbeddedJob
+from tensorkv.runtime.link import ServerLink
 from tensorkv.store import KVStore
 from tensorkv.stores.dist import DistStore, open_dist
 from tensorkv.testing.cluster import run_job
@@ -513,6 +514,27 @@ def test_a_deleted_key_may_be_initialised_again() -> None:
         assert kv.info("w").generation == 2
 
     run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S)
+
+
+def test_a_list_of_keys_is_deleted_by_one_message_to_each_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message per key took minutes for ten thousand: a server lays out its plans anew for each."""
+    told: list[m.Message] = []
+    put = ServerLink.put
+
+    def spy(link: ServerLink, message: m.Message, *args: Any) -> None:
+        told.append(message)
+        put(link, message, *args)
+
+    with tensorkv.create("dist_sync", embedded=True, num_servers=2) as kv:
+        keys = [f"k{number}" for number in range(20)]
+        kv.init(keys, [ones() for _ in keys])
+        with monkeypatch.context() as patch:
+            patch.setattr(ServerLink, "put", spy)
+            kv.delete(keys[:15])
+        assert [type(message) for message in told] == [m.DeleteSlices] * 2
+        assert kv.keys() == keys[15:]
+        with pytest.raises(KeyNotInitialized):
+            kv.push(keys[0], ones())
 
 
 def test_who_waits_for_a_deleted_key_is_told_who_deleted_it() -> None:

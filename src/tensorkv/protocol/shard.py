@@ -151,21 +151,21 @@ class StoreShard:
     def delete_slices(self, worker: int, message: m.DeleteSlices) -> None:
         """Drop slices, their open rounds, and the calls that wait for them."""
         self.general()
-        text = f"key {message.key!r} was deleted by rank {message.rank}"
-        gone: set[int] = set()
-        for slice_id in message.slice_ids:
-            index = self._index_of.pop(slice_id, None)
-            if index is not None:
-                gone.add(index)
-                self._tombstones[slice_id] = text
-                self._remove_slice(index)
+        gone: dict[int, str] = {}  # by index: what to tell who waits
+        for key, slice_ids in message.keys:
+            text = f"key {key!r} was deleted by rank {message.rank}"
+            for slice_id in slice_ids:
+                index = self._index_of.pop(slice_id, None)
+                if index is not None:
+                    gone[index] = self._tombstones[slice_id] = text
+                    self._remove_slice(index)
         while len(self._tombstones) > MAX_TOMBSTONES:
             del self._tombstones[next(iter(self._tombstones))]
         if gone:
-            self._end_waits_for(gone, KeyDeleted(text))
+            self._end_waits_for(gone)
             for chunks in self._plans.values():
                 for chunk in chunks:
-                    if not gone.isdisjoint(chunk.layout.position):
+                    if not gone.keys().isdisjoint(chunk.layout.position):
                         self._lay_out(chunk)
         self._reply(worker, m.Done(message.request))
 
@@ -177,21 +177,19 @@ class StoreShard:
         self._release(np.array([index], np.int64))
         self.rounds.remove(index)
 
-    def _end_waits_for(self, gone: set[int], error: TensorKVError) -> None:
-        ended = {
-            (pull.worker, pull.request)
-            for pull in self._pulls
-            if not gone.isdisjoint(pull.layout.index.tolist())
-        }
-        ended |= {
-            (wait.worker, wait.request)
-            for wait in self._merge_waits
-            if not gone.isdisjoint(wait.index.tolist())
-        }
+    def _end_waits_for(self, gone: dict[int, str]) -> None:
+        """End the calls that wait for slices that are gone; `gone` has the text of their error."""
+        ended: dict[tuple[int, int], str] = {}
+        waits = [(pull.worker, pull.request, pull.layout.index) for pull in self._pulls]
+        waits += [(wait.worker, wait.request, wait.index) for wait in self._merge_waits]
+        for worker, request, index in waits:
+            text = next((gone[each] for each in index.tolist() if each in gone), None)
+            if text is not None:
+                ended.setdefault((worker, request), text)
         self._pulls = [pull for pull in self._pulls if (pull.worker, pull.request) not in ended]
         self._merge_waits = [w for w in self._merge_waits if (w.worker, w.request) not in ended]
-        for worker, request in sorted(ended):
-            self._reply(worker, m.Failed(request, *to_wire(error)))
+        for (worker, request), text in sorted(ended.items()):
+            self._reply(worker, m.Failed(request, *to_wire(KeyDeleted(text))))
 
     # ---- plans -----------------------------------------------------------------------------------
 

@@ -221,20 +221,14 @@ class DistStore(KVStore):
         reply = self._job.control.request(
             lambda n: m.DeleteKeys(n, self._store, names), what, self._timeout_s, self._store
         )
-        for entry in reply.entries:
-            self._delete_slices(entry, what)
+        if reply.entries:
+            gone = [(entry.key, [each.slice_id for each in entry.slices]) for entry in reply.entries]
+            self._job.ask_all(
+                lambda n: m.DeleteSlices(n, self._store, self.rank, gone), what, self._timeout_s, self._store
+            )
         self._table.forget(states)
         for state in states:
             self._table.faults.pop(state.key, None)
-
-    def _delete_slices(self, entry: m.KeyEntry, what: str) -> None:
-        ids = [each.slice_id for each in entry.slices]
-        self._job.ask_all(
-            lambda n: m.DeleteSlices(n, self._store, entry.key, self.rank, ids),
-            what,
-            self._timeout_s,
-            self._store,
-        )
 
     # ---- push ------------------------------------------------------------------------------------
 

@@ -246,13 +246,12 @@ class ActivateSetting(Message, tag=29):
 
 
 class DeleteSlices(Message, tag=30):
-    """Drop slices with all that waits for them; `rank` has deleted `key`."""
+    """Drop slices with all that waits for them; `rank` has deleted these keys, each with its slices."""
 
     request: int
     store: int
-    key: Key
     rank: int
-    slice_ids: list[int]
+    keys: list[tuple[Key, list[int]]]
 
 
 class Flush(Message, tag=31):
