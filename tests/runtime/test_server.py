@@ -138,6 +138,22 @@ def test_bytes_that_are_no_frame(
     connection.close()
 
 
+def test_the_memory_of_an_init_is_not_kept(worker: Callable[[int], Any], cluster: EmbeddedJob) -> None:
+    """Nothing else of its size may ever come: a server would hold large values twice."""
+    one = worker(0)
+    open_store(one)
+    value = bytes(range(200)) * 4
+    one.say(m.InitSlices(2, 1, "v", (200,), "float32", [m.SliceEntry(1, 0, 0, 200)]), value)
+    assert one.hear() == m.Done(2)
+    server = cluster.servers[0]
+    assert not any(server._pool._free.values())
+    assert not server._peers[0].buffer.numel()
+    plan = m.ChunkEntry([1], [200], m.PayloadDescriptor("dense", "float32"), [1])
+    one.say(m.DefinePlan(1, 1, [plan]))
+    one.say(m.Pull(1, 3))
+    assert one.hear() == m.Data(3, 0)
+
+
 def test_a_fault_of_ours_ends_one_connection_and_shows_where(
     worker: Callable[[int], Any],
     cluster: EmbeddedJob,

@@ -55,7 +55,6 @@ class _Peer:
         self.worker = worker  # SCHEDULER for the scheduler
         self.message: Any = None
         self.buffer = _NO_PAYLOAD
-        self.payload_bytes = 0
         self.ended = False
 
 
@@ -272,9 +271,10 @@ class Server:
             raise ProtocolError(
                 f"{type(peer.message).__name__} came with {payload_bytes} bytes of payload, not {expected}"
             )
-        peer.payload_bytes = payload_bytes
-        if isinstance(peer.message, (m.Push, m.InitSlices)):
+        if isinstance(peer.message, m.Push):
             peer.buffer = self._pool.take(payload_bytes)
+        elif isinstance(peer.message, m.InitSlices):  # a whole value, once: the pool would keep it for ever
+            peer.buffer = torch.empty(payload_bytes, dtype=torch.uint8)
         return [bytes_of(peer.buffer)[:payload_bytes]] if payload_bytes else []
 
     def _take(self, peer: _Peer) -> None:
@@ -284,8 +284,8 @@ class Server:
                 lease.readers -= 1
         match peer.message:
             case m.InitSlices():
-                self._queue(self._state.handle(peer.worker, peer.message, peer.buffer[: peer.payload_bytes]))
-                self._pool.give(peer.buffer)
+                payload, peer.buffer = peer.buffer, _NO_PAYLOAD
+                self._queue(self._state.handle(peer.worker, peer.message, payload))
             case m.CommitDecision():
                 self._queue(self._state.decide_commit(peer.message))
             case m.Gone():
