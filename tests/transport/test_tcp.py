@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,29 @@ def test_a_frame_may_come_in_pieces(pair: Pair, cut: int) -> None:
     assert payload == b"abcdef"
     assert begun[:1] == [True]
     assert not connection.broken
+
+
+@pytest.mark.parametrize("cut", [PREFIX.size + 2, len(FRAME) - 3])
+def test_an_interrupt_inside_a_frame_breaks_the_connection(
+    pair: Pair, cut: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was received when Ctrl-C came is lost: to go on would put bytes in the wrong place."""
+    bare, connection = pair
+    bare.sendall(FRAME[:cut])
+    payload = bytearray(6)
+    while not connection.in_frame:
+        assert not connection.receive_now(into(payload))
+    bare.sendall(FRAME[cut:])
+    receive_some = connection._receive_some
+
+    def interrupted(*args: Any) -> int:
+        receive_some(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(connection, "_receive_some", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        connection.receive(into(payload))
+    assert connection.broken
 
 
 def test_a_tick_that_raises_inside_a_frame_breaks_the_connection(pair: Pair) -> None:

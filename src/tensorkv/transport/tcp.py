@@ -113,13 +113,19 @@ class TcpConnection(Connection):
 
     def _advance(self, sink: Sink, flags: int) -> None:
         """Go on with the present frame to its end; BlockingIOError where more must come first."""
-        if self._rest is None:
-            self._rest = self._begin_frame(sink, flags)
-        while self._rest:
-            self._short = False
-            got = self._receive_some(self._rest[:MAX_BUFFERS], flags | socket.MSG_WAITALL)
-            self._rest = _after(self._rest, got)
-        self._rest = None
+        try:
+            if self._rest is None:
+                self._rest = self._begin_frame(sink, flags)
+            while self._rest:
+                self._short = False
+                got = self._receive_some(self._rest[:MAX_BUFFERS], flags | socket.MSG_WAITALL)
+                self._rest = _after(self._rest, got)
+            self._rest = None
+        except BlockingIOError:
+            raise
+        except BaseException:  # Ctrl-C too: what has just come may be lost
+            self._broken = self._broken or self.in_frame
+            raise
 
     def _begin_frame(self, sink: Sink, flags: int) -> list[Buffer]:
         """Receive prefix and message, and return the buffers that the payload has yet to fill."""
