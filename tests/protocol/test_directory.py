@@ -18,7 +18,7 @@ from tensorkv.errors import (
     to_wire,
 )
 from tensorkv.protocol import directory as directory_module
-from tensorkv.protocol.directory import CommitReduction, Directory, Placement, timeout_text
+from tensorkv.protocol.directory import CommitReduction, Directory, Placement
 from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.wire import messages as m
 
@@ -363,12 +363,6 @@ def test_who_gives_up_is_not_answered_any_more() -> None:
     ((_, reply),) = desk.set(0, named())
     assert [rank for rank, _ in desk.conclude_set(0, reply.number)] == [0]
     assert desk.directory.waiting(1, 1) is None
-
-
-def test_the_text_of_a_deadline() -> None:
-    waiting = m.Waiting(1, [2, 3], "round 4 of 'w'")
-    assert str(timeout_text(waiting, "pull", 2.0)) == "pull waited 2.0 s for worker 2, 3: round 4 of 'w'"
-    assert str(timeout_text(None, "pull", 2.0)) == "pull did not finish within 2.0 s"
 
 
 # ---- commit ----------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ def test_a_round_is_merged_by_its_last_push() -> None:
     rounds.merge(slices[[2, 0]])
     assert rounds.may_push(0, slices).tolist() == [True, False, True]
     assert rounds.missing(1) == [1]
-    assert rounds.contributors(1) == [0]
     rounds.apply(slices[[2, 0]])
     assert rounds.applied[slices].tolist() == [1, 0, 1]
 

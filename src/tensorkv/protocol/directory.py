@@ -23,7 +23,6 @@ from tensorkv.errors import (
     ProtocolError,
     SettingMismatch,
     TensorKVError,
-    WaitTimeout,
     already_initialized,
     not_initialized,
     to_wire,
@@ -403,14 +402,6 @@ class CommitReduction:
         norm = total_norm([norm for each in in_order for norm in each.norms])
         skip = any(each.skip for each in in_order) or not all(each.finite for each in in_order)
         return m.CommitDecision(ready.store, ready.number, not skip and error is None, norm, error)
-
-
-def timeout_text(waiting: m.Waiting | None, what: str, waited_s: float) -> WaitTimeout:
-    """Return the error of a call whose deadline has passed, naming who is missing."""
-    if waiting is None or not waiting.ranks:
-        return WaitTimeout(f"{what} did not finish within {waited_s:.1f} s")
-    ranks = ", ".join(map(str, waiting.ranks))
-    return WaitTimeout(f"{what} waited {waited_s:.1f} s for worker {ranks}: {waiting.where}")
 
 
 def _check_agrees(rank: int, spec: KeySpec, first: KeySpec) -> None:

@@ -99,10 +99,6 @@ class Rounds:
         """Take back this worker's last push of slices whose round is not merged."""
         self.pushed[worker, slices] -= 1
 
-    def contributors(self, index: int) -> list[int]:
-        """Return the workers whose push of the open round of a slice is here, by rank."""
-        return np.flatnonzero(self.pushed[:, index] > self.merged[index]).tolist()
-
     def missing(self, index: int) -> list[int]:
         """Return the workers that the open round of a slice still waits for, by rank."""
         arrived = self.pushed[:, index] > self.merged[index]

@@ -244,10 +244,6 @@ class StoreShard:
         """Forget a plan."""
         self._plans.pop((worker, message.plan), None)
 
-    def has_plan(self, worker: int, plan: int) -> bool:
-        """Whether this worker has named such a plan of this store."""
-        return (worker, plan) in self._plans
-
     def chunk(self, worker: int, plan: int, number: int) -> Chunk:
         """Return a chunk of a worker's plan.
 
