@@ -73,13 +73,15 @@ def test_the_plan_not_used_for_longest_is_dropped_and_made_again(monkeypatch: py
     monkeypatch.setattr(plancache, "MAX_PLANS", 2)
     bench = Bench()
     first, second = bench.plan(A), bench.plan(B)
-    bench.cache.last_push[(1,)] = first
-    bench.cache.last_pull[(2,)] = second
+    bench.cache.remember_push((1,), first)
+    bench.cache.remember_pull((2,), second)
     bench.cache.tell(first)
     bench.cache.tell(second)
     assert bench.plan(A) is first
     third = bench.plan(C)
     assert bench.cache.last_push == {(1,): first}
+    assert bench.cache.last_pull == {}
+    bench.cache.remember_pull((2,), second)  # found before it was dropped, remembered after
     assert bench.cache.last_pull == {}
     bench.cache.tell(third)
     assert bench.told[0][2:] == [m.DropPlan(second.number), bench.told[0][3]]

@@ -64,6 +64,19 @@ class PlanCache:
             [plan.counts[place] for place in places],
         )
 
+    def remember_push(self, keys: tuple[Key, ...], plan: Plan) -> None:
+        """Let `last_push` name this plan by the keys of a call."""
+        self._remember(self.last_push, keys, plan)
+
+    def remember_pull(self, keys: tuple[Key, ...], plan: Plan) -> None:
+        """Let `last_pull` name this plan by the keys of a call."""
+        self._remember(self.last_pull, keys, plan)
+
+    def _remember(self, last: dict[tuple[Key, ...], Plan], keys: tuple[Key, ...], plan: Plan) -> None:
+        with self._lock:
+            if not plan.dropped:  # another thread may have deleted a key since the plan was found
+                last[keys] = plan
+
     def tell(self, plan: Plan) -> None:
         """Queue its definition to the servers that do not know a plan. The job's order is held.
 
@@ -91,6 +104,7 @@ class PlanCache:
 
     def _drop(self, plan: Plan) -> None:
         """Let the servers forget a plan, when they are next told something."""
+        plan.dropped = True
         self._dropped.append(plan)
         for last in (self.last_push, self.last_pull):
             for keys in [keys for keys, each in last.items() if each is plan]:

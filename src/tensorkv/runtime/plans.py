@@ -110,6 +110,7 @@ class Plan:
     parts: list[ServerPart]
     key_ids: frozenset[int]
     known_to: set[int] = field(default_factory=set)  # servers that have been told
+    dropped: bool = False  # from the cache: it may still be sent, but is not to be remembered
 
 
 def build_plan(

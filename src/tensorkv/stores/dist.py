@@ -290,7 +290,7 @@ class DistStore(KVStore):
         ]
         plan = self._plans.plan(states, dtypes, batch.counts)
         if set(map(len, batch.tensors)) == {1} and set(batch.counts) == {1}:
-            self._plans.last_push[batch.keys] = plan
+            self._plans.remember_push(batch.keys, plan)
         return plan, [_summed(tensors) for tensors in batch.tensors]
 
     # ---- pull ------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ class DistStore(KVStore):
                 outs_of[key].append(tensor)
         plan = self._plans.plan_to_pull(states)
         if len(keys) == len(batch.keys):
-            self._plans.last_pull[keys] = plan
+            self._plans.remember_pull(keys, plan)
         return self._pull_call(batch, plan, list(outs_of.values()), made)
 
     def _pull_call(
