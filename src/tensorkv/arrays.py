@@ -124,6 +124,15 @@ def check_matches(
         )
 
 
+def check_has_mean(key: Key, dtype: torch.dtype) -> None:
+    """Raise DtypeMismatch if values of `dtype` have no mean in their own dtype: integers and bools."""
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise DtypeMismatch(
+            f"key {key!r} has dtype {dtype}, of which a store with reduction='mean' takes no mean; "
+            "use a float dtype, or reduction='sum'"
+        )
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which values of `dtype` are added up: float32 for the half-width floats."""
     if dtype.is_floating_point and dtype.itemsize < 4:

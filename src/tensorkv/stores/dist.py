@@ -14,10 +14,9 @@ from typing import Any, final
 
 import torch
 
-from tensorkv.arrays import Key, check_matches, dtype_name
+from tensorkv.arrays import Key, check_has_mean, check_matches, dtype_name
 from tensorkv.config import DEFAULT_TIMEOUT_S, from_env
 from tensorkv.errors import (
-    DtypeMismatch,
     InvalidArgument,
     KeyDeleted,
     NotInJob,
@@ -123,11 +122,8 @@ class DistStore(KVStore):
         self._table.learn(reply.entries)
 
     def _check_new(self, key: Key, value: torch.Tensor) -> None:
-        if self._reduction == "mean" and not (value.dtype.is_floating_point or value.dtype.is_complex):
-            raise DtypeMismatch(
-                f"key {key!r} has dtype {value.dtype}, of which a store with reduction='mean' takes no mean; "
-                "use a float dtype, or reduction='sum'"
-            )
+        if self._reduction == "mean":
+            check_has_mean(key, value.dtype)
         self._settings.setting(key).updater.check_value(key, value.shape, value.dtype)
 
     def _lead_init(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> None:

@@ -20,9 +20,8 @@ from typing import Any, final
 
 import torch
 
-from tensorkv.arrays import Key, accumulate_dtype, check_matches, size_bytes
+from tensorkv.arrays import Key, accumulate_dtype, check_has_mean, check_matches, size_bytes
 from tensorkv.errors import (
-    DtypeMismatch,
     StoreClosed,
     UncommittedPush,
     UpdaterError,
@@ -272,11 +271,8 @@ class LocalStore(KVStore):
         raise not_initialized(key)
 
     def _check_new(self, key: Key, value: torch.Tensor) -> None:
-        if self._reduction == "mean" and not (value.dtype.is_floating_point or value.dtype.is_complex):
-            raise DtypeMismatch(
-                f"key {key!r} has dtype {value.dtype}, of which a store with reduction='mean' takes no mean; "
-                "use a float dtype, or reduction='sum'"
-            )
+        if self._reduction == "mean":
+            check_has_mean(key, value.dtype)
         self._settings.setting(key).updater.check_value(key, value.shape, value.dtype)
 
     def _check_push(self, batch: PushBatch) -> list[_Slot]:
