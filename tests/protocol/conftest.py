@@ -12,6 +12,7 @@ import torch
 from tensorkv.arrays import bytes_of, dtype_name
 from tensorkv.errors import TensorKVError, from_wire
 from tensorkv.protocol.directory import CommitReduction
+from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import Outgoing
 from tensorkv.updater import Updater, build
@@ -25,24 +26,24 @@ class CheckedPool:
     """A BufferPool that knows what is out, and spoils what is given back: who still reads it gets NaN."""
 
     def __init__(self) -> None:
-        self.out: dict[int, torch.Tensor] = {}
+        self.out: dict[int, Memory] = {}
 
-    def take(self, size_bytes: int) -> torch.Tensor:
-        buffer = torch.zeros(size_bytes + 16, dtype=torch.uint8)
+    def take(self, size_bytes: int) -> Memory:
+        buffer = Memory(torch.zeros(size_bytes + 16, dtype=torch.uint8))
         self.out[id(buffer)] = buffer
         return buffer
 
-    def give(self, buffer: torch.Tensor) -> None:
+    def give(self, buffer: Memory) -> None:
         assert self.out.pop(id(buffer), None) is buffer, "a buffer was given back that was not out"
-        buffer.fill_(255)
+        buffer.tensor.fill_(255)
 
 
-def payload_of(tensors: Sequence[torch.Tensor], buffer: torch.Tensor) -> int:
+def payload_of(tensors: Sequence[torch.Tensor], buffer: Memory) -> int:
     """Write the bytes of tensors one after the other into a buffer; return how many they are."""
     low = 0
     for tensor in tensors:
         data = bytes_of(tensor.contiguous())
-        bytes_of(buffer)[low : low + len(data)] = data
+        buffer.bytes[low : low + len(data)] = data
         low += len(data)
     return low
 
@@ -87,7 +88,9 @@ class Bench:
         assert size_bytes == expected
         is_push = isinstance(message, m.Push)
         try:
-            return self.state.handle(worker, message, buffer if is_push else buffer[:size_bytes])
+            return self.state.handle(
+                worker, message, buffer if is_push else Memory(buffer.tensor[:size_bytes])
+            )
         except BaseException:
             is_push = False  # refused: it is still the caller's
             raise
@@ -133,7 +136,7 @@ class Bench:
         """Return the values of a one-chunk plan, which must be there at once, flat and in one tensor."""
         (out,) = self.pull(worker, plan)
         assert isinstance(out.message, m.Data)
-        value = torch.cat([each.reshape(-1) for each in out.payload])
+        value = torch.cat([each.tensor.reshape(-1) for each in out.payload])
         settle([out])
         return value
 

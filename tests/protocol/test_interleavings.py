@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from tensorkv.arrays import dtype_name
 from tensorkv.protocol.membership import Membership
+from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import SCHEDULER
 from tensorkv.updater import build
@@ -288,9 +289,9 @@ class Job:
         buffer = pool.take(size_bytes)
         data = b"".join(bytes(tensor.reshape(-1).view(torch.uint8).tolist()) for tensor in tensors)
         assert len(data) == size_bytes
-        buffer[:size_bytes] = torch.tensor(list(data), dtype=torch.uint8)
+        buffer.bytes[:size_bytes] = data
         is_push = isinstance(message, m.Push)
-        out = state.handle(worker, message, buffer if is_push else buffer[:size_bytes])
+        out = state.handle(worker, message, buffer if is_push else Memory(buffer.tensor[:size_bytes]))
         if not is_push:
             pool.give(buffer)
         if isinstance(message, m.OpenStore):
@@ -314,7 +315,7 @@ class Job:
             elif each.worker in self.crashed:
                 self.settle([each])
             else:
-                lent = [tensor.clone() for tensor in each.payload]
+                lent = [memory.tensor.clone() for memory in each.payload]
                 self.queues["server", server, "worker", each.worker].append((each, lent))
 
     def to_worker(self, rank: int, source: tuple[str, int], item: Any) -> None:
@@ -322,8 +323,8 @@ class Job:
             self.workers[rank].take(source, item, [])
             return
         out, lent = item
-        for tensor, as_it_was in zip(out.payload, lent, strict=True):
-            assert torch.equal(tensor.view(torch.uint8), as_it_was.view(torch.uint8)), (
+        for memory, as_it_was in zip(out.payload, lent, strict=True):
+            assert torch.equal(memory.tensor.view(torch.uint8), as_it_was.view(torch.uint8)), (
                 "a lent slot was written"
             )
         self.workers[rank].take(source, out.message, [tensor.clone() for tensor in lent])

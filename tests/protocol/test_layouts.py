@@ -7,6 +7,7 @@ import torch
 
 from tensorkv.errors import ProtocolError
 from tensorkv.protocol.layouts import Chunk, Contribution, Layout, Slice, sent_dtype
+from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.slots import Slot
 from tensorkv.updater import Add, Assign, Setting
 
@@ -22,7 +23,7 @@ def test_neighbours_in_chunk_and_slot_are_one_run() -> None:
     slices = [a_slice(0, one, 2, 3), a_slice(1, one, 5, 4), a_slice(2, one, 10, 1), a_slice(3, other, 0, 2)]
     layout = Layout(slices, [0, 3, 7, 8])
     assert [(run.low, run.high, run.offset) for run in layout.runs] == [(0, 7, 2), (7, 8, 10), (8, 10, 0)]
-    assert layout.runs[0].stored.tolist() == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    assert layout.runs[0].stored.tensor.tolist() == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
     assert layout.bounds(1) == (3, 7)
     assert layout.position == {0: 0, 1: 1, 2: 2, 3: 3}
 
@@ -64,8 +65,8 @@ def test_a_chunk_knows_its_bytes_and_what_is_gone() -> None:
     chunk = Chunk([7, 100], [3, 2], [1, 1], torch.float16, False, 5, layout, [1], [6])
     assert chunk.payload_bytes == 10
     assert chunk.gone() == [7]
-    chunk.absent = True
-    assert chunk.payload_bytes == 0
+    absent = Chunk([7, 100], [3, 2], [0, 0], torch.float16, True, 5, layout, [0], [6])
+    assert absent.payload_bytes == 0
     chunk.numbers = [5, 6]
     assert chunk.gone() == []
 
@@ -74,7 +75,7 @@ def test_a_contribution_is_read_in_the_pushed_dtype() -> None:
     values = torch.arange(5, dtype=torch.float64)
     buffer = torch.cat([values.view(torch.uint8), torch.zeros(7, dtype=torch.uint8)])
     layout = Layout([], [])
-    contribution = Contribution(1, 0, layout, torch.float64, False, [1], buffer, True, 1)
+    contribution = Contribution(1, 0, layout, torch.float64, False, [1], Memory(buffer), True, 1)
     assert contribution.elements(1, 4).tolist() == [1.0, 2.0, 3.0]
     assert contribution.elements(5, 5).tolist() == []
 

@@ -28,7 +28,7 @@ def a_round(t: Any, bench: Any, plans: list[int], value: float, order: tuple[int
     for rank in order:
         out += bench.push(rank, plans[rank], torch.full((4,), value * (rank + 1)), reply=50 + rank)
     assert sorted(each.message.request for each in out) == sorted(50 + rank for rank in order)
-    assert all(each.payload[0].tolist() == [value * sum(r + 1 for r in order)] * 4 for each in out)
+    assert all(each.payload[0].tensor.tolist() == [value * sum(r + 1 for r in order)] * 4 for each in out)
     t.settle(out)
 
 
@@ -69,7 +69,7 @@ def test_it_ends_in_the_middle_of_a_round(t: Any) -> None:
         else:
             out = bench.push(1, plans[1], torch.full((4,), 2.0))
         waited = [(0, [7.0] * 4)] + ([(2, [7.0] * 4)] if between != "leave" else [])
-        assert [(each.worker, each.payload[0].tolist()) for each in out] == waited, between
+        assert [(each.worker, each.payload[0].tensor.tolist()) for each in out] == waited, between
         t.settle(out)
         assert bench.info(0, ids).versions == [2, 2]
         bench.check_empty()

@@ -93,7 +93,7 @@ def test_a_worker_that_is_gone_has_left_every_store_also_those_of_later(t: Any) 
     bench.push(0, plan, torch.ones(1))
     bench.pull(0, plan)
     (out,) = bench.state.worker_gone(1)
-    assert out.payload[0].tolist() == [1.0]
+    assert out.payload[0].tensor.tolist() == [1.0]
     bench.state.handle(0, m.OpenStore(2, "later", False, False))
     assert bench.state._stores[2].rounds.left.tolist() == [False, True]
     assert bench.state.worker_gone(1) == []

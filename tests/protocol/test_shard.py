@@ -59,7 +59,7 @@ def test_a_pull_waits_for_its_workers_round_and_others_do_not(t: Any) -> None:
     out = bench.push(1, theirs, ones(2, 2.0), reply=7)
     assert kinds(out) == [(0, "Data"), (1, "Data")]
     assert out[1].message == m.Data(7, 0)
-    assert [each.payload[0].tolist() for each in out] == [[3.0, 3.0], [3.0, 3.0]]
+    assert [each.payload[0].tensor.tolist() for each in out] == [[3.0, 3.0], [3.0, 3.0]]
     t.settle(out)
     bench.check_empty()
 
@@ -270,11 +270,11 @@ def test_what_is_lent_is_never_written(t: Any, spec: UpdaterSpec, num_elems: int
     seen: list[tuple[Any, torch.Tensor]] = []
     for step in range(4):
         (out,) = bench.pull(0, plan)
-        seen.append((out, out.payload[0].clone()))
+        seen.append((out, out.payload[0].tensor.clone()))
         bench.push(0, plan, ones(num_elems, step + 1.0))
         bench.push(0, other, ones(3))
         bench.init(f"new {step}", torch.ones(3))  # small values share memory with those that are lent
-    assert all(torch.equal(out.payload[0], value) for out, value in seen)
+    assert all(torch.equal(out.payload[0].tensor, value) for out, value in seen)
     assert len({float(value[0]) for _, value in seen}) == len(seen)
     t.settle([out for out, _ in seen])
     assert all(lease.readers == 0 for out, _ in seen for lease in out.leases)
@@ -601,7 +601,7 @@ def test_commit_applies_the_sums_clipped(t: Any) -> None:
     out = committed(bench, max_norm=3.0)
     assert kinds(out) == [(0, "Committed"), (1, "Committed"), (0, "Data")]
     assert out[0].message.norm == pytest.approx(6.0)
-    assert out[2].payload[0].tolist() == pytest.approx([1.5] * 4)
+    assert out[2].payload[0].tensor.tolist() == pytest.approx([1.5] * 4)
     t.settle(out)
     assert bench.info(0, ids).versions == [1, 1]
     bench.check_empty()
@@ -783,7 +783,7 @@ def test_who_has_left_is_waited_for_no_more_and_its_pushes_count(t: Any) -> None
     bench.send(0, m.Pull(plans[0], 60))
     out = bench.leave(1)
     assert kinds(out) == [(0, "Data"), (1, "Done")]
-    assert out[0].payload[0].tolist() == [5.0]
+    assert out[0].payload[0].tensor.tolist() == [5.0]
     t.settle(out)
     bench.push(0, plans[0], ones(1))
     assert bench.value(0, plans[0]).tolist() == [1.0]

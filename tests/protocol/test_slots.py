@@ -1,11 +1,10 @@
-"""Slots: shared memory of small values, leases, and the pool of buffers."""
+"""Slots: shared memory of small values, and leases."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from tensorkv.protocol.slots import SHARED_SLOT_BYTES, SMALL_BYTES, BufferPool, Slot, SlotAllocator
+from tensorkv.protocol.slots import SHARED_SLOT_BYTES, SMALL_BYTES, Slot, SlotAllocator
 
 
 def test_a_slot_that_is_lent_moves_before_it_is_written() -> None:
@@ -43,15 +42,3 @@ def test_a_full_slot_is_followed_by_another() -> None:
     assert len({id(slot) for slot, _ in found}) == 2
     assert [offset for _, offset in found][-2:] == [(per_slot - 1) * SMALL_BYTES // 4, 0]
     slots.allocate(0, torch.float32)
-
-
-@pytest.mark.parametrize("size_bytes", [0, 1, 4096, 4097, 100_000, (8 << 20) + 1])
-def test_a_buffer_is_large_enough_and_used_again(size_bytes: int) -> None:
-    pool = BufferPool()
-    buffer = pool.take(size_bytes)
-    assert buffer.dtype == torch.uint8
-    assert size_bytes <= buffer.numel() <= max(4096, 2 * size_bytes)
-    other = pool.take(size_bytes)
-    assert other.data_ptr() != buffer.data_ptr()
-    pool.give(buffer)
-    assert pool.take(size_bytes) is buffer

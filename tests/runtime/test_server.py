@@ -147,7 +147,7 @@ def test_the_memory_of_an_init_is_not_kept(worker: Callable[[int], Any], cluster
     assert one.hear() == m.Done(2)
     server = cluster.servers[0]
     assert not any(server._pool._free.values())
-    assert not server._peers[0].buffer.numel()
+    assert not server._peers[0].buffer.bytes
     plan = m.ChunkEntry([1], [200], m.PayloadDescriptor("dense", "float32"), [1])
     one.say(m.DefinePlan(1, 1, [plan]))
     one.say(m.Pull(1, 3))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from tensorkv.arrays import Key, dtype_from_name
 from tensorkv.errors import InvalidValue, ProtocolError
+from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.rounds import Index
 from tensorkv.protocol.slots import Slot
 from tensorkv.updater import Assign, Setting
@@ -74,7 +75,7 @@ class Run:
     slot: Slot
     offset: int
     _whole: torch.Tensor | None = None  # the slot's memory that `_stored` is a view of
-    _stored: torch.Tensor | None = None
+    _stored: Memory | None = None
 
     @property
     def stop_offset(self) -> int:
@@ -82,11 +83,11 @@ class Run:
         return self.offset + self.high - self.low
 
     @property
-    def stored(self) -> torch.Tensor:
+    def stored(self) -> Memory:
         """The stored elements of the run, flat."""
         if self._stored is None or self._whole is not self.slot.tensor:
             self._whole = self.slot.tensor
-            self._stored = self._whole[self.offset : self.stop_offset]
+            self._stored = Memory(self._whole[self.offset : self.stop_offset])
         return self._stored
 
 
@@ -141,7 +142,7 @@ class Chunk:
     `slice_ids` and `lengths` are those the worker named; the layout holds what still exists of them.
     `dtype` is the pushed one, `absent` means that no bytes come. `counts` and `numbers` (positions in the
     whole plan) stand per slice of the layout; `plain` tells that all counts are
-    equal and no slice is gone.
+    equal and no slice is gone. A push carries `payload_bytes` bytes.
     """
 
     slice_ids: list[int]
@@ -154,11 +155,10 @@ class Chunk:
     counts: list[int]
     numbers: list[int]
     plain: bool = True
+    payload_bytes: int = field(init=False)
 
-    @property
-    def payload_bytes(self) -> int:
-        """The bytes that a push of this chunk carries."""
-        return 0 if self.absent else sum(self.lengths) * self.dtype.itemsize
+    def __post_init__(self) -> None:
+        self.payload_bytes = 0 if self.absent else sum(self.lengths) * self.dtype.itemsize
 
     def gone(self) -> list[int]:
         """Return the ids of its slices that do not exist any more."""
@@ -182,11 +182,10 @@ class Contribution:
     dtype: torch.dtype
     absent: bool
     counts: list[int]
-    buffer: torch.Tensor
+    buffer: Memory
     apply: bool
     live: int
 
     def elements(self, low: int, high: int) -> torch.Tensor:
         """Return elements [low, high) of the chunk as they were pushed, sharing the buffer."""
-        itemsize = self.dtype.itemsize
-        return self.buffer[low * itemsize : high * itemsize].view(self.dtype)
+        return self.buffer.elements(self.dtype, low, high)

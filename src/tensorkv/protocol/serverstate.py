@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, final
 
-import torch
-
 from tensorkv.errors import ProtocolError, TensorKVError, to_wire
 from tensorkv.protocol.layouts import sent_dtype
+from tensorkv.protocol.memory import EMPTY, BufferPool, Memory
 from tensorkv.protocol.schedule import LoadUpdater
 from tensorkv.protocol.shard import Outgoing, StoreShard
-from tensorkv.protocol.slots import BufferPool
 from tensorkv.wire import messages as m
-
-_EMPTY = torch.empty(0, dtype=torch.uint8)
 
 
 @final
@@ -52,7 +48,7 @@ class ServerState:
             case _:
                 return 0
 
-    def handle(self, worker: int, message: Any, payload: torch.Tensor = _EMPTY) -> list[Outgoing]:
+    def handle(self, worker: int, message: Any, payload: Memory = EMPTY) -> list[Outgoing]:
         """Take in a worker's message, and return what is to be sent, in order.
 
         The payload of a push is the store's from now on, unless the push is refused.
@@ -77,7 +73,7 @@ class ServerState:
         out, shard.out = shard.out, []
         return out
 
-    def _dispatch(self, shard: StoreShard, worker: int, message: Any, payload: torch.Tensor) -> None:
+    def _dispatch(self, shard: StoreShard, worker: int, message: Any, payload: Memory) -> None:
         match message:
             case m.Push():
                 shard.push(worker, message, payload)

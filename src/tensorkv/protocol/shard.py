@@ -31,10 +31,11 @@ from tensorkv.errors import (
 from tensorkv.protocol.commits import CommitGather, all_finite, norms_of, scale, unscalable
 from tensorkv.protocol.layouts import Chunk, Contribution, Layout, Slice, sent_dtype
 from tensorkv.protocol.lockstep import MIN_ROUNDS, Lockstep, is_at_rest
+from tensorkv.protocol.memory import BufferPool, Memory
 from tensorkv.protocol.norms import clip_factor
 from tensorkv.protocol.rounds import Index, Rounds
 from tensorkv.protocol.schedule import LoadUpdater, SettingSchedule
-from tensorkv.protocol.slots import BufferPool, Lease, SlotAllocator
+from tensorkv.protocol.slots import Lease, SlotAllocator
 from tensorkv.protocol.sums import add_up
 from tensorkv.updater import Setting, Update, apply_all
 from tensorkv.wire import messages as m
@@ -45,14 +46,14 @@ MAX_TOMBSTONES = 4096
 @final
 @dataclass(slots=True)
 class Outgoing:
-    """A message to a worker, or to the scheduler (worker -1), with the tensors of its payload.
+    """A message to a worker, or to the scheduler (worker -1), with the memory of its payload.
 
     The leases are held until the payload is sent.
     """
 
     worker: int
     message: Any
-    payload: list[torch.Tensor] = field(default_factory=list)
+    payload: list[Memory] = field(default_factory=list)
     leases: list[Lease] = field(default_factory=list)
 
 
@@ -117,13 +118,13 @@ class StoreShard:
 
     # ---- keys ------------------------------------------------------------------------------------
 
-    def init_slices(self, worker: int, message: m.InitSlices, payload: torch.Tensor) -> None:
+    def init_slices(self, worker: int, message: m.InitSlices, payload: Memory) -> None:
         """Create slices with the values in `payload`, which is uint8."""
         dtype = sent_dtype(message.dtype)
         ids = {entry.slice_id for entry in message.slices}
         if len(ids) < len(message.slices) or not ids.isdisjoint(self._index_of):
             raise ProtocolError(f"a slice of key {message.key!r} exists already")
-        values, low = payload.view(dtype), 0
+        values, low = payload.tensor.view(dtype), 0
         for entry in message.slices:
             length = entry.stop - entry.start
             slot, offset = self._slots.allocate(length, dtype)
@@ -257,7 +258,7 @@ class StoreShard:
 
     # ---- push ------------------------------------------------------------------------------------
 
-    def push(self, worker: int, message: m.Push, payload: torch.Tensor) -> None:
+    def push(self, worker: int, message: m.Push, payload: Memory) -> None:
         """Take in a worker's contribution; `payload` is uint8, from the pool, and now the shard's."""
         chunk = self.chunk(worker, message.plan, message.chunk)
         layout = chunk.layout
@@ -285,7 +286,7 @@ class StoreShard:
             self._merge(self.rounds.push(worker, layout.index))
         self._answer_push(worker, message, chunk)
 
-    def _contribution(self, worker: int, chunk: Chunk, payload: torch.Tensor, apply: bool) -> Contribution:
+    def _contribution(self, worker: int, chunk: Chunk, payload: Memory, apply: bool) -> Contribution:
         self._next_contribution += 1
         return Contribution(
             number=self._next_contribution,
@@ -386,7 +387,7 @@ class StoreShard:
         return lockstep
 
     def _push_in_lockstep(
-        self, lockstep: Lockstep, worker: int, message: m.Push, chunk: Chunk, payload: torch.Tensor
+        self, lockstep: Lockstep, worker: int, message: m.Push, chunk: Chunk, payload: Memory
     ) -> None:
         last = lockstep.add(self._contribution(worker, chunk, payload, True))
         if message.reply:
@@ -497,7 +498,7 @@ class StoreShard:
         for run in layout.runs:
             run.slot.make_writable()
             parts = [each.elements(run.low, run.high) for each in present]
-            add_up(parts, dtype, divisor, run.stored)
+            add_up(parts, dtype, divisor, run.stored.tensor)
         return 1
 
     def _apply_each(self, slices: Index, workers: Sequence[int]) -> None:

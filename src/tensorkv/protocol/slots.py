@@ -60,30 +60,3 @@ class SlotAllocator:
             slot, used = Slot(torch.zeros(SHARED_SLOT_BYTES // dtype.itemsize, dtype=dtype)), 0
         self._open[dtype] = (slot, used + num_elems)
         return slot, used
-
-
-@final
-class BufferPool:
-    """Memory for what is being received, used again and again: fresh memory costs a page fault per 4 KiB.
-
-    Buffers come in powers of two. What is kept is at most what was in use at one time. `take` and `give`
-    may be called from any thread: each is one operation on a list.
-    """
-
-    def __init__(self) -> None:
-        self._free: dict[int, list[torch.Tensor]] = {}
-
-    def take(self, size_bytes: int) -> torch.Tensor:
-        """Return a uint8 tensor of at least `size_bytes` bytes, of any content."""
-        capacity = max(4096, 1 << (size_bytes - 1).bit_length()) if size_bytes else 4096
-        if size_bytes > 8 << 20:  # rare, and rounding up would waste much
-            capacity = size_bytes
-        free = self._free.setdefault(capacity, [])
-        try:
-            return free.pop()
-        except IndexError:
-            return torch.empty(capacity, dtype=torch.uint8)
-
-    def give(self, buffer: torch.Tensor) -> None:
-        """Take a buffer back. Nobody may use it any more."""
-        self._free.setdefault(buffer.numel(), []).append(buffer)

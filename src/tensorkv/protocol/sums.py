@@ -29,6 +29,8 @@ def add_up(
         out: where the result goes, if given; it must not overlap the parts.
         may_overwrite: the first part may be used as the accumulator.
     """
+    if out is not None and len(parts) == 2 and divisor == 1 and _is_plain(parts, dtype):
+        return torch.add(parts[0], parts[1], out=out)
     wide = accumulate_dtype(dtype)
     first, rest = parts[0], parts[1:]
     target = out if out is not None and dtype == wide else None
@@ -50,6 +52,11 @@ def add_up(
         out.copy_(total)
         return out
     return total
+
+
+def _is_plain(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
+    """Whether nothing is cast: two small contributions added up in one operation are the usual case."""
+    return accumulate_dtype(dtype) == dtype == parts[0].dtype == parts[1].dtype
 
 
 def _single(

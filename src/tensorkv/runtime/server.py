@@ -9,6 +9,7 @@ in a server process: servers are many, and each adds what fits its cache.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import select
@@ -20,13 +21,13 @@ from typing import Any, final
 
 import torch
 
-from tensorkv.arrays import bytes_of
 from tensorkv.config import JobConfig, Role, from_env
 from tensorkv.errors import AuthenticationError, NotInJob, PeerLostError, ProtocolError, TensorKVError
+from tensorkv.protocol.memory import EMPTY, BufferPool, Memory
 from tensorkv.protocol.schedule import LoadUpdater
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import SCHEDULER, Outgoing
-from tensorkv.protocol.slots import BufferPool, Lease
+from tensorkv.protocol.slots import Lease
 from tensorkv.runtime.code import updater_loader
 from tensorkv.runtime.handshake import accept, connect_as
 from tensorkv.runtime.sender import Sender
@@ -42,19 +43,18 @@ JOIN_TIMEOUT_S = 5.0
 FRAMES_PER_TURN = 16
 """So many frames of one worker are taken in before others have their turn."""
 
-_NO_PAYLOAD = torch.empty(0, dtype=torch.uint8)
-
 
 @final
 class _Peer:
     """A connection that the loop reads, a worker's or the scheduler's, and the frame that is coming."""
 
-    def __init__(self, connection: Connection, name: str, worker: int) -> None:
+    def __init__(self, connection: Connection, name: str, worker: int, server: Server) -> None:
         self.connection = connection
+        self.sink = functools.partial(server._place, self)
         self.sender = Sender(connection, name, lambda exc: connection.shutdown())
         self.worker = worker  # SCHEDULER for the scheduler
         self.message: Any = None
-        self.buffer = _NO_PAYLOAD
+        self.buffer = EMPTY
         self.ended = False
 
 
@@ -94,7 +94,7 @@ class Server:
         """
         config = self._config
         connection = connect_as(config, "the scheduler", config.scheduler_host, config.scheduler_port)
-        self._scheduler = _Peer(connection, "scheduler", SCHEDULER)
+        self._scheduler = _Peer(connection, "scheduler", SCHEDULER, self)
         host, port = self._listener.address
         with self._lock:
             self._spawn("accept", self._accept)
@@ -173,7 +173,7 @@ class Server:
             if self._ended.is_set():
                 connection.close()
                 return
-            self._newcomers.append(_Peer(connection, f"worker-{worker}", worker))
+            self._newcomers.append(_Peer(connection, f"worker-{worker}", worker, self))
             os.eventfd_write(self._wake, 1)
 
     def _check_place(self, role: Role, rank: int) -> TensorKVError | None:
@@ -233,11 +233,12 @@ class Server:
         """Take in what a peer has sent, a few frames at most; return whether there may be more."""
         cause: Exception
         try:
+            connection = peer.connection
             for _ in range(FRAMES_PER_TURN):
-                if not peer.connection.receive_now(lambda body, size: self._place(peer, body, size)):
+                if not connection.receive_now(peer.sink):
                     return False
                 self._take(peer)
-                if peer.connection.drained:
+                if connection.drained:
                     return False
             return True
         except (EOFError, ConnectionError) as exc:  # ProtocolError too
@@ -274,18 +275,21 @@ class Server:
         if isinstance(peer.message, m.Push):
             peer.buffer = self._pool.take(payload_bytes)
         elif isinstance(peer.message, m.InitSlices):  # a whole value, once: the pool would keep it for ever
-            peer.buffer = torch.empty(payload_bytes, dtype=torch.uint8)
-        return [bytes_of(peer.buffer)[:payload_bytes]] if payload_bytes else []
+            peer.buffer = Memory(torch.empty(payload_bytes, dtype=torch.uint8))
+        return [peer.buffer.bytes[:payload_bytes]] if payload_bytes else []
 
     def _take(self, peer: _Peer) -> None:
         """Let the state machine take in a message, and send what it answers."""
         while self._released:
             for lease in self._released.popleft():
                 lease.readers -= 1
+        if peer.worker != SCHEDULER:
+            payload, peer.buffer = peer.buffer, EMPTY
+            out = self._state.handle(peer.worker, peer.message, payload)
+            if out:
+                self._queue(out)
+            return
         match peer.message:
-            case m.InitSlices():
-                payload, peer.buffer = peer.buffer, _NO_PAYLOAD
-                self._queue(self._state.handle(peer.worker, peer.message, payload))
             case m.CommitDecision():
                 self._queue(self._state.decide_commit(peer.message))
             case m.Gone():
@@ -294,8 +298,6 @@ class Server:
                 self._end(lost_error(peer.message))
             case m.Stop():
                 self._end(None)
-            case _:
-                self._queue(self._state.handle(peer.worker, peer.message, peer.buffer))
 
     def _queue(self, out: list[Outgoing]) -> None:
         """Send, in order, as far as that goes without waiting; sending threads do the rest."""
@@ -305,10 +307,9 @@ class Server:
             if peer is None or peer.ended:
                 self._released.append(each.leases)
                 continue
-            parts = [bytes_of(tensor) for tensor in each.payload]
+            parts = [memory.bytes for memory in each.payload]
             head = encode(each.message, sum(map(len, parts)))
-            leases = each.leases
-            on_sent = (lambda leases=leases: self._released.append(leases)) if leases else None
+            on_sent = functools.partial(self._released.append, each.leases) if each.leases else None
             peer.sender.put([head, *parts], on_sent)
             senders[peer.sender] = None
         for sender in senders:

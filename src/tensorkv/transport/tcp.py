@@ -70,7 +70,7 @@ class TcpConnection(Connection):
             raise
 
     def send_now(self, buffers: Sequence[Buffer]) -> list[Buffer]:
-        rest = list(buffers)
+        rest: list[Buffer] = buffers if isinstance(buffers, list) else list(buffers)
         try:
             while rest:
                 rest = _after(rest, self._sendmsg(rest, socket.MSG_DONTWAIT))
@@ -80,6 +80,8 @@ class TcpConnection(Connection):
 
     def _sendmsg(self, buffers: list[Buffer], flags: int) -> int:
         try:
+            if len(buffers) == 1:
+                return self._sock.send(buffers[0], flags)
             return self._sock.sendmsg(buffers[:MAX_BUFFERS], (), flags)
         except BlockingIOError:
             raise
@@ -129,16 +131,17 @@ class TcpConnection(Connection):
 
     def _begin_frame(self, sink: Sink, flags: int) -> list[Buffer]:
         """Receive prefix and message, and return the buffers that the payload has yet to fill."""
-        self._look_ahead(PREFIX.size, flags)
+        if self._ahead_stop - self._ahead_start < PREFIX.size:
+            self._look_ahead(PREFIX.size, flags)
         try:
-            start = self._ahead_start + PREFIX.size
-            prefix = self._ahead[self._ahead_start : start]
-            header_bytes, payload_bytes = decode_prefix(prefix, self.max_header_bytes)
-            self._look_ahead(PREFIX.size + header_bytes, flags)
-            start = self._ahead_start + PREFIX.size
-            self._ahead_start = start + header_bytes
-            buffers = sink(self._ahead[start : self._ahead_start], payload_bytes)
-            return self._fill_from_ahead([each for each in buffers if len(each)])
+            sizes = decode_prefix(self._ahead, self.max_header_bytes, self._ahead_start)
+            size_bytes = PREFIX.size + sizes[0]
+            if self._ahead_stop - self._ahead_start < size_bytes:
+                self._look_ahead(size_bytes, flags)
+            start = self._ahead_start
+            self._ahead_start += size_bytes
+            buffers = sink(self._ahead[start + PREFIX.size : self._ahead_start], sizes[1])
+            return self._fill_from_ahead(buffers) if sizes[1] else []
         except BlockingIOError:
             raise
         except BaseException:
@@ -151,8 +154,6 @@ class TcpConnection(Connection):
         So a small frame, or several, cost one call.
         """
         have = self._ahead_stop - self._ahead_start
-        if have >= size_bytes:
-            return
         if have == 0 or self._ahead_start + size_bytes > len(self._ahead):
             space = self._ahead
             if size_bytes > len(space) or len(space) > LOOK_AHEAD_BYTES >= size_bytes:
@@ -163,8 +164,14 @@ class TcpConnection(Connection):
             self._ahead_stop += self._receive_some([self._ahead[self._ahead_stop :]], flags)
             self._short = self._ahead_stop < len(self._ahead)
 
-    def _fill_from_ahead(self, rest: list[Buffer]) -> list[Buffer]:
+    def _fill_from_ahead(self, buffers: Sequence[memoryview]) -> list[Buffer]:
         """Move what was received ahead into buffers, and return those that it has not filled."""
+        start = self._ahead_start
+        if len(buffers) == 1 and len(buffers[0]) <= self._ahead_stop - start:  # a small payload, mostly
+            self._ahead_start += len(buffers[0])
+            buffers[0][:] = self._ahead[start : self._ahead_start]
+            return []
+        rest: list[Buffer] = [each for each in buffers if len(each)]
         while rest and self._ahead_start < self._ahead_stop:
             size_bytes = min(len(rest[0]), self._ahead_stop - self._ahead_start)
             start = self._ahead_start
@@ -176,7 +183,11 @@ class TcpConnection(Connection):
     def _receive_some(self, buffers: Sequence[Buffer], flags: int) -> int:
         """Receive at least one byte, or raise BlockingIOError."""
         try:
-            got: int = self._sock.recvmsg_into(buffers, 0, flags)[0]
+            got: int
+            if len(buffers) == 1:
+                got = self._sock.recv_into(buffers[0], 0, flags)
+            else:
+                got = self._sock.recvmsg_into(buffers, 0, flags)[0]
         except BlockingIOError:
             raise
         except OSError as exc:

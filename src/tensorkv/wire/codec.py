@@ -36,17 +36,19 @@ def encode(message: Any, payload_bytes: int = 0) -> bytes:
     return PREFIX.pack(MAGIC, VERSION, len(body), payload_bytes) + body
 
 
-def decode_prefix(prefix: bytes | bytearray | memoryview, max_header_bytes: int) -> tuple[int, int]:
-    """Return the lengths of message and payload, in bytes.
+def decode_prefix(
+    data: bytes | bytearray | memoryview, max_header_bytes: int, start: int = 0
+) -> tuple[int, int]:
+    """Return the lengths of message and payload, in bytes, from the prefix that begins at `start`.
 
     Raises:
         ProtocolVersionError: the frame is ours but of another version.
         ProtocolError: it is not a frame, or its message is longer than `max_header_bytes`.
     """
     try:
-        magic, version, header_bytes, payload_bytes = PREFIX.unpack(prefix)
+        magic, version, header_bytes, payload_bytes = PREFIX.unpack_from(data, start)
     except struct.error as exc:
-        raise ProtocolError(f"a prefix of {len(prefix)} bytes: {exc}") from exc
+        raise ProtocolError(f"a prefix of {len(data) - start} bytes: {exc}") from exc
     if magic != MAGIC:
         raise ProtocolError(f"the peer does not speak TensorKV: its frame begins with {magic!r}")
     if version != VERSION:

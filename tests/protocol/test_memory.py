@@ -1,0 +1,31 @@
+"""Memory as elements and as bytes, and the pool of buffers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tensorkv.protocol.memory import BufferPool, Memory
+
+
+def test_bytes_and_elements_are_one_memory() -> None:
+    memory = Memory(torch.zeros(16, dtype=torch.uint8))
+    memory.bytes[4:8] = memoryview(b"\x00\x00\x80\x3f")
+    assert memory.elements(torch.float32, 0, 2).tolist() == [0.0, 1.0]
+    assert memory.elements(torch.float32, 1, 4).tolist() == [1.0, 0.0, 0.0]
+    assert memory.elements(torch.int16, 3, 4).tolist() == [0x3F80]
+    assert memory.elements(torch.float32, 1, 4).tolist() == [1.0, 0.0, 0.0]
+    memory.elements(torch.float32, 0, 2).fill_(1.0)
+    assert memory.bytes[:8].tobytes() == b"\x00\x00\x80\x3f" * 2
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 4096, 4097, 100_000, (8 << 20) + 1])
+def test_a_buffer_is_large_enough_and_used_again(size_bytes: int) -> None:
+    pool = BufferPool()
+    buffer = pool.take(size_bytes)
+    assert buffer.tensor.dtype == torch.uint8
+    assert size_bytes <= buffer.tensor.numel() == len(buffer.bytes) <= max(4096, 2 * size_bytes)
+    other = pool.take(size_bytes)
+    assert other.tensor.data_ptr() != buffer.tensor.data_ptr()
+    pool.give(buffer)
+    assert pool.take(size_bytes) is buffer
