@@ -10,6 +10,7 @@ in a server process: servers are many, and each adds what fits its cache.
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import select
@@ -323,6 +324,7 @@ def main() -> int:
         if config is None or config.role != "server":
             raise NotInJob("a server process is started by `tensorkv run -n WORKERS -s SERVERS ...`")
         torch.set_num_threads(1)
+        gc.freeze()  # else every full collection walks all of torch's objects, 40 ms in which all wait
         logging.basicConfig(format="%(name)s: %(message)s")
         server = Server(config, updater_loader(config.allow_import))
         try:
