@@ -21,7 +21,19 @@ from tensorkv.errors import DtypeMismatch, InvalidOut, InvalidValue, ShapeMismat
 Key = int | str
 """The name of a value in a store: an int or a str, one of the two in one store."""
 
-_REFUSED_DTYPES = (torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4)
+REFUSED_DTYPES = frozenset({torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4})
+_NATIVE_DTYPES = frozenset(  # those that Python's memoryview can cast to bytes
+    {
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+    }
+)
 
 
 def to_tensor(value: Any, key: Key) -> torch.Tensor:
@@ -165,7 +177,7 @@ def dtype_from_name(name: str) -> torch.dtype:
 def _checked(tensor: torch.Tensor, key: Key) -> torch.Tensor:
     if tensor.layout is not torch.strided:
         raise InvalidValue(f"the tensor for key {key!r} has layout {tensor.layout}; pass tensor.to_dense()")
-    if tensor.dtype in _REFUSED_DTYPES:
+    if tensor.dtype in REFUSED_DTYPES:
         raise InvalidValue(f"the tensor for key {key!r} is quantised; pass tensor.dequantize()")
     if tensor.device.type == "meta":
         raise InvalidValue(f"the tensor for key {key!r} is on the meta device and has no data")
@@ -201,5 +213,7 @@ def _describe(value: Any) -> str:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor as writable bytes, whatever its dtype. No copy."""
+    if tensor.dtype in _NATIVE_DTYPES and tensor.numel():  # a third of the time
+        return tensor.numpy().data.cast("B")
     array: np.ndarray[tuple[int], np.dtype[np.uint8]] = tensor.reshape(-1).view(torch.uint8).numpy()
     return array.data

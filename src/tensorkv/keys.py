@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 import torch
 
-from tensorkv.arrays import Key, to_out, to_tensor
+from tensorkv.arrays import REFUSED_DTYPES, Key, to_out, to_tensor
 from tensorkv.errors import InvalidKey, InvalidValue, LengthMismatch
 
-_traits = attrgetter("requires_grad", "layout", "is_quantized", "is_meta")
-_PLAIN = {(False, torch.strided, False, False)}
+_traits = attrgetter("is_cpu", "requires_grad", "layout", "dtype")
+_PLAIN = (True, False, torch.strided)
 
 
 class _Absent(enum.Enum):
@@ -43,30 +42,73 @@ class Form(enum.Enum):
     DICT = "dict"
 
 
-@dataclass(slots=True)
 class PushBatch:
     """What one push call adds, a line per distinct key, in order of first appearance.
 
     `tensors[i]` are the values of `keys[i]`, devices in list order, the same key twice one after the
     other; an empty list stands for ABSENT. `counts[i]` is what the key counts in a mean.
+    `singles`, where it is not None, has one CPU tensor for each key, and says it all: a list for each of
+    a thousand keys would keep Python's garbage collector busy.
     """
 
-    keys: tuple[Key, ...]
-    tensors: list[list[torch.Tensor]]
-    counts: list[int]
+    __slots__ = ("_counts", "_tensors", "keys", "singles")
+
+    def __init__(
+        self,
+        keys: tuple[Key, ...],
+        tensors: list[list[torch.Tensor]] | None = None,
+        counts: list[int] | None = None,
+        singles: list[torch.Tensor] | None = None,
+    ) -> None:
+        self.keys = keys
+        self.singles = singles
+        self._tensors = tensors
+        self._counts = counts
+
+    @property
+    def tensors(self) -> list[list[torch.Tensor]]:
+        """The values of each key."""
+        if self._tensors is None:
+            self._tensors = _each_alone(self.singles)
+        return self._tensors
+
+    @property
+    def counts(self) -> list[int]:
+        """What each key counts in a mean."""
+        if self._counts is None:
+            self._counts = list(map(len, self.tensors))
+        return self._counts
 
 
-@dataclass(slots=True)
 class PullBatch:
     """Where one pull call writes: `outs[i]` are the destinations of `keys[i]`; empty means a new tensor.
 
-    `keys` are in call order and may repeat. `given` is the caller's own `out`, to be returned.
+    `keys` are in call order and may repeat. `given` is the caller's own `out`, to be returned. `singles`
+    is as in `PushBatch`.
     """
 
-    keys: tuple[Key, ...]
-    outs: list[list[torch.Tensor]]
-    form: Form
-    given: Any
+    __slots__ = ("_outs", "form", "given", "keys", "singles")
+
+    def __init__(
+        self,
+        keys: tuple[Key, ...],
+        outs: list[list[torch.Tensor]] | None,
+        form: Form,
+        given: Any,
+        singles: list[torch.Tensor] | None = None,
+    ) -> None:
+        self.keys = keys
+        self.form = form
+        self.given = given
+        self.singles = singles
+        self._outs = outs
+
+    @property
+    def outs(self) -> list[list[torch.Tensor]]:
+        """The destinations of each key."""
+        if self._outs is None:
+            self._outs = _each_alone(self.singles)
+        return self._outs
 
 
 def check_keys(keys: Iterable[Any], known_type: type | None = None) -> tuple[Key, ...]:
@@ -144,12 +186,12 @@ def push_batch(key: Any, value: Any, known_type: type | None) -> PushBatch:
     """
     raw_keys, values, _ = split_keys(key, value)
     keys = check_keys(raw_keys, known_type)
-    if _all_plain(values):
-        tensors = [[value] for value in values]
-    else:
-        tensors = [_device_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
-    if len(set(keys)) == len(keys):
-        return PushBatch(keys, tensors, [len(each) for each in tensors])
+    distinct = len(set(keys)) == len(keys)
+    if distinct and _plain_dtypes(values):
+        return PushBatch(keys, singles=values)
+    tensors = [_device_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
+    if distinct:
+        return PushBatch(keys, tensors, singles=_singles(tensors))
     return _merge_repeated(keys, tensors)
 
 
@@ -169,16 +211,16 @@ def pull_batch(key: Any, out: Any, known_type: type | None) -> PullBatch:
     else:
         raw_keys, values, form = split_keys(key, out)
     keys = check_keys(raw_keys, known_type)
+    plain = _plain_dtypes(values)
     if (
-        _all_plain(values)
+        plain
         and all(map(torch.Tensor.is_contiguous, values))
-        and not any(map(torch.Tensor.is_conj, values))
         and not any(map(torch.Tensor.is_neg, values))
+        and not any(dtype.is_complex for dtype in plain)  # those may be conjugated as they are read
     ):
-        outs = [[value] for value in values]
-    else:
-        outs = [_out_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
-    return PullBatch(keys, outs, form, out)
+        return PullBatch(keys, None, form, out, values)
+    outs = [_out_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
+    return PullBatch(keys, outs, form, out, _singles(outs))
 
 
 def answer(batch: PullBatch, tensors: list[torch.Tensor]) -> Any:
@@ -192,9 +234,28 @@ def answer(batch: PullBatch, tensors: list[torch.Tensor]) -> Any:
     return tensors
 
 
-def _all_plain(values: list[Any]) -> bool:
-    """Whether all are tensors that need no preparation. A few vector operations, for a list of many."""
-    return set(map(type, values)) == {torch.Tensor} and set(map(_traits, values)) == _PLAIN
+def _each_alone(singles: list[torch.Tensor] | None) -> list[list[torch.Tensor]]:
+    return [[each] for each in singles or ()]
+
+
+def _singles(tensors: list[list[torch.Tensor]]) -> list[torch.Tensor] | None:
+    if all(len(each) == 1 and each[0].is_cpu for each in tensors):
+        return [each[0] for each in tensors]
+    return None
+
+
+def _plain_dtypes(values: list[Any]) -> set[torch.dtype]:
+    """Return the dtypes of CPU tensors that need no preparation; nothing if one of the values does.
+
+    A few vector operations, for a list of many.
+    """
+    if set(map(type, values)) != {torch.Tensor}:
+        return set()
+    found = set(map(_traits, values))
+    dtypes = {traits[3] for traits in found}
+    if dtypes & REFUSED_DTYPES or {traits[:3] for traits in found} != {_PLAIN}:
+        return set()
+    return dtypes
 
 
 def _device_list(value: Any, key: Key) -> list[torch.Tensor]:

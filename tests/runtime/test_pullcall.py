@@ -52,7 +52,7 @@ class Bench:
         self.links = [Link(), Link()]
         self.finished: list[Exception | None] = []
         plan = build_plan(7, [state], [torch.float32], [1], 2)
-        self.call = PullCall(plan, Destinations(plan.states, [[self.out]]), self._finish)
+        self.call = PullCall(plan, Destinations.per_device(plan.states, [[self.out]]), self._finish)
 
     def ask(self) -> None:
         from contextlib import nullcontext

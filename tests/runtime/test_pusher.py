@@ -177,7 +177,7 @@ def test_a_pull_that_pushes_does_nothing_while_a_key_is_busy(bench: Bench) -> No
     outs = [[torch.zeros(2)], [torch.zeros(2)]]
 
     def call() -> PullCall:
-        return PullCall(plan, Destinations(plan.states, outs), lambda call, error: error or "done")
+        return PullCall(plan, Destinations.per_device(plan.states, outs), lambda call, error: error or "done")
 
     bench.send("a")
     refused = call()

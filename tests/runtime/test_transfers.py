@@ -46,7 +46,7 @@ def plan_of(keys: list[KeyState], dtype: torch.dtype | None = None, num_servers:
 
 def carry(plan: Plan, values: list[torch.Tensor], outs: list[list[torch.Tensor]]) -> None:
     """Push and pull through thin air: what a server would keep is what was sent, cast to its dtype."""
-    destinations = Destinations(plan.states, outs)
+    destinations = Destinations.per_device(plan.states, outs)
     ends: list[Exception | None] = []
     for part in plan.parts:
         exchange = PullExchange(part, destinations, ends.append)
@@ -171,7 +171,7 @@ def test_absent_values_have_no_payload() -> None:
 
 
 def pull(plan: Plan, on_end: Callable[[Any], None] = lambda error: None) -> PullExchange:
-    return PullExchange(plan.parts[0], Destinations(plan.states, [[torch.empty(4)]]), on_end)
+    return PullExchange(plan.parts[0], Destinations.per_device(plan.states, [[torch.empty(4)]]), on_end)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_two_links_that_receive_parts_of_one_value_at_once() -> None:
     keys = states([(LARGE * 2,)], num_servers=2, cut=LARGE)
     for _ in range(200):
         out = torch.empty(LARGE * 2, dtype=torch.float64)
-        destinations = Destinations(keys, [[out]])
+        destinations = Destinations.per_device(keys, [[out]])
         start = threading.Barrier(2)
         found: list[torch.Tensor] = []
 

@@ -96,6 +96,8 @@ class ServerLink:
         self._turn = threading.Condition(
             threading.RLock()
         )  # told when an exchange ends, and when the lead is free
+        self._waiting = 0  # threads in _turn.wait; counted up with _turn held
+        self._message: Any = None  # the one that is being received, by whoever leads
         self._watched: set[int] = set()  # exchanges that nobody waits for; guarded by _turn
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -193,8 +195,12 @@ class ServerLink:
                     self._hand_over()
             else:
                 with self._turn:
-                    if not done() and self._reading.locked():
-                        self._turn.wait(TICK_S)
+                    self._waiting += 1
+                    try:
+                        if not done() and self._reading.locked():
+                            self._turn.wait(TICK_S)
+                    finally:
+                        self._waiting -= 1
                 if not done():
                     tick()
 
@@ -218,8 +224,13 @@ class ServerLink:
 
     def _hand_over(self) -> None:
         self._reading.release()
-        with self._turn:
-            self._turn.notify_all()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wake those who wait for the lead or for an exchange; they are counted before they look."""
+        if self._waiting:
+            with self._turn:
+                self._turn.notify_all()
 
     def _lead_watched(self) -> None:
         while True:
@@ -249,22 +260,8 @@ class ServerLink:
         """Receive one frame and hand it on."""
         if self._lost is not None:
             raise self._lost
-        message: Any = None
-
-        def sink(body: memoryview, payload_bytes: int) -> list[memoryview]:
-            nonlocal message
-            message = _decoder.decode(body)
-            if not payload_bytes:
-                return []
-            if not isinstance(message, m.Data):
-                raise ProtocolError(f"{type(message).__name__} came with {payload_bytes} bytes of payload")
-            exchange = self._exchanges.get(message.request)
-            if exchange is None:  # its caller has given up
-                return [memoryview(bytearray(payload_bytes))]
-            return exchange.place(message, payload_bytes)
-
         try:
-            self._connection.receive(sink, tick)
+            self._connection.receive(self._sink, tick)
         except (EOFError, ConnectionError) as exc:
             self._connection.shutdown()
             self._lost = self._why_gone(exc)
@@ -275,11 +272,22 @@ class ServerLink:
                 self._lost = PeerLostError(f"the connection to {self.name} ended inside a message: {exc}")
             raise
         try:
-            self._hand_on(message)
+            self._hand_on(self._message)
         except ProtocolError as exc:
             self._connection.shutdown()
             self._lost = exc
             raise
+
+    def _sink(self, body: memoryview, payload_bytes: int) -> list[memoryview]:
+        message = self._message = _decoder.decode(body)
+        if not payload_bytes:
+            return []
+        if not isinstance(message, m.Data):
+            raise ProtocolError(f"{type(message).__name__} came with {payload_bytes} bytes of payload")
+        exchange = self._exchanges.get(message.request)
+        if exchange is None:  # its caller has given up
+            return [memoryview(bytearray(payload_bytes))]
+        return exchange.place(message, payload_bytes)
 
     def _hand_on(self, message: Any) -> None:
         match message:
@@ -293,8 +301,7 @@ class ServerLink:
                 exchange = self._exchanges.get(message.request)
                 if exchange is not None and _take(exchange, message):
                     self._exchanges.pop(message.request, None)
-                    with self._turn:
-                        self._turn.notify_all()
+                    self._tell()
 
     def _why_gone(self, exc: BaseException) -> TensorKVError:
         """Return why the connection ended: the scheduler's word counts, if it comes soon."""

@@ -14,7 +14,7 @@ from typing import final
 
 import torch
 
-from tensorkv.arrays import Key, dtype_from_name, dtype_name
+from tensorkv.arrays import Key, bytes_of, dtype_from_name, dtype_name
 from tensorkv.config import MAX_SLICE_BYTES
 from tensorkv.wire import messages as m
 
@@ -66,12 +66,32 @@ class Piece:
 
 
 @final
+class Staging:
+    """Memory that the small pieces of a chunk are received in, with a view for each, in its shape."""
+
+    __slots__ = ("bytes", "views")
+
+    def __init__(self, chunk: PlanChunk, states: Sequence[KeyState]) -> None:
+        small = [piece for piece in chunk.pieces if piece.small]
+        buffer = torch.empty(sum(piece.stop - piece.start for piece in small), dtype=chunk.stored_dtype)
+        self.bytes = bytes_of(buffer)
+        self.views: list[torch.Tensor] = []
+        low = 0
+        for piece in small:
+            high = low + piece.stop - piece.start
+            view = buffer[low:high]
+            self.views.append(view.view(states[piece.value].shape) if piece.whole else view)
+            low = high
+
+
+@final
 @dataclass(slots=True)
 class PlanChunk:
     """A chunk: its pieces in order, in the dtype that is pushed (and, pulled, in the stored dtype).
 
     Where all pieces are small and whole, `pick` takes their values out of those of the plan. `one_dim`
-    tells whether those all have one dimension.
+    tells whether those all have one dimension, `lends` whether a piece travels from the caller's memory.
+    `stagings` are free to be used, again and again.
     """
 
     pieces: list[Piece]
@@ -79,11 +99,10 @@ class PlanChunk:
     stored_dtype: torch.dtype
     absent: bool
     num_elems: int
-    pick: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]] | None = (
-        None  # its values, if all are small and whole
-    )
-    one_dim: bool = False  # whether all values have one dimension
-    stagings: list[tuple[torch.Tensor, list[torch.Tensor]]] = field(default_factory=list)
+    pick: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]] | None = None
+    one_dim: bool = False
+    lends: bool = False
+    stagings: list[Staging] = field(default_factory=list)
 
 
 @final
@@ -109,6 +128,7 @@ class Plan:
     counts: list[int]
     parts: list[ServerPart]
     key_ids: frozenset[int]
+    num_lending: int  # chunks that lend the caller's memory
     known_to: set[int] = field(default_factory=set)  # servers that have been told
     dropped: bool = False  # from the cache: it may still be sent, but is not to be remembered
 
@@ -134,6 +154,7 @@ def build_plan(
         counts=list(counts),
         parts=parts,
         key_ids=frozenset(state.key_id for state in states),
+        num_lending=sum(chunk.lends for part in parts for chunk in part.chunks),
     )
 
 
@@ -173,8 +194,13 @@ class _PartBuilder:
 
     def finish(self, states: Sequence[KeyState]) -> ServerPart:
         for chunk in self.chunks:
-            if len(chunk.pieces) > 1 and all(piece.small and piece.whole for piece in chunk.pieces):
+            chunk.lends = not chunk.absent and not all(piece.small for piece in chunk.pieces)
+            if all(piece.small and piece.whole for piece in chunk.pieces):
                 values = [piece.value for piece in chunk.pieces]
-                chunk.pick = itemgetter(*values)
+                chunk.pick = itemgetter(*values) if len(values) > 1 else _picker_of_one(values[0])
                 chunk.one_dim = all(len(states[value].shape) == 1 for value in values)
         return ServerPart(self._server, self.chunks, self._entries, self._values)
+
+
+def _picker_of_one(value: int) -> Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]:
+    return lambda values: (values[value],)

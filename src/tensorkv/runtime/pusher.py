@@ -67,7 +67,7 @@ class Pusher:
             on_queued: called with the job's order held, when all is queued.
         """
         payloads = [[gather(chunk, values) for chunk in part.chunks] for part in plan.parts]
-        sent = Latch(sum(map(len, payloads)))
+        sent = Latch(plan.num_lending)
         links = self._job.links
         with self._job.order:
             if self._unmerged and self._unmerged_of(plan):
@@ -75,8 +75,10 @@ class Pusher:
             self._plans.tell(plan)
             for part, chunks in zip(plan.parts, payloads, strict=True):
                 reply = replies[part.server] if replies is not None else 0
+                link = links[part.server]
                 for number, payload in enumerate(chunks):
-                    links[part.server].put(m.Push(plan.number, number, apply, reply), payload, sent.down)
+                    on_sent = sent.down if part.chunks[number].lends else None
+                    link.put(m.Push(plan.number, number, apply, reply), payload, on_sent)
             self._note(plan, apply)
             if on_queued is not None:
                 on_queued()

@@ -14,16 +14,21 @@ import torch
 from tensorkv.arrays import bytes_of
 from tensorkv.errors import ProtocolError, TensorKVError, from_wire
 from tensorkv.runtime.link import Exchange
-from tensorkv.runtime.plans import KeyState, Piece, PlanChunk, ServerPart
+from tensorkv.runtime.plans import KeyState, Piece, PlanChunk, ServerPart, Staging
 from tensorkv.wire import messages as m
 
 
 def gather(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]:
-    """Return the payload of a chunk. The views keep alive whatever memory they show."""
+    """Return the payload of a chunk. The views keep alive whatever memory they show.
+
+    Only if `chunk.lends` is that the caller's memory, which must not change before the payload is sent.
+    """
     if chunk.absent:
         return []
     if chunk.pick is not None:
         picked = chunk.pick(values)
+        if len(picked) == 1:
+            return [memoryview(bytes_of(_plain(picked[0])).tobytes())]
         return [bytes_of(torch.cat(picked if chunk.one_dim else [each.reshape(-1) for each in picked]))]
     parts: list[memoryview] = []
     small: list[torch.Tensor] = []
@@ -38,34 +43,52 @@ def gather(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]
         if small:
             parts.append(bytes_of(torch.cat(small)))
             small = []
-        parts.append(bytes_of(flat.contiguous()))
+        parts.append(bytes_of(_plain(flat)))
     if small:
         parts.append(bytes_of(torch.cat(small)))
     return parts
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whose memory holds its elements one after the other, just as they are."""
+    if tensor.is_neg() or tensor.is_conj():
+        tensor = tensor.resolve_conj().resolve_neg()
+    return tensor.contiguous()
 
 
 @final
 class Destinations:
     """Where the values of one pull go.
 
-    `outs[i]` are the caller's tensors for value i, at least one. A value whose large pieces cannot be
-    received straight into the first of them goes through memory of its own.
+    `firsts[i]` is the caller's tensor for value i, and `others[i]` are further ones for it. A value whose
+    large pieces cannot be received straight into the first goes through memory of its own.
     """
 
-    def __init__(self, states: Sequence[KeyState], outs: Sequence[list[torch.Tensor]]) -> None:
+    def __init__(
+        self,
+        states: Sequence[KeyState],
+        firsts: Sequence[torch.Tensor],
+        others: Sequence[Sequence[torch.Tensor]] | None = None,
+    ) -> None:
         self.states = states
-        self.outs = outs
+        self._firsts = firsts
+        self._others = others
         self._flat: dict[int, torch.Tensor] = {}
         self._direct: set[int] = set()
         self._aliased: bool | None = None
-        self._firsts = [each[0] for each in outs]
-        self._plain = set(map(len, outs)) == {1} and not _share_memory(self._firsts)
+        self._plain = others is None and (len(firsts) == 1 or not _share_memory(firsts))
+
+    @classmethod
+    def per_device(cls, states: Sequence[KeyState], outs: Sequence[list[torch.Tensor]]) -> Destinations:
+        """Return the destinations where `outs[i]` are the caller's tensors for value i, at least one."""
+        others = [each[1:] for each in outs]
+        return cls(states, [each[0] for each in outs], others if any(others) else None)
 
     def flat(self, value: int) -> torch.Tensor:
         """Return contiguous memory, flat and in the stored dtype, for value number `value`."""
         found = self._flat.get(value)
         if found is None:
-            out, state = self.outs[value][0], self.states[value]
+            out, state = self._firsts[value], self.states[value]
             if (
                 out.dtype == state.dtype
                 and out.is_contiguous()
@@ -100,19 +123,20 @@ class Destinations:
     def _is_aliased(self) -> bool:
         """Whether two values go to the same memory: then the last one in list order must win."""
         if self._aliased is None:
-            self._aliased = _share_memory([out for each in self.outs for out in each])
+            others = [out for each in self._others or () for out in each]
+            self._aliased = _share_memory([*self._firsts, *others])
         return self._aliased
 
     def finish(self) -> None:
         """All has been received: fill what was not received in place, and tell autograd what was."""
         for value, flat in sorted(self._flat.items()):
-            first, *others = self.outs[value]
+            first = self._firsts[value]
             shaped = flat.view(self.states[value].shape)
             if value in self._direct:
                 torch.autograd.graph.increment_version(first)
             else:
                 first.copy_(shaped)
-            for other in others:
+            for other in self._others[value] if self._others else ():
                 other.copy_(shaped)
 
 
@@ -133,15 +157,18 @@ class PullExchange(Exchange):
         self._destinations = destinations
         self._on_end = on_end
         self._missing = len(part.chunks)
-        self._staging: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+        self._staging: Staging | None = None
 
     def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
         chunk = self._chunk(message)
         itemsize = chunk.stored_dtype.itemsize
         if payload_bytes != chunk.num_elems * itemsize:
             raise ProtocolError(f"a chunk of {chunk.num_elems} elements came with {payload_bytes} bytes")
-        self._staging = _take_staging(chunk, self._destinations.states)
-        staged = bytes_of(self._staging[0])
+        stagings = chunk.stagings
+        self._staging = stagings.pop() if stagings else Staging(chunk, self._destinations.states)
+        staged = self._staging.bytes
+        if len(staged) == payload_bytes:
+            return [staged]
         buffers: list[memoryview] = []
         used = run = 0
         for piece in chunk.pieces:
@@ -167,8 +194,8 @@ class PullExchange(Exchange):
             return True
         chunk = self._chunk(message)
         if self._staging is not None:
-            if self._staging[1]:
-                self._destinations.spread(chunk, self._staging[1])
+            if self._staging.views:
+                self._destinations.spread(chunk, self._staging.views)
             chunk.stagings.append(self._staging)
             self._staging = None
         self._missing -= 1
@@ -180,22 +207,6 @@ class PullExchange(Exchange):
         if not isinstance(message, m.Data) or not 0 <= message.chunk < len(self._part.chunks):
             raise ProtocolError(f"{message} is no reply to a pull of {len(self._part.chunks)} chunks")
         return self._part.chunks[message.chunk]
-
-
-def _take_staging(chunk: PlanChunk, states: Sequence[KeyState]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return a buffer for the small pieces of a chunk, with a view for each; used again and again."""
-    if chunk.stagings:
-        return chunk.stagings.pop()
-    small = [piece for piece in chunk.pieces if piece.small]
-    buffer = torch.empty(sum(piece.stop - piece.start for piece in small), dtype=chunk.stored_dtype)
-    views: list[torch.Tensor] = []
-    low = 0
-    for piece in small:
-        high = low + piece.stop - piece.start
-        view = buffer[low:high]
-        views.append(view.view(states[piece.value].shape) if piece.whole else view)
-        low = high
-    return buffer, views
 
 
 def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:

@@ -8,9 +8,9 @@ keys, settings and barriers.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from operator import attrgetter
-from typing import Any, final
+from typing import Any, TypeGuard, final
 
 import torch
 
@@ -47,6 +47,9 @@ from tensorkv.updater import (
 )
 from tensorkv.wire import messages as m
 from tensorkv.work import Work
+
+_dtype_of = operator.attrgetter("dtype")
+_shape_of = operator.attrgetter("shape")
 
 
 @final
@@ -153,7 +156,7 @@ class DistStore(KVStore):
             for entry, value in created:
                 state = KeyState.of(entry)
                 plan = build_plan(0, [state], [value.dtype], [1], len(self._job.links))
-                flat = [_prepared(value)]
+                flat = [_on_cpu(value)]
                 for part in plan.parts:
                     link = self._job.links[part.server]
                     slices = [each for each in entry.slices if each.server == part.server]
@@ -273,8 +276,8 @@ class DistStore(KVStore):
         if self._table.faults:
             self._table.raise_faults(batch.keys)
         last = self._plans.last_push.get(batch.keys)
-        if last is not None and not self._table.uncommitted and _alike(last, batch.tensors):
-            return last, _all_prepared([each[0] for each in batch.tensors])
+        if last is not None and not self._table.uncommitted and _alike(batch.singles, last):
+            return last, batch.singles
         states = self._table.known(batch.keys)
         self._table.check_committed(states, "push")
         for state, tensors in zip(states, batch.tensors, strict=True):
@@ -347,8 +350,8 @@ class DistStore(KVStore):
         if self._table.faults:
             self._table.raise_faults(batch.keys)
         last = self._plans.last_pull.get(batch.keys)
-        if last is not None and not self._table.uncommitted and _alike(last, batch.outs):
-            return self._pull_call(batch, last, batch.outs, [])
+        if last is not None and not self._table.uncommitted and _alike(batch.singles, last):
+            return self._pull_call(batch, last, Destinations(last.states, batch.singles), [])
         keys = tuple(dict.fromkeys(batch.keys))
         states = self._table.known(keys)
         self._table.check_committed(states, "pull")
@@ -366,10 +369,11 @@ class DistStore(KVStore):
         plan = self._plans.plan_to_pull(states)
         if len(keys) == len(batch.keys):
             self._plans.remember_pull(keys, plan)
-        return self._pull_call(batch, plan, list(outs_of.values()), made)
+        destinations = Destinations.per_device(states, list(outs_of.values()))
+        return self._pull_call(batch, plan, destinations, made)
 
     def _pull_call(
-        self, batch: PullBatch, plan: Plan, outs: list[list[torch.Tensor]], made: list[torch.Tensor]
+        self, batch: PullBatch, plan: Plan, destinations: Destinations, made: list[torch.Tensor]
     ) -> PullCall:
         def finish(call: PullCall, error: TensorKVError | None) -> Any:
             if error is not None:
@@ -381,7 +385,7 @@ class DistStore(KVStore):
             self._table.raise_faults(batch.keys)
             return answer(batch, made)
 
-        return PullCall(plan, Destinations(plan.states, outs), finish)
+        return PullCall(plan, destinations, finish)
 
     def _forget_deleted(self, states: Sequence[KeyState]) -> None:
         """One of these keys is gone, the error does not say which: the next call asks for all anew.
@@ -559,33 +563,18 @@ def _open_embedded(
         raise
 
 
-def _prepared(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor with plain memory on the CPU, as it can be sent."""
-    if tensor.device.type != "cpu":
-        tensor = tensor.cpu()
-    if tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg()
-    return tensor
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_cpu else tensor.cpu()
 
 
 def _summed(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return _prepared(sum_devices(tensors)) if tensors else torch.empty(0)
+    return _on_cpu(sum_devices(tensors)) if tensors else torch.empty(0)
 
 
-def _all_prepared(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return `_prepared` of each; a few vector operations if none needs it."""
-    if (
-        all(map(attrgetter("is_cpu"), tensors))
-        and not any(map(torch.Tensor.is_conj, tensors))
-        and not any(map(torch.Tensor.is_neg, tensors))
-    ):
-        return tensors
-    return [_prepared(tensor) for tensor in tensors]
-
-
-def _alike(plan: Plan, tensors: list[list[torch.Tensor]]) -> bool:
-    """Whether there is one tensor per key of a plan, of the very shape and dtype."""
-    if set(map(len, tensors)) != {1}:
-        return False
-    firsts = [each[0] for each in tensors]
-    return [each.dtype for each in firsts] == plan.dtypes and [each.shape for each in firsts] == plan.shapes
+def _alike(tensors: list[torch.Tensor] | None, plan: Plan) -> TypeGuard[list[torch.Tensor]]:
+    """Whether there is one tensor for each key of a plan, of the very shape and dtype. Makes no lists."""
+    return (
+        tensors is not None
+        and all(map(operator.is_, map(_dtype_of, tensors), plan.dtypes))
+        and all(map(operator.eq, map(_shape_of, tensors), plan.shapes))
+    )
