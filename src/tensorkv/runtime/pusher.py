@@ -106,6 +106,11 @@ class Pusher:
         if failure is not None:
             raise failure
 
+    @property
+    def settled(self) -> bool:
+        """Whether every push of this worker is known to be applied or to have failed: pulls have told."""
+        return not (self._is_async or self._unmerged or self._deferred)
+
     # ---- busy keys -------------------------------------------------------------------------------
 
     def busy(self, plan: Plan) -> set[int]:

@@ -480,9 +480,12 @@ class DistStore(KVStore):
 
     def _barrier(self, timeout_s: float) -> None:
         self._pusher.await_deferred(list(self._table.states.values()), "barrier")
-        self._flush(timeout_s)
+        settled = self._pusher.settled  # then no server has anything to add
+        if not settled:
+            self._flush(timeout_s)
         self._job.control.request(lambda n: m.Barrier(n, self._store), "barrier", timeout_s, self._store)
-        self._flush(timeout_s)  # what others pushed before may have failed a round of ours
+        if not settled:
+            self._flush(timeout_s)  # what others pushed before may have failed a round of ours
         self._table.raise_faults()
 
     def _flush(self, timeout_s: float) -> None:
