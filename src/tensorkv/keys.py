@@ -21,6 +21,7 @@ from tensorkv.errors import InvalidKey, InvalidValue, LengthMismatch
 
 _traits = attrgetter("is_cpu", "requires_grad", "layout", "dtype")
 _PLAIN = (True, False, torch.strided)
+_TENSORS = {torch.Tensor}
 
 
 class _Absent(enum.Enum):
@@ -159,6 +160,8 @@ def split_keys(key: Any, value: Any) -> tuple[list[Any], list[Any], Form]:
         LengthMismatch: keys and values differ in number, or there are none.
         InvalidValue: `value` is missing, or is there beside a dict.
     """
+    if type(key) in (int, str):
+        return [key], [value], Form.SINGLE
     if isinstance(key, Mapping):
         if value is not None:
             raise InvalidValue("a dict of keys already holds the values; leave the second argument away")
@@ -249,7 +252,7 @@ def _plain_dtypes(values: list[Any]) -> set[torch.dtype]:
 
     A few vector operations, for a list of many.
     """
-    if set(map(type, values)) != {torch.Tensor}:
+    if set(map(type, values)) != _TENSORS:
         return set()
     found = set(map(_traits, values))
     dtypes = {traits[3] for traits in found}

@@ -224,11 +224,13 @@ class KVStore(ABC):
         """
         self._check_usable("pushpull")
         pushed = push_batch(key, value, self._key_type)
-        asked: Any = None if isinstance(out, Mapping) else key
-        if asked is not None:
-            asked = list(pushed.keys) if isinstance(key, (list, tuple, Mapping)) else key
+        asked: Any = key
+        if isinstance(out, Mapping):
+            asked = None
+        elif type(key) not in (int, str):
+            asked = list(pushed.keys)
         pulled = pull_batch(asked, out, self._key_type)
-        if set(pulled.keys) != set(pushed.keys):
+        if pulled.keys != pushed.keys and set(pulled.keys) != set(pushed.keys):
             raise InvalidArgument("pushpull pulls the keys it pushes; out has other keys than value")
         if isinstance(key, Mapping) and out is None:
             pulled.form = Form.DICT

@@ -192,3 +192,26 @@ def test_a_pull_that_pushes_does_nothing_while_a_key_is_busy(bench: Bench) -> No
     assert going.up_to == bench.pusher.count
     assert going.watch().result(DEADLINE_S) == "done"
     assert [out[0].tolist() for out in outs] == [[4.0, 4.0], [4.0, 4.0]]
+
+
+@pytest.mark.parametrize(("kind", "waits"), [("dist_sync", False), ("dist_async", True)])
+def test_in_async_mode_the_connection_holds_back_who_pushes(
+    kind: str, waits: bool
+) -> None:
+    """In sync mode a key has one unmerged push; in async mode frames could pile up without end."""
+    bench = Bench(kind)
+    try:
+        senders = [link._sender for link in bench.job.links]
+        for sender in senders:
+            assert sender._sending.acquire(timeout=DEADLINE_S)  # nobody can send: the server does not read
+        try:
+            sent = bench.send("a")
+            assert sent.open is not waits
+        finally:
+            for sender in senders:
+                sender._sending.release()
+        for sender in senders:
+            sender.pump()
+        assert sent.wait(DEADLINE_S)
+    finally:
+        bench.close()

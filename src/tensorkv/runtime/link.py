@@ -290,18 +290,17 @@ class ServerLink:
         return exchange.place(message, payload_bytes)
 
     def _hand_on(self, message: Any) -> None:
-        match message:
-            case m.Fault():
-                self._on_fault(message)
-            case m.Waiting():
-                wait = self._waits.get(message.request)
-                if wait is not None:
-                    wait.answered(message)
-            case _:
-                exchange = self._exchanges.get(message.request)
-                if exchange is not None and _take(exchange, message):
-                    self._exchanges.pop(message.request, None)
-                    self._tell()
+        if type(message) is m.Fault:
+            self._on_fault(message)
+        elif type(message) is m.Waiting:
+            wait = self._waits.get(message.request)
+            if wait is not None:
+                wait.answered(message)
+        else:
+            exchange = self._exchanges.get(message.request)
+            if exchange is not None and _take(exchange, message):
+                self._exchanges.pop(message.request, None)
+                self._tell()
 
     def _why_gone(self, exc: BaseException) -> TensorKVError:
         """Return why the connection ended: the scheduler's word counts, if it comes soon."""

@@ -128,6 +128,7 @@ class Plan:
     counts: list[int]
     parts: list[ServerPart]
     key_ids: frozenset[int]
+    num_chunks: int
     num_lending: int  # chunks that lend the caller's memory
     known_to: set[int] = field(default_factory=set)  # servers that have been told
     dropped: bool = False  # from the cache: it may still be sent, but is not to be remembered
@@ -154,6 +155,7 @@ def build_plan(
         counts=list(counts),
         parts=parts,
         key_ids=frozenset(state.key_id for state in states),
+        num_chunks=sum(len(part.chunks) for part in parts),
         num_lending=sum(chunk.lends for part in parts for chunk in part.chunks),
     )
 

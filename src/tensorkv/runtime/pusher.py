@@ -67,7 +67,8 @@ class Pusher:
             on_queued: called with the job's order held, when all is queued.
         """
         payloads = [[gather(chunk, values) for chunk in part.chunks] for part in plan.parts]
-        sent = Latch(plan.num_lending)
+        # What was copied need not be waited for. In async mode only the connection holds a worker back.
+        sent = Latch(plan.num_chunks if self._is_async else plan.num_lending)
         links = self._job.links
         with self._job.order:
             if self._unmerged and self._unmerged_of(plan):
@@ -77,7 +78,7 @@ class Pusher:
                 reply = replies[part.server] if replies is not None else 0
                 link = links[part.server]
                 for number, payload in enumerate(chunks):
-                    on_sent = sent.down if part.chunks[number].lends else None
+                    on_sent = sent.down if self._is_async or part.chunks[number].lends else None
                     link.put(m.Push(plan.number, number, apply, reply), payload, on_sent)
             self._note(plan, apply)
             if on_queued is not None:

@@ -315,7 +315,7 @@ class DistStore(KVStore):
 
         if self._pusher.busy(plan):
             return self._after_deferred(plan, push_and_pull, async_op, what)
-        if pushed.keys == pulled.keys and 0 not in pushed.counts:
+        if pushed.keys == pulled.keys and (pushed.singles is not None or 0 not in pushed.counts):
             call.plan = plan
             if not call.push(self._job, self._pusher, values):
                 return self._after_deferred(plan, push_and_pull, async_op, what)
