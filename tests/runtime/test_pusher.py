@@ -195,9 +195,7 @@ def test_a_pull_that_pushes_does_nothing_while_a_key_is_busy(bench: Bench) -> No
 
 
 @pytest.mark.parametrize(("kind", "waits"), [("dist_sync", False), ("dist_async", True)])
-def test_in_async_mode_the_connection_holds_back_who_pushes(
-    kind: str, waits: bool
-) -> None:
+def test_in_async_mode_the_connection_holds_back_who_pushes(kind: str, waits: bool) -> None:
     """In sync mode a key has one unmerged push; in async mode frames could pile up without end."""
     bench = Bench(kind)
     try:
