@@ -20,6 +20,7 @@ ELSEWHERE = {
             "testing/checks_calls.py",
             "testing/checks_numbers.py",
             "testing/checks_rounds.py",
+            "testing/checks_state.py",
             "testing/checks_updaters.py",
             "testing/checks_values.py",
         ),

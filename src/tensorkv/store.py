@@ -22,7 +22,7 @@ from typing import Any, Literal, Self
 import torch
 
 from tensorkv.arrays import Key, check_matches, check_summable
-from tensorkv.errors import DuplicateKey, InvalidArgument, NotSupported, StoreClosed
+from tensorkv.errors import DuplicateKey, InvalidArgument, StoreClosed
 from tensorkv.keys import Form, PullBatch, PushBatch, check_keys, check_new_keys, pull_batch, push_batch
 from tensorkv.work import Work
 
@@ -251,8 +251,29 @@ class KVStore(ABC):
         return self.pull(key, out)
 
     def put(self, key: Any, value: Any = None) -> None:
-        """Replace values outside rounds, by one writer. Not built yet."""
-        raise NotSupported("put is not built yet")
+        """Replace values outside rounds: this worker alone says what they are from now on.
+
+        For restoring, publishing and statistics. No updater runs; `round` and the optimizer's state stay,
+        `version` goes up by one. It takes effect slice by slice, each whole: after this worker's own last
+        push of the key is applied, and before any round that is still open is. Nobody else need call it.
+
+        Args:
+            key: a key, a list of keys, or a dict of key to value.
+            value: one tensor for each key, of the shape as initialised; floats are cast to the stored dtype.
+
+        Raises:
+            KeyNotInitialized, ShapeMismatch, DtypeMismatch, UncommittedPush: no value was changed.
+            DuplicateKey: a key stands twice, or has values of several devices, in the call.
+            UpdaterError: the updater raised in an earlier round this worker contributed to.
+            KeyDeleted: another worker has deleted a key meanwhile; others of the call may be replaced.
+            InvalidKey, InvalidValue, InvalidArgument, LengthMismatch, WaitTimeout, PeerLostError.
+
+        Blocks until every server has replaced what it holds.
+        """
+        self._check_usable("put")
+        batch = push_batch(key, value, self._key_type)
+        _check_one_each("put", batch)
+        self._put(batch.keys, [each[0] for each in batch.tensors])
 
     def commit(
         self, *, max_norm: float | None = None, skip: bool = False, check_finite: bool = False
@@ -464,6 +485,9 @@ class KVStore(ABC):
     def _pushpull(self, pushed: PushBatch, pulled: PullBatch, async_op: bool) -> Any: ...
 
     @abstractmethod
+    def _put(self, keys: tuple[Key, ...], values: list[torch.Tensor]) -> None: ...
+
+    @abstractmethod
     def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult: ...
 
     @abstractmethod
@@ -518,19 +542,20 @@ class KVStore(ABC):
     def _init_batch(self, key: Any, value: Any) -> PushBatch:
         """Check the arguments of an init: one value per key, each of which can be kept and added to."""
         batch = push_batch(key, value, self._key_type)
-        for index, count in enumerate(batch.counts):
-            if len(batch.tensors[index]) != 1 or count != 1:
-                self._raise_many_values(batch, index)
+        _check_one_each("init", batch)
         check_new_keys(batch.keys)
         for name, (tensor,) in zip(batch.keys, batch.tensors, strict=True):
             check_summable(tensor.dtype, name, mean=self._reduction == "mean")
         return batch
 
-    def _raise_many_values(self, batch: PushBatch, index: int) -> None:
-        key, number = batch.keys[index], len(batch.tensors[index])
-        if number == 0:
-            raise InvalidArgument(f"init: key {key!r} has no value; ABSENT is for push")
-        raise DuplicateKey(f"init: key {key!r} has {number} values in one call; initialise it with one")
+
+def _check_one_each(call: str, batch: PushBatch) -> None:
+    """Raise if a key of an init or put has more than one value, or none."""
+    for key, tensors in zip(batch.keys, batch.tensors, strict=True):
+        if not tensors:
+            raise InvalidArgument(f"{call}: key {key!r} has no value; ABSENT is for push")
+        if len(tensors) != 1:
+            raise DuplicateKey(f"{call}: key {key!r} has {len(tensors)} values in one call; pass one")
 
 
 def _positive(max_norm: Any) -> float:

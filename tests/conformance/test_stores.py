@@ -16,6 +16,7 @@ from tensorkv.testing import (
     checks_calls,
     checks_numbers,
     checks_rounds,
+    checks_state,
     checks_updaters,
     checks_values,
 )
@@ -28,6 +29,7 @@ MODULES = (
     checks_calls,
     checks_numbers,
     checks_rounds,
+    checks_state,
     checks_updaters,
     checks_values,
 )

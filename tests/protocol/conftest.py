@@ -80,7 +80,7 @@ class Bench:
     def send(self, worker: int, message: Any, tensors: Sequence[torch.Tensor] = ()) -> list[Outgoing]:
         """Hand over a message as the server's receiving thread does."""
         expected = self.state.payload_bytes(worker, message)
-        if not isinstance(message, (m.Push, m.InitSlices)):
+        if not isinstance(message, (m.Push, m.Put, m.InitSlices)):
             assert expected == 0
             return self.state.handle(worker, message)
         buffer = self.pool.take(expected)
@@ -89,7 +89,7 @@ class Bench:
         is_push = isinstance(message, m.Push)
         try:
             return self.state.handle(
-                worker, message, buffer if is_push else Memory(buffer.tensor[:size_bytes])
+                worker, message, buffer if is_push else Memory(buffer.tensor[:size_bytes].clone())
             )
         except BaseException:
             is_push = False  # refused: it is still the caller's
@@ -127,6 +127,10 @@ class Bench:
     ) -> list[Outgoing]:
         """Push one chunk of a plan."""
         return self.send(worker, m.Push(plan, chunk, apply, reply), tensors)
+
+    def put(self, worker: int, plan: int, *tensors: torch.Tensor) -> list[Outgoing]:
+        """Put the first chunk of a plan."""
+        return self.send(worker, m.Put(plan, 0, next(self.requests)), tensors)
 
     def pull(self, worker: int, plan: int) -> list[Outgoing]:
         """Ask for the values of a plan."""
@@ -184,7 +188,7 @@ class Bench:
     def check_empty(self) -> None:
         """Fail if a buffer, a contribution or a waiting call is left."""
         assert self.pool.out == {}
-        for name in ("_contributions", "_held", "_pulls", "_merge_waits"):
+        for name in ("_contributions", "_held", "_pulls", "_puts", "_merge_waits"):
             assert not getattr(self.shard, name), name
         assert not self.shard._holder.any()
 

@@ -844,3 +844,80 @@ def test_a_commit_that_is_refused_drops_what_left_workers_had_asked_for(t: Any) 
     committed(bench, ranks=(1,))
     assert bench.value(1, plans[1]).tolist() == [2.0] * 4
     bench.check_empty()
+
+
+# ---- put -------------------------------------------------------------------------------------------
+
+
+def test_a_put_waits_for_its_workers_round_and_comes_before_the_open_one(t: Any) -> None:
+    bench = t.Bench(2)
+    bench.set_updater(0, ADD)
+    (w,) = bench.init("w", torch.zeros(2))
+    mine, theirs = (bench.define(rank, t.dense([w], [2])) for rank in range(2))
+    bench.push(0, mine, ones(2))
+    assert bench.put(0, mine, ones(2, 10.0)) == []
+    assert bench.pull(0, mine) == []
+    assert kinds(bench.put(1, theirs, ones(2, 5.0))) == [(1, "Done")]  # has not pushed: at once
+    out = bench.push(1, theirs, ones(2))
+    assert kinds(out) == [(0, "Data"), (0, "Done")]  # the pull of round 1 is answered first
+    t.settle(out[:1])
+    assert bench.value(0, mine).tolist() == [10.0, 10.0]
+    assert (bench.info(0, [w]).rounds, bench.info(0, [w]).versions) == ([1], [3])
+    bench.check_empty()
+
+
+def test_a_put_into_memory_that_is_being_sent_goes_to_fresh_memory(t: Any) -> None:
+    bench = t.Bench(1)
+    (w,) = bench.init("w", ones(2))
+    plan = bench.define(0, t.dense([w], [2]))
+    out = bench.pull(0, plan)
+    bench.put(0, plan, ones(2, 7.0))
+    assert out[0].payload[0].tensor.tolist() == [1.0, 1.0]
+    t.settle(out)
+    assert bench.value(0, plan).tolist() == [7.0, 7.0]
+
+
+def test_a_put_ends_lockstep_and_is_cast(t: Any) -> None:
+    bench = t.Bench(1)
+    (w,) = bench.init("w", ones(2))
+    plan = bench.define(0, t.dense([w], [2]))
+    wide = bench.define(0, t.dense([w], [2], dtype="float64"))
+    bench.push(0, plan, ones(2, 3.0))
+    bench.put(0, wide, ones(2, 7.0, torch.float64))
+    bench.push(0, plan, ones(2, 4.0))
+    bench.put(0, wide, ones(2, 8.0, torch.float64))
+    assert bench.value(0, plan).tolist() == [8.0, 8.0]
+    assert (bench.info(0, [w]).rounds, bench.info(0, [w]).versions) == ([2], [4])
+    bench.check_empty()
+
+
+def test_a_put_ends_with_the_key_and_with_its_worker(t: Any) -> None:
+    bench = t.Bench(2)
+    (a,) = bench.init("a", ones(2))
+    (b,) = bench.init("b", ones(2))
+    plan = bench.define(0, t.dense([a, b], [2, 2]))
+    bench.push(0, plan, ones(4))
+    assert bench.put(0, plan, ones(4)) == []
+    out = bench.delete(1, "a", [a])
+    assert kinds(out) == [(0, "Failed"), (1, "Done")]
+    assert isinstance(t.error_of(out[0].message), KeyDeleted)
+    refused = bench.put(0, plan, ones(4))
+    assert kinds(refused) == [(0, "Failed")]
+    only = bench.define(0, t.dense([b], [2]))
+    assert bench.put(0, only, ones(2)) == []
+    asked = bench.send(1, m.AskWaiting(1, 1))
+    assert asked[0].message == m.Waiting(1, [], "")
+    bench.leave(0)
+    assert bench.shard._puts == []
+
+
+def test_a_put_says_whom_it_waits_for_and_needs_values(t: Any) -> None:
+    bench = t.Bench(2)
+    (w,) = bench.init("w", ones(2))
+    plan, nothing = bench.define(0, t.dense([w], [2])), bench.define(0, t.absent([w], [2]))
+    with pytest.raises(ProtocolError, match="no values"):
+        bench.put(0, nothing)
+    bench.push(0, plan, ones(2))
+    bench.send(0, m.Put(plan, 0, 77), [ones(2)])
+    (answer,) = bench.send(0, m.AskWaiting(77, 1))
+    assert answer.message == m.Waiting(77, [1], "round 1 of 'w'")

@@ -216,6 +216,18 @@ class ModelStore(KVStore):
 
         return self._submit(both, "pushpull", async_op)
 
+    def _put(self, keys: Any, values: Any) -> None:
+        with self.job.changed:
+            for key, value in zip(keys, values, strict=True):
+                entry = self._entry(key)
+                self._check_committed(key)
+                check_matches("value", value, key, tuple(entry.value.shape), entry.value.dtype)
+        for key, value in zip(keys, values, strict=True):
+            if self.job.broken == "put does not wait":
+                self.reference.entries[key].value.copy_(value)
+                continue
+            self._when(lambda key=key, value=value: self.reference.put(self.rank, key, value), "put")
+
     # ---- commit
 
     def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
@@ -462,6 +474,12 @@ class CountsAbsent(ReferenceStore):
         entry.version = entry.round
 
 
+class PutIsARound(ReferenceStore):
+    def put(self, rank: int, key: Any, value: torch.Tensor) -> None:
+        super().put(rank, key, value)
+        self.entries[key].round += 1
+
+
 class ForgetsGenerations(ReferenceStore):
     def init(self, rank: int, key: Any, value: torch.Tensor) -> None:
         super().init(rank, key, value)
@@ -475,6 +493,7 @@ FAULTS = {
     "spoils on error": SpoilsOnError,
     "counts absent": CountsAbsent,
     "forgets generations": ForgetsGenerations,
+    "put is a round": PutIsARound,
 }
 """Faults of the arithmetic; those of the waiting stand in ModelStore."""
 
@@ -485,6 +504,8 @@ CAUGHT_BY = {
     "spoils on error": ["updater_error", "updater_error_of_workers-2"],
     "counts absent": ["absent", "absent_workers-2", "commit_skips"],
     "forgets generations": ["directory", "delete_of_an_old_generation-2"],
+    "put is a round": ["put", "put_in_an_open_round-2"],
+    "put does not wait": ["put_after_own_push-2", "put_of_large_values"],
     "keeps memory": ["pushed_memory_is_free_at_once-2"],
     "pull does not wait": ["pull_waits_for_the_round-2", "updater_error"],
     "skip is and-ed": ["commit_skip_is_ored-2"],

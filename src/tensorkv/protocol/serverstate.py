@@ -32,7 +32,7 @@ class ServerState:
             ProtocolError: the message names something this worker has not defined.
         """
         match message:
-            case m.Push():
+            case m.Push() | m.Put():
                 return (
                     self._plan(worker, message.plan).chunk(worker, message.plan, message.chunk).payload_bytes
                 )
@@ -79,6 +79,8 @@ class ServerState:
                 shard.push(worker, message, payload)
             case m.Pull():
                 shard.pull(worker, message)
+            case m.Put():
+                shard.put(worker, message, payload)
             case m.DefinePlan():
                 if (worker, message.plan) in self._store_of_plan:
                     raise ProtocolError(f"worker {worker} has defined plan {message.plan} already")
@@ -141,7 +143,7 @@ class ServerState:
         return out
 
     def _shard(self, worker: int, message: Any) -> StoreShard:
-        if isinstance(message, (m.Push, m.Pull, m.DropPlan, m.WaitMerged)):
+        if isinstance(message, (m.Push, m.Put, m.Pull, m.DropPlan, m.WaitMerged)):
             return self._plan(worker, message.plan)
         shard = self._stores.get(message.store)
         if shard is None:

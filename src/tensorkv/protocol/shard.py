@@ -74,6 +74,19 @@ class _PendingPull:
 
 @final
 @dataclass(slots=True)
+class _PendingPut:
+    """Values that wait until their worker's last round of these slices is applied."""
+
+    worker: int
+    request: int
+    chunk: Chunk
+    layout: Layout
+    need: Index
+    payload: Memory
+
+
+@final
+@dataclass(slots=True)
 class _PendingMerge:
     """Slices whose merging a worker waits for; `numbers` are their positions in the worker's plan."""
 
@@ -111,6 +124,7 @@ class StoreShard:
         self._holder: Index = np.zeros((num_workers, 0), np.int64)  # which contribution, 0 for none
         self._held: set[int] = set()  # merged, but to be applied by a commit
         self._pulls: list[_PendingPull] = []
+        self._puts: list[_PendingPut] = []
         self._merge_waits: list[_PendingMerge] = []
         self._commit: CommitGather = CommitGather(1)
         self._settings_epoch = 0
@@ -182,12 +196,14 @@ class StoreShard:
         """End the calls that wait for slices that are gone; `gone` has the text of their error."""
         ended: dict[tuple[int, int], str] = {}
         waits = [(pull.worker, pull.request, pull.layout.index) for pull in self._pulls]
+        waits += [(put.worker, put.request, put.layout.index) for put in self._puts]
         waits += [(wait.worker, wait.request, wait.index) for wait in self._merge_waits]
         for worker, request, index in waits:
             text = next((gone[each] for each in index.tolist() if each in gone), None)
             if text is not None:
                 ended.setdefault((worker, request), text)
         self._pulls = [pull for pull in self._pulls if (pull.worker, pull.request) not in ended]
+        self._puts = [put for put in self._puts if (put.worker, put.request) not in ended]
         self._merge_waits = [w for w in self._merge_waits if (w.worker, w.request) not in ended]
         for (worker, request), text in sorted(ended.items()):
             self._reply(worker, m.Failed(request, *to_wire(KeyDeleted(text))))
@@ -592,12 +608,15 @@ class StoreShard:
         return bool((self.rounds.applied[pull.layout.index] >= pull.need).all())
 
     def _answer_pulls(self) -> None:
+        """Rounds were applied: answer the pulls that waited for them, then make the puts that did."""
         if self._pulls:
             ready = [pull for pull in self._pulls if self._is_ready(pull)]
             if ready:
                 self._pulls = [pull for pull in self._pulls if not self._is_ready(pull)]
                 for pull in ready:
                     self._send_chunk(pull.worker, pull.request, pull.chunk, pull.layout)
+        if self._puts:
+            self._make_puts()
 
     def _send_chunk(self, worker: int, request: int, number: int, layout: Layout) -> None:
         leases = [run.slot.lease for run in layout.runs]
@@ -605,6 +624,33 @@ class StoreShard:
             lease.readers += 1
         payload = [run.stored for run in layout.runs]
         self.out.append(Outgoing(worker, m.Data(request, number), payload, leases))
+
+    def put(self, worker: int, message: m.Put, payload: Memory) -> None:
+        """Replace the values of a chunk, or remember to when this worker's last round is applied."""
+        self.general()
+        chunk = self.chunk(worker, message.plan, message.chunk)
+        if chunk.absent:
+            raise ProtocolError(f"a put of chunk {message.chunk}, which has no values")
+        if self._refuse_gone(worker, message.request, [chunk]):
+            return
+        layout = chunk.layout
+        need = self.rounds.pushed[worker, layout.index]
+        self._puts.append(_PendingPut(worker, message.request, chunk, layout, need, payload))
+        self._make_puts()
+
+    def _make_puts(self) -> None:
+        """Make the puts that have waited long enough, in the order in which they came."""
+        waiting, self._puts = self._puts, []
+        for put in waiting:
+            if not (self.rounds.applied[put.layout.index] >= put.need).all():
+                self._puts.append(put)
+                continue
+            pushed = put.payload.elements(put.chunk.dtype, 0, sum(put.chunk.lengths))
+            for run in put.layout.runs:
+                run.slot.make_writable()
+                run.stored.tensor.copy_(pushed[run.low : run.high])
+            self.rounds.version[put.layout.index] += 1
+            self._reply(put.worker, m.Done(put.request))
 
     def wait_merged(self, worker: int, message: m.WaitMerged) -> None:
         """Tell, as it happens, which slices of a plan have this worker's last push merged."""
@@ -774,6 +820,7 @@ class StoreShard:
         """A worker is gone for good: its pushes count, but what it has not asked to commit is dropped."""
         self.general()
         self._pulls = [pull for pull in self._pulls if pull.worker != worker]
+        self._puts = [put for put in self._puts if put.worker != worker]
         self._merge_waits = [wait for wait in self._merge_waits if wait.worker != worker]
         self._plans = {name: plan for name, plan in self._plans.items() if name[0] != worker}
         self._drop_uncommitted(worker)
@@ -805,9 +852,10 @@ class StoreShard:
         self._reply(worker, m.Waiting(message.request, ranks, where))
 
     def _missing(self, worker: int, request: int) -> tuple[list[int], str]:
-        for pull in self._pulls:
-            if (pull.worker, pull.request) == (worker, request):
-                late = pull.layout.index[self.rounds.applied[pull.layout.index] < pull.need]
+        waits: list[_PendingPull | _PendingPut] = [*self._pulls, *self._puts]
+        for each in waits:
+            if (each.worker, each.request) == (worker, request):
+                late = each.layout.index[self.rounds.applied[each.layout.index] < each.need]
                 return self._missing_round(int(late[0]))
         for wait in self._merge_waits:
             if (wait.worker, wait.request) == (worker, request):

@@ -275,7 +275,7 @@ class Server:
             )
         if isinstance(peer.message, m.Push):
             peer.buffer = self._pool.take(payload_bytes)
-        elif isinstance(peer.message, m.InitSlices):  # a whole value, once: the pool would keep it for ever
+        elif isinstance(peer.message, (m.InitSlices, m.Put)):  # rare: the pool would keep it for ever
             peer.buffer = Memory(torch.empty(payload_bytes, dtype=torch.uint8))
         return [peer.buffer.bytes[:payload_bytes]] if payload_bytes else []
 

@@ -30,7 +30,7 @@ from tensorkv.runtime.code import describe_code
 from tensorkv.runtime.embedded import EmbeddedJob
 from tensorkv.runtime.job import Job, join
 from tensorkv.runtime.keytable import KeyTable
-from tensorkv.runtime.link import SingleReply
+from tensorkv.runtime.link import ServerLink, SingleReply
 from tensorkv.runtime.plancache import PlanCache
 from tensorkv.runtime.plans import KeyState, Plan, build_plan
 from tensorkv.runtime.pullcall import PullCall
@@ -150,7 +150,7 @@ class DistStore(KVStore):
 
     def _send_values(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> None:
         """Send each value as a push of one key would be, one message per key and server."""
-        exchanges = []
+        exchanges: list[tuple[ServerLink, int, SingleReply]] = []
         with self._job.order:
             self._job.check_open(self._store)
             for entry, value in created:
@@ -168,12 +168,7 @@ class DistStore(KVStore):
                         m.InitSlices(number, self._store, entry.key, entry.shape, entry.dtype, slices),
                         payload,
                     )
-        for link in self._job.links:
-            link.pump()
-        waits = [(link, number) for link, number, _ in exchanges]
-        self._job.await_replies(waits, what, self._timeout_s, self._store)
-        for _, _, exchange in exchanges:
-            exchange.check()
+        self._await_single(exchanges, what)
 
     # ---- keys ------------------------------------------------------------------------------------
 
@@ -291,6 +286,53 @@ class DistStore(KVStore):
         if set(map(len, batch.tensors)) == {1} and set(batch.counts) == {1}:
             self._plans.remember_push(batch.keys, plan)
         return plan, [_summed(tensors) for tensors in batch.tensors]
+
+    # ---- put -------------------------------------------------------------------------------------
+
+    def _put(self, keys: tuple[Key, ...], values: list[torch.Tensor]) -> None:
+        if self._is_async:
+            self._job.poll()
+        self._table.raise_faults(keys)
+        states = self._table.known(keys)
+        self._table.check_committed(states, "put")
+        for state, value in zip(states, values, strict=True):
+            check_matches("the value", value, state.key, state.shape, state.dtype)
+        what = f"put of {keys[0]!r}"
+        self._pusher.await_deferred(states, what)
+        plan = self._plans.plan(states, [value.dtype for value in values], [1] * len(values))
+        try:
+            up_to = self._send_put(plan, [_on_cpu(value) for value in values], what)
+        except KeyDeleted:
+            self._forget_deleted(states)
+            raise
+        self._pusher.merged(plan.key_ids, up_to)
+        self._table.raise_faults(keys)
+
+    def _send_put(self, plan: Plan, values: list[torch.Tensor], what: str) -> int:
+        """Put values, wait until that is done, and return how many pushes were made before it."""
+        payloads = [[gather(chunk, values) for chunk in part.chunks] for part in plan.parts]
+        exchanges: list[tuple[ServerLink, int, SingleReply]] = []
+        with self._job.order:
+            self._plans.tell(plan)
+            up_to = self._pusher.count
+            for part, chunks in zip(plan.parts, payloads, strict=True):
+                link = self._job.links[part.server]
+                for chunk, payload in enumerate(chunks):
+                    exchange = SingleReply()
+                    number = link.open(exchange)
+                    exchanges.append((link, number, exchange))
+                    link.put(m.Put(plan.number, chunk, number), payload)
+        self._await_single(exchanges, what)
+        return up_to
+
+    def _await_single(self, exchanges: list[tuple[ServerLink, int, SingleReply]], what: str) -> None:
+        """Send what is queued and wait for the one reply of each exchange; raise the first refusal."""
+        for link in self._job.links:
+            link.pump()
+        waits = [(link, number) for link, number, _ in exchanges]
+        self._job.await_replies(waits, what, self._timeout_s, self._store)
+        for _, _, exchange in exchanges:
+            exchange.check()
 
     # ---- pull ------------------------------------------------------------------------------------
 

@@ -143,6 +143,16 @@ class LocalStore(KVStore):
             pull_slots = self._check_pull(pulled)
             return _work(call, "pushpull") if async_op else call()
 
+    def _put(self, keys: tuple[Key, ...], values: list[torch.Tensor]) -> None:
+        with self._writing():
+            slots = [self._slot(key) for key in keys]
+            _check_committed(slots, "put")
+            for slot, value in zip(slots, values, strict=True):
+                check_matches("the value", value, slot.key, slot.value.shape, slot.value.dtype)
+            for slot, value in zip(slots, values, strict=True):
+                slot.value.copy_(value)
+                slot.version += 1
+
     def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
         with self._writing():
             waiting = [(slot, slot.uncommitted) for slot in self._slots.values() if slot.uncommitted]

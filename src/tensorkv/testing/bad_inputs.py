@@ -104,6 +104,8 @@ def _keys() -> list[BadInput]:
         BadInput("push_dict_unknown", lambda kv: kv.push({"w": one, "x": one}), missing, KeyError, ("'x'",)),
         BadInput("push_absent_unknown", lambda kv: kv.push("x", ABSENT), missing, KeyError, ("'x'",)),
         BadInput("pull_one_unknown", lambda kv: kv.pull(["w", "x"]), missing, KeyError, ("'x'",)),
+        BadInput("put_unknown", lambda kv: kv.put("x", one), missing, KeyError, ("'x'",)),
+        BadInput("put_one_unknown", lambda kv: kv.put(["w", "x"], [one, one]), missing, KeyError, ("'x'",)),
         BadInput("bool_key", lambda kv: kv.push(True, one), type_error, TypeError, ("True", "bool")),
         BadInput("none_key", lambda kv: kv.push(None, one), type_error, TypeError, ("None",)),
         BadInput("pull_nothing", lambda kv: kv.pull(), type_error, TypeError, ("None",)),
@@ -193,6 +195,9 @@ def _shapes() -> list[BadInput]:
         BadInput("push_scalar", lambda kv: kv.push("w", torch.tensor(1.0)), shape, ValueError, (w, "()")),
         BadInput("pushpull_shape", lambda kv: kv.pushpull("w", turned), shape, ValueError, shapes),
         BadInput("pushpull_out", lambda kv: kv.pushpull("w", one, turned), shape, ValueError, shapes),
+        BadInput("put_shape", lambda kv: kv.put("w", turned), shape, ValueError, shapes),
+        BadInput("put_int", lambda kv: kv.put("w", _int()), dtype, TypeError, (w, "int64", "float32")),
+        BadInput("put_one_int", lambda kv: kv.put({"b": full(1, 3), "w": _int()}), dtype, TypeError, (w,)),
         BadInput("push_int", lambda kv: kv.push("w", _int()), dtype, TypeError, (w, "int64", "float32")),
         BadInput(
             "push_float", lambda kv: kv.push("n", full(1, 2)), dtype, TypeError, ("'n'", "float32", "int64")
@@ -217,6 +222,17 @@ def _lengths() -> list[BadInput]:
         ),
         BadInput("pull_short", lambda kv: kv.pull(["w", "b"], [out]), error, ValueError, ("2", "1")),
         BadInput("init_short", lambda kv: kv.init(["x", "y"], [one]), error, ValueError, ("2", "1")),
+        BadInput("put_short", lambda kv: kv.put(["w", "b"], [one]), error, ValueError, ("2 keys", "1 value")),
+        BadInput(
+            "put_devices", lambda kv: kv.put("w", [one, one]), errors.DuplicateKey, ValueError, ("'w'", "2")
+        ),
+        BadInput(
+            "put_absent",
+            lambda kv: kv.put("w", ABSENT),
+            errors.InvalidArgument,
+            ValueError,
+            ("'w'", "ABSENT"),
+        ),
         BadInput("push_empty", lambda kv: kv.push([], []), error, ValueError, ("empty",)),
         BadInput("push_empty_dict", lambda kv: kv.push({}), error, ValueError, ("empty",)),
         BadInput("pull_empty", lambda kv: kv.pull([]), error, ValueError, ("empty",)),
@@ -402,11 +418,11 @@ def check_of_several_mistakes_the_same_is_told(maker: StoreMaker) -> None:
         bad = {"b": full(1, 4), "w": full(1), "x": full(1)}
         for keys in (["b", "w", "x"], ["x", "w", "b"], ["w", "b", "x"]):
             values = [bad[key] for key in keys]
-            for call in (kv.push, kv.pull, kv.pushpull):
+            for call in (kv.push, kv.pull, kv.pushpull, kv.put):
                 raises(errors.KeyNotInitialized, lambda c=call, k=keys, v=values: c(k, v), "'x'")  # type: ignore[misc]
         for keys in (["b", "w"], ["w", "b"]):
             values = [bad[key] for key in keys]
-            for call in (kv.push, kv.pull, kv.pushpull):
+            for call in (kv.push, kv.pull, kv.pushpull, kv.put):
                 raises(errors.UncommittedPush, lambda c=call, k=keys, v=values: c(k, v), "'w'")  # type: ignore[misc]
 
     in_one(maker, work)

@@ -20,6 +20,7 @@ from tensorkv.testing import (  # noqa: F401  (importing them enters their check
     checks_calls,
     checks_numbers,
     checks_rounds,
+    checks_state,
     checks_updaters,
     checks_values,
 )

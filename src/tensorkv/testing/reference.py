@@ -134,6 +134,13 @@ class ReferenceStore:
         self._check_free(entry, rank, key)
         return entry.value.clone()
 
+    def put(self, rank: int, key: Key, value: torch.Tensor) -> None:
+        """Replace a value outside rounds, after all that this rank has pushed."""
+        entry = self._entry(key)
+        self._check_free(entry, rank, key)
+        entry.value.copy_(value)
+        entry.version += 1
+
     def commit(
         self, rank: int, *, max_norm: float | None = None, skip: bool = False, check_finite: bool = False
     ) -> CommitResult | None:

@@ -276,6 +276,14 @@ class Leave(Message, tag=33):
     store: int
 
 
+class Put(Message, tag=34):
+    """Replace the values of a chunk once this worker's last push of them is applied. Payload: as of Push."""
+
+    plan: int
+    chunk: int
+    request: int
+
+
 # ---- server to worker -----------------------------------------------------------------------------
 
 
@@ -515,6 +523,7 @@ ToServer = (
     | DefinePlan
     | DropPlan
     | Push
+    | Put
     | Pull
     | WaitMerged
     | Commit
