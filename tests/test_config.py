@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from tensorkv.config import DEFAULT_TIMEOUT_S, SLICE_BOUND_BYTES, JobConfig, from_env
+from tensorkv.config import DEFAULT_PEER_TIMEOUT_S, DEFAULT_TIMEOUT_S, SLICE_BOUND_BYTES, JobConfig, from_env
 from tensorkv.errors import NotInJob
 
 CONFIG = JobConfig(
@@ -19,6 +19,7 @@ CONFIG = JobConfig(
     token="s3cret",
     host="10.0.0.8",
     timeout_s=12.5,
+    peer_timeout_s=7.5,
     slice_bound_bytes=4096,
 )
 
@@ -45,7 +46,7 @@ def test_an_ipv6_scheduler_keeps_its_colons() -> None:
 
 def test_what_is_not_said_has_a_default() -> None:
     environ = CONFIG.to_env()
-    for name in ("ROLE", "TOKEN", "HOST", "TIMEOUT_S", "SLICE_BOUND_BYTES"):
+    for name in ("ROLE", "TOKEN", "HOST", "TIMEOUT_S", "PEER_TIMEOUT_S", "SLICE_BOUND_BYTES"):
         del environ[f"TENSORKV_{name}"]
     config = from_env(environ)
     assert config is not None
@@ -53,6 +54,7 @@ def test_what_is_not_said_has_a_default() -> None:
     assert config.token == ""
     assert config.host == "127.0.0.1"
     assert config.timeout_s == DEFAULT_TIMEOUT_S
+    assert config.peer_timeout_s == DEFAULT_PEER_TIMEOUT_S
     assert config.slice_bound_bytes == SLICE_BOUND_BYTES
 
 

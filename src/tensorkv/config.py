@@ -18,6 +18,9 @@ Role = Literal["worker", "server", "scheduler"]
 DEFAULT_TIMEOUT_S = 1800.0
 """Deadline of a waiting call, as in torch.distributed."""
 
+DEFAULT_PEER_TIMEOUT_S = 10.0
+"""How long a host may be silent before its processes count as lost."""
+
 MAX_SLICE_BYTES = 4 << 20
 """No slice of an elementwise value is larger."""
 
@@ -32,6 +35,7 @@ ENV_SCHEDULER = "TENSORKV_SCHEDULER"
 ENV_TOKEN = "TENSORKV_TOKEN"
 ENV_HOST = "TENSORKV_HOST"
 ENV_TIMEOUT_S = "TENSORKV_TIMEOUT_S"
+ENV_PEER_TIMEOUT_S = "TENSORKV_PEER_TIMEOUT_S"
 ENV_SLICE_BOUND_BYTES = "TENSORKV_SLICE_BOUND_BYTES"
 ENV_ALLOW_IMPORT = "TENSORKV_ALLOW_IMPORT"
 
@@ -43,6 +47,8 @@ class JobConfig:
     `rank` counts from 0 within the role. `token` is the job's secret; it is kept out of the repr,
     never sent and never logged. `host` is the address this process binds to. `allow_import` names the
     modules that servers may import for updaters and optimizers, besides those they always may.
+    `timeout_s` is the deadline of a waiting call; `peer_timeout_s` how long the host of the scheduler, or
+    that of any process as the scheduler sees it, may be silent before it counts as lost.
     """
 
     role: Role
@@ -54,6 +60,7 @@ class JobConfig:
     token: str = field(repr=False)
     host: str = "127.0.0.1"
     timeout_s: float = DEFAULT_TIMEOUT_S
+    peer_timeout_s: float = DEFAULT_PEER_TIMEOUT_S
     slice_bound_bytes: int = SLICE_BOUND_BYTES
     allow_import: tuple[str, ...] = ()
 
@@ -68,6 +75,7 @@ class JobConfig:
             ENV_TOKEN: self.token,
             ENV_HOST: self.host,
             ENV_TIMEOUT_S: repr(self.timeout_s),
+            ENV_PEER_TIMEOUT_S: repr(self.peer_timeout_s),
             ENV_SLICE_BOUND_BYTES: str(self.slice_bound_bytes),
             ENV_ALLOW_IMPORT: ",".join(self.allow_import),
         }
@@ -97,6 +105,7 @@ def from_env(environ: Mapping[str, str] | None = None) -> JobConfig | None:
             token=environ.get(ENV_TOKEN, ""),
             host=environ.get(ENV_HOST, "127.0.0.1"),
             timeout_s=float(environ.get(ENV_TIMEOUT_S, DEFAULT_TIMEOUT_S)),
+            peer_timeout_s=float(environ.get(ENV_PEER_TIMEOUT_S, DEFAULT_PEER_TIMEOUT_S)),
             slice_bound_bytes=int(environ.get(ENV_SLICE_BOUND_BYTES, SLICE_BOUND_BYTES)),
             allow_import=tuple(filter(None, environ.get(ENV_ALLOW_IMPORT, "").split(","))),
         )

@@ -168,6 +168,11 @@ class ProtocolError(TensorKVError, ConnectionError):
     """The peer sent bytes that are not a valid frame or message."""
 
 
+def again(error: TensorKVError) -> TensorKVError:
+    """Return a copy of an error that several calls raise: one that is raised twice collects tracebacks."""
+    return type(error)(*error.args)
+
+
 def not_initialized(key: object) -> KeyNotInitialized:
     """Return the error of a call on a key that does not exist."""
     return KeyNotInitialized(f"key {key!r} is not initialised; call init({key!r}, value) first")

@@ -52,7 +52,8 @@ def test_main_is_the_installed_command(
 def test_help_names_the_options(capfd: pytest.CaptureFixture[str]) -> None:
     assert tensorkv_command("run", "--help") == 0
     out = capfd.readouterr().out
-    for option in ("--num-workers", "-n", "--num-servers", "-s", "--host", "--timeout", "--allow-import"):
+    options = ["--num-workers", "-n", "--num-servers", "-s", "--host", "--timeout", "--peer-timeout"]
+    for option in (*options, "--allow-import"):
         assert option in out
 
 
@@ -69,9 +70,11 @@ def test_what_follows_the_command_belongs_to_it(
 
 
 def test_options_reach_the_processes(capfd: pytest.CaptureFixture[str]) -> None:
-    given = ["--timeout", "12.5", "--allow-import", "a.b", "--allow-import", "c", "--host", "127.0.0.1"]
+    given = ["--timeout", "12.5", "--peer-timeout", "2.5", "--host", "127.0.0.1"]
+    given += ["--allow-import", "a.b", "--allow-import", "c"]
     config = from_env(told(capfd, *given, sys.executable, "-c", TELL)[1])
     assert config is not None
+    assert config.peer_timeout_s == 2.5
     assert (config.timeout_s, config.allow_import, config.host) == (12.5, ("a.b", "c"), "127.0.0.1")
 
 
@@ -87,6 +90,7 @@ def test_long_names_of_the_numbers(capfd: pytest.CaptureFixture[str]) -> None:
         (["-n", "0", "true"], "at least one of its workers, but 0"),
         (["-s", "0", "true"], "at least one of its servers, but 0"),
         (["--timeout", "-1", "true"], "more than 0 seconds"),
+        (["--peer-timeout", "0", "true"], "more than 0 seconds"),
         (["--allow-import", "not a module", "true"], "is not the name of a"),
         (["-n", "two", "true"], "'--num-workers' / '-n'"),
         ([], "Missing argument"),

@@ -69,6 +69,7 @@ class TestJobOptions:
             ({"num_servers": -1}, "at least one of its servers, but -1"),
             ({"timeout_s": 0.0}, "more than 0 seconds, but is 0"),
             ({"timeout_s": float("nan")}, "more than 0 seconds"),
+            ({"peer_timeout_s": 0.0}, "peer timeout must be more than 0 seconds"),
             ({"allow_import": ("torch", "not a.module")}, "'not a.module' is not the name"),
             ({"allow_import": ("",)}, "'' is not the name"),
             ({"command": ()}, "no command"),
@@ -95,12 +96,21 @@ class TestJobConfig:
         )
 
     def test_the_environment_fills_in_what_options_leave_open(self) -> None:
-        environ = {settings.ENV_TIMEOUT_S: "7.5", settings.ENV_SLICE_BOUND_BYTES: "100"}
+        environ = {
+            settings.ENV_PEER_TIMEOUT_S: "2.5",
+            settings.ENV_TIMEOUT_S: "7.5",
+            settings.ENV_SLICE_BOUND_BYTES: "100",
+        }
         assert (config(environ).timeout_s, config(environ).slice_bound_bytes) == (7.5, 100)
         assert config(environ, timeout_s=5.0).timeout_s == 5.0
+        assert config(environ).peer_timeout_s == 2.5
+        assert config(environ, peer_timeout_s=5.0).peer_timeout_s == 5.0
+        assert config().peer_timeout_s == settings.DEFAULT_PEER_TIMEOUT_S
         assert config().timeout_s == settings.DEFAULT_TIMEOUT_S
 
-    @pytest.mark.parametrize("name", [settings.ENV_TIMEOUT_S, settings.ENV_SLICE_BOUND_BYTES])
+    @pytest.mark.parametrize(
+        "name", [settings.ENV_TIMEOUT_S, settings.ENV_PEER_TIMEOUT_S, settings.ENV_SLICE_BOUND_BYTES]
+    )
     def test_a_number_that_is_none(self, name: str) -> None:
         with pytest.raises(InvalidArgument, match=f"{name}=soon"):
             config({name: "soon"})

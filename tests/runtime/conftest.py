@@ -129,6 +129,9 @@ class Gate(Connection):
     def in_frame(self) -> bool:
         return False
 
+    def notice_silence(self, timeout_s: float) -> None:
+        """Nobody is silent here."""
+
     def shutdown(self) -> None:
         """Nothing to wake."""
 

@@ -92,13 +92,13 @@ def test_a_process_that_is_lost_is_told_to_the_others(
         match how:
             case "ends":
                 workers[1].connection.shutdown()
-                cause = "its connection to the scheduler ended"
+                cause = "its connection ended without a goodbye"
             case "abandons":
                 workers[1].say(m.Abandon("it fell over"))
                 cause = "it fell over"
             case "talks nonsense":
                 workers[1].say(m.Flush(1, 1))
-                cause = "its connection to the scheduler ended: a malformed message"
+                cause = "its connection ended: a malformed message"
             case _:
                 workers[1].say(m.Barrier(1, 1), b"payload")
                 cause = "a payload of 7 bytes where none belongs"

@@ -219,7 +219,7 @@ def test_a_server_ends_with_its_scheduler() -> None:
     cluster.scheduler._peers["server", 0].connection.shutdown()  # as if the scheduler's host had gone
     failure = cluster.servers[0].wait()
     assert isinstance(failure, PeerLostError)
-    assert "the scheduler is gone" in str(failure)
+    assert "the scheduler on host 127.0.0.1 is gone: " in str(failure)
     job.close(m.Goodbye())
     cluster.stop()
 

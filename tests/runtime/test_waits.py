@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from types import SimpleNamespace
 
 import pytest
 
-from tensorkv.errors import PeerLostError, TensorKVError, WaitTimeout
+from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, WaitTimeout
 from tensorkv.runtime import waits
-from tensorkv.runtime.waits import Wait, lost_error
+from tensorkv.runtime.waits import Wait, ended_because, lost_error, scheduler_lost_error
 from tensorkv.wire import messages as m
 
 
@@ -141,3 +142,48 @@ def test_a_broken_job_ends_the_wait_at_once(clock: Clock) -> None:
 def test_a_lost_process_is_named(hostname: str, named: str) -> None:
     error = lost_error(m.Lost("worker", 1, hostname, "killed"))
     assert str(error) == f"worker 1 on host {named} was lost: killed"
+
+
+def test_each_call_raises_an_error_of_its_own(clock: Clock) -> None:
+    """One that several threads raise collects the tracebacks, and so the tensors, of all."""
+    call = Call(100.0)
+    call.failure = PeerLostError("worker 1 was lost")
+    raised = []
+    for _ in range(2):
+        with pytest.raises(PeerLostError) as caught:
+            call.wait.tick()
+        raised.append(caught.value)
+    assert raised[0] is not raised[1]
+    assert call.failure.__traceback__ is None
+
+
+def broken(cause: Exception) -> ConnectionError:
+    """Return the error of a connection that the system has ended for this cause."""
+    error = ConnectionError(f"the connection to 10.0.0.7:1 is gone: {cause}")
+    error.__cause__ = cause
+    return error
+
+
+KILLED = "its connection ended without a goodbye, as when a process is killed or crashes"
+
+
+@pytest.mark.parametrize(
+    ("cause", "text"),
+    [
+        (EOFError("10.0.0.7:1 ended the connection"), KILLED),
+        (broken(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")), KILLED),
+        (
+            broken(TimeoutError(errno.ETIMEDOUT, "Connection timed out")),
+            "its host does not answer (Connection timed out)",
+        ),
+        (
+            broken(OSError(errno.EHOSTUNREACH, "No route to host")),
+            "its host does not answer (No route to host)",
+        ),
+        (ProtocolError("a malformed message"), "its connection ended: a malformed message"),
+    ],
+)
+def test_why_a_connection_ended_is_said_in_plain_words(cause: Exception, text: str) -> None:
+    assert ended_because(cause) == text
+    error = scheduler_lost_error("10.0.0.7", cause)
+    assert str(error) == f"the scheduler on host 10.0.0.7 is gone: {text}"

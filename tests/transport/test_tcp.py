@@ -41,6 +41,21 @@ def into(payload: bytearray) -> tcp.Sink:
 FRAME = encode(["a message"], 6) + b"abcdef"
 
 
+@pytest.mark.parametrize(
+    ("timeout_s", "idle_s", "user_ms"),
+    [(10.0, 5, 10_000), (2.5, 1, 2500), (0.5, 1, 500), (float("inf"), 16383, 32_767_000)],
+)
+def test_the_kernel_is_told_how_long_a_peer_may_be_silent(
+    pair: Pair, timeout_s: float, idle_s: int, user_ms: int
+) -> None:
+    sock = pair[1]._sock
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0  # data connections stay so
+    pair[1].notice_silence(timeout_s)
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_USER_TIMEOUT)
+    assert [sock.getsockopt(socket.IPPROTO_TCP, name) for name in names] == [idle_s, 1, user_ms]
+
+
 @pytest.mark.parametrize("cut", range(1, len(FRAME)))
 def test_an_end_inside_a_frame_is_not_an_end_between_frames(pair: Pair, cut: int) -> None:
     bare, connection = pair

@@ -50,6 +50,12 @@ def run(
         float | None,
         typer.Option(metavar="SECONDS", help="Deadline of a waiting call; 1800 if not given."),
     ] = None,
+    peer_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="A host that is silent so long counts as lost; 10 if not given."
+        ),
+    ] = None,
     allow_import: Annotated[
         list[str] | None,
         typer.Option(metavar="MODULE", help="Let servers import this module. May be repeated."),
@@ -76,6 +82,7 @@ def run(
             num_servers=num_servers,
             host=host,
             timeout_s=timeout,
+            peer_timeout_s=peer_timeout,
             allow_import=tuple(allow_import or ()),
             prefix=prefix,
         )

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tensorkv.config import (
+    DEFAULT_PEER_TIMEOUT_S,
     DEFAULT_TIMEOUT_S,
+    ENV_PEER_TIMEOUT_S,
     ENV_SLICE_BOUND_BYTES,
     ENV_TIMEOUT_S,
     SLICE_BOUND_BYTES,
@@ -58,9 +60,9 @@ def find_command(command: Sequence[str], environ: Mapping[str, str]) -> tuple[st
 class JobOptions:
     """What `run_local` is told: W workers that run `command`, and S servers.
 
-    `host` is the address everything binds to; `timeout_s` the deadline of a waiting call, None for
-    what the environment says; `allow_import` the modules servers may import; `prefix` whether lines
-    are named.
+    `host` is the address everything binds to; `timeout_s` the deadline of a waiting call and
+    `peer_timeout_s` how long a host may be silent, None for what the environment says; `allow_import`
+    the modules servers may import; `prefix` whether lines are named.
 
     Raises:
         InvalidArgument: a number is out of its range, a module has no module's name, or the command is empty.
@@ -71,6 +73,7 @@ class JobOptions:
     num_servers: int
     host: str = "127.0.0.1"
     timeout_s: float | None = None
+    peer_timeout_s: float | None = None
     allow_import: tuple[str, ...] = ()
     prefix: bool = True
 
@@ -78,8 +81,9 @@ class JobOptions:
         for name, number in (("workers", self.num_workers), ("servers", self.num_servers)):
             if number < 1:
                 raise InvalidArgument(f"a job needs at least one of its {name}, but {number} were asked for")
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise InvalidArgument(f"the timeout must be more than 0 seconds, but is {self.timeout_s:g}")
+        for name, timeout_s in (("timeout", self.timeout_s), ("peer timeout", self.peer_timeout_s)):
+            if timeout_s is not None and not timeout_s > 0:
+                raise InvalidArgument(f"the {name} must be more than 0 seconds, but is {timeout_s:g}")
         for module in self.allow_import:
             if not all(part.isidentifier() for part in module.split(".")):
                 raise InvalidArgument(f"{module!r} is not the name of a module")
@@ -92,7 +96,7 @@ def job_config(
 ) -> JobConfig:
     """Return the config of worker 0, from which those of all others differ by role and rank.
 
-    A timeout that `options` leaves open and the slice bound are taken from `environ`.
+    A timeout that `options` leave open and the slice bound are taken from `environ`.
 
     Raises:
         InvalidArgument: a number in `environ` is not one.
@@ -110,9 +114,16 @@ def job_config(
         token=token,
         host=options.host,
         timeout_s=timeout_s,
+        peer_timeout_s=_peer_timeout_s(options, environ),
         slice_bound_bytes=slice_bound_bytes(environ),
         allow_import=options.allow_import,
     )
+
+
+def _peer_timeout_s(options: JobOptions, environ: Mapping[str, str]) -> float:
+    if options.peer_timeout_s is not None:
+        return options.peer_timeout_s
+    return _number(environ, ENV_PEER_TIMEOUT_S, float, DEFAULT_PEER_TIMEOUT_S)
 
 
 def slice_bound_bytes(environ: Mapping[str, str]) -> int:
@@ -178,6 +189,7 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
         token=token,
         host=options.host,
         slice_bound_bytes=slice_bound_bytes(environ),
+        peer_timeout_s=_peer_timeout_s(options, environ),
     )
 
     def first_lost() -> Node | None:

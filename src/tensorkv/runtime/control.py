@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any, final
 
 from tensorkv.config import JobConfig
-from tensorkv.errors import PeerLostError, TensorKVError, from_wire
-from tensorkv.runtime.handshake import connect_as, receive_message
+from tensorkv.errors import PeerLostError, TensorKVError, again, from_wire
+from tensorkv.runtime.handshake import connect_to_scheduler, receive_message
 from tensorkv.runtime.sender import Sender
-from tensorkv.runtime.waits import Wait, lost_error
+from tensorkv.runtime.waits import Wait, lost_error, scheduler_lost_error
 from tensorkv.transport.base import TICK_S
 from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
@@ -48,8 +48,9 @@ class ControlClient:
         self._replies: dict[int, _Reply] = {}
         self._welcome = _Reply(Wait("joining the job", config.timeout_s, lambda: self.failure))
         self.failure: TensorKVError | None = None
+        self._scheduler_host = config.scheduler_host
         self._failing = threading.Lock()  # only one failure counts
-        self._connection = connect_as(config, "the scheduler", config.scheduler_host, config.scheduler_port)
+        self._connection = connect_to_scheduler(config)
         self._sender = Sender(self._connection, "scheduler", self._fail)
         self._thread = threading.Thread(target=self._read, name="tensorkv-control", daemon=True)
         self._thread.start()
@@ -112,7 +113,7 @@ class ControlClient:
         while not reply.ready.wait(TICK_S):
             reply.wait.tick()
         if self.failure is not None and reply.message is None:
-            raise self.failure
+            raise again(self.failure) from None
 
     def _read(self) -> None:
         decoder: Decoder[m.FromScheduler] = Decoder(m.FromScheduler)
@@ -148,7 +149,7 @@ class ControlClient:
             if isinstance(exc, PeerLostError):
                 self.failure = exc
             else:
-                self.failure = PeerLostError(f"the scheduler is gone: {exc}")
+                self.failure = scheduler_lost_error(self._scheduler_host, exc)
         self._wake_all()
         self._on_failure(self.failure)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from typing import final
 
-from tensorkv.config import DEFAULT_TIMEOUT_S, SLICE_BOUND_BYTES, JobConfig, Role
+from tensorkv.config import DEFAULT_PEER_TIMEOUT_S, DEFAULT_TIMEOUT_S, SLICE_BOUND_BYTES, JobConfig, Role
 from tensorkv.runtime.code import CodeTable, updater_loader
 from tensorkv.runtime.job import Job
 from tensorkv.runtime.scheduler import SchedulerServer
@@ -30,11 +30,13 @@ class EmbeddedJob:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         slice_bound_bytes: int = SLICE_BOUND_BYTES,
+        peer_timeout_s: float = DEFAULT_PEER_TIMEOUT_S,
         host: str = "inproc",
     ) -> None:
         self._size = (num_workers, num_servers)
         self._token = secrets.token_hex(16)
         self._timeout_s = timeout_s
+        self._peer_timeout_s = peer_timeout_s
         self._host = host
         self.code_table = CodeTable()
         self.scheduler = SchedulerServer(
@@ -43,6 +45,7 @@ class EmbeddedJob:
             token=self._token,
             host=host,
             slice_bound_bytes=slice_bound_bytes,
+            peer_timeout_s=peer_timeout_s,
         )
         self.servers: list[Server] = []
         self.scheduler.start()
@@ -68,6 +71,7 @@ class EmbeddedJob:
             token=self._token,
             host=self._host,
             timeout_s=self._timeout_s,
+            peer_timeout_s=self._peer_timeout_s,
         )
 
     def join(self, rank: int) -> Job:

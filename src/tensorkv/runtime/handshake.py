@@ -126,15 +126,26 @@ def connect_as(config: JobConfig, name: str, host: str, port: int) -> Connection
     try:
         connection = connect(host, port, CONNECT_TIMEOUT_S)
     except ConnectionError as exc:
-        raise PeerLostError(f"{where} cannot be reached: {exc}") from exc
+        raise PeerLostError(f"{where} cannot be reached: {exc}") from None
     try:
         introduce(connection, config.token, config.role, config.rank)
     except BaseException as exc:
         connection.shutdown()
         connection.close()
         if isinstance(exc, (EOFError, ConnectionError, WaitTimeout)) and not _tells_why(exc):
-            raise PeerLostError(f"{where} cannot be joined: {exc}") from exc
+            raise PeerLostError(f"{where} cannot be joined: {exc}") from None
         raise
+    return connection
+
+
+def connect_to_scheduler(config: JobConfig) -> Connection:
+    """Connect to the job's scheduler; a host of it that falls silent ends the connection.
+
+    Raises:
+        As `connect_as`.
+    """
+    connection = connect_as(config, "the scheduler", config.scheduler_host, config.scheduler_port)
+    connection.notice_silence(config.peer_timeout_s)
     return connection
 
 

@@ -14,7 +14,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, final
 
-from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, WaitTimeout, from_wire, to_wire
+from tensorkv.errors import (
+    PeerLostError,
+    ProtocolError,
+    TensorKVError,
+    WaitTimeout,
+    again,
+    from_wire,
+    to_wire,
+)
 from tensorkv.runtime.sender import Sender, Sent
 from tensorkv.runtime.waits import Wait
 from tensorkv.transport.base import TICK_S, Buffer, Connection, Tick
@@ -22,7 +30,9 @@ from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 
 JOIN_TIMEOUT_S = 5.0
-LOST_GRACE_S = 3.0
+LOST_GRACE_S = 2.0
+"""How long the scheduler has to tell who was lost, once a connection to a server has ended."""
+
 STALL_S = 10.0
 """How long a frame whose end does not come is waited for beyond the deadline of whoever receives it."""
 
@@ -61,7 +71,7 @@ class SingleReply(Exchange):
     def check(self) -> None:
         """Raise if the request was refused."""
         if isinstance(self.message, TensorKVError):
-            raise self.message
+            raise again(self.message) from None
         if isinstance(self.message, m.Failed):
             raise from_wire(self.message.name, self.message.text)
 
@@ -254,18 +264,18 @@ class ServerLink:
     def _check_failure(self) -> None:
         failure = self._failure()
         if failure is not None:
-            raise failure
+            raise again(failure) from None
 
     def _receive(self, tick: Tick) -> None:
         """Receive one frame and hand it on."""
         if self._lost is not None:
-            raise self._lost
+            raise again(self._lost) from None
         try:
             self._connection.receive(self._sink, tick)
         except (EOFError, ConnectionError) as exc:
             self._connection.shutdown()
             self._lost = self._why_gone(exc)
-            raise self._lost from exc
+            raise again(self._lost) from None  # its text tells all that `exc` does
         except BaseException as exc:
             if self._connection.broken:
                 self._connection.shutdown()
@@ -312,7 +322,7 @@ class ServerLink:
             if failure is not None:
                 return failure
             event.wait(TICK_S)
-        return PeerLostError(f"{self.name} has ended its connection: {exc}")
+        return PeerLostError(f"{self.name} was lost: {exc}")
 
     def _end_all(self, error: TensorKVError) -> None:
         """Nothing more will come: tell every exchange."""

@@ -14,6 +14,7 @@ from typing import Any, final
 
 import torch
 
+from tensorkv.errors import again
 from tensorkv.runtime.job import Job
 from tensorkv.runtime.keytable import KeyTable
 from tensorkv.runtime.latch import Latch
@@ -105,7 +106,7 @@ class Pusher:
                 wait.tick()
         failure = self._job.failure()
         if failure is not None:
-            raise failure
+            raise again(failure) from None
 
     @property
     def settled(self) -> bool:

@@ -7,11 +7,12 @@ import threading
 from dataclasses import dataclass
 from typing import Any, final
 
-from tensorkv.config import SLICE_BOUND_BYTES, Role
+from tensorkv.config import DEFAULT_PEER_TIMEOUT_S, SLICE_BOUND_BYTES, Role
 from tensorkv.errors import AuthenticationError, TensorKVError
 from tensorkv.protocol.membership import Membership
 from tensorkv.runtime.handshake import accept, receive_message
 from tensorkv.runtime.sender import Sender
+from tensorkv.runtime.waits import ended_because
 from tensorkv.transport.base import Connection
 from tensorkv.transport.endpoint import listen
 from tensorkv.wire import messages as m
@@ -38,6 +39,7 @@ class SchedulerServer:
         host: the address to bind to; "inproc" serves threads of this process only.
         port: 0 lets the system choose.
         slice_bound_bytes: values larger than this are sliced where they may be.
+        peer_timeout_s: how many seconds the host of a process may be silent before it counts as lost.
 
     `start` it, tell everybody its `address`, and `stop` it when the workers have ended.
     """
@@ -51,10 +53,12 @@ class SchedulerServer:
         host: str = "127.0.0.1",
         port: int = 0,
         slice_bound_bytes: int = SLICE_BOUND_BYTES,
+        peer_timeout_s: float = DEFAULT_PEER_TIMEOUT_S,
     ) -> None:
         if num_workers < 1 or num_servers < 1:
             raise ValueError(f"a job needs workers and servers, not {num_workers} and {num_servers}")
         self._token = token
+        self._peer_timeout_s = peer_timeout_s
         self._listener = listen(host, port)
         self._lock = threading.Lock()  # guards what stands below
         self._membership = Membership(num_workers, num_servers, slice_bound_bytes)
@@ -134,6 +138,7 @@ class SchedulerServer:
 
     def _serve(self, connection: Connection) -> None:
         """One process, from its handshake to its end."""
+        connection.notice_silence(self._peer_timeout_s)
         try:
             role, rank = accept(connection, self._token, self._check_place)
         except (TensorKVError, EOFError, ConnectionError) as exc:
@@ -148,9 +153,17 @@ class SchedulerServer:
                 connection.close()
                 return
             self._pending.discard(connection)
-            sender = Sender(connection, f"{role}-{rank}", lambda exc: connection.shutdown())
+            unsent: list[Exception] = []
+
+            def give_up(exc: Exception) -> None:
+                unsent.append(exc)
+                connection.shutdown()
+
+            sender = Sender(connection, f"{role}-{rank}", give_up)
             self._peers[role, rank] = _Peer(connection, sender)
         cause = self._read(connection, role, rank)
+        if unsent:  # it was the sending that failed; the reading was then ended from here
+            cause = ended_because(unsent[0])
         with self._lock:
             if not self._stopped:
                 self._membership.disconnected(role, rank, cause)
@@ -170,7 +183,7 @@ class SchedulerServer:
         except (EOFError, ConnectionError) as exc:
             if isinstance(exc, TensorKVError):
                 logger.warning("scheduler: closed the connection of %s %d: %s", role, rank, exc)
-            return f"its connection to the scheduler ended: {exc}"
+            return ended_because(exc)
         except Exception as exc:  # a message that makes no sense, or a fault of ours: it ends this process
             logger.exception("scheduler: closed the connection of %s %d", role, rank)
             return f"the scheduler could not handle its message: {type(exc).__name__}: {exc}"

@@ -23,16 +23,16 @@ from typing import Any, final
 import torch
 
 from tensorkv.config import JobConfig, Role, from_env
-from tensorkv.errors import AuthenticationError, NotInJob, PeerLostError, ProtocolError, TensorKVError
+from tensorkv.errors import AuthenticationError, NotInJob, ProtocolError, TensorKVError
 from tensorkv.protocol.memory import EMPTY, BufferPool, Memory
 from tensorkv.protocol.schedule import LoadUpdater
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import SCHEDULER, Outgoing
 from tensorkv.protocol.slots import Lease
 from tensorkv.runtime.code import updater_loader
-from tensorkv.runtime.handshake import accept, connect_as
+from tensorkv.runtime.handshake import accept, connect_to_scheduler
 from tensorkv.runtime.sender import Sender
-from tensorkv.runtime.waits import lost_error
+from tensorkv.runtime.waits import lost_error, scheduler_lost_error
 from tensorkv.transport.base import TICK_S, Connection
 from tensorkv.transport.endpoint import listen
 from tensorkv.transport.tcp import hostname
@@ -94,7 +94,7 @@ class Server:
             PeerLostError, AuthenticationError, ProtocolVersionError: the scheduler cannot be joined.
         """
         config = self._config
-        connection = connect_as(config, "the scheduler", config.scheduler_host, config.scheduler_port)
+        connection = connect_to_scheduler(config)
         self._scheduler = _Peer(connection, "scheduler", SCHEDULER, self)
         host, port = self._listener.address
         with self._lock:
@@ -255,7 +255,7 @@ class Server:
         peer.ended = True
         peer.connection.shutdown()
         if peer.worker == SCHEDULER and isinstance(cause, (EOFError, ConnectionError)):
-            self._end(PeerLostError(f"the scheduler is gone: {cause}"))
+            self._end(scheduler_lost_error(self._config.scheduler_host, cause))
         elif peer.worker == SCHEDULER:  # deaf to the scheduler the server is of no use
             self._end(TensorKVError(f"the server failed: {type(cause).__name__}: {cause}"))
         elif not isinstance(cause, EOFError) and not self._ended.is_set():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable
 from typing import final
 
-from tensorkv.errors import PeerLostError, TensorKVError, WaitTimeout
+from tensorkv.errors import PeerLostError, TensorKVError, WaitTimeout, again
 from tensorkv.wire import messages as m
 
 logger = logging.getLogger(__name__)
+_SILENT = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 LOG_EVERY_S = 10.0
 ASK_GRACE_S = 2.0
 
@@ -46,7 +48,7 @@ class Wait:
         """Raise if the job is broken or the deadline has passed; log now and then."""
         failure = self._failure()
         if failure is not None:
-            raise failure
+            raise again(failure) from None
         waited_s = time.monotonic() - self._begin
         if waited_s >= self._timeout_s:
             self._at_deadline(waited_s)
@@ -80,6 +82,21 @@ class Wait:
 def lost_error(lost: m.Lost) -> PeerLostError:
     """Return the error that a lost process is reported with."""
     return PeerLostError(f"{lost.role} {lost.rank} on host {lost.hostname or '?'} was lost: {lost.cause}")
+
+
+def scheduler_lost_error(host: str, cause: Exception) -> PeerLostError:
+    """Return the error of a process whose own connection to the scheduler has ended."""
+    return PeerLostError(f"the scheduler on host {host} is gone: {ended_because(cause)}")
+
+
+def ended_because(cause: Exception) -> str:
+    """Say in plain words why a connection to or from the scheduler has ended."""
+    reason = cause.__cause__
+    if isinstance(cause, EOFError) or isinstance(reason, (ConnectionResetError, BrokenPipeError)):
+        return "its connection ended without a goodbye, as when a process is killed or crashes"
+    if isinstance(reason, OSError) and reason.errno in _SILENT:
+        return f"its host does not answer ({reason.strerror})"
+    return f"its connection ended: {cause}"
 
 
 def _missing(waiting: m.Waiting) -> str:

@@ -107,6 +107,14 @@ class Connection(ABC):
         """For a `tick` of `receive`: whether a part of a frame is here, so that raising would break it."""
 
     @abstractmethod
+    def notice_silence(self, timeout_s: float) -> None:
+        """Have the connection break when its peer's host has not answered for `timeout_s` seconds.
+
+        The system asks by itself, also when nobody sends. A peer that lives but does not read may be cut
+        off, so this is only for connections that carry little. Does nothing within a process.
+        """
+
+    @abstractmethod
     def shutdown(self) -> None:
         """End the connection and wake whoever waits in it. Safe from any thread, more than once."""
 

@@ -139,6 +139,9 @@ class InprocConnection(Connection):
     def readable(self) -> bool:
         return not self._incoming.empty()
 
+    def notice_silence(self, timeout_s: float) -> None:
+        """Nothing to do: one process ends as a whole."""
+
     def shutdown(self) -> None:
         self._ended_here = True
         self._ended.set()

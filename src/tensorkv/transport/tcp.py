@@ -27,6 +27,7 @@ MAX_BUFFERS = 1024
 LOOK_AHEAD_BYTES = 32 << 10
 """Frames are received through a buffer of this size; what does not fit goes straight into place."""
 
+_MAX_KEEPALIVE_S = 32767  # what Linux takes for TCP_KEEPIDLE
 _TICK = struct.pack("ll", int(TICK_S), int(TICK_S % 1 * 1e6))
 _open_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
@@ -210,6 +211,16 @@ class TcpConnection(Connection):
 
     def readable(self) -> bool:
         return self._ahead_start < self._ahead_stop or bool(self._poll.poll(0))
+
+    def notice_silence(self, timeout_s: float) -> None:
+        # The first probe after half the time, then one a second, the shortest the kernel knows; each is
+        # also when the kernel looks how long the peer has been silent.
+        timeout_s = min(_MAX_KEEPALIVE_S, timeout_s)
+        idle_s = max(1, int(timeout_s / 2))
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle_s)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000)))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def shutdown(self) -> None:
         self._ended_here = True

@@ -1,0 +1,95 @@
+"""A host that vanishes without a word: a network namespace whose link goes down."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tensorkv.errors import PeerLostError
+from tensorkv.runtime.embedded import EmbeddedJob
+from tensorkv.stores.dist import DistStore
+from tensorkv.wire import messages as m
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+
+HERE, THERE = "198.18.77.1", "198.18.77.2"  # of the range for tests between networks
+PEER_TIMEOUT_S = 3.0
+SLACK_S = 3.0  # one more probe, and the 3 s in which every call is told
+
+WORKER = """
+import tensorkv
+
+kv = tensorkv.create("dist_sync")
+print("joined", flush=True)
+try:
+    kv.barrier()
+except tensorkv.PeerLostError as error:
+    print(error, flush=True)
+"""
+
+
+def ip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=20, check=False)
+
+
+@pytest.fixture
+def namespace() -> Iterator[str]:
+    """A network namespace at THERE, joined to HERE by a link named like itself."""
+    if os.geteuid() != 0:
+        pytest.skip("making a network namespace needs root")
+    if shutil.which("ip") is None:
+        pytest.skip("making a network namespace needs `ip` (of iproute2)")
+    name = f"tkv{os.getpid() % 100_000}"
+    made = ip("netns", "add", name)
+    if made.returncode:
+        pytest.skip(f"no network namespace can be made here: {made.stderr.strip()}")
+    try:
+        for command in (
+            f"link add {name} type veth peer name inner netns {name}",
+            f"addr add {HERE}/30 dev {name}",
+            f"link set {name} up",
+            f"-n {name} addr add {THERE}/30 dev inner",
+            f"-n {name} link set inner up",
+            f"-n {name} link set lo up",
+        ):
+            done = ip(*command.split())
+            if done.returncode:
+                pytest.skip(f"no link between namespaces can be made here: {done.stderr.strip()}")
+        yield name
+    finally:
+        ip("link", "del", name)
+        ip("netns", "del", name)
+
+
+def test_both_sides_notice_within_the_timeout_asked_for(namespace: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(WORKER)
+    cluster = EmbeddedJob(2, 1, host=HERE, timeout_s=100.0, peer_timeout_s=PEER_TIMEOUT_S)
+    command = ["ip", "netns", "exec", namespace, sys.executable, str(script)]
+    env = {**os.environ, **cluster.config("worker", 1).to_env(), "TENSORKV_HOST": THERE}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as there:
+        assert there.stdout is not None
+        job = cluster.join(0)
+        kv = DistStore("dist_sync", job, store="default", reduction="sum", timeout_s=100.0)
+        kv.init("w", torch.zeros(4))
+        assert there.stdout.readline() == "joined\n"
+
+        assert ip("link", "set", namespace, "down").returncode == 0
+        began = time.monotonic()
+        with pytest.raises(PeerLostError, match=r"worker 1 on host .* was lost: its host does not answer"):
+            kv.barrier()
+        with pytest.raises(PeerLostError, match="worker 1 on host"):
+            kv.push("w", torch.ones(4))
+        assert time.monotonic() - began < PEER_TIMEOUT_S + SLACK_S
+        text, _ = there.communicate(timeout=60)
+        assert text.startswith(f"the scheduler on host {HERE} is gone: its host does not answer")
+    job.close(m.Abandon("the test is over"))
+    cluster.stop()
