@@ -528,3 +528,11 @@ def test_an_adapter_travels_by_name_with_its_function() -> None:
 def test_nothing_else_is_taken_for_an_adapter(adapter: str) -> None:
     with pytest.raises(NotShippable, match=r"not an adapter of TensorKV|not a function or class"):
         load(CodeRef(module=__name__, name="module_level", adapter=adapter), [__name__])
+
+
+def test_a_script_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.py"
+    with path.open("wb") as file:
+        file.truncate((16 << 20) + 1)
+    with pytest.raises(NotShippable, match="more than 16777216 bytes"):
+        load(CodeRef(module="__main__", name="f", script=str(path), sha256="0" * 64), ())

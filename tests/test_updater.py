@@ -27,6 +27,7 @@ from tensorkv.updater import (
     build,
     build_from_argument,
     find_optimizer,
+    make_optimizer,
     named_spec,
     optimizer_spec,
 )
@@ -413,3 +414,10 @@ def test_apply_all_gives_each_update_its_own_answer() -> None:
     assert [failure is None for failure in failures] == [True, False, True, False]
     assert "no 3" in str(failures[3])
     assert [value.item() for value in values] == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (), 0.5, "ab"])
+def test_whatever_an_optimizer_raises_at_its_options_is_an_invalid_option(betas: Any) -> None:
+    """Adam looks at betas[1] before it looks at how many there are."""
+    with pytest.raises(InvalidOption, match="Adam refuses"):
+        make_optimizer(torch.optim.Adam, [torch.nn.Parameter(torch.zeros(2))], {"betas": betas})

@@ -22,6 +22,9 @@ Key = int | str
 """The name of a value in a store: an int or a str, one of the two in one store."""
 
 REFUSED_DTYPES = frozenset({torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4})
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+"""A table, for torch imports modules of its own when it is asked for an attribute of their name."""
+
 _NATIVE_DTYPES = frozenset(  # those that Python's memoryview can cast to bytes
     {
         torch.float32,
@@ -168,9 +171,9 @@ def dtype_from_name(name: str) -> torch.dtype:
     Raises:
         InvalidValue: torch has no such dtype.
     """
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InvalidValue(f"there is no dtype {name!r} in torch")
+    dtype = _DTYPES.get(name)
+    if dtype is None:
+        raise InvalidValue(f"there is no dtype {name[:40]!r} in torch")
     return dtype
 
 

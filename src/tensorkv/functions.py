@@ -33,6 +33,7 @@ from tensorkv.errors import NotShippable
 ALWAYS_ALLOWED = ("torch.optim", "tensorkv")
 """Modules from which servers load without being told to."""
 
+MAX_SCRIPT_BYTES = 16 << 20
 _SCRIPT_MODULES = ("__main__", "__mp_main__")
 _DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _HINT_MODULE = (
@@ -269,7 +270,9 @@ def _read_script(path: str) -> tuple[bytes, str]:
         if not os.path.isabs(path) or not os.path.isfile(path):
             raise FileNotFoundError(f"{path!r} is not the absolute path of a file")
         with open(path, "rb") as file:
-            source = file.read()
+            source = file.read(MAX_SCRIPT_BYTES + 1)
+        if len(source) > MAX_SCRIPT_BYTES:
+            raise ValueError(f"{path} has more than {MAX_SCRIPT_BYTES} bytes")
     except (OSError, ValueError) as exc:
         raise NotShippable(f"cannot read the job's script: {exc}; servers need it at the same path") from exc
     return source, hashlib.sha256(source).hexdigest()

@@ -355,7 +355,9 @@ def make_optimizer(
     """Build the optimizer, with its complaint about an option turned into InvalidOption."""
     try:
         return optimizer_class(parameters, **_tuples(options))
-    except (TypeError, ValueError, RuntimeError) as exc:
+    except (
+        Exception
+    ) as exc:  # betas with one number are an IndexError; a class of the user may raise anything
         raise InvalidOption(f"{optimizer_class.__name__} refuses its options {options}: {exc}") from exc
 
 

@@ -59,10 +59,11 @@ class Bench:
         mean: bool = False,
         functions: dict[str, Callable[..., None]] | None = None,
         workers: Sequence[int] | None = None,
+        max_payload_bytes: int = 1 << 62,
     ) -> None:
         self.pool = CheckedPool()
         self.functions = functions or {}
-        self.state = ServerState(num_workers, self.pool, self._load)  # type: ignore[arg-type]
+        self.state = ServerState(num_workers, self.pool, self._load, max_payload_bytes)  # type: ignore[arg-type]
         self.requests = itertools.count(1)
         self.ids = itertools.count(1)
         self.plans: dict[int, tuple[int, list[m.ChunkEntry]]] = {}

@@ -8,6 +8,7 @@ import pytest
 
 from tensorkv.errors import (
     CommitMismatch,
+    InvalidValue,
     KeyAlreadyInitialized,
     KeyNotInitialized,
     NotElementwise,
@@ -392,3 +393,55 @@ def test_one_server_is_enough_to_keep_all_from_it(other: dict[str, Any]) -> None
         assert decision is not None
         assert not decision.apply
         assert decision.error == other.get("error")
+
+
+@pytest.mark.parametrize(
+    ("shape", "itemsize"),
+    [((1 << 60,), 4), ((1 << 40, 1 << 40), 4), ((0, 1 << 60), 4), ((1,) * 65, 4), ((2,), 0), ((2,), 1 << 40)],
+)
+def test_an_init_that_cannot_be_is_refused(shape: tuple[int, ...], itemsize: int) -> None:
+    with pytest.raises(ProtocolError, match="cannot be"):
+        Desk().init(0, m.KeySpec("w", shape, "float32", itemsize, False))
+
+
+def test_an_init_of_more_than_a_job_may_hold_is_refused_and_takes_nothing() -> None:
+    """A slice is at most 4 MiB: the list of them alone would fill the memory."""
+    desk = Desk()
+    ((_, refusal),) = desk.init(0, m.KeySpec("w", (1 << 50,), "float32", 4, False))
+    error = from_wire(refusal.name, refusal.text)
+    assert isinstance(error, InvalidValue)
+    assert "the first 'w'" in str(error)
+    assert desk.placement.load_bytes == [0, 0]
+    assert len(desk.create(m.KeySpec("w", (2,), "float32", 4, False))) == 1
+
+
+def test_an_init_is_concluded_by_who_makes_it() -> None:
+    desk = Desk()
+    ((_, reply),) = desk.init(0, m.KeySpec("w", (2,), "float32", 4, False))
+    for error in (None, ("ValueError", "no")):
+        with pytest.raises(ProtocolError, match="rank 1 concludes an init that rank 0 makes"):
+            desk.conclude(1, reply, error)
+    assert desk.conclude(0, reply) == [(0, m.Done(desk.request))]
+    assert len(desk.ask("lookup", 0, m.Lookup, ["w"])[0][1].entries) == 1
+
+
+def test_a_setting_is_concluded_once() -> None:
+    desk = Desk()
+    record = m.SettingRecord(None, UpdaterSpec(type="named", name="add"))
+    desk.set(0, record)
+    desk.ask("conclude_setting", 0, m.ConcludeSetting, 0, None)
+    desk.ask("conclude_setting", 0, m.ConcludeSetting, 0, ("ValueError", "no"))
+    assert desk.set(1, record) == [(1, m.SettingReply(desk.request, 0, False))]
+
+
+def test_calls_that_wait_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory_module, "MAX_WAITS", 3)
+    desk = Desk(3)
+    spec = m.KeySpec("w", (2,), "float32", 4, False)
+    record = m.SettingRecord(None, UpdaterSpec(type="named", name="add"))
+    for ask in (lambda rank: desk.init(rank, spec), lambda rank: desk.set(rank, record)):
+        for _ in range(3):
+            assert ask(1) == []
+        with pytest.raises(ProtocolError, match="rank 1 waits for 3 answers already"):
+            ask(1)
+        assert ask(2) == []

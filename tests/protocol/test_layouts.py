@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tensorkv.errors import ProtocolError
-from tensorkv.protocol.layouts import Chunk, Contribution, Layout, Slice, sent_dtype
+from tensorkv.protocol.layouts import Chunk, Contribution, Layout, Slice, sent_dtype, sent_size
 from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.slots import Slot
 from tensorkv.updater import Add, Assign, Setting
@@ -85,3 +85,20 @@ def test_dtypes_come_by_name() -> None:
     for name in ("float33", "", "Tensor", "nn"):
         with pytest.raises(ProtocolError, match=repr(name)):
             sent_dtype(name)
+
+
+def test_a_dtype_is_looked_up_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch imports modules of its own when it is asked for an attribute of their name."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "__getattr__", asked.append)
+    for name in ("_dynamo", "_inductor", "quint8", "bits8"):
+        with pytest.raises(ProtocolError):
+            sent_dtype(name)
+    assert asked == []
+
+
+def test_the_size_of_a_shape_that_was_sent() -> None:
+    assert [sent_size(shape) for shape in ((), (0,), (2, 3), (0, 1 << 58))] == [1, 0, 6, 0]
+    for shape in ((-1,), (-2, -2), (1 << 60,), (1 << 30, 1 << 30), (0, 1 << 60), (2,) * 65):
+        with pytest.raises(ProtocolError, match="a shape of"):
+            sent_size(shape)

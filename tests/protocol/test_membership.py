@@ -119,6 +119,8 @@ def test_keys_settings_and_barriers_go_to_the_store() -> None:
 
 def test_commits_are_decided_for_all_servers() -> None:
     made = job()
+    for name in ("a", "b", "c"):
+        join(made, 0, name)
     made.handle("server", 1, m.CommitReady(3, 1, [4.0], True, False, None))
     assert taken(made) == []
     made.handle("server", 0, m.CommitReady(3, 1, [3.0], True, False, None))
@@ -192,3 +194,72 @@ def test_a_server_that_said_goodbye_is_not_lost() -> None:
     made.handle("server", 0, m.Goodbye())
     made.disconnected("server", 0, "end of file")
     assert made.lost is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Register("", -1, "", 1),
+        m.Register("", 1 << 16, "", 1),
+        m.Register("h" * 300, 1, "", 1),
+        m.Register("", 1, "n" * 300, 1),
+    ],
+)
+def test_an_address_that_cannot_be_one_is_refused(message: m.Register) -> None:
+    made = job(joined=False)
+    with pytest.raises(ProtocolError, match="an address of server 0"):
+        made.handle("server", 0, message)
+    assert not made.has_joined("server", 0)
+
+
+@pytest.mark.parametrize(
+    "message", [m.JoinStore(1, "late", "sync", "sum"), m.Goodbye(), m.Abandon("no"), m.Barrier(1, 1)]
+)
+def test_nothing_comes_after_a_goodbye(message: Any) -> None:
+    made = job()
+    tell(made, 1, m.Goodbye())
+    with pytest.raises(ProtocolError, match="which has said Goodbye"):
+        tell(made, 1, message)
+    assert made.lost is None
+
+
+def test_who_has_left_a_store_is_not_heard_there() -> None:
+    made = job()
+    store = join(made, 0).store
+    tell(made, 1, m.LeaveStore(1, store))
+    spec = m.KeySpec("w", (2,), "float32", 4, False)
+    for number in range(3):
+        assert tell(made, 1, m.ProposeInit(number, store, [spec])) == []
+    assert made._stores[store]._waiting_inits == []
+    assert tell(made, 1, m.LeaveStore(9, store)) == [("worker", 1, m.Done(9))]
+
+
+def test_stores_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensorkv.protocol.membership.MAX_STORES", 2)
+    made = job()
+    first = join(made, 0, "a").store
+    join(made, 0, "b")
+    refused = join(made, 0, "c")
+    assert isinstance(from_wire(refused.name, refused.text), StoreMismatch)
+    assert "close some first" in refused.text
+    assert join(made, 1, "a") == m.Joined(1, first)
+    for rank in range(2):
+        tell(made, rank, m.LeaveStore(2, first))
+    assert isinstance(join(made, 0, "c"), m.Joined)
+
+
+def test_commits_that_make_no_sense_leave_nothing() -> None:
+    made = job()
+    store = join(made, 0).store
+    made.handle("server", 0, m.CommitReady(77, 1, [], True, False, None))  # of no store
+    made.handle("server", 0, m.CommitReady(store, 1, [], True, False, None))
+    for message in (
+        m.CommitReady(store, 2, [], True, False, None),
+        m.CommitReady(store, 1, [-1.0], True, False, None),
+    ):
+        with pytest.raises(ProtocolError):
+            made.handle("server", 1, message)
+    for rank in range(2):
+        tell(made, rank, m.LeaveStore(2, store))
+    assert made._commits._ready == {}
+    assert taken(made) == []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
-from tensorkv.protocol.memory import BufferPool, Memory
+from tensorkv.errors import ProtocolError
+from tensorkv.protocol.memory import IDLE_TAKES, LARGE_BYTES, BufferPool, Memory
 
 
 def test_bytes_and_elements_are_one_memory() -> None:
@@ -29,3 +32,26 @@ def test_a_buffer_is_large_enough_and_used_again(size_bytes: int) -> None:
     assert other.tensor.data_ptr() != buffer.tensor.data_ptr()
     pool.give(buffer)
     assert pool.take(size_bytes) is buffer
+
+
+def test_memory_that_is_not_there_is_refused() -> None:
+    for size_bytes in (1 << 60, (1 << 62) + 1):
+        with pytest.raises(ProtocolError, match=f"no memory for a payload of {size_bytes} bytes"):
+            BufferPool().take(size_bytes)
+
+
+def test_large_buffers_of_sizes_that_nobody_asks_for_any_more_are_freed() -> None:
+    pool = BufferPool()
+    first = pool.take(LARGE_BYTES + 1)
+    pool.give(first)
+    for _ in range(IDLE_TAKES - 1):
+        assert pool.take(LARGE_BYTES + 1) is first
+        pool.give(first)
+    freed = weakref.ref(first)
+    del first
+    small = pool.take(100)
+    pool.give(small)
+    for number in range(IDLE_TAKES + 1):
+        pool.give(pool.take(LARGE_BYTES + 2 + number % 2))
+    assert freed() is None
+    assert pool.take(100) is small

@@ -97,3 +97,88 @@ def test_a_worker_that_is_gone_has_left_every_store_also_those_of_later(t: Any) 
     bench.state.handle(0, m.OpenStore(2, "later", False, False))
     assert bench.state._stores[2].rounds.left.tolist() == [False, True]
     assert bench.state.worker_gone(1) == []
+
+
+def refused(bench: Any, message: Any, text: str) -> None:
+    """Assert that a message is refused by what it announces, before its payload has come."""
+    with pytest.raises(ProtocolError, match=text):
+        bench.send(0, message)
+
+
+def descriptor(dtype: str = "float32") -> m.PayloadDescriptor:
+    return m.PayloadDescriptor("dense", dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "slices", "text"),
+    [
+        ((1 << 55,), [(0, 1 << 55)], "over the"),
+        ((1 << 58, 1 << 58), [(0, 1)], "more elements than can be numbered"),
+        ((-1, -4), [(0, 4)], "a shape"),
+        ((0, 1 << 60), [], "more elements"),
+        ((1,) * 65, [(0, 1)], "65 dimensions"),
+        ((4,), [(0, 4), (0, 4)], "after 4"),
+        ((4,), [(2, 1)], "slice"),
+        ((4,), [(-1, 1)], "slice"),
+    ],
+)
+def test_an_init_is_refused_before_memory_is_taken(
+    t: Any, shape: tuple[int, ...], slices: list[tuple[int, int]], text: str
+) -> None:
+    bench = t.Bench(1, max_payload_bytes=1 << 40)
+    entries = [m.SliceEntry(number, 0, *bounds) for number, bounds in enumerate(slices)]
+    refused(bench, m.InitSlices(1, 1, "k", shape, "float32", entries), text)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        m.ChunkEntry([9], [1 << 60], descriptor(), [1]),  # of a slice that is not there
+        m.ChunkEntry([9, 10], [1 << 37, 1 << 38], descriptor(), [1, 1]),
+        m.ChunkEntry([9], [-1], descriptor(), [1]),
+        m.ChunkEntry([9], [1], descriptor(), [-1]),
+        m.ChunkEntry([9], [1], descriptor(), [1 << 40]),
+        m.ChunkEntry([9], [1], descriptor("bits8"), [1]),
+        m.ChunkEntry([], [], descriptor(), []),
+    ],
+)
+def test_a_plan_is_refused_before_memory_is_taken(t: Any, chunk: m.ChunkEntry) -> None:
+    bench = t.Bench(1, max_payload_bytes=1 << 40)
+    with pytest.raises(ProtocolError):
+        bench.state.handle(0, m.DefinePlan(1, 1, [chunk]))
+    with pytest.raises(ProtocolError, match="has not defined plan 1"):
+        bench.state.payload_bytes(0, m.Push(1, 0, True, 0))
+
+
+def test_plans_without_end_are_refused_unless_they_are_dropped(
+    t: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tensorkv.protocol.shard.MAX_PLANNED", 5 * 1100)
+    bench = t.Bench(2)
+    chunk = m.ChunkEntry([9], [1], descriptor(), [1])
+    for number in range(100):
+        bench.state.handle(0, m.DefinePlan(1, number, [chunk]))
+        bench.state.handle(0, m.DropPlan(number))
+    for number in range(5):
+        bench.state.handle(0, m.DefinePlan(1, number, [chunk]))
+    with pytest.raises(ProtocolError, match="worker 0 has defined too many plans"):
+        bench.state.handle(0, m.DefinePlan(1, 1 << 62, [chunk]))
+    bench.state.handle(1, m.DefinePlan(1, 1, [chunk]))
+
+
+def test_stores_without_end_are_refused(t: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensorkv.protocol.serverstate.MAX_STORES", 3)
+    bench = t.Bench(1)
+    for number in (2, 3):
+        bench.state.handle(0, m.OpenStore(number, "more", False, False))
+    with pytest.raises(ProtocolError, match="3 stores"):
+        bench.state.handle(0, m.OpenStore(4, "more", False, False))
+    bench.send(0, m.Leave(1, 3))
+    bench.state.handle(0, m.OpenStore(4, "more", False, False))
+
+
+def test_a_store_is_opened_by_all_alike(t: Any) -> None:
+    bench = t.Bench(2)
+    for is_async, mean in ((True, False), (False, True)):
+        with pytest.raises(ProtocolError, match="another mode or reduction"):
+            bench.state.handle(1, m.OpenStore(1, "default", is_async, mean))

@@ -921,3 +921,120 @@ def test_a_put_says_whom_it_waits_for_and_needs_values(t: Any) -> None:
     bench.send(0, m.Put(plan, 0, 77), [ones(2)])
     (answer,) = bench.send(0, m.AskWaiting(77, 1))
     assert answer.message == m.Waiting(77, [1], "round 1 of 'w'")
+
+
+# ---- what is not foreseen ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounds", [0, 12])  # the general way, and in lockstep
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_what_torch_refuses_is_the_fault_of_the_round(
+    t: Any, monkeypatch: pytest.MonkeyPatch, rounds: int, optimizer: bool
+) -> None:
+    """Whoever contributed is told; the round counts, the version does not, and the server goes on."""
+    bench = t.Bench(2)
+    (w,) = bench.init("w", torch.zeros(2))
+    if optimizer:
+        bench.set_updater(0, UpdaterSpec(type="named", name="add"))
+    plans = [bench.define(worker, t.dense([w], [2])) for worker in range(2)]
+    for _ in range(rounds):
+        for worker in range(2):
+            assert bench.push(worker, plans[worker], torch.ones(2)) == []
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("add_cpu is not made for this")
+
+    before = bench.value(0, plans[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("tensorkv.protocol.shard.add_up", fail)
+        assert bench.push(0, plans[0], torch.ones(2)) == []
+        out = bench.push(1, plans[1], torch.ones(2))
+    assert [(each.worker, each.message.slice_ids, each.message.round) for each in out] == [
+        (0, [w], rounds + 1), (1, [w], rounds + 1),
+    ]  # fmt: skip
+    assert isinstance(t.error_of(out[0].message), UpdaterError)
+    assert "RuntimeError: add_cpu is not made for this" in out[0].message.text
+    info = bench.info(0, [w])
+    assert (info.rounds, info.versions) == ([rounds + 1], [rounds])
+    assert torch.equal(bench.value(0, plans[0]), before)
+    for worker in range(2):
+        assert bench.push(worker, plans[worker], torch.ones(2)) == []
+    assert not torch.equal(bench.value(0, plans[0]), torch.zeros(2))
+    bench.check_empty()
+
+
+@pytest.mark.parametrize("when", ["summed", "applied"])
+def test_what_torch_refuses_in_a_commit_is_told_to_all(
+    t: Any, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    bench = t.Bench(2)
+    (w,) = bench.init("w", torch.zeros(2))
+    plans = [bench.define(worker, t.dense([w], [2])) for worker in range(2)]
+    for worker in range(2):
+        bench.push(worker, plans[worker], torch.ones(2), apply=False)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not made for this")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tensorkv.protocol.shard." + ("add_up" if when == "summed" else "apply_all"), fail)
+        bench.commit(0)
+        (ready,) = bench.commit(1)
+        out = bench.decide(ready.message)
+    kind = m.Failed if when == "summed" else m.Fault
+    told = [each for each in out if isinstance(each.message, kind)]
+    assert [each.worker for each in told] == [0, 1]
+    assert all(isinstance(t.error_of(each.message), UpdaterError) for each in told)
+
+
+def test_a_slice_id_that_comes_again_does_not_spoil_old_plans(t: Any) -> None:
+    """A hostile worker could so have the delete of another worker fail."""
+    bench = t.Bench(2)
+    (w,), (v,) = bench.init("w", torch.zeros(2)), bench.init("v", torch.zeros(2))
+    bench.define(1, t.dense([w, v], [2, 2]))
+    bench.delete(0, "w", [w])
+    bench.send(0, m.InitSlices(90, 1, "x", (5,), "int64", [m.SliceEntry(w, 0, 0, 5)]), [torch.arange(5)])
+    assert [type(each.message) for each in bench.delete(0, "v", [v])] == [m.Done]
+
+
+def test_calls_that_wait_without_end_are_refused(t: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensorkv.protocol.shard.MAX_WAITS", 3)
+    for lockstep in (False, True):
+        for what in ("pull", "merge", "put"):
+            bench = t.Bench(2)
+            (w,) = bench.init("w", torch.zeros(2))
+            plans = [bench.define(worker, t.dense([w], [2])) for worker in range(2)]
+            if not lockstep:
+                bench.set_updater(0, UpdaterSpec(type="named", name="add"))
+            bench.push(0, plans[0], torch.ones(2))
+
+            def ask(bench: Any = bench, plan: int = plans[0], what: str = what) -> None:
+                request = next(bench.requests)
+                message = {"pull": m.Pull(plan, request), "merge": m.WaitMerged(plan, request)}.get(what)
+                if message is not None:
+                    bench.send(0, message)
+                else:
+                    bench.send(0, m.Put(plan, 0, request), [torch.ones(2)])
+
+            for _ in range(3):
+                ask()
+            with pytest.raises(ProtocolError, match="waits for"):
+                ask()
+
+
+def test_an_init_without_memory_is_refused_and_changes_nothing(
+    t: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = t.Bench(1)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("not enough memory")
+
+    message = m.InitSlices(1, 1, "w", (2,), "float32", [m.SliceEntry(7, 0, 0, 1), m.SliceEntry(8, 0, 1, 2)])
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.shard._slots, "allocate", fail)
+        (out,) = bench.send(0, message, [torch.ones(2)])
+    assert isinstance(out.message, m.Failed)
+    assert "init of key 'w': a server has no memory for 8 bytes" in out.message.text
+    (out,) = bench.send(0, message, [torch.ones(2)])
+    assert isinstance(out.message, m.Done)

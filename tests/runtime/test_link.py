@@ -372,3 +372,20 @@ def test_close_wakes_who_waits(bench: Bench) -> None:
         for each in done:
             with pytest.raises(PeerLostError, match="has left the job"):
                 each.result(DEADLINE_S)
+
+
+def test_a_payload_that_nobody_wants_takes_little_memory(bench: Bench) -> None:
+    number = bench.link.open(SingleReply())
+    bench.say(m.Data(99, 0), bytes(2_500_000))
+    bench.say(m.Done(number))
+    bench.link.wait(number, bench.wait())
+    buffers = link_module._discard(5 << 40 >> 3)
+    assert sum(map(len, buffers)) == 5 << 40 >> 3
+    assert len({id(each.obj) for each in buffers}) == 1
+
+
+def test_a_payload_longer_than_any_ends_the_link(tcp_bench: Bench) -> None:
+    number = tcp_bench.link.open(SingleReply())
+    tcp_bench.server.send(encode(m.Data(99, 0), 1 << 62))
+    with pytest.raises(ProtocolError, match="for a request that is not there"):
+        tcp_bench.link.wait(number, tcp_bench.wait())

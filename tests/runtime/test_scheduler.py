@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -190,3 +191,44 @@ def test_strangers_are_refused_with_one_line(
     assert "refused" in caplog.text
     member("server", 0)
     assert member("worker", 0).hear() == m.Welcome([("host", 7)])
+
+
+def test_who_asks_and_does_not_read_is_ended_with_one_line(
+    scheduler: SchedulerServer, member: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else its answers would fill the scheduler's memory."""
+    if scheduler.address[0] == "inproc":
+        pytest.skip("within a process nothing waits to be sent")
+    member("server", 0)
+    workers = [member("worker", rank) for rank in range(2)]
+    for each in workers:
+        each.hear()
+    workers[0].say(m.JoinStore(1, "default", "sync", "sum"))
+    store = workers[0].hear().store
+    keys = [m.KeySpec(f"{number:01000}", (2,), "float32", 4, False) for number in range(100)]
+    workers[0].say(m.ProposeInit(2, store, keys))
+    entries = workers[0].hear().entries
+    workers[0].say(m.ConcludeInit(3, store, [each.key_id for each in entries], None))
+    assert workers[0].hear() == m.Done(3)
+    scheduler._peers["worker", 1].sender._max_frames = 10
+    with caplog.at_level(logging.WARNING):
+        with contextlib.suppress(ConnectionError):
+            for number in range(1000):  # 100 KB each
+                workers[1].say(m.Lookup(number, store, None))
+        lost = workers[0].hear()
+    assert (lost.role, lost.rank) == ("worker", 1)
+    assert len(caplog.records) == 1, caplog.text
+    assert "it does not read: more than 10 frames" in caplog.text
+
+
+def test_strangers_without_end_do_not_keep_a_process_out(
+    scheduler: SchedulerServer, member: Callable[..., Any]
+) -> None:
+    scheduler._newcomers._limit = 5
+    strangers = [connect(*scheduler.address, DEADLINE_S) for _ in range(40)]
+    member("server", 0)
+    assert member("worker", 0).hear() == m.Welcome([("host", 7)])
+    assert len(scheduler._newcomers._here) <= 5
+    for stranger in strangers:
+        stranger.shutdown()
+        stranger.close()

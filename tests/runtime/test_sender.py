@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from tensorkv.errors import ProtocolError
 from tensorkv.runtime.sender import Sender
 from tensorkv.transport.base import Connection
 from tensorkv.wire.codec import encode
@@ -112,3 +113,19 @@ def test_close_does_not_wait_for_ever(gate: Any) -> None:
     gate.open.set()
     sender._thread.join(DEADLINE_S)
     assert gate.sent == [b"stuck"]
+
+
+def test_a_peer_that_asks_and_does_not_read_is_ended(gate: Any) -> None:
+    failures: list[Exception] = []
+    given_back: list[int] = []
+    sender = Sender(gate, "test", failures.append, max_frames=3)
+    for number in range(4):
+        sender.put([b"frame"], lambda number=number: given_back.append(number))
+        sender.pump()
+    assert [type(each) for each in failures] == [ProtocolError]
+    assert "more than 3 frames" in str(failures[0])
+    gate.failing = ConnectionResetError("shut down, as the owner does when it is told")
+    gate.open.set()
+    sender.close(DEADLINE_S)
+    assert len(failures) == 1
+    assert given_back == [0, 1, 2, 3]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +17,9 @@ from tensorkv.config import JobConfig
 from tensorkv.errors import AuthenticationError, PeerLostError
 from tensorkv.runtime import server as server_module
 from tensorkv.runtime.embedded import EmbeddedJob
+from tensorkv.runtime.handshake import introduce
 from tensorkv.runtime.server import Server
+from tensorkv.transport.base import Connection
 from tensorkv.transport.endpoint import connect
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import PREFIX, encode
@@ -48,12 +52,27 @@ def open_store(peer: Any) -> None:
     assert peer.hear() == m.Done(1)
 
 
+def until_the_end(connection: Connection) -> list[bytes]:
+    """Receive until the other side ends the connection; return the messages that came."""
+    said: list[bytes] = []
+
+    def sink(body: memoryview, payload_bytes: int) -> list[memoryview]:
+        said.append(bytes(body))
+        return [memoryview(bytearray(payload_bytes))] if payload_bytes else []
+
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            connection.receive(sink)
+    return said
+
+
 def lives(peer: Any) -> None:
     """Assert that the server still answers this worker."""
     peer.say(m.Flush(99, 1))
     assert peer.hear() == m.Done(99)
 
 
+HUGE = m.ChunkEntry([1], [1 << 60], m.PayloadDescriptor("dense", "float32"), [1])
 CHUNK = m.ChunkEntry([1], [2], m.PayloadDescriptor("dense", "float32"), [1])
 NONSENSE = {
     "a push to an undefined plan": ([m.Push(7, 0, True, 0)], b"12345678", "has not defined plan 7"),
@@ -72,6 +91,23 @@ NONSENSE = {
         "slice",
     ),
     "a dtype that does not exist": ([m.InitSlices(1, 1, "v", (2,), "float1", TINY)], b"12345678", "float1"),
+    "an init of petabytes": (
+        [m.InitSlices(1, 1, "v", (1 << 51,), "float32", [m.SliceEntry(9, 0, 0, 1 << 51)])],
+        b"",
+        "over the",
+    ),
+    "a shape with an overflowing product": (
+        [m.InitSlices(1, 1, "v", (1 << 40, 1 << 40), "float32", TINY)],
+        b"",
+        "more elements than can be numbered",
+    ),
+    "a plan of absurd lengths": ([m.DefinePlan(1, 1, [HUGE])], b"", "a chunk of 4611686018427387904 bytes"),
+    "a chunk without slices": (
+        [m.DefinePlan(1, 1, [m.ChunkEntry([], [], m.PayloadDescriptor("dense", "int8"), [])])],
+        b"",
+        "without slices",
+    ),
+    "a store of another mode": ([m.OpenStore(1, "default", True, False)], b"", "another mode"),
     "a message of another conversation": ([m.Goodbye()], b"", "malformed message"),
     "a plan that was not defined is dropped": ([m.DropPlan(3)], b"", "has not defined plan 3"),
 }
@@ -123,14 +159,7 @@ def test_bytes_that_are_no_frame(
         connection = connect(*cluster.servers[0]._listener.address, DEADLINE_S)
     with caplog.at_level(logging.WARNING):
         connection.send(raw)
-        ends = (EOFError, ConnectionError)
-
-        def until_the_end() -> None:
-            while True:  # a stranger is sent a Challenge first
-                connection.receive(lambda body, payload_bytes: [])
-
-        with pytest.raises(ends):
-            until_the_end()
+        until_the_end(connection)  # a stranger is sent a Challenge first
         lives(other)
     assert len(caplog.records) == 1, caplog.text
     assert text in caplog.text
@@ -152,6 +181,77 @@ def test_the_memory_of_an_init_is_not_kept(worker: Callable[[int], Any], cluster
     one.say(m.DefinePlan(1, 1, [plan]))
     one.say(m.Pull(1, 3))
     assert one.hear() == m.Data(3, 0)
+
+
+def test_the_memory_of_a_push_that_does_not_come_whole_is_given_back(
+    worker: Callable[[int], Any], cluster: EmbeddedJob
+) -> None:
+    if cluster.config("worker", 0).host == "inproc":
+        pytest.skip("within a process frames come whole")
+    one, other = worker(0), worker(1)
+    open_store(one)
+    open_store(other)
+    one.say(m.DefinePlan(1, 1, [m.ChunkEntry([1], [1 << 20], m.PayloadDescriptor("dense", "float32"), [1])]))
+    one.connection.send(encode(m.Push(1, 0, True, 0), 4 << 20), [bytes(100_000)])
+    one.connection.shutdown()
+    server = cluster.servers[0]
+    give, given = server._pool.give, threading.Event()
+
+    def note(buffer: Any) -> None:
+        give(buffer)
+        given.set()
+
+    server._pool.give = note  # type: ignore[method-assign]
+    if not any(server._pool._free.values()):
+        assert given.wait(DEADLINE_S)
+    assert [len(each.bytes) for free in server._pool._free.values() for each in free] == [4 << 20]
+    lives(other)
+
+
+def test_no_memory_for_a_payload_ends_one_connection_with_one_line(
+    worker: Callable[[int], Any],
+    cluster: EmbeddedJob,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = worker(0), worker(1)
+    open_store(one)
+    open_store(other)
+    monkeypatch.setattr(cluster.servers[0]._state, "_max_payload_bytes", 1 << 62)
+    with caplog.at_level(logging.WARNING):
+        entries = [m.SliceEntry(9, 0, 0, 1 << 58)]
+        one.connection.send(encode(m.InitSlices(1, 1, "v", (1 << 58,), "float32", entries), 1 << 60))
+        with pytest.raises((EOFError, ConnectionError)):
+            one.hear()
+        lives(other)
+    if cluster.config("worker", 0).host != "inproc":  # there, a payload is taken at its true length
+        assert "no memory for a payload" in caplog.text
+    assert len(caplog.records) == 1, caplog.text
+    assert caplog.records[0].exc_info is None
+
+
+def test_who_asks_and_does_not_read_is_ended_with_one_line(
+    worker: Callable[[int], Any], cluster: EmbeddedJob, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else its answers would fill the server's memory."""
+    if cluster.config("worker", 0).host == "inproc":
+        pytest.skip("within a process nothing waits to be sent")
+    one, other = worker(0), worker(1)
+    open_store(one)
+    open_store(other)
+    server = cluster.servers[0]
+    server._peers[0].sender._max_frames = 20
+    one.say(m.InitSlices(2, 1, "v", (1 << 20,), "float32", [m.SliceEntry(1, 0, 0, 1 << 20)]), bytes(4 << 20))
+    assert one.hear() == m.Done(2)
+    one.say(m.DefinePlan(1, 1, [m.ChunkEntry([1], [1 << 20], m.PayloadDescriptor("dense", "float32"), [1])]))
+    with caplog.at_level(logging.WARNING):
+        with contextlib.suppress(ConnectionError):  # the later ones find it ended
+            for number in range(200):
+                one.say(m.Pull(1, 10 + number))
+        until_the_end(one.connection)
+        lives(other)
+    assert len(caplog.records) == 1, caplog.text
+    assert "worker 0: it does not read: more than 20 frames" in caplog.text
 
 
 def test_a_fault_of_ours_ends_one_connection_and_shows_where(
@@ -197,6 +297,69 @@ def test_a_place_is_given_away_once(worker: Callable[[int], Any]) -> None:
     with pytest.raises(AuthenticationError, match="worker 2 is connected already"):
         worker(2)
     open_store(first)
+
+
+def test_a_replayed_handshake_is_refused_with_one_line(
+    cluster: EmbeddedJob, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever has seen a worker prove itself has nothing to prove itself with."""
+    address = cluster.servers[0]._listener.address
+    first = connect(*address, DEADLINE_S)
+    seen: list[bytes] = []
+    real = first.send
+
+    def send(head: bytes, *rest: Any) -> None:
+        seen.append(bytes(head))
+        real(head, *rest)
+
+    first.send = send  # type: ignore[method-assign]
+    introduce(first, cluster.config("worker", 0).token, "worker", 0)
+    with caplog.at_level(logging.WARNING):
+        replay = connect(*address, DEADLINE_S)
+        replay.send(seen[0])
+        said = until_the_end(replay)
+    assert b"AuthenticationError" in said[-1]
+    assert len(caplog.records) == 1, caplog.text
+    assert "does not hold the token" in caplog.text
+    for each in (first, replay):
+        each.shutdown()
+        each.close()
+
+
+def test_a_stranger_that_says_nothing_is_dropped_with_one_line(
+    cluster: EmbeddedJob,
+    worker: Callable[[int], Any],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tensorkv.runtime.handshake.HANDSHAKE_TIMEOUT_S", 0.0)
+    with caplog.at_level(logging.WARNING):
+        stranger = connect(*cluster.servers[0]._listener.address, DEADLINE_S)
+        stranger.receive(lambda body, payload_bytes: [])  # the Challenge
+        until_the_end(stranger)
+    assert len(caplog.records) == 1, caplog.text
+    assert "did not finish within" in caplog.text
+    stranger.shutdown()
+    stranger.close()
+
+
+def test_strangers_without_end_do_not_keep_a_worker_out(
+    cluster: EmbeddedJob, worker: Callable[[int], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = cluster.servers[0]
+    server._newcomers._limit = 5
+    before = threading.active_count()
+    strangers = [connect(*server._listener.address, DEADLINE_S) for _ in range(40)]
+    with caplog.at_level(logging.WARNING):
+        one = worker(0)
+        open_store(one)
+    assert len(server._newcomers._here) <= 5
+    assert threading.active_count() - before <= 5 + 2 + 3  # also those that are just ending, and the worker's
+    assert len(caplog.records) <= 40
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    for stranger in strangers:
+        stranger.shutdown()
+        stranger.close()
 
 
 def test_stop_with_strangers_and_workers_connected(

@@ -256,3 +256,40 @@ def _is_socket(descriptor: int) -> bool:
 
 def test_hostname_is_what_the_system_says() -> None:
     assert tcp.hostname() == socket.gethostname()
+
+
+@pytest.mark.parametrize("begun", [b"", FRAME[:-6]])
+def test_a_peer_that_sends_a_byte_now_and_then_does_not_put_off_a_deadline(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    """Each byte comes in time; the time, here one that jumps a second at each look, passes nonetheless."""
+    bare, connection = pair
+    frame = encode(["a message"], 1 << 20)
+    now = iter(range(1, 1000))
+    monkeypatch.setattr("tensorkv.transport.tcp.time.monotonic", lambda: float(next(now)))
+    real = connection._receive_some
+
+    def one_byte(buffers: Any, flags: int) -> int:
+        return real([memoryview(buffers[0])[:1]], flags)
+
+    monkeypatch.setattr(connection, "_receive_some", one_byte)
+    bare.sendall(frame + bytes(100) if begun else frame[:10])
+    ticks: list[int] = []
+
+    def tick() -> None:
+        ticks.append(1)
+        if len(ticks) == 3:
+            raise TimeoutError("the deadline")
+
+    with pytest.raises(TimeoutError, match="the deadline"):
+        connection.receive(into(bytearray(1 << 20)), tick)
+    assert connection.broken
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("127.0.0.1", 1 << 40), ("127.0.0.1", -1), ("a" * 80, 1), ("\0", 1)]
+)
+def test_an_address_that_cannot_be_one(host: str, port: int) -> None:
+    """A server's address comes from another process."""
+    with pytest.raises(ConnectionError, match="cannot connect"):
+        tcp.connect(host, port, DEADLINE_S)

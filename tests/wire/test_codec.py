@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 from typing import Any
 
 import msgspec
@@ -169,3 +170,25 @@ def check_refused_or_sound(body: bytes) -> None:
     except ProtocolError:
         return
     assert isinstance(message, m.Message)
+
+
+@pytest.mark.parametrize("text", ["wor\nker", "wor\x1b[2Jker", "\u2028", "w" * 5000])
+def test_what_a_peer_says_stays_one_short_line_of_a_log(text: str) -> None:
+    """Else it could write lines of its own into the log."""
+    body = msgspec.msgpack.encode([2, b"nonce", b"proof", text, 1])
+    with pytest.raises(ProtocolError) as caught:
+        Decoder(m.HandshakeMessage).decode(body)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("count", [b"\xdd\xff\xff\xff\xff", b"\xdd\x40\x00\x00\x00", b"\xdc\xff\xff"])
+def test_a_huge_count_takes_no_memory(count: bytes) -> None:
+    """The list of AskInfo says that it has so many elements; then the message ends."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="malformed"):
+            Decoder(m.ToServer).decode(b"\x94\x20\x01\x01" + count)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from tensorkv.errors import (
+    InvalidValue,
     NotElementwise,
     ProtocolError,
     SettingMismatch,
@@ -33,6 +34,11 @@ from tensorkv.wire import messages as m
 from tensorkv.wire.messages import Key, KeyEntry, KeySpec, SettingRecord, SliceEntry
 
 MAX_REMEMBERED_GENERATIONS = 64
+MAX_JOB_BYTES = 1 << 46
+"""All values of a job together: what is more is a mistake, and its slices alone would fill the memory."""
+
+MAX_WAITS = 4096
+"""Calls of one rank that wait at one time."""
 
 
 @final
@@ -105,12 +111,13 @@ class Directory:
         """A rank calls init: lead, agree, refuse, or wait for the setting rank.
 
         Raises:
-            ProtocolError: the list has a key twice, or a size below 0.
+            ProtocolError: the list has a key twice, a shape that no value has, or the rank waits too often.
         """
         if len({spec.key for spec in message.keys}) < len(message.keys):
             raise ProtocolError("an init names a key twice")
-        if any(spec.itemsize_bytes < 1 or min(spec.shape, default=0) < 0 for spec in message.keys):
+        if not all(map(_can_be, message.keys)):
             raise ProtocolError("an init has a shape or itemsize that cannot be")
+        self._check_waits(rank, self._waiting_inits)
         self._waiting_inits.append((rank, message))
         self._retry()
 
@@ -126,7 +133,12 @@ class Directory:
         except TensorKVError as error:
             self._refuse(rank, message.request, error)
             return True
-        placed = iter(self._place([spec for spec, leads in zip(message.keys, lead, strict=True) if leads]))
+        new = [spec for spec, leads in zip(message.keys, lead, strict=True) if leads]
+        size_bytes = sum(_num_elems(spec.shape) * spec.itemsize_bytes for spec in new)
+        if size_bytes + sum(self._placement.load_bytes) > MAX_JOB_BYTES:
+            self._refuse(rank, message.request, _too_large(new, size_bytes))
+            return True
+        placed = iter(self._place(new))
         entries: list[KeyEntry] = []
         for spec, history, leads in zip(message.keys, histories, lead, strict=True):
             number = history.inits.get(rank, 0) + 1
@@ -138,6 +150,12 @@ class Directory:
             entries.append(entry)
         self.out.append((rank, m.InitReply(message.request, entries, lead)))
         return True
+
+    def _check_waits(
+        self, rank: int, waits: Sequence[tuple[int, m.ProposeInit]] | Sequence[tuple[int, m.ProposeSetting]]
+    ) -> None:
+        if sum(waiter == rank for waiter, _ in waits) >= MAX_WAITS:
+            raise ProtocolError(f"rank {rank} waits for {MAX_WAITS} answers already")
 
     def _leads(self, rank: int, spec: KeySpec, history: _KeyHistory) -> bool | None:
         """Return whether this rank creates the key, False if it agrees, None if it must wait."""
@@ -208,10 +226,13 @@ class Directory:
     def conclude_init(self, rank: int, message: m.ConcludeInit) -> None:
         """The leading rank has stored the values, or has not: then the keys do not exist."""
         for key_id in message.key_ids:
-            created = self._creating.pop(key_id, None)
+            created = self._creating.get(key_id)
             if created is None:
                 continue
-            _, history, spec, entry = created
+            leader, history, spec, entry = created
+            if leader != rank:
+                raise ProtocolError(f"rank {rank} concludes an init that rank {leader} makes")
+            del self._creating[key_id]
             history.creating = False
             if message.error is not None:
                 history.inits[rank] -= 1
@@ -258,7 +279,12 @@ class Directory:
     # ---- settings --------------------------------------------------------------------------------
 
     def propose_setting(self, rank: int, message: m.ProposeSetting) -> None:
-        """A rank makes its next setting: lead, agree, refuse, or wait for the setting rank."""
+        """A rank makes its next setting: lead, agree, refuse, or wait for the setting rank.
+
+        Raises:
+            ProtocolError: the rank waits too often.
+        """
+        self._check_waits(rank, self._waiting_settings)
         self._waiting_settings.append((rank, message))
         self._retry()
 
@@ -307,7 +333,7 @@ class Directory:
         """The setting rank has made the setting on all servers, or they have refused it."""
         if 0 <= message.number < len(self._attempts):
             attempt = self._attempts[message.number]
-            if attempt.leader == rank:  # else its own was withdrawn when it left
+            if attempt.leader == rank and not attempt.done:  # else its own was withdrawn when it left
                 attempt.done, attempt.error = True, message.error
         self.out.append((rank, m.Done(message.request)))
         self._retry()
@@ -390,7 +416,17 @@ class CommitReduction:
         self._ready: dict[tuple[int, int], dict[int, m.CommitReady]] = {}
 
     def add(self, server: int, ready: m.CommitReady) -> m.CommitDecision | None:
-        """Return the decision if this was the last server."""
+        """Return the decision if this was the last server.
+
+        Raises:
+            ProtocolError: it is not the commit that is under way, or has a norm below 0.
+        """
+        if any(store == ready.store and number != ready.number for store, number in self._ready):
+            raise ProtocolError(
+                f"server {server} is ready for commit {ready.number}, and another is under way"
+            )
+        if any(norm < 0 for norm in ready.norms):
+            raise ProtocolError("a norm below 0")
         name = (ready.store, ready.number)
         there = self._ready.setdefault(name, {})
         there[server] = ready
@@ -402,6 +438,11 @@ class CommitReduction:
         norm = total_norm([norm for each in in_order for norm in each.norms])
         skip = any(each.skip for each in in_order) or not all(each.finite for each in in_order)
         return m.CommitDecision(ready.store, ready.number, not skip and error is None, norm, error)
+
+    def forget(self, store: int) -> None:
+        """The store has ended."""
+        for name in [name for name in self._ready if name[0] == store]:
+            del self._ready[name]
 
 
 def _check_agrees(rank: int, spec: KeySpec, first: KeySpec) -> None:
@@ -432,6 +473,23 @@ def _describe(record: SettingRecord) -> str:
 def _unknown(spec: KeySpec, generation: int) -> KeyEntry:
     """Stand for a generation so old that it is forgotten: it is deleted, and has no slices."""
     return KeyEntry(spec.key, 0, generation, spec.shape, spec.dtype, m.EPOCH, [])
+
+
+def _can_be(spec: KeySpec) -> bool:
+    """Whether a tensor can have this shape; its bytes are numbered in 63 bits."""
+    product = 1
+    for size in spec.shape:
+        product *= max(size, 1)
+        if size < 0 or product >= 1 << 59:
+            return False
+    return len(spec.shape) <= 64 and 1 <= spec.itemsize_bytes <= 16
+
+
+def _too_large(specs: Sequence[KeySpec], size_bytes: int) -> InvalidValue:
+    return InvalidValue(
+        f"init of {len(specs)} keys, the first {specs[0].key!r}: {size_bytes} bytes more would be over the "
+        f"{MAX_JOB_BYTES} that one job may hold"
+    )
 
 
 def _num_elems(shape: tuple[int, ...]) -> int:

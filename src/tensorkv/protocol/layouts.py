@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
 import numpy as np
 import torch
 
-from tensorkv.arrays import Key, dtype_from_name
+from tensorkv.arrays import Key, check_summable, dtype_from_name
 from tensorkv.errors import InvalidValue, ProtocolError
 from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.rounds import Index
@@ -18,17 +19,36 @@ from tensorkv.updater import Assign, Setting
 if TYPE_CHECKING:
     from tensorkv.protocol.lockstep import Lockstep
 
+MAX_DIMS = 64
+MAX_ELEMS = (1 << 59) - 1
+"""No tensor has more elements: their bytes could not be counted in 63 bits."""
+
 
 def sent_dtype(name: str) -> torch.dtype:
     """Return the dtype that a message names.
 
     Raises:
-        ProtocolError: there is none of this name.
+        ProtocolError: there is none of this name, or values of it cannot be added.
     """
     try:
-        return dtype_from_name(name)
+        dtype = dtype_from_name(name)
+        check_summable(dtype, "")
     except InvalidValue as exc:
         raise ProtocolError(str(exc)) from exc
+    return dtype
+
+
+def sent_size(shape: tuple[int, ...]) -> int:
+    """Return the number of elements of a shape in a message.
+
+    Raises:
+        ProtocolError: no tensor can have it.
+    """
+    if len(shape) > MAX_DIMS or any(size < 0 for size in shape):
+        raise ProtocolError(f"a shape of {len(shape)} dimensions, the smallest {min(shape)}")
+    if math.prod(max(size, 1) for size in shape) > MAX_ELEMS:  # torch multiplies the sizes for its strides
+        raise ProtocolError(f"a shape of {len(shape)} dimensions with more elements than can be numbered")
+    return math.prod(shape)
 
 
 @final

@@ -20,6 +20,11 @@ from tensorkv.errors import ProtocolError, StoreMismatch, to_wire
 from tensorkv.protocol.directory import CommitReduction, Directory, Placement
 from tensorkv.wire import messages as m
 
+MAX_STORES = 4096
+"""Stores that are open at one time."""
+
+MAX_NAME_CHARS = 255
+MAX_CAUSE_CHARS = 10_000
 _OF_BOTH = (m.Register, m.Goodbye, m.Abandon)
 
 
@@ -29,6 +34,7 @@ class _Process:
     address: tuple[str, int]
     hostname: str
     gone: bool = False
+    said_goodbye: bool = False
 
 
 @final
@@ -65,6 +71,8 @@ class Membership:
         """
         if isinstance(message, m.Register) == self.has_joined(role, rank):
             raise ProtocolError(f"{type(message).__name__} of {role} {rank}: out of turn")
+        if (process := self._processes.get((role, rank))) is not None and process.said_goodbye:
+            raise ProtocolError(f"{type(message).__name__} of {role} {rank}, which has said Goodbye")
         if isinstance(message, m.CommitReady) != (role == "server") and not isinstance(message, _OF_BOTH):
             raise ProtocolError(f"{type(message).__name__} is not for a {role} to say")
         match message:
@@ -73,11 +81,9 @@ class Membership:
             case m.Goodbye():
                 self._goodbye(role, rank)
             case m.Abandon():
-                self.declare_lost(role, rank, message.cause)
+                self.declare_lost(role, rank, message.cause[:MAX_CAUSE_CHARS])
             case m.CommitReady():
-                decision = self._commits.add(rank, message)
-                if decision is not None:
-                    self._to_servers(decision)
+                self._commit_ready(rank, message)
             case m.JoinStore():
                 self._join_store(rank, message)
             case m.AskWaiting():
@@ -85,10 +91,18 @@ class Membership:
             case _:
                 self._handle_store(rank, message)
 
+    def _commit_ready(self, rank: int, message: m.CommitReady) -> None:
+        if message.store in self._stores:  # else it has ended meanwhile: nobody asks for the commit any more
+            decision = self._commits.add(rank, message)
+            if decision is not None:
+                self._to_servers(decision)
+
     def _handle_store(self, rank: int, message: Any) -> None:
         directory = self._stores.get(message.store)
         if directory is None:
             return  # ended meanwhile: whoever asked has left it
+        if rank in directory.left and not isinstance(message, m.LeaveStore):
+            return  # another of its threads was in a call
         match message:
             case m.ProposeInit():
                 directory.propose_init(rank, message)
@@ -112,6 +126,8 @@ class Membership:
         self._collect(directory)
 
     def _register(self, role: Role, rank: int, message: m.Register) -> None:
+        if not 0 <= message.port < 1 << 16 or max(len(message.host), len(message.hostname)) > MAX_NAME_CHARS:
+            raise ProtocolError(f"an address of {role} {rank} that cannot be one")
         self._processes[role, rank] = _Process((message.host, message.port), message.hostname)
         if self.lost is not None:  # it comes too late
             self.out.append((role, rank, self.lost))
@@ -138,6 +154,10 @@ class Membership:
             )
             self.out.append(("worker", rank, m.Failed(message.request, *to_wire(StoreMismatch(text)))))
             return
+        if directory is None and len(self._stores) >= MAX_STORES:
+            text = f"store {message.name[:40]!r}: {MAX_STORES} stores are open already; close some first"
+            self.out.append(("worker", rank, m.Failed(message.request, *to_wire(StoreMismatch(text)))))
+            return
         if directory is None:
             number = self._next_store
             self._next_store += 1
@@ -158,7 +178,8 @@ class Membership:
         self.out.append(("worker", rank, m.Joined(message.request, directory.store)))
 
     def _goodbye(self, role: Role, rank: int) -> None:
-        self._processes[role, rank].gone = True
+        process = self._processes[role, rank]
+        process.gone = process.said_goodbye = True
         if role == "worker":
             self.worker_exited(rank)
 
@@ -212,5 +233,6 @@ class Membership:
         directory.out.clear()
         if not directory.members and directory.store in self._stores:
             directory.close()
+            self._commits.forget(directory.store)
             del self._stores[directory.store]
             del self._by_name[directory.opened.name]

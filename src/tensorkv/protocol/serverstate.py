@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, final
 
 from tensorkv.errors import ProtocolError, TensorKVError, to_wire
-from tensorkv.protocol.layouts import sent_dtype
+from tensorkv.protocol.layouts import sent_dtype, sent_size
 from tensorkv.protocol.memory import EMPTY, BufferPool, Memory
 from tensorkv.protocol.schedule import LoadUpdater
 from tensorkv.protocol.shard import Outgoing, StoreShard
 from tensorkv.wire import messages as m
 
+MAX_STORES = 4096
+"""Stores that are open at one time."""
+
 
 @final
 class ServerState:
-    """The stores that a server serves. One thread at a time."""
+    """The stores that a server serves. One thread at a time.
 
-    def __init__(self, num_workers: int, pool: BufferPool, load_updater: LoadUpdater) -> None:
+    A payload of more than `max_payload_bytes` is refused before memory is taken for it.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        pool: BufferPool,
+        load_updater: LoadUpdater,
+        max_payload_bytes: int = 1 << 62,
+    ) -> None:
         self._num_workers = num_workers
+        self._max_payload_bytes = max_payload_bytes
         self._pool = pool
         self._load_updater = load_updater
         self._stores: dict[int, StoreShard] = {}
@@ -37,16 +49,23 @@ class ServerState:
                     self._plan(worker, message.plan).chunk(worker, message.plan, message.chunk).payload_bytes
                 )
             case m.InitSlices():
-                itemsize = sent_dtype(message.dtype).itemsize
-                if any(size < 0 for size in message.shape):
-                    raise ProtocolError(f"a shape {message.shape}")
-                whole = math.prod(message.shape)
-                for entry in message.slices:
-                    if not 0 <= entry.start <= entry.stop <= whole:
-                        raise ProtocolError(f"slice [{entry.start}, {entry.stop}) of {whole} elements")
-                return sum(entry.stop - entry.start for entry in message.slices) * itemsize
+                return self._init_bytes(message)
             case _:
                 return 0
+
+    def _init_bytes(self, message: m.InitSlices) -> int:
+        itemsize = sent_dtype(message.dtype).itemsize
+        whole, low = sent_size(message.shape), 0
+        for entry in message.slices:  # in ascending order, so that no element is there twice
+            if not low <= entry.start <= entry.stop <= whole:
+                raise ProtocolError(f"slice [{entry.start}, {entry.stop}) of {whole} elements, after {low}")
+            low = entry.stop
+        size_bytes = sum(entry.stop - entry.start for entry in message.slices) * itemsize
+        if size_bytes > self._max_payload_bytes:
+            raise ProtocolError(
+                f"an init of {size_bytes} bytes is over the {self._max_payload_bytes} that this server has"
+            )
+        return size_bytes
 
     def handle(self, worker: int, message: Any, payload: Memory = EMPTY) -> list[Outgoing]:
         """Take in a worker's message, and return what is to be sent, in order.
@@ -57,11 +76,7 @@ class ServerState:
             ProtocolError: the worker has broken the rules; nothing of the message has taken effect.
         """
         if isinstance(message, m.OpenStore):
-            if message.store not in self._stores:
-                shard = StoreShard(message, self._num_workers, self._pool, self._load_updater)
-                for gone in self._gone:
-                    shard.leave(gone)
-                self._stores[message.store] = shard
+            self._open(message)
             return []
         shard = self._shard(worker, message)
         try:
@@ -72,6 +87,21 @@ class ServerState:
             shard.out.append(Outgoing(worker, m.Failed(message.request, *to_wire(error))))
         out, shard.out = shard.out, []
         return out
+
+    def _open(self, message: m.OpenStore) -> None:
+        shard = self._stores.get(message.store)
+        if shard is not None:
+            if (shard.is_async, shard.mean) != (message.is_async, message.mean):
+                raise ProtocolError(f"store {message.store} is open with another mode or reduction")
+            return
+        if len(self._stores) >= MAX_STORES:
+            raise ProtocolError(f"there are {MAX_STORES} stores already")
+        shard = StoreShard(
+            message, self._num_workers, self._pool, self._load_updater, self._max_payload_bytes
+        )
+        for gone in self._gone:
+            shard.leave(gone)
+        self._stores[message.store] = shard
 
     def _dispatch(self, shard: StoreShard, worker: int, message: Any, payload: Memory) -> None:
         match message:

@@ -13,7 +13,7 @@ in `rounds.py`; from which round a setting holds stands in `schedule.py`; sums a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 from weakref import WeakValueDictionary
@@ -26,6 +26,7 @@ from tensorkv.errors import (
     KeyDeleted,
     ProtocolError,
     TensorKVError,
+    UpdaterError,
     to_wire,
 )
 from tensorkv.protocol.commits import CommitGather, all_finite, norms_of, scale, unscalable
@@ -35,12 +36,23 @@ from tensorkv.protocol.memory import BufferPool, Memory
 from tensorkv.protocol.norms import clip_factor
 from tensorkv.protocol.rounds import Index, Rounds
 from tensorkv.protocol.schedule import LoadUpdater, SettingSchedule
-from tensorkv.protocol.slots import Lease, SlotAllocator
+from tensorkv.protocol.slots import Lease, Slot, SlotAllocator
 from tensorkv.protocol.sums import add_up
 from tensorkv.updater import Setting, Update, apply_all
 from tensorkv.wire import messages as m
 
 MAX_TOMBSTONES = 4096
+MAX_PLANNED = 1 << 24
+PLAN_WEIGHT = 1024
+CHUNK_WEIGHT = 16
+"""The plans of one worker in one store may name so many slices together; a plan counts as so many, too,
+and each chunk of it."""
+
+MAX_WAITS = 1 << 18
+"""Chunks of one store that one worker may wait for."""
+
+MAX_COUNT = (1 << 31) - 1
+"""So often may a value count in a mean."""
 
 
 @final
@@ -102,7 +114,12 @@ class StoreShard:
     """The slices that one server holds of one store."""
 
     def __init__(
-        self, opened: m.OpenStore, num_workers: int, pool: BufferPool, load_updater: LoadUpdater
+        self,
+        opened: m.OpenStore,
+        num_workers: int,
+        pool: BufferPool,
+        load_updater: LoadUpdater,
+        max_payload_bytes: int = 1 << 62,
     ) -> None:
         self.store = opened.store
         self.is_async = opened.is_async
@@ -111,11 +128,13 @@ class StoreShard:
         self.schedule = SettingSchedule(load_updater)
         self.out: list[Outgoing] = []
         self._pool = pool
+        self._max_payload_bytes = max_payload_bytes
         self._slots = SlotAllocator()
         self._slices: dict[int, Slice] = {}  # by index
         self._index_of: dict[int, int] = {}  # slice id -> index
         self._tombstones: dict[int, str] = {}
         self._plans: dict[tuple[int, int], list[Chunk]] = {}
+        self._planned: dict[int, int] = {}  # by worker: how many slices its plans name
         self._layouts: WeakValueDictionary[tuple[tuple[int, ...], tuple[int, ...]], Layout] = (
             WeakValueDictionary()
         )
@@ -139,16 +158,26 @@ class StoreShard:
         if len(ids) < len(message.slices) or not ids.isdisjoint(self._index_of):
             raise ProtocolError(f"a slice of key {message.key!r} exists already")
         values, low = payload.tensor.view(dtype), 0
-        for entry in message.slices:
+        places = self._allocate(message, dtype)
+        for entry, (slot, offset) in zip(message.slices, places, strict=True):
             length = entry.stop - entry.start
-            slot, offset = self._slots.allocate(length, dtype)
             slot.make_writable()
             slot.tensor[offset : offset + length].copy_(values[low : low + length])
             low += length
             self._add_slice(entry, message, slot, offset)
         self._reply(worker, m.Done(message.request))
 
-    def _add_slice(self, entry: m.SliceEntry, message: m.InitSlices, slot: Any, offset: int) -> None:
+    def _allocate(self, message: m.InitSlices, dtype: torch.dtype) -> list[tuple[Slot, int]]:
+        try:
+            return [self._slots.allocate(each.stop - each.start, dtype) for each in message.slices]
+        except (RuntimeError, MemoryError) as exc:
+            size_bytes = sum(each.stop - each.start for each in message.slices) * dtype.itemsize
+            raise TensorKVError(
+                f"init of key {message.key!r}: a server has no memory for {size_bytes} bytes; "
+                "use more servers, or smaller values"
+            ) from exc
+
+    def _add_slice(self, entry: m.SliceEntry, message: m.InitSlices, slot: Slot, offset: int) -> None:
         index = self.rounds.add()
         capacity = self.rounds.merged.shape[0]
         if self._holder.shape[1] < capacity:
@@ -181,7 +210,7 @@ class StoreShard:
             for chunks in self._plans.values():
                 for chunk in chunks:
                     if not gone.keys().isdisjoint(chunk.layout.position):
-                        self._lay_out(chunk)
+                        self._lay_out(chunk, chunk.layout.position)
         self._reply(worker, m.Done(message.request))
 
     def _remove_slice(self, index: int) -> None:
@@ -212,16 +241,14 @@ class StoreShard:
 
     def define_plan(self, worker: int, message: m.DefinePlan) -> None:
         """Remember a worker's list of slices under its number."""
+        planned = self._planned.get(worker, 0) + _weight(entry.slice_ids for entry in message.chunks)
+        if planned > MAX_PLANNED:
+            raise ProtocolError(f"worker {worker} has defined too many plans and dropped too few")
         chunks: list[Chunk] = []
         first = 0
         for entry in message.chunks:
-            if not len(entry.slice_ids) == len(entry.lengths) == len(entry.counts):
-                raise ProtocolError("a chunk's slices, lengths and counts differ in number")
-            if len(set(entry.slice_ids)) != len(entry.slice_ids):
-                raise ProtocolError("a chunk names a slice twice")
-            if any(length < 0 for length in entry.lengths):
-                raise ProtocolError("a slice of a chunk has less than no elements")
             dtype = sent_dtype(entry.payload.dtype)
+            self._check_chunk(entry, dtype)
             absent = entry.payload.kind == "absent"
             chunk = Chunk(
                 entry.slice_ids, entry.lengths, entry.counts, dtype, absent, first, Layout([], []), [], []
@@ -230,16 +257,31 @@ class StoreShard:
             chunks.append(chunk)
             first += len(entry.slice_ids)
         self._plans[worker, message.plan] = chunks
+        self._planned[worker] = planned
 
-    def _lay_out(self, chunk: Chunk) -> None:
-        """Find where the chunk's slices are; those that are gone leave a gap."""
+    def _check_chunk(self, entry: m.ChunkEntry, dtype: torch.dtype) -> None:
+        """Everything about a chunk that a push of it need not look at any more."""
+        if not 0 < len(entry.slice_ids) == len(entry.lengths) == len(entry.counts):
+            raise ProtocolError("a chunk without slices, or its lengths and counts differ in number")
+        if len(set(entry.slice_ids)) != len(entry.slice_ids):
+            raise ProtocolError("a chunk names a slice twice")
+        if min(entry.lengths) < 0 or min(entry.counts) < 0 or max(entry.counts) > MAX_COUNT:
+            raise ProtocolError("a chunk has a length or a count that cannot be")
+        size_bytes = sum(entry.lengths) * dtype.itemsize
+        if size_bytes > self._max_payload_bytes:
+            raise ProtocolError(
+                f"a chunk of {size_bytes} bytes is over the {self._max_payload_bytes} that this server has"
+            )
+
+    def _lay_out(self, chunk: Chunk, among: Container[int] | None = None) -> None:
+        """Find where the chunk's slices are; those that are gone, or not in `among`, leave a gap."""
         slices: list[Slice] = []
         lows: list[int] = []
         chunk.counts, chunk.numbers = [], []
         low = 0
         for number, (slice_id, length) in enumerate(zip(chunk.slice_ids, chunk.lengths, strict=True)):
             index = self._index_of.get(slice_id)
-            if index is not None:
+            if index is not None and (among is None or index in among):
                 each = self._slices[index]
                 if each.num_elems != length:
                     raise ProtocolError(f"slice {slice_id} has {each.num_elems} elements, not {length}")
@@ -259,7 +301,8 @@ class StoreShard:
 
     def drop_plan(self, worker: int, message: m.DropPlan) -> None:
         """Forget a plan."""
-        self._plans.pop((worker, message.plan), None)
+        chunks = self._plans.pop((worker, message.plan))
+        self._planned[worker] -= _weight(chunk.slice_ids for chunk in chunks)
 
     def chunk(self, worker: int, plan: int, number: int) -> Chunk:
         """Return a chunk of a worker's plan.
@@ -411,7 +454,13 @@ class StoreShard:
         if not last:
             return
         contributions = lockstep.take()
-        lockstep.version += self._assign_runs(chunk.layout, contributions)
+        try:
+            lockstep.version += self._assign_runs(chunk.layout, contributions)
+        except Exception as exc:  # noqa: BLE001  # as in `_apply`
+            round_number = int(self.rounds.applied[chunk.layout.index[0]]) + lockstep.round
+            ids = [each.slice_id for each in chunk.layout.slices]
+            for each in contributions:
+                self._reply(each.worker, self._sum_fault(ids, round_number, exc))
         for each in contributions:
             self._pool.give(each.buffer)
         pulls, lockstep.pulls = lockstep.pulls, []
@@ -453,14 +502,19 @@ class StoreShard:
         """Add up the contributions of merged slices, run the updater, and answer who waits."""
         self._take_due_settings(slices)
         together = self._common_layout(slices, workers)
+        try:
+            if together is not None:
+                self._apply_chunk(*together)
+            else:
+                self._apply_each(slices, workers)
+        except Exception as exc:  # noqa: BLE001  # whatever torch refuses is the round's fault, not one peer's
+            self._blame_all(slices, exc)
         if together is not None:
-            self._apply_chunk(*together)
             self.rounds.apply(slices)
             self._holder[:, slices] = 0
             for each in together[1]:
                 self._use_up(each, len(slices))
         else:
-            self._apply_each(slices, workers)
             self.rounds.apply(slices)
             self._release(slices, workers)
         self._answer_pulls()
@@ -560,6 +614,21 @@ class StoreShard:
             fault = m.Fault(self.store, [each.slice_id], int(self.rounds.applied[index]) + 1, *to_wire(error))
             self._reply(worker, fault)
 
+    def _blame_all(self, slices: Index, exc: Exception) -> None:
+        """The round of these slices failed in a way that nobody has foreseen: tell every contributor."""
+        for worker in range(self.rounds.num_workers):
+            by_round: dict[int, list[int]] = {}
+            for index in slices[self._holder[worker, slices] > 0].tolist():
+                by_round.setdefault(int(self.rounds.applied[index]) + 1, []).append(
+                    self._slices[index].slice_id
+                )
+            for round_number, slice_ids in by_round.items():
+                self._reply(worker, self._sum_fault(slice_ids, round_number, exc))
+
+    def _sum_fault(self, slice_ids: list[int], round_number: int, exc: Exception) -> m.Fault:
+        text = f"what was pushed could not be added up or applied: {type(exc).__name__}: {exc}"
+        return m.Fault(self.store, slice_ids, round_number, *to_wire(UpdaterError(text)))
+
     def _release(self, slices: Index, workers: Sequence[int] | None = None) -> None:
         """The contributions to these slices are used up; buffers of which nothing is left go back."""
         rows = range(self.rounds.num_workers) if workers is None else workers
@@ -594,6 +663,8 @@ class StoreShard:
             if lockstep.open[worker] is None:
                 self._send_chunk(worker, request, number, layout)
             else:
+                if len(lockstep.pulls) >= MAX_WAITS:
+                    raise ProtocolError(f"worker {worker} waits for too many chunks")
                 lockstep.pulls.append((worker, request, number))
             return
         self._end_locksteps_of(layout)
@@ -602,7 +673,12 @@ class StoreShard:
         if self.is_async or self._is_ready(pull):
             self._send_chunk(worker, request, number, layout)
         else:
+            self._check_waits(worker, self._pulls)
             self._pulls.append(pull)
+
+    def _check_waits(self, worker: int, waits: Sequence[_PendingPull | _PendingPut | _PendingMerge]) -> None:
+        if len(waits) >= MAX_WAITS and sum(each.worker == worker for each in waits) >= MAX_WAITS:
+            raise ProtocolError(f"worker {worker} waits for {MAX_WAITS} chunks already")
 
     def _is_ready(self, pull: _PendingPull) -> bool:
         return bool((self.rounds.applied[pull.layout.index] >= pull.need).all())
@@ -635,6 +711,10 @@ class StoreShard:
             return
         layout = chunk.layout
         need = self.rounds.pushed[worker, layout.index]
+        held_bytes = sum(len(put.payload.bytes) for put in self._puts if put.worker == worker)
+        if held_bytes + len(payload.bytes) > self._max_payload_bytes:
+            raise ProtocolError(f"worker {worker} has puts of {held_bytes} bytes that wait already")
+        self._check_waits(worker, self._puts)
         self._puts.append(_PendingPut(worker, message.request, chunk, layout, need, payload))
         self._make_puts()
 
@@ -667,6 +747,7 @@ class StoreShard:
                 np.array(chunk.numbers, np.int64),
                 self.rounds.pushed[worker, index],
             )
+            self._check_waits(worker, self._merge_waits)
             self._merge_waits.append(wait)
         self._answer_merge_waits()
 
@@ -735,10 +816,14 @@ class StoreShard:
         error = gather.disagreement({index: repr(each.key) for index, each in self._slices.items()})
         norms: list[float] = []
         if error is None:
-            self._add_up_commit(gather)
-            error = self._unscalable(gather)
-            if gather.wants_norm:
-                norms = norms_of(total for _, total in gather.totals)
+            try:
+                self._add_up_commit(gather)
+                error = self._unscalable(gather)
+                if gather.wants_norm:
+                    norms = norms_of(total for _, total in gather.totals)
+            except Exception as exc:  # noqa: BLE001  # as in `_apply`: every rank is told
+                gather.totals.clear()
+                error = UpdaterError(f"what was pushed could not be added up: {type(exc).__name__}: {exc}")
         finite = all(map(math.isfinite, norms)) or all_finite(total for _, total in gather.totals)
         self.out.append(
             Outgoing(
@@ -787,7 +872,10 @@ class StoreShard:
         slices = np.array(alive, np.int64)
         self._take_due_settings(slices)
         if decision.apply:
-            self._apply_totals(gather, decision)
+            try:
+                self._apply_totals(gather, decision)
+            except Exception as exc:  # noqa: BLE001  # as in `_apply`
+                self._blame_all(slices, exc)
         self._held.difference_update(alive)
         self.rounds.apply(slices)
         self._release(slices)
@@ -823,6 +911,7 @@ class StoreShard:
         self._puts = [put for put in self._puts if put.worker != worker]
         self._merge_waits = [wait for wait in self._merge_waits if wait.worker != worker]
         self._plans = {name: plan for name, plan in self._plans.items() if name[0] != worker}
+        self._planned.pop(worker, None)
         self._drop_uncommitted(worker)
         self.rounds.left[worker] = True
         if not self.is_async and self._slices:
@@ -880,3 +969,8 @@ class StoreShard:
 def _is_cast(pushed: torch.dtype, stored: torch.dtype) -> bool:
     """Whether what is pushed may be added to what is stored: floats are cast, others must be equal."""
     return pushed == stored or (pushed.is_floating_point and stored.is_floating_point)
+
+
+def _weight(slice_ids: Iterable[Sequence[int]]) -> int:
+    """Return what a plan with these chunks counts as, in slices."""
+    return PLAN_WEIGHT + sum(CHUNK_WEIGHT + len(each) for each in slice_ids)

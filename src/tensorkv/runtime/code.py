@@ -29,7 +29,8 @@ class CodeTable:
 
     def find(self, ref: CodeRef) -> Any:
         """Return the object of a reference, None if it is not of this table."""
-        return self._objects[int(ref.name[1:])] if ref.module == _IN_PROCESS else None
+        names = {f"_{number}": obj for number, obj in enumerate(self._objects)}
+        return names.get(ref.name) if ref.module == _IN_PROCESS else None
 
 
 def describe_code(obj: Any, table: CodeTable | None) -> CodeRef:

@@ -36,6 +36,10 @@ LOST_GRACE_S = 2.0
 STALL_S = 10.0
 """How long a frame whose end does not come is waited for beyond the deadline of whoever receives it."""
 
+DISCARD_BYTES = 1 << 20
+MAX_DISCARDED_BYTES = 1 << 40
+"""More than any chunk has; longer ones end the connection."""
+
 _decoder: Decoder[m.FromServer] = Decoder(m.FromServer)
 
 
@@ -296,7 +300,7 @@ class ServerLink:
             raise ProtocolError(f"{type(message).__name__} came with {payload_bytes} bytes of payload")
         exchange = self._exchanges.get(message.request)
         if exchange is None:  # its caller has given up
-            return [memoryview(bytearray(payload_bytes))]
+            return _discard(payload_bytes)
         return exchange.place(message, payload_bytes)
 
     def _hand_on(self, message: Any) -> None:
@@ -333,6 +337,15 @@ class ServerLink:
                     exchange.take(error)
         with self._turn:
             self._turn.notify_all()
+
+
+def _discard(payload_bytes: int) -> list[memoryview]:
+    """Return where a payload goes that nobody wants: over and over into the same small memory."""
+    if payload_bytes > MAX_DISCARDED_BYTES:
+        raise ProtocolError(f"a payload of {payload_bytes} bytes for a request that is not there")
+    scratch = memoryview(bytearray(min(payload_bytes, DISCARD_BYTES)))
+    whole, rest = divmod(payload_bytes, DISCARD_BYTES)
+    return [scratch] * whole + ([scratch[:rest]] if rest else [])
 
 
 def _take(exchange: Exchange, message: Any) -> bool:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from tensorkv.config import DEFAULT_PEER_TIMEOUT_S, SLICE_BOUND_BYTES, Role
-from tensorkv.errors import AuthenticationError, TensorKVError
+from tensorkv.errors import AuthenticationError, ProtocolError, TensorKVError
 from tensorkv.protocol.membership import Membership
 from tensorkv.runtime.handshake import accept, receive_message
-from tensorkv.runtime.sender import Sender
+from tensorkv.runtime.newcomers import SPARE_NEWCOMERS, Newcomers
+from tensorkv.runtime.sender import MAX_QUEUED_FRAMES, Sender
 from tensorkv.runtime.waits import ended_because
 from tensorkv.transport.base import Connection
 from tensorkv.transport.endpoint import listen
@@ -65,7 +66,7 @@ class SchedulerServer:
         self._size: dict[Role, int] = {"worker": num_workers, "server": num_servers}
         self._peers: dict[tuple[Role, int], _Peer] = {}
         self._taken: set[tuple[Role, int]] = set()  # places of processes that have proved themselves
-        self._pending: set[Connection] = set()
+        self._newcomers = Newcomers(num_workers + num_servers + SPARE_NEWCOMERS)
         self._threads: list[threading.Thread] = []
         self._stopped = False
 
@@ -103,14 +104,14 @@ class SchedulerServer:
             self._membership.stop()
             self._flush()
             peers = list(self._peers.values())
-            pending = list(self._pending)
         self._listener.close()
+        self._newcomers.end()
         for peer in peers:
             peer.sender.pump()
         for peer in peers:
             peer.sender.close(JOIN_TIMEOUT_S)
-        for connection in [*pending, *(peer.connection for peer in peers)]:
-            connection.shutdown()
+        for peer in peers:
+            peer.connection.shutdown()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(JOIN_TIMEOUT_S)
@@ -128,11 +129,10 @@ class SchedulerServer:
                 connection = self._listener.accept()
             except ConnectionError:
                 return
+            if not self._newcomers.add(connection):
+                connection.close()
+                return
             with self._lock:
-                if self._stopped:
-                    connection.close()
-                    return
-                self._pending.add(connection)
                 self._threads = [thread for thread in self._threads if thread.is_alive()]
                 self._spawn(connection.peer, self._serve, connection)
 
@@ -143,23 +143,24 @@ class SchedulerServer:
             role, rank = accept(connection, self._token, self._check_place)
         except (TensorKVError, EOFError, ConnectionError) as exc:
             logger.warning("scheduler: refused %s: %s", connection.peer, exc)
-            with self._lock:
-                self._pending.discard(connection)
             connection.shutdown()
             connection.close()
             return
+        finally:
+            self._newcomers.remove(connection)
         with self._lock:
-            if self._stopped:  # `stop` has shut this connection down, and would not see the sender
+            if self._stopped:  # `stop` would not see this connection any more
                 connection.close()
                 return
-            self._pending.discard(connection)
             unsent: list[Exception] = []
 
             def give_up(exc: Exception) -> None:
+                if isinstance(exc, ProtocolError):  # else its loss is all there is to tell
+                    logger.warning("scheduler: closed the connection of %s %d: %s", role, rank, exc)
                 unsent.append(exc)
                 connection.shutdown()
 
-            sender = Sender(connection, f"{role}-{rank}", give_up)
+            sender = Sender(connection, f"{role}-{rank}", give_up, MAX_QUEUED_FRAMES)
             self._peers[role, rank] = _Peer(connection, sender)
         cause = self._read(connection, role, rank)
         if unsent:  # it was the sending that failed; the reading was then ended from here

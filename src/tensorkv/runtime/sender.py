@@ -7,14 +7,18 @@ that does not read holds up nobody but its own thread.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import final
 
+from tensorkv.errors import ProtocolError
 from tensorkv.transport.base import Buffer, Connection
 
 Sent = Callable[[], None]
+MAX_QUEUED_FRAMES = 1 << 18
+"""So many frames may wait for a peer that does not read."""
 
 
 @final
@@ -22,11 +26,19 @@ class Sender:
     """Owns the sending side of a connection, and a thread that lives until `close`.
 
     `on_error` is called once, from any thread, when the connection fails; after that frames are dropped.
+    With `max_frames` that is also when more frames are queued: the peer asks, and does not read the answers.
     """
 
-    def __init__(self, connection: Connection, name: str, on_error: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        name: str,
+        on_error: Callable[[Exception], None],
+        max_frames: int = sys.maxsize,
+    ) -> None:
         self._connection = connection
         self._on_error = on_error
+        self._max_frames = max_frames
         self._frames: deque[tuple[Sequence[Buffer], Sent | None]] = deque()
         self._sending = threading.Lock()  # who holds it sends; frames are sent in the order of the queue
         self._work = threading.Event()
@@ -48,7 +60,13 @@ class Sender:
                 self._sending.release()
             if waits:
                 self._work.set()
-                return
+                break
+        if self._frames and len(self._frames) > self._max_frames and not self._failed:
+            self._failed = True  # whoever sends at the moment is woken by `on_error`, and drops the rest
+            self._work.set()
+            self._on_error(
+                ProtocolError(f"it does not read: more than {self._max_frames} frames wait to be sent")
+            )
 
     def close(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` seconds until the queue is sent, and end the thread."""
@@ -77,9 +95,10 @@ class Sender:
                 else:
                     rest = self._connection.send_now(buffers)
             except (OSError, EOFError) as exc:
-                self._failed = True
+                told, self._failed = self._failed, True
                 self._drop()
-                self._on_error(exc)
+                if not told:
+                    self._on_error(exc)
                 return True
             if rest:
                 self._frames[0] = (rest, on_sent)

@@ -24,14 +24,15 @@ import torch
 
 from tensorkv.config import JobConfig, Role, from_env
 from tensorkv.errors import AuthenticationError, NotInJob, ProtocolError, TensorKVError
-from tensorkv.protocol.memory import EMPTY, BufferPool, Memory
+from tensorkv.protocol.memory import EMPTY, BufferPool, fresh
 from tensorkv.protocol.schedule import LoadUpdater
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import SCHEDULER, Outgoing
 from tensorkv.protocol.slots import Lease
 from tensorkv.runtime.code import updater_loader
 from tensorkv.runtime.handshake import accept, connect_to_scheduler
-from tensorkv.runtime.sender import Sender
+from tensorkv.runtime.newcomers import SPARE_NEWCOMERS, Newcomers
+from tensorkv.runtime.sender import MAX_QUEUED_FRAMES, Sender
 from tensorkv.runtime.waits import lost_error, scheduler_lost_error
 from tensorkv.transport.base import TICK_S, Connection
 from tensorkv.transport.endpoint import listen
@@ -52,11 +53,17 @@ class _Peer:
     def __init__(self, connection: Connection, name: str, worker: int, server: Server) -> None:
         self.connection = connection
         self.sink = functools.partial(server._place, self)
-        self.sender = Sender(connection, name, lambda exc: connection.shutdown())
+        self.sender = Sender(connection, name, self._cannot_send, MAX_QUEUED_FRAMES)
         self.worker = worker  # SCHEDULER for the scheduler
         self.message: Any = None
         self.buffer = EMPTY
         self.ended = False
+        self.refused: Exception | None = None  # why nothing more is sent to it
+
+    def _cannot_send(self, exc: Exception) -> None:
+        if isinstance(exc, ProtocolError):
+            self.refused = exc
+        self.connection.shutdown()
 
 
 @final
@@ -71,15 +78,17 @@ class Server:
     def __init__(self, config: JobConfig, load_updater: LoadUpdater) -> None:
         self._config = config
         self._pool = BufferPool()
-        self._state = ServerState(config.num_workers, self._pool, load_updater)  # the loop's alone
+        self._state = ServerState(  # the loop's alone
+            config.num_workers, self._pool, load_updater, _memory_bytes()
+        )
         self._peers: dict[int, _Peer] = {}  # by worker; the loop's alone
         self._worker_decoder: Decoder[m.ToServer] = Decoder(m.ToServer)
         self._scheduler_decoder: Decoder[m.FromScheduler] = Decoder(m.FromScheduler)
         self._released: deque[list[Lease]] = deque()  # by sending threads, settled by the loop
-        self._lock = threading.Lock()  # guards _taken, _pending, _newcomers and _threads
+        self._lock = threading.Lock()  # guards _taken, _arrived and _threads
         self._taken: set[int] = set()  # ranks of workers that have proved themselves
-        self._pending: set[Connection] = set()
-        self._newcomers: list[_Peer] = []
+        self._newcomers = Newcomers(config.num_workers + SPARE_NEWCOMERS)
+        self._arrived: list[_Peer] = []  # workers that the loop is to take over
         self._threads: list[threading.Thread] = []
         self._listener = listen(config.host)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -112,15 +121,14 @@ class Server:
         """End all connections and threads. Blocks for a few seconds at most."""
         self._end(None)
         self._listener.close()
+        self._newcomers.end()
         with self._lock:
-            pending, threads = list(self._pending), list(self._threads)
-        for connection in pending:
-            connection.shutdown()
+            threads = list(self._threads)
         if self._wake >= 0:
             os.eventfd_write(self._wake, 1)
         for thread in threads:
             thread.join(JOIN_TIMEOUT_S)
-        peers = [*self._peers.values(), *self._newcomers, *([self._scheduler] if self._scheduler else [])]
+        peers = [*self._peers.values(), *self._arrived, *([self._scheduler] if self._scheduler else [])]
         for peer in peers:
             peer.connection.shutdown()
         for peer in peers:
@@ -150,11 +158,10 @@ class Server:
                 connection = self._listener.accept()
             except ConnectionError:
                 return
+            if not self._newcomers.add(connection):
+                connection.close()
+                return
             with self._lock:
-                if self._ended.is_set():
-                    connection.close()
-                    return
-                self._pending.add(connection)
                 self._threads = [thread for thread in self._threads if thread.is_alive()]
                 self._spawn(connection.peer, self._greet, connection)
 
@@ -164,17 +171,16 @@ class Server:
             _, worker = accept(connection, self._config.token, self._check_place)
         except (TensorKVError, EOFError, ConnectionError) as exc:
             logger.warning("server %d: refused %s: %s", self._config.rank, connection.peer, exc)
-            with self._lock:
-                self._pending.discard(connection)
             connection.shutdown()
             connection.close()
             return
+        finally:
+            self._newcomers.remove(connection)
         with self._lock:
-            self._pending.discard(connection)
             if self._ended.is_set():
                 connection.close()
                 return
-            self._newcomers.append(_Peer(connection, f"worker-{worker}", worker, self))
+            self._arrived.append(_Peer(connection, f"worker-{worker}", worker, self))
             os.eventfd_write(self._wake, 1)
 
     def _check_place(self, role: Role, rank: int) -> TensorKVError | None:
@@ -212,7 +218,7 @@ class Server:
             polled = [descriptor for descriptor, _ in poller.poll(0 if unread else TICK_S * 1000)]
             if self._wake in polled:
                 os.eventfd_read(self._wake)
-                for peer in self._take_newcomers():
+                for peer in self._take_arrived():
                     admit(peer)
             ready = dict.fromkeys([*unread, *polled])
             unread = [
@@ -223,12 +229,12 @@ class Server:
                     poller.unregister(descriptor)
                     del peers[descriptor]
 
-    def _take_newcomers(self) -> list[_Peer]:
+    def _take_arrived(self) -> list[_Peer]:
         with self._lock:
-            newcomers, self._newcomers = self._newcomers, []
-        for peer in newcomers:
+            arrived, self._arrived = self._arrived, []
+        for peer in arrived:
             self._peers[peer.worker] = peer
-        return newcomers
+        return arrived
 
     def _read(self, peer: _Peer) -> bool:
         """Take in what a peer has sent, a few frames at most; return whether there may be more."""
@@ -254,6 +260,10 @@ class Server:
         """A connection has ended, or is ended since its peer broke the rules. Nothing else is."""
         peer.ended = True
         peer.connection.shutdown()
+        if isinstance(peer.message, m.Push) and peer.buffer is not EMPTY:  # its payload has not come whole
+            self._pool.give(peer.buffer)
+        peer.buffer = EMPTY
+        cause = peer.refused or cause
         if peer.worker == SCHEDULER and isinstance(cause, (EOFError, ConnectionError)):
             self._end(scheduler_lost_error(self._config.scheduler_host, cause))
         elif peer.worker == SCHEDULER:  # deaf to the scheduler the server is of no use
@@ -276,7 +286,7 @@ class Server:
         if isinstance(peer.message, m.Push):
             peer.buffer = self._pool.take(payload_bytes)
         elif isinstance(peer.message, (m.InitSlices, m.Put)):  # rare: the pool would keep it for ever
-            peer.buffer = Memory(torch.empty(payload_bytes, dtype=torch.uint8))
+            peer.buffer = fresh(payload_bytes)
         return [peer.buffer.bytes[:payload_bytes]] if payload_bytes else []
 
     def _take(self, peer: _Peer) -> None:
@@ -315,6 +325,11 @@ class Server:
             senders[peer.sender] = None
         for sender in senders:
             sender.pump()
+
+
+def _memory_bytes() -> int:
+    """Return the memory of this host: a payload that announces more can be refused at once."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> int:

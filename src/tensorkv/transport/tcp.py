@@ -13,6 +13,7 @@ import select
 import socket
 import struct
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from typing import final
@@ -51,6 +52,7 @@ class TcpConnection(Connection):
         self._broken = False
         self._rest: list[Buffer] | None = None  # of the present frame's payload
         self._ended_here = False
+        self._next_tick = 0.0  # when `receive` looks up although bytes come; 0 before the first piece
         self._poll = select.poll()  # select() refuses descriptors above 1023
         self._poll.register(sock, select.POLLIN)
 
@@ -91,12 +93,13 @@ class TcpConnection(Connection):
             raise ConnectionError(f"the connection to {self.peer} is gone: {exc}") from exc
 
     def receive(self, sink: Sink, tick: Tick = no_tick) -> None:
+        self._next_tick = 0.0
         while True:
             try:
                 self._advance(sink, 0)
                 return
             except BlockingIOError:
-                pass  # a tick has passed
+                self._next_tick = 0.0  # a tick has passed
             try:
                 tick()
             except BaseException:
@@ -123,6 +126,8 @@ class TcpConnection(Connection):
                 self._short = False
                 got = self._receive_some(self._rest[:MAX_BUFFERS], flags | socket.MSG_WAITALL)
                 self._rest = _after(self._rest, got)
+                if self._rest and not flags:
+                    self._look_up()
             self._rest = None
         except BlockingIOError:
             raise
@@ -164,6 +169,19 @@ class TcpConnection(Connection):
         while self._ahead_stop - self._ahead_start < size_bytes:
             self._ahead_stop += self._receive_some([self._ahead[self._ahead_stop :]], flags)
             self._short = self._ahead_stop < len(self._ahead)
+            if not flags and self._ahead_stop - self._ahead_start < size_bytes:
+                self._look_up()
+
+    def _look_up(self) -> None:
+        """Raise BlockingIOError if a tick has passed while a frame came in small pieces.
+
+        Else a peer that sends a byte now and then would keep `receive` from its deadline.
+        """
+        now = time.monotonic()
+        if self._next_tick == 0.0:
+            self._next_tick = now + TICK_S
+        elif now >= self._next_tick:
+            raise BlockingIOError
 
     def _fill_from_ahead(self, buffers: Sequence[memoryview]) -> list[Buffer]:
         """Move what was received ahead into buffers, and return those that it has not filled."""
@@ -272,7 +290,7 @@ def connect(host: str, port: int, timeout_s: float) -> Connection:
     """
     try:
         sock = socket.create_connection((host, port), timeout=timeout_s)
-    except OSError as exc:
+    except (OSError, OverflowError, ValueError) as exc:  # the latter: an address that cannot be one
         raise ConnectionError(f"cannot connect to {host}:{port}: {exc}") from exc
     return TcpConnection(sock, f"{host}:{port}")
 

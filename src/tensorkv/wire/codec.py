@@ -25,6 +25,9 @@ MAGIC = b"TKV"
 PREFIX = struct.Struct("<3sBIQ")
 MAX_HEADER_BYTES = 64 << 20
 MAX_HANDSHAKE_BYTES = 4096
+MAX_TEXT_CHARS = 200
+"""What is shown of a text that a peer has had a hand in."""
+
 
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
@@ -75,5 +78,11 @@ class Decoder(Generic[T]):
         """
         try:
             return self._decoder.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise ProtocolError(f"a malformed message: {exc}") from exc
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, MemoryError) as exc:
+            raise ProtocolError(f"a malformed message: {one_line(str(exc))}") from exc
+
+
+def one_line(text: str) -> str:
+    """Return what a peer has had a hand in as a short line without control characters, for logs."""
+    line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:MAX_TEXT_CHARS])
+    return line if len(text) <= MAX_TEXT_CHARS else line + "..."
