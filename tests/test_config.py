@@ -6,8 +6,15 @@ import dataclasses
 
 import pytest
 
-from tensorkv.config import DEFAULT_PEER_TIMEOUT_S, DEFAULT_TIMEOUT_S, SLICE_BOUND_BYTES, JobConfig, from_env
-from tensorkv.errors import NotInJob
+from tensorkv.config import (
+    DEFAULT_PEER_TIMEOUT_S,
+    DEFAULT_TIMEOUT_S,
+    SLICE_BOUND_BYTES,
+    JobConfig,
+    from_env,
+    read_number,
+)
+from tensorkv.errors import InvalidArgument, NotInJob
 
 CONFIG = JobConfig(
     role="server",
@@ -77,3 +84,12 @@ def test_an_unreadable_variable_is_quoted(name: str, value: str) -> None:
 
 def test_the_token_is_not_shown() -> None:
     assert "s3cret" not in repr(CONFIG)
+
+
+def test_numbers_of_the_environment() -> None:
+    assert read_number({"N": "3"}, "N", int, 1) == 3
+    assert read_number({}, "N", float, 1.5) == 1.5
+    with pytest.raises(InvalidArgument, match="N=soon, which is no number"):
+        read_number({"N": "soon"}, "N", float, 1.0)
+    with pytest.raises(InvalidArgument, match="N=0, but at least 1 is needed"):
+        read_number({"N": "0"}, "N", int, 1, least=1)

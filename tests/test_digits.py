@@ -193,3 +193,13 @@ def test_script_in_a_job(kind: str) -> None:
     assert len(epochs) == 2
     assert epochs[1][0] < epochs[0][0]
     assert last == f"[worker 0] {kind}, 2 worker(s): {epochs[1][1]:.2f}% of the test images right"
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(180)
+def test_script_under_torchrun() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    epochs, last = _epochs([*torchrun, str(EXAMPLE), "--epochs", "2"])
+    assert len(epochs) == 2
+    assert epochs[1][0] < epochs[0][0]
+    assert last == f"dist_sync, 2 worker(s): {epochs[1][1]:.2f}% of the test images right"

@@ -88,11 +88,16 @@ def _commands(block: Block) -> list[tuple[str, list[str]]]:
 
 
 def _tools(folder: Path) -> None:
-    """Put `python` and `tensorkv` of this very environment into `folder`, installed or not."""
+    """Put `python`, `tensorkv` and `torchrun` of this very environment into `folder`, installed or not."""
     folder.mkdir()
     python = shlex.quote(sys.executable)
     run_main = "import sys; from tensorkv.cli.main import main; sys.exit(main())"
-    for name, command in (("python", python), ("tensorkv", f"{python} -c {shlex.quote(run_main)}")):
+    commands = {
+        "python": python,
+        "tensorkv": f"{python} -c {shlex.quote(run_main)}",
+        "torchrun": f"{python} -m torch.distributed.run",
+    }
+    for name, command in commands.items():
         (folder / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (folder / name).chmod(0o755)
 

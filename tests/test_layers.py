@@ -23,8 +23,8 @@ LAYERS = {
     "protocol": 3,
     "transport": 4,
     "runtime": 5,
-    "stores": 6,
-    "launch": 7,
+    "launch": 6,
+    "stores": 7,
     **dict.fromkeys(("compat", "cli", "testing"), 8),
     **dict.fromkeys(("__init__", "__main__"), 9),
 }

@@ -13,8 +13,8 @@ General layout, from the bottom; an import goes to a lower line or stays on its 
     updater partition functions           what a push does to a value, and where a value lives
     wire/ protocol/                       records and frames; the rounds of a job as pure state machines
     transport/ runtime/                   sockets; the threads of worker, server and scheduler
+    launch/                               starting the processes of a job, or finding it
     stores/                               the kinds of store, and `create`
-    launch/                               starting the processes of a job
     compat/ cli/ testing/                 MXNet's names, the command line, the conformance suite
     this file                             the public names, resolved when first used
 

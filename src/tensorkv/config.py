@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
-from tensorkv.errors import NotInJob
+from tensorkv.errors import InvalidArgument, NotInJob
 
 Role = Literal["worker", "server", "scheduler"]
+_Number = TypeVar("_Number", int, float)
 
 DEFAULT_TIMEOUT_S = 1800.0
 """Deadline of a waiting call, as in torch.distributed."""
@@ -79,6 +80,23 @@ class JobConfig:
             ENV_SLICE_BOUND_BYTES: str(self.slice_bound_bytes),
             ENV_ALLOW_IMPORT: ",".join(self.allow_import),
         }
+
+
+def read_number(
+    environ: Mapping[str, str], name: str, kind: type[_Number], default: _Number, least: float | None = None
+) -> _Number:
+    """Return the number that a variable holds, or the default.
+
+    Raises:
+        InvalidArgument: it holds no number, or one below `least`.
+    """
+    try:
+        number = kind(environ.get(name, default))
+    except ValueError as exc:
+        raise InvalidArgument(f"the environment says {name}={environ[name]}, which is no number") from exc
+    if least is not None and number < least:
+        raise InvalidArgument(f"the environment says {name}={environ[name]}, but at least {least} is needed")
+    return number
 
 
 def from_env(environ: Mapping[str, str] | None = None) -> JobConfig | None:

@@ -263,3 +263,17 @@ def test_commits_that_make_no_sense_leave_nothing() -> None:
         tell(made, rank, m.LeaveStore(2, store))
     assert made._commits._ready == {}
     assert taken(made) == []
+
+
+def test_workers_are_counted_that_have_come_and_that_are_there() -> None:
+    of = job(joined=False)
+    assert of.count_workers() == (0, 0)
+    for rank in range(2):
+        of.handle("server", rank, m.Register("here", 100 + rank, "s", 1))
+    of.handle("worker", 1, m.Register("", 0, "w1", 1))
+    assert of.count_workers() == (1, 1)
+    of.handle("worker", 0, m.Register("", 0, "w0", 1))
+    tell(of, 1, m.Goodbye())
+    assert of.count_workers() == (2, 1)
+    of.disconnected("worker", 0, "its connection ended")
+    assert of.count_workers() == (2, 0)

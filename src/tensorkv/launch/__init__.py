@@ -1,4 +1,4 @@
-"""Ways to start a job. `local` runs one on this machine; nothing in here imports torch.
+"""Ways to start a job. Nothing in here imports torch, but `torchrun` in the workers, where it is anyway.
 
 - `supervisor`: what to do when a process ends or a signal comes; pure, no process and no clock.
 - `output`: lines, prefixes and progress bars of many processes on one terminal; pure.
@@ -6,5 +6,7 @@
 - `signals`: signals as something to wait for.
 - `job`: any list of real processes under those rules.
 - `local`: scheduler, servers and workers on this machine.
+- `torchrun`: the job of workers that torchrun has started; they start the rest.
+- `keeper`: the process that keeps scheduler and servers for those.
 - `child`, `guard`: two small scripts that see to it that nothing outlives the launcher.
 """

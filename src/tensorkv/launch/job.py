@@ -259,12 +259,16 @@ class Job:
             self._output.say(f"{finish.text}; the job was ended")
 
 
+def shielded(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """Return the command that becomes `argv` and dies with this process; see `child.py`."""
+    executable = shutil.which(argv[0], path=environ.get("PATH", os.defpath)) or argv[0]
+    return [sys.executable, "-I", "-S", str(_CHILD), str(os.getpid()), executable, *argv]
+
+
 def _spawn(spec: ProcessSpec) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own, which dies with this one."""
-    executable = shutil.which(spec.argv[0], path=spec.env.get("PATH", os.defpath)) or spec.argv[0]
-    shim = [sys.executable, "-I", "-S", str(_CHILD), str(os.getpid()), executable]
     return subprocess.Popen(
-        [*shim, *spec.argv],
+        shielded(spec.argv, spec.env),
         env=dict(spec.env),
         stdin=None if spec.inherit_stdin else subprocess.DEVNULL,
         stdout=subprocess.PIPE,

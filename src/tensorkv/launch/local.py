@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from tensorkv.config import (
     DEFAULT_PEER_TIMEOUT_S,
@@ -20,13 +19,12 @@ from tensorkv.config import (
     SLICE_BOUND_BYTES,
     JobConfig,
     Role,
+    read_number,
 )
 from tensorkv.errors import InvalidArgument
 from tensorkv.launch.job import Job, ProcessSpec
 from tensorkv.launch.output import FileSink, Output, Sink, Stream, prefix_text
 from tensorkv.launch.supervisor import Node
-
-_Number = TypeVar("_Number", int, float)
 
 
 class CommandNotFound(Exception):
@@ -103,7 +101,7 @@ def job_config(
     """
     timeout_s = options.timeout_s
     if timeout_s is None:
-        timeout_s = _number(environ, ENV_TIMEOUT_S, float, DEFAULT_TIMEOUT_S)
+        timeout_s = read_number(environ, ENV_TIMEOUT_S, float, DEFAULT_TIMEOUT_S)
     return JobConfig(
         role="worker",
         rank=0,
@@ -123,19 +121,12 @@ def job_config(
 def _peer_timeout_s(options: JobOptions, environ: Mapping[str, str]) -> float:
     if options.peer_timeout_s is not None:
         return options.peer_timeout_s
-    return _number(environ, ENV_PEER_TIMEOUT_S, float, DEFAULT_PEER_TIMEOUT_S)
+    return read_number(environ, ENV_PEER_TIMEOUT_S, float, DEFAULT_PEER_TIMEOUT_S)
 
 
 def slice_bound_bytes(environ: Mapping[str, str]) -> int:
     """Return the slice bound that `environ` asks for, or the default."""
-    return _number(environ, ENV_SLICE_BOUND_BYTES, int, SLICE_BOUND_BYTES)
-
-
-def _number(environ: Mapping[str, str], name: str, kind: type[_Number], default: _Number) -> _Number:
-    try:
-        return kind(environ.get(name, default))
-    except ValueError as exc:
-        raise InvalidArgument(f"the environment says {name}={environ[name]}, which is no number") from exc
+    return read_number(environ, ENV_SLICE_BOUND_BYTES, int, SLICE_BOUND_BYTES)
 
 
 def plan(config: JobConfig, command: Sequence[str], environ: Mapping[str, str]) -> list[ProcessSpec]:

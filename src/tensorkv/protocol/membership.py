@@ -63,6 +63,11 @@ class Membership:
         """Whether a process has registered in this place of the job."""
         return (role, rank) in self._processes
 
+    def count_workers(self) -> tuple[int, int]:
+        """Return how many workers have ever joined, and how many of those are still there."""
+        workers = [process for (role, _), process in self._processes.items() if role == "worker"]
+        return len(workers), sum(not process.gone for process in workers)
+
     def handle(self, role: Role, rank: int, message: Any) -> None:
         """Take in a message of a process.
 

@@ -85,6 +85,11 @@ class SchedulerServer:
         with self._lock:
             return self._membership.has_joined(role, rank)
 
+    def count_workers(self) -> tuple[int, int]:
+        """Return how many workers have ever joined, and how many of those are still there."""
+        with self._lock:
+            return self._membership.count_workers()
+
     def worker_exited(self, rank: int) -> None:
         """The launcher has seen a worker end with status 0; perhaps it never opened a store."""
         with self._lock:

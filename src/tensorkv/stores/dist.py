@@ -15,7 +15,7 @@ from typing import Any, TypeGuard, final
 import torch
 
 from tensorkv.arrays import Key, check_has_mean, check_matches, dtype_name
-from tensorkv.config import DEFAULT_TIMEOUT_S, from_env
+from tensorkv.config import DEFAULT_TIMEOUT_S, JobConfig, from_env
 from tensorkv.errors import (
     InvalidArgument,
     KeyDeleted,
@@ -584,14 +584,22 @@ def open_dist(
             raise InvalidArgument(f"num_servers={num_servers} is too few; a job needs at least one server")
         cluster = EmbeddedJob(1, num_servers, timeout_s=timeout_s)
         return _open_embedded(kind, cluster, store, reduction, timeout_s)
-    config = from_env()
+    config = from_env() or _job_of_launcher(timeout_s)
     if config is None or config.role != "worker":
         raise NotInJob(
             f"create({kind!r}) needs a job of workers and servers. Start one on this machine with\n"
             "    tensorkv run -n WORKERS -s SERVERS python train.py\n"
-            "or pass embedded=True for a job of one worker in this process, servers and all"
+            "    torchrun --nproc-per-node WORKERS train.py\n"
+            "or with tensorkv.spawn(function, num_workers=..., num_servers=...) from a script; or pass\n"
+            "embedded=True for a job of one worker in this process, servers and all"
         )
     return DistStore(kind, join(config), store=store, reduction=reduction, timeout_s=timeout_s)
+
+
+def _job_of_launcher(timeout_s: float) -> JobConfig | None:
+    from tensorkv.launch.torchrun import find_job  # most jobs are started otherwise
+
+    return find_job(timeout_s=timeout_s)
 
 
 def _open_embedded(

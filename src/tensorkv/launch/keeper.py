@@ -1,0 +1,232 @@
+"""The process beside the workers of one host, under a launcher that only knows workers (torchrun).
+
+    python -m tensorkv.launch.keeper PARENT_PID REPORT_FD SERVER_RANKS
+
+The worker with local rank 0 starts it. It keeps the servers of its host and, on the first host, the
+scheduler. It is a process of its own so that the loss of its parent can be told to the others: by a
+scheduler inside the parent nobody would learn which worker was lost.
+
+It ends when its parent is gone and the job is over, and its servers end with it: the kernel kills them if
+it is killed itself. It has a session of its own, so that signals to the workers do not end the servers first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import final
+
+import msgspec
+
+from tensorkv.config import JobConfig, from_env
+from tensorkv.errors import TensorKVError
+from tensorkv.launch.job import shielded
+from tensorkv.launch.supervisor import KILL_WAIT_S, SERVER_STOP_S, shell_status
+from tensorkv.runtime.handshake import connect_as
+from tensorkv.runtime.scheduler import SchedulerServer
+
+LINGER_S = 30.0
+"""So long workers that have never joined are waited for after all others have left."""
+
+TICK_S = 0.1
+TOKEN_PREFIX = "tensorkv-"
+TOKEN_SUFFIX = ".token"
+
+
+class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a job is found. It passes through torchrun's store, which anybody can read: no token in it.
+
+    `token_file` is the path of a file that only this user can read, "" where TENSORKV_TOKEN is set.
+    `error` says why there is no job; nothing else counts then.
+    """
+
+    host: str = ""
+    port: int = 0
+    num_servers: int = 0
+    token_file: str = ""
+    error: str = ""
+
+
+@final
+class Keeper:
+    """Servers of this host, and the scheduler if `config.scheduler_port` is 0. A context manager.
+
+    Args:
+        config: the job; role and rank do not count. Without a token one is made, and written to a file.
+        servers: ranks of the servers of this host.
+        environ: what they inherit.
+    """
+
+    def __init__(self, config: JobConfig, servers: Iterable[int], environ: Mapping[str, str]) -> None:
+        self._ranks = tuple(servers)
+        self._environ = environ
+        self._scheduler: SchedulerServer | None = None
+        self._servers: dict[int, subprocess.Popen[bytes]] = {}
+        self.token_file = ""
+        if config.scheduler_port == 0:
+            config = dataclasses.replace(config, token=config.token or secrets.token_hex(32))
+            self._scheduler = SchedulerServer(
+                num_workers=config.num_workers,
+                num_servers=config.num_servers,
+                token=config.token,
+                host=config.host,
+                slice_bound_bytes=config.slice_bound_bytes,
+                peer_timeout_s=config.peer_timeout_s,
+            )
+            host, port = self._scheduler.address
+            config = dataclasses.replace(config, scheduler_host=host, scheduler_port=port)
+        self.config = config
+
+    def __enter__(self) -> Keeper:
+        if self._scheduler is not None:
+            self._scheduler.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._scheduler is not None:
+            self._scheduler.stop()
+        self._end_servers()
+        self._remove_token()
+
+    def write_token(self) -> None:
+        """Write the token to a new file that only this user can read."""
+        descriptor, self.token_file = tempfile.mkstemp(prefix=TOKEN_PREFIX, suffix=TOKEN_SUFFIX)
+        with open(descriptor, "w") as file:
+            file.write(self.config.token)
+
+    def start_servers(self) -> None:
+        """Start the servers of this host. Does not wait for them."""
+        for rank in self._ranks:
+            config = dataclasses.replace(self.config, role="server", rank=rank)
+            environ = {**self._environ, **config.to_env(), "OMP_NUM_THREADS": "1"}
+            argv = (sys.executable, "-m", "tensorkv.runtime.server")
+            self._servers[rank] = subprocess.Popen(
+                shielded(argv, environ), env=environ, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def run(self, parent: int) -> None:
+        """Stay until the job is over. `parent` is a pidfd of the worker that started this process."""
+        with contextlib.ExitStack() as stack:
+            poller = select.poll()
+            poller.register(parent, select.POLLIN)
+            ranks: dict[int, int] = {}  # by descriptor, of servers that run
+            for rank, process in self._servers.items():
+                descriptor = os.pidfd_open(process.pid)
+                stack.callback(os.close, descriptor)
+                poller.register(descriptor, select.POLLIN)
+                ranks[descriptor] = rank
+            gone_at: float | None = None
+            while not self._over(gone_at, bool(ranks)):
+                idle = gone_at is None and not self.token_file
+                for descriptor, _ in poller.poll(None if idle else TICK_S * 1000):
+                    poller.unregister(descriptor)
+                    if descriptor == parent:
+                        gone_at = time.monotonic()
+                    else:
+                        self._server_ended(ranks.pop(descriptor))
+                self._perhaps_remove_token()
+
+    def _over(self, gone_at: float | None, serving: bool) -> bool:
+        """Whether this process has nothing left to do. `gone_at`: when the parent ended."""
+        scheduler = self._scheduler
+        if scheduler is None:  # its servers are told by the scheduler of the first host
+            return not serving
+        if gone_at is None:
+            return False
+        if scheduler.lost is not None or not scheduler.has_joined("worker", 0):
+            return True
+        joined, present = scheduler.count_workers()
+        late = time.monotonic() > gone_at + LINGER_S
+        return present == 0 and (joined == self.config.num_workers or late)
+
+    def _server_ended(self, rank: int) -> None:
+        """Tell the scheduler of a server that failed before it could join: nobody else would."""
+        status = self._servers[rank].wait()
+        if status == 0 or (self._scheduler is not None and self._scheduler.has_joined("server", rank)):
+            return
+        config = dataclasses.replace(self.config, role="server", rank=rank)
+        host, port = config.scheduler_host, config.scheduler_port
+        # Refused if it had joined, or if the job is over: then nothing needs to be told. A connection in
+        # its place that ends at once is a server that is lost.
+        with contextlib.suppress(TensorKVError):
+            connection = connect_as(config, "the scheduler", host, port)
+            sys.stderr.write(f"tensorkv: server {rank} failed at its start, status {shell_status(status)}\n")
+            connection.shutdown()
+            connection.close()
+
+    def _perhaps_remove_token(self) -> None:
+        """Remove the file of the token as soon as nobody needs to read it any more."""
+        if self.token_file and self._scheduler is not None:
+            joined, _ = self._scheduler.count_workers()
+            if joined == self.config.num_workers:
+                self._remove_token()
+
+    def _remove_token(self) -> None:
+        if self.token_file:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.token_file)
+            self.token_file = ""
+
+    def _end_servers(self) -> None:
+        """Wait for the servers, which have been told that the job is over; kill who does not listen."""
+        deadline = time.monotonic() + SERVER_STOP_S
+        for rank, process in self._servers.items():
+            if self._scheduler is not None and not self._scheduler.has_joined("server", rank):
+                process.terminate()  # it is still starting, and was not told
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0.0))
+        for process in self._servers.values():
+            if process.returncode is None:
+                process.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
+                    process.wait(KILL_WAIT_S)
+
+
+def main(parent_pid: str, report_fd: str, server_ranks: str) -> int:
+    """Run a keeper to its end; the job is in the environment. Returns the exit status."""
+    try:
+        parent = os.pidfd_open(int(parent_pid))
+    except ProcessLookupError:
+        return 1
+    if os.getppid() != int(parent_pid):  # it died before it was watched
+        return 1
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    logging.basicConfig(format="%(name)s: %(message)s")
+    config = from_env()
+    assert config is not None
+    ranks = [int(rank) for rank in server_ranks.split(",") if rank]
+    with open(int(report_fd), "wb") as report:
+        try:
+            keeper = Keeper(config, ranks, os.environ)
+        except OSError as exc:
+            report.write(msgspec.json.encode(JobRecord(error=str(exc))))
+            return 1
+        with keeper:
+            if not config.token:
+                keeper.write_token()
+            keeper.start_servers()
+            host, port = keeper.config.scheduler_host, keeper.config.scheduler_port
+            record = JobRecord(
+                host=host, port=port, num_servers=config.num_servers, token_file=keeper.token_file
+            )
+            report.write(msgspec.json.encode(record))
+            report.close()
+            keeper.run(parent)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

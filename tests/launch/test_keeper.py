@@ -1,0 +1,202 @@
+"""The process that keeps scheduler and servers beside workers that know nothing of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import select
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tensorkv.config import JobConfig
+from tensorkv.errors import PeerLostError
+from tensorkv.launch import keeper as module
+from tensorkv.launch.keeper import JobRecord, Keeper
+from tensorkv.runtime.code import updater_loader
+from tensorkv.runtime.job import Job
+from tensorkv.runtime.server import Server
+from tensorkv.wire import messages as m
+
+DEADLINE_S = 50.0
+
+
+def config(**changes: object) -> JobConfig:
+    plain = JobConfig(
+        role="scheduler", rank=0, num_workers=2, num_servers=1, scheduler_host="", scheduler_port=0, token=""
+    )
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+class Parent:
+    """A process that the keeper takes for the worker that started it."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+        self.pidfd = os.pidfd_open(self._process.pid)
+
+    def end(self) -> None:
+        self._process.communicate(timeout=DEADLINE_S)
+
+    def __enter__(self) -> Parent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        os.close(self.pidfd)
+
+
+@contextmanager
+def running(keeper: Keeper, parent: Parent) -> Iterator[threading.Thread]:
+    """Run a keeper in a thread; it ends with the parent at the latest."""
+    thread = threading.Thread(target=keeper.run, args=(parent.pidfd,))
+    thread.start()
+    try:
+        yield thread
+    finally:
+        parent.end()
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive(), "the keeper stays"
+
+
+def worker(keeper: Keeper, rank: int) -> Job:
+    return Job(dataclasses.replace(keeper.config, role="worker", rank=rank))
+
+
+def test_it_makes_a_token_that_only_this_user_can_read() -> None:
+    with Keeper(config(), (), {}) as keeper:
+        keeper.write_token()
+        path = Path(keeper.token_file)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert path.read_text() == keeper.config.token
+        assert len(keeper.config.token) == 64
+    assert not path.exists()
+
+
+def test_a_token_that_is_given_stays() -> None:
+    with Keeper(config(token="given"), (), {}) as keeper:
+        assert keeper.config.token == "given"
+
+
+@contextmanager
+def server(keeper: Keeper) -> Iterator[None]:
+    """A server of the job, as threads of this process."""
+    threads = Server(dataclasses.replace(keeper.config, role="server"), updater_loader(()))
+    threads.start()
+    try:
+        yield
+    finally:
+        threads.stop()
+
+
+def test_it_stays_until_all_have_left_although_its_parent_is_gone() -> None:
+    with Parent() as parent, Keeper(config(), (), {}) as keeper:
+        keeper.write_token()
+        path = keeper.token_file
+        with running(keeper, parent), server(keeper):
+            first, other = worker(keeper, 0), worker(keeper, 1)
+            first.close(m.Goodbye())
+            parent.end()
+            while os.path.exists(path):  # removed as soon as both have joined
+                assert other.failure() is None
+            assert other.failure() is None, "one has not left yet"
+            other.close(m.Goodbye())
+
+
+def test_a_lost_worker_ends_the_job() -> None:
+    with Parent() as parent, Keeper(config(), (), {}) as keeper, running(keeper, parent), server(keeper):
+        first, other = worker(keeper, 0), worker(keeper, 1)
+        first.close(m.Abandon("for a test"))
+        parent.end()
+        with pytest.raises(PeerLostError, match="worker 0"):
+            other.control.request(lambda number: m.AskWaiting(number, 1), "a call", DEADLINE_S)
+        other.close(m.Abandon("for a test"))
+
+
+def test_it_does_not_outlive_a_parent_that_never_joined() -> None:
+    with Parent() as parent, Keeper(config(), (), {}) as keeper, running(keeper, parent):
+        pass
+
+
+def test_those_who_never_joined_are_waited_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINGER_S", 0.0)
+    with Parent() as parent, Keeper(config(), (), {}) as keeper, running(keeper, parent), server(keeper):
+        worker(keeper, 0).close(m.Goodbye())
+
+
+def test_a_server_that_fails_at_its_start_is_a_lost_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "shielded", lambda argv, environ: ["false"])
+    with Parent() as parent, Keeper(config(), (0,), os.environ) as keeper:
+        keeper.start_servers()
+        with running(keeper, parent), pytest.raises(PeerLostError, match="server 0"):
+            worker(keeper, 0)
+
+
+def test_a_keeper_without_a_scheduler_ends_with_its_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "shielded", lambda argv, environ: ["true"])
+    elsewhere = config(scheduler_host="127.0.0.1", scheduler_port=1, token="t")
+    with Parent() as parent, Keeper(elsewhere, (0,), os.environ) as keeper:
+        keeper.start_servers()
+        keeper.run(parent.pidfd)
+
+
+STARTER = """
+import os, sys
+import msgspec
+from tensorkv.config import from_env
+from tensorkv.launch.torchrun import start_keeper
+
+record = start_keeper(from_env(), range(1), os.environ)
+print(msgspec.json.encode(record).decode(), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def starter() -> Iterator[tuple[subprocess.Popen[bytes], JobRecord, list[int]]]:
+    """A process that has started a keeper; what that reported; pidfds of the keeper and of its server."""
+    environ = {**os.environ, **config(token=secrets.token_hex(8)).to_env()}
+    command = [sys.executable, "-c", STARTER]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        record = msgspec.json.decode(process.stdout.readline(), type=JobRecord)
+        [keeper] = children(process.pid)
+        [server] = children(keeper)
+        handles = [os.pidfd_open(keeper), os.pidfd_open(server)]
+        try:
+            yield process, record, [keeper, *handles]
+        finally:
+            process.kill()
+            for handle in handles:
+                assert select.select([handle], [], [], DEADLINE_S)[0], "a process was left running"
+                os.close(handle)
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_servers_go_with_a_keeper_that_is_killed(signum: signal.Signals) -> None:
+    with starter() as (_, record, (keeper, *handles)):
+        assert (record.host, record.num_servers, record.token_file) == ("127.0.0.1", 1, "")
+        os.kill(keeper, signum)
+        for handle in handles:
+            assert select.select([handle], [], [], DEADLINE_S)[0]
+
+
+@pytest.mark.e2e
+def test_keeper_and_servers_go_with_a_worker_that_is_killed() -> None:
+    with starter() as (process, _, _):
+        process.kill()
