@@ -20,7 +20,7 @@
     │   ├── NotShippable (ValueError)         a function that servers cannot find by name
     │   ├── NotElementwise (ValueError)       the updater needs whole values and the key is sliced
     │   ├── SettingMismatch (ValueError)      ranks disagree on an init or a setting
-    │   ├── StoreMismatch (ValueError)        ranks disagree on the kind or reduction of a store
+    │   ├── StoreMismatch (ValueError)        ranks disagree on the terms of a store, its kind say
     │   ├── UncommittedPush (RuntimeError)    the key was pushed with apply=False and awaits commit
     │   ├── CommitMismatch (ValueError)       ranks disagree on what to commit
     │   ├── StoreClosed (RuntimeError)        the store was closed, or belongs to the parent process
@@ -121,7 +121,7 @@ class SettingMismatch(TensorKVError, ValueError):
 
 
 class StoreMismatch(TensorKVError, ValueError):
-    """A store of this name is open with another kind or reduction."""
+    """A store of this name is open with another kind, reduction or on_worker_loss."""
 
 
 class UncommittedPush(TensorKVError, RuntimeError):

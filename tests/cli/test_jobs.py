@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,77 @@ def test_a_lost_server_is_status_1(tmp_path: Path) -> None:
     last = "tensorkv: server 0 failed with status 137 (SIGKILL); the job was ended"
     assert err.splitlines()[-1] == last
     assert status == 1
+
+
+KILLED = """
+import os
+import signal
+import sys
+import torch
+import tensorkv
+
+kind, policy = sys.argv[1:]
+kv = tensorkv.create(kind, **({"on_worker_loss": policy} if policy else {}))
+kv.set_updater("add")
+kv.init("w", torch.zeros(4))
+for step in range(1, 11):
+    kv.push("w", torch.full((4,), 10.0**kv.rank))
+    kv.pull("w")  # so the push is acknowledged
+    if (kv.rank, step) == (1, 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+kv.barrier()  # of those that are left
+print("sum", int(kv.pull("w")[0]))
+"""
+
+
+@pytest.mark.parametrize(("kind", "policy"), [("dist_async", ""), ("dist_sync", "continue")])
+def test_where_stores_say_so_the_others_go_on_and_the_job_fails_at_its_end(
+    tmp_path: Path, kind: str, policy: str
+) -> None:
+    """Each rank counts in a digit place of its own: 10 steps, but 3 of the worker that was lost."""
+    status, out, err = run(tmp_path, KILLED, "-n", "3", "-s", "2", arguments=(kind, policy))
+    assert out.splitlines() == ["[worker 0] sum 1040", "[worker 2] sum 1040"]
+    last = "tensorkv: worker 1 failed with status 137 (SIGKILL); the job went on without it"
+    assert err.splitlines()[-1] == last
+    told = [line for line in err.splitlines() if "was lost" in line]
+    assert sorted(line[:10] for line in told) == ["[worker 0]", "[worker 2]"]
+    assert all("worker 1 on host" in line and "the job goes on without it" in line for line in told)
+    assert status == 137
+
+
+LOST = """
+import os
+import signal
+import sys
+import torch
+import tensorkv
+
+kv = tensorkv.create("dist_sync")
+kv.init("w", torch.zeros(4))
+kv.barrier()
+if kv.rank == 1:
+    if sys.argv[1] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(5)
+kv.push("w", torch.ones(4))
+try:
+    kv.push("w", torch.ones(4))
+    kv.barrier()
+except tensorkv.PeerLostError as error:
+    print(error, flush=True)
+    raise
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "cause"),
+    [("kill", 137, "its connection ended without a goodbye"), ("exit", 5, "it ended with status 5")],
+)
+def test_else_every_other_worker_is_told_who_was_lost_and_why(
+    tmp_path: Path, how: str, status: int, cause: str
+) -> None:
+    found, out, err = run(tmp_path, LOST, "-n", "3", arguments=(how,))
+    assert f"worker 1 failed with status {status}" in err.splitlines()[-1]
+    assert found == status
+    for line in out.splitlines():  # the launcher may end them before they say it
+        assert f"worker 1 on host {socket.gethostname()} was lost: {cause}" in line

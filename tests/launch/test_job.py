@@ -63,11 +63,14 @@ def job(
     *specs: ProcessSpec,
     stop_servers: Callable[[], Iterable[Node]] = list,
     first_lost: Callable[[], Node | None] = lambda: None,
+    goes_on: Callable[[Node, int], bool] = lambda node, returncode: False,
     **seconds: float,
 ) -> int:
     """Run a job in this process."""
     output = Output({"stdout": FileSink(sys.stdout), "stderr": FileSink(sys.stderr)})
-    return Job(specs, output, stop_servers=stop_servers, first_lost=first_lost, **seconds).run()
+    return Job(
+        specs, output, stop_servers=stop_servers, first_lost=first_lost, goes_on=goes_on, **seconds
+    ).run()
 
 
 @contextmanager
@@ -224,6 +227,47 @@ def test_the_status_of_the_process_that_was_lost_first(
     )
     assert status == 9
     assert "worker 1 failed with status 9" in capfd.readouterr().err
+
+
+def test_a_worker_that_the_job_can_do_without_does_not_end_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = fifo(tmp_path)
+    asked: list[tuple[Node, int]] = []
+
+    def goes_on(node: Node, returncode: int) -> bool:
+        asked.append((node, returncode))
+        release(path)
+        return True
+
+    status = job(
+        python("worker", 0, "import sys; sys.exit('so long')"),
+        python("worker", 1, "import sys; open(sys.argv[1]).read(); print('done')", path),
+        goes_on=goes_on,
+    )
+    assert status == 1
+    assert asked == [(Node("worker", 0), 1)]
+    out, err = capfd.readouterr()
+    assert out == "[worker 1] done\n"
+    assert err.splitlines() == [
+        "[worker 0] so long",
+        "tensorkv: the last lines of worker 0 on stderr were",
+        "tensorkv:   so long",
+        "tensorkv: worker 0 failed with status 1; the job went on without it",
+    ]
+
+
+def test_once_the_job_is_ending_nobody_asks_whether_it_goes_on(tmp_path: Path) -> None:
+    asked: list[Node] = []
+
+    def goes_on(node: Node, returncode: int) -> bool:
+        asked.append(node)
+        return False
+
+    assert (
+        job(python("worker", 0, "import sys; sys.exit(3)"), python("worker", 1, WAIT), goes_on=goes_on) == 3
+    )
+    assert asked == [Node("worker", 0)]
 
 
 def test_a_process_that_does_not_end_is_killed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from tensorkv.launch.supervisor import (
     Terminate,
     shell_status,
     signal_name,
+    status_text,
 )
 
 S0, S1 = Node("server", 0), Node("server", 1)
@@ -224,9 +225,54 @@ class TestSuspect:
         assert finish == Finish(6, "worker 0 failed with status 6", W0)
 
 
+class TestSpared:
+    """A worker fails, and the job goes on without it."""
+
+    def test_the_others_come_to_their_end_and_then_the_job_has_failed(self) -> None:
+        core = new()
+        assert core.exited({W1: -9}, 1.0, spared=[W1]) == []
+        assert core.running
+        assert core.deadline is None
+        assert core.exited({W0: 0, W2: 0}, 2.0) == [StopServers()]
+        finish = Finish(137, "worker 1 failed with status 137 (SIGKILL)", W1, went_on=True)
+        assert core.exited({S0: 0}, 3.0) == [finish]
+
+    def test_the_first_gives_the_status_and_the_others_are_reported(self) -> None:
+        core = new()
+        core.exited({W1: 3}, 1.0, spared=[W1])
+        assert core.exited({W0: 4}, 2.0, spared=[W0]) == [Report("worker 0 failed with status 4, too")]
+        assert core.exited({W2: 0}, 2.0) == [StopServers()]
+        [finish] = core.exited({S0: 0}, 3.0)
+        assert finish == Finish(3, "worker 1 failed with status 3", W1, went_on=True)
+
+    def test_a_failure_that_ends_the_job_is_what_the_job_ends_with(self) -> None:
+        core = new()
+        core.exited({W1: 3}, 1.0, spared=[W1])
+        before = Report("worker 1 failed with status 3 before")
+        assert core.exited({S0: 1}, 2.0) == [before, Terminate((W0, W2))]
+        assert not core.running
+        assert core.exited({W0: 0, W2: 0}, 3.0) == [Finish(1, "server 0 failed with status 1", S0)]
+
+    def test_a_signal_ends_the_job_as_ever(self) -> None:
+        core = new()
+        core.exited({W1: 3}, 1.0, spared=[W1])
+        before = Report("worker 1 failed with status 3 before")
+        assert core.signalled(signal.SIGINT, 2.0) == [before, Terminate((W0, W2))]
+        [finish] = core.exited(dict.fromkeys(core.alive, 0), 3.0)
+        assert finish == Finish(130, "ended by SIGINT")
+
+    def test_one_that_is_spared_and_one_that_is_not_at_once(self) -> None:
+        core = new()
+        out = core.exited({W1: -9, W0: 2}, 1.0, spared=[W1])
+        assert out == [Report("worker 1 failed with status 137 (SIGKILL) before"), Terminate((W2,))]
+        [finish] = core.exited({S0: 0, W2: 0}, 2.0)
+        assert finish == Finish(2, "worker 0 failed with status 2", W0)
+
+
 def test_statuses_as_a_shell_shows_them() -> None:
     assert [shell_status(code) for code in (0, 3, -9, -15)] == [0, 3, 137, 143]
     assert [signal_name(number) for number in (9, 250)] == ["SIGKILL", "signal 250"]
+    assert [status_text(code) for code in (3, -9)] == ["status 3", "status 137 (SIGKILL)"]
 
 
 NODES = [S0, S1, W0, W1]
@@ -240,16 +286,16 @@ EVENTS = st.lists(
 )
 
 
-@given(EVENTS, st.sampled_from([None, *NODES]))
+@given(EVENTS, st.sampled_from([None, *NODES]), st.sets(st.sampled_from([W0, W1])))
 def test_whatever_happens_the_job_ends_once_within_its_deadlines(
-    events: list[tuple[str, object, int]], suspect: Node | None
+    events: list[tuple[str, object, int]], suspect: Node | None, spared: set[Node]
 ) -> None:
     core = Supervisor(NODES)
     alive, now, actions = set(NODES), 0.0, list[Action]()
     for kind, subject, status in events:
         if kind == "exit" and isinstance(subject, Node) and subject in alive:
             alive.remove(subject)
-            actions += core.exited({subject: status}, now, suspect)
+            actions += core.exited({subject: status}, now, suspect, spared)
         elif kind == "signal" and isinstance(subject, signal.Signals):
             actions += core.signalled(subject, now)
         elif kind == "tick" and isinstance(subject, float):

@@ -31,7 +31,7 @@ class Desk:
 
     def __init__(self, num_workers: int = 2, num_servers: int = 2) -> None:
         self.placement = Placement(BOUND_BYTES, 1 << 20, [0] * num_servers)
-        opened = m.JoinStore(1, "default", "sync", "sum")
+        opened = m.JoinStore(1, "default", "sync", "sum", "fail")
         self.directory = Directory(1, opened, num_workers, self.placement)
         self.request = 0
 
@@ -236,6 +236,30 @@ def test_a_refused_updater_does_not_keep_values_whole() -> None:
 
 
 # ---- keys ------------------------------------------------------------------------------------------
+
+
+def test_what_a_rank_is_about_to_create_or_delete_is_known_until_it_concludes() -> None:
+    desk = Desk()
+    (old,) = desk.create(spec("old", 100))
+    ((_, reply),) = desk.init(0, spec("new", 3))
+    desk.delete(1, old)
+    old_ids, new_ids = ([each.slice_id for each in entry.slices] for entry in (old, reply.entries[0]))
+    assert len(old_ids) > 1
+    assert desk.directory.unfinished(0) == [("new", new_ids)]
+    assert desk.directory.unfinished(1) == [("old", old_ids)]
+    desk.directory.conclude_delete(0, m.ConcludeDelete(1, desk.request))  # another rank's request
+    assert desk.directory.unfinished(1) == [("old", old_ids)]
+    desk.directory.conclude_delete(1, m.ConcludeDelete(1, desk.request))
+    desk.conclude(0, reply)
+    assert desk.directory.unfinished(0) == desk.directory.unfinished(1) == []
+
+
+def test_who_leaves_has_told_the_servers_what_it_deleted() -> None:
+    desk = Desk()
+    (old,) = desk.create(spec("old", 3))
+    desk.delete(1, old)
+    desk.directory.leave(1)
+    assert desk.directory.unfinished(1) == []
 
 
 def test_only_the_named_generation_is_deleted() -> None:

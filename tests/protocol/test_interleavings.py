@@ -469,7 +469,7 @@ class Worker:
         yield from self.leave()
 
     def open(self) -> Generator[Condition, None, None]:
-        joined = yield from self.ask(lambda n: m.JoinStore(n, "default", "sync", "sum"))
+        joined = yield from self.ask(lambda n: m.JoinStore(n, "default", "sync", "sum", "fail"))
         self.number_of_store = joined.store
         for server in range(NUM_SERVERS):
             self.send(server, m.OpenStore(joined.store, "default", **self.job.store))

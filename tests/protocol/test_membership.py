@@ -32,8 +32,15 @@ def tell(to: Membership, rank: int, message: Any) -> list[Any]:
     return taken(to)
 
 
-def join(to: Membership, rank: int, name: str = "default", kind: str = "sync", reduction: str = "sum") -> Any:
-    ((_, found, reply),) = tell(to, rank, m.JoinStore(1, name, kind, reduction))
+def join(
+    to: Membership,
+    rank: int,
+    name: str = "default",
+    kind: str = "sync",
+    reduction: str = "sum",
+    on_worker_loss: Any = "fail",
+) -> Any:
+    ((_, found, reply),) = tell(to, rank, m.JoinStore(1, name, kind, reduction, on_worker_loss))
     assert found == rank
     return reply
 
@@ -55,12 +62,12 @@ def test_workers_are_welcome_when_all_servers_are_there() -> None:
     ("role", "rank", "message"),
     [
         ("worker", 0, m.Register("", 0, "", 1)),
-        ("server", 0, m.JoinStore(1, "x", "sync", "sum")),
+        ("server", 0, m.JoinStore(1, "x", "sync", "sum", "fail")),
         ("server", 1, m.AskWaiting(1, 1)),
         ("server", 0, m.Barrier(1, 1)),
         ("worker", 0, m.CommitReady(1, 1, [], True, False, None)),
         ("worker", 5, m.Goodbye()),
-        ("worker", 5, m.JoinStore(1, "x", "sync", "sum")),
+        ("worker", 5, m.JoinStore(1, "x", "sync", "sum", "fail")),
     ],
     ids=lambda each: type(each).__name__ if isinstance(each, m.Message) else str(each),
 )
@@ -119,12 +126,11 @@ def test_keys_settings_and_barriers_go_to_the_store() -> None:
 
 def test_commits_are_decided_for_all_servers() -> None:
     made = job()
-    for name in ("a", "b", "c"):
-        join(made, 0, name)
-    made.handle("server", 1, m.CommitReady(3, 1, [4.0], True, False, None))
+    store = join(made, 0).store
+    made.handle("server", 1, m.CommitReady(store, 1, [4.0], True, False, None))
     assert taken(made) == []
-    made.handle("server", 0, m.CommitReady(3, 1, [3.0], True, False, None))
-    decision = m.CommitDecision(3, 1, True, 5.0, None)
+    made.handle("server", 0, m.CommitReady(store, 1, [3.0], True, False, None))
+    decision = m.CommitDecision(store, 1, True, 5.0, None)
     assert taken(made) == [("server", 0, decision), ("server", 1, decision)]
 
 
@@ -171,6 +177,153 @@ def test_the_first_loss_is_the_cause_that_all_are_told(how: str) -> None:
     assert (made.lost, taken(made)) == (lost, [])
 
 
+class TestGoingOn:
+    """A worker is lost, and every store it is in says on_worker_loss="continue"."""
+
+    def test_it_has_left_every_store_and_everybody_is_told(self) -> None:
+        made = job(3)
+        store = join(made, 0, on_worker_loss="continue").store
+        tell(made, 0, m.Barrier(7, store))
+        tell(made, 2, m.Barrier(8, store))
+        made.disconnected("worker", 1, "cause")
+        lost = m.WorkerLost(1, "w1", "cause", [])
+        assert taken(made) == [
+            ("server", 0, lost), ("server", 1, lost), ("worker", 0, lost), ("worker", 2, lost),
+            ("worker", 0, m.Done(7)), ("worker", 2, m.Done(8)),
+        ]  # fmt: skip
+        assert made.lost is None
+        assert (made.is_dropped(1), made.is_dropped(0)) == (True, False)
+        later = join(made, 0, "later", on_worker_loss="fail").store
+        tell(made, 0, m.Barrier(9, later))
+        assert tell(made, 2, m.Barrier(9, later)) == [
+            ("worker", 0, m.Done(9)), ("worker", 2, m.Done(9)),
+        ]  # fmt: skip
+        for rank in (0, 2):
+            tell(made, rank, m.Goodbye())
+        assert made.finished
+
+    def test_what_it_still_says_is_not_heard(self) -> None:
+        made = job(3)
+        store = join(made, 0, on_worker_loss="continue").store
+        made.handle("worker", 1, m.Abandon("cause"))
+        taken(made)
+        assert tell(made, 1, m.Barrier(1, store)) == []
+        assert tell(made, 1, m.Goodbye()) == []
+        made.disconnected("worker", 1, "end of file")
+        made.declare_lost("worker", 1, "it ended with status 1")
+        assert taken(made) == []
+        with pytest.raises(ProtocolError):
+            made.handle("worker", 1, m.Register("", 0, "w1", 2))
+
+    def test_who_comes_late_learns_of_it(self) -> None:
+        made = job(3, 2, joined=False)
+        made.handle("server", 0, m.Register("a", 1, "s0", 1))
+        made.handle("worker", 0, m.Register("", 0, "w0", 1))
+        made.handle("worker", 1, m.Register("", 0, "w1", 1))
+        join(made, 0, on_worker_loss="continue")
+        made.disconnected("worker", 1, "cause")
+        taken(made)
+        lost = m.WorkerLost(1, "w1", "cause", [])
+        made.handle("worker", 2, m.Register("", 0, "w2", 1))
+        assert taken(made) == [("worker", 2, lost)]
+        made.handle("server", 1, m.Register("b", 2, "s1", 1))
+        assert taken(made)[0] == ("server", 1, lost)
+
+    def test_one_store_that_says_fail_is_enough_to_end_the_job(self) -> None:
+        made = job(3)
+        join(made, 0, on_worker_loss="continue")
+        strict = join(made, 0, "strict", on_worker_loss="fail").store
+        tell(made, 1, m.LeaveStore(2, strict))  # it says nothing about worker 1 any more
+        made.disconnected("worker", 1, "cause")
+        assert made.lost is None
+        made.disconnected("worker", 2, "cause")  # it has never opened it, and is a member
+        assert made.lost == m.Lost("worker", 2, "w2", "cause")
+        assert not made.is_dropped(2)
+
+    def test_who_has_left_all_stores_is_judged_by_those_that_are_open(self) -> None:
+        for policy, goes_on in (("continue", True), ("fail", False)):
+            made = job(3)
+            store = join(made, 0, on_worker_loss=policy).store
+            tell(made, 1, m.LeaveStore(2, store))
+            made.disconnected("worker", 1, "cause")
+            assert made.is_dropped(1) == goes_on
+            assert (made.lost is None) == goes_on
+
+    def test_without_a_store_the_job_ends(self) -> None:
+        made = job(3)
+        made.disconnected("worker", 1, "cause")
+        assert made.lost == m.Lost("worker", 1, "w1", "cause")
+
+    def test_who_never_joined_ends_the_job(self) -> None:
+        made = job(2, joined=False)
+        for rank in range(2):
+            made.handle("server", rank, m.Register("a", 1, "s", 1))
+        made.handle("worker", 0, m.Register("", 0, "w0", 1))
+        taken(made)
+        join(made, 0, on_worker_loss="continue")
+        made.disconnected("worker", 1, "cause")
+        assert made.lost == m.Lost("worker", 1, "", "cause")
+
+    def test_a_server_is_never_spared(self) -> None:
+        made = job(3)
+        join(made, 0, on_worker_loss="continue")
+        made.disconnected("worker", 1, "cause")
+        made.disconnected("server", 1, "cause")
+        assert made.lost == m.Lost("server", 1, "s1", "cause")
+
+    def test_the_last_one_has_nobody_who_goes_on(self) -> None:
+        made = job(3)
+        join(made, 0, on_worker_loss="continue")
+        made.disconnected("worker", 1, "cause")
+        tell(made, 0, m.Goodbye())
+        made.disconnected("worker", 2, "cause")
+        assert made.lost == m.Lost("worker", 2, "w2", "cause")
+
+    def test_an_end_with_another_status_than_0_is_a_loss_also_after_goodbye(self) -> None:
+        for policy, goes_on in (("continue", True), ("fail", False)):
+            made = job(3)
+            join(made, 0, on_worker_loss=policy)
+            tell(made, 1, m.Goodbye())
+            made.declare_lost("worker", 1, "it ended with status 3")
+            assert made.is_dropped(1) == goes_on
+            (message,) = {type(message) for _, _, message in taken(made)}
+            assert message is (m.WorkerLost if goes_on else m.Lost)
+
+    def test_servers_are_told_what_it_was_about_to_create_or_delete(self) -> None:
+        made = job(2)
+        store = join(made, 0, on_worker_loss="continue").store
+        other = join(made, 0, "other", on_worker_loss="continue").store
+        specs = [m.KeySpec(key, (2,), "float32", 4, False) for key in ("done", "gone", "half")]
+        entries = {}
+        for number, spec in enumerate(specs):
+            ((_, _, reply),) = tell(made, 0, m.ProposeInit(number, store, [spec]))
+            entries[spec.key] = reply.entries[0]
+            if spec.key != "half":
+                tell(made, 0, m.ConcludeInit(number, store, [reply.entries[0].key_id], None))
+        for number, key in ((10, "done"), (11, "gone")):
+            tell(made, 0, m.DeleteKeys(number, store, [(key, entries[key].key_id)]))
+        tell(made, 0, m.ConcludeDelete(store, 10))
+        tell(made, 0, m.ProposeInit(5, other, [specs[0]]))
+        made.disconnected("worker", 0, "cause")
+        told = {role: message for role, _, message in taken(made)}
+        ids = {key: [each.slice_id for each in entry.slices] for key, entry in entries.items()}
+        ((first, keys), (second, _)) = told["server"].dropped
+        assert (first, second) == (store, other)
+        assert sorted(keys) == [("gone", ids["gone"]), ("half", ids["half"])]
+        assert told["worker"].dropped == []
+        assert made._placement.load_bytes == [0, 0]
+        ((_, _, reply),) = tell(made, 1, m.ProposeInit(1, store, [specs[2]]))
+        assert reply.lead == [True]
+
+    def test_ranks_must_agree_on_it(self) -> None:
+        made = job()
+        join(made, 0, on_worker_loss="continue")
+        reply = join(made, 1, on_worker_loss="fail")
+        assert isinstance(from_wire(reply.name, reply.text), StoreMismatch)
+        assert "on_worker_loss 'continue', but rank 1 asks for" in reply.text
+        assert "on_worker_loss 'fail'; all ranks must agree" in reply.text
+
+
 def test_a_process_that_comes_after_a_loss_learns_of_it() -> None:
     made = job(joined=False)
     made.handle("server", 0, m.Register("a", 1, "s0", 1))
@@ -213,7 +366,7 @@ def test_an_address_that_cannot_be_one_is_refused(message: m.Register) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [m.JoinStore(1, "late", "sync", "sum"), m.Goodbye(), m.Abandon("no"), m.Barrier(1, 1)]
+    "message", [m.JoinStore(1, "late", "sync", "sum", "fail"), m.Goodbye(), m.Abandon("no"), m.Barrier(1, 1)]
 )
 def test_nothing_comes_after_a_goodbye(message: Any) -> None:
     made = job()

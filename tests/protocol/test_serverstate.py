@@ -182,3 +182,51 @@ def test_a_store_is_opened_by_all_alike(t: Any) -> None:
     for is_async, mean in ((True, False), (False, True)):
         with pytest.raises(ProtocolError, match="another mode or reduction"):
             bench.state.handle(1, m.OpenStore(1, "default", is_async, mean))
+
+
+def test_of_a_lost_worker_counts_what_came_whole_and_is_not_to_be_committed(t: Any) -> None:
+    bench = t.Bench(2)
+    a, b, c = (bench.init(key, torch.zeros(1))[0] for key in "abc")
+    plans = {(rank, i): bench.define(rank, t.dense([i], [1])) for rank in range(2) for i in (a, b, c)}
+    bench.push(1, plans[1, a], torch.tensor([10.0]))
+    bench.push(1, plans[1, c], torch.tensor([10.0]), apply=False)
+    for each in (a, b):
+        bench.push(0, plans[0, each], torch.ones(1))
+    bench.push(0, plans[0, c], torch.ones(1), apply=False)
+    bench.pull(0, plans[0, b])
+    (answer,) = bench.state.worker_lost(m.WorkerLost(1, "host", "cause", []))
+    assert answer.payload[0].tensor.tolist() == [1.0]  # it is waited for no more
+    t.settle([answer])
+    assert bench.value(0, plans[0, a]).tolist() == [11.0]
+    (ready,) = bench.commit(0)
+    (committed,) = bench.decide(ready.message)
+    assert committed.message.applied
+    assert bench.value(0, plans[0, c]).tolist() == [1.0]
+    bench.check_empty()
+
+
+def test_nothing_more_is_taken_of_a_lost_worker(t: Any) -> None:
+    bench = t.Bench(2)
+    (w,) = bench.init("w", torch.zeros(1))
+    plan = bench.define(1, t.dense([w], [1]))
+    assert not bench.state.is_gone(1)
+    assert bench.state.worker_lost(m.WorkerLost(1, "host", "cause", [])) == []
+    assert bench.state.is_gone(1)
+    for message in (m.Push(plan, 0, True, 0), m.Pull(plan, 1), m.Commit(1, 1, None, False, False)):
+        with pytest.raises(ProtocolError):
+            bench.state.handle(1, message)
+
+
+def test_what_a_lost_worker_was_about_to_create_or_delete_goes(t: Any) -> None:
+    bench = t.Bench(3)
+    (new,) = bench.init("new", torch.zeros(1), worker=1)
+    ids = bench.init("old", torch.zeros(4), 2)
+    (kept,) = bench.init("kept", torch.zeros(1))
+    plan = bench.define(0, t.dense(ids, [2, 2]))
+    bench.push(0, plan, torch.ones(4))
+    assert bench.pull(0, plan) == []
+    dropped: list[Any] = [(1, [("new", [new]), ("old", ids), ("older", [99])]), (7, [("x", [1])])]
+    (failed,) = bench.state.worker_lost(m.WorkerLost(1, "host", "cause", dropped))
+    assert (failed.worker, str(t.error_of(failed.message))) == (0, "key 'old' was deleted by rank 1")
+    assert bench.shard._index_of.keys() == {kept}
+    bench.check_empty()

@@ -32,7 +32,7 @@ def job(cluster: EmbeddedJob) -> Iterator[Job]:
 
 
 def open_store(job: Job, name: str = "default") -> int:
-    joined = job.control.request(lambda n: m.JoinStore(n, name, "sync", "sum"), "opening", DEADLINE_S)
+    joined = job.control.request(lambda n: m.JoinStore(n, name, "sync", "sum", "fail"), "opening", DEADLINE_S)
     number: int = joined.store
     with job.order:
         for link in job.links:

@@ -11,6 +11,7 @@ import pytest
 
 from tensorkv.config import JobConfig
 from tensorkv.errors import AuthenticationError
+from tensorkv.runtime import scheduler as scheduler_module
 from tensorkv.runtime.scheduler import SchedulerServer
 from tensorkv.transport.endpoint import connect
 from tensorkv.wire import messages as m
@@ -133,7 +134,7 @@ def test_a_message_that_cannot_be_handled_ends_its_process_only(
         lost = workers[0].hear()
     assert "could not handle its message: KeyError: 'a bug'" in lost.cause
     assert caplog.records[0].exc_info is not None
-    workers[0].say(m.JoinStore(5, "default", "sync", "sum"))
+    workers[0].say(m.JoinStore(5, "default", "sync", "sum", "fail"))
     assert workers[0].hear().request == 5
 
 
@@ -143,7 +144,7 @@ def test_a_goodbye_is_no_loss(scheduler: SchedulerServer, member: Callable[..., 
     worker.connection.shutdown()
     assert server.hear() == m.Gone(0)
     other.hear()
-    other.say(m.JoinStore(5, "default", "sync", "sum"))
+    other.say(m.JoinStore(5, "default", "sync", "sum", "fail"))
     assert other.hear() == m.Joined(5, 1)
     assert scheduler.lost is None
 
@@ -154,10 +155,78 @@ def test_a_worker_that_never_joined_has_left(scheduler: SchedulerServer, member:
     scheduler.worker_exited(0)  # it has joined: what it says itself counts
     scheduler.worker_exited(1)
     assert server.hear() == m.Gone(1)
-    worker.say(m.JoinStore(5, "default", "sync", "sum"))
+    worker.say(m.JoinStore(5, "default", "sync", "sum", "fail"))
     number = worker.hear().store
     worker.say(m.Barrier(6, number))
     assert worker.hear() == m.Done(6)
+
+
+def open_store(worker: Any, on_worker_loss: Any) -> int:
+    worker.hear()
+    worker.say(m.JoinStore(5, "default", "sync", "sum", on_worker_loss))
+    return int(worker.hear().store)
+
+
+def test_a_worker_that_can_be_done_without_is_lost_to_the_others_only(
+    scheduler: SchedulerServer, member: Callable[..., Any]
+) -> None:
+    server, worker, other = member("server", 0), member("worker", 0), member("worker", 1)
+    store = open_store(worker, "continue")
+    other.hear()
+    worker.say(m.Barrier(6, store))
+    other.say(m.Abandon("it fell over"))
+    lost = m.WorkerLost(1, "node", "it fell over", [])
+    assert server.hear() == lost
+    assert worker.hear() == lost
+    assert worker.hear() == m.Done(6)
+    other.connection.shutdown()
+    assert scheduler.worker_failed(1, "it ended with status 1")
+    assert scheduler.lost is None
+    with pytest.raises(AuthenticationError, match="worker 1 of this job is taken"):
+        member("worker", 1)  # it cannot come back
+
+
+@pytest.mark.parametrize("policy", ["continue", "fail"])
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_what_the_launcher_saw_is_a_loss_also_of_one_that_said_goodbye(
+    scheduler: SchedulerServer, member: Callable[..., Any], policy: str, goodbye: bool
+) -> None:
+    server, worker, other = member("server", 0), member("worker", 0), member("worker", 1)
+    open_store(worker, policy)
+    other.hear()
+    if goodbye:
+        other.say(m.Goodbye())
+        assert server.hear() == m.Gone(1)
+    other.connection.shutdown()
+    goes_on = scheduler.worker_failed(1, "it ended with status 3")
+    told = worker.hear()
+    assert (goes_on, type(told)) == ((True, m.WorkerLost) if policy == "continue" else (False, m.Lost))
+    assert told.rank == 1
+    if goodbye:
+        assert told.cause == "it ended with status 3"
+    else:  # what the scheduler saw itself came first
+        assert told.cause.startswith("its connection ended")
+
+
+def test_a_worker_whose_connection_its_children_hold_is_lost_all_the_same(
+    scheduler: SchedulerServer, member: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "LAST_WORDS_S", 0.01)
+    member("server", 0)
+    worker, other = member("worker", 0), member("worker", 1)
+    open_store(worker, "continue")
+    other.hear()
+    assert scheduler.worker_failed(1, "it ended with status 137 (SIGKILL)")
+    assert worker.hear() == m.WorkerLost(1, "node", "it ended with status 137 (SIGKILL)", [])
+
+
+def test_the_job_does_not_go_on_without_one_that_never_joined(
+    scheduler: SchedulerServer, member: Callable[..., Any]
+) -> None:
+    member("server", 0)
+    open_store(member("worker", 0), "continue")
+    assert not scheduler.worker_failed(1, "it ended with status 1")
+    assert scheduler.lost is None  # nobody waits in vain for a process that the launcher ends now
 
 
 def test_servers_are_told_that_the_job_is_over(
@@ -203,7 +272,7 @@ def test_who_asks_and_does_not_read_is_ended_with_one_line(
     workers = [member("worker", rank) for rank in range(2)]
     for each in workers:
         each.hear()
-    workers[0].say(m.JoinStore(1, "default", "sync", "sum"))
+    workers[0].say(m.JoinStore(1, "default", "sync", "sum", "fail"))
     store = workers[0].hear().store
     keys = [m.KeySpec(f"{number:01000}", (2,), "float32", 4, False) for number in range(100)]
     workers[0].say(m.ProposeInit(2, store, keys))

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tensorkv.config import JobConfig
@@ -21,6 +22,7 @@ from tensorkv.runtime.handshake import introduce
 from tensorkv.runtime.server import Server
 from tensorkv.transport.base import Connection
 from tensorkv.transport.endpoint import connect
+from tensorkv.transport.inproc import InprocConnection
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import PREFIX, encode
 
@@ -395,6 +397,79 @@ def test_a_server_ends_when_a_process_is_lost() -> None:
     assert "worker 0" in str(failure)
     assert "it fell over" in str(failure)
     cluster.stop()
+
+
+def lose(cluster: EmbeddedJob, rank: int, **fields: Any) -> None:
+    """Let the scheduler say that a worker is lost."""
+    peer = cluster.scheduler._peers["server", 0]
+    peer.sender.put([encode(m.WorkerLost(rank, "host", "cause", fields.get("dropped", [])))])
+    peer.sender.pump()
+
+
+@pytest.fixture
+def registered(cluster: EmbeddedJob) -> Iterator[EmbeddedJob]:
+    """A cluster whose server the scheduler knows."""
+    job = cluster.join(2)
+    yield cluster
+    job.close(m.Goodbye())
+
+
+def test_of_a_lost_worker_all_that_has_come_counts_and_nothing_after(
+    registered: EmbeddedJob,
+    worker: Callable[[int], Any],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = worker(0), worker(1)
+    lose(registered, 2)
+    open_store(one)
+    one.say(m.InitSlices(2, 1, "w", (2,), "float32", TINY), bytes(8))
+    one.hear()
+    open_store(other)
+    server = registered.servers[0]
+    with caplog.at_level(logging.WARNING):
+        for peer in (one, other):
+            peer.say(m.DefinePlan(1, 1, [CHUNK]))
+        one.say(m.Push(1, 0, True, 0), np.ones(2, np.float32).tobytes())
+        lives(one)
+        read = server._read
+
+        def read_late(peer: Any, to_the_end: bool = False) -> bool:
+            """Leave what worker 1 sends from now on where it is, until it is lost."""
+            return (peer.worker != 1 or to_the_end) and read(peer, to_the_end)
+
+        monkeypatch.setattr(server, "_read", read_late)
+        for _ in range(server_module.FRAMES_PER_TURN + 4):
+            other.say(m.Flush(9, 1))
+        other.say(m.Push(1, 0, True, 0), np.full(2, 10, np.float32).tobytes())
+        whole = encode(m.Push(1, 0, True, 0), 8)
+        if not isinstance(other.connection, InprocConnection):  # there, frames come whole
+            other.connection.send(whole[:-2])
+        lose(registered, 1)
+        one.say(m.Pull(1, 3))
+        assert one.hear() == m.Data(3, 0)
+        assert np.frombuffer(one.heard, np.float32).tolist() == [11.0, 11.0]
+
+        def until_the_end() -> None:
+            while True:
+                other.hear()
+
+        with pytest.raises((EOFError, ConnectionError)):
+            until_the_end()
+    assert caplog.records == []
+
+
+def test_a_lost_worker_is_let_in_no_more(registered: EmbeddedJob, worker: Callable[[int], Any]) -> None:
+    one = worker(0)
+    open_store(one)
+    lose(registered, 1)
+    for number in range(5):  # the server has taken that in
+        one.say(m.Flush(number, 1))
+        assert one.hear() == m.Done(number)
+    other = worker(1)
+    with pytest.raises((EOFError, ConnectionError)):
+        other.hear()
+    lives(one)
 
 
 def test_a_server_ends_in_good_order_with_the_job() -> None:

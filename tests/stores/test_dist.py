@@ -23,7 +23,6 @@ from tensorkv.errors import (
     KeyDeleted,
     KeyNotInitialized,
     NotInJob,
-    NotSupported,
     PeerLostError,
     ProtocolVersionError,
     StoreClosed,
@@ -87,7 +86,6 @@ def test_a_server_process_opens_no_store(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"on_worker_loss": "continue"}, NotSupported),
         ({"on_worker_loss": "hope"}, InvalidArgument),
         ({"embedded": True, "num_servers": 0}, InvalidArgument),
         ({"embedded": True, "timeout_s": 0.0}, InvalidArgument),
@@ -183,7 +181,8 @@ def test_stores_of_one_name_must_agree() -> None:
         assert isinstance(kv, DistStore)
         options: dict[str, Any] = {"store": "default", "timeout_s": DEADLINE_S}
         with pytest.raises(
-            StoreMismatch, match="kind 'sync' and reduction 'sum'.*rank 0 asks for kind 'async'"
+            StoreMismatch,
+            match="kind 'sync', reduction 'sum' and on_worker_loss 'fail'.*rank 0 asks for kind 'async'",
         ):
             DistStore("dist_async", kv._job, reduction="sum", **options)
         with pytest.raises(StoreMismatch, match="reduction 'mean'"):
@@ -656,6 +655,81 @@ def test_a_worker_lost_inside_with_ends_the_calls_of_others(host: str) -> None:
     assert all(str(error).endswith("was lost: ArithmeticError: a nan") for error in errors)
 
 
+@pytest.mark.parametrize("host", ["inproc", "127.0.0.1"])
+@pytest.mark.parametrize("options", [{}, {"kind": "dist_sync", "on_worker_loss": "continue"}])
+def test_the_others_go_on_without_a_lost_worker(
+    host: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Calls that wait for it go on: a pull, a push, a barrier, an init and a setting that rank 0 led."""
+    pushed = threading.Barrier(3, timeout=DEADLINE_S)
+
+    def work(kv: KVStore) -> list[float]:
+        kv.set_updater("add")
+        kv.init("w", ones(0))
+        if kv.rank == 0:
+            kv.push("w", ones(100))
+            kv.pull("w") if kv.kind == "dist_async" else kv._flush(DEADLINE_S)  # type: ignore[attr-defined]
+            pushed.wait()
+            raise ArithmeticError("a nan")
+        pushed.wait()
+        for _ in range(3):
+            kv.push("w", ones())
+            kv.pull("w")
+        kv.barrier()
+        kv.init("v", ones(5))
+        kv.set_updater("assign")
+        return [*kv.pull("w").tolist()[:1], *kv.pull("v").tolist()[:1]]
+
+    results: dict[int, list[float]] = {}
+
+    def note(kv: KVStore) -> None:
+        results[kv.rank] = work(kv)
+
+    with pytest.raises(ArithmeticError, match="a nan"):
+        run_job(
+            note, num_workers=3, num_servers=2, timeout_s=DEADLINE_S, host=host,
+            **{"kind": "dist_async", **options},
+        )  # fmt: skip
+    assert results == {1: [106.0, 5.0], 2: [106.0, 5.0]}
+    lines = [record.getMessage() for record in caplog.records if "was lost" in record.getMessage()]
+    assert len(lines) == 2
+    assert {line.split(" on host ")[0] for line in lines} == {"worker 0"}
+    assert all(
+        line.endswith("was lost: ArithmeticError: a nan; the job goes on without it") for line in lines
+    )
+
+
+def test_what_happens_at_a_loss_is_agreed() -> None:
+    def work(kv: KVStore) -> None:
+        assert isinstance(kv, DistStore)
+        with pytest.raises(StoreMismatch, match="on_worker_loss 'fail', but rank 0 asks .* 'continue'"):
+            DistStore(
+                "dist_sync",
+                kv._job,
+                store="default",
+                reduction="sum",
+                timeout_s=DEADLINE_S,
+                on_worker_loss="continue",
+            )
+
+    run_job(work, num_workers=1, num_servers=1, timeout_s=DEADLINE_S)
+
+
+def test_a_delete_is_concluded_once_the_servers_know() -> None:
+    """So that the loss of a worker does not delete what it deleted long ago."""
+    cluster = EmbeddedJob(1, 1, timeout_s=DEADLINE_S)
+    job = cluster.join(0)
+    kv = DistStore("dist_sync", job, store="default", reduction="sum", timeout_s=DEADLINE_S)
+    kv.init({"v": ones(), "w": ones()})
+    kv.delete(["v", "w"])
+    assert len(kv) == 0
+    (directory,) = cluster.scheduler._membership._stores.values()
+    assert directory.unfinished(0) == []
+    kv.close()
+    job.close(m.Goodbye())
+    cluster.stop()
+
+
 def test_a_worker_that_comes_after_a_loss_is_told() -> None:
     cluster = EmbeddedJob(2, 1, timeout_s=DEADLINE_S)
     try:
@@ -664,7 +738,7 @@ def test_a_worker_that_comes_after_a_loss_is_told() -> None:
             late = cluster.join(1)
             try:
                 late.control.request(
-                    lambda n: m.JoinStore(n, "default", "sync", "sum"), "opening", DEADLINE_S
+                    lambda n: m.JoinStore(n, "default", "sync", "sum", "fail"), "opening", DEADLINE_S
                 )
             finally:
                 late.close(m.Goodbye())

@@ -37,6 +37,7 @@ TAGS = {
     56: "ConcludeInit", 57: "ProposeSetting", 58: "SettingReply", 59: "ConcludeSetting", 60: "Lookup",
     61: "Entries", 62: "DeleteKeys", 63: "Deleted", 64: "Barrier", 65: "LeaveStore", 66: "Goodbye",
     67: "Abandon", 68: "CommitReady", 69: "CommitDecision", 70: "Lost", 71: "Stop", 72: "GiveUp", 73: "Gone",
+    74: "WorkerLost", 75: "ConcludeDelete",
 }  # fmt: skip
 
 INT = st.integers(-(1 << 63), (1 << 64) - 1)

@@ -110,6 +110,8 @@ class Job:
             returns those that it does not reach since they are still starting: they get a SIGTERM.
         first_lost: which process the scheduler lost first, where it knows.
         on_worker_done: called with the rank of each worker that has ended with 0.
+        goes_on: called with a worker that has failed, and how it ended (its status, or -signal); returns
+            whether the job goes on without it.
         grace_s, server_stop_s: see `supervisor`.
     """
 
@@ -121,6 +123,7 @@ class Job:
         stop_servers: Callable[[], Iterable[Node]],
         first_lost: Callable[[], Node | None] = lambda: None,
         on_worker_done: Callable[[int], None] = lambda rank: None,
+        goes_on: Callable[[Node, int], bool] = lambda node, returncode: False,
         grace_s: float = GRACE_S,
         server_stop_s: float = SERVER_STOP_S,
     ) -> None:
@@ -129,6 +132,7 @@ class Job:
         self._stop_servers = stop_servers
         self._first_lost = first_lost
         self._on_worker_done = on_worker_done
+        self._goes_on = goes_on
         self._supervisor = Supervisor(
             [spec.node for spec in specs], grace_s=grace_s, server_stop_s=server_stop_s
         )
@@ -183,12 +187,24 @@ class Job:
                 if node.role == "worker" and status == 0:
                     self._on_worker_done(node.rank)
             if exits:
-                actions += supervisor.exited(exits, now, self._first_lost())
+                spared = self._spared(exits)
+                actions += supervisor.exited(exits, now, self._first_lost(), spared)
             actions += supervisor.tick(now)
             for action in actions:
                 if isinstance(action, Finish):
                     return action
                 self._perform(action)
+
+    def _spared(self, exits: Mapping[Node, int]) -> list[Node]:
+        """Return the workers whose failure the job survives. Nobody asks once the job is ending."""
+        return [
+            node
+            for node, returncode in exits.items()
+            if self._supervisor.running
+            and node.role == "worker"
+            and returncode != 0
+            and self._goes_on(node, returncode)
+        ]
 
     def _exits(self) -> dict[Node, int]:
         """Return the processes that have ended since the last call, and how.
@@ -256,7 +272,8 @@ class Job:
             for line in words:
                 self._output.say(f"  {line}")
         if finish.text is not None:
-            self._output.say(f"{finish.text}; the job was ended")
+            outcome = "the job went on without it" if finish.went_on else "the job was ended"
+            self._output.say(f"{finish.text}; {outcome}")
 
 
 def shielded(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:

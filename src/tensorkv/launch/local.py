@@ -24,7 +24,7 @@ from tensorkv.config import (
 from tensorkv.errors import InvalidArgument
 from tensorkv.launch.job import Job, ProcessSpec
 from tensorkv.launch.output import FileSink, Output, Sink, Stream, prefix_text
-from tensorkv.launch.supervisor import Node
+from tensorkv.launch.supervisor import Node, status_text
 
 
 class CommandNotFound(Exception):
@@ -187,6 +187,9 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
         lost = scheduler.lost
         return Node(lost.role, lost.rank) if lost is not None and lost.role != "scheduler" else None
 
+    def goes_on(node: Node, returncode: int) -> bool:
+        return scheduler.worker_failed(node.rank, f"it ended with {status_text(returncode)}")
+
     def stop_servers() -> list[Node]:
         servers = [Node("server", rank) for rank in range(options.num_servers)]
         absent = [node for node in servers if not scheduler.has_joined(node.role, node.rank)]
@@ -206,6 +209,7 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
             stop_servers=stop_servers,
             first_lost=first_lost,
             on_worker_done=scheduler.worker_exited,
+            goes_on=goes_on,
         ).run()
     finally:
         scheduler.stop()

@@ -9,13 +9,17 @@ Events come in by method calls, together with the time; what to do comes out as 
 
 AWAITING: a process that fails because it lost another may well end before that other one does. Who
 was lost first is known to the scheduler; the job waits a moment for that process and takes its status.
+
+A worker whose stores all say on_worker_loss="continue" may fail without an end of the job: it is *spared*.
+The job goes on to its end, and then has failed all the same.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -68,11 +72,15 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The job is over. `culprit` failed first; `text` is None after a success."""
+    """The job is over. `culprit` failed first; `text` is None after a success.
+
+    `went_on` tells that the failure did not end the job.
+    """
 
     status: int
     text: str | None = None
     culprit: Node | None = None
+    went_on: bool = False
 
 
 Action = Terminate | Kill | StopServers | Report | Finish
@@ -98,6 +106,12 @@ def signal_name(signum: int) -> str:
         return signal.Signals(signum).name
     except ValueError:
         return f"signal {signum}"
+
+
+def status_text(returncode: int) -> str:
+    """Return "status 3", or "status 137 (SIGKILL)" for -9."""
+    named = f" ({signal_name(-returncode)})" if returncode < 0 else ""
+    return f"status {shell_status(returncode)}{named}"
 
 
 @final
@@ -132,7 +146,18 @@ class Supervisor:
         """The processes not seen to end, servers first, in rank order."""
         return tuple(sorted(self._alive))
 
-    def exited(self, exits: Mapping[Node, int], now: float, suspect: Node | None = None) -> list[Action]:
+    @property
+    def running(self) -> bool:
+        """Whether workers do their work, and a failure would end the job."""
+        return self._phase is _Phase.RUNNING
+
+    def exited(
+        self,
+        exits: Mapping[Node, int],
+        now: float,
+        suspect: Node | None = None,
+        spared: Collection[Node] = (),
+    ) -> list[Action]:
         """Take note that processes ended.
 
         Args:
@@ -140,24 +165,42 @@ class Supervisor:
                 in one call: which was first is then told by `_suspicion`.
             now: seconds.
             suspect: the process that the scheduler lost first, where it knows.
+            spared: those of `exits` whose failure does not end the job.
         """
         self._alive -= exits.keys()
         failing = (node for node in exits if exits[node] != 0 and node not in self._dismissed)
         failed = sorted(failing, key=lambda node: _suspicion(node, exits[node]))
-        actions: list[Action] = []
+        actions = self._spare([(node, exits[node]) for node in failed if node in spared])
+        failed = [node for node in failed if node not in spared]
         if failed and self._phase in (_Phase.RUNNING, _Phase.STOPPING):
             first = suspect if suspect in failed else failed[0]
             assert first is not None
+            actions += self._overrule()
             self._verdict = _failure(first, exits[first])
             if suspect in self._alive:
                 self._phase, self._suspect, self.deadline = _Phase.AWAITING, suspect, now + self._grace_s
             else:
-                actions = self._end(now)
+                actions += self._end(now)
         elif self._phase is _Phase.AWAITING and self._suspect in exits:
             if self._suspect in failed:
                 self._verdict = _failure(self._suspect, exits[self._suspect])
-            actions = self._end(now)
+            actions += self._end(now)
         return actions + self._advance(now)
+
+    def _spare(self, failed: Sequence[tuple[Node, int]]) -> list[Action]:
+        """Note failures that do not end the job: the first gives the status, others are reported."""
+        actions: list[Action] = []
+        for node, returncode in failed if self.running else ():
+            failure = dataclasses.replace(_failure(node, returncode), went_on=True)
+            if self._verdict.culprit is None:
+                self._verdict = failure
+            else:
+                actions.append(Report(f"{failure.text}, too"))
+        return actions
+
+    def _overrule(self) -> list[Action]:
+        """Something else ends the job now: report the failure that did not."""
+        return [Report(f"{self._verdict.text} before")] if self._verdict.went_on else []
 
     def dismiss(self, nodes: Iterable[Node]) -> list[Action]:
         """End these, whose work is not wanted any more: how they end does not matter."""
@@ -173,11 +216,13 @@ class Supervisor:
 
     def abort(self, status: int, text: str, now: float) -> list[Action]:
         """End the job for a reason outside of its processes; nothing if it is ending already."""
+        actions: list[Action] = []
         if self._phase in (_Phase.RUNNING, _Phase.STOPPING):
+            actions = self._overrule()
             self._verdict = Finish(status, text)
         elif self._phase is not _Phase.AWAITING:
             return []
-        return self._end(now) + self._advance(now)
+        return actions + self._end(now) + self._advance(now)
 
     def tick(self, now: float) -> list[Action]:
         """Do what the deadline was set for, if it has passed."""
@@ -229,10 +274,8 @@ def _suspicion(node: Node, returncode: int) -> tuple[bool, Node]:
 
 
 def _failure(node: Node, returncode: int) -> Finish:
-    status = shell_status(returncode)
-    named = f" ({signal_name(-returncode)})" if returncode < 0 else ""
-    text = f"{node} failed with status {status}{named}"
-    return Finish(1 if node.role == "server" else status, text, node)
+    text = f"{node} failed with {status_text(returncode)}"
+    return Finish(1 if node.role == "server" else shell_status(returncode), text, node)
 
 
 def _listing(nodes: Iterable[Node]) -> str:

@@ -94,6 +94,7 @@ class Directory:
         self._waiting_inits: list[tuple[int, m.ProposeInit]] = []
         self._waiting_settings: list[tuple[int, m.ProposeSetting]] = []
         self._barrier: dict[int, int] = {}  # rank -> request
+        self._deleting: dict[tuple[int, int], list[KeyEntry]] = {}  # by rank and request
 
     @property
     def setting_rank(self) -> int:
@@ -273,8 +274,14 @@ class Directory:
             spec = history.specs[history.generation][0]
             self._add_load(history.alive, -spec.itemsize_bytes)
             history.alive = None
+        if removed:
+            self._deleting[rank, message.request] = removed
         self.out.append((rank, m.Deleted(message.request, removed)))
         self._retry()
+
+    def conclude_delete(self, rank: int, message: m.ConcludeDelete) -> None:
+        """The rank has told all servers: whoever dies now leaves nothing of these keys there."""
+        self._deleting.pop((rank, message.deletion), None)
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -354,9 +361,18 @@ class Directory:
             (r, w) for r, w in self._waiting_settings if (r, w.request) != (rank, request)
         ]
 
+    def unfinished(self, rank: int) -> list[tuple[Key, list[int]]]:
+        """Return the keys that a rank is about to create or delete on the servers, each with its slices."""
+        entries = [entry for leader, _, _, entry in self._creating.values() if leader == rank]
+        for (deleter, _), removed in self._deleting.items():
+            if deleter == rank:
+                entries += removed
+        return [(entry.key, [each.slice_id for each in entry.slices]) for entry in entries]
+
     def leave(self, rank: int) -> None:
         """A rank has left. What it was about to create or set is withdrawn."""
         self.left.add(rank)
+        self._deleting = {name: gone for name, gone in self._deleting.items() if name[0] != rank}
         self._barrier.pop(rank, None)
         self._waiting_inits = [each for each in self._waiting_inits if each[0] != rank]
         self._waiting_settings = [each for each in self._waiting_settings if each[0] != rank]

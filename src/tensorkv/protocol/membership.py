@@ -2,10 +2,14 @@
 
 RULES
 1. Servers are in when they have registered; workers are told the servers' addresses once all are.
-2. A process is lost when its connection ends without a Goodbye, or when it says Abandon. The first loss
-   is the cause that everybody is told; after it nothing else matters.
-3. A worker that has said Goodbye has left every store.
-4. A store lives from the first JoinStore of its name until every worker has left it.
+2. A process is lost when its connection ends without a Goodbye, when it says Abandon, or when whoever
+   started it saw it end with another status than 0. Nothing it says afterwards is heard.
+3. A lost worker is dropped, and the job goes on, if every open store it is a member of says so, and
+   somebody is left to go on. Any other loss ends the job: the first such loss is the cause that
+   everybody is told, and after it nothing else matters.
+4. A worker that has said Goodbye, or is dropped, has left every store. A dropped one may have been in the
+   middle of creating or deleting keys on the servers; those are told which slices must go.
+5. A store lives from the first JoinStore of its name until every worker has left it.
 
 Messages go out through `out`, as (role, rank, message). Nothing here waits and nothing knows a socket.
 """
@@ -53,11 +57,20 @@ class Membership:
         self._next_store = 1
         self._commits = CommitReduction(num_servers)
         self._goodbyes: set[int] = set()
+        self._dropped: dict[int, m.WorkerLost] = {}
 
     @property
     def finished(self) -> bool:
-        """Whether every worker has said Goodbye."""
-        return len(self._goodbyes) == self.num_workers
+        """Whether every worker has said Goodbye, or was dropped."""
+        return len(self._gone) == self.num_workers
+
+    @property
+    def _gone(self) -> set[int]:
+        return self._goodbyes | self._dropped.keys()
+
+    def is_dropped(self, rank: int) -> bool:
+        """Whether this worker is lost and the job goes on without it."""
+        return rank in self._dropped
 
     def has_joined(self, role: Role, rank: int) -> bool:
         """Whether a process has registered in this place of the job."""
@@ -80,6 +93,8 @@ class Membership:
             raise ProtocolError(f"{type(message).__name__} of {role} {rank}, which has said Goodbye")
         if isinstance(message, m.CommitReady) != (role == "server") and not isinstance(message, _OF_BOTH):
             raise ProtocolError(f"{type(message).__name__} is not for a {role} to say")
+        if role == "worker" and rank in self._dropped:
+            return  # it was on its way
         match message:
             case m.Register():
                 self._register(role, rank, message)
@@ -121,6 +136,8 @@ class Membership:
                 directory.lookup(rank, message)
             case m.DeleteKeys():
                 directory.delete(rank, message)
+            case m.ConcludeDelete():
+                directory.conclude_delete(rank, message)
             case m.Barrier():
                 directory.barrier(rank, message)
             case m.GiveUp():
@@ -139,6 +156,7 @@ class Membership:
             return
         if role == "server":
             self.out += [(role, rank, m.Gone(gone)) for gone in sorted(self._goodbyes)]
+        self.out += [(role, rank, lost) for _, lost in sorted(self._dropped.items())]
         servers = [self._processes.get(("server", each)) for each in range(self.num_servers)]
         addresses = [server.address for server in servers if server is not None]
         if len(addresses) < self.num_servers:
@@ -167,16 +185,15 @@ class Membership:
             number = self._next_store
             self._next_store += 1
             directory = Directory(number, message, self.num_workers, self._placement)
-            for gone in self._goodbyes:
+            for gone in self._gone:
                 directory.leave(gone)
             self._stores[number] = directory
             self._by_name[message.name] = number
-        opened = directory.opened
-        if (opened.kind, opened.reduction) != (message.kind, message.reduction):
+        terms, wanted = _terms(directory.opened), _terms(message)
+        if terms != wanted:
             text = (
-                f"store {message.name!r} is open with kind {opened.kind!r} and reduction "
-                f"{opened.reduction!r}, but rank {rank} asks for kind {message.kind!r} and reduction "
-                f"{message.reduction!r}; all ranks must agree, or use another store name"
+                f"store {message.name!r} is open with {terms}, but rank {rank} asks for {wanted}; all ranks "
+                "must agree, or use another store name"
             )
             self.out.append(("worker", rank, m.Failed(message.request, *to_wire(StoreMismatch(text)))))
             return
@@ -194,10 +211,7 @@ class Membership:
             return
         self._goodbyes.add(rank)
         self._to_servers(m.Gone(rank))
-        for directory in list(self._stores.values()):
-            if rank not in directory.left:
-                directory.leave(rank)
-            self._collect(directory)
+        self._leave_all(rank)
 
     def disconnected(self, role: Role, rank: int, cause: str) -> None:
         """A connection has ended: that is a loss unless the process had said Goodbye."""
@@ -206,16 +220,47 @@ class Membership:
             self.declare_lost(role, rank, cause)
 
     def declare_lost(self, role: Role, rank: int, cause: str) -> None:
-        """Declare a process lost. The first declaration is the one everybody is told."""
+        """Declare a process lost, also one that has said Goodbye; once. Drop it, or end the job."""
         process = self._processes.get((role, rank))
         if process is not None:
             process.gone = True
-        if self.lost is not None or self.finished:
+        if self.lost is not None or self.finished or (role == "worker" and rank in self._dropped):
             return
-        self.lost = m.Lost(role, rank, process.hostname if process else "", cause)
+        hostname = process.hostname if process else ""
+        if role == "worker" and process is not None and self._goes_on_without(rank):
+            self._drop(m.WorkerLost(rank, hostname, cause, []))
+            return
+        self.lost = m.Lost(role, rank, hostname, cause)
         for each_role, each_rank in self._processes:
             if (each_role, each_rank) != (role, rank):
                 self.out.append((each_role, each_rank, self.lost))
+
+    def _goes_on_without(self, rank: int) -> bool:
+        """Whether all stores that a worker is a member of, or all there are, have it that the job goes on."""
+        stores = list(self._stores.values())
+        mine = [each for each in stores if rank not in each.left] or stores
+        others = self.num_workers - len(self._gone | {rank})
+        return others > 0 and bool(mine) and all(each.opened.on_worker_loss == "continue" for each in mine)
+
+    def _drop(self, lost: m.WorkerLost) -> None:
+        """Take a worker out of every store, and tell everybody."""
+        self._dropped[lost.rank] = lost
+        unfinished = [
+            (number, keys)
+            for number, directory in self._stores.items()
+            if (keys := directory.unfinished(lost.rank))
+        ]
+        self._to_servers(m.WorkerLost(lost.rank, lost.hostname, lost.cause, unfinished))
+        for role, rank in self._processes:
+            if role == "worker" and rank not in self._dropped:
+                self.out.append((role, rank, lost))
+        self._leave_all(lost.rank)
+
+    def _leave_all(self, rank: int) -> None:
+        for directory in list(self._stores.values()):
+            if rank not in directory.left:
+                directory.leave(rank)
+            self._collect(directory)
 
     def stop(self) -> None:
         """The job is over: tell the servers."""
@@ -241,3 +286,10 @@ class Membership:
             self._commits.forget(directory.store)
             del self._stores[directory.store]
             del self._by_name[directory.opened.name]
+
+
+def _terms(opened: m.JoinStore) -> str:
+    """What all ranks must agree on when they open a store, for a text."""
+    return (
+        f"kind {opened.kind!r}, reduction {opened.reduction!r} and on_worker_loss {opened.on_worker_loss!r}"
+    )

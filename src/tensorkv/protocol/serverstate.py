@@ -141,6 +141,24 @@ class ServerState:
                 self._leave(shard, worker)
                 shard.out.append(Outgoing(worker, m.Done(message.request)))
 
+    def worker_lost(self, lost: m.WorkerLost) -> list[Outgoing]:
+        """A worker is lost, and the job goes on: what came whole of it counts, and nothing more comes.
+
+        What it was about to create or delete is dropped.
+        """
+        out = self.worker_gone(lost.rank)
+        for store, keys in lost.dropped:
+            shard = self._stores.get(store)
+            if shard is not None:
+                shard.drop_keys(lost.rank, keys)
+                out += shard.out
+                shard.out = []
+        return out
+
+    def is_gone(self, worker: int) -> bool:
+        """Whether a worker has left the job, or is lost."""
+        return worker in self._gone
+
     def worker_gone(self, worker: int) -> list[Outgoing]:
         """A worker has left the job: with it every store, also those it never opened."""
         self._gone.add(worker)

@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
+from tensorkv.arrays import Key
 from tensorkv.errors import (
     CommitMismatch,
     KeyDeleted,
@@ -194,10 +195,15 @@ class StoreShard:
 
     def delete_slices(self, worker: int, message: m.DeleteSlices) -> None:
         """Drop slices, their open rounds, and the calls that wait for them."""
+        self.drop_keys(message.rank, message.keys)
+        self._reply(worker, m.Done(message.request))
+
+    def drop_keys(self, rank: int, keys: Sequence[tuple[Key, list[int]]]) -> None:
+        """Drop slices of keys that `rank` has deleted; those that are gone are passed over."""
         self.general()
         gone: dict[int, str] = {}  # by index: what to tell who waits
-        for key, slice_ids in message.keys:
-            text = f"key {key!r} was deleted by rank {message.rank}"
+        for key, slice_ids in keys:
+            text = f"key {key!r} was deleted by rank {rank}"
             for slice_id in slice_ids:
                 index = self._index_of.pop(slice_id, None)
                 if index is not None:
@@ -211,7 +217,6 @@ class StoreShard:
                 for chunk in chunks:
                     if not gone.keys().isdisjoint(chunk.layout.position):
                         self._lay_out(chunk, chunk.layout.position)
-        self._reply(worker, m.Done(message.request))
 
     def _remove_slice(self, index: int) -> None:
         each = self._slices.pop(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from tensorkv.config import JobConfig
 from tensorkv.errors import PeerLostError, TensorKVError, again, from_wire
 from tensorkv.runtime.handshake import connect_to_scheduler, receive_message
 from tensorkv.runtime.sender import Sender
-from tensorkv.runtime.waits import Wait, lost_error, scheduler_lost_error
+from tensorkv.runtime.waits import Wait, lost_error, lost_text, scheduler_lost_error
 from tensorkv.transport.base import TICK_S
 from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 
+logger = logging.getLogger(__name__)
 JOIN_TIMEOUT_S = 5.0
 
 
@@ -127,6 +129,8 @@ class ControlClient:
         match message:
             case m.Welcome():
                 self._answer(self._welcome, message)
+            case m.WorkerLost():
+                logger.warning("%s; the job goes on without it", lost_text("worker", message))
             case m.Lost():
                 self._fail(lost_error(message))
             case m.Waiting():

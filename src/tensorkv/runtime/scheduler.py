@@ -21,6 +21,7 @@ from tensorkv.wire.codec import Decoder, encode
 
 logger = logging.getLogger(__name__)
 JOIN_TIMEOUT_S = 5.0
+LAST_WORDS_S = 1.0
 
 
 @final
@@ -28,6 +29,7 @@ JOIN_TIMEOUT_S = 5.0
 class _Peer:
     connection: Connection
     sender: Sender
+    ended: threading.Event  # set when its last message is taken in
 
 
 @final
@@ -98,6 +100,25 @@ class SchedulerServer:
                 self._flush()
         self._pump()
 
+    def worker_failed(self, rank: int, cause: str) -> bool:
+        """The launcher has seen a worker end, and not with status 0; return whether the job goes on.
+
+        A worker that had joined is lost now, even if it has left its stores before. Blocks until what it
+        said last is taken in, which has come already; for a second at most, as its own children may hold
+        its connection open.
+        """
+        with self._lock:
+            peer = self._peers.get(("worker", rank))
+        if peer is not None:
+            peer.ended.wait(LAST_WORDS_S)
+        with self._lock:
+            if self._membership.has_joined("worker", rank):
+                self._membership.declare_lost("worker", rank, cause)
+                self._flush()
+            goes_on = self._membership.is_dropped(rank)
+        self._pump()
+        return goes_on
+
     def start(self) -> None:
         """Begin to accept processes. Returns at once."""
         self._spawn("accept", self._accept)
@@ -166,7 +187,8 @@ class SchedulerServer:
                 connection.shutdown()
 
             sender = Sender(connection, f"{role}-{rank}", give_up, MAX_QUEUED_FRAMES)
-            self._peers[role, rank] = _Peer(connection, sender)
+            ended = threading.Event()
+            self._peers[role, rank] = _Peer(connection, sender, ended)
         cause = self._read(connection, role, rank)
         if unsent:  # it was the sending that failed; the reading was then ended from here
             cause = ended_because(unsent[0])
@@ -174,6 +196,7 @@ class SchedulerServer:
             if not self._stopped:
                 self._membership.disconnected(role, rank, cause)
                 self._flush()
+        ended.set()
         self._pump()
         connection.shutdown()
 

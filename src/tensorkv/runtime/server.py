@@ -234,18 +234,25 @@ class Server:
             arrived, self._arrived = self._arrived, []
         for peer in arrived:
             self._peers[peer.worker] = peer
+            if self._state.is_gone(peer.worker):  # lost while it was let in
+                self._dismiss(peer)
         return arrived
 
-    def _read(self, peer: _Peer) -> bool:
-        """Take in what a peer has sent, a few frames at most; return whether there may be more."""
+    def _read(self, peer: _Peer, to_the_end: bool = False) -> bool:
+        """Take in what a peer has sent, a few frames at most; return whether there may be more.
+
+        With `to_the_end` the system is asked for more until it has none.
+        """
         cause: Exception
+        if peer.ended:
+            return False
         try:
             connection = peer.connection
             for _ in range(FRAMES_PER_TURN):
                 if not connection.receive_now(peer.sink):
                     return False
                 self._take(peer)
-                if connection.drained:
+                if (connection.drained and not to_the_end) or peer.ended:
                     return False
             return True
         except (EOFError, ConnectionError) as exc:  # ProtocolError too
@@ -256,13 +263,26 @@ class Server:
         self._lose(peer, cause)
         return False
 
-    def _lose(self, peer: _Peer, cause: Exception) -> None:
-        """A connection has ended, or is ended since its peer broke the rules. Nothing else is."""
+    def _dismiss(self, peer: _Peer) -> None:
+        """Nothing more is taken from this peer, nor sent to it."""
         peer.ended = True
         peer.connection.shutdown()
         if isinstance(peer.message, m.Push) and peer.buffer is not EMPTY:  # its payload has not come whole
             self._pool.give(peer.buffer)
         peer.buffer = EMPTY
+
+    def _drop(self, lost: m.WorkerLost) -> None:
+        """A worker is lost, and the job goes on: take in what has come whole of it, and nothing after."""
+        peer = self._peers.get(lost.rank)
+        if peer is not None:
+            while self._read(peer, to_the_end=True):
+                pass
+            self._dismiss(peer)
+        self._queue(self._state.worker_lost(lost))
+
+    def _lose(self, peer: _Peer, cause: Exception) -> None:
+        """A connection has ended, or is ended since its peer broke the rules. Nothing else is."""
+        self._dismiss(peer)
         cause = peer.refused or cause
         if peer.worker == SCHEDULER and isinstance(cause, (EOFError, ConnectionError)):
             self._end(scheduler_lost_error(self._config.scheduler_host, cause))
@@ -305,6 +325,8 @@ class Server:
                 self._queue(self._state.decide_commit(peer.message))
             case m.Gone():
                 self._queue(self._state.worker_gone(peer.message.rank))
+            case m.WorkerLost():
+                self._drop(peer.message)
             case m.Lost():
                 self._end(lost_error(peer.message))
             case m.Stop():

@@ -81,7 +81,12 @@ class Wait:
 
 def lost_error(lost: m.Lost) -> PeerLostError:
     """Return the error that a lost process is reported with."""
-    return PeerLostError(f"{lost.role} {lost.rank} on host {lost.hostname or '?'} was lost: {lost.cause}")
+    return PeerLostError(lost_text(lost.role, lost))
+
+
+def lost_text(role: str, lost: m.Lost | m.WorkerLost) -> str:
+    """Say which process was lost, and why."""
+    return f"{role} {lost.rank} on host {lost.hostname or '?'} was lost: {lost.cause}"
 
 
 def scheduler_lost_error(host: str, cause: Exception) -> PeerLostError:

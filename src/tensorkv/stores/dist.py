@@ -64,6 +64,7 @@ class DistStore(KVStore):
         store: str,
         reduction: Reduction,
         timeout_s: float,
+        on_worker_loss: m.WorkerLossPolicy | None = None,
         embedded: EmbeddedJob | None = None,
     ) -> None:
         super().__init__(kind, store=store, reduction=reduction, timeout_s=timeout_s)
@@ -72,8 +73,9 @@ class DistStore(KVStore):
         self._is_async = kind == "dist_async"
         self._settings = SettingsTable()
         policy = "async" if self._is_async else "sync"
+        at_loss = on_worker_loss or ("continue" if self._is_async else "fail")
         joined = job.control.request(
-            lambda n: m.JoinStore(n, store, policy, reduction), f"opening store {store!r}", timeout_s
+            lambda n: m.JoinStore(n, store, policy, reduction, at_loss), f"opening store {store!r}", timeout_s
         )
         self._store: int = joined.store
         self._plans = PlanCache(job, self._store)
@@ -220,6 +222,7 @@ class DistStore(KVStore):
             self._job.ask_all(
                 lambda n: m.DeleteSlices(n, self._store, self.rank, gone), what, self._timeout_s, self._store
             )
+            self._job.control.notify(m.ConcludeDelete(self._store, reply.request))
         self._table.forget(states)
         for state in states:
             self._table.faults.pop(state.key, None)
@@ -566,24 +569,22 @@ def open_dist(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     embedded: bool = False,
     num_servers: int = 1,
-    on_worker_loss: str | None = None,
+    on_worker_loss: m.WorkerLossPolicy | None = None,
 ) -> KVStore:
     """Open a distributed store in the job this process belongs to, or, `embedded`, in one of its own.
 
     Raises:
         NotInJob: this process was not started as a worker of a job, and `embedded` is False.
-        StoreMismatch: other workers have opened the name with another kind or reduction.
+        StoreMismatch: other workers have opened the name with another kind, reduction or on_worker_loss.
         InvalidArgument, NotSupported, AuthenticationError, ProtocolVersionError, PeerLostError.
     """
-    if on_worker_loss not in (None, "fail"):
-        if on_worker_loss == "continue":
-            raise NotSupported("on_worker_loss='continue' is not built yet; a lost worker ends the job")
+    if on_worker_loss not in (None, "fail", "continue"):
         raise InvalidArgument(f"on_worker_loss={on_worker_loss!r} is not known; use 'fail' or 'continue'")
     if embedded:
         if num_servers < 1:
             raise InvalidArgument(f"num_servers={num_servers} is too few; a job needs at least one server")
         cluster = EmbeddedJob(1, num_servers, timeout_s=timeout_s)
-        return _open_embedded(kind, cluster, store, reduction, timeout_s)
+        return _open_embedded(kind, cluster, store, reduction, timeout_s, on_worker_loss)
     config = from_env() or _job_of_launcher(timeout_s)
     if config is None or config.role != "worker":
         raise NotInJob(
@@ -593,7 +594,14 @@ def open_dist(
             "or with tensorkv.spawn(function, num_workers=..., num_servers=...) from a script; or pass\n"
             "embedded=True for a job of one worker in this process, servers and all"
         )
-    return DistStore(kind, join(config), store=store, reduction=reduction, timeout_s=timeout_s)
+    return DistStore(
+        kind,
+        join(config),
+        store=store,
+        reduction=reduction,
+        timeout_s=timeout_s,
+        on_worker_loss=on_worker_loss,
+    )
 
 
 def _job_of_launcher(timeout_s: float) -> JobConfig | None:
@@ -603,12 +611,25 @@ def _job_of_launcher(timeout_s: float) -> JobConfig | None:
 
 
 def _open_embedded(
-    kind: str, cluster: EmbeddedJob, store: str, reduction: Reduction, timeout_s: float
+    kind: str,
+    cluster: EmbeddedJob,
+    store: str,
+    reduction: Reduction,
+    timeout_s: float,
+    on_worker_loss: m.WorkerLossPolicy | None,
 ) -> KVStore:
     job: Job | None = None
     try:
         job = cluster.join(0)
-        return DistStore(kind, job, store=store, reduction=reduction, timeout_s=timeout_s, embedded=cluster)
+        return DistStore(
+            kind,
+            job,
+            store=store,
+            reduction=reduction,
+            timeout_s=timeout_s,
+            on_worker_loss=on_worker_loss,
+            embedded=cluster,
+        )
     except BaseException:
         if job is not None:
             job.close(m.Goodbye())

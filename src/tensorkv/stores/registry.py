@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from tensorkv.config import DEFAULT_TIMEOUT_S
 from tensorkv.errors import InvalidArgument, NotSupported, UnknownKind
@@ -22,7 +22,7 @@ def create(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     embedded: bool = False,
     num_servers: int = 1,
-    on_worker_loss: str | None = None,
+    on_worker_loss: Literal["fail", "continue"] | None = None,
 ) -> KVStore:
     """Open a store.
 
@@ -34,7 +34,10 @@ def create(
         timeout_s: seconds after which a waiting call gives up.
         embedded: make a job of one worker in this process, servers and all; for distributed kinds.
         num_servers: how many servers an embedded job has.
-        on_worker_loss: "fail" (the default of sync) or "continue" (of async); for distributed kinds.
+        on_worker_loss: what a lost worker (killed, or ended by an exception) does to the others. "fail",
+            the default of dist_sync: every call of theirs raises PeerLostError. "continue", the default
+            of dist_async: they go on without it; what it had sent whole counts, the rest is dropped. All
+            workers must say the same. A lost server or scheduler ends the job always.
 
     Returns:
         The store. Close it, or use it in a `with`.
@@ -44,7 +47,8 @@ def create(
         NotSupported: a kind that is not built yet.
         InvalidArgument: an option is out of its range, or makes no sense for the kind.
         NotInJob: a distributed kind outside a job, without `embedded`.
-        StoreMismatch, WaitTimeout, PeerLostError: of a distributed kind.
+        StoreMismatch: another worker has opened the name with another kind, reduction or on_worker_loss.
+        WaitTimeout, PeerLostError: of a distributed kind.
 
     A distributed kind blocks until the job's scheduler and servers have answered.
     """

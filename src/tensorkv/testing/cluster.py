@@ -13,6 +13,7 @@ from tensorkv.runtime.job import Job
 from tensorkv.store import KVStore, Reduction
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
+from tensorkv.wire.messages import WorkerLossPolicy
 
 T = TypeVar("T")
 
@@ -28,18 +29,19 @@ def run_job(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     slice_bound_bytes: int = SLICE_BOUND_BYTES,
     host: str = "inproc",
+    on_worker_loss: WorkerLossPolicy | None = None,
 ) -> list[T]:
     """Run `fn(kv)` as each worker of a job and return the results by rank.
 
     Args:
         fn: gets its worker's store; it is closed when `fn` returns.
         num_workers, num_servers: the size of the job.
-        kind, store, reduction, timeout_s: as in `tensorkv.create`.
+        kind, store, reduction, timeout_s, on_worker_loss: as in `tensorkv.create`.
         slice_bound_bytes: values larger than this are sliced where they may be.
         host: "inproc" for no sockets, "127.0.0.1" for real ones.
 
     Raises:
-        The first error that a worker raised. The job is then broken, so that no other worker hangs.
+        The first error that a worker raised. It is lost then: no other worker waits for it.
     """
     cluster = EmbeddedJob(
         num_workers, num_servers, timeout_s=timeout_s, slice_bound_bytes=slice_bound_bytes, host=host
@@ -51,7 +53,14 @@ def run_job(
         job: Job | None = None
         try:
             job = cluster.join(rank)
-            kv = DistStore(kind, job, store=store, reduction=reduction, timeout_s=timeout_s)
+            kv = DistStore(
+                kind,
+                job,
+                store=store,
+                reduction=reduction,
+                timeout_s=timeout_s,
+                on_worker_loss=on_worker_loss,
+            )
             results[rank] = fn(kv)
             kv.close()
             job.close(m.Goodbye())

@@ -16,6 +16,7 @@ from tensorkv.updaterspec import UpdaterSpec
 
 Key = int | str
 Role = Literal["worker", "server", "scheduler"]
+WorkerLossPolicy = Literal["fail", "continue"]
 EPOCH = 0
 """The epoch of every placement so far: keys do not move yet."""
 
@@ -356,6 +357,7 @@ class JoinStore(Message, tag=52):
     name: str
     kind: str
     reduction: str
+    on_worker_loss: WorkerLossPolicy
 
 
 class Joined(Message, tag=53):
@@ -445,6 +447,13 @@ class Deleted(Message, tag=63):
     entries: list[KeyEntry]
 
 
+class ConcludeDelete(Message, tag=75):
+    """The servers have dropped what `deletion` (the request of a DeleteKeys) removed. Has no answer."""
+
+    store: int
+    deletion: int
+
+
 class Barrier(Message, tag=64):
     """A rank has arrived at its next barrier of the store."""
 
@@ -516,6 +525,18 @@ class Gone(Message, tag=73):
     rank: int
 
 
+class WorkerLost(Message, tag=74):
+    """A worker is lost and the job goes on: it has left every store, also those it never opened.
+
+    `dropped` are, by store, the slices of keys that it was about to create or delete; for servers only.
+    """
+
+    rank: int
+    hostname: str
+    cause: str
+    dropped: list[tuple[int, list[tuple[Key, list[int]]]]]
+
+
 HandshakeMessage = Challenge | Hello | Accept | Reject
 ToServer = (
     OpenStore
@@ -545,6 +566,7 @@ ToScheduler = (
     | ConcludeSetting
     | Lookup
     | DeleteKeys
+    | ConcludeDelete
     | Barrier
     | GiveUp
     | LeaveStore
@@ -565,6 +587,7 @@ FromScheduler = (
     | Waiting
     | CommitDecision
     | Gone
+    | WorkerLost
     | Lost
     | Stop
 )
