@@ -35,6 +35,7 @@ from tensorkv.errors import (
     InvalidOption,
     InvalidOut,
     InvalidValue,
+    JobFailed,
     KeyAlreadyInitialized,
     KeyDeleted,
     KeyNotInitialized,
@@ -61,6 +62,7 @@ from tensorkv.errors import (
 
 if TYPE_CHECKING:
     from tensorkv.keys import ABSENT
+    from tensorkv.launch.spawn import spawn
     from tensorkv.store import CommitResult, KeyInfo, KVStore
     from tensorkv.stores.registry import create, register
     from tensorkv.work import Work
@@ -79,6 +81,7 @@ __all__ = [
     "InvalidOption",
     "InvalidOut",
     "InvalidValue",
+    "JobFailed",
     "KVStore",
     "KeyAlreadyInitialized",
     "KeyDeleted",
@@ -108,6 +111,7 @@ __all__ = [
     "create",
     "errors",
     "register",
+    "spawn",
 ]
 
 _MODULE_OF = {
@@ -118,6 +122,7 @@ _MODULE_OF = {
     "Work": "tensorkv.work",
     "create": "tensorkv.stores.registry",
     "register": "tensorkv.stores.registry",
+    "spawn": "tensorkv.launch.spawn",
 }
 """Where the names live that are imported only when somebody asks for them."""
 

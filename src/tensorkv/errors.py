@@ -26,6 +26,7 @@
     │   ├── StoreClosed (RuntimeError)        the store was closed, or belongs to the parent process
     │   ├── NotInJob (RuntimeError)           a distributed store outside a job
     │   └── NotSupported (NotImplementedError)
+    ├── JobFailed (RuntimeError)              a process of a job that `spawn` started has failed
     ├── UpdaterError (RuntimeError)           the updater raised; its traceback is in the text
     ├── WaitTimeout (TimeoutError)            a deadline passed; the text names who is missing
     └── the job is broken (ConnectionError)
@@ -142,6 +143,10 @@ class NotInJob(TensorKVError, RuntimeError):
 
 class NotSupported(TensorKVError, NotImplementedError):
     """The call is part of the contract but not built, or not for this kind of store."""
+
+
+class JobFailed(TensorKVError, RuntimeError):
+    """A process of a job that `spawn` started has failed. The text ends with its traceback."""
 
 
 class UpdaterError(TensorKVError, RuntimeError):

@@ -6,6 +6,7 @@
 - `signals`: signals as something to wait for.
 - `job`: any list of real processes under those rules.
 - `local`: scheduler, servers and workers on this machine.
+- `spawn`: the same, with workers that call a function.
 - `torchrun`: the job of workers that torchrun has started; they start the rest.
 - `keeper`: the process that keeps scheduler and servers for those.
 - `child`, `guard`: two small scripts that see to it that nothing outlives the launcher.

@@ -1,0 +1,286 @@
+"""`tensorkv.spawn`: a job whose workers call a function, in the manner of torch.multiprocessing.spawn.
+
+Workers are processes of `multiprocessing`, started fresh; it hands function and arguments from this
+process to its own children, and nothing from the network comes near that. The scheduler is a few threads
+of this process, the servers are processes as under `tensorkv run`. All of them die with this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from multiprocessing.reduction import ForkingPickler
+from types import TracebackType
+from typing import Any, final
+
+from tensorkv.config import JobConfig
+from tensorkv.errors import InvalidArgument, JobFailed
+from tensorkv.launch.child import die_with
+from tensorkv.launch.job import shielded
+from tensorkv.launch.local import JobOptions, job_config
+from tensorkv.launch.supervisor import (
+    KILL_WAIT_S,
+    Action,
+    Finish,
+    Kill,
+    Node,
+    StopServers,
+    Supervisor,
+    Terminate,
+)
+from tensorkv.runtime.scheduler import SchedulerServer
+
+_MAX_REPORT_BYTES = 1 << 20
+
+
+def spawn(
+    fn: Callable[..., object],
+    args: tuple[Any, ...] = (),
+    *,
+    num_workers: int,
+    num_servers: int = 1,
+    timeout_s: float | None = None,
+    allow_import: Iterable[str] = (),
+) -> None:
+    """Run a job on this machine whose workers call `fn(rank, *args)`, and wait until all have returned.
+
+    In `fn`, `tensorkv.create("dist_sync")` opens a store of the job.
+
+    Args:
+        fn: a function of a module or of the script: every worker is a fresh process that imports it. The
+            script has to call `spawn` under `if __name__ == "__main__":`.
+        args: what else it is called with. What cannot be pickled cannot be passed.
+        num_workers, num_servers: how many processes of each.
+        timeout_s: deadline of a waiting call, in seconds; None for what the environment says, or 1800.
+        allow_import: modules that servers may import for updaters and optimizers.
+
+    Raises:
+        JobFailed: a worker raised, or a process ended with another status than 0. The text names the
+            first that failed, and ends with the worker's traceback. All others were ended.
+        InvalidArgument: a number is out of its range, or `fn` or `args` cannot be handed to a worker.
+
+    Blocks. When it ends, by KeyboardInterrupt too, no process of the job is left.
+    """
+    _check_can_be_handed(fn, args)
+    options = JobOptions(
+        command=("a function",),
+        num_workers=num_workers,
+        num_servers=num_servers,
+        timeout_s=timeout_s,
+        allow_import=tuple(allow_import),
+    )
+    with _Job(options, os.environ) as job:
+        job.start(fn, args)
+        job.supervise()
+
+
+def _check_can_be_handed(fn: Any, args: Any) -> None:
+    """Refuse early what would fail in every worker, with a text that nobody understands."""
+    if not callable(fn):
+        raise InvalidArgument(f"fn is {fn!r}, which cannot be called")
+    if not isinstance(args, tuple):
+        raise InvalidArgument(f"args is a {type(args).__name__}; pass a tuple: args=(x,) for one argument")
+    main = sys.modules.get("__main__")
+    if getattr(fn, "__module__", None) == "__main__" and not hasattr(main, "__file__"):
+        raise InvalidArgument(
+            f"{getattr(fn, '__qualname__', fn)} was defined in a notebook, an interactive session or with "
+            "-c, where new processes cannot find it; move it to a module"
+        )
+    try:
+        ForkingPickler.dumps((fn, args))
+    except Exception as exc:  # objects may raise anything when they are pickled
+        raise InvalidArgument(
+            f"fn and args cannot be handed to another process: {exc}; fn has to stand at the top level of "
+            "a module, and args must be picklable"
+        ) from exc
+
+
+@final
+class _Job:
+    """The processes of a job and who watches them. Leaving the block ends them all."""
+
+    def __init__(self, options: JobOptions, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        token = secrets.token_hex(32)
+        self._config = job_config(options, environ, scheduler=("", 0), token=token)
+        self._scheduler = SchedulerServer(
+            num_workers=options.num_workers,
+            num_servers=options.num_servers,
+            token=token,
+            slice_bound_bytes=self._config.slice_bound_bytes,
+        )
+        host, port = self._scheduler.address
+        self._config = dataclasses.replace(self._config, scheduler_host=host, scheduler_port=port)
+        self._servers: dict[Node, subprocess.Popen[bytes]] = {}
+        self._workers: dict[Node, SpawnProcess] = {}
+        self._reports: dict[Node, Connection] = {}  # by which a worker tells its traceback
+        self._tracebacks: dict[Node, str] = {}
+        self._pidfds: dict[int, Node] = {}
+        nodes = [Node("server", rank) for rank in range(options.num_servers)]
+        nodes += [Node("worker", rank) for rank in range(options.num_workers)]
+        self._supervisor = Supervisor(nodes)
+
+    def __enter__(self) -> _Job:
+        self._scheduler.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for node in (*self._workers, *self._servers):
+            self._signal(node, signal.SIGKILL)
+        for worker in self._workers.values():
+            worker.join(KILL_WAIT_S)
+        for server in self._servers.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
+                server.wait(KILL_WAIT_S)
+        self._scheduler.stop()
+        for report in self._reports.values():
+            report.close()
+        for descriptor in self._pidfds:
+            os.close(descriptor)
+
+    def start(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
+        """Start all processes. Does not wait for them."""
+        context = multiprocessing.get_context("spawn")
+        for node in self._supervisor.alive:
+            config = dataclasses.replace(self._config, role=node.role, rank=node.rank)
+            if node.role == "server":
+                environ = {**self._environ, **config.to_env(), "OMP_NUM_THREADS": "1"}
+                argv = (sys.executable, "-m", "tensorkv.runtime.server")
+                server = subprocess.Popen(
+                    shielded(argv, environ), env=environ, stdin=subprocess.DEVNULL, start_new_session=True
+                )
+                self._servers[node] = server
+                pid: int | None = server.pid
+            else:
+                report, told = context.Pipe(duplex=False)
+                self._reports[node] = report
+                worker = context.Process(
+                    target=_work, args=(fn, args, config, os.getpid(), told), name=f"tensorkv {node}"
+                )
+                with told:
+                    worker.start()
+                self._workers[node] = worker
+                pid = worker.pid
+            assert pid is not None
+            self._pidfds[os.pidfd_open(pid)] = node
+
+    def supervise(self) -> None:
+        """Wait until the job is over. Raises JobFailed."""
+        running = dict(self._pidfds)
+        supervisor = self._supervisor
+        while True:
+            deadline = supervisor.deadline
+            timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            listened = [report for report in self._reports.values() if not report.closed]
+            ready = wait([*running, *listened], timeout_s)
+            for node, report in self._reports.items():
+                if report in ready:
+                    self._take_report(node, report)
+            exits = {}
+            for descriptor in [each for each in ready if isinstance(each, int)]:
+                node = running.pop(descriptor)
+                exits[node] = self._status(node)
+                if node.role == "worker" and exits[node] == 0:
+                    self._scheduler.worker_exited(node.rank)
+            now = time.monotonic()
+            actions = supervisor.exited(exits, now, self._first_lost()) if exits else []
+            for action in [*actions, *supervisor.tick(now)]:
+                if isinstance(action, Finish):
+                    self._conclude(action)
+                    return
+                self._perform(action)
+
+    def _take_report(self, node: Node, report: Connection) -> None:
+        try:
+            text = report.recv_bytes(_MAX_REPORT_BYTES).decode("utf-8", "replace")
+        except (EOFError, OSError):  # it ended without one, or was killed in the middle of it
+            text = ""
+        report.close()
+        if text:
+            self._tracebacks[node] = text
+
+    def _status(self, node: Node) -> int:
+        if node.role == "server":
+            return self._servers[node].wait()
+        worker = self._workers[node]
+        worker.join()
+        assert worker.exitcode is not None
+        report = self._reports[node]
+        if not report.closed and report.poll():
+            self._take_report(node, report)
+        return worker.exitcode
+
+    def _first_lost(self) -> Node | None:
+        lost = self._scheduler.lost
+        return Node(lost.role, lost.rank) if lost is not None and lost.role != "scheduler" else None
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Terminate(nodes):
+                for node in nodes:
+                    self._signal(node, signal.SIGTERM)
+            case Kill(nodes):
+                for node in nodes:
+                    self._signal(node, signal.SIGKILL)
+            case StopServers():
+                absent = [
+                    node for node in self._servers if not self._scheduler.has_joined("server", node.rank)
+                ]
+                self._scheduler.stop()
+                for further in self._supervisor.dismiss(absent):
+                    self._perform(further)
+
+    def _signal(self, node: Node, signum: signal.Signals) -> None:
+        """Signal a process that has not been waited for; a server's number is that of its group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if node.role == "server":
+                if self._servers[node].returncode is None:
+                    os.killpg(self._servers[node].pid, signum)
+            elif self._workers[node].exitcode is None:
+                pid = self._workers[node].pid
+                assert pid is not None
+                os.kill(pid, signum)
+
+    def _conclude(self, finish: Finish) -> None:
+        if finish.text is None:
+            return
+        words = self._tracebacks.get(finish.culprit) if finish.culprit is not None else None
+        raise JobFailed(f"{finish.text}; the job was ended" + (f"\n\n{words.rstrip()}" if words else ""))
+
+
+def _work(
+    fn: Callable[..., object], args: tuple[Any, ...], config: JobConfig, parent_pid: int, told: Connection
+) -> None:
+    """Be a worker: runs in its process, as the target of multiprocessing."""
+    die_with(parent_pid)
+    os.register_at_fork(after_in_child=told.close)
+    os.environ.update(config.to_env())
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.num_workers))
+    try:
+        fn(config.rank, *args)
+    except KeyboardInterrupt as exc:  # Ctrl-C reaches all processes; the parent ends the job
+        sys.last_value = exc
+        sys.exit(128 + signal.SIGINT)
+    except Exception as exc:  # whatever the user's function raises goes to the parent
+        text = "".join(traceback.format_exception(exc)).encode("utf-8", "replace")
+        told.send_bytes(text[-_MAX_REPORT_BYTES:])
+        sys.last_value = exc  # as the interpreter does: leaving the job is a loss then, and says why
+        raise SystemExit(1) from exc
+    finally:
+        told.close()
