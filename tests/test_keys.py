@@ -34,6 +34,8 @@ class TestCheckKeys:
             check_keys([1, "a"])
         with pytest.raises(InvalidKey, match="int keys"):
             check_keys(["a"], int)
+        with pytest.raises(InvalidKey, match="key 1 is an int, but this store has str keys"):
+            check_keys([1], str)
 
     def test_a_long_list_is_cut_in_the_text(self) -> None:
         with pytest.raises(InvalidKey) as caught:

@@ -112,6 +112,11 @@ class PullBatch:
         return self._outs
 
 
+def with_article(name: str) -> str:
+    """Return "an int" for "int", and "a str" for "str"."""
+    return f"{'an' if name[:1] in tuple('aeiouAEIO') else 'a'} {name}"
+
+
 def check_keys(keys: Iterable[Any], known_type: type | None = None) -> tuple[Key, ...]:
     """Return `keys` as a tuple after checking that they are all int or all str.
 
@@ -129,14 +134,14 @@ def check_keys(keys: Iterable[Any], known_type: type | None = None) -> tuple[Key
     types = set(map(type, checked))
     if not types <= {int, str}:
         bad = next(key for key in checked if type(key) not in (int, str))
-        raise InvalidKey(f"key {bad!r} is a {type(bad).__name__}; a key is an int or a str")
+        raise InvalidKey(f"key {bad!r} is {with_article(type(bad).__name__)}; a key is an int or a str")
     if len(types) > 1:
         raise InvalidKey(f"int and str keys are mixed in one call: {_some(checked)}; use one of the two")
     found = types.pop()
     if known_type is not None and found is not known_type:
         raise InvalidKey(
-            f"key {checked[0]!r} is a {found.__name__}, but this store has {known_type.__name__} keys; "
-            "a store uses one of the two"
+            f"key {checked[0]!r} is {with_article(found.__name__)}, but this store has "
+            f"{known_type.__name__} keys; a store uses one of the two"
         )
     return checked
 

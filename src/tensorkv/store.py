@@ -305,7 +305,8 @@ class KVStore(ABC):
         Blocks until the updates are applied.
         """
         self._check_usable("commit")
-        return self._commit(None if max_norm is None else _positive(max_norm), bool(skip), bool(check_finite))
+        bound = None if max_norm is None else _positive("max_norm", max_norm)
+        return self._commit(bound, bool(skip), bool(check_finite))
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -387,11 +388,12 @@ class KVStore(ABC):
 
         Raises:
             WaitTimeout: the text names the ranks that are missing.
+            InvalidArgument: `timeout_s` is not a positive number.
             UpdaterError: the updater raised in a round this worker contributed to.
             PeerLostError.
         """
         self._check_usable("barrier")
-        self._barrier(self._timeout_s if timeout_s is None else timeout_s)
+        self._barrier(self._timeout_s if timeout_s is None else _positive("timeout_s", timeout_s))
 
     # ---- the keys --------------------------------------------------------------------------------
 
@@ -558,11 +560,11 @@ def _check_one_each(call: str, batch: PushBatch) -> None:
             raise DuplicateKey(f"{call}: key {key!r} has {len(tensors)} values in one call; pass one")
 
 
-def _positive(max_norm: Any) -> float:
+def _positive(name: str, value: Any) -> float:
     try:
-        number = math.nan if isinstance(max_norm, str) else float(max_norm)
+        number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError, RuntimeError):  # not a number at all, or many of them
         number = math.nan
     if not number > 0:
-        raise InvalidArgument(f"max_norm={max_norm!r} is not a positive number")
+        raise InvalidArgument(f"{name}={value!r} is not a positive number")
     return number

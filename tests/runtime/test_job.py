@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tensorkv.errors import PeerLostError, ProtocolError, StoreClosed, UpdaterError, WaitTimeout
+from tensorkv.errors import NotInJob, PeerLostError, ProtocolError, StoreClosed, UpdaterError, WaitTimeout
 from tensorkv.runtime import job as job_module
 from tensorkv.runtime.embedded import EmbeddedJob
 from tensorkv.runtime.job import Job, join, leave
@@ -167,6 +168,17 @@ def test_an_uncaught_exception_is_a_loss(
     leave(joined)
     assert not store.closed
     assert "it ended with ArithmeticError: a nan" in str(cluster.servers[0].wait())
+
+
+def test_a_forked_child_is_told_what_to_do(
+    cluster: EmbeddedJob, joined: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = os.getpid()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: 4711)
+        with pytest.raises(NotInJob, match=f"4711 was forked from worker 0 .process {parent}.*hand tensors"):
+            join(cluster.config("worker", 0))
+    assert join(cluster.config("worker", 0)) is joined
 
 
 def test_a_forked_child_leaves_nothing(joined: Job, monkeypatch: pytest.MonkeyPatch) -> None:

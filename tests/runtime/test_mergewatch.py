@@ -57,9 +57,9 @@ class Bench:
         )
         self.watch.ask()
 
-    def _wait(self, what: str, timeout_s: float, ask: Any, store: int) -> Wait:
+    def _wait(self, what: str, timeout_s: float, ask: Any, store: int, whom: Any) -> Wait:
         assert store == 1
-        return Wait(what, timeout_s, lambda: self.failure, ask)
+        return Wait(what, timeout_s, lambda: self.failure, ask, whom)
 
     def _ask_waiting(self, link: Link, number: int, store: int) -> None:
         server = self.links.index(link)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(waits, "time", SimpleNamespace(monotonic=made.monotonic))
+    monkeypatch.setattr(waits, "_noted", weakref.WeakSet())
     return made
 
 
@@ -62,7 +64,8 @@ def test_a_line_every_ten_seconds(clock: Clock, caplog: pytest.LogCaptureFixture
             call.wait.tick()
     assert call.asked == 4
     assert caplog.messages == [
-        f"pull of 'w': waiting for worker 3, 5, round 812 of 'w', {seconds} s" for seconds in (10, 20, 30, 40)
+        f"pull of 'w': waiting for workers 3, 5, round 812 of 'w', {seconds} s"
+        for seconds in (10, 20, 30, 40)
     ]
 
 
@@ -83,7 +86,7 @@ def test_the_deadline_names_who_is_missing(clock: Clock, caplog: pytest.LogCaptu
     clock.now += 0.25
     with pytest.raises(
         WaitTimeout,
-        match="^pull of 'w' did not finish within 5 s: waiting for worker 3, 5, round 812 of 'w'$",
+        match="^pull of 'w' did not finish within 5 s: waiting for workers 3, 5, round 812 of 'w'$",
     ):
         call.wait.tick()
     assert caplog.messages == []
@@ -118,7 +121,7 @@ def test_of_several_answers_the_one_that_names_somebody_counts(clock: Clock) -> 
     call.wait.tick()
     for answer in (m.Waiting(1, [], ""), MISSING, m.Waiting(2, [], "")):
         call.wait.answered(answer)
-    with pytest.raises(WaitTimeout, match="worker 3, 5"):
+    with pytest.raises(WaitTimeout, match="workers 3, 5"):
         call.wait.tick()
 
 
@@ -129,6 +132,71 @@ def test_without_anybody_to_ask_the_deadline_is_the_deadline(clock: Clock) -> No
     clock.now += 0.1
     with pytest.raises(WaitTimeout, match="^joining the job did not finish within 5 s$"):
         wait.tick()
+
+
+def silent(timeout_s: float) -> Wait:
+    """Return a wait for a server that never answers."""
+    return Wait("pull of 'w'", timeout_s, lambda: None, lambda: None, lambda: "server 1")
+
+
+def test_who_does_not_answer_is_named(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    wait = silent(35.0)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            clock.now += 10
+            wait.tick()
+    assert caplog.messages == [
+        f"pull of 'w': waiting for server 1, which does not answer, {seconds} s" for seconds in (20, 30)
+    ]
+    clock.now += 5
+    wait.tick()
+    clock.now += waits.ASK_GRACE_S
+    with pytest.raises(WaitTimeout, match="within 35 s: waiting for server 1, which does not answer$"):
+        wait.tick()
+
+
+def test_who_cannot_be_asked_is_named(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    wait = Wait("close", 15.0, lambda: None, whom=lambda: "server 1")
+    with caplog.at_level(logging.WARNING):
+        clock.now += 10
+        wait.tick()
+    assert caplog.messages == ["close: waiting for server 1, 10 s"]
+    clock.now += 5
+    with pytest.raises(WaitTimeout, match="^close did not finish within 15 s: waiting for server 1$"):
+        wait.tick()
+
+
+def test_calls_that_wait_are_listed_until_they_end(clock: Clock) -> None:
+    call = Call(100.0, MISSING)
+    assert waits.waiting_calls() == []
+    clock.now += 1
+    call.wait.tick()
+    other = silent(100.0)
+    clock.now += 1
+    other.tick()
+    assert waits.waiting_calls() == [call.wait, other]
+    assert [wait.thread for wait in waits.waiting_calls()] == ["MainThread"] * 2
+    assert [wait.describe() for wait in waits.waiting_calls()] == [
+        "pull of 'w', since 2 s",
+        "pull of 'w', since 1 s",
+    ]
+    call.wait.ask()
+    other.ask()
+    assert [wait.open_question for wait in waits.waiting_calls()] == [False, True]
+    assert call.wait.describe() == "pull of 'w', since 2 s: waiting for workers 3, 5, round 812 of 'w'"
+    assert other.describe() == "pull of 'w', since 1 s: waiting for server 1, which does not answer"
+    clock.now += waits.RECENT_S  # neither has ticked since: both have ended
+    assert waits.waiting_calls() == []
+
+
+def test_a_question_that_was_not_for_the_log_is_not_logged(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = Call(100.0, MISSING)
+    with caplog.at_level(logging.WARNING):
+        call.wait.tick()
+        call.wait.ask()
+    assert caplog.messages == []
 
 
 def test_a_broken_job_ends_the_wait_at_once(clock: Clock) -> None:

@@ -805,3 +805,28 @@ def test_an_uncaught_exception_is_a_loss_with_its_cause(tmp_path: Path) -> None:
     assert "ArithmeticError: a nan" in err
     assert "worker 0 failed with status 1" in err
     assert all("was lost: it ended with ArithmeticError: a nan" in line for line in out.splitlines())
+
+
+def test_a_close_that_gives_up_tells_for_whom() -> None:
+    """An earlier push with async_op waits for the others, and so does close."""
+    go_on = threading.Event()
+
+    def work(kv: KVStore) -> None:
+        assert isinstance(kv, DistStore)
+        kv.init("w", ones(0))
+        kv.barrier()
+        if kv.rank == 1:
+            assert go_on.wait(DEADLINE_S)
+            return
+        kv._timeout_s = kv._pusher._timeout_s = 0.3
+        kv.push("w", ones())
+        kv.push("w", ones(), async_op=True)
+        try:
+            with pytest.raises(
+                WaitTimeout, match="close: an earlier push of 'w' .*waiting for worker 1, round 1 of 'w'"
+            ):
+                kv.close()
+        finally:
+            go_on.set()
+
+    run_job(work, num_workers=2, num_servers=1, timeout_s=DEADLINE_S)

@@ -48,7 +48,10 @@ class ControlClient:
         self._on_failure = on_failure
         self._numbers = itertools.count(1)
         self._replies: dict[int, _Reply] = {}
-        self._welcome = _Reply(Wait("joining the job", config.timeout_s, lambda: self.failure))
+        joining = Wait(
+            "joining the job", config.timeout_s, lambda: self.failure, whom=lambda: "all servers to join it"
+        )
+        self._welcome = _Reply(joining)
         self.failure: TensorKVError | None = None
         self._scheduler_host = config.scheduler_host
         self._failing = threading.Lock()  # only one failure counts
@@ -83,7 +86,13 @@ class ControlClient:
             PeerLostError, or the error of a refused request.
         """
         number = next(self._numbers)
-        wait = Wait(what, timeout_s, lambda: self.failure, lambda: self.notify(m.AskWaiting(number, store)))
+        wait = Wait(
+            what,
+            timeout_s,
+            lambda: self.failure,
+            lambda: self.notify(m.AskWaiting(number, store)),
+            lambda: "the scheduler",
+        )
         reply = self._replies[number] = _Reply(wait)
         self.notify(make(number))
         try:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, final
 
 from tensorkv.config import JobConfig
-from tensorkv.errors import PeerLostError, StoreClosed, TensorKVError
+from tensorkv.errors import NotInJob, PeerLostError, StoreClosed, TensorKVError
 from tensorkv.runtime.code import CodeTable
 from tensorkv.runtime.control import ControlClient
 from tensorkv.runtime.handshake import connect_as
@@ -85,14 +85,19 @@ class Job:
         self._left.add(store)
 
     def wait(
-        self, what: str, timeout_s: float, ask: Callable[[], None] | None = None, store: int = 0
+        self,
+        what: str,
+        timeout_s: float,
+        ask: Callable[[], None] | None = None,
+        store: int = 0,
+        whom: Callable[[], str] | None = None,
     ) -> Wait:
         """Return a deadline for one call. It ends, too, when another thread closes the store."""
 
         def failure() -> TensorKVError | None:
             return self.failure() or (_closed_meanwhile(what) if store in self._left else None)
 
-        return Wait(what, timeout_s, failure, ask)
+        return Wait(what, timeout_s, failure, ask, whom)
 
     def ask_all(
         self,
@@ -136,7 +141,10 @@ class Job:
         def ask() -> None:
             self.ask_waiting(*numbers[current], store)
 
-        wait = self.wait(what, timeout_s, ask if store else None, store)
+        def whom() -> str:
+            return numbers[current][0].name
+
+        wait = self.wait(what, timeout_s, ask if store else None, store, whom)
         try:
             for current in range(len(numbers)):
                 link, number = numbers[current]
@@ -183,15 +191,30 @@ def _closed_meanwhile(what: str) -> StoreClosed:
     return StoreClosed(f"{what}: the store was closed by another thread during the call")
 
 
+def _forked(config: JobConfig, parent: int) -> NotInJob:
+    return NotInJob(
+        f"this process {os.getpid()} was forked from worker {config.rank} (process {parent}), which holds "
+        "the only place of that rank in the job: a child (of a DataLoader, say) cannot join it. Use the "
+        "store in the worker itself, and hand tensors over to it"
+    )
+
+
 _lock = threading.Lock()
 _joined: dict[int, Job] = {}  # by process id: a forked child has none
 
 
 def join(config: JobConfig) -> Job:
-    """Return this process's place in its job; the first call joins it."""
+    """Return this process's place in its job; the first call joins it.
+
+    Raises:
+        NotInJob: this process was forked from a worker, which holds the place.
+        What `Job` raises.
+    """
     with _lock:
         job = _joined.get(os.getpid())
         if job is None:
+            if _joined:
+                raise _forked(config, next(iter(_joined)))
             job = Job(config)
             _joined[os.getpid()] = job
             atexit.register(leave, job)

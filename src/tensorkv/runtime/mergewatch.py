@@ -57,7 +57,7 @@ class MergeWatch:
         self._free: list[int] = []
         self._error: TensorKVError | None = None
         self._numbers: list[tuple[ServerLink, int]] = []
-        self._wait = job.wait(what, timeout_s, self._ask_waiting, store)
+        self._wait = job.wait(what, timeout_s, self._ask_waiting, store, self._whom)
 
     def ask(self) -> None:
         """Queue the question to each server. The caller holds the job's order."""
@@ -105,6 +105,9 @@ class MergeWatch:
                     if self._slices_left[value] == 0:
                         self._free.append(value)
             self._changed.notify_all()
+
+    def _whom(self) -> str:
+        return ", ".join(link.name for link, _ in self._numbers)
 
     def _ask_waiting(self) -> None:
         for link, number in self._numbers:

@@ -14,7 +14,7 @@ from typing import Any, final
 
 import torch
 
-from tensorkv.errors import again
+from tensorkv.errors import WaitTimeout, again
 from tensorkv.runtime.job import Job
 from tensorkv.runtime.keytable import KeyTable
 from tensorkv.runtime.latch import Latch
@@ -101,7 +101,9 @@ class Pusher:
     def await_sent(self, sent: Latch, what: str) -> None:
         """Wait until a push has been handed to the system. Raises WaitTimeout, PeerLostError."""
         if not sent.open:
-            wait = self._job.wait(what, self._timeout_s, store=self._store)
+            wait = self._job.wait(
+                what, self._timeout_s, store=self._store, whom=lambda: "a server, which does not take it in"
+            )
             while not sent.wait(TICK_S):
                 wait.tick()
         failure = self._job.failure()
@@ -151,16 +153,42 @@ class Pusher:
         """Whether an earlier call with `async_op` on one of these keys is still to go."""
         return bool(self._deferred) and any(state.key_id in self._deferred for state in states)
 
-    def await_deferred(self, states: Sequence[KeyState], what: str) -> None:
-        """Wait until earlier calls with `async_op` on these keys have gone."""
+    def await_deferred(
+        self, states: Sequence[KeyState], what: str, timeout_s: float | None = None
+    ) -> list[concurrent.futures.Future[Any]]:
+        """Wait until earlier calls with `async_op` on these keys have gone, and return them."""
         if not self._deferred:
-            return
+            return []
         with self._lock:
             found = [f for state in states if (f := self._deferred.get(state.key_id)) is not None]
-        self._await_futures(found, what)
+        self._await_futures(found, what, timeout_s)
+        return found
 
-    def _await_futures(self, futures: Sequence[concurrent.futures.Future[Any]], what: str) -> None:
-        wait = self._job.wait(what, self._timeout_s, store=self._store)
+    def await_all_deferred(self, states: Sequence[KeyState], what: str, timeout_s: float) -> None:
+        """Wait as `await_deferred`; one that gave up meanwhile has pushed nothing, and ends this call, too.
+
+        Raises:
+            WaitTimeout: also that of such a call, whose text names who is missing.
+        """
+        for future in self.await_deferred(states, what, timeout_s):
+            error = future.exception()
+            if isinstance(error, WaitTimeout):
+                raise WaitTimeout(f"{what}: an earlier {error}")
+
+    def _await_futures(
+        self,
+        futures: Sequence[concurrent.futures.Future[Any]],
+        what: str,
+        timeout_s: float | None = None,
+    ) -> None:
+        def ask() -> None:
+            """Nobody: these calls ask for themselves, and are given the time to say why they gave up."""
+
+        def whom() -> str:
+            return "an earlier call with async_op on its keys"
+
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        wait = self._job.wait(what, timeout_s, ask, self._store, whom)
         for future in dict.fromkeys(futures):
             while not concurrent.futures.wait([future], TICK_S).done:
                 wait.tick()

@@ -223,7 +223,10 @@ class SchedulerServer:
             if not 0 <= rank < size:
                 return AuthenticationError(f"there is no {role} {rank} in this job, which has {size}")
             if (role, rank) in self._taken:
-                return AuthenticationError(f"{role} {rank} of this job is taken by another process")
+                return AuthenticationError(
+                    f"{role} {rank} of this job is taken by another process; "
+                    "one that a worker has started itself (of a DataLoader, say) has no place of its own"
+                )
             self._taken.add((role, rank))
         return None
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import final
 
@@ -15,6 +17,11 @@ logger = logging.getLogger(__name__)
 _SILENT = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 LOG_EVERY_S = 10.0
 ASK_GRACE_S = 2.0
+RECENT_S = 2.0
+"""A call that waits ticks several times in this time."""
+
+_lock = threading.Lock()
+_noted: weakref.WeakSet[Wait] = weakref.WeakSet()  # calls that have waited, those that have ended too
 
 
 @final
@@ -26,7 +33,16 @@ class Wait:
         timeout_s: seconds from now.
         failure: returns why the job is broken, None while it is not.
         ask: asks the other side whom this call waits for; the answer comes by `answered`.
+        whom: names the other side itself, for when it does not answer, or cannot be asked.
     """
+
+    # What most calls never come to change stands here, since every small call makes a Wait.
+    thread = ""  # the one that waits
+    _asked_at_end = False
+    _to_log = False  # the next answer that names somebody
+    _unanswered = False
+    _waiting: m.Waiting | None = None
+    _ticked: float | None = None
 
     def __init__(
         self,
@@ -34,49 +50,109 @@ class Wait:
         timeout_s: float,
         failure: Callable[[], TensorKVError | None],
         ask: Callable[[], None] | None = None,
+        whom: Callable[[], str] | None = None,
     ) -> None:
         self.what = what
         self._begin = time.monotonic()
         self._timeout_s = timeout_s
         self._failure = failure
         self._ask = ask
+        self._whom = whom
         self._next_log_s = LOG_EVERY_S
-        self._asked_at_end = False
-        self._waiting: m.Waiting | None = None
 
     def tick(self) -> None:
         """Raise if the job is broken or the deadline has passed; log now and then."""
         failure = self._failure()
         if failure is not None:
             raise again(failure) from None
-        waited_s = time.monotonic() - self._begin
+        now = time.monotonic()
+        if self._ticked is None:
+            self._note()
+        self._ticked = now
+        waited_s = now - self._begin
         if waited_s >= self._timeout_s:
             self._at_deadline(waited_s)
         elif waited_s >= self._next_log_s:
             self._next_log_s += LOG_EVERY_S
-            if self._ask is not None:
-                self._ask()
+            if self._ask is None or self._unanswered:
+                self._log(waited_s)
+            self._to_log = True
+            self.ask()
+
+    def ask(self) -> None:
+        """Ask whom this call waits for, where somebody can be asked. Safe from any thread."""
+        if self._ask is not None:
+            self._unanswered = True
+            self._ask()
 
     def answered(self, waiting: m.Waiting) -> None:
         """The other side tells whom this call waits for. Of several answers one that names ranks counts."""
+        self._unanswered = False
         if waiting.ranks or self._waiting is None:
             self._waiting = waiting
         waited_s = time.monotonic() - self._begin
-        if waited_s < self._timeout_s and waiting.ranks:
-            logger.warning("%s: %s, %.0f s", self.what, _missing(waiting), waited_s)
+        if self._to_log and waited_s < self._timeout_s and waiting.ranks:
+            self._to_log = False
+            self._log(waited_s)
+
+    @property
+    def open_question(self) -> bool:
+        """Whether it was asked whom this call waits for, and the answer has not come."""
+        return self._unanswered
+
+    def describe(self) -> str:
+        """Return one line: the call, since when it waits, and for whom as far as that is known."""
+        missing = self._missing()
+        since = f"{self.what}, since {time.monotonic() - self._begin:.0f} s"
+        return f"{since}: {missing}" if missing else since
+
+    def _note(self) -> None:
+        """List this call among those that wait. Only now: a call that is answered at once costs nothing."""
+        self.thread = threading.current_thread().name
+        with _lock:
+            _noted.add(self)
+
+    def order(self) -> tuple[str, float]:
+        """Sort key: thread, then who has waited longest."""
+        return self.thread, self._begin
+
+    def is_waiting(self) -> bool:
+        """Whether the call was seen to wait a moment ago. One that has ended ticks no more."""
+        return self._ticked is not None and time.monotonic() - self._ticked < RECENT_S
+
+    def _log(self, waited_s: float) -> None:
+        missing = self._missing()
+        if missing:
+            logger.warning("%s: %s, %.0f s", self.what, missing, waited_s)
 
     def _at_deadline(self, waited_s: float) -> None:
         if self._ask is not None and not self._asked_at_end:
             self._asked_at_end = True
             self._waiting = None
-            self._ask()
+            self.ask()
             return
-        if self._ask is not None and self._waiting is None and waited_s < self._timeout_s + ASK_GRACE_S:
+        if self._unanswered and waited_s < self._timeout_s + ASK_GRACE_S:
             return
+        missing = self._missing()
         text = f"{self.what} did not finish within {self._timeout_s:g} s"
-        if self._waiting is not None and self._waiting.ranks:
-            text += f": {_missing(self._waiting)}"
-        raise WaitTimeout(text)
+        raise WaitTimeout(f"{text}: {missing}" if missing else text)
+
+    def _missing(self) -> str:
+        if self._unanswered or self._ask is None:
+            if self._whom is None:
+                return ""
+            return f"waiting for {self._whom()}" + (", which does not answer" if self._unanswered else "")
+        if self._waiting is None or not self._waiting.ranks:
+            return ""
+        workers = "worker" if len(self._waiting.ranks) == 1 else "workers"
+        return f"waiting for {workers} {', '.join(map(str, self._waiting.ranks))}, {self._waiting.where}"
+
+
+def waiting_calls() -> list[Wait]:
+    """Return the calls of this process that wait now, and have for a quarter of a second, by thread."""
+    with _lock:
+        noted = list(_noted)
+    return sorted((wait for wait in noted if wait.is_waiting()), key=Wait.order)
 
 
 def lost_error(lost: m.Lost) -> PeerLostError:
@@ -102,8 +178,3 @@ def ended_because(cause: Exception) -> str:
     if isinstance(reason, OSError) and reason.errno in _SILENT:
         return f"its host does not answer ({reason.strerror})"
     return f"its connection ended: {cause}"
-
-
-def _missing(waiting: m.Waiting) -> str:
-    ranks = ", ".join(map(str, waiting.ranks))
-    return f"waiting for worker {ranks}, {waiting.where}"

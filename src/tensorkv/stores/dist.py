@@ -524,7 +524,7 @@ class DistStore(KVStore):
     # ---- together --------------------------------------------------------------------------------
 
     def _barrier(self, timeout_s: float) -> None:
-        self._pusher.await_deferred(list(self._table.states.values()), "barrier")
+        self._pusher.await_all_deferred(list(self._table.states.values()), "barrier", timeout_s)
         settled = self._pusher.settled  # then no server has anything to add
         if not settled:
             self._flush(timeout_s)
@@ -539,7 +539,7 @@ class DistStore(KVStore):
 
     def _close(self) -> None:
         try:
-            self._pusher.await_deferred(list(self._table.states.values()), "close")
+            self._pusher.await_all_deferred(list(self._table.states.values()), "close", self._timeout_s)
             leave = self._job.ask_all
             leave(lambda n: m.Leave(n, self._store), "close", self._timeout_s, self._store, leave=True)
             self._job.control.request(

@@ -339,6 +339,13 @@ def _settings() -> list[BadInput]:
             "max_norm", lambda kv: kv.commit(max_norm=-1.0), errors.InvalidArgument, ValueError, ("-1.0",)
         ),
         BadInput(
+            "barrier_timeout",
+            lambda kv: kv.barrier(timeout_s=-1),
+            errors.InvalidArgument,
+            ValueError,
+            ("timeout_s=-1",),
+        ),
+        BadInput(
             "max_norm_text",
             lambda kv: kv.commit(max_norm="1"),  # type: ignore[arg-type]
             errors.InvalidArgument,
