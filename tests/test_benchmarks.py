@@ -21,6 +21,7 @@ import harness  # noqa: E402
 import jobs  # noqa: E402
 import mxnetenv  # noqa: E402
 import pushpull  # noqa: E402
+import startup  # noqa: E402
 import steps  # noqa: E402
 import tables  # noqa: E402
 import tensorkvsteps  # noqa: E402
@@ -197,3 +198,24 @@ def test_required_ratio_is_judged_for_mxnet(theirs: float, reached: bool) -> Non
     text = tables.markdown([(case.title, list(rows.values()))], tables.this_machine(), "a command")
     assert case.title in text
     assert "    a command\n" in text
+
+
+# ---- starting a job ------------------------------------------------------------------------------
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(150)
+def test_a_start_is_measured_and_the_launcher_does_without_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    startup.main(["--rounds=1"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("launcher and scheduler: torch=False numpy=False memory=")
+    assert printed[1].startswith("round 1: imports ")
+    assert len(printed) == 5
+
+
+def test_a_start_is_judged_by_its_rounds() -> None:
+    rounds = [startup.Round(imports_s=1.0, job_s=each) for each in (2.0, 2.4, 9.0)]
+    lines = startup.report(rounds)
+    assert lines[1].endswith("2.40 times as long")
+    assert lines[2].endswith("3.00 s   80% of it used, reached: yes")
+    assert startup.report(rounds[2:])[2].endswith("300% of it used, reached: NO")

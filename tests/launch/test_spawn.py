@@ -69,6 +69,24 @@ if __name__ == "__main__":
         print(f"left: {len(children(os.getpid())) - 1}")
 """
 
+GOES_ON = """
+def work(rank):
+    kv = tensorkv.create("dist_async")
+    kv.init("w", torch.zeros(2))
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    kv.barrier()
+    kv.push("w", torch.ones(2))
+    say(f"{rank}: {kv.pull('w').tolist()}")
+    kv.close()
+
+if __name__ == "__main__":
+    try:
+        tensorkv.spawn(work, num_workers=2)
+    except tensorkv.JobFailed as error:
+        print(error)
+"""
+
 WAITS = """
 def work(rank):
     kv = tensorkv.create("dist_sync")
@@ -126,6 +144,14 @@ def test_the_first_failure_is_raised(tmp_path: Path, how: str, first: str, last:
     else:
         assert out[-2] == last
         assert any("in work" in line for line in out)
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_a_job_that_survives_a_failure_ends_first(tmp_path: Path) -> None:
+    status, out, err = run(tmp_path, GOES_ON)
+    text = "worker 1 failed with status 137 (SIGKILL); the job went on without it"
+    assert (status, out) == (0, ["0: [1.0, 1.0]", text]), err
 
 
 @pytest.mark.e2e

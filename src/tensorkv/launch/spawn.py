@@ -38,6 +38,7 @@ from tensorkv.launch.supervisor import (
     StopServers,
     Supervisor,
     Terminate,
+    status_text,
 )
 from tensorkv.runtime.scheduler import SchedulerServer
 
@@ -195,13 +196,25 @@ class _Job:
                 exits[node] = self._status(node)
                 if node.role == "worker" and exits[node] == 0:
                     self._scheduler.worker_exited(node.rank)
+            spared = self._spared(exits)
             now = time.monotonic()
-            actions = supervisor.exited(exits, now, self._first_lost()) if exits else []
+            actions = supervisor.exited(exits, now, self._first_lost(), spared) if exits else []
             for action in [*actions, *supervisor.tick(now)]:
                 if isinstance(action, Finish):
                     self._conclude(action)
                     return
                 self._perform(action)
+
+    def _spared(self, exits: Mapping[Node, int]) -> list[Node]:
+        """Return the workers whose failure the job survives. Nobody asks once the job is ending."""
+        return [
+            node
+            for node, returncode in exits.items()
+            if self._supervisor.running
+            and node.role == "worker"
+            and returncode != 0
+            and self._scheduler.worker_failed(node.rank, f"it ended with {status_text(returncode)}")
+        ]
 
     def _take_report(self, node: Node, report: Connection) -> None:
         try:
@@ -258,7 +271,8 @@ class _Job:
         if finish.text is None:
             return
         words = self._tracebacks.get(finish.culprit) if finish.culprit is not None else None
-        raise JobFailed(f"{finish.text}; the job was ended" + (f"\n\n{words.rstrip()}" if words else ""))
+        outcome = "the job went on without it" if finish.went_on else "the job was ended"
+        raise JobFailed(f"{finish.text}; {outcome}" + (f"\n\n{words.rstrip()}" if words else ""))
 
 
 def _work(
