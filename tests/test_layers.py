@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tensorkv"
 LAYERS = {
     **dict.fromkeys(("errors", "config", "work"), 0),
     **dict.fromkeys(("store", "keys", "arrays", "reduce", "updater", "updaterspec", "partition"), 1),
-    **dict.fromkeys(("functions", "definitions"), 1),
+    **dict.fromkeys(("functions", "definitions", "savedstate", "saveio"), 1),
     "wire": 2,
     "protocol": 3,
     "transport": 4,
@@ -42,6 +42,7 @@ TORCH_FREE = [
     "tensorkv.config",
     "tensorkv.work",
     "tensorkv.updaterspec",
+    "tensorkv.savedstate",
     "tensorkv.functions",
     "tensorkv.launch.local",
     "tensorkv.runtime.scheduler",

@@ -28,6 +28,8 @@
     │   └── NotSupported (NotImplementedError)
     ├── JobFailed (RuntimeError)              a process of a job that `spawn` started has failed
     ├── UpdaterError (RuntimeError)           the updater raised; its traceback is in the text
+    ├── SaveError (OSError)                   a save could not be written; the one before it is whole
+    ├── LoadError (ValueError)                there is no save, or it is corrupt; the store is as before
     ├── WaitTimeout (TimeoutError)            a deadline passed; the text names who is missing
     └── the job is broken (ConnectionError)
         ├── PeerLostError                     a process of the job is gone
@@ -151,6 +153,14 @@ class JobFailed(TensorKVError, RuntimeError):
 
 class UpdaterError(TensorKVError, RuntimeError):
     """The updater raised. The stored value is as before; the text ends with the traceback."""
+
+
+class SaveError(TensorKVError, OSError):
+    """A save could not be written. The save that was there before is whole."""
+
+
+class LoadError(TensorKVError, ValueError):
+    """There is no save, or what is there is not one, or not whole. The store is as before."""
 
 
 class WaitTimeout(TensorKVError, TimeoutError):

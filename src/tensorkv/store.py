@@ -376,6 +376,95 @@ class KVStore(ABC):
         self._check_usable("set_optimizer_options")
         self._set_optimizer_options(self._names(keys), options)
 
+    # ---- state -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return values, optimizer state, versions and settings, all of it copied, for `load_state_dict`.
+
+        A plain dict that `torch.save` writes and `torch.load(weights_only=True)` reads: "values" and
+        "versions" by key; "optimizer_state" by key and name, tensors that go with the value in its shape,
+        wherever its slices were; "settings" and "reduction" as plain data.
+
+        Every worker that has not left has to call it, as a barrier. Rank 0 (the lowest that is still there)
+        gets the dict, the others an empty one. What sits in a round that waits for somebody, or for a
+        commit, is not in it.
+
+        Raises:
+            SaveError: an optimizer keeps what is neither a tensor nor plain.
+            SettingMismatch: another worker has made another call of this kind.
+            WaitTimeout, PeerLostError.
+
+        Blocks until rank 0 has everything.
+        """
+        self._check_usable("state_dict")
+        return self._state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` has returned, in a job of any size and in any kind of store.
+
+        Keys are created, or replaced if they are there with this very shape and dtype; others stay as they
+        are. Each is a new generation, so rounds start at 0, and versions go on. The next `init` of such a key
+        by each worker checks shape and dtype and leaves the value. The settings of the store are
+        replaced; a `set_optimizer` that repeats what was in force keeps the state. A function, and an
+        optimizer that is not torch's own, is in the dict by name only: set it before or after.
+
+        Every worker that has not left has to call it. Rank 0's dict counts; others may pass an empty one.
+
+        Raises:
+            LoadError: it is no such dict; every worker gets this, and nothing has changed.
+            ShapeMismatch, DtypeMismatch: a key is there with another shape or dtype; nothing has changed.
+            SettingMismatch, WaitTimeout, PeerLostError.
+
+        Blocks until the servers have everything.
+        """
+        self._check_usable("load_state_dict")
+        self._load_state_dict(state_dict)
+        self._learn_key_type()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write values, optimizer state, versions and settings to a folder, as safetensors and an index.
+
+        Each server writes what it holds, so the folder, which is made if it is not there, has to be on a file
+        system that all of them and rank 0 share. A crash at any moment leaves an earlier save in the folder
+        whole; its files are removed when the new one is complete. No other files are touched. Rank 0 shows a
+        progress bar on a terminal if there is much to write.
+
+        Every worker that has not left has to call it, with the same folder, as a barrier: what all have
+        pushed before is in the save. What sits in a round that waits for somebody, or for a commit, is not.
+
+        Raises:
+            SaveError: a file cannot be written; every worker gets this.
+            SettingMismatch: the workers name different folders, or make different calls.
+            WaitTimeout, PeerLostError.
+
+        Blocks until the save is on disk.
+        """
+        self._check_usable("save")
+        self._save(_folder("save", directory))
+
+    def load(self, directory: str | os.PathLike[str]) -> None:
+        """Take over what `save` has written, with any number of workers and servers, in any kind of store.
+
+        What becomes of keys, rounds, versions and settings is told at `load_state_dict`. Every worker that
+        has not left has to call it, with the same folder.
+
+        Raises:
+            LoadError: there is no save, or it is corrupt; every worker gets this, and nothing has changed.
+            ShapeMismatch, DtypeMismatch: a key is there with another shape or dtype; nothing has changed.
+            SettingMismatch: the workers name different folders, or make different calls.
+            WaitTimeout, PeerLostError.
+
+        Blocks until the servers have everything.
+        """
+        self._check_usable("load")
+        self._load(_folder("load", directory))
+        self._learn_key_type()
+
+    def _learn_key_type(self) -> None:
+        keys = self._keys()
+        if keys:
+            self._key_type = type(keys[0])
+
     # ---- together --------------------------------------------------------------------------------
 
     def barrier(self, *, timeout_s: float | None = None) -> None:
@@ -507,6 +596,18 @@ class KVStore(ABC):
     def _set_optimizer_options(self, keys: tuple[Key, ...] | None, options: dict[str, Any]) -> None: ...
 
     @abstractmethod
+    def _state_dict(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _load_state_dict(self, state_dict: Mapping[str, Any]) -> None: ...
+
+    @abstractmethod
+    def _save(self, folder: str) -> None: ...
+
+    @abstractmethod
+    def _load(self, folder: str) -> None: ...
+
+    @abstractmethod
     def _barrier(self, timeout_s: float) -> None: ...
 
     @abstractmethod
@@ -558,6 +659,13 @@ def _check_one_each(call: str, batch: PushBatch) -> None:
             raise InvalidArgument(f"{call}: key {key!r} has no value; ABSENT is for push")
         if len(tensors) != 1:
             raise DuplicateKey(f"{call}: key {key!r} has {len(tensors)} values in one call; pass one")
+
+
+def _folder(call: str, directory: Any) -> str:
+    try:
+        return os.path.abspath(os.fsdecode(directory))
+    except TypeError as exc:
+        raise InvalidArgument(f"{call}: {directory!r} is not a path") from exc
 
 
 def _positive(name: str, value: Any) -> float:

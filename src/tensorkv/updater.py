@@ -16,17 +16,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
+import msgspec
 import torch
 
 from tensorkv.arrays import Key
 from tensorkv.errors import (
     InvalidOption,
     InvalidValue,
+    LoadError,
     TensorKVError,
     UnknownUpdater,
     UnsupportedOptimizer,
     UpdaterError,
 )
+from tensorkv.savedstate import SavedSettings, SettingEntry
 from tensorkv.updaterspec import UpdaterSpec
 
 ELEMENTWISE_OPTIMIZERS = frozenset(
@@ -90,6 +93,15 @@ class Updater(ABC):
     @abstractmethod
     def forget(self, slot: int) -> None:
         """Drop the state of a slot, if there is any."""
+
+    def state(self, slot: int) -> dict[str, Any]:
+        """Return the state of a slot, by name; empty if there is none. Not a copy."""
+        return {}
+
+    def restore(self, slot: int, state: dict[str, Any]) -> None:
+        """Go on with this state of a slot, in CPU tensors that are the updater's from now on."""
+        if state:  # of an updater that keeps none it cannot be
+            raise LoadError(f"updater {self.spec.name!r} keeps no state, but there is some in what was saved")
 
 
 @final
@@ -165,6 +177,40 @@ class FunctionUpdater(Updater):
 
 
 @final
+class AwaitedUpdater(Updater):
+    """Stands for a function or class of a save until it is set again: only its name was saved.
+
+    It keeps the state that was loaded for it, and refuses to update.
+    """
+
+    def __init__(self, spec: UpdaterSpec) -> None:
+        self.spec = spec
+        self.states: dict[int, dict[str, Any]] = {}
+
+    def apply(self, updates: Sequence[Update], options: dict[str, Any]) -> list[Failure]:
+        call = "set_optimizer" if self.spec.type == "optimizer" else "set_updater"
+        return [
+            UpdaterError(
+                f"key {update.key!r}: the store was loaded from a save made with {self.spec.name!r}, which a "
+                f"save has only by name; call {call} with it, before the load or after"
+            )
+            for update in updates
+        ]
+
+    def check_value(self, key: Key, shape: Sequence[int], dtype: torch.dtype) -> None:
+        pass
+
+    def forget(self, slot: int) -> None:
+        self.states.pop(slot, None)
+
+    def state(self, slot: int) -> dict[str, Any]:
+        return self.states.get(slot, {})
+
+    def restore(self, slot: int, state: dict[str, Any]) -> None:
+        self.states[slot] = state
+
+
+@final
 class OptimizerUpdater(Updater):
     """A torch optimizer: what is pushed are gradients, its state is kept per slot.
 
@@ -180,6 +226,7 @@ class OptimizerUpdater(Updater):
         self._optimizer.state.clear()
         self._parameters: dict[int, torch.nn.Parameter] = {}
         self._states: dict[int, Any] = {}  # of slots that are updated on a copy
+        self._restored: dict[int, dict[str, Any]] = {}  # of slots that were not updated since
 
     def apply(self, updates: Sequence[Update], options: dict[str, Any]) -> list[Failure]:
         if not self._in_place:
@@ -192,6 +239,8 @@ class OptimizerUpdater(Updater):
             else:  # an optimizer may refuse other dtypes, each slot on its own
                 failures[index] = self._apply_on_copy(update, options)
         for fused, group in self._groups(together, options):
+            if self._restored:
+                self._take_restored([updates[index] for index in group], fused)
             failure = self._apply_in_place([updates[index] for index in group], options, fused)
             for index in group:
                 failures[index] = failure
@@ -212,10 +261,22 @@ class OptimizerUpdater(Updater):
         for index, update in updates:
             parameter = self._parameters.get(update.slot)
             known = parameter is not None and bool(self._optimizer.state.get(parameter))
+            known = known or bool(self._restored.get(update.slot))
             stored = update.stored
             fused_on = stored.device if may_fuse and stored.dtype in _FUSED_DTYPES else None
             groups.setdefault((known, fused_on), []).append(index)
         return [(fused_on is not None, group) for (_, fused_on), group in groups.items()]
+
+    def _take_restored(self, updates: Sequence[Update], fused: bool) -> None:
+        """Hand the state that was restored to the optimizer, where the values of these slots are."""
+        for update in updates:
+            state = self._restored.pop(update.slot, None)
+            if state is not None:
+                parameter = torch.nn.Parameter(update.stored, requires_grad=False)
+                self._parameters[update.slot] = parameter
+                self._optimizer.state[parameter] = {
+                    name: _placed(each, update.stored, fused) for name, each in state.items()
+                }
 
     def _apply_in_place(self, updates: Sequence[Update], options: dict[str, Any], fused: bool) -> Failure:
         parameters = []
@@ -240,6 +301,11 @@ class OptimizerUpdater(Updater):
     def _apply_on_copy(self, update: Update, options: dict[str, Any]) -> Failure:
         parameter = torch.nn.Parameter(update.stored.clone(), requires_grad=False)
         parameter.grad = update.pushed
+        if update.slot in self._restored:
+            state = self._restored.pop(update.slot)
+            self._states[update.slot] = {
+                name: _placed(each, update.stored, fused=False) for name, each in state.items()
+            }
         if update.slot in self._states:
             self._optimizer.state[parameter] = copy.deepcopy(self._states[update.slot])
         try:
@@ -271,8 +337,24 @@ class OptimizerUpdater(Updater):
                 "name the keys it is for with set_optimizer(..., keys=[...])"
             ) from exc
 
+    def state(self, slot: int) -> dict[str, Any]:
+        parameter = self._parameters.get(slot)
+        known = None if parameter is None else self._optimizer.state.get(parameter)
+        found: dict[str, Any] = known or self._states.get(slot) or self._restored.get(slot) or {}
+        return found
+
+    def restore(self, slot: int, state: dict[str, Any]) -> None:
+        self.forget(slot)
+        if state:
+            self._restored[slot] = state
+
+    def adopt(self, awaited: AwaitedUpdater) -> None:
+        """Take over the state that was loaded while this optimizer was not there yet."""
+        self._restored.update(awaited.states)
+
     def forget(self, slot: int) -> None:
         self._states.pop(slot, None)
+        self._restored.pop(slot, None)
         parameter = self._parameters.pop(slot, None)
         if parameter is not None:
             self._optimizer.state.pop(parameter, None)
@@ -334,7 +416,7 @@ def optimizer_spec(optimizer_class: type[torch.optim.Optimizer], options: dict[s
     make_optimizer(optimizer_class, _probe(), options)
     return UpdaterSpec(
         type="optimizer",
-        name=f"{optimizer_class.__module__}:{optimizer_class.__qualname__}",
+        name=_full_name(optimizer_class),
         options=options,
         elementwise=is_elementwise(optimizer_class),
     )
@@ -369,6 +451,23 @@ def build(spec: UpdaterSpec, code: Any = None) -> Updater:
     if spec.type == "function":
         return FunctionUpdater(code, spec)
     return OptimizerUpdater(find_optimizer(code), spec)
+
+
+def build_saved(spec: UpdaterSpec, code: Any) -> Updater:
+    """Return the updater of a save: `code` is what `SettingsTable.find_code` has found for it."""
+    return AwaitedUpdater(spec) if code is None and spec.type != "named" else build(spec, code)
+
+
+def restored_settings(saved: SavedSettings, current: SettingsTable) -> SettingsTable:
+    """Return the settings of a save; functions and classes are torch's own, or those that `current` has.
+
+    Raises:
+        LoadError: an optimizer does not take its options.
+    """
+    try:
+        return SettingsTable.restore(saved, lambda _, spec: build_saved(spec, current.find_code(spec)))
+    except (InvalidOption, UnsupportedOptimizer) as exc:
+        raise LoadError(f"the settings that were saved cannot be made: {exc}") from exc
 
 
 def build_from_argument(updater: UpdaterFunction | str | None, elementwise: bool) -> Updater:
@@ -454,6 +553,60 @@ class SettingsTable:
         else:
             self._of_key.update({k: changed[id(self.setting(k))] for k in keys})
 
+    def describe(self) -> SavedSettings:
+        """Return the settings as plain data, for a save."""
+        updaters: dict[int, tuple[int, UpdaterSpec]] = {}
+        entries: dict[int, SettingEntry] = {}
+        keys: dict[int, list[Key]] = {}
+        for key, setting in [(None, self._default), *self._of_key.items()]:
+            spec = setting.updater.spec
+            number, _ = updaters.setdefault(id(setting.updater), (len(updaters), spec))
+            asked = None if setting.asked is None else setting.asked.options
+            mine = keys.setdefault(id(setting) if key is not None else 0, [])
+            if key is not None:
+                mine.append(key)
+            held_for = None if key is None else tuple(mine)
+            name = id(setting) if key is not None else 0
+            entries[name] = SettingEntry(held_for, number, setting.options, asked)
+        return SavedSettings([spec for _, spec in updaters.values()], list(entries.values()))
+
+    @classmethod
+    def restore(cls, saved: SavedSettings, load: Callable[[int, UpdaterSpec], Updater]) -> SettingsTable:
+        """Return the table that was described; `load` makes updater number i from its spec.
+
+        Raises what `load` raises, or InvalidOption.
+        """
+        updaters = [load(number, spec) for number, spec in enumerate(saved.updaters)]
+        table = cls()
+        for entry in saved.entries:
+            updater = updaters[entry.updater]
+            if isinstance(updater, OptimizerUpdater):
+                optimizer_spec(updater._class, entry.options)
+            asked = None
+            if entry.asked is not None:
+                asked = msgspec.structs.replace(updater.spec, options=entry.asked)
+            setting = Setting(updater, _tuples(entry.options), asked)
+            if entry.keys is None:
+                table._default = setting
+            else:
+                table._of_key.update(dict.fromkeys(entry.keys, setting))
+        return table
+
+    def find_code(self, spec: UpdaterSpec) -> Any:
+        """Return the function or class that a spec names, of torch.optim or one that is set here, or None."""
+        if spec.type == "optimizer":
+            found: Any = getattr(torch.optim, spec.name.rpartition(":")[2], None)
+            if _is_optimizer(found) and _full_name(found) == spec.name:
+                return found
+        for setting in (self._default, *self._of_key.values()):
+            updater = setting.updater
+            if (updater.spec.type, updater.spec.name) == (spec.type, spec.name):
+                if isinstance(updater, OptimizerUpdater):
+                    return updater._class
+                if isinstance(updater, FunctionUpdater):
+                    return updater.function
+        return None
+
     def copy(self) -> SettingsTable:
         """Return a table that can be changed without changing this one. Updaters are shared."""
         other = SettingsTable()
@@ -491,6 +644,8 @@ def _with_options(setting: Setting, options: dict[str, Any]) -> Setting:
 def _repeated(current: Setting, new: Setting) -> Setting | None:
     """Return `new` with the updater of `current`, if it asks for the same: the state is kept then."""
     old, updater = current.updater, new.updater
+    if isinstance(old, AwaitedUpdater):
+        return _found(current, old, new)
     if type(old) is not type(updater) or old.spec.name != updater.spec.name:
         return None
     if isinstance(old, FunctionUpdater) and isinstance(updater, FunctionUpdater):
@@ -498,10 +653,41 @@ def _repeated(current: Setting, new: Setting) -> Setting | None:
     if not (isinstance(old, OptimizerUpdater) and isinstance(updater, OptimizerUpdater)):
         return current  # a named updater
     made, asked = old._optimizer.defaults, {**updater._optimizer.defaults, **new.options}
-    if {**made, **current.options} != asked and current.asked != new.asked:
+    if {**made, **current.options} != asked and not _asks_alike(current, new):
         return None
     given = {name: value for name, value in asked.items() if name in new.options or made.get(name) != value}
     return Setting(old, given, new.asked)
+
+
+def _asks_alike(current: Setting, new: Setting) -> bool:
+    """Whether two settings were made by the same call. Tuples that have travelled or were saved are lists."""
+    if current.asked is None or new.asked is None:
+        return False
+    return _tuples(current.asked.options) == _tuples(new.asked.options)
+
+
+def _found(current: Setting, old: AwaitedUpdater, new: Setting) -> Setting | None:
+    """Return `new` with the state that was loaded for it, if it is what a loaded store has waited for."""
+    updater = new.updater
+    if (old.spec.type, old.spec.name) != (updater.spec.type, updater.spec.name):
+        return None
+    if isinstance(updater, OptimizerUpdater):
+        defaults = updater._optimizer.defaults
+        if {**defaults, **current.options} != {**defaults, **new.options} and not _asks_alike(current, new):
+            return None
+        updater.adopt(old)
+    return new
+
+
+def _placed(each: Any, stored: torch.Tensor, fused: bool) -> Any:
+    """Return an entry of restored state where the optimizer expects it: beside the value, or on the CPU."""
+    if not isinstance(each, torch.Tensor):
+        return each
+    return each.to(stored.device) if each.dim() or fused else each
+
+
+def _full_name(optimizer_class: type[torch.optim.Optimizer]) -> str:
+    return f"{optimizer_class.__module__}:{optimizer_class.__qualname__}"
 
 
 def _updater_error(name: str, key: Key, exc: BaseException) -> TensorKVError:

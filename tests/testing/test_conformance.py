@@ -12,8 +12,24 @@ import pytest
 import torch
 
 from tensorkv import errors
-from tensorkv.arrays import accumulate_dtype, check_matches
+from tensorkv.arrays import accumulate_dtype, check_matches, dtype_name
 from tensorkv.keys import ABSENT, PullBatch, PushBatch, answer
+from tensorkv.savedstate import KeyRecord, check_reduction, check_replaces, new_index
+from tensorkv.saveio import (
+    MemoryPieces,
+    PieceReader,
+    SliceState,
+    assemble,
+    file_name,
+    from_state_dict,
+    make_folder,
+    new_save_id,
+    read_index,
+    slice_state,
+    to_state_dict,
+    write_index,
+    write_slices,
+)
 from tensorkv.store import CommitResult, KeyInfo, KVStore
 from tensorkv.testing.conformance import BAD_INPUTS, BadInput, Case, StoreMaker, applicable
 from tensorkv.testing.reference import ReferenceStore, WouldWait
@@ -25,6 +41,7 @@ from tensorkv.updater import (
     find_optimizer,
     named_spec,
     optimizer_spec,
+    restored_settings,
 )
 from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.work import Work
@@ -43,6 +60,9 @@ class Job:
     commits: dict[int, Any] = field(default_factory=dict)
     outcomes: list[Any] = field(default_factory=list)
     broken: str = ""
+    calls: dict[int, str] = field(default_factory=dict)  # that all make together
+    together: Any = None  # what came of it
+    loaded: set[Any] = field(default_factory=set)  # keys that rank 0 has not initialised since a load
     others: dict[str, Job] = field(default_factory=dict)  # more stores, by name
 
 
@@ -97,21 +117,35 @@ class ModelStore(KVStore):
             raise errors.DtypeMismatch(f"there is no mean of integers: {keys}")
         if self.rank == 0:
             with self.job.changed:
+                mine = self.job.loaded.intersection(keys)
+                for key, value in zip(keys, values, strict=True):
+                    if key in mine:
+                        self._check_agrees(key, value)
+                if self.job.broken == "init overwrites":
+                    for key, value in zip(keys, values, strict=True):
+                        if key in mine:
+                            self.reference.entries[key].value.copy_(value)
                 for key in keys:
-                    if key in self.reference.entries:
+                    if key in self.reference.entries and key not in mine:
                         raise errors.KeyAlreadyInitialized(f"key {key!r} is initialised; delete it first")
                 for key, value in zip(keys, values, strict=True):
-                    self.reference.init(0, key, value.detach())
+                    if key not in mine:
+                        self.reference.init(0, key, value.detach())
+                self.job.loaded -= mine
                 self.job.changed.notify_all()
             return
         for key, value in zip(keys, values, strict=True):
             entry = self._when(lambda key=key: self._there(key), "init")
             self.known[key] = entry.generation
-            if entry.value.shape != value.shape or entry.value.dtype != value.dtype:
-                raise errors.SettingMismatch(
-                    f"init of key {key!r}: {tuple(value.shape)} {value.dtype}, "
-                    f"but rank 0 has {tuple(entry.value.shape)} {entry.value.dtype}"
-                )
+            self._check_agrees(key, value)
+
+    def _check_agrees(self, key: Any, value: torch.Tensor) -> None:
+        entry = self.reference.entries[key]
+        if entry.value.shape != value.shape or entry.value.dtype != value.dtype:
+            raise errors.SettingMismatch(
+                f"init of key {key!r}: {tuple(value.shape)} {value.dtype}, "
+                f"but rank 0 has {tuple(entry.value.shape)} {entry.value.dtype}"
+            )
 
     def _there(self, key: Any) -> Any:
         if key not in self.reference.entries:
@@ -218,9 +252,10 @@ class ModelStore(KVStore):
 
     def _put(self, keys: Any, values: Any) -> None:
         with self.job.changed:
-            for key, value in zip(keys, values, strict=True):
-                entry = self._entry(key)
+            entries = [self._entry(key) for key in keys]
+            for key in keys:
                 self._check_committed(key)
+            for key, value, entry in zip(keys, values, entries, strict=True):
                 check_matches("value", value, key, tuple(entry.value.shape), entry.value.dtype)
         for key, value in zip(keys, values, strict=True):
             if self.job.broken == "put does not wait":
@@ -319,6 +354,103 @@ class ModelStore(KVStore):
     def _set_optimizer_options(self, keys: Any, options: dict[str, Any]) -> None:
         self._agree((options, keys), lambda: self.job.table.set_options(options, keys))
 
+    # ---- state
+
+    def _together(self, call: str, lead: Callable[[], Any]) -> Any:
+        with self.job.changed:
+            self.job.calls[self.rank] = call
+        self._barrier(self._timeout_s)
+        calls = {r: c for r, c in self.job.calls.items() if r not in self.reference.left}
+        if self.rank == min(calls):
+            self.job.together = (None, None)
+            try:
+                if len(set(calls.values())) > 1:
+                    told = [f"rank {rank} calls {call}" for rank, call in sorted(calls.items())]
+                    raise errors.SettingMismatch(f"the calls differ: {told}")
+                with self.job.changed:
+                    self.job.together = (lead(), None)
+            except errors.TensorKVError as error:
+                self.job.together = (None, error)
+        self._barrier(self._timeout_s)
+        result, error = self.job.together
+        self._barrier(self._timeout_s)  # everybody has read it
+        if error is not None:
+            raise type(error)(str(error))
+        return result if self.rank == min(calls) else None
+
+    def _slices(self) -> list[tuple[Any, int, int, SliceState]]:
+        found = []
+        for key, entry in self.reference.entries.items():
+            state = self.job.table.setting(key).updater.state(hash((key, entry.generation)))
+            each = slice_state(key, entry.value, entry.version, state)
+            found.append((key, 0, entry.value.numel(), each))
+        return found
+
+    def _state_dict(self) -> dict[str, Any]:
+        def lead() -> dict[str, Any]:
+            keys = []
+            for key, start, stop, each in self._slices():
+                pieces = MemoryPieces(key, self.reference.entries[key].value.shape, False)
+                pieces.add(start, stop, each)
+                keys.append(pieces)
+            return to_state_dict(self._reduction, self.job.table.describe(), keys)
+
+        return self._together("state_dict()", lead) or {}
+
+    def _load_state_dict(self, state_dict: Any) -> None:
+        def lead() -> None:
+            reduction, settings, keys = from_state_dict(state_dict)
+            found = [
+                (each.record, assemble(each.record, 0, each.record.num_elems, each.fetch)) for each in keys
+            ]
+            self._take_over(reduction, settings, found)
+
+        self._together("load_state_dict()", lead)
+        self.known.clear()
+
+    def _save(self, folder: str) -> None:
+        def lead() -> None:
+            make_folder(folder)
+            name = file_name(new_save_id(), 0, 0)
+            slices = self._slices()
+            size, pieces = write_slices(folder, name, slices)
+            keys = []
+            for (key, _, _, each), piece in zip(slices, pieces, strict=True):
+                shape = tuple(self.reference.entries[key].value.shape)
+                keys.append(KeyRecord(key, shape, dtype_name(each.value.dtype), False, [piece]))
+            write_index(folder, new_index(self._reduction, self.job.table.describe(), {name: size}, keys))
+
+        self._together(f"save({folder!r})", lead)
+
+    def _load(self, folder: str) -> None:
+        def lead() -> None:
+            index = read_index(folder)
+            with PieceReader(folder, [piece for each in index.keys for piece in each.pieces]) as reader:
+                found = [(each, reader.load(each, 0, each.num_elems)) for each in index.keys]
+            self._take_over(index.reduction, index.settings, found)
+
+        self._together(f"load({folder!r})", lead)
+        self.known.clear()
+
+    def _take_over(self, reduction: Any, settings: Any, found: Any) -> None:
+        check_reduction(reduction, self._reduction)
+        for record, _ in found:
+            entry = self.reference.entries.get(record.key)
+            if entry is not None:
+                check_replaces(record, entry.value.shape, dtype_name(entry.value.dtype))
+        self.job.table = restored_settings(settings, self.job.table)
+        for record, each in found:
+            if record.key in self.reference.entries:
+                self.reference.delete(self.rank, record.key)
+            self.reference.init(0, record.key, each.value.view(record.shape))
+            entry = self.reference.entries[record.key]
+            entry.version = 0 if self.job.broken == "versions start anew" else each.version
+            slot = hash((record.key, entry.generation))
+            if self.job.broken != "state is lost":
+                setting = self.job.table.setting(record.key)
+                setting.updater.restore(slot, each.optimizer_state(record.shape))
+            self.job.loaded.add(record.key)
+
     # ---- together, the keys, the end
 
     def _barrier(self, timeout_s: float) -> None:
@@ -378,6 +510,7 @@ class ModelStore(KVStore):
                 entry = self.reference.entries.get(key)
                 if entry is not None and self.known.pop(key, entry.generation) == entry.generation:
                     self.job.deleted[key, entry.generation] = self.rank
+                    self.job.loaded.discard(key)
                     self.reference.delete(self.rank, key)
             self.job.changed.notify_all()
 
@@ -504,8 +637,11 @@ CAUGHT_BY = {
     "spoils on error": ["updater_error", "updater_error_of_workers-2"],
     "counts absent": ["absent", "absent_workers-2", "commit_skips"],
     "forgets generations": ["directory", "delete_of_an_old_generation-2"],
+    "versions start anew": ["saved_state_as_dict", "save_and_load-1", "load_into_a_store_in_use"],
+    "state is lost": ["saved_state_as_dict", "save_and_load-2", "settings_are_saved"],
+    "init overwrites": ["save_and_load-3", "load_into_a_store_in_use"],
     "put is a round": ["put", "put_in_an_open_round-2"],
-    "put does not wait": ["put_after_own_push-2", "put_of_large_values"],
+    "put does not wait": ["put_waits_for_own_round-2", "put_of_large_values"],
     "keeps memory": ["pushed_memory_is_free_at_once-2"],
     "pull does not wait": ["pull_waits_for_the_round-2", "updater_error"],
     "skip is and-ed": ["commit_skip_is_ored-2"],

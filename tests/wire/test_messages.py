@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tensorkv.errors import ProtocolError
 from tensorkv.functions import CodeRef
+from tensorkv.savedstate import SavedSettings, SettingEntry
 from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import MAX_HANDSHAKE_BYTES, Decoder, encode
@@ -38,6 +39,9 @@ TAGS = {
     61: "Entries", 62: "DeleteKeys", 63: "Deleted", 64: "Barrier", 65: "LeaveStore", 66: "Goodbye",
     67: "Abandon", 68: "CommitReady", 69: "CommitDecision", 70: "Lost", 71: "Stop", 72: "GiveUp", 73: "Gone",
     74: "WorkerLost", 75: "ConcludeDelete",
+    80: "SaveSlices", 81: "AskSlice", 82: "AskSettings", 83: "PrepareRestore", 84: "LoadSlices",
+    85: "RestoreSlice", 86: "FinishRestore", 90: "SavedFile", 91: "SliceRecord", 92: "Settings",
+    100: "Together", 101: "TogetherReply", 102: "ConcludeTogether", 103: "ProposeLoad", 104: "LoadReply",
 }  # fmt: skip
 
 INT = st.integers(-(1 << 63), (1 << 64) - 1)
@@ -60,7 +64,17 @@ def _special() -> dict[type, st.SearchStrategy[Any]]:
         code=st.none() | code,
         options=st.none() | OPTIONS,
     )
-    return {m.SettingRecord: record}
+    entry = st.builds(
+        SettingEntry,
+        keys=st.none() | st.lists(KEY, max_size=3).map(tuple),
+        updater=INT,
+        options=OPTIONS,
+        asked=st.none() | OPTIONS,
+    )
+    settings = st.builds(
+        SavedSettings, updaters=st.lists(spec, max_size=3), entries=st.lists(entry, max_size=3)
+    )
+    return {m.SettingRecord: record, CodeRef: code, SavedSettings: settings}
 
 
 def value_for(annotation: Any) -> st.SearchStrategy[Any]:
@@ -81,6 +95,8 @@ def value_for(annotation: Any) -> st.SearchStrategy[Any]:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return st.sampled_from(args)
+    if origin is dict:
+        return st.dictionaries(value_for(args[0]), value_for(args[1]), max_size=3)
     if origin is list:
         return st.lists(value_for(args[0]), max_size=3)
     if origin is tuple and args[-1] is ...:

@@ -14,7 +14,7 @@ tried again after every change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -29,7 +29,9 @@ from tensorkv.errors import (
     to_wire,
 )
 from tensorkv.partition import ValueSize, place
+from tensorkv.protocol.gatherings import Gathering
 from tensorkv.protocol.norms import total_norm
+from tensorkv.savedstate import SavedSettings, check_settings
 from tensorkv.wire import messages as m
 from tensorkv.wire.messages import Key, KeyEntry, KeySpec, SettingRecord, SliceEntry
 
@@ -39,6 +41,7 @@ MAX_JOB_BYTES = 1 << 46
 
 MAX_WAITS = 4096
 """Calls of one rank that wait at one time."""
+_AGREED = ("shape", "dtype", "whole")
 
 
 @final
@@ -63,6 +66,7 @@ class _KeyHistory:
     creating: bool = False
     specs: dict[int, tuple[KeySpec, KeyEntry]] = field(default_factory=dict)
     inits: dict[int, int] = field(default_factory=dict)  # by rank
+    loaded: int = 0  # the generation that a load has made, whose init checks shape and dtype only
 
 
 @final
@@ -91,6 +95,8 @@ class Directory:
         self._creating: dict[int, tuple[int, _KeyHistory, KeySpec, KeyEntry]] = {}  # by key id; first is rank
         self._attempts: list[_Attempt] = []
         self._attempts_of: dict[int, int] = {}
+        self._gathering = Gathering()
+        self._loading: list[tuple[_KeyHistory, KeySpec, KeyEntry]] = []
         self._waiting_inits: list[tuple[int, m.ProposeInit]] = []
         self._waiting_settings: list[tuple[int, m.ProposeSetting]] = []
         self._barrier: dict[int, int] = {}  # rank -> request
@@ -114,10 +120,7 @@ class Directory:
         Raises:
             ProtocolError: the list has a key twice, a shape that no value has, or the rank waits too often.
         """
-        if len({spec.key for spec in message.keys}) < len(message.keys):
-            raise ProtocolError("an init names a key twice")
-        if not all(map(_can_be, message.keys)):
-            raise ProtocolError("an init has a shape or itemsize that cannot be")
+        _check_specs(message.keys)
         self._check_waits(rank, self._waiting_inits)
         self._waiting_inits.append((rank, message))
         self._retry()
@@ -135,11 +138,11 @@ class Directory:
             self._refuse(rank, message.request, error)
             return True
         new = [spec for spec, leads in zip(message.keys, lead, strict=True) if leads]
-        size_bytes = sum(_num_elems(spec.shape) * spec.itemsize_bytes for spec in new)
-        if size_bytes + sum(self._placement.load_bytes) > MAX_JOB_BYTES:
-            self._refuse(rank, message.request, _too_large(new, size_bytes))
+        refusal = self._too_much(new)
+        if refusal is not None:
+            self._refuse(rank, message.request, refusal)
             return True
-        placed = iter(self._place(new))
+        placed = iter(self._place(new, self._is_elementwise))
         entries: list[KeyEntry] = []
         for spec, history, leads in zip(message.keys, histories, lead, strict=True):
             number = history.inits.get(rank, 0) + 1
@@ -163,7 +166,8 @@ class Directory:
         number = history.inits.get(rank, 0) + 1
         if number <= history.generation:
             if number in history.specs:
-                _check_agrees(rank, spec, history.specs[number][0])
+                loaded = number == history.loaded
+                _check_agrees(rank, spec, history.specs[number][0], ("shape", "dtype") if loaded else _AGREED)
             return False
         if number == history.generation + 1 and history.alive is not None:
             raise already_initialized(spec.key, history.alive.shape)
@@ -171,12 +175,19 @@ class Directory:
             return None
         return True
 
-    def _place(self, specs: Sequence[KeySpec]) -> list[list[SliceEntry]]:
+    def _too_much(self, specs: Sequence[KeySpec]) -> InvalidValue | None:
+        size_bytes = sum(_num_elems(spec.shape) * spec.itemsize_bytes for spec in specs)
+        too_much = size_bytes + sum(self._placement.load_bytes) > MAX_JOB_BYTES
+        return _too_large(specs, size_bytes) if too_much else None
+
+    def _place(
+        self, specs: Sequence[KeySpec], is_elementwise: Callable[[Key], bool]
+    ) -> list[list[SliceEntry]]:
         sizes = [
             ValueSize(
                 _num_elems(spec.shape),
                 spec.itemsize_bytes,
-                not spec.whole and self._is_elementwise(spec.key),
+                not spec.whole and is_elementwise(spec.key),
             )
             for spec in specs
         ]
@@ -205,6 +216,12 @@ class Directory:
         return True
 
     def _create(self, rank: int, spec: KeySpec, history: _KeyHistory, slices: list[SliceEntry]) -> KeyEntry:
+        entry = self._new_entry(spec, history, slices)
+        history.creating = True
+        self._creating[entry.key_id] = (rank, history, spec, entry)
+        return entry
+
+    def _new_entry(self, spec: KeySpec, history: _KeyHistory, slices: list[SliceEntry]) -> KeyEntry:
         entry = KeyEntry(
             key=spec.key,
             key_id=self._placement.next_key_id,
@@ -213,11 +230,10 @@ class Directory:
             dtype=spec.dtype,
             epoch=m.EPOCH,
             slices=slices,
+            whole=spec.whole,
         )
         self._placement.next_key_id += 1
         self._add_load(entry, spec.itemsize_bytes)
-        history.creating = True
-        self._creating[entry.key_id] = (rank, history, spec, entry)
         return entry
 
     def _add_load(self, entry: KeyEntry, bytes_per_elem: int) -> None:
@@ -274,6 +290,8 @@ class Directory:
             spec = history.specs[history.generation][0]
             self._add_load(history.alive, -spec.itemsize_bytes)
             history.alive = None
+            if history.generation == history.loaded:  # nobody need have initialised it
+                history.inits = {r: max(n, history.loaded) for r, n in history.inits.items()}
         if removed:
             self._deleting[rank, message.request] = removed
         self.out.append((rank, m.Deleted(message.request, removed)))
@@ -345,6 +363,79 @@ class Directory:
         self.out.append((rank, m.Done(message.request)))
         self._retry()
 
+    # ---- saving and loading ----------------------------------------------------------------------
+
+    def together(self, rank: int, message: m.Together) -> None:
+        """A rank makes a call that all make together."""
+        self._gathering.add(rank, message)
+        self._retry()
+
+    def propose_load(self, rank: int, message: m.ProposeLoad) -> None:
+        """The rank that leads a load asks where the slices are to be.
+
+        Raises:
+            ProtocolError: it does not lead, or the list cannot be.
+        """
+        if rank != self._gathering.leader or self._loading:
+            raise ProtocolError(f"rank {rank} loads keys, but does not lead a load")
+        _check_specs(message.keys)
+        check_settings(message.settings, "the save")
+        names = {spec.key for spec in message.keys}
+        histories = [self._keys.setdefault(spec.key, _KeyHistory()) for spec in message.keys]
+        error = self._cannot_load(names, message.settings) or self._too_much(message.keys)
+        if error is not None:
+            self._refuse(rank, message.request, error)
+            return
+        placed = self._place(message.keys, lambda key: message.settings.spec_of(key).elementwise)
+        replaced = [history.alive for history in histories if history.alive is not None]
+        for spec, history, slices in zip(message.keys, histories, placed, strict=True):
+            history.creating = True
+            self._loading.append((history, spec, self._new_entry(spec, history, slices)))
+        entries = [entry for _, _, entry in self._loading]
+        self.out.append((rank, m.LoadReply(message.request, entries, replaced)))
+
+    def _cannot_load(self, names: set[Key], settings: SavedSettings) -> TensorKVError | None:
+        for key, history in self._keys.items():
+            if key in names and history.creating:
+                return already_initialized(key, ())
+            sliced = history.alive is not None and len(history.alive.slices) > 1
+            if sliced and key not in names and not settings.spec_of(key).elementwise:
+                return NotElementwise(
+                    f"the save's updater {settings.spec_of(key).name!r} needs whole values, but key {key!r}, "
+                    "which is not in it, is kept in slices; delete it first"
+                )
+        return None
+
+    def conclude_together(self, rank: int, message: m.ConcludeTogether) -> None:
+        """The rank that leads is done, or has failed."""
+        if rank == self._gathering.leader:
+            self._end_load(message.settings if message.error is None else None)
+            self.out += self._gathering.conclude(message.error, message.settings)
+        self.out.append((rank, m.Done(message.request)))
+        self._retry()
+
+    def _end_load(self, settings: SavedSettings | None) -> None:
+        """The keys and settings of a load are there; or, with None, they are not."""
+        loading, self._loading = self._loading, []
+        for history, spec, entry in loading:
+            history.creating = False
+            if settings is None:
+                self._add_load(entry, -spec.itemsize_bytes)
+                continue
+            if history.alive is not None:
+                self._add_load(history.alive, -history.specs[history.generation][0].itemsize_bytes)
+            history.generation = history.loaded = entry.generation
+            history.alive = entry
+            history.specs[entry.generation] = (spec, entry)
+            history.specs.pop(entry.generation - MAX_REMEMBERED_GENERATIONS, None)
+            history.inits = dict.fromkeys(range(self.num_workers), entry.generation - 1)
+        if settings is not None:  # from here on the settings of all ranks are counted anew
+            leader = self._gathering.leader or 0
+            for each in settings.entries:
+                record = SettingRecord(each.keys, updater=settings.updaters[each.updater])
+                self._attempts.append(_Attempt(record, leader, done=True))
+            self._attempts_of = dict.fromkeys(range(self.num_workers), len(self._attempts))
+
     # ---- barriers and leaving --------------------------------------------------------------------
 
     def barrier(self, rank: int, message: m.Barrier) -> None:
@@ -354,6 +445,7 @@ class Directory:
 
     def give_up(self, rank: int, request: int) -> None:
         """The rank's call has reached its deadline: it waits no more."""
+        self._gathering.give_up(rank, request)
         if self._barrier.get(rank) == request:
             del self._barrier[rank]
         self._waiting_inits = [(r, w) for r, w in self._waiting_inits if (r, w.request) != (rank, request)]
@@ -364,6 +456,8 @@ class Directory:
     def unfinished(self, rank: int) -> list[tuple[Key, list[int]]]:
         """Return the keys that a rank is about to create or delete on the servers, each with its slices."""
         entries = [entry for leader, _, _, entry in self._creating.values() if leader == rank]
+        if rank == self._gathering.leader:
+            entries += [entry for _, _, entry in self._loading]
         for (deleter, _), removed in self._deleting.items():
             if deleter == rank:
                 entries += removed
@@ -374,6 +468,9 @@ class Directory:
         self.left.add(rank)
         self._deleting = {name: gone for name, gone in self._deleting.items() if name[0] != rank}
         self._barrier.pop(rank, None)
+        if rank == self._gathering.leader:
+            self._end_load(None)
+        self.out += self._gathering.leave(rank)
         self._waiting_inits = [each for each in self._waiting_inits if each[0] != rank]
         self._waiting_settings = [each for each in self._waiting_settings if each[0] != rank]
         for key_id, (leader, history, spec, entry) in list(self._creating.items()):
@@ -396,6 +493,9 @@ class Directory:
         """Return whom a request of this rank waits for, None if it is not one that waits here."""
         if self._barrier.get(rank) == request:
             return m.Waiting(request, sorted(self.members - set(self._barrier)), "a barrier")
+        gathering = self._gathering.waiting(rank, request, self.members)
+        if gathering is not None:
+            return gathering
         for waiter, init in self._waiting_inits:
             if (waiter, init.request) == (rank, request):
                 return m.Waiting(request, [self.setting_rank], f"init of {init.keys[0].key!r}")
@@ -414,6 +514,7 @@ class Directory:
             settings, self._waiting_settings = self._waiting_settings, []
             self._waiting_settings = [w for w in settings if not self._try_setting(*w)]
             again = len(inits) + len(settings) > len(self._waiting_inits) + len(self._waiting_settings)
+        self.out += self._gathering.begin(self.members)
         if self._barrier and self.members <= set(self._barrier):
             for rank, request in sorted(self._barrier.items()):
                 self.out.append((rank, m.Done(request)))
@@ -461,8 +562,15 @@ class CommitReduction:
             del self._ready[name]
 
 
-def _check_agrees(rank: int, spec: KeySpec, first: KeySpec) -> None:
-    for what in ("shape", "dtype", "whole"):
+def _check_specs(specs: Sequence[KeySpec]) -> None:
+    if len({spec.key for spec in specs}) < len(specs):
+        raise ProtocolError("an init names a key twice")
+    if not all(map(_can_be, specs)):
+        raise ProtocolError("an init has a shape or itemsize that cannot be")
+
+
+def _check_agrees(rank: int, spec: KeySpec, first: KeySpec, agreed: Sequence[str]) -> None:
+    for what in agreed:
         mine, theirs = getattr(spec, what), getattr(first, what)
         if mine != theirs:
             raise SettingMismatch(

@@ -140,6 +140,12 @@ class Membership:
                 directory.conclude_delete(rank, message)
             case m.Barrier():
                 directory.barrier(rank, message)
+            case m.Together():
+                directory.together(rank, message)
+            case m.ConcludeTogether():
+                directory.conclude_together(rank, message)
+            case m.ProposeLoad():
+                directory.propose_load(rank, message)
             case m.GiveUp():
                 directory.give_up(rank, message.request)
             case m.LeaveStore():

@@ -7,13 +7,16 @@ comes, and is the same for all orders of arrival. In async mode a setting holds 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
 from tensorkv.arrays import Key
 from tensorkv.errors import ProtocolError
-from tensorkv.updater import Setting, SettingsTable, Updater
+from tensorkv.functions import CodeRef
+from tensorkv.savedstate import SavedSettings, check_settings
+from tensorkv.updater import Setting, SettingsTable, Updater, build_saved
+from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.wire.messages import SettingRecord
 
 LoadUpdater = Callable[[SettingRecord], Updater]
@@ -73,6 +76,30 @@ class SettingSchedule:
             if self._latest.setting(keys[index]) is not before.setting(keys[index])
         }
         self._pending.append(_Pending(self._latest, changed))
+
+    def table(self) -> SettingsTable:
+        """Return the newest settings."""
+        return self._latest
+
+    def restored(self, saved: SavedSettings, codes: Sequence[CodeRef | None]) -> SettingsTable:
+        """Return the settings of a save. Raises what the loader raises, LoadError or InvalidOption."""
+        check_settings(saved, "the save")
+        if len(codes) != len(saved.updaters):
+            raise ProtocolError(f"{len(saved.updaters)} updaters came with {len(codes)} places of code")
+
+        def load(number: int, spec: UpdaterSpec) -> Updater:
+            code = codes[number]
+            if code is None:
+                return build_saved(spec, None)
+            return self._load(SettingRecord(None, updater=spec, code=code))
+
+        return SettingsTable.restore(saved, load)
+
+    def install(self, table: SettingsTable) -> None:
+        """Let these settings be the newest, and the only ones: nothing waits for its round any more."""
+        self._latest = table
+        self._prepared = {}
+        self._pending = []
 
     def newest(self, key: Key) -> Setting:
         """Return what holds for a new slice of `key`."""

@@ -9,10 +9,14 @@ from tensorkv.protocol.layouts import sent_dtype, sent_size
 from tensorkv.protocol.memory import EMPTY, BufferPool, Memory
 from tensorkv.protocol.schedule import LoadUpdater
 from tensorkv.protocol.shard import Outgoing, StoreShard
+from tensorkv.savedstate import VALUE
+from tensorkv.saveio import packed_bytes
 from tensorkv.wire import messages as m
 
 MAX_STORES = 4096
 """Stores that are open at one time."""
+MAX_STATE_BYTES = 1 << 30
+"""State of a slice that does not go element by element with its value, all of it together."""
 
 
 @final
@@ -48,6 +52,8 @@ class ServerState:
                 return (
                     self._plan(worker, message.plan).chunk(worker, message.plan, message.chunk).payload_bytes
                 )
+            case m.RestoreSlice():
+                return _restored_bytes(message, self._max_payload_bytes)
             case m.InitSlices():
                 return self._init_bytes(message)
             case _:
@@ -137,6 +143,20 @@ class ServerState:
                 shard.info(worker, message)
             case m.AskWaiting():
                 shard.waiting(worker, message)
+            case m.SaveSlices():
+                shard.save_slices(worker, message)
+            case m.AskSlice():
+                shard.ask_slice(worker, message)
+            case m.AskSettings():
+                shard.ask_settings(worker, message)
+            case m.PrepareRestore():
+                shard.prepare_restore(worker, message)
+            case m.LoadSlices():
+                shard.load_slices(worker, message)
+            case m.RestoreSlice():
+                shard.restore_slice(worker, message, payload)
+            case m.FinishRestore():
+                shard.finish_restore(worker, message)
             case m.Leave():
                 self._leave(shard, worker)
                 shard.out.append(Outgoing(worker, m.Done(message.request)))
@@ -205,3 +225,23 @@ class ServerState:
         if shard is None:
             raise ProtocolError(f"worker {worker} has not defined plan {plan}")
         return shard
+
+
+def _restored_bytes(message: m.RestoreSlice, max_payload_bytes: int) -> int:
+    """Return the payload of a slice with its state, after checking that its tensors are of its size."""
+    length = message.entry.stop - message.entry.start
+    tensors = message.tensors
+    if not 0 <= message.entry.start <= message.entry.stop <= sent_size(message.shape):
+        raise ProtocolError(f"slice [{message.entry.start}, {message.entry.stop}) of shape {message.shape}")
+    if not tensors or tensors[0].name != VALUE or not tensors[0].elementwise or message.version < 0:
+        raise ProtocolError("a slice came without its value")
+    for each in tensors:
+        sent_dtype(each.dtype)
+        sent_size(each.shape)
+        if each.elementwise and sent_size(each.shape) != length:
+            raise ProtocolError(f"{each.name!r} of a slice of {length} elements has shape {each.shape}")
+    if len(tensors) > 64 or packed_bytes(each for each in tensors if not each.elementwise) > MAX_STATE_BYTES:
+        raise ProtocolError(f"a slice came with {len(tensors)} tensors of state, or with too large ones")
+    if packed_bytes(tensors) > max_payload_bytes:
+        raise ProtocolError(f"a slice of {packed_bytes(tensors)} bytes is over {max_payload_bytes}")
+    return packed_bytes(tensors)

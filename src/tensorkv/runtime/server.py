@@ -305,7 +305,7 @@ class Server:
             )
         if isinstance(peer.message, m.Push):
             peer.buffer = self._pool.take(payload_bytes)
-        elif isinstance(peer.message, (m.InitSlices, m.Put)):  # rare: the pool would keep it for ever
+        elif isinstance(peer.message, (m.InitSlices, m.Put, m.RestoreSlice)):  # rare, not for the pool
             peer.buffer = fresh(payload_bytes)
         return [peer.buffer.bytes[:payload_bytes]] if payload_bytes else []
 

@@ -9,7 +9,7 @@ keys, settings and barriers.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard, final
 
 import torch
@@ -35,7 +35,9 @@ from tensorkv.runtime.plancache import PlanCache
 from tensorkv.runtime.plans import KeyState, Plan, build_plan
 from tensorkv.runtime.pullcall import PullCall
 from tensorkv.runtime.pusher import Pusher
+from tensorkv.runtime.saving import StateTransfer
 from tensorkv.runtime.transfers import Destinations, gather
+from tensorkv.savedstate import SavedSettings
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
 from tensorkv.updater import (
     SettingsTable,
@@ -44,6 +46,7 @@ from tensorkv.updater import (
     build_from_argument,
     find_optimizer,
     optimizer_spec,
+    restored_settings,
 )
 from tensorkv.wire import messages as m
 from tensorkv.work import Work
@@ -81,6 +84,7 @@ class DistStore(KVStore):
         self._plans = PlanCache(job, self._store)
         self._table = KeyTable(job, self._store, timeout_s, self._forget)
         self._pusher = Pusher(job, self._store, timeout_s, self._is_async, self._table, self._plans)
+        self._transfer = StateTransfer(job, self._store, reduction, timeout_s)
         job.stores[self._store] = self
         with job.order:
             for link in job.links:
@@ -141,7 +145,7 @@ class DistStore(KVStore):
             raise
         self._conclude(m.ConcludeInit(0, self._store, key_ids, None), what)
 
-    def _conclude(self, message: m.ConcludeInit | m.ConcludeSetting, what: str) -> None:
+    def _conclude(self, message: m.ConcludeInit | m.ConcludeSetting | m.ConcludeTogether, what: str) -> None:
         """Tell the scheduler how what this rank leads has ended, and wait until it knows."""
 
         def make(number: int) -> m.Message:
@@ -520,6 +524,48 @@ class DistStore(KVStore):
         # In async mode another rank's push may come before the setting, unless it waits for this.
         self._job.ask_all(lambda n: m.Flush(n, self._store), what, self._timeout_s, self._store)
         self._conclude(m.ConcludeSetting(0, self._store, number, None), what)
+
+    # ---- state -----------------------------------------------------------------------------------
+
+    def _state_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+
+        def lead() -> None:
+            found.update(self._transfer.state_dict())
+
+        self._together("state_dict()", lead)
+        return found
+
+    def _load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._together(
+            "load_state_dict()", lambda: self._transfer.load_state_dict(state_dict, self._settings)
+        )
+
+    def _save(self, folder: str) -> None:
+        self._together(f"save({folder!r})", lambda: self._transfer.save(folder))
+
+    def _load(self, folder: str) -> None:
+        self._together(f"load({folder!r})", lambda: self._transfer.load(folder, self._settings))
+
+    def _together(self, call: str, lead: Callable[[], SavedSettings | None]) -> None:
+        """Let all workers arrive, the lowest rank do it, and all know what came of it."""
+        self._pusher.await_deferred(list(self._table.states.values()), call)
+        self._flush(self._timeout_s)  # what this worker has pushed has arrived
+        reply = self._job.control.request(
+            lambda n: m.Together(n, self._store, call), call, self._timeout_s, self._store
+        )
+        settings: SavedSettings | None = reply.settings
+        if reply.lead:
+            try:
+                settings = lead()
+            except BaseException as error:
+                if self._job.failure() is None:
+                    self._conclude(m.ConcludeTogether(0, self._store, to_wire(error), None), call)
+                raise
+            self._conclude(m.ConcludeTogether(0, self._store, None, settings), call)
+        if settings is not None:
+            self._settings = restored_settings(settings, self._settings)
+            self._table.forget(list(self._table.states.values()))
 
     # ---- together --------------------------------------------------------------------------------
 

@@ -13,15 +13,26 @@ from __future__ import annotations
 import concurrent.futures
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 
-from tensorkv.arrays import Key, accumulate_dtype, check_has_mean, check_matches, size_bytes
+from tensorkv.arrays import (
+    Key,
+    accumulate_dtype,
+    check_has_mean,
+    check_matches,
+    check_summable,
+    dtype_from_name,
+    dtype_name,
+    size_bytes,
+)
 from tensorkv.errors import (
+    SaveError,
+    SettingMismatch,
     StoreClosed,
     UncommittedPush,
     UpdaterError,
@@ -32,6 +43,23 @@ from tensorkv.keys import PullBatch, PushBatch, answer, check_keys
 from tensorkv.protocol.commits import all_finite, norms_of, scale, unscalable
 from tensorkv.protocol.norms import clip_factor, total_norm
 from tensorkv.reduce import broadcast, lightest, sum_devices
+from tensorkv.savedstate import KeyRecord, SavedSettings, check_reduction, check_replaces, new_index
+from tensorkv.saveio import (
+    MemoryPieces,
+    PieceReader,
+    SliceState,
+    assemble,
+    file_name,
+    from_state_dict,
+    make_folder,
+    new_save_id,
+    read_index,
+    remove_files,
+    slice_state,
+    to_state_dict,
+    write_index,
+    write_slices,
+)
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
 from tensorkv.updater import (
     Assign,
@@ -43,6 +71,7 @@ from tensorkv.updater import (
     build_from_argument,
     find_optimizer,
     optimizer_spec,
+    restored_settings,
 )
 from tensorkv.work import Work
 
@@ -51,6 +80,7 @@ DEVICE_KINDS = ("device", "local_allreduce_device")
 LOCAL_KINDS = CPU_KINDS + DEVICE_KINDS
 
 _CPU = torch.device("cpu")
+_Load = tuple[KeyRecord, Callable[[KeyRecord], SliceState]]
 
 
 @dataclass(slots=True)
@@ -76,6 +106,8 @@ class _Slot:
     version: int = 0
     buffer: torch.Tensor | None = None  # sums that do not go straight into `value`; kept between pushes
     uncommitted: _Uncommitted | None = None
+    whole: bool = False  # as init said; of meaning where a save is loaded in a job
+    loaded: bool = False  # by a load; the next init finds it there and leaves it
 
 
 @final
@@ -110,12 +142,20 @@ class LocalStore(KVStore):
                 check_keys(keys, type(next(iter(self._slots))))
             for key, value in zip(keys, values, strict=True):
                 self._check_new(key, value)
-            for key in keys:
+            for key, value in zip(keys, values, strict=True):
                 if key in self._slots:
-                    raise already_initialized(key, tuple(self._slots[key].value.shape))
-            copies = [self._copy(value) for value in values]
+                    _check_init_of_loaded(self._slots[key], value)
+            copies = [
+                None if key in self._slots else self._copy(value)
+                for key, value in zip(keys, values, strict=True)
+            ]
             for key, value, copy in zip(keys, values, copies, strict=True):
-                self._create_slot(key, copy, value.device)
+                if copy is not None:
+                    self._create_slot(key, copy, value.device).whole = whole
+                else:
+                    slot = self._slots[key]
+                    slot.loaded = False
+                    slot.pull_device = value.device if self._on_devices else _CPU
 
     def _push(self, batch: PushBatch, apply: bool, async_op: bool) -> Work | None:
         with self._writing():
@@ -219,6 +259,86 @@ class LocalStore(KVStore):
             if slot.uncommitted is None or slot.uncommitted.setting.updater is not old.updater:
                 old.updater.forget(slot.number)
 
+    # ---- state -----------------------------------------------------------------------------------
+
+    def _state_dict(self) -> dict[str, Any]:
+        with self._writing():
+            pieces = [self._pieces(slot) for slot in self._slots.values()]
+            return to_state_dict(self._reduction, self._settings.describe(), pieces)
+
+    def _slot_state(self, slot: _Slot) -> SliceState:
+        state = slot.setting.updater.state(slot.number)
+        return slice_state(slot.key, slot.value, slot.version, state)
+
+    def _pieces(self, slot: _Slot) -> MemoryPieces:
+        pieces = MemoryPieces(slot.key, slot.value.shape, slot.whole)
+        pieces.add(0, slot.value.numel(), self._slot_state(slot))
+        return pieces
+
+    def _load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        reduction, settings, pieces = from_state_dict(state_dict)
+        fetch_of = {each.record.key: each.fetch for each in pieces}
+
+        def load(record: KeyRecord) -> SliceState:
+            return assemble(record, 0, record.num_elems, fetch_of[record.key])
+
+        with self._writing():
+            self._take_over(reduction, settings, [(each.record, load) for each in pieces])
+
+    def _save(self, folder: str) -> None:
+        make_folder(folder)
+        save_id = new_save_id()
+        name = file_name(save_id, 0, 0)
+        with self._writing():
+            slots = list(self._slots.values())
+            settings = self._settings.describe()
+            slices = [(slot.key, 0, slot.value.numel(), self._slot_state(slot)) for slot in slots]
+        try:
+            size_bytes, pieces = write_slices(folder, name, slices)
+            keys = [
+                KeyRecord(
+                    slot.key, tuple(slot.value.shape), dtype_name(slot.value.dtype), slot.whole, [piece]
+                )
+                for slot, piece in zip(slots, pieces, strict=True)
+            ]
+            write_index(folder, new_index(self._reduction, settings, {name: size_bytes}, keys))
+        except SaveError:
+            remove_files(folder, save_id=save_id)
+            raise
+
+    def _load(self, folder: str) -> None:
+        index = read_index(folder)
+        pieces = [piece for record in index.keys for piece in record.pieces]
+        with PieceReader(folder, pieces) as reader, self._writing():
+
+            def load(record: KeyRecord) -> SliceState:
+                return reader.load(record, 0, record.num_elems)
+
+            self._take_over(index.reduction, index.settings, [(record, load) for record in index.keys])
+
+    def _take_over(self, reduction: str, settings: SavedSettings, loads: Sequence[_Load]) -> None:
+        """Make keys and settings those of a save, or change nothing."""
+        check_reduction(reduction, self._reduction)
+        if self._slots and loads:
+            check_keys([record.key for record, _ in loads], type(next(iter(self._slots))))
+        for record, _ in loads:
+            slot = self._slots.get(record.key)
+            if slot is not None:
+                check_replaces(record, slot.value.shape, dtype_name(slot.value.dtype))
+            check_summable(dtype_from_name(record.dtype), record.key, mean=self._reduction == "mean")
+        table = restored_settings(settings, self._settings)
+        found = [(record, load(record)) for record, load in loads]
+        self._settings = table
+        self._settings_changed()
+        for record, each in found:
+            old = self._slots.get(record.key)
+            if old is not None:
+                self._drop(old)
+            slot = self._create_slot(record.key, each.value.view(record.shape), _CPU)
+            slot.loaded, slot.whole = True, record.whole
+            slot.version = each.version
+            slot.setting.updater.restore(slot.number, each.optimizer_state(record.shape))
+
     def _barrier(self, timeout_s: float) -> None:
         """Return at once: every push was applied before it returned."""
 
@@ -244,12 +364,15 @@ class LocalStore(KVStore):
     def _delete(self, keys: tuple[Key, ...]) -> None:
         with self._lock:
             for slot in [self._slot(key) for key in dict.fromkeys(keys)]:
-                del self._slots[slot.key]
-                slot.setting.updater.forget(slot.number)
-                if slot.uncommitted is not None:
-                    slot.uncommitted.setting.updater.forget(slot.number)
-                if slot.placed:
-                    self._load_bytes[slot.value.device] -= _num_bytes(slot.value)
+                self._drop(slot)
+
+    def _drop(self, slot: _Slot) -> None:
+        del self._slots[slot.key]
+        slot.setting.updater.forget(slot.number)
+        if slot.uncommitted is not None:
+            slot.uncommitted.setting.updater.forget(slot.number)
+        if slot.placed:
+            self._load_bytes[slot.value.device] -= _num_bytes(slot.value)
 
     # ---- the end ---------------------------------------------------------------------------------
 
@@ -307,9 +430,9 @@ class LocalStore(KVStore):
         device = value.device if self._on_devices else _CPU
         return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
 
-    def _create_slot(self, key: Key, value: torch.Tensor, given_on: torch.device) -> None:
+    def _create_slot(self, key: Key, value: torch.Tensor, given_on: torch.device) -> _Slot:
         self._generations[key] = self._generations.get(key, 0) + 1
-        self._slots[key] = _Slot(
+        slot = self._slots[key] = _Slot(
             number=self._next_number,
             key=key,
             value=value,
@@ -318,6 +441,7 @@ class LocalStore(KVStore):
             pull_device=given_on if self._on_devices else _CPU,
         )
         self._next_number += 1
+        return slot
 
     def _run_round(self, slots: list[_Slot], batch: PushBatch, apply: bool) -> None:
         if self._on_devices:
@@ -394,6 +518,18 @@ class LocalStore(KVStore):
             else:
                 tensors.append(slot.value.to(slot.pull_device, copy=True))
         return answer(batch, tensors)
+
+
+def _check_init_of_loaded(slot: _Slot, value: torch.Tensor) -> None:
+    """Raise unless a key that is there was loaded, and is now initialised for the first time since."""
+    there = slot.value
+    if not slot.loaded:
+        raise already_initialized(slot.key, tuple(there.shape))
+    if (there.shape, there.dtype) != (value.shape, value.dtype):
+        raise SettingMismatch(
+            f"init of key {slot.key!r}: shape {tuple(value.shape)} and {value.dtype}, but it was loaded with "
+            f"shape {tuple(there.shape)} and {there.dtype}"
+        )
 
 
 def _apply(updates: Sequence[tuple[_Slot, Setting, torch.Tensor]]) -> None:

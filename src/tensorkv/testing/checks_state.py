@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import io
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from tensorkv.errors import (
+    InvalidArgument,
+    KeyAlreadyInitialized,
+    LoadError,
+    SaveError,
+    SettingMismatch,
+    ShapeMismatch,
+    UpdaterError,
+    WaitTimeout,
+)
+from tensorkv.savedstate import INDEX_NAME
 from tensorkv.store import KVStore
-from tensorkv.testing.suite import Meeting, StoreMaker, arrived, check, full, in_one, in_workers, noise, same
+from tensorkv.testing.bad_inputs import assert_unchanged, prepare, snapshot
+from tensorkv.testing.suite import (
+    Meeting,
+    StoreMaker,
+    add_twice,
+    arrived,
+    check,
+    full,
+    in_one,
+    in_workers,
+    noise,
+    raises,
+    same,
+)
 
 
 @check()
@@ -130,3 +162,401 @@ def check_put_after_own_push(maker: StoreMaker, workers: int) -> None:
         same(kv.pull("w"), 50.0)
 
     in_workers(maker, workers, work)
+
+
+# ---- saving and loading --------------------------------------------------------------------------------
+
+
+def _start(kv: KVStore, folder: str = "") -> None:
+    """Two optimizers, one with state for each element and as a whole, on small and large values."""
+    kv.set_optimizer(torch.optim.SGD, lr=0.5, momentum=0.5)
+    kv.set_optimizer("adam", keys=["large"], lr=0.25, betas=(0.5, 0.75))
+    if folder:
+        kv.load(folder)
+        kv.set_optimizer("adam", keys=["large"], lr=0.25, betas=(0.5, 0.75))
+    kv.init({"w": noise(1, 2, 3), "s": torch.tensor(3.0), "large": noise(2, 300_000)})
+
+
+def _steps(kv: KVStore, first: int, last: int) -> dict[str, torch.Tensor]:
+    """Push the gradients of steps [first, last), and return all values."""
+    shapes = {"w": (2, 3), "s": (), "large": (300_000,)}
+    for step in range(first, last):
+        kv.push({key: noise(100 * step + kv.rank, *shape) for key, shape in shapes.items() if key != "w"})
+        kv.push("w", noise(1000 + step, 2, 3))
+    kv.barrier()
+    return {key: kv.pull(key) for key in shapes}
+
+
+def _same_values(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for key, value in expected.items():
+        same(found[key], value, key)
+
+
+@contextmanager
+def _folder() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield os.path.join(folder, "save")
+
+
+@check()
+def check_saved_state_as_dict(maker: StoreMaker) -> None:
+    """state_dict is what torch.save writes; another store that loads it goes on bit for bit."""
+
+    def first(kv: KVStore) -> tuple[Any, dict[str, torch.Tensor]]:
+        _start(kv)
+        _steps(kv, 0, 3)
+        state = kv.state_dict()
+        return state, _steps(kv, 3, 6)
+
+    def second(kv: KVStore) -> None:
+        kv.load_state_dict(torch.load(file, weights_only=True))
+        info = kv.info("large")
+        assert (info.round, info.version) == (0, 3), info
+        assert "Adam" in info.updater and "SGD" in kv.info("w").updater
+        assert sorted(kv.keys()) == ["large", "s", "w"]
+        _same_values(_steps(kv, 3, 6), expected)
+        assert kv.info("w").version == 6
+
+    state, expected = in_one(maker, first)
+    assert state["versions"] == {"w": 3, "s": 3, "large": 3} and state["reduction"] == "sum"
+    assert state["optimizer_state"]["w"]["momentum_buffer"].shape == (2, 3)
+    adam = state["optimizer_state"]["large"]
+    assert adam["exp_avg"].shape == (300_000,) and float(adam["step"]) == 3
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    in_one(maker, second)
+
+
+@check(workers=(1, 2, 3))
+def check_save_and_load(maker: StoreMaker, workers: int) -> None:
+    """A run that was saved and resumed ends with the very bits of one that was not interrupted."""
+
+    def first(kv: KVStore, meeting: Meeting) -> Any:
+        _start(kv)
+        _steps(kv, 0, 3)
+        kv.save(folder)
+        return _steps(kv, 3, 5)
+
+    def second(kv: KVStore, meeting: Meeting) -> None:
+        _start(kv, folder)  # init leaves the values
+        meeting.everybody()
+        info = kv.info("w")
+        assert info.round == 0 and info.version == 3 * (workers if maker.is_async else 1), info
+        meeting.everybody()
+        found = _steps(kv, 3, 5)
+        if workers == 1 or not maker.is_async:  # else the order of arrival shows
+            _same_values(found, expected)
+
+    with _folder() as folder:
+        expected = in_workers(maker, workers, first)[0]
+        in_workers(maker, workers, second)
+
+
+@check()
+def check_settings_are_saved(maker: StoreMaker) -> None:
+    """Options that were changed hold after a load, also for some keys; the state is kept with them."""
+
+    def first(kv: KVStore) -> tuple[torch.Tensor, torch.Tensor]:
+        kv.set_optimizer(torch.optim.SGD, lr=1.0, momentum=0.5)
+        kv.init({"a": full(0), "b": full(0)})
+        kv.set_optimizer_options(lr=0.5)
+        kv.set_optimizer_options(keys=["b"], lr=0.25)
+        kv.push({"a": full(1), "b": full(1)})
+        kv.save(folder)
+        kv.push({"a": full(1), "b": full(1)})
+        return kv.pull("a"), kv.pull("b")
+
+    def second(kv: KVStore) -> None:
+        kv.load(folder)
+        kv.push({"a": full(1), "b": full(1)})
+        same(kv.pull("a"), a, "a")
+        same(kv.pull("b"), b, "b")
+        kv.set_optimizer_options(lr=0.125)
+        kv.set_optimizer(torch.optim.SGD, lr=1.0, momentum=0.5)  # the call that began it all
+        kv.push("a", full(0))
+        same(kv.pull("a"), -2.0, "a, whose momentum was halved to 0.75")
+
+    def fresh(kv: KVStore) -> None:
+        kv.load(folder)
+        kv.set_optimizer("adam", lr=1.0)
+        assert "Adam" in kv.info("a").updater
+
+    with _folder() as folder:
+        a, b = in_one(maker, first)
+        same(a, -1.25, "a")
+        in_one(maker, second)
+        in_one(maker, fresh)
+
+
+@check()
+def check_function_is_saved_by_name(maker: StoreMaker) -> None:
+    """A function is not in a save: it is refused to update until it is set again, and then it does."""
+
+    def first(kv: KVStore) -> None:
+        kv.set_updater(add_twice)
+        kv.init("w", full(1))
+        kv.push("w", full(1))
+        kv.save(folder)
+
+    def later(kv: KVStore) -> None:
+        kv.load(folder)
+        raises(UpdaterError, lambda: kv.pushpull("w", full(1)), "'w'", "add_twice", "set_updater")
+        same(kv.pull("w"), 3.0, "after the refused update")
+        kv.set_updater(add_twice)
+        same(kv.pushpull("w", full(1)), 5.0, "after set_updater")
+
+    def earlier(kv: KVStore) -> None:
+        kv.set_updater(add_twice)
+        kv.load(folder)
+        same(kv.pushpull("w", full(1)), 5.0, "with the function set before the load")
+
+    with _folder() as folder:
+        in_one(maker, first)
+        in_one(maker, later)
+        in_one(maker, earlier)
+
+
+@check()
+def check_load_into_a_store_in_use(maker: StoreMaker) -> None:
+    """Keys that are there are replaced, in a new generation; others stay; the next init only checks."""
+
+    def work(kv: KVStore) -> None:
+        kv.init({"w": full(1), "x": full(2, 4)})
+        kv.push("w", full(5))
+        kv.save(folder)
+        kv.delete("x")
+        kv.init("y", full(9))
+        kv.push("w", full(6))
+        kv.load(folder)
+        assert sorted(kv.keys()) == ["w", "x", "y"]
+        same(kv.pull("w"), 5.0, "w")
+        same(kv.pull("x"), full(2, 4), "x")
+        same(kv.pull("y"), 9.0, "y")
+        info = kv.info("w")
+        assert (info.round, info.version, info.generation) == (0, 1, 2), info
+        raises(SettingMismatch, lambda: kv.init("x", full(1, 5)), "'x'")
+        kv.init({"w": full(0), "z": full(7)})
+        same(kv.pull("w"), 5.0, "w, after init")
+        same(kv.pull("z"), 7.0, "z")
+        raises(KeyAlreadyInitialized, lambda: kv.init("w", full(0)), "'w'")
+        kv.delete("x")
+        kv.init("x", full(1, 5))
+        before = snapshot(kv)
+        raises(ShapeMismatch, lambda: kv.load(folder), "'x'", "(5,)", "(4,)")
+        assert_unchanged(kv, before)
+        kv.push("w", full(8))
+        same(kv.pull("w"), 8.0, "w, after a push")
+
+    with _folder() as folder:
+        in_one(maker, work)
+
+
+@check()
+def check_values_of_all_kinds_are_saved(maker: StoreMaker) -> None:
+    """Every dtype, no elements, no dimensions, int keys, NaN: all bits come back."""
+    dtypes = [
+        torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.uint8,
+        torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64, torch.complex128,
+    ]  # fmt: skip
+    values = {number: noise(number, 3, 5).to(dtype) for number, dtype in enumerate(dtypes)}
+    values |= {-1: torch.tensor(2.5), 100: torch.empty(0, 3), 101: torch.tensor([math.nan, math.inf, -0.0])}
+
+    def first(kv: KVStore) -> Any:
+        kv.init(values)
+        kv.save(folder)
+        return kv.state_dict()
+
+    def second(kv: KVStore) -> None:
+        calls: list[Callable[[], None]] = [lambda: kv.load(folder), lambda: kv.load_state_dict(state)]
+        for again in calls:
+            again()
+            assert sorted(kv.keys()) == sorted(values)
+            for key, value in values.items():
+                found = kv.pull(key)
+                assert found.dtype == value.dtype and found.shape == value.shape, key
+                assert found.reshape(-1).view(torch.uint8).tolist() == (
+                    value.reshape(-1).view(torch.uint8).tolist()
+                ), f"the bits of {key}, {value.dtype}"
+
+    with _folder() as folder:
+        state = in_one(maker, first)
+        in_one(maker, second)
+
+
+@check()
+def check_bad_saves(maker: StoreMaker) -> None:
+    """A save that is missing, cut off, foreign or points elsewhere is refused, and nothing has changed."""
+
+    def spoil(text: str, replacement: str) -> Callable[[str], None]:
+        def change(folder: str) -> None:
+            path = Path(folder, INDEX_NAME)
+            before = path.read_text()
+            assert text in before, text
+            path.write_text(before.replace(text, replacement))
+
+        return change
+
+    def of_file(change: Callable[[Path], object]) -> Callable[[str], None]:
+        def change_all(folder: str) -> None:
+            for path in Path(folder).glob("*.safetensors"):
+                change(path)
+
+        return change_all
+
+    def link(path: Path) -> None:
+        moved = path.rename(f"{path}.moved")
+        path.symlink_to(moved)
+
+    spoilers: dict[str, Callable[[str], None]] = {
+        "no folder": shutil.rmtree,
+        "no index": lambda folder: os.remove(os.path.join(folder, INDEX_NAME)),
+        "half an index": lambda folder: os.truncate(os.path.join(folder, INDEX_NAME), 100),
+        "no JSON": lambda folder: os.truncate(os.path.join(folder, INDEX_NAME), 0),
+        "another format": spoil("tensorkv-save", "another-save"),
+        "a later version": spoil('"version": 1,\n "reduction"', '"version": 2,\n "reduction"'),
+        "another reduction": spoil('"sum"', '"mean"'),
+        "unknown dtype": spoil('"float32"', '"float33"'),
+        "wrong dtype": spoil('"float32"', '"int32"'),
+        "wrong shape": spoil('"stop": 6', '"stop": 7'),
+        "unknown updater": spoil('"assign"', '"no such updater"'),
+        "another folder": spoil('"tensorkv-', '"../tensorkv-'),
+        "any file": spoil('.safetensors"', '.txt"'),
+        "files gone": of_file(os.remove),
+        "files cut off": of_file(lambda path: os.truncate(path, 40)),
+        "files longer": of_file(lambda path: path.write_bytes(path.read_bytes() + b"\0")),
+        "files of nothing": of_file(lambda path: path.write_bytes(bytes(path.stat().st_size))),
+        "links": of_file(link),
+        "files renamed inside": of_file(
+            lambda path: path.write_bytes(path.read_bytes().replace(b"/value/", b"/walue/"))
+        ),
+    }
+
+    def work(kv: KVStore) -> None:
+        prepare(kv)
+        kv.set_updater(None)
+        kv.save(good)
+        kv.push("w", full(3))
+        kv.set_updater("add")
+        before = snapshot(kv)
+        for name, change in spoilers.items():
+            shutil.copytree(good, bad)
+            change(bad)
+            try:
+                raises(LoadError, lambda: kv.load(bad))
+            except AssertionError as exc:
+                raise AssertionError(f"{name}: {exc}") from exc
+            assert_unchanged(kv, before)
+            shutil.rmtree(bad, ignore_errors=True)
+        for wrong in ({}, {"format": 3}, None, {**kv.state_dict(), "values": {"w": 1}}):
+            raises(LoadError, lambda wrong=wrong: kv.load_state_dict(wrong))  # type: ignore[misc]
+            assert_unchanged(kv, before)
+        kv.push("w", full(1))
+        same(kv.pull("w"), 4.0, "w, after a good push")
+
+    with _folder() as good:
+        bad = f"{good}-bad"
+        in_one(maker, work)
+
+
+@check()
+def check_where_a_save_goes(maker: StoreMaker) -> None:
+    """A folder that cannot be is refused; a second save removes the files of the first, and no others."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", full(1))
+        kv.save(folder)
+        first = set(os.listdir(folder))
+        Path(folder, "mine.safetensors").write_text("keep")
+        Path(folder, "tensorkv-0123456789abcdef-0-0.safetensors.tmp").write_text("of a save that crashed")
+        kv.push("w", full(2))
+        kv.save(Path(folder))
+        second = set(os.listdir(folder))
+        assert first & second == {INDEX_NAME} and "mine.safetensors" in second, second
+        assert not [name for name in second if name.endswith(".tmp")], second
+        inside = os.path.join(folder, "mine.safetensors", "save")
+        raises(SaveError, lambda: kv.save(inside), inside)
+        raises(InvalidArgument, lambda: kv.save(3))  # type: ignore[arg-type]
+        kv.push("w", full(3))
+        kv.load(folder)
+        same(kv.pull("w"), 2.0, "w")
+
+    with _folder() as folder:
+        in_one(maker, work)
+
+
+@check(workers=(2, 3))
+def check_saving_is_a_call_of_all(maker: StoreMaker, workers: int) -> None:
+    """Rank 0 gets the dict; all get an error; calls that differ are refused on every rank."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(1))
+        state = kv.state_dict()
+        assert bool(state) == (kv.rank == 0)
+        raises(SettingMismatch, lambda: kv.save(f"{folder}-{kv.rank}"), "rank 1 calls save", "save-1")
+        call: Callable[[], object] = kv.state_dict if kv.rank == 0 else lambda: kv.save(folder)
+        raises(SettingMismatch, call, "state_dict()")
+        raises(LoadError, lambda: kv.load(folder), "save")
+        kv.save(folder)
+        kv.barrier()
+        kv.put("w", full(7))
+        kv.barrier()
+        kv.load(folder)
+        same(kv.pull("w"), 1.0, "after the load")
+        kv.load_state_dict(state)
+        same(kv.pull("w"), 1.0, "after load_state_dict")
+        if kv.rank == 1:
+            raises(SettingMismatch, lambda: kv.init("w", full(1, 4)), "'w'")
+        kv.init("w", full(3))
+        same(kv.pull("w"), 1.0, "after init")
+
+    with _folder() as folder:
+        in_workers(maker, workers, work)
+
+
+@check(workers=(2,), only="sync")
+def check_open_rounds_are_not_saved(maker: StoreMaker, workers: int) -> None:
+    """What waits for somebody, or for a commit, is not in a save; those that have left are not waited for."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init({"a": full(1), "b": full(1)})
+        kv.set_updater("add")
+        meeting.everybody()
+        kv.push("b", full(1), apply=False)
+        if kv.rank == 1:
+            kv.push("a", full(1))
+        kv.save(folder)
+        if kv.rank == 0:
+            kv.push("a", full(1))
+        kv.commit()
+        same(kv.pull("a"), 3.0, "a")
+        same(kv.pull("b"), 3.0, "b")
+        kv.load(folder)
+        same(kv.pull("a"), 1.0, "a, as saved")
+        same(kv.pull("b"), 1.0, "b, as saved")
+        meeting.everybody()
+        if kv.rank == 0:
+            kv.close()
+        else:
+            kv.save(folder)
+            assert kv.state_dict()["versions"] == {"a": 0, "b": 0}
+
+    with _folder() as folder:
+        in_workers(maker, workers, work)
+
+
+@check(workers=(2,), only="sync")
+def check_put_waits_for_own_round(maker: StoreMaker, workers: int) -> None:
+    """A put behind a push whose round is open has the deadline of every call."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(1))
+        meeting.everybody()
+        if kv.rank == 0:
+            kv.push("w", full(2))
+            raises(WaitTimeout, lambda: kv.put("w", full(50)), "put")
+        meeting.everybody()
+        if kv.rank == 1:
+            kv.push("w", full(3))
+
+    in_workers(maker, workers, work, timeout_s=0.5)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from tensorkv.functions import CodeRef
+from tensorkv.savedstate import KeyRecord, PieceRecord, Plain, SavedSettings, TensorRecord
 from tensorkv.updaterspec import UpdaterSpec
 
 Key = int | str
@@ -111,7 +112,7 @@ class KeySpec(msgspec.Struct, frozen=True, array_like=True):
 
 
 class KeyEntry(msgspec.Struct, frozen=True, array_like=True):
-    """An initialised key: its id (one per generation), shape, dtype and slices."""
+    """An initialised key: its id (one per generation), shape, dtype and slices; `whole` as in its init."""
 
     key: Key
     key_id: int
@@ -120,6 +121,7 @@ class KeyEntry(msgspec.Struct, frozen=True, array_like=True):
     dtype: str
     epoch: int
     slices: list[SliceEntry]
+    whole: bool = False
 
 
 class SettingRecord(msgspec.Struct, frozen=True):
@@ -537,6 +539,148 @@ class WorkerLost(Message, tag=74):
     dropped: list[tuple[int, list[tuple[Key, list[int]]]]]
 
 
+# ---- saving and loading: worker and server ---------------------------------------------------------
+
+
+class LoadedKey(msgspec.Struct, frozen=True, array_like=True):
+    """A key of a save, and the slices of it that a server is to make."""
+
+    record: KeyRecord
+    slices: list[SliceEntry]
+
+
+class SaveSlices(Message, tag=80):
+    """Write these slices, with their optimizer state, to a new file in a folder."""
+
+    request: int
+    store: int
+    folder: str
+    name: str
+    slice_ids: list[int]
+
+
+class AskSlice(Message, tag=81):
+    """Send a slice with its optimizer state: a SliceRecord, then Data."""
+
+    request: int
+    store: int
+    slice_id: int
+
+
+class AskSettings(Message, tag=82):
+    """Tell the newest settings."""
+
+    request: int
+    store: int
+
+
+class PrepareRestore(Message, tag=83):
+    """Load what the settings of a save need, and keep them ready; code is None where only a name is known."""
+
+    request: int
+    store: int
+    settings: SavedSettings
+    codes: list[CodeRef | None]
+
+
+class LoadSlices(Message, tag=84):
+    """Create slices from the files of a save in a folder."""
+
+    request: int
+    store: int
+    folder: str
+    keys: list[LoadedKey]
+
+
+class RestoreSlice(Message, tag=85):
+    """Create a slice. Payload: the tensors, one after the other; the first is the value."""
+
+    request: int
+    store: int
+    key: Key
+    shape: tuple[int, ...]
+    entry: SliceEntry
+    version: int
+    tensors: list[TensorRecord]
+    plain: dict[str, Plain]
+
+
+class FinishRestore(Message, tag=86):
+    """Let the prepared settings hold, and the slices that were created since go on with their state."""
+
+    request: int
+    store: int
+
+
+class SavedFile(Message, tag=90):
+    """The slices are on disk: the file's size, and where in it they are, in the order asked."""
+
+    request: int
+    size_bytes: int
+    pieces: list[PieceRecord]
+
+
+class SliceRecord(Message, tag=91):
+    """What a slice is; Data of the same request follows, its payload the tensors."""
+
+    request: int
+    version: int
+    tensors: list[TensorRecord]
+    plain: dict[str, Plain]
+
+
+class Settings(Message, tag=92):
+    """The newest settings of a store."""
+
+    request: int
+    settings: SavedSettings
+
+
+# ---- saving and loading: worker and scheduler ------------------------------------------------------
+
+
+class Together(Message, tag=100):
+    """A rank makes a call that all make together; `call` says which, and must be the same for all."""
+
+    request: int
+    store: int
+    call: str
+
+
+class TogetherReply(Message, tag=101):
+    """With `lead` this rank is to do it now. Else it is done, and these settings hold if it was a load."""
+
+    request: int
+    lead: bool
+    settings: SavedSettings | None
+
+
+class ConcludeTogether(Message, tag=102):
+    """The leading rank is done, or has failed. Answered by Done."""
+
+    request: int
+    store: int
+    error: tuple[str, str] | None
+    settings: SavedSettings | None
+
+
+class ProposeLoad(Message, tag=103):
+    """The leading rank is about to create these keys anew, with these settings."""
+
+    request: int
+    store: int
+    keys: list[KeySpec]
+    settings: SavedSettings
+
+
+class LoadReply(Message, tag=104):
+    """Where the slices of the keys are to be; `replaced` are the generations that are there until then."""
+
+    request: int
+    entries: list[KeyEntry]
+    replaced: list[KeyEntry]
+
+
 HandshakeMessage = Challenge | Hello | Accept | Reject
 ToServer = (
     OpenStore
@@ -555,8 +699,17 @@ ToServer = (
     | AskInfo
     | Leave
     | AskWaiting
+    | SaveSlices
+    | AskSlice
+    | AskSettings
+    | PrepareRestore
+    | LoadSlices
+    | RestoreSlice
+    | FinishRestore
 )
-FromServer = Done | Failed | Waiting | Data | Merged | Committed | Info | Fault
+FromServer = (
+    Done | Failed | Waiting | Data | Merged | Committed | Info | Fault | SavedFile | SliceRecord | Settings
+)
 ToScheduler = (
     Register
     | JoinStore
@@ -574,6 +727,9 @@ ToScheduler = (
     | Abandon
     | CommitReady
     | AskWaiting
+    | Together
+    | ConcludeTogether
+    | ProposeLoad
 )
 FromScheduler = (
     Welcome
@@ -586,6 +742,8 @@ FromScheduler = (
     | Failed
     | Waiting
     | CommitDecision
+    | TogetherReply
+    | LoadReply
     | Gone
     | WorkerLost
     | Lost

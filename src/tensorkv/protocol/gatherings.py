@@ -1,0 +1,81 @@
+"""A call that all workers of a store make together, and one of them carries out: save and load.
+
+RULES
+1. It begins when every member has asked for it; all must have asked for the same.
+2. The lowest rank leads: it is told so, does what is to be done, and concludes. Then all others are told.
+3. If the leader leaves before that, the others get an error.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+from tensorkv.errors import PeerLostError, SettingMismatch, to_wire
+from tensorkv.savedstate import SavedSettings
+from tensorkv.wire import messages as m
+
+Answers = list[tuple[int, m.Message]]
+
+
+@final
+class Gathering:
+    """The call of one store that is under way, if one is."""
+
+    def __init__(self) -> None:
+        self.leader: int | None = None
+        self._asked: dict[int, m.Together] = {}
+
+    def add(self, rank: int, message: m.Together) -> None:
+        """A rank has arrived."""
+        self._asked[rank] = message
+
+    def begin(self, members: set[int]) -> Answers:
+        """If all have arrived, let the lowest rank lead, or refuse all."""
+        if self.leader is not None or not self._asked or not members <= set(self._asked):
+            return []
+        calls = {rank: each.call for rank, each in sorted(self._asked.items())}
+        if len(set(calls.values())) > 1:
+            told = ", ".join(f"rank {rank} calls {call}" for rank, call in calls.items())
+            return self._refuse(SettingMismatch(f"all workers have to make the same call, but {told}"))
+        self.leader = min(self._asked)
+        return [(self.leader, m.TogetherReply(self._asked[self.leader].request, True, None))]
+
+    def conclude(self, error: tuple[str, str] | None, settings: SavedSettings | None) -> Answers:
+        """The leader is done: tell the others."""
+        answers: Answers = []
+        for rank, each in sorted(self._asked.items()):
+            if rank != self.leader:
+                failed = None if error is None else m.Failed(each.request, *error)
+                answers.append((rank, failed or m.TogetherReply(each.request, False, settings)))
+        self.leader = None
+        self._asked.clear()
+        return answers
+
+    def leave(self, rank: int) -> Answers:
+        """A rank has left. If it was to lead, the others learn that it will not."""
+        asked = self._asked.pop(rank, None)
+        if asked is None or rank != self.leader:
+            return []
+        return self._refuse(
+            PeerLostError(f"rank {rank} has left in the middle of {asked.call}, which it led")
+        )
+
+    def give_up(self, rank: int, request: int) -> None:
+        """A rank's call has reached its deadline."""
+        if rank != self.leader and rank in self._asked and self._asked[rank].request == request:
+            del self._asked[rank]
+
+    def waiting(self, rank: int, request: int, members: set[int]) -> m.Waiting | None:
+        """Return whom a request waits for, None if it is not this call."""
+        if rank not in self._asked or self._asked[rank].request != request:
+            return None
+        missing = sorted(members - set(self._asked)) if self.leader is None else [self.leader]
+        return m.Waiting(request, missing, self._asked[rank].call)
+
+    def _refuse(self, error: Exception) -> Answers:
+        answers: Answers = [
+            (rank, m.Failed(each.request, *to_wire(error))) for rank, each in sorted(self._asked.items())
+        ]
+        self.leader = None
+        self._asked.clear()
+        return answers

@@ -1,0 +1,77 @@
+"""Gathering: who leads a call of all, what the others are told, and what a leaving rank does to it."""
+
+from __future__ import annotations
+
+from tensorkv.errors import PeerLostError, SettingMismatch, from_wire
+from tensorkv.protocol.gatherings import Gathering
+from tensorkv.savedstate import SavedSettings
+from tensorkv.wire import messages as m
+
+SETTINGS = SavedSettings([], [])
+
+
+def ask(gathering: Gathering, rank: int, call: str = "save('x')") -> None:
+    gathering.add(rank, m.Together(10 + rank, 1, call))
+
+
+def test_the_lowest_rank_leads_when_all_are_there() -> None:
+    gathering = Gathering()
+    ask(gathering, 2)
+    assert gathering.begin({1, 2}) == []
+    assert gathering.waiting(2, 12, {1, 2}) == m.Waiting(12, [1], "save('x')")
+    ask(gathering, 1)
+    assert gathering.begin({1, 2}) == [(1, m.TogetherReply(11, True, None))]
+    assert gathering.begin({1, 2}) == []
+    assert gathering.waiting(2, 12, {1, 2}) == m.Waiting(12, [1], "save('x')")
+    assert gathering.waiting(2, 13, {1, 2}) is None
+    assert gathering.conclude(None, SETTINGS) == [(2, m.TogetherReply(12, False, SETTINGS))]
+    assert gathering.leader is None
+    ask(gathering, 1)
+    assert gathering.begin({1}) == [(1, m.TogetherReply(11, True, None))]
+
+
+def test_an_error_of_the_leader_is_told_to_all() -> None:
+    gathering = Gathering()
+    for rank in range(3):
+        ask(gathering, rank)
+    gathering.begin({0, 1, 2})
+    assert gathering.conclude(("SaveError", "no"), None) == [
+        (1, m.Failed(11, "SaveError", "no")),
+        (2, m.Failed(12, "SaveError", "no")),
+    ]
+
+
+def test_calls_that_differ_are_refused() -> None:
+    gathering = Gathering()
+    ask(gathering, 0)
+    ask(gathering, 1, "load('x')")
+    answers = gathering.begin({0, 1})
+    assert [rank for rank, _ in answers] == [0, 1]
+    for _, answer in answers:
+        assert isinstance(answer, m.Failed)
+        error = from_wire(answer.name, answer.text)
+        assert isinstance(error, SettingMismatch)
+        assert "rank 0 calls save('x'), rank 1 calls load('x')" in str(error)
+    assert gathering.begin({0, 1}) == []
+
+
+def test_one_that_leaves_is_not_waited_for_and_a_leader_is_missed() -> None:
+    gathering = Gathering()
+    ask(gathering, 1)
+    ask(gathering, 2)
+    assert gathering.leave(0) == []
+    assert gathering.begin({1, 2}) == [(1, m.TogetherReply(11, True, None))]
+    ((rank, answer),) = gathering.leave(1)
+    assert rank == 2
+    assert isinstance(answer, m.Failed)
+    assert isinstance(from_wire(answer.name, answer.text), PeerLostError)
+    assert gathering.leader is None
+
+
+def test_one_that_gives_up_may_ask_again() -> None:
+    gathering = Gathering()
+    ask(gathering, 0)
+    gathering.give_up(0, 99)
+    assert gathering.waiting(0, 10, {0, 1}) is not None
+    gathering.give_up(0, 10)
+    assert gathering.waiting(0, 10, {0, 1}) is None

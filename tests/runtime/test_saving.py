@@ -1,0 +1,211 @@
+"""Saves of whole jobs: resumed in jobs of other sizes, and what is left when a part of one fails."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tensorkv
+from tensorkv import savedstate, saveio
+from tensorkv.errors import LoadError, SaveError, TensorKVError
+from tensorkv.protocol import shard
+from tensorkv.runtime import saving
+from tensorkv.testing.cluster import run_job
+
+LARGE = 5000
+Work = Callable[[tensorkv.KVStore], tuple[Tensor, Tensor]]
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
+    "adam": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True, "betas": (0.8, 0.9)}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01}),
+    "nadam": (torch.optim.NAdam, {"lr": 0.01}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.01}),
+    "rprop": (torch.optim.Rprop, {"lr": 0.01}),
+    "asgd": (torch.optim.ASGD, {"lr": 0.01}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "centered": True, "momentum": 0.5}),
+    "adafactor": (torch.optim.Adafactor, {"lr": 0.01}),  # not element by element: values stay whole
+}
+
+
+def start(kv: tensorkv.KVStore, name: str, folder: str | None, dtype: torch.dtype) -> None:
+    optimizer, options = OPTIMIZERS[name]
+    kv.set_optimizer(optimizer, **options)
+    if folder is not None:
+        kv.load(folder)
+    kv.init({"large": torch.ones(LARGE // 10, 10, dtype=dtype), "small": torch.ones(3, dtype=dtype)})
+
+
+def steps(kv: tensorkv.KVStore, first: int, last: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Steps [first, last), each shared out over the workers: their sum is the same however many they are."""
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        shares = torch.randn(4, LARGE, generator=generator, dtype=torch.float64).to(dtype)
+        mine = shares[kv.rank :: kv.num_workers].sum(0)
+        kv.push({"large": mine.view(-1, 10), "small": mine[:3]})
+    kv.barrier()
+    return kv.pull("large"), kv.pull("small")
+
+
+def interrupted(name: str, folder: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Save in the middle of a run of 4 workers and 2 servers; return what it ends with."""
+
+    def work(kv: tensorkv.KVStore) -> tuple[Tensor, Tensor]:
+        start(kv, name, None, dtype)
+        steps(kv, 0, 3, dtype)
+        kv.save(folder)
+        return steps(kv, 3, 6, dtype)
+
+    found: tuple[Tensor, Tensor] = run_job(work, num_workers=4, num_servers=2, slice_bound_bytes=8000)[0]
+    return found
+
+
+def resumed(
+    name: str, folder: str, dtype: torch.dtype
+) -> Callable[[tensorkv.KVStore], tuple[Tensor, Tensor]]:
+    def work(kv: tensorkv.KVStore) -> tuple[Tensor, Tensor]:
+        start(kv, name, folder, dtype)
+        return steps(kv, 3, 6, dtype)
+
+    return work
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_run_goes_on_bit_for_bit_on_other_servers(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    expected = interrupted(name, folder, dtype)
+    for servers, bound in ((3, 3000), (1, 100_000)):
+        work = resumed(name, folder, dtype)
+        for found in run_job(work, num_workers=4, num_servers=servers, slice_bound_bytes=bound):
+            assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "rprop"])
+def test_with_fewer_workers_it_goes_on_but_for_rounding(name: str, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    expected = interrupted(name, folder, torch.float64)
+    work = resumed(name, folder, torch.float64)
+    found = run_job(work, num_workers=2, num_servers=3, slice_bound_bytes=3000)[0]
+    with tensorkv.create("local") as kv:
+        alone = work(kv)
+    for one, other, wanted in zip(found, alone, expected, strict=True):
+        assert (one - wanted).abs().max().item() <= 1e-10
+        assert (other - wanted).abs().max().item() <= 1e-10
+    assert not torch.equal(expected[0], torch.ones_like(expected[0]))
+
+
+def test_a_save_of_one_process_is_loaded_in_a_job(tmp_path: Path) -> None:
+    folder, dtype = str(tmp_path), torch.float32
+    with tensorkv.create("local") as kv:
+        start(kv, "adam", None, dtype)
+        steps(kv, 0, 3, dtype)
+        kv.save(folder)
+        expected = steps(kv, 3, 6, dtype)
+    assert len(list(tmp_path.iterdir())) == 2
+    work = resumed("adam", folder, dtype)
+    (found,) = run_job(work, num_workers=1, num_servers=3, slice_bound_bytes=3000)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_save_in_many_files_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every slice were large: each server writes and reads in turns."""
+
+    def one_each(sizes: list[int]) -> list[list[int]]:
+        return savedstate.batches(sizes, 1)
+
+    monkeypatch.setattr(saving, "batches", one_each)
+    expected = interrupted("adamw", str(tmp_path), torch.float32)
+    assert len(list(tmp_path.glob("*-*-1.safetensors"))) == 1  # the small value's server has two slices
+    work = resumed("adamw", str(tmp_path), torch.float32)
+    found = run_job(work, num_workers=4, num_servers=2, slice_bound_bytes=8000)[0]
+    assert all(map(torch.equal, found, expected))
+
+
+def _failing(monkeypatch: pytest.MonkeyPatch, error: TensorKVError, number: int) -> None:
+    """Let the n-th slice that a server makes of a load fail."""
+    made: list[int] = []
+    restore = shard.StoreShard._restore
+
+    def fail(self: Any, *args: Any) -> None:
+        made.append(1)
+        if len(made) == number:
+            raise error
+        restore(self, *args)
+
+    monkeypatch.setattr(shard.StoreShard, "_restore", fail)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("as_dict", [False, True], ids=["files", "dict"])
+def test_a_load_that_fails_on_a_server_changes_nothing(
+    number: int, as_dict: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = torch.float32
+
+    def work(kv: tensorkv.KVStore) -> tuple[Tensor, Tensor]:
+        start(kv, "adam", None, dtype)
+        steps(kv, 0, 1, dtype)
+        kv.save(str(tmp_path))
+        state = kv.state_dict()
+        values = steps(kv, 1, 2, dtype)
+        infos = [kv.info(key) for key in kv.keys()]  # noqa: SIM118  (a store is no dict)
+        if kv.rank == 0:
+            _failing(monkeypatch, LoadError("torn"), number)
+        kv.barrier()
+        call = (
+            functools.partial(kv.load_state_dict, state) if as_dict else functools.partial(kv.load, tmp_path)
+        )
+        with pytest.raises(LoadError, match="torn"):
+            call()
+        assert infos == [kv.info(key) for key in kv.keys()]  # noqa: SIM118
+        assert all(map(torch.equal, values, (kv.pull("large"), kv.pull("small"))))
+        kv.load(str(tmp_path))  # only one was to fail
+        assert kv.info("large").version == 1
+        return steps(kv, 1, 2, dtype), values
+
+    for found, expected in run_job(work, num_workers=2, num_servers=2, slice_bound_bytes=8000):
+        assert all(map(torch.equal, found, expected))
+
+
+def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def work(kv: tensorkv.KVStore) -> None:
+        kv.init("w", torch.ones(3))
+        kv.save(str(tmp_path))
+        before = sorted(os.listdir(tmp_path))
+        kv.barrier()
+        if kv.rank == 0:
+            monkeypatch.setattr(saveio, "save_file", no_space)
+        kv.barrier()
+        with pytest.raises(SaveError, match="No space left"):
+            kv.save(str(tmp_path))
+        kv.barrier()
+        assert sorted(os.listdir(tmp_path)) == before
+        kv.put("w", torch.zeros(3))
+        kv.barrier()
+        kv.load(str(tmp_path))
+        assert kv.pull("w").tolist() == [1.0, 1.0, 1.0]
+
+    run_job(work, num_workers=2, num_servers=2)
+
+
+def test_a_server_that_does_not_see_the_folder_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "make_folder", lambda folder: None)
+
+    def work(kv: tensorkv.KVStore) -> None:
+        kv.init("w", torch.ones(3))
+        with pytest.raises(SaveError, match=f"{os.uname().nodename}.*file system that they all share"):
+            kv.save(str(tmp_path / "nowhere"))
+
+    run_job(work, num_workers=2, num_servers=2)
