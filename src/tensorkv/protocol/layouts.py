@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import torch
 
-from tensorkv.arrays import Key, check_summable, dtype_from_name
+from tensorkv.arrays import REFUSED_DTYPES, Key, check_summable, dtype_from_name
 from tensorkv.errors import InvalidValue, ProtocolError
 from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.rounds import Index
@@ -32,6 +32,8 @@ def sent_dtype(name: str) -> torch.dtype:
     """
     try:
         dtype = dtype_from_name(name)
+        if dtype in REFUSED_DTYPES:
+            raise ProtocolError(f"values of dtype {name!r} are not stored")
         check_summable(dtype, "")
     except InvalidValue as exc:
         raise ProtocolError(str(exc)) from exc

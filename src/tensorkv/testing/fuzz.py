@@ -1,0 +1,510 @@
+"""Fuzzing: hostile frames against the codec, the state machines, and servers over real sockets.
+
+    python -m tensorkv.testing.fuzz --corpus tests/corpus --frames 1000000 --seed 7
+
+Whatever comes, the codec and the state machines raise ProtocolError and nothing else, never ask for more
+memory than allowed, and serve on; a server or scheduler ends the one connection, with one line of its
+log and no traceback. A `Finding` is raised where that does not hold: it has the seed, and the
+conversation that shows it, to be kept in the corpus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import itertools
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from tensorkv.config import JobConfig
+from tensorkv.errors import ProtocolError, ProtocolVersionError, TensorKVError
+from tensorkv.protocol.membership import Membership
+from tensorkv.protocol.memory import BufferPool, Memory
+from tensorkv.protocol.serverstate import ServerState
+from tensorkv.runtime.code import updater_loader
+from tensorkv.runtime.handshake import deadline_tick, introduce
+from tensorkv.runtime.scheduler import SchedulerServer
+from tensorkv.runtime.server import Server
+from tensorkv.testing.frames import SUFFIX, Conversation, Entry, Mutator, framed, load, message_of, save
+from tensorkv.transport.base import Connection
+from tensorkv.transport.endpoint import connect
+from tensorkv.wire import messages as m
+from tensorkv.wire.codec import MAX_HEADER_BYTES, PREFIX, Decoder, decode_prefix, encode
+
+NUM_WORKERS = 2
+MAX_PAYLOAD_BYTES = 1 << 22
+DEADLINE_S = 30.0
+UNUSED = 987_654_321_987
+"""A number that no hostile message has."""
+
+PLACES = 60
+"""Workers of a job over sockets: a place is taken for ever by the first who proves itself there."""
+
+TARGETS = ("server", "scheduler", "worker")
+_DECODERS: list[Decoder[Any]] = [
+    Decoder(union) for union in (m.HandshakeMessage, m.ToServer, m.FromServer, m.ToScheduler, m.FromScheduler)
+]
+_to_server: Decoder[Any] = Decoder(m.ToServer)
+_to_scheduler: Decoder[Any] = Decoder(m.ToScheduler)
+_replies: Decoder[Any] = Decoder(m.FromServer | m.FromScheduler)
+REFUSALS = (ProtocolError, ProtocolVersionError)
+
+
+class Finding(Exception):
+    """Something did not hold. `conversation` is what was sent, `target` to whom."""
+
+    def __init__(self, target: str, text: str, conversation: Conversation) -> None:
+        super().__init__(f"{target}: {text}; the last of {len(conversation)} frames shows it")
+        self.target = target
+        self.conversation = conversation
+
+
+# ---- the codec -------------------------------------------------------------------------------------
+
+
+def feed_codec(data: bytes) -> None:
+    """Decode what may be a frame, as each side of each conversation does."""
+    try:
+        message_bytes, _ = decode_prefix(data, MAX_HEADER_BYTES)
+    except REFUSALS:
+        message_bytes = len(data)  # what is there may still be a message
+    body = data[PREFIX.size : PREFIX.size + message_bytes]
+    for decoder in _DECODERS:
+        with suppress(ProtocolError):
+            decoder.decode(body)
+
+
+# ---- the state machines ----------------------------------------------------------------------------
+
+
+@final
+class ServerTarget:
+    """A ServerState as the loop of a server uses it, without the loop."""
+
+    name = "server"
+
+    def __init__(self) -> None:
+        self._pool = BufferPool()
+        self._state = ServerState(NUM_WORKERS, self._pool, updater_loader(()), MAX_PAYLOAD_BYTES)
+
+    def feed(self, entry: Entry) -> None:
+        """Take in a frame's message, with a payload of the length that it must have.
+
+        Raises:
+            ProtocolError: it was refused.
+        """
+        message = _to_server.decode(message_of(entry.frame))
+        size_bytes = self._state.payload_bytes(entry.rank, message)
+        if size_bytes > MAX_PAYLOAD_BYTES:
+            raise MemoryError(f"{type(message).__name__} may have a payload of {size_bytes} bytes")
+        buffer = self._pool.take(size_bytes)
+        payload = buffer if isinstance(message, m.Push) else Memory(buffer.tensor[:size_bytes].clone())
+        for out in self._state.handle(entry.rank, message, payload):
+            encode(out.message, sum(len(memory.bytes) for memory in out.payload))
+            for lease in out.leases:
+                lease.readers -= 1
+            if isinstance(out.message, m.CommitReady):
+                ready = out.message
+                self._state.decide_commit(
+                    m.CommitDecision(ready.store, ready.number, not ready.skip, 1.0, ready.error)
+                )
+
+    def check(self) -> None:
+        """Raise unless a store of its own still works for a worker."""
+        store = plan = slice_id = UNUSED
+        chunk = m.ChunkEntry([slice_id], [2], m.PayloadDescriptor("dense", "float32"), [1])
+        for message in (
+            m.OpenStore(store, "check", True, False),
+            m.InitSlices(1, store, "w", (2,), "float32", [m.SliceEntry(slice_id, 0, 0, 2)]),
+            m.DefinePlan(store, plan, [chunk]),
+            m.Push(plan, 0, True, 9),
+        ):
+            payload = Memory(self._pool.take(8).tensor[:8].zero_())
+            out = self._state.handle(0, message, payload)
+        if [type(each.message) for each in out] != [m.Data]:
+            raise AssertionError(f"a push was answered by {out}")
+
+
+@final
+class SchedulerTarget:
+    """A Membership as the threads of a scheduler use it."""
+
+    name = "scheduler"
+
+    def __init__(self) -> None:
+        self._membership = Membership(NUM_WORKERS, 1, 1 << 12)
+
+    def feed(self, entry: Entry) -> None:
+        """Take in a frame's message. Raises ProtocolError if it was refused."""
+        self._membership.handle(entry.role, entry.rank, _to_scheduler.decode(message_of(entry.frame)))
+        for _, _, message in self._membership.out:
+            encode(message)
+        self._membership.out.clear()
+
+    def check(self) -> None:
+        """Raise unless it still answers."""
+        if not self._membership.has_joined("worker", 0):
+            self._membership.handle("worker", 0, m.Register("", 0, "", 1))
+        self._membership.out.clear()
+        with suppress(ProtocolError):  # it may have said Goodbye
+            self._membership.handle("worker", 0, m.AskWaiting(UNUSED, UNUSED))
+            if self._membership.out != [("worker", 0, m.Waiting(UNUSED, [], ""))]:
+                raise AssertionError(f"a question was answered by {self._membership.out}")
+
+
+STATES: dict[str, Callable[[], ServerTarget | SchedulerTarget]] = {
+    "server": ServerTarget,
+    "scheduler": SchedulerTarget,
+}
+
+
+def replay(target: str, conversation: Conversation) -> None:
+    """Play a conversation to a state machine, past what it refuses.
+
+    Raises:
+        Finding: it raised something else than ProtocolError, or does not serve any more.
+    """
+    machine = STATES[target]()
+    for number, entry in enumerate(conversation):
+        _feed(machine, entry, conversation[: number + 1])
+    _check(machine, conversation)
+
+
+def _feed(machine: ServerTarget | SchedulerTarget, entry: Entry, so_far: Conversation) -> bool:
+    """Return whether the machine has taken the frame in."""
+    try:
+        machine.feed(entry)
+    except ProtocolError:
+        return False
+    except Exception as exc:
+        raise Finding(machine.name, f"{type(exc).__name__}: {exc}", so_far) from exc
+    return True
+
+
+def _check(machine: ServerTarget | SchedulerTarget, so_far: Conversation) -> None:
+    try:
+        machine.check()
+    except Exception as exc:
+        raise Finding(machine.name, f"it serves no more: {exc}", so_far) from exc
+
+
+def fuzz_state(target: str, mutator: Mutator, good: Sequence[Conversation], num_frames: int) -> int:
+    """Feed at least so many hostile messages to state machines; return how many.
+
+    Raises:
+        Finding: as `replay`.
+    """
+    fed = 0
+    chance = mutator.random.random
+    while fed < num_frames:
+        conversation = mutator.random.choice(good)
+        machine = STATES[target]()
+        sent: Conversation = []
+        hostility = mutator.random.choice((0.05, 0.2, 0.6))
+        for entry in conversation:
+            hostile = chance() < hostility
+            if hostile and chance() < 0.2:
+                entry = Entry(entry.role, mutator.random.randrange(NUM_WORKERS), entry.frame)
+            elif hostile and chance() < 0.3:
+                entry = mutator.random.choice(conversation)  # not its turn
+            elif hostile:
+                message = mutator.message(message_of(entry.frame))
+                entry = Entry(entry.role, entry.rank, framed(message))
+            sent.append(entry)
+            fed += hostile
+            if not _feed(machine, entry, sent) and chance() < 0.2:
+                break
+        _check(machine, sent)
+    return fed
+
+
+# ---- over sockets ----------------------------------------------------------------------------------
+
+
+@final
+class _Log(logging.Handler):
+    """Collects what TensorKV logs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@contextmanager
+def _logged() -> Iterator[list[logging.LogRecord]]:
+    log, logger = _Log(), logging.getLogger("tensorkv")
+    logger.addHandler(log)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield log.records
+    finally:
+        logger.removeHandler(log)
+        logger.propagate = propagate
+
+
+@final
+class SocketTarget:
+    """A server, or only a scheduler, that listens on loopback, and an honest worker that watches it.
+
+    Hostile workers of a server do not know its scheduler, which would declare them lost, and so the job.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._token = secrets.token_hex(16)
+        self._scheduler = SchedulerServer(num_workers=PLACES, num_servers=1, token=self._token)
+        self._scheduler.start()
+        self._address = self._scheduler.address
+        self._server: Server | None = None
+        if name == "server":
+            self._server = Server(self._config(), updater_loader(()))
+            self._server.start()
+            self._address = self._server._listener.address
+        self._ranks = iter(range(PLACES))
+        self._numbers = itertools.count(1)
+        honest = self.hostile()
+        assert honest is not None
+        self._honest = honest
+        self._say(m.OpenStore(1, "check", True, False) if self._server else m.Register("", 0, "", 1))
+        self.serves()
+
+    def _config(self) -> JobConfig:
+        host, port = self._scheduler.address
+        return JobConfig(
+            role="server",
+            rank=0,
+            num_workers=PLACES,
+            num_servers=1,
+            scheduler_host=host,
+            scheduler_port=port,
+            token=self._token,
+        )
+
+    def stop(self) -> None:
+        """End everything."""
+        self._honest.shutdown()
+        self._honest.close()
+        self._scheduler.stop()
+        if self._server is not None:
+            self._server.stop()
+
+    def hostile(self) -> Connection | None:
+        """Return a connection past its handshake, None if there is no place left."""
+        rank = next(self._ranks, None)
+        if rank is None:
+            return None
+        connection = connect(*self._address, DEADLINE_S)
+        introduce(connection, self._token, "worker", rank)
+        return connection
+
+    def stranger(self) -> Connection:
+        """Return a connection that has proved nothing."""
+        return connect(*self._address, DEADLINE_S)
+
+    def serves(self) -> None:
+        """Raise unless the honest worker is answered."""
+        number = next(self._numbers)
+        if self._server is not None:
+            self._say(m.Flush(number, 1))
+            self._hear(m.Done(number))
+        else:
+            self._say(m.AskWaiting(number, 1))
+            self._hear(m.Waiting(number, [], ""))
+
+    def _say(self, message: Any) -> None:
+        self._honest.send(encode(message), (), deadline_tick(DEADLINE_S, "the honest worker"))
+
+    def _hear(self, expected: Any) -> None:
+        """Receive until the expected reply has come: a scheduler also tells who is lost."""
+        heard: list[Any] = [None]
+
+        def sink(body: memoryview, payload_bytes: int) -> list[memoryview]:
+            heard[0] = _replies.decode(body)
+            return []
+
+        while heard[0] != expected:
+            self._honest.receive(sink, deadline_tick(DEADLINE_S, "the answer to the honest worker"))
+
+
+def fuzz_sockets(mutator: Mutator, good: dict[str, list[Conversation]], num_frames: int) -> int:
+    """Send at least so many hostile frames to a scheduler and a server over loopback; return how many.
+
+    Raises:
+        Finding: one of them does not answer any more, or has logged more than one line, or a traceback.
+    """
+    sent = 0
+    names = itertools.cycle(("server", "scheduler"))
+    with _logged() as records:
+        while sent < num_frames:
+            records.clear()
+            target = SocketTarget(next(names))
+            try:
+                sent += _fuzz_one(target, mutator, good[target.name], num_frames - sent, records)
+            finally:
+                target.stop()
+    return sent
+
+
+def _fuzz_one(
+    target: SocketTarget,
+    mutator: Mutator,
+    good: list[Conversation],
+    num_frames: int,
+    records: list[logging.LogRecord],
+) -> int:
+    """Send frames until there is no place left in this job; return how many."""
+    sent = 0
+    while sent < num_frames:
+        connection = target.stranger() if mutator.random.random() < 0.3 else target.hostile()
+        if connection is None:
+            break
+        conversation = mutator.random.choice(good)
+        frames = list(mutator.connection([entry.frame for entry in conversation]))
+        _send_all(connection, frames)
+        sent += len(frames)
+        _check_after(target, connection, frames, records)
+    return sent
+
+
+def _send_all(connection: Connection, frames: Sequence[bytes]) -> None:
+    tick = deadline_tick(DEADLINE_S, "sending")
+    with suppress(ConnectionError):  # it was ended before all was sent
+        for frame in frames:
+            connection.send(frame, (), tick)
+        connection.send(bytes(64), (), tick)  # no frame: whoever is still listening ends the connection
+
+
+def _check_after(
+    target: SocketTarget,
+    connection: Connection,
+    frames: Sequence[bytes],
+    records: list[logging.LogRecord],
+) -> None:
+    so_far = [Entry("worker", 1, frame) for frame in frames]
+    try:
+        target.serves()
+        _until_the_end(connection, target)
+        target.serves()
+    except (TensorKVError, OSError, EOFError) as exc:
+        raise Finding(target.name, f"it serves no more: {type(exc).__name__}: {exc}", so_far) from exc
+    _check_log(target.name, records, so_far)
+
+
+def _check_log(name: str, records: list[logging.LogRecord], so_far: Conversation) -> None:
+    """Raise unless each connection has at most one line, a warning without a traceback."""
+    lines = [record.getMessage() for record in records]
+    about = [
+        line.split(": ")[:2] for line in lines
+    ]  # "server 0: worker 5: ...", "scheduler: refused HOST:PORT: ..."
+    for record, subject in zip(records, about, strict=True):
+        if about.count(subject) > 1 or record.exc_info or record.levelno > logging.WARNING:
+            raise Finding(name, f"it has logged {lines}", so_far)
+
+
+def _until_the_end(connection: Connection, target: SocketTarget) -> None:
+    """Wait until the other side has ended the connection; end it where a frame waits for its rest."""
+
+    def sink(body: memoryview, payload_bytes: int) -> list[memoryview]:
+        return [memoryview(bytearray(payload_bytes))] if payload_bytes else []
+
+    connection.max_header_bytes = MAX_HEADER_BYTES
+    with suppress(EOFError, ConnectionError):
+        for _ in range(20):
+            while connection.receive_now(sink):
+                pass
+            target.serves()
+    connection.shutdown()
+    connection.close()
+
+
+# ---- all together ----------------------------------------------------------------------------------
+
+
+def fuzz(corpus: Path, seed: int, num_frames: int, say: Callable[[str], None]) -> int:
+    """Run so many frames against everything, and return how many they were.
+
+    Three quarters go to the codec, most others to the state machines, one in a hundred over sockets.
+
+    Raises:
+        Finding: something did not hold.
+    """
+    kept = {target: list(load(corpus, target).values()) for target in TARGETS}
+    frames = [entry.frame for each in kept.values() for conversation in each for entry in conversation]
+    mutator = Mutator(seed, frames)
+    total = 0
+
+    def note(what: str, begin: float, count: int) -> None:
+        gc.collect()
+        say(f"{what}: {count} frames in {time.monotonic() - begin:.1f} s, {resident_mb():.0f} MB resident")
+
+    begin, count = time.monotonic(), num_frames * 3 // 4
+    for number in range(count):
+        data = mutator.frame(frames[number % len(frames)])
+        try:
+            feed_codec(data)
+        except Exception as exc:
+            raise Finding("codec", f"{type(exc).__name__}: {exc}", [Entry("worker", 0, data)]) from exc
+    note("codec", begin, count)
+    total += count
+    over_sockets = num_frames // 100
+    for target in STATES:
+        begin = time.monotonic()
+        count = fuzz_state(
+            target, mutator, kept[target], (num_frames - num_frames * 3 // 4 - over_sockets) // 2
+        )
+        note(f"state of the {target}", begin, count)
+        total += count
+    begin = time.monotonic()
+    count = fuzz_sockets(mutator, kept, max(over_sockets, num_frames - total))
+    note("sockets", begin, count)
+    return total + count
+
+
+def resident_mb() -> float:
+    """Return the memory that this process has in use."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise OSError("/proc/self/status has no VmRSS")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fuzz as the command line says; a finding is written to the corpus folder. Return 1 for one."""
+    parser = argparse.ArgumentParser(prog="python -m tensorkv.testing.fuzz", description="hostile frames")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder of kept conversations")
+    parser.add_argument("--frames", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parsed = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    _say(f"seed {parsed.seed}")
+    try:
+        total = fuzz(parsed.corpus, parsed.seed, parsed.frames, _say)
+    except Finding as finding:
+        digest = hashlib.sha256(finding.conversation[-1].frame).hexdigest()[:8]
+        path = parsed.corpus / f"{finding.target}-found-{digest}{SUFFIX}"
+        save(path, finding.conversation)
+        _say(f"FOUND with seed {parsed.seed}: {finding}\nkept as {path}")
+        return 1
+    _say(f"{total} frames, nothing found")
+    return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

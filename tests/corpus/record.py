@@ -1,0 +1,157 @@
+"""Record the conversations of this folder anew, after a change of the protocol.
+
+    python tests/corpus/record.py
+
+Small jobs run in this process; what their scheduler and server are sent, and what the server answers, is
+written to files. What was found by fuzzing (`*-found-*`) stays as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import msgspec
+import torch
+
+import tensorkv
+from tensorkv.store import KVStore
+from tensorkv.testing.cluster import run_job
+from tensorkv.testing.frames import SUFFIX, Conversation, Entry, framed, message_of, save
+from tensorkv.transport.inproc import InprocConnection
+from tensorkv.wire import messages as m
+
+HERE = Path(__file__).parent
+ALL = msgspec.msgpack.Decoder(
+    m.HandshakeMessage | m.ToServer | m.FromServer | m.ToScheduler | m.FromScheduler
+)
+
+
+def basic(kv: KVStore) -> None:
+    kv.init("w", torch.zeros(3))
+    kv.init({"a": torch.ones(2, 2), "b": torch.arange(5.0)})
+    for _ in range(3):
+        kv.push("w", [torch.ones(3)] * 2)
+        kv.pull("w")
+    kv.push({"a": torch.ones(2, 2), "b": torch.ones(5)})
+    kv.pull(["a", "b"])
+    kv.pushpull("w", torch.ones(3))
+    kv.info("w")
+    assert sorted(kv.keys()) == ["a", "b", "w"]
+    kv.barrier()
+    if kv.rank == 0:
+        kv.delete("b")
+    kv.barrier()
+
+
+def optimizers(kv: KVStore) -> None:
+    kv.init("w", torch.zeros(3))
+    kv.set_optimizer("adam", lr=0.1)
+    kv.push("w", torch.ones(3))
+    kv.pull("w")
+    kv.set_optimizer_options(lr=0.2)
+    for _ in range(3):  # the second has to wait for the first
+        kv.push("w", torch.ones(3))
+    kv.pull("w")
+    kv.set_updater("add")
+    kv.push("w", tensorkv.ABSENT)
+    kv.pull("w")
+    if kv.rank == 0:
+        kv.put("w", torch.ones(3))
+    kv.barrier()
+
+
+def commits(kv: KVStore) -> None:
+    kv.init("w", torch.zeros(3))
+    kv.init("v", torch.zeros(2, dtype=torch.float64))
+    for max_norm in (None, 1.0):
+        kv.push("w", torch.ones(3), apply=False)
+        kv.push("v", torch.ones(2), apply=False)
+        kv.commit(max_norm=max_norm, check_finite=max_norm is not None)
+        kv.pull("w")
+
+
+def shapes(kv: KVStore) -> None:
+    kv.init("big", torch.zeros(1500))
+    kv.init("i", torch.zeros(2, dtype=torch.int64))
+    kv.init("e", torch.zeros(0, 3))
+    for number in range(12):
+        kv.push("i", torch.ones(2, dtype=torch.int64))
+        if number % 4:
+            kv.pull("i")
+    kv.pushpull("big", torch.ones(1500))
+    kv.push("e", torch.zeros(0, 3))
+    kv.pull("e")
+
+
+class Recorder:
+    """Notes every frame that a connection of this process sends."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, Conversation] = {"server": [], "scheduler": [], "worker": []}
+        self._senders: dict[InprocConnection, tuple[Any, int] | None] = {}  # None accepts, and is no peer
+        self._lock = threading.Lock()
+        self._real = InprocConnection.send_rest
+
+    def send_rest(self, connection: InprocConnection, buffers: Any, *rest: Any) -> None:
+        frame = b"".join(map(bytes, buffers))
+        with self._lock:  # the order of arrival is that of the notes
+            self._note(connection, frame)
+            self._real(connection, buffers, *rest)
+
+    def _note(self, connection: InprocConnection, frame: bytes) -> None:
+        message = ALL.decode(message_of(frame))
+        if connection not in self._senders:
+            hello = isinstance(message, m.Hello)
+            self._senders[connection] = (message.role, message.rank) if hello else None
+            return
+        sender = self._senders[connection]
+        if sender is None:
+            if isinstance(message, m.FromServer):
+                self.sent["worker"].append(Entry("server", 0, frame))
+            return
+        target = "server" if isinstance(message, m.ToServer) else "scheduler"
+        self.sent[target].append(Entry(*sender, _portable(message, frame)))
+
+
+def _portable(message: Any, frame: bytes) -> bytes:
+    """Return the frame as one process sends it to another: code by its name, no name of this host."""
+    if isinstance(message, m.Register):
+        server = bool(message.host)
+        return framed(msgspec.msgpack.encode(m.Register("127.0.0.1" * server, 1 * server, "host", 1)))
+    record = getattr(message, "record", None)
+    if record is None or record.code is None:
+        return frame
+    name = record.updater.name.rpartition(":")[2]
+    code = msgspec.structs.replace(record.code, module="torch.optim", name=name)
+    message.record = msgspec.structs.replace(record, code=code)
+    return framed(msgspec.msgpack.encode(message))
+
+
+def record(name: str, program: Callable[[KVStore], None], **job: Any) -> None:
+    """Run a job of two workers and a server, and write down what was said."""
+    recorder = Recorder()
+
+    def send_rest(connection: InprocConnection, buffers: Any, *rest: Any) -> None:
+        recorder.send_rest(connection, list(buffers), *rest)
+
+    with mock.patch.object(InprocConnection, "send_rest", send_rest):
+        run_job(program, num_workers=2, num_servers=1, slice_bound_bytes=1 << 12, **job)
+    for target, conversation in recorder.sent.items():
+        save(HERE / f"{target}-{name}{SUFFIX}", conversation)
+
+
+def main() -> None:
+    record("basic", basic)
+    record("optimizers", optimizers)
+    record("commits", commits)
+    record("mean", commits, reduction="mean")
+    record("shapes", shapes)
+    record("async", basic, kind="dist_async")
+
+
+if __name__ == "__main__":
+    main()
