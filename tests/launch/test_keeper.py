@@ -149,6 +149,15 @@ def test_a_keeper_without_a_scheduler_ends_with_its_servers(monkeypatch: pytest.
         keeper.run(parent.pidfd)
 
 
+def test_servers_that_nobody_tells_are_asked_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import signal; signal.pause()"
+    monkeypatch.setattr(module, "shielded", lambda argv, environ: [sys.executable, "-c", script])
+    monkeypatch.setattr(module, "SERVER_STOP_S", DEADLINE_S)
+    with Keeper(config(scheduler_port=1, token="t"), (0, 1), os.environ) as keeper:
+        keeper.start_servers()
+    assert {server.returncode for server in keeper._servers.values()} == {-signal.SIGTERM}
+
+
 STARTER = """
 import os, sys
 import msgspec

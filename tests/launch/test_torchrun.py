@@ -185,7 +185,10 @@ class TestFindJob:
 
     def test_another_attempt_is_another_job(self, agent: Agent) -> None:
         agent.tell(msgspec.json.encode(JobRecord(host="old", port=1)).decode(), attempt=1)
-        with pytest.raises(WaitTimeout, match="rank 0 has not opened a distributed store"):
+        with pytest.raises(
+            WaitTimeout,
+            match="finding the job .*: waiting for worker 0, which has not opened a distributed store",
+        ):
             find_job(self.told(agent), timeout_s=0.0)
 
     @pytest.mark.parametrize(

@@ -184,8 +184,9 @@ class Keeper:
         """Wait for the servers, which have been told that the job is over; kill who does not listen."""
         deadline = time.monotonic() + SERVER_STOP_S
         for rank, process in self._servers.items():
-            if self._scheduler is not None and not self._scheduler.has_joined("server", rank):
-                process.terminate()  # it is still starting, and was not told
+            if self._scheduler is None or not self._scheduler.has_joined("server", rank):
+                process.terminate()  # nobody tells it, or it is still starting and was not told
+        for process in self._servers.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(deadline - time.monotonic(), 0.0))
         for process in self._servers.values():

@@ -40,9 +40,10 @@ from tensorkv.config import (
     JobConfig,
     read_number,
 )
-from tensorkv.errors import AuthenticationError, NotInJob, PeerLostError, WaitTimeout
+from tensorkv.errors import AuthenticationError, NotInJob, PeerLostError
 from tensorkv.launch.keeper import TOKEN_PREFIX, TOKEN_SUFFIX, JobRecord
 from tensorkv.launch.local import slice_bound_bytes
+from tensorkv.runtime.waits import Wait
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch has no __all__ there
@@ -262,9 +263,14 @@ def _open_store(place: Place, deadline: float) -> TCPStore:
 def _read_record(place: Place, store: TCPStore, deadline: float) -> JobRecord:
     """Wait until rank 0 has told where the job is."""
     key = f"{place.prefix}/job"
+    wait = Wait(
+        "finding the job",
+        max(deadline - time.monotonic(), 0.0),
+        failure=lambda: None,
+        whom=lambda: "worker 0, which has not opened a distributed store; every rank has to",
+    )
     while not store.check([key]):
-        if time.monotonic() > deadline:
-            raise WaitTimeout("rank 0 has not opened a distributed store: every rank of the job has to")
+        wait.tick()
         time.sleep(_POLL_S)
     try:
         return msgspec.json.decode(store.get(key), type=JobRecord)
