@@ -272,6 +272,19 @@ def test_only_the_named_generation_is_deleted() -> None:
     assert desk.lookup(["w"]).entries == [new]
 
 
+def test_the_other_members_are_told_of_a_delete() -> None:
+    desk = Desk()
+    a, b = desk.create(spec("a", 3), spec("b", 4))
+    desk.directory.delete(
+        0, m.DeleteKeys(9, desk.directory.store, [("a", a.key_id), ("b", b.key_id), ("c", 99)])
+    )
+    told = [(rank, message) for rank, message in desk.directory.out if isinstance(message, m.KeysGone)]
+    assert told == [(1, m.KeysGone(desk.directory.store, [a.key_id, b.key_id]))]
+    desk.directory.out.clear()
+    desk.directory.delete(1, m.DeleteKeys(10, desk.directory.store, [("a", a.key_id)]))
+    assert [type(message) for _, message in desk.directory.out] == [m.Deleted]  # it was gone
+
+
 def test_a_lookup_of_what_is_not_there() -> None:
     desk = Desk()
     desk.create(spec("a", 1))

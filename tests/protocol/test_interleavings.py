@@ -440,7 +440,7 @@ class Worker:
                     continue
                 assert message.round not in self.faults[slice_id], "a fault was told twice"
                 self.faults[slice_id].add(message.round)
-        elif not isinstance(message, m.Lost):
+        elif not isinstance(message, (m.Lost, m.KeysGone)):
             self.replies[source, message.request].append((message, tensors))
 
     def ask(self, message: Callable[[int], Any]) -> Generator[Condition, None, Any]:

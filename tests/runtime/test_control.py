@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,9 +40,10 @@ class Scheduler:
             timeout_s=DEADLINE_S,
         )
         self.failures: list[TensorKVError] = []
+        self.gone: queue.Queue[m.KeysGone] = queue.Queue()
         self.failed = threading.Event()
         with ThreadPoolExecutor(1) as pool:
-            joined = pool.submit(ControlClient, config, self._fail)
+            joined = pool.submit(ControlClient, config, self._fail, self.gone.put)
             self.connection: Connection = listener.accept()
             accept(self.connection, "t", lambda role, rank: None)
             self.client = joined.result(DEADLINE_S)
@@ -179,3 +181,8 @@ def test_answers_to_nobody_are_passed_over(scheduler: Scheduler, asked: Callable
     call = asked()
     scheduler.say(m.Done(call.number))  # type: ignore[attr-defined]
     call.result(DEADLINE_S)
+
+
+def test_keys_that_others_delete_are_handed_on(scheduler: Scheduler) -> None:
+    scheduler.say(m.KeysGone(1, [3, 4]))
+    assert scheduler.gone.get(timeout=DEADLINE_S) == m.KeysGone(1, [3, 4])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tensorkv.errors import KeyDeleted, KeyNotInitialized, UncommittedPush, UpdaterError, to_wire
+from tensorkv.runtime import keytable
 from tensorkv.runtime.keytable import KeyTable
 from tensorkv.runtime.plans import KeyState
 from tensorkv.wire import messages as m
@@ -107,3 +108,15 @@ def test_keys_that_wait_for_a_commit() -> None:
         bench.table.check_committed(states, "push")
     bench.table.forget(states)
     assert bench.table.uncommitted == set()
+
+
+def test_what_others_deleted_stays_known_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keytable, "MAX_GONE", 2)
+    bench = Bench(*(entry(name, number) for number, name in enumerate("abcd", start=1)))
+    a, b, c, _ = bench.table.known(list("abcd"))
+    assert bench.table.gone([1, 2, 77]) == [a, b]
+    assert bench.forgotten == []
+    assert bench.table.known(["a"]) == [a]  # its next push is told that it was deleted
+    assert bench.table.gone([3]) == [c]
+    assert bench.forgotten == [a]
+    assert "a" not in bench.table.states

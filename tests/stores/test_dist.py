@@ -536,6 +536,35 @@ def test_a_list_of_keys_is_deleted_by_one_message_to_each_server(monkeypatch: py
             kv.push(keys[0], ones())
 
 
+def test_a_key_that_another_rank_deletes_takes_its_plans_with_it() -> None:
+    """They hold buffers: a worker that never deletes would keep more and more of them."""
+    gone = threading.Event()
+
+    def work(kv: KVStore) -> None:
+        assert isinstance(kv, DistStore)
+        on_gone = kv.on_gone
+
+        def told(message: m.KeysGone) -> None:
+            on_gone(message)
+            gone.set()
+
+        kv.on_gone = told  # type: ignore[method-assign]
+        kv.init(["v", "w"], [ones(0), ones(0)])
+        kv.pushpull(["v", "w"], [ones(), ones()])
+        kv.pushpull("v", ones())
+        kv.barrier()
+        if kv.rank == 0:
+            kv.delete("w")
+        else:
+            assert gone.wait(DEADLINE_S)
+            assert [[state.key for state in plan.states] for plan in kv._plans._plans.values()] == [["v"]]
+            with pytest.raises(KeyDeleted, match="deleted by rank 0"):
+                kv.pull("w")
+        kv.barrier()
+
+    run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S)
+
+
 def test_who_waits_for_a_deleted_key_is_told_who_deleted_it() -> None:
     waiting = threading.Event()
 

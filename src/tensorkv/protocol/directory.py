@@ -295,6 +295,9 @@ class Directory:
         if removed:
             self._deleting[rank, message.request] = removed
         self.out.append((rank, m.Deleted(message.request, removed)))
+        if removed:
+            gone = m.KeysGone(self.store, [entry.key_id for entry in removed])
+            self.out += [(other, gone) for other in sorted(self.members - {rank})]
         self._retry()
 
     def conclude_delete(self, rank: int, message: m.ConcludeDelete) -> None:

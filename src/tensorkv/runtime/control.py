@@ -37,15 +37,21 @@ class _Reply:
 class ControlClient:
     """Requests to the scheduler and what it announces. Safe from any thread.
 
-    `on_failure` is called once, from any thread, when the job is declared broken. After `close` requests
-    raise PeerLostError.
+    `on_failure` is called once, from any thread, when the job is declared broken, `on_gone` when other
+    workers have deleted keys. After `close` requests raise PeerLostError.
 
     Raises:
         PeerLostError, AuthenticationError, ProtocolVersionError, ProtocolError: it cannot be joined.
     """
 
-    def __init__(self, config: JobConfig, on_failure: Callable[[TensorKVError], None]) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        on_failure: Callable[[TensorKVError], None],
+        on_gone: Callable[[m.KeysGone], None],
+    ) -> None:
         self._on_failure = on_failure
+        self._on_gone = on_gone
         self._numbers = itertools.count(1)
         self._replies: dict[int, _Reply] = {}
         joining = Wait(
@@ -142,6 +148,8 @@ class ControlClient:
                 logger.warning("%s; the job goes on without it", lost_text("worker", message))
             case m.Lost():
                 self._fail(lost_error(message))
+            case m.KeysGone():
+                self._on_gone(message)
             case m.Waiting():
                 waiting = self._replies.get(message.request)
                 if waiting is not None:

@@ -33,6 +33,9 @@ class OpenStore(Protocol):
     def on_fault(self, fault: m.Fault) -> None:
         """A round that this worker contributed to has failed."""
 
+    def on_gone(self, gone: m.KeysGone) -> None:
+        """Other workers have deleted keys."""
+
     def close(self) -> None:
         """Leave the store."""
 
@@ -62,7 +65,7 @@ class Job:
         self.closed = False
         self._left: set[int] = set()  # stores; guarded by `order`
         self._broken: TensorKVError | None = None
-        self.control = ControlClient(config, self._on_failure)
+        self.control = ControlClient(config, self._on_failure, self._on_gone)
         try:
             for rank, (host, port) in enumerate(self.control.servers()):
                 connection = connect_as(config, f"server {rank}", host, port)
@@ -180,6 +183,11 @@ class Job:
     def _on_failure(self, error: TensorKVError) -> None:
         for link in self.links:
             link.shutdown()
+
+    def _on_gone(self, gone: m.KeysGone) -> None:
+        store = self.stores.get(gone.store)
+        if store is not None:
+            store.on_gone(gone)
 
     def _on_fault(self, fault: m.Fault) -> None:
         store = self.stores.get(fault.store)

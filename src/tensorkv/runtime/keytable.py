@@ -12,6 +12,9 @@ from tensorkv.runtime.job import Job
 from tensorkv.runtime.plans import KeyState
 from tensorkv.wire import messages as m
 
+MAX_GONE = 4096
+"""So many keys that others have deleted are remembered; servers remember as many."""
+
 
 @final
 class KeyTable:
@@ -31,6 +34,8 @@ class KeyTable:
         self._timeout_s = timeout_s
         self._on_forget = on_forget
         self._of_slice: dict[int, KeyState] = {}
+        self._of_id: dict[int, KeyState] = {}
+        self._gone: dict[KeyState, None] = {}  # deleted by others, oldest first
         self._raised: dict[int, int] = {}  # key id -> the last round whose fault was reported
 
     def known(self, keys: Sequence[Key]) -> list[KeyState]:
@@ -63,9 +68,21 @@ class KeyTable:
                         continue
                     self._forget(known)
                 state = KeyState.of(entry)
-                self.states[entry.key] = state
+                self.states[entry.key] = self._of_id[entry.key_id] = state
                 for each in entry.slices:
                     self._of_slice[each.slice_id] = state
+
+    def gone(self, key_ids: Sequence[int]) -> list[KeyState]:
+        """Others have deleted these generations; return those that were known.
+
+        The last ones stay known, so that the next call on such a key is told that it was deleted.
+        """
+        with self.lock:
+            found = [self._of_id[key_id] for key_id in key_ids if key_id in self._of_id]
+            self._gone.update(dict.fromkeys(found))
+            while len(self._gone) > MAX_GONE:
+                self._forget(next(iter(self._gone)))
+        return found
 
     def forget(self, states: Sequence[KeyState]) -> None:
         """Forget generations of keys: the next call asks the scheduler anew."""
@@ -78,6 +95,8 @@ class KeyTable:
             del self.states[state.key]
         for each in state.entry.slices:
             self._of_slice.pop(each.slice_id, None)
+        self._of_id.pop(state.key_id, None)
+        self._gone.pop(state, None)
         self.uncommitted.discard(state.key_id)
         self._raised.pop(state.key_id, None)
         self._on_forget(state)

@@ -104,6 +104,11 @@ class DistStore(KVStore):
         self._plans.forget(state)
         self._pusher.forget(state)
 
+    def on_gone(self, gone: m.KeysGone) -> None:
+        """Other workers have deleted keys: what is kept to push and pull them again is of no more use."""
+        for state in self._table.gone(gone.key_ids):
+            self._plans.forget(state)
+
     def on_fault(self, fault: m.Fault) -> None:
         """A round that this worker contributed to has failed; its next call on the key raises it."""
         self._table.on_fault(fault)

@@ -456,6 +456,13 @@ class ConcludeDelete(Message, tag=75):
     deletion: int
 
 
+class KeysGone(Message, tag=79):
+    """To the other workers: these generations (key ids) of keys are deleted."""
+
+    store: int
+    key_ids: list[int]
+
+
 class Barrier(Message, tag=64):
     """A rank has arrived at its next barrier of the store."""
 
@@ -738,6 +745,7 @@ FromScheduler = (
     | SettingReply
     | Entries
     | Deleted
+    | KeysGone
     | Done
     | Failed
     | Waiting
