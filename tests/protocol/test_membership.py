@@ -120,8 +120,11 @@ def test_keys_settings_and_barriers_go_to_the_store() -> None:
     assert tell(made, 0, m.AskWaiting(6, store)) == [("worker", 0, m.Waiting(6, [], ""))]
     assert tell(made, 1, m.AskWaiting(6, store)) == [("worker", 1, m.Waiting(6, [0], "a barrier"))]
     assert tell(made, 1, m.GiveUp(store, 6)) == []
-    ((_, _, gone),) = tell(made, 1, m.DeleteKeys(7, store, [("w", entries.entries[0].key_id)]))
-    assert gone.entries == entries.entries
+    (entry,) = entries.entries
+    assert tell(made, 1, m.DeleteKeys(7, store, [("w", entry.key_id)])) == [
+        ("worker", 1, m.Deleted(7, [entry])),
+        ("worker", 0, m.KeysGone(store, [entry.key_id])),
+    ]
 
 
 def test_commits_are_decided_for_all_servers() -> None:
