@@ -10,13 +10,13 @@ weights live. However many workers there are, each step is that of one process o
 
 import argparse
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.progress import Progress
+from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn import functional
 
 import tensorkv
 
@@ -57,8 +57,7 @@ def batches(num_images: int, batch: int, seed: int, epoch: int) -> tuple[Tensor,
 def gradients(net: nn.Module, images: Tensor, labels: Tensor, batch: int) -> dict[str, Tensor]:
     """Return a share's part of the gradient of the mean loss over `batch` images: the parts add up to it."""
     net.zero_grad()
-    loss = functional.cross_entropy(net(images), labels, reduction="sum") / batch
-    loss.backward()
+    (nn.functional.cross_entropy(net(images), labels, reduction="sum") / batch).backward()
     return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
 
 
@@ -66,22 +65,19 @@ def gradients(net: nn.Module, images: Tensor, labels: Tensor, batch: int) -> dic
 def evaluate(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
     """Return the mean loss and the share of images that are recognised."""
     scores = net(images)
-    accuracy = (scores.argmax(1) == labels).double().mean().item()
-    return functional.cross_entropy(scores, labels).item(), accuracy
+    right = scores.argmax(1) == labels
+    return nn.functional.cross_entropy(scores, labels).item(), right.double().mean().item()
 
 
-def train_epoch(
-    kv: tensorkv.KVStore, net: nn.Module, data: Digits, indices: tuple[Tensor, ...], bar: Progress
-) -> float:
+def train_epoch(kv: tensorkv.KVStore, net: nn.Module, data: Digits, indices: tuple[Tensor, ...]) -> float:
     """Take a step per batch, on this worker's share of it. Return the seconds until all workers are done."""
     weights = dict(net.named_parameters())
     kv.barrier()
     start = time.perf_counter()
-    for chosen in indices:
+    for chosen in track(indices, "training", transient=True, disable=kv.rank != 0):
         mine = chosen[kv.rank :: kv.num_workers]
         pushed = gradients(net, data.train_images[mine], data.train_labels[mine], len(chosen))
         kv.pushpull(pushed, out=weights)  # push the gradients, pull the new weights
-        bar.advance(bar.task_ids[0])
     kv.barrier()
     kv.pull(out=weights)  # in dist_async others may have pushed since
     return time.perf_counter() - start
@@ -94,22 +90,26 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=64, help="images per step, over all workers")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", metavar="DIR", help="save every epoch there; go on from what is there")
     args = parser.parse_args()
     data, net = load(), make_net(args.seed)
-    num_images = len(data.train_labels)
+    num_images, weights = len(data.train_labels), dict(net.named_parameters())
     with tensorkv.create(args.store) as kv:
         kv.set_optimizer(torch.optim.SGD, lr=0.05, momentum=0.9)
-        kv.init(dict(net.named_parameters()))
-        kv.pull(out=dict(net.named_parameters()))  # everybody starts from rank 0's weights
-        with Progress(disable=kv.rank != 0) as bar:
-            bar.add_task("training", total=args.epochs * -(-num_images // args.batch))
-            for epoch in range(1, args.epochs + 1):
-                seconds = train_epoch(kv, net, data, batches(num_images, args.batch, args.seed, epoch), bar)
-                if kv.rank == 0:
-                    loss, _ = evaluate(net, data.train_images, data.train_labels)
-                    _, right = evaluate(net, data.test_images, data.test_labels)
-                    speed = f"{num_images / seconds:6,.0f} images/s"
-                    print(f"epoch {epoch:2}  loss {loss:.4f}  test accuracy {right:.2%}  {speed}")
+        if args.save and Path(args.save, "tensorkv.json").exists():
+            kv.load(args.save)
+        kv.init({**weights, "epochs": torch.tensor(0)})  # where a save was loaded they stay as they are
+        kv.pull(out=weights)  # everybody starts from rank 0's weights, or those of the save
+        for epoch in range(int(kv.pull("epochs")) + 1, args.epochs + 1):
+            seconds = train_epoch(kv, net, data, batches(num_images, args.batch, args.seed, epoch))
+            if kv.rank == 0:
+                loss, _ = evaluate(net, data.train_images, data.train_labels)
+                _, right = evaluate(net, data.test_images, data.test_labels)
+                speed = f"{num_images / seconds:6,.0f} images/s"
+                print(f"epoch {epoch:2}  loss {loss:.4f}  test accuracy {right:.2%}  {speed}", flush=True)
+                kv.put("epochs", torch.tensor(epoch))
+            if args.save:
+                kv.save(args.save)
         if kv.rank == 0:
             _, right = evaluate(net, data.test_images, data.test_labels)
             print(f"{kv.kind}, {kv.num_workers} worker(s): {right:.2%} of the test images right")

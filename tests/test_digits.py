@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 import tensorkv
@@ -111,9 +110,7 @@ def _by_job(kind: str, name: str, dtype: torch.dtype, num_steps: int) -> list[Te
         net = copy.deepcopy(fresh)
         kv.set_optimizer(optimizer_class, **options)
         kv.init(dict(net.named_parameters()))
-        with Progress(disable=True) as bar:
-            bar.add_task("training", total=num_steps)
-            digits.train_epoch(kv, net, data, tuple(_steps(data, num_steps)), bar)
+        digits.train_epoch(kv, net, data, tuple(_steps(data, num_steps)))
         return _flat(net)
 
     return run_job(work, num_workers=4, num_servers=2, kind=kind)
@@ -203,3 +200,34 @@ def test_script_under_torchrun() -> None:
     assert len(epochs) == 2
     assert epochs[1][0] < epochs[0][0]
     assert last == f"dist_sync, 2 worker(s): {epochs[1][1]:.2f}% of the test images right"
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    with tensorkv.create("local") as kv:
+        kv.load(folder)
+        return {str(key): kv.pull(key) for key in kv.keys()}  # noqa: SIM118  (a store is no dict)
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(180)
+def test_script_killed_in_the_middle_goes_on_where_it_was(tmp_path: Path) -> None:
+    job = [sys.executable, "-m", "tensorkv", "run", "-n", "2", "-s", "2", "--", sys.executable, str(EXAMPLE)]
+    job += ["--epochs", "3"]
+    whole, last = _epochs([*job, "--save", str(tmp_path / "whole")])
+    killed = [*job, "--save", str(tmp_path / "killed")]
+    with subprocess.Popen(killed, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "epoch  2 " in line:  # is it saved already, or being saved? Either way the save is whole
+                break
+        process.kill()  # and with it, at once, all that it has started
+    done = subprocess.run(killed, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == last
+    assert "epoch  1 " not in done.stdout
+    assert "epoch  3 " in done.stdout
+    assert len(whole) == 3
+    expected, found = _weights(tmp_path / "whole"), _weights(tmp_path / "killed")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert int(found["epochs"]) == 3
