@@ -222,8 +222,15 @@ class Model:
 # ---- the job ---------------------------------------------------------------------------------------
 
 
+END = object()
+"""In a queue: the connection has ended."""
+
+
 class Job:
     """Two servers, a scheduler and the workers, with a queue for each direction of each connection."""
+
+    on_worker_loss = "fail"
+    dtype = torch.float32  # of all values; pushed are always float32
 
     def __init__(self, t: Any, programs: list[Program], chunk_slices: list[int], **store: bool) -> None:
         self.store = {"is_async": False, "mean": False, **store}
@@ -249,13 +256,13 @@ class Job:
         assert record.updater is not None
         return build(record.updater, FUNCTIONS[record.updater.name])
 
-    def run(self, choices: list[int], stop: int | None = None) -> None:
+    def run(self, choices: list[int], stop: int | None = None, until: Condition = lambda: False) -> None:
         """Let everything move, in an order that the numbers choose, until nothing can."""
         numbers = itertools.chain(choices, itertools.cycle((0, 1, 5, 3, 2)))
         for step in itertools.count():
             moves: list[Any] = [name for name, queue in self.queues.items() if queue]
             moves += [worker for worker in self.workers if worker.ready()]
-            if not moves or step == stop:
+            if not moves or step == stop or until():
                 return
             move = moves[next(numbers) % len(moves)]
             if isinstance(move, Worker):
@@ -269,7 +276,10 @@ class Job:
         if target == "worker":
             self.to_worker(other, (source, rank), item)
         elif target == "scheduler":
-            self.membership.handle(source, rank, item)
+            if item is END:
+                self.membership.disconnected(source, rank, "its connection ended")
+            else:
+                self.membership.handle(source, rank, item)
             for role, to_rank, message in self.membership.out:
                 self.queues["scheduler", 0, role, to_rank].append(self.over_the_wire(message))
             self.membership.out.clear()
@@ -304,6 +314,9 @@ class Job:
                 self.send_out(server, self.states[server].decide_commit(message))
             case m.Gone():
                 self.send_out(server, self.states[server].worker_gone(message.rank))
+            case m.WorkerLost():
+                self.queues["worker", message.rank, "server", server].clear()
+                self.send_out(server, self.states[server].worker_lost(message))
             case m.Lost():
                 assert message.rank in self.crashed
 
@@ -350,6 +363,22 @@ class Job:
         said_goodbye = rank in self.membership._goodbyes
         assert sorted(told) == ([] if said_goodbye else sorted(everybody))
         self.membership.out.clear()
+
+    def kill(self, rank: int, cut: Callable[[int], int]) -> None:
+        """A worker's process ends: each of its connections loses all but the first messages, as `cut` says.
+
+        What comes still comes in any order; the scheduler then learns of the end, and the others of that.
+        """
+        self.crashed.add(rank)
+        self.workers[rank].end()
+        for name, queue in self.queues.items():
+            if name[2:] == ("worker", rank):
+                self.settle([item[0] for item in queue if name[0] == "server"])
+                queue.clear()
+            if name[:2] == ("worker", rank):
+                for _ in range(cut(len(queue))):
+                    queue.pop()
+        self.queues["worker", rank, "scheduler", 0].append(END)
 
     def check_nothing_is_left(self) -> None:
         """All have left: no buffer, contribution, waiting call, lease or store is."""
@@ -401,6 +430,7 @@ class Worker:
         self.numbers = itertools.count(1)
         self.replies: dict[tuple[Any, int], list[Any]] = defaultdict(list)
         self.number_of_store = 0
+        self.calls, self.num_calls = 0, len(program)  # begun, and in all
         self.running = self.run(program)
         self.condition: Condition | None = lambda: True
 
@@ -440,7 +470,7 @@ class Worker:
                     continue
                 assert message.round not in self.faults[slice_id], "a fault was told twice"
                 self.faults[slice_id].add(message.round)
-        elif not isinstance(message, (m.Lost, m.KeysGone)):
+        elif not isinstance(message, (m.Lost, m.WorkerLost, m.KeysGone)):
             self.replies[source, message.request].append((message, tensors))
 
     def ask(self, message: Callable[[int], Any]) -> Generator[Condition, None, Any]:
@@ -465,11 +495,14 @@ class Worker:
     def run(self, program: Program) -> Generator[Condition, None, None]:
         yield from self.open()
         for kind, *op in program:
+            self.calls += 1
             yield from getattr(self, kind)(*op)
         yield from self.leave()
 
     def open(self) -> Generator[Condition, None, None]:
-        joined = yield from self.ask(lambda n: m.JoinStore(n, "default", "sync", "sum", "fail"))
+        joined = yield from self.ask(
+            lambda n: m.JoinStore(n, "default", "sync", "sum", self.job.on_worker_loss)
+        )
         self.number_of_store = joined.store
         for server in range(NUM_SERVERS):
             self.send(server, m.OpenStore(joined.store, "default", **self.job.store))
@@ -480,7 +513,8 @@ class Worker:
             yield from self.init(*SHAPES)
 
     def init(self, *keys: str) -> Generator[Condition, None, None]:
-        specs = [m.KeySpec(key, SHAPES[key], "float32", 4, False) for key in keys]
+        dtype = dtype_name(self.job.dtype)
+        specs = [m.KeySpec(key, SHAPES[key], dtype, self.job.dtype.itemsize, False) for key in keys]
         reply = yield from self.ask(lambda n: m.ProposeInit(n, self.number_of_store, specs))
         if isinstance(reply, m.Failed):
             self.results.append(reply.name)
@@ -490,10 +524,10 @@ class Worker:
             for server in {each.server for each in entry.slices} if lead else ():
                 slices = [each for each in entry.slices if each.server == server]
                 request = next(self.numbers)
-                flat = start_of(str(entry.key)).reshape(-1)
+                flat = start_of(str(entry.key)).reshape(-1).to(self.job.dtype)
                 self.send(
                     server,
-                    m.InitSlices(request, self.number_of_store, entry.key, entry.shape, "float32", slices),
+                    m.InitSlices(request, self.number_of_store, entry.key, entry.shape, dtype, slices),
                     *[flat[each.start : each.stop] for each in slices],
                 )
                 requests.append((("server", server), request))
@@ -637,7 +671,8 @@ class Worker:
             return len(found) == len(parts[server])
 
         yield lambda: all(done(server) for server in parts)
-        flats = {key: torch.full((torch.Size(SHAPES[key]).numel(),), float("nan")) for key in keys}
+        dtype = self.job.dtype
+        flats = {key: torch.full((torch.Size(SHAPES[key]).numel(),), torch.nan, dtype=dtype) for key in keys}
         for server, chunks in parts.items():
             for message, tensors in self.replies[("server", server), request]:
                 if isinstance(message, m.Failed):
@@ -705,8 +740,7 @@ class Worker:
         assert all(isinstance(each, m.Done) for each in done)
         for server in range(NUM_SERVERS):
             self.send(server, m.ActivateSetting(self.number_of_store, reply.number))
-        if self.job.store["is_async"]:  # where a setting holds at once, others must not come before it
-            yield from self.ask_all(lambda n: m.Flush(n, self.number_of_store))
+        yield from self.ask_all(lambda n: m.Flush(n, self.number_of_store))
         number = reply.number
         done = yield from self.ask(lambda n: m.ConcludeSetting(n, self.number_of_store, number, None))
         assert isinstance(done, m.Done)
@@ -721,6 +755,7 @@ class Worker:
             yield from self.ask_all(
                 lambda n, ids=ids: m.DeleteSlices(n, self.number_of_store, self.rank, [(key, ids)])
             )
+        self.tell(m.ConcludeDelete(self.number_of_store, reply.request))
         if self.entries.get(key) is entry:
             del self.entries[key]
 
@@ -977,3 +1012,192 @@ def check_reads(program: Program, results: list[Any], everything: dict[str, int]
                     assert bits & mine[key] == mine[key]
                     assert bits | everything[key] == everything[key]
     assert next(reads, None) is None
+
+
+# ---- losses that the others survive ------------------------------------------------------------------
+
+
+class Enduring(Job):
+    """A job that goes on without a lost worker. Float64 holds the sum of 26 powers of 4 exactly."""
+
+    on_worker_loss = "continue"
+    dtype = torch.float64
+
+    def kill_at_some_time(self, data: st.DataObject, choices: list[int]) -> None:
+        """Kill one of those that are left, early, or in the middle of one of its calls."""
+        alive = [worker for worker in self.workers if worker.rank not in self.crashed]
+        worker = data.draw(st.sampled_from(alive))
+        call = data.draw(st.integers(0, worker.num_calls))
+        self.run(choices, until=lambda: worker.calls >= call or worker.condition is None)
+        self.run(choices, data.draw(st.integers(0, 30)))
+        self.kill(worker.rank, lambda size: data.draw(st.integers(0, size)))
+
+
+@st.composite
+def programs_alike(draw: st.DrawFn, is_async: bool) -> list[Program]:
+    """All workers follow one script as far as they like: whoever waits, waits for somebody who comes."""
+    num_workers = draw(st.integers(2, 3))
+    steps: list[str] = draw(
+        st.lists(
+            st.sampled_from(["push", "push", "pull", "set"] + ["held"] * 2 * (not is_async)),
+            min_size=2,
+            max_size=7,
+        )
+    )
+    found: list[Program] = []
+    keys = [draw(st.permutations(("a", "big", "one"))) for _ in steps]
+    number = itertools.count()
+    for _ in range(num_workers):
+        program: Program = [("set", "add", None)]
+        end = draw(st.sampled_from([None, None, None, 1, 3]))
+        for kind, names in list(zip(steps, keys, strict=True))[:end]:
+            if kind == "push":
+                absent = frozenset(key for key in names if draw(st.integers(0, 5)) == 0)
+                program.append(("push", names, next(number), True, False, absent, 1, draw(st.booleans())))
+            elif kind == "held":
+                held = list(HELD)
+                program.append(("push", held, next(number), False, False, frozenset(), 1, False))
+                program += [("commit", None, False), ("pull", held)]
+            else:
+                program.append(("pull", names) if kind == "pull" else ("set", "add", None))
+        found.append(program)
+    return found
+
+
+def pushed_by(program: Program) -> dict[str, list[int]]:
+    """The numbers of a program's pushes by key, in order; -1 for an absent one."""
+    found: dict[str, list[int]] = {key: [] for key in SHAPES}
+    for kind, *op in program:
+        if kind == "push":
+            for key in op[0]:
+                found[key].append(-1 if key in op[4] else op[1])
+    return found
+
+
+def counted(value: torch.Tensor, numbers: list[int]) -> list[tuple[int, int]]:
+    """How many of these pushes, given in order, each element holds: at least, and at most.
+
+    They differ where the last are absent. No push may be there twice, and none without those before.
+    """
+    found = []
+    for element in value.reshape(-1).tolist():
+        times = [int(element) // 4**number % 4 if number >= 0 else -1 for number in numbers]
+        assert set(times) <= {0, 1, -1}, "a push was counted more than once"
+        there = [place + 1 for place, each in enumerate(times) if each == 1]
+        missing = [place for place, each in enumerate(times) if each == 0]
+        low, high = max(there, default=0), min(missing, default=len(times))
+        assert low <= high, "a push was counted, but not one before it"
+        found.append((low, high))
+    return found
+
+
+def acknowledged(program: Program, results: list[Any]) -> dict[str, int]:
+    """How many of its pushes of each key a worker knows to be counted."""
+    made = dict.fromkeys(SHAPES, 0)
+    known = dict(made)
+    reads = iter(results)
+    for kind, *op in program:
+        if kind == "push":
+            for key in op[0]:
+                made[key] += 1
+        if kind in ("pull", "commit") or (kind == "push" and op[6]):
+            if next(reads, None) is None:
+                return known
+            for key in HELD if kind == "commit" else op[0]:
+                known[key] = made[key]
+    return known
+
+
+def check_reads_of_survivors(job: Job, programs: list[Program]) -> None:
+    """A read holds all own pushes, and of others the first: in sync as many, of a lost one perhaps fewer."""
+    everything = [pushed_by(program) for program in programs]
+    for worker in job.workers:
+        made = dict.fromkeys(SHAPES, 0)
+        reads = iter(worker.results)
+        for kind, *op in programs[worker.rank]:
+            if kind == "push":
+                for key in op[0]:
+                    made[key] += 1
+            if kind == "commit" and next(reads, "applied") != "applied":
+                raise AssertionError("a commit that all asked for alike was not applied")
+            if kind != "pull" and not (kind == "push" and op[6]):
+                continue
+            for key, value in zip(op[0], next(reads, ()), strict=False):
+                for rank, pushed in enumerate(everything):
+                    for low, high in counted(value - start_of(key), pushed[key]):
+                        if rank == worker.rank:
+                            assert low <= made[key] <= high
+                        elif not job.store["is_async"]:
+                            assert low <= made[key]
+                            assert rank in job.crashed or high >= min(made[key], len(pushed[key]))
+
+
+def check_ledgers(job: Job, programs: list[Program]) -> None:
+    """What is stored holds every acknowledged push once, and others at most once, slice by slice."""
+    for key in SHAPES:
+        slices = job.slices(key)
+        if not slices:
+            assert all(worker.rank in job.crashed for worker in job.workers)
+            continue
+        bounds = [(each.start, each.stop) for each, _ in slices]
+        assert [low for low, _ in bounds] == [0, *(high for _, high in bounds[:-1])], "slices of nobody"
+        value = torch.cat([each.value.reshape(-1) for each, _ in slices])
+        for worker in job.workers:
+            numbers = pushed_by(programs[worker.rank])[key]
+            known = acknowledged(programs[worker.rank], worker.results)[key]
+            for _, high in counted(value - start_of(key).reshape(-1), numbers):
+                assert high >= (known if worker.rank in job.crashed else len(numbers))
+
+
+@settings(moderate, max_examples=250)
+@given(
+    is_async=st.sampled_from([False, False, True]),
+    choices=CHOICES,
+    chunks=CHUNKS,
+    data=st.data(),
+)
+def test_without_a_lost_worker_the_others_go_on_and_every_push_counts_as_promised(
+    t: Any, is_async: bool, choices: list[int], chunks: list[int], data: st.DataObject
+) -> None:
+    programs = data.draw(programs_alike(is_async))
+    job = Enduring(t, programs, chunks, is_async=is_async)
+    job.value_of = lambda key, rank, step, nan: torch.full(SHAPES[key], 4.0**step)
+    for _ in range(data.draw(st.integers(1, len(programs) - 1))):
+        job.kill_at_some_time(data, choices)
+    job.run(choices)
+    if job.membership.lost is not None:  # nobody was left, or no store was open yet
+        return
+    assert all(worker.condition is None for worker in job.workers), "a call hangs"
+    check_reads_of_survivors(job, programs)
+    check_ledgers(job, programs)
+    job.check_nothing_is_left()
+
+
+@settings(moderate, max_examples=150)
+@given(
+    programs=st.one_of(programs(), programs_that_delete()),
+    choices=CHOICES,
+    chunks=CHUNKS,
+    data=st.data(),
+)
+def test_a_lost_worker_leaves_nothing_behind(
+    t: Any, programs: list[Program], choices: list[int], chunks: list[int], data: st.DataObject
+) -> None:
+    """Whatever it was in: no slices that the scheduler knows nothing of, no waits, no memory."""
+    job = Enduring(t, programs, chunks)
+    job.kill_at_some_time(data, choices)
+    job.run(choices)
+    if job.membership.lost is not None:
+        return
+    known: set[int] = set()
+    for directory in job.membership._stores.values():
+        entries = [history.alive for history in directory._keys.values()]
+        entries += [entry for _, _, _, entry in directory._creating.values()]
+        known |= {each.slice_id for entry in entries if entry is not None for each in entry.slices}
+        known |= {
+            each.slice_id for gone in directory._deleting.values() for entry in gone for each in entry.slices
+        }
+    for state in job.states:
+        for shard in state._stores.values():
+            assert shard._index_of.keys() <= known
+    leave_all(job, choices)

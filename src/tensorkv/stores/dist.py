@@ -526,7 +526,8 @@ class DistStore(KVStore):
             self._job.check_open(self._store)
             for link in self._job.links:
                 link.put(m.ActivateSetting(self._store, number))
-        # In async mode another rank's push may come before the setting, unless it waits for this.
+        # In async mode another rank's push may come before the setting, unless it waits for this. And a
+        # setting is concluded when it is on its way no more, so that the loss of this worker undoes nothing.
         self._job.ask_all(lambda n: m.Flush(n, self._store), what, self._timeout_s, self._store)
         self._conclude(m.ConcludeSetting(0, self._store, number, None), what)
 
