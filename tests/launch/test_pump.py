@@ -107,3 +107,15 @@ def test_one_that_was_never_started_is_closed_too() -> None:
     pump.close()
     assert read.closed
     write.close()
+
+
+def test_the_launcher_says_a_line_meanwhile() -> None:
+    paper, over = Paper(), threading.Event()
+    pump = Pump(Output({"stdout": paper, "stderr": paper}), over.set)
+    pump.start()
+    pump.say("nothing waits")
+    assert paper.written.acquire(timeout=DEADLINE_S)
+    assert paper.text == "tensorkv: nothing waits\n"
+    pump.finish()
+    assert over.wait(DEADLINE_S)
+    pump.close()

@@ -75,3 +75,12 @@ def test_only_the_main_thread_has_signals() -> None:
     thread.start()
     thread.join(10.0)
     assert errors == ["a job is run from the main thread, where signals arrive"]
+
+
+def test_a_wish_for_a_report_is_no_wish_to_end() -> None:
+    with SignalInbox() as inbox:
+        assert not inbox.take_report()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert inbox.wait(10.0) == []
+        assert inbox.take_report()
+        assert not inbox.take_report()

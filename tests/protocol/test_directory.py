@@ -482,3 +482,16 @@ def test_calls_that_wait_without_end_are_refused(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(ProtocolError, match="rank 1 waits for 3 answers already"):
             ask(1)
         assert ask(2) == []
+
+
+def test_a_report_tells_which_calls_wait_and_for_whom() -> None:
+    desk = Desk(3)
+    assert desk.directory.report() == []
+    desk.ask("barrier", 0, m.Barrier)
+    desk.init(2, m.KeySpec("w", (2,), "float32", 4, False))
+    desk.ask("propose_setting", 1, m.ProposeSetting, m.SettingRecord(keys=None, options={}))
+    assert desk.directory.report() == [
+        "worker 0, in a barrier, waits for worker 1, 2",
+        "worker 2, in init of 'w', waits for worker 0",
+        "worker 1, in setting number 1, waits for worker 0",
+    ]

@@ -433,3 +433,13 @@ def test_workers_are_counted_that_have_come_and_that_are_there() -> None:
     assert of.count_workers() == (2, 1)
     of.disconnected("worker", 0, "its connection ended")
     assert of.count_workers() == (2, 0)
+
+
+def test_a_report_tells_who_is_absent_and_who_waits() -> None:
+    made = job(joined=False)
+    made.handle("worker", 1, m.Register("", 0, "w1", 1))
+    assert made.report() == [f"{who} has not joined" for who in ("worker 0", "server 0", "server 1")]
+    made = job()
+    join(made, 1, "weights")
+    tell(made, 1, m.Barrier(2, 1))
+    assert made.report() == ["store 'weights': worker 1, in a barrier, waits for worker 0"]

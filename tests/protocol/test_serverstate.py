@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tensorkv.errors import ProtocolError
+from tensorkv.protocol import shard
 from tensorkv.wire import messages as m
 
 
@@ -230,3 +231,35 @@ def test_what_a_lost_worker_was_about_to_create_or_delete_goes(t: Any) -> None:
     assert (failed.worker, str(t.error_of(failed.message))) == (0, "key 'old' was deleted by rank 1")
     assert bench.shard._index_of.keys() == {kept}
     bench.check_empty()
+
+
+def test_a_report_tells_whom_each_open_round_waits_for(t: Any) -> None:
+    bench = t.Bench(3)
+    (w,), (b,), _ = (bench.init(key, torch.zeros(1)) for key in ("w", "b", "c"))
+    assert bench.state.report() == []
+    plans = [bench.define(rank, t.dense([w], [1]), t.dense([b], [1])) for rank in range(3)]
+    bench.push(0, plans[0], torch.ones(1))
+    bench.push(0, plans[0], torch.ones(1), chunk=1, apply=False)
+    bench.push(1, plans[1], torch.ones(1), chunk=1, apply=False)
+    assert bench.state.report() == [
+        "store 'default': round 1 of 'w' waits for workers 1, 2",
+        "store 'default': round 1 of 'b' waits for worker 2",
+    ]
+    bench.push(2, plans[2], torch.ones(1), chunk=1, apply=False)
+    bench.send(1, m.Commit(7, 1, None, False, False))
+    assert bench.state.report() == [
+        "store 'default': round 1 of 'w' waits for workers 1, 2",
+        "store 'default': round 1 of 'b', to be committed waits for workers 0, 2",
+        "store 'default': commit 1 waits for workers 0, 2",
+    ]
+
+
+def test_a_long_report_is_cut(t: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "MAX_REPORTED", 2)
+    bench = t.Bench(2)
+    ids = [bench.init(key, torch.zeros(1))[0] for key in "abcde"]
+    bench.push(0, bench.define(0, t.dense(ids, [1] * 5)), torch.ones(5))
+    assert bench.state.report()[1:] == [
+        "store 'default': round 1 of 'b' waits for worker 1",
+        "store 'default': and 3 more",
+    ]

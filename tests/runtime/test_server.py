@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -542,13 +543,16 @@ def test_the_module_outside_a_job() -> None:
 
 
 @pytest.fixture
-def in_job(monkeypatch: pytest.MonkeyPatch) -> Callable[[JobConfig], None]:
+def in_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[JobConfig], None]]:
+    before = {each: signal.getsignal(each) for each in (signal.SIGUSR1, signal.SIGTERM)}
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)  # this process is not the server's
 
     def enter(config: JobConfig) -> None:
         os.environ.update(config.to_env())
 
-    return enter
+    yield enter
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def test_main_serves_until_the_job_is_over(

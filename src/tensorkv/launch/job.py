@@ -37,6 +37,7 @@ from tensorkv.launch.supervisor import (
     Supervisor,
     Terminate,
 )
+from tensorkv.runtime.signals import handles
 
 _CHILD = Path(__file__).with_name("child.py")
 _GUARD = Path(__file__).with_name("guard.py")
@@ -110,6 +111,7 @@ class Job:
             returns those that it does not reach since they are still starting: they get a SIGTERM.
         first_lost: which process the scheduler lost first, where it knows.
         on_worker_done: called with the rank of each worker that has ended with 0.
+        report: returns lines for SIGUSR1; every process that handles this signal gets it, too.
         goes_on: called with a worker that has failed, and how it ended (its status, or -signal); returns
             whether the job goes on without it.
         grace_s, server_stop_s: see `supervisor`.
@@ -123,6 +125,7 @@ class Job:
         stop_servers: Callable[[], Iterable[Node]],
         first_lost: Callable[[], Node | None] = lambda: None,
         on_worker_done: Callable[[int], None] = lambda rank: None,
+        report: Callable[[], Iterable[str]] = tuple,
         goes_on: Callable[[Node, int], bool] = lambda node, returncode: False,
         grace_s: float = GRACE_S,
         server_stop_s: float = SERVER_STOP_S,
@@ -132,6 +135,7 @@ class Job:
         self._stop_servers = stop_servers
         self._first_lost = first_lost
         self._on_worker_done = on_worker_done
+        self._report = report
         self._goes_on = goes_on
         self._supervisor = Supervisor(
             [spec.node for spec in specs], grace_s=grace_s, server_stop_s=server_stop_s
@@ -178,6 +182,8 @@ class Job:
             signals = inbox.wait(timeout_s)
             now = time.monotonic()
             actions: list[Action] = []
+            if inbox.take_report():
+                self._tell(pump)
             for signum in signals:
                 actions += supervisor.signalled(signum, now)
             if pump.done:
@@ -194,6 +200,19 @@ class Job:
                 if isinstance(action, Finish):
                     return action
                 self._perform(action)
+
+    def _tell(self, pump: Pump) -> None:
+        """Say what the scheduler waits for, and have every process that can say what it waits for."""
+        for line in list(self._report()) or ["nothing waits at the scheduler"]:
+            pump.say(line)
+        for node in self._supervisor.alive:
+            pid = self._processes[node].pid
+            if handles(pid, signal.SIGUSR1):
+                os.kill(pid, signal.SIGUSR1)
+            else:
+                pump.say(
+                    f"{node} (process {pid}) cannot be asked: it has not joined, or is a script around it"
+                )
 
     def _spared(self, exits: Mapping[Node, int]) -> list[Node]:
         """Return the workers whose failure the job survives. Nobody asks once the job is ending."""

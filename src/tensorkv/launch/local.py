@@ -210,6 +210,7 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
             first_lost=first_lost,
             on_worker_done=scheduler.worker_exited,
             goes_on=goes_on,
+            report=scheduler.report,
         ).run()
     finally:
         scheduler.stop()

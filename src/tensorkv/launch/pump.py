@@ -6,6 +6,7 @@ import os
 import selectors
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import IO, final
 
@@ -34,6 +35,7 @@ class Pump:
         self._notify = notify
         self._selector = selectors.DefaultSelector()
         self._pipes: dict[int, IO[bytes]] = {}
+        self._said: deque[str] = deque()
         self._wake_read, self._wake_write = os.pipe()
         self._finishing = threading.Event()
         self._done = threading.Event()
@@ -55,6 +57,11 @@ class Pump:
         """Start the thread."""
         self._selector.register(self._wake_read, selectors.EVENT_READ)
         self._thread.start()
+
+    def say(self, text: str) -> None:
+        """Have the thread write a line of the launcher itself. Never blocks."""
+        self._said.append(text)
+        os.write(self._wake_write, b"\0")
 
     def finish(self) -> None:
         """Have the thread end when it has read what the pipes hold now. Does not wait for it.
@@ -95,6 +102,8 @@ class Pump:
         for key, _ in self._selector.select(timeout_s):
             if key.data is None:
                 os.read(self._wake_read, _READ_BYTES)
+                while self._said:
+                    self._output.say(self._said.popleft())
                 continue
             found = True
             node, stream = key.data

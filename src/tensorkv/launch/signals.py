@@ -15,13 +15,14 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @final
 class SignalInbox:
-    """While entered, collects SIGINT, SIGTERM, SIGHUP and SIGCHLD. In the main thread only.
+    """While entered, collects SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGCHLD. In the main thread only.
 
     An ignored SIGHUP stays ignored (nohup).
     """
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
+        self._report_asked = False
 
     def __enter__(self) -> SignalInbox:
         if threading.current_thread() is not threading.main_thread():
@@ -30,7 +31,7 @@ class SignalInbox:
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         self._wakeup_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        for signum in (*_ENDING, signal.SIGCHLD):
+        for signum in (*_ENDING, signal.SIGUSR1, signal.SIGCHLD):
             if signum == signal.SIGHUP and signal.getsignal(signum) is signal.SIG_IGN:
                 continue
             self._before[signum] = signal.signal(signum, _note)
@@ -54,7 +55,13 @@ class SignalInbox:
         """Wait for a signal or `wake`; return the signals that ask to end, in order of arrival."""
         ready, _, _ = select.select([self._read], [], [], timeout_s)
         received = os.read(self._read, 4096) if ready else b""
+        self._report_asked = self._report_asked or signal.SIGUSR1 in received
         return [number for number in received if number in _ENDING]
+
+    def take_report(self) -> bool:
+        """Whether a SIGUSR1 has been received since the last call."""
+        asked, self._report_asked = self._report_asked, False
+        return asked
 
 
 def _note(signum: int, frame: FrameType | None) -> None:

@@ -508,6 +508,19 @@ class Directory:
                 return m.Waiting(request, [self.setting_rank], f"setting number {number}")
         return None
 
+    def report(self) -> list[str]:
+        """Say which calls wait here, and for which workers."""
+        calls = [*self._barrier.items()]
+        calls += [(rank, each.request) for rank, each in self._waiting_inits]
+        calls += [(rank, each.request) for rank, each in self._waiting_settings]
+        lines: list[str] = []
+        for rank, request in calls:
+            waiting = self.waiting(rank, request)
+            if waiting is not None:
+                missing = ", ".join(map(str, waiting.ranks))
+                lines.append(f"worker {rank}, in {waiting.where}, waits for worker {missing}")
+        return lines
+
     def _retry(self) -> None:
         """Answer whatever can be answered now."""
         again = True

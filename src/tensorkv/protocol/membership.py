@@ -272,6 +272,17 @@ class Membership:
         """The job is over: tell the servers."""
         self._to_servers(m.Stop())
 
+    def report(self) -> list[str]:
+        """Say who has not joined yet, and which calls wait at the scheduler."""
+        places = [("worker", rank) for rank in range(self.num_workers) if rank not in self._goodbyes]
+        places += [("server", rank) for rank in range(self.num_servers)]
+        lines = [
+            f"{role} {rank} has not joined" for role, rank in places if (role, rank) not in self._processes
+        ]
+        for directory in self._stores.values():
+            lines += [f"store {directory.opened.name!r}: {line}" for line in directory.report()]
+        return lines
+
     def _to_servers(self, message: m.Message) -> None:
         for rank in range(self.num_servers):
             self.out.append(("server", rank, message))

@@ -201,6 +201,14 @@ class ServerState:
             shard.end()
             del self._stores[shard.store]
 
+    def report(self) -> list[str]:
+        """Say of each store whom its open rounds wait for, a line per key and round."""
+        return [
+            f"store {shard.name!r}: {line}"
+            for shard in list(self._stores.values())
+            for line in shard.report()
+        ]
+
     def decide_commit(self, decision: m.CommitDecision) -> list[Outgoing]:
         """Take in the scheduler's decision on a commit."""
         shard = self._stores.get(decision.store)

@@ -45,6 +45,8 @@ from tensorkv.updater import Setting, SettingsTable, Update, apply_all
 from tensorkv.wire import messages as m
 
 MAX_TOMBSTONES = 4096
+MAX_REPORTED = 50
+"""So many open rounds of a store are told of one by one."""
 MAX_PLANNED = 1 << 24
 PLAN_WEIGHT = 1024
 CHUNK_WEIGHT = 16
@@ -125,6 +127,7 @@ class StoreShard:
         max_payload_bytes: int = 1 << 62,
     ) -> None:
         self.store = opened.store
+        self.name = opened.name
         self.is_async = opened.is_async
         self.mean = opened.mean
         self.rounds = Rounds(num_workers)
@@ -1069,9 +1072,30 @@ class StoreShard:
             return [w for w in members if w not in self._commit.asked], f"{where}, to be committed"
         return self.rounds.missing(index), where
 
+    def report(self) -> list[str]:
+        """Say whom each open round waits for, one line per key and round; and whom the commit."""
+        self.general()
+        lines: dict[str, None] = {}
+        for index in sorted(self._slices):
+            if index in self._held or (self.rounds.pushed[:, index] > self.rounds.merged[index]).any():
+                ranks, where = self._missing_round(index)
+                lines[f"{where} waits for {_workers(ranks)}"] = None
+        if self._commit.asked:
+            members = np.flatnonzero(~self.rounds.left).tolist()
+            ranks = [worker for worker in members if worker not in self._commit.asked]
+            lines[f"commit {self._commit.number} waits for {_workers(ranks)}"] = None
+        more = [f"and {len(lines) - MAX_REPORTED} more"] if len(lines) > MAX_REPORTED else []
+        return [*list(lines)[:MAX_REPORTED], *more]
+
     def _reply(self, worker: int, message: Any) -> None:
         if not self.rounds.left[worker] or isinstance(message, m.Done):
             self.out.append(Outgoing(worker, message))
+
+
+def _workers(ranks: list[int]) -> str:
+    if not ranks:
+        return "the scheduler"
+    return f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _is_cast(pushed: torch.dtype, stored: torch.dtype) -> bool:

@@ -21,7 +21,9 @@ from tensorkv.runtime.code import CodeTable
 from tensorkv.runtime.control import ControlClient
 from tensorkv.runtime.handshake import connect_as
 from tensorkv.runtime.link import ServerLink, SingleReply
+from tensorkv.runtime.signals import WorkerSignals
 from tensorkv.runtime.waits import Wait
+from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
 
 logger = logging.getLogger(__name__)
@@ -225,14 +227,23 @@ def join(config: JobConfig) -> Job:
                 raise _forked(config, next(iter(_joined)))
             job = Job(config)
             _joined[os.getpid()] = job
-            atexit.register(leave, job)
+            who = f"worker {config.rank} (process {os.getpid()} on {hostname()})"
+            atexit.register(leave, job, WorkerSignals(who))
         return job
 
 
-def leave(job: Job) -> None:
+def leave(job: Job, signals: WorkerSignals | None = None) -> None:
     """Leave the job as the interpreter exits: in good order, or as lost after an uncaught exception."""
     if _joined.get(os.getpid()) is not job or job.closed:
         return
+    try:
+        _leave(job)
+    finally:
+        if signals is not None:
+            signals.stop()
+
+
+def _leave(job: Job) -> None:
     uncaught = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
     if uncaught is not None:
         job.close(m.Abandon(f"it ended with {type(uncaught).__name__}: {uncaught}"))

@@ -92,6 +92,11 @@ class SchedulerServer:
         with self._lock:
             return self._membership.count_workers()
 
+    def report(self) -> list[str]:
+        """Return lines that tell who has not joined, and which calls wait at the scheduler."""
+        with self._lock:
+            return self._membership.report()
+
     def worker_exited(self, rank: int) -> None:
         """The launcher has seen a worker end with status 0; perhaps it never opened a store."""
         with self._lock:

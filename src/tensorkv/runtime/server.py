@@ -14,6 +14,7 @@ import gc
 import logging
 import os
 import select
+import signal
 import sys
 import threading
 from collections import deque
@@ -93,6 +94,8 @@ class Server:
         self._listener = listen(config.host)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._ended = threading.Event()
+        self._report_wanted = False
+        self.terminated = False
         self._failure: TensorKVError | None = None
         self._scheduler: _Peer | None = None
 
@@ -116,6 +119,16 @@ class Server:
         """Block until the job is over, and return why it failed, None if it did not."""
         self._ended.wait()
         return self._failure
+
+    def ask_report(self) -> None:
+        """Have the loop write to stderr which rounds are open. For a signal handler: takes no lock."""
+        self._report_wanted = True
+        os.eventfd_write(self._wake, 1)
+
+    def terminate(self) -> None:
+        """Have the loop give up the job, as lost. For a signal handler: takes no lock."""
+        self.terminated = True
+        os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:
         """End all connections and threads. Blocks for a few seconds at most."""
@@ -218,6 +231,7 @@ class Server:
             polled = [descriptor for descriptor, _ in poller.poll(0 if unread else TICK_S * 1000)]
             if self._wake in polled:
                 os.eventfd_read(self._wake)
+                self._serve_signals()
                 for peer in self._take_arrived():
                     admit(peer)
             ready = dict.fromkeys([*unread, *polled])
@@ -228,6 +242,20 @@ class Server:
                 if descriptor in peers and peers[descriptor].ended:
                     poller.unregister(descriptor)
                     del peers[descriptor]
+
+    def _serve_signals(self) -> None:
+        """Do what a signal handler has asked for."""
+        if self._report_wanted:
+            self._report_wanted = False
+            who = f"server {self._config.rank} (process {os.getpid()} on {hostname()})"
+            lines = [f"  {line}" for line in self._state.report()] or ["  no round is open"]
+            sys.stderr.write("\n".join([f"tensorkv: {who}:", *lines, ""]))
+            sys.stderr.flush()
+        if self.terminated and not self._ended.is_set():
+            assert self._scheduler is not None
+            self._scheduler.sender.put([encode(m.Abandon("it was ended by SIGTERM"))])
+            self._scheduler.sender.pump()
+            self._end(None)
 
     def _take_arrived(self) -> list[_Peer]:
         with self._lock:
@@ -354,6 +382,19 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def _handle_signals(server: Server) -> None:
+    if threading.current_thread() is threading.main_thread():  # only there can it be done
+        signal.signal(signal.SIGUSR1, lambda signum, frame: server.ask_report())
+        signal.signal(signal.SIGTERM, lambda signum, frame: server.terminate())
+
+
+def _end_signals() -> None:
+    """The process is about to end: SIGUSR1 does nothing from now on."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def main() -> int:
     """Run a server process until the job is over; return its exit status."""
     try:
@@ -365,10 +406,14 @@ def main() -> int:
         logging.basicConfig(format="%(name)s: %(message)s")
         server = Server(config, updater_loader(config.allow_import))
         try:
+            _handle_signals(server)
             server.start()
             failure = server.wait()
         finally:
+            _end_signals()
             server.stop()
+        if server.terminated:
+            signal.raise_signal(signal.SIGTERM)  # so that the status tells
     except TensorKVError as error:
         sys.stderr.write(f"tensorkv server: {error}\n")
         return 1
