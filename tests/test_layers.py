@@ -45,6 +45,9 @@ TORCH_FREE = [
     "tensorkv.savedstate",
     "tensorkv.functions",
     "tensorkv.launch.local",
+    "tensorkv.launch.keeper",
+    "tensorkv.launch.spawn",
+    "tensorkv.launch.torchrun",
     "tensorkv.runtime.scheduler",
     "tensorkv.cli.main",
 ]
