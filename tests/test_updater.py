@@ -11,10 +11,12 @@ import torch
 from tensorkv.errors import (
     InvalidOption,
     InvalidValue,
+    LoadError,
     UnknownUpdater,
     UnsupportedOptimizer,
     UpdaterError,
 )
+from tensorkv.savedstate import SavedSettings, SettingEntry
 from tensorkv.updater import (
     ELEMENTWISE_OPTIMIZERS,
     FunctionUpdater,
@@ -30,6 +32,7 @@ from tensorkv.updater import (
     make_optimizer,
     named_spec,
     optimizer_spec,
+    restored_settings,
 )
 from tensorkv.updaterspec import UpdaterSpec
 
@@ -421,3 +424,73 @@ def test_whatever_an_optimizer_raises_at_its_options_is_an_invalid_option(betas:
     """Adam looks at betas[1] before it looks at how many there are."""
     with pytest.raises(InvalidOption, match="Adam refuses"):
         make_optimizer(torch.optim.Adam, [torch.nn.Parameter(torch.zeros(2))], {"betas": betas})
+
+
+class TestSavedSettings:
+    def test_a_table_comes_back_with_its_options_and_calls(self) -> None:
+        table = SettingsTable()
+        table.set_updater(optimizer("sgd", lr=0.1, momentum=0.5), None)
+        table.set_options({"lr": 0.2}, ("w",))
+        table.set_updater(optimizer("adam", betas=(0.5, 0.75)), ("a", "b"))
+        saved = table.describe()
+        assert [spec.name.rpartition(":")[2] for spec in saved.updaters] == ["SGD", "Adam"]
+        assert [entry.keys for entry in saved.entries] == [None, ("w",), ("a", "b")]
+        back = restored_settings(saved, SettingsTable())
+        assert back.describe() == saved
+        assert back.setting("w").updater is back.setting("other").updater
+        assert back.setting("w").options == {"lr": 0.2, "momentum": 0.5}
+        kept = back.setting("a").updater
+        back.set_updater(optimizer("adam", betas=[0.5, 0.75]), ("a",))  # as it comes when it has travelled
+        assert back.setting("a").updater is kept
+
+    def test_options_that_are_refused(self) -> None:
+        table = SettingsTable()
+        table.set_updater(optimizer("sgd", lr=0.1), None)
+        (entry,) = table.describe().entries
+        bad = SavedSettings(table.describe().updaters, [SettingEntry(None, 0, {"lr": -1.0}, entry.asked)])
+        with pytest.raises(LoadError, match="SGD"):
+            restored_settings(bad, SettingsTable())
+
+    def test_state_goes_on_bit_for_bit(self) -> None:
+        def step(updater: OptimizerUpdater, slot: int, value: torch.Tensor) -> None:
+            (failure,) = updater.apply([Update(slot, "w", torch.ones(4), value)], {"lr": 0.1})
+            assert failure is None
+
+        first, value = optimizer("adam", lr=0.1), torch.arange(4.0)
+        step(first, 1, value)
+        state = {name: each.clone() for name, each in first.state(1).items()}
+        second, copied = optimizer("adam", lr=0.1), value.clone()
+        second.restore(7, state)
+        assert second.state(7) is state
+        step(first, 1, value)
+        step(second, 7, copied)
+        assert torch.equal(value, copied)
+        assert float(second.state(7)["step"]) == 2
+        second.restore(7, {})
+        assert second.state(7) == {}
+        assert second.state(8) == {}
+
+    def test_what_is_awaited_refuses_and_keeps_its_state(self) -> None:
+        class Mine(torch.optim.SGD):
+            pass
+
+        made = build(optimizer_spec(Mine, {"lr": 1.0, "momentum": 0.5}), Mine)
+        table = SettingsTable()
+        table.set_updater(made, None)
+        back = restored_settings(table.describe(), SettingsTable())
+        awaited = back.setting("w").updater
+        awaited.restore(3, {"momentum_buffer": torch.ones(2)})
+        (failure,) = awaited.apply([Update(3, "w", torch.ones(2), torch.zeros(2))], {})
+        assert isinstance(failure, UpdaterError)
+        assert "set_optimizer" in str(failure)
+        back.set_updater(build(optimizer_spec(Mine, {"lr": 1.0, "momentum": 0.5}), Mine), None)
+        value = torch.zeros(2)
+        setting = back.setting("w")
+        assert setting.updater.apply([Update(3, "w", torch.ones(2), value)], setting.options) == [None]
+        assert value.tolist() == [-1.5, -1.5]
+        assert restored_settings(table.describe(), table).setting("w").updater.spec == made.spec
+
+    def test_an_updater_without_state_is_given_none(self) -> None:
+        build(named_spec("add")).restore(1, {})
+        with pytest.raises(LoadError, match="'add' keeps no state"):
+            build(named_spec("add")).restore(1, {"step": 1})

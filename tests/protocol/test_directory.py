@@ -20,6 +20,7 @@ from tensorkv.errors import (
 )
 from tensorkv.protocol import directory as directory_module
 from tensorkv.protocol.directory import CommitReduction, Directory, Placement
+from tensorkv.savedstate import SavedSettings, SettingEntry
 from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.wire import messages as m
 
@@ -495,3 +496,110 @@ def test_a_report_tells_which_calls_wait_and_for_whom() -> None:
         "worker 2, in init of 'w', waits for worker 0",
         "worker 1, in setting number 1, waits for worker 0",
     ]
+
+
+# ---- loading -----------------------------------------------------------------------------------------
+
+ADD = SavedSettings([UpdaterSpec(type="named", name="add")], [SettingEntry(None, 0, {}, None)])
+MUON = SavedSettings(
+    [UpdaterSpec(type="optimizer", name="torch.optim:Muon", elementwise=False)],
+    [SettingEntry(None, 0, {}, None)],
+)
+
+
+def lead_load(desk: Desk, settings: SavedSettings, *specs: m.KeySpec) -> Any:
+    """Let all ranks call load, and the lowest propose the keys; return what it is answered."""
+    for rank in sorted(desk.directory.members):
+        desk.ask("together", rank, m.Together, "load('x')")
+    ((_, reply),) = desk.ask("propose_load", 0, m.ProposeLoad, list(specs), settings)
+    return reply
+
+
+def test_a_load_creates_generations_whose_init_only_checks() -> None:
+    desk = Desk()
+    (old,) = desk.create(spec("w", 4))
+    reply = lead_load(desk, ADD, spec("w", 4, whole=True), spec("v", 1000))
+    assert reply.replaced == [old]
+    assert [entry.generation for entry in reply.entries] == [2, 1]
+    assert desk.lookup(["w"]).entries == [old]  # not before it is concluded
+    out = desk.ask("conclude_together", 0, m.ConcludeTogether, None, ADD)
+    assert [(rank, type(answer).__name__) for rank, answer in out] == [(1, "TogetherReply"), (0, "Done")]
+    assert sorted(desk.lookup(None).entries, key=lambda e: e.key_id) == reply.entries
+    assert sum(desk.placement.load_bytes) == 16 + 4000
+    for rank in (1, 0):
+        ((_, agreed),) = desk.init(rank, spec("w", 4), spec("v", 1000))
+        assert (agreed.lead, agreed.entries) == ([False, False], reply.entries)
+    ((_, refused),) = desk.init(0, spec("v", 1000))
+    assert isinstance(from_wire(refused.name, refused.text), KeyAlreadyInitialized)
+
+
+def test_a_loaded_key_that_is_deleted_can_be_made_anew() -> None:
+    desk = Desk()
+    reply = lead_load(desk, ADD, spec("w", 4))
+    desk.ask("conclude_together", 0, m.ConcludeTogether, None, ADD)
+    desk.delete(1, reply.entries[0])
+    (made,) = desk.create(spec("w", 5))
+    assert made.generation == 2
+    ((_, agreed),) = desk.init(1, spec("w", 5))
+    assert agreed.entries == [made]
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_load_that_fails_has_not_been(leaves: bool) -> None:
+    desk = Desk()
+    (old,) = desk.create(spec("w", 4))
+    reply = lead_load(desk, ADD, spec("w", 4), spec("v", 1000))
+    if leaves:
+        gone = {key for key, _ in desk.directory.unfinished(0)}
+        assert gone == {entry.key for entry in reply.entries}
+        desk.directory.leave(0)
+        (told,) = desk.taken()
+    else:
+        told = desk.ask("conclude_together", 0, m.ConcludeTogether, ("LoadError", "torn"), None)[0]
+    assert told[0] == 1
+    assert isinstance(told[1], m.Failed)
+    assert desk.lookup(None).entries == [old]
+    assert sum(desk.placement.load_bytes) == 16
+
+
+def test_settings_of_a_load_say_what_may_be_sliced() -> None:
+    desk = Desk()
+    reply = lead_load(desk, MUON, spec("w", 1000))
+    assert len(reply.entries[0].slices) == 1
+    desk.ask("conclude_together", 0, m.ConcludeTogether, None, MUON)
+    assert len(desk.create(spec("v", 1000))[0].slices) == 1
+
+
+def test_a_load_is_refused_where_its_updater_cannot_work() -> None:
+    desk = Desk()
+    desk.create(spec("large", 1000))
+    refused = lead_load(desk, MUON, spec("w", 4))
+    assert isinstance(from_wire(refused.name, refused.text), NotElementwise)
+    desk.ask("conclude_together", 0, m.ConcludeTogether, to_wire(NotElementwise("no")), None)
+    assert len(lead_load(desk, MUON, spec("large", 1000)).entries) == 1  # it is replaced
+
+
+def test_settings_are_counted_anew_after_a_load() -> None:
+    desk = Desk()
+    record = m.SettingRecord(None, updater=UpdaterSpec(type="named", name="assign"))
+    desk.set(0, record)
+    desk.conclude_set(0, 0)  # rank 1 makes none
+    lead_load(desk, ADD)
+    desk.ask("conclude_together", 0, m.ConcludeTogether, None, ADD)
+    other = m.SettingRecord(None, options={"lr": 1.0})
+    ((_, reply),) = desk.set(0, other)
+    assert reply.lead
+    desk.conclude_set(0, reply.number)
+    ((rank, agreed),) = desk.set(1, other)
+    assert (rank, agreed.lead) == (1, False)
+
+
+def test_who_does_not_lead_cannot_load() -> None:
+    desk = Desk()
+    with pytest.raises(ProtocolError, match="does not lead"):
+        desk.ask("propose_load", 0, m.ProposeLoad, [spec("w", 4)], ADD)
+    lead_load(desk, ADD, spec("w", 4))
+    with pytest.raises(ProtocolError, match="does not lead"):
+        desk.ask("propose_load", 0, m.ProposeLoad, [spec("v", 4)], ADD)
+    with pytest.raises(ProtocolError, match="does not lead"):
+        desk.ask("propose_load", 1, m.ProposeLoad, [spec("v", 4)], ADD)
