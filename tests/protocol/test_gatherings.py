@@ -24,6 +24,7 @@ def test_the_lowest_rank_leads_when_all_are_there() -> None:
     assert gathering.begin({1, 2}) == []
     assert gathering.waiting(2, 12, {1, 2}) == m.Waiting(12, [1], "save('x')")
     assert gathering.waiting(2, 13, {1, 2}) is None
+    assert gathering.waiters() == [(2, 12)]
     assert gathering.conclude(None, SETTINGS) == [(2, m.TogetherReply(12, False, SETTINGS))]
     assert gathering.leader is None
     ask(gathering, 1)

@@ -513,6 +513,7 @@ class Directory:
         calls = [*self._barrier.items()]
         calls += [(rank, each.request) for rank, each in self._waiting_inits]
         calls += [(rank, each.request) for rank, each in self._waiting_settings]
+        calls += self._gathering.waiters()
         lines: list[str] = []
         for rank, request in calls:
             waiting = self.waiting(rank, request)

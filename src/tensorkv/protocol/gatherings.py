@@ -72,6 +72,10 @@ class Gathering:
         missing = sorted(members - set(self._asked)) if self.leader is None else [self.leader]
         return m.Waiting(request, missing, self._asked[rank].call)
 
+    def waiters(self) -> list[tuple[int, int]]:
+        """Return rank and request of those that wait: all but the leader."""
+        return [(rank, each.request) for rank, each in sorted(self._asked.items()) if rank != self.leader]
+
     def _refuse(self, error: Exception) -> Answers:
         answers: Answers = [
             (rank, m.Failed(each.request, *to_wire(error))) for rank, each in sorted(self._asked.items())
