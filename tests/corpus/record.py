@@ -8,6 +8,9 @@ written to files. What was found by fuzzing (`*-found-*`) stays as it is.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,8 @@ from tensorkv.transport.inproc import InprocConnection
 from tensorkv.wire import messages as m
 
 HERE = Path(__file__).parent
+NO_FOLDER = os.path.join(os.devnull, "folder")
+FOLDERS: dict[int, str] = {}  # by rank
 ALL = msgspec.msgpack.Decoder(
     m.HandshakeMessage | m.ToServer | m.FromServer | m.ToScheduler | m.FromScheduler
 )
@@ -87,6 +92,23 @@ def shapes(kv: KVStore) -> None:
     kv.pull("e")
 
 
+def saving(kv: KVStore) -> None:
+    kv.init("w", torch.zeros(3))
+    kv.init("big", torch.zeros(1500))
+    kv.set_optimizer("adam", lr=0.1)
+    kv.push({"w": torch.ones(3), "big": torch.ones(1500)})
+    with tempfile.TemporaryDirectory() if kv.rank == 0 else contextlib.nullcontext("") as folder:
+        FOLDERS[kv.rank] = folder
+        kv.barrier()
+        kv.save(FOLDERS[0])
+        kv.load(FOLDERS[0])
+        kv.barrier()
+    state = kv.state_dict()
+    kv.load_state_dict(state)
+    kv.push("w", torch.ones(3))
+    kv.pull("w")
+
+
 class Recorder:
     """Notes every frame that a connection of this process sends."""
 
@@ -118,17 +140,32 @@ class Recorder:
 
 
 def _portable(message: Any, frame: bytes) -> bytes:
-    """Return the frame as one process sends it to another: code by its name, no name of this host."""
+    """Return the frame as one process sends it to another: code by its name, no name or path of this host."""
+    if isinstance(message, m.Together):
+        message.call = message.call.split()[0].partition("(")[0]
+        return framed(msgspec.msgpack.encode(message))
+    if isinstance(message, (m.SaveSlices, m.LoadSlices)):
+        message.folder = NO_FOLDER
+        return framed(msgspec.msgpack.encode(message))
+    if isinstance(message, m.PrepareRestore):
+        specs = message.settings.updaters
+        message.codes = [_by_name(code, spec) for code, spec in zip(message.codes, specs, strict=True)]
+        return framed(msgspec.msgpack.encode(message))
     if isinstance(message, m.Register):
         server = bool(message.host)
         return framed(msgspec.msgpack.encode(m.Register("127.0.0.1" * server, 1 * server, "host", 1)))
     record = getattr(message, "record", None)
     if record is None or record.code is None:
         return frame
-    name = record.updater.name.rpartition(":")[2]
-    code = msgspec.structs.replace(record.code, module="torch.optim", name=name)
-    message.record = msgspec.structs.replace(record, code=code)
+    message.record = msgspec.structs.replace(record, code=_by_name(record.code, record.updater))
     return framed(msgspec.msgpack.encode(message))
+
+
+def _by_name(code: Any, spec: Any) -> Any:
+    """Return a reference to a class of torch.optim instead of to an object of this process."""
+    if code is None:
+        return None
+    return msgspec.structs.replace(code, module="torch.optim", name=spec.name.rpartition(":")[2])
 
 
 def record(name: str, program: Callable[[KVStore], None], **job: Any) -> None:
@@ -150,6 +187,7 @@ def main() -> None:
     record("commits", commits)
     record("mean", commits, reduction="mean")
     record("shapes", shapes)
+    record("saving", saving)
     record("async", basic, kind="dist_async")
 
 

@@ -11,6 +11,7 @@ from tensorkv.errors import (
     InvalidValue,
     KeyAlreadyInitialized,
     KeyNotInitialized,
+    LoadError,
     NotElementwise,
     ProtocolError,
     SettingMismatch,
@@ -603,3 +604,25 @@ def test_who_does_not_lead_cannot_load() -> None:
         desk.ask("propose_load", 0, m.ProposeLoad, [spec("v", 4)], ADD)
     with pytest.raises(ProtocolError, match="does not lead"):
         desk.ask("propose_load", 1, m.ProposeLoad, [spec("v", 4)], ADD)
+
+
+def test_settings_that_no_save_has_are_refused() -> None:
+    """Whatever the leader sends: the answers of the scheduler are for it alone."""
+    desk = Desk(1)
+    spec = m.KeySpec("w", (2,), "float32", 4, False)
+    listed = [UpdaterSpec(type="named", name="add")]
+    good = SavedSettings(listed, [SettingEntry(None, 0, {}, None)])
+    for bad in (
+        SavedSettings([], [SettingEntry(None, 0, {}, None)]),
+        SavedSettings(listed, []),
+        SavedSettings(listed, [SettingEntry(None, -1, {}, None)]),
+    ):
+        assert [type(reply) for _, reply in desk.ask("together", 0, m.Together, "load")] == [m.TogetherReply]
+        ((_, refusal),) = desk.ask("propose_load", 0, m.ProposeLoad, [spec], bad)
+        assert isinstance(from_wire(refusal.name, refusal.text), LoadError)
+        with pytest.raises(ProtocolError, match="the load"):
+            desk.ask("conclude_together", 0, m.ConcludeTogether, None, bad)
+        desk.ask("conclude_together", 0, m.ConcludeTogether, ("LoadError", "no"), None)
+    desk.ask("together", 0, m.Together, "load")
+    ((_, reply),) = desk.ask("propose_load", 0, m.ProposeLoad, [spec], good)
+    assert isinstance(reply, m.LoadReply)

@@ -62,7 +62,7 @@ def test_a_fault_of_a_server_is_found(monkeypatch: pytest.MonkeyPatch, fault: st
         return real[0](self, worker, message, payload)
 
     def payload_bytes(self: ServerState, worker: int, message: Any) -> int:
-        if fault == "grows" and isinstance(message, m.InitSlices) and message.key == "":
+        if fault == "grows" and isinstance(message, m.InitSlices) and not message.slices:
             return 1 << 60
         return real[1](self, worker, message)
 

@@ -20,6 +20,7 @@ from typing import final
 
 from tensorkv.errors import (
     InvalidValue,
+    LoadError,
     NotElementwise,
     ProtocolError,
     SettingMismatch,
@@ -36,7 +37,7 @@ from tensorkv.wire import messages as m
 from tensorkv.wire.messages import Key, KeyEntry, KeySpec, SettingRecord, SliceEntry
 
 MAX_REMEMBERED_GENERATIONS = 64
-MAX_JOB_BYTES = 1 << 46
+MAX_JOB_BYTES = 1 << 44
 """All values of a job together: what is more is a mistake, and its slices alone would fill the memory."""
 
 MAX_WAITS = 4096
@@ -382,7 +383,11 @@ class Directory:
         if rank != self._gathering.leader or self._loading:
             raise ProtocolError(f"rank {rank} loads keys, but does not lead a load")
         _check_specs(message.keys)
-        check_settings(message.settings, "the save")
+        try:
+            check_settings(message.settings, "the save")
+        except LoadError as exc:
+            self._refuse(rank, message.request, exc)
+            return
         names = {spec.key for spec in message.keys}
         histories = [self._keys.setdefault(spec.key, _KeyHistory()) for spec in message.keys]
         error = self._cannot_load(names, message.settings) or self._too_much(message.keys)
@@ -410,8 +415,17 @@ class Directory:
         return None
 
     def conclude_together(self, rank: int, message: m.ConcludeTogether) -> None:
-        """The rank that leads is done, or has failed."""
+        """The rank that leads is done, or has failed.
+
+        Raises:
+            ProtocolError: the settings cannot be those of a load.
+        """
         if rank == self._gathering.leader:
+            if message.settings is not None:
+                try:
+                    check_settings(message.settings, "the load")
+                except LoadError as exc:
+                    raise ProtocolError(str(exc)) from exc
             self._end_load(message.settings if message.error is None else None)
             self.out += self._gathering.conclude(message.error, message.settings)
         self.out.append((rank, m.Done(message.request)))

@@ -24,7 +24,7 @@ LENGTHS = (
 )  # fmt: skip
 PAYLOADS = (*LENGTHS, 1 << 40, 1 << 60, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 NUMBERS = (
-    -1, 0, 1, 2, 3, 7, 63, 64, 255, 1 << 16, (1 << 31) - 1, 1 << 31, 1 << 40, 1 << 60, (1 << 63) - 1,
+    -1, 0, 1, 2, 3, 7, 63, 64, 255, 1 << 16, (1 << 31) - 1, 1 << 31, 1 << 50, 1 << 60, (1 << 63) - 1,
     1 << 63, (1 << 64) - 1, -(1 << 31), -(1 << 63),
 )  # fmt: skip
 FLOATS = (0.0, -1.0, 1e308, -1e308, 5e-324, float("nan"), float("inf"), float("-inf"))
@@ -158,7 +158,14 @@ class Mutator:
 
     def _leaf(self, message: bytes) -> bytes:
         """Change one field, at any depth."""
-        tree = msgspec.msgpack.decode(message)
+        try:
+            tree = msgspec.msgpack.decode(message)
+        except (
+            msgspec.DecodeError,
+            UnicodeDecodeError,
+            RecursionError,
+        ):  # itself hostile: it was found
+            return self._flip(message)
         places: list[tuple[Any, Any]] = []
         _find_places(tree, places)
         if not places:

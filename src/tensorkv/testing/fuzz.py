@@ -17,9 +17,10 @@ import itertools
 import logging
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -435,12 +436,20 @@ def _until_the_end(connection: Connection, target: SocketTarget) -> None:
 def fuzz(corpus: Path, seed: int, num_frames: int, say: Callable[[str], None]) -> int:
     """Run so many frames against everything, and return how many they were.
 
-    Three quarters go to the codec, most others to the state machines, one in a hundred over sockets.
+    Three quarters go to the codec, most others to the state machines, one in a hundred over sockets. All
+    of it runs in an empty folder: a server writes files where an authenticated worker tells it to.
 
     Raises:
         Finding: something did not hold.
     """
     kept = {target: list(load(corpus, target).values()) for target in TARGETS}
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        return _fuzz_all(kept, seed, num_frames, say)
+
+
+def _fuzz_all(
+    kept: dict[str, list[Conversation]], seed: int, num_frames: int, say: Callable[[str], None]
+) -> int:
     frames = [entry.frame for each in kept.values() for conversation in each for entry in conversation]
     mutator = Mutator(seed, frames)
     total = 0
