@@ -60,3 +60,22 @@ def test_a_timeout_of_the_call_itself_passes_as_it_is() -> None:
     future.set_exception(WaitTimeout("waiting for worker 3"))
     with pytest.raises(WaitTimeout, match="worker 3"):
         Work(future, "pull").wait(5)
+
+
+def test_an_error_that_nobody_saw_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Also if it comes when the work is gone already; not one that was seen, or that every call raises."""
+    for early in (True, False):
+        for error in (WaitTimeout("waiting for worker 3"), PeerLostError("worker 3 was lost")):
+            future: Future[None] = Future()
+            work = Work(future, "push of 'w'")
+            if early:
+                future.set_exception(error)
+            del work
+            if not early:
+                future.set_exception(error)
+    text = "push of 'w' with async_op, whose Work nobody waited for: waiting for worker 3"
+    assert caplog.messages == [text] * 2
+    seen: Future[None] = Future()
+    seen.set_exception(WaitTimeout("waiting for worker 3"))
+    assert isinstance(Work(seen, "push of 'w'").exception(), WaitTimeout)
+    assert len(caplog.messages) == 2

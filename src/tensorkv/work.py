@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
+import logging
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, final
 
-from tensorkv.errors import WaitTimeout
+from tensorkv.errors import PeerLostError, WaitTimeout
+
+logger = logging.getLogger(__name__)
+
+
+def _tell_unseen(what: str, future: concurrent.futures.Future[Any]) -> None:
+    error = future.exception()
+    if error is not None and not isinstance(error, PeerLostError):  # that one every later call raises
+        logger.warning("%s with async_op, whose Work nobody waited for: %s", what, error)
 
 
 @final
@@ -20,6 +31,7 @@ class Work:
         self._future = future
         self._what = what
         self._timeout_s = timeout_s  # how long the blocking call would wait
+        self._seen = False  # whether somebody has asked how it ended
 
     @classmethod
     def completed(cls, value: Any, what: str) -> Work:
@@ -57,18 +69,26 @@ class Work:
 
     def exception(self) -> BaseException | None:
         """Return the error of a complete call, None if it succeeded. Blocks until complete."""
+        self._seen = True
         return self._future.exception()
 
     def _result(self, timeout: float | timedelta | None) -> Any:
         timeout_s = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
         if timeout_s is None:
             timeout_s = self._timeout_s
+        self._seen = True
         try:
             return self._future.result(timeout_s)
         except concurrent.futures.TimeoutError as exc:
-            if self._future.done():  # the call itself ended with a timeout of its own
+            self._seen = self._future.done()
+            if self._seen:  # the call itself ended with a timeout of its own
                 raise
             raise WaitTimeout(f"{self._what} is not complete after {timeout_s} s") from exc
+
+    def __del__(self) -> None:
+        """A call whose error nobody has seen is told of in the log: nothing else would."""
+        if not self._seen and not sys.is_finalizing():
+            self._future.add_done_callback(functools.partial(_tell_unseen, self._what))
 
     def __repr__(self) -> str:
         return f"Work({self._what}, {'completed' if self.is_completed() else 'pending'})"

@@ -91,6 +91,8 @@ class ControlClient:
             WaitTimeout: no reply in time; the text names who is missing.
             PeerLostError, or the error of a refused request.
         """
+        if self.failure is not None:  # the scheduler may go on to answer, but the job is broken
+            raise again(self.failure) from None
         number = next(self._numbers)
         wait = Wait(
             what,

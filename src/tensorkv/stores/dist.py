@@ -146,6 +146,8 @@ class DistStore(KVStore):
         try:
             self._send_values(created, what)
         except TensorKVError as error:
+            if self._job.failure() is not None:
+                raise
             self._conclude(m.ConcludeInit(0, self._store, key_ids, to_wire(error)), what)
             raise
         self._conclude(m.ConcludeInit(0, self._store, key_ids, None), what)
@@ -520,6 +522,8 @@ class DistStore(KVStore):
                 lambda n: m.PrepareSetting(n, self._store, number, record), what, self._timeout_s, self._store
             )
         except TensorKVError as error:
+            if self._job.failure() is not None:
+                raise
             self._conclude(m.ConcludeSetting(0, self._store, number, to_wire(error)), what)
             raise
         with self._job.order:
