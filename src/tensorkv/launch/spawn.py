@@ -270,9 +270,13 @@ class _Job:
     def _conclude(self, finish: Finish) -> None:
         if finish.text is None:
             return
-        words = self._tracebacks.get(finish.culprit) if finish.culprit is not None else None
+        culprit, text = finish.culprit, finish.text
+        first = self._first_lost()
+        if first in self._tracebacks:  # it has told why, but took longer to end than those that followed it
+            culprit, text = first, f"{first} failed with {status_text(1)}"
+        words = self._tracebacks.get(culprit) if culprit is not None else None
         outcome = "the job went on without it" if finish.went_on else "the job was ended"
-        raise JobFailed(f"{finish.text}; {outcome}" + (f"\n\n{words.rstrip()}" if words else ""))
+        raise JobFailed(f"{text}; {outcome}" + (f"\n\n{words.rstrip()}" if words else ""))
 
 
 def _work(
