@@ -109,6 +109,7 @@ def job_over_tcp(num_workers: int = 1) -> Iterator[EmbeddedJob]:
 def enter_job(monkeypatch: pytest.MonkeyPatch, config: JobConfig, **changes: str) -> None:
     for name, value in {**config.to_env(), **changes}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(job_module, "WorkerSignals", lambda who: None)  # pytest keeps its own handlers
 
 
 def test_create_finds_its_job_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
