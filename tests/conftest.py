@@ -10,6 +10,7 @@ import gc
 import os
 import random
 import select
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ import torch
 
 SEED = int(os.environ.get("TEST_SEED", "0"))
 GRACE_S = 10.0
+
+# Under nohup it is ignored, also in what tests start, and some of them wait for what it does.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 hypothesis.settings.register_profile("tensorkv", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("tensorkv")
