@@ -25,8 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/tensorkv run -n 4 -s 2 -- $(BIN)/python examples/digits.py
 
+# Two at a time: many tests wait for processes of their own. TESTS=path runs some.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -43,7 +44,7 @@ check: lint types test
 
 coverage: setup
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest -n 2 --dist worksteal
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -280,6 +280,8 @@ class Server:
                 if not connection.receive_now(peer.sink):
                     return False
                 self._take(peer)
+                if peer.refused is not None:  # else what it has sent already would be answered in vain
+                    raise peer.refused
                 if (connection.drained and not to_the_end) or peer.ended:
                     return False
             return True
