@@ -167,6 +167,8 @@ def split_keys(key: Any, value: Any) -> tuple[list[Any], list[Any], Form]:
     """
     if type(key) in (int, str):
         return [key], [value], Form.SINGLE
+    if type(key) is list and type(value) is list and len(key) == len(value) > 0:  # mostly, so at once
+        return key.copy(), value.copy(), Form.LIST
     if isinstance(key, Mapping):
         if value is not None:
             raise InvalidValue("a dict of keys already holds the values; leave the second argument away")
@@ -260,10 +262,9 @@ def _plain_dtypes(values: list[Any]) -> set[torch.dtype]:
     if set(map(type, values)) != _TENSORS:
         return set()
     found = set(map(_traits, values))
-    dtypes = {traits[3] for traits in found}
-    if dtypes & REFUSED_DTYPES or {traits[:3] for traits in found} != {_PLAIN}:
+    if any(traits[:3] != _PLAIN or traits[3] in REFUSED_DTYPES for traits in found):
         return set()
-    return dtypes
+    return {traits[3] for traits in found}
 
 
 def _device_list(value: Any, key: Key) -> list[torch.Tensor]:

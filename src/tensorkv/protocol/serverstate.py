@@ -48,10 +48,11 @@ class ServerState:
             ProtocolError: the message names something this worker has not defined.
         """
         match message:
+            case m.Pull():  # like a push, the message of every step
+                return 0
             case m.Push() | m.Put():
-                return (
-                    self._plan(worker, message.plan).chunk(worker, message.plan, message.chunk).payload_bytes
-                )
+                shard = self._plan(worker, message.plan)
+                return shard.chunk(worker, message.plan, message.chunk).payload_bytes
             case m.RestoreSlice():
                 return _restored_bytes(message, self._max_payload_bytes)
             case m.InitSlices():

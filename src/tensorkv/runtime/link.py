@@ -25,7 +25,7 @@ from tensorkv.errors import (
 )
 from tensorkv.runtime.sender import Sender, Sent
 from tensorkv.runtime.waits import Wait
-from tensorkv.transport.base import TICK_S, Buffer, Connection, Tick
+from tensorkv.transport.base import TICK_S, Connection, Tick
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 
@@ -129,8 +129,8 @@ class ServerLink:
         self, message: m.Message, parts: list[memoryview] | None = None, on_sent: Sent | None = None
     ) -> None:
         """Queue a message. The caller keeps the order between servers, and calls `pump` afterwards."""
-        buffers: list[Buffer] = list(parts or ())
-        self._sender.put([encode(message, sum(map(len, buffers))), *buffers], on_sent)
+        payload: list[memoryview] = parts or []
+        self._sender.put([encode(message, sum(map(len, payload))), *payload], on_sent)
 
     def pump(self) -> None:
         """Send what is queued, as far as that goes without waiting."""

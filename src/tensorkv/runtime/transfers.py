@@ -105,7 +105,11 @@ class Destinations:
     def spread(self, chunk: PlanChunk, staging: list[torch.Tensor]) -> None:
         """Copy the small pieces of a chunk from where they were received."""
         if self._plain and chunk.pick is not None:
-            torch._foreach_copy_(chunk.pick(self._firsts), staging)
+            firsts = chunk.pick(self._firsts)
+            if len(firsts) == 1:
+                firsts[0].copy_(staging[0])
+            else:
+                torch._foreach_copy_(firsts, staging)
             return
         targets: list[torch.Tensor] = []
         for piece in chunk.pieces:
