@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from tensorkv.arrays import REFUSED_DTYPES, Key, to_out, to_tensor
-from tensorkv.errors import InvalidKey, InvalidValue, LengthMismatch
+from tensorkv.errors import InvalidArgument, InvalidKey, InvalidValue, LengthMismatch
 
 _traits = attrgetter("is_cpu", "requires_grad", "layout", "dtype")
 _PLAIN = (True, False, torch.strided)
 _TENSORS = {torch.Tensor}
+_plain_seen: set[tuple[Any, ...]] = set()  # traits of tensors that need no preparation
 
 
 class _Absent(enum.Enum):
@@ -132,6 +133,8 @@ def check_keys(keys: Iterable[Any], known_type: type | None = None) -> tuple[Key
     if not checked:
         raise LengthMismatch("the list of keys is empty; pass at least one key")
     types = set(map(type, checked))
+    if known_type in types and len(types) == 1:  # mostly, so at once
+        return checked
     if not types <= {int, str}:
         bad = next(key for key in checked if type(key) not in (int, str))
         raise InvalidKey(f"key {bad!r} is {with_article(type(bad).__name__)}; a key is an int or a str")
@@ -196,13 +199,12 @@ def push_batch(key: Any, value: Any, known_type: type | None) -> PushBatch:
     """
     raw_keys, values, _ = split_keys(key, value)
     keys = check_keys(raw_keys, known_type)
-    distinct = len(set(keys)) == len(keys)
-    if distinct and _plain_dtypes(values):
-        return PushBatch(keys, singles=values)
-    tensors = [_device_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
-    if distinct:
-        return PushBatch(keys, tensors, singles=_singles(tensors))
-    return _merge_repeated(keys, tensors)
+    if len(set(keys)) == len(keys):
+        if _are_plain(values):
+            return PushBatch(keys, None, None, values)
+        tensors = _device_lists(keys, values)
+        return PushBatch(keys, tensors, None, _singles(tensors))
+    return _merge_repeated(keys, _device_lists(keys, values))
 
 
 def pull_batch(key: Any, out: Any, known_type: type | None) -> PullBatch:
@@ -220,17 +222,39 @@ def pull_batch(key: Any, out: Any, known_type: type | None) -> PullBatch:
         return PullBatch(keys, [[] for _ in keys], form, None)
     else:
         raw_keys, values, form = split_keys(key, out)
-    keys = check_keys(raw_keys, known_type)
-    plain = _plain_dtypes(values)
+    return _batch_into(check_keys(raw_keys, known_type), values, form, out)
+
+
+def pull_batch_of(pushed: PushBatch, key: Any, out: Any, known_type: type | None) -> PullBatch:
+    """Check and flatten where a pushpull writes; `key` is what it was given, `pushed` what came of that.
+
+    Raises:
+        InvalidArgument: `out` is a dict with other keys.
+        InvalidValue, InvalidOut, LengthMismatch.
+    """
+    if type(out) is list and type(key) is list and len(out) == len(pushed.keys):  # mostly, so at once
+        return _batch_into(pushed.keys, out.copy(), Form.LIST, out)
+    if isinstance(out, Mapping):
+        batch = pull_batch(None, out, known_type)
+        if batch.keys != pushed.keys and set(batch.keys) != set(pushed.keys):
+            raise InvalidArgument("pushpull pulls the keys it pushes; out has other keys than value")
+        return batch
+    batch = pull_batch(key if type(key) in (int, str) else list(pushed.keys), out, known_type)
+    if out is None and isinstance(key, Mapping):
+        batch.form = Form.DICT
+    return batch
+
+
+def _batch_into(keys: tuple[Key, ...], values: list[Any], form: Form, given: Any) -> PullBatch:
     if (
-        plain
+        _are_plain(values)
         and all(map(torch.Tensor.is_contiguous, values))
         and not any(map(torch.Tensor.is_neg, values))
-        and not any(dtype.is_complex for dtype in plain)  # those may be conjugated as they are read
+        and not any(map(torch.Tensor.is_complex, values))  # those may be conjugated as they are read
     ):
-        return PullBatch(keys, None, form, out, values)
+        return PullBatch(keys, None, form, given, values)
     outs = [_out_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
-    return PullBatch(keys, outs, form, out, _singles(outs))
+    return PullBatch(keys, outs, form, given, _singles(outs))
 
 
 def answer(batch: PullBatch, tensors: list[torch.Tensor]) -> Any:
@@ -254,17 +278,21 @@ def _singles(tensors: list[list[torch.Tensor]]) -> list[torch.Tensor] | None:
     return None
 
 
-def _plain_dtypes(values: list[Any]) -> set[torch.dtype]:
-    """Return the dtypes of CPU tensors that need no preparation; nothing if one of the values does.
-
-    A few vector operations, for a list of many.
-    """
+def _are_plain(values: list[Any]) -> bool:
+    """Whether all are CPU tensors that need no preparation. A few vector operations, for a list of many."""
     if set(map(type, values)) != _TENSORS:
-        return set()
+        return False
+    if _plain_seen.issuperset(map(_traits, values)):
+        return True
     found = set(map(_traits, values))
     if any(traits[:3] != _PLAIN or traits[3] in REFUSED_DTYPES for traits in found):
-        return set()
-    return {traits[3] for traits in found}
+        return False
+    _plain_seen.update(found)  # as many as there are dtypes
+    return True
+
+
+def _device_lists(keys: tuple[Key, ...], values: list[Any]) -> list[list[torch.Tensor]]:
+    return [_device_list(item, key) for key, item in zip(keys, values, strict=True)]
 
 
 def _device_list(value: Any, key: Key) -> list[torch.Tensor]:

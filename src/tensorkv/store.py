@@ -23,7 +23,15 @@ import torch
 
 from tensorkv.arrays import Key, check_matches, check_summable
 from tensorkv.errors import DuplicateKey, InvalidArgument, StoreClosed
-from tensorkv.keys import Form, PullBatch, PushBatch, check_keys, check_new_keys, pull_batch, push_batch
+from tensorkv.keys import (
+    PullBatch,
+    PushBatch,
+    check_keys,
+    check_new_keys,
+    pull_batch,
+    pull_batch_of,
+    push_batch,
+)
 from tensorkv.work import Work
 
 Reduction = Literal["sum", "mean"]
@@ -224,16 +232,7 @@ class KVStore(ABC):
         """
         self._check_usable("pushpull")
         pushed = push_batch(key, value, self._key_type)
-        asked: Any = key
-        if isinstance(out, Mapping):
-            asked = None
-        elif type(key) not in (int, str):
-            asked = list(pushed.keys)
-        pulled = pull_batch(asked, out, self._key_type)
-        if pulled.keys != pushed.keys and set(pulled.keys) != set(pushed.keys):
-            raise InvalidArgument("pushpull pulls the keys it pushes; out has other keys than value")
-        if isinstance(key, Mapping) and out is None:
-            pulled.form = Form.DICT
+        pulled = pull_batch_of(pushed, key, out, self._key_type)
         return self._pushpull(pushed, pulled, async_op)
 
     def broadcast(self, key: Any, value: Any, out: Any = None) -> Any:

@@ -17,8 +17,9 @@ from typing import final
 
 import numpy as np
 
-from tensorkv.protocol.layouts import Contribution, Layout
-from tensorkv.protocol.rounds import Index, Rounds
+from tensorkv.protocol.layouts import Chunk, Layout
+from tensorkv.protocol.memory import Memory
+from tensorkv.protocol.rounds import Rounds
 
 MIN_ROUNDS = 8
 """A lockstep that another list of keys ends before this many rounds is not taken up again."""
@@ -32,35 +33,30 @@ class Lockstep:
         self.layout = layout
         self.round = 0  # since the beginning
         self.version = 0
-        self.open: list[Contribution | None] = [None] * num_workers
+        self.open: list[tuple[Chunk, Memory] | None] = [None] * num_workers  # what each has pushed
         self.arrived = 0
         self.pulls: list[tuple[int, int, int]] = []  # worker, request, chunk: each waits for the open round
 
-    def add(self, contribution: Contribution) -> bool:
+    def add(self, worker: int, chunk: Chunk, payload: Memory) -> bool:
         """Take in a push, and return whether it was the last of the round."""
-        self.open[contribution.worker] = contribution
+        self.open[worker] = (chunk, payload)
         self.arrived += 1
         return self.arrived == len(self.open)
 
-    def take(self) -> list[Contribution]:
-        """The round is complete: return its contributions in rank order, and begin the next."""
-        contributions = [each for each in self.open if each is not None]
-        self.open = [None] * len(self.open)
+    def take(self) -> list[tuple[Chunk, Memory]]:
+        """The round is complete: return what was pushed in rank order, and begin the next."""
+        pushed, self.open = self.open, [None] * len(self.open)
         self.arrived = 0
         self.round += 1
-        return contributions
+        return pushed  # type: ignore[return-value]  # complete: nobody's is missing
 
-    def write_back(self, rounds: Rounds, holder: Index) -> None:
-        """Write the counters to the arrays they stand for."""
+    def write_back(self, rounds: Rounds) -> None:
+        """Write the counters of whole rounds to the arrays they stand for. Open pushes are the caller's."""
         index = self.layout.index
         rounds.pushed[:, index] += self.round
         rounds.merged[index] += self.round
         rounds.applied[index] += self.round
         rounds.version[index] += self.version
-        for worker, contribution in enumerate(self.open):
-            if contribution is not None:
-                rounds.pushed[worker, index] += 1
-                holder[worker, index] = contribution.number
 
 
 def is_at_rest(layout: Layout, rounds: Rounds) -> bool:

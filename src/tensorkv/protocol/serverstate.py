@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, final
 
 from tensorkv.errors import ProtocolError, TensorKVError, to_wire
-from tensorkv.protocol.layouts import sent_dtype, sent_size
+from tensorkv.protocol.layouts import Chunk, sent_dtype, sent_size
 from tensorkv.protocol.memory import EMPTY, BufferPool, Memory
 from tensorkv.protocol.schedule import LoadUpdater
 from tensorkv.protocol.shard import Outgoing, StoreShard
@@ -48,11 +48,10 @@ class ServerState:
             ProtocolError: the message names something this worker has not defined.
         """
         match message:
+            case m.Push() | m.Put():
+                return self._find(worker, message)[1].payload_bytes
             case m.Pull():  # like a push, the message of every step
                 return 0
-            case m.Push() | m.Put():
-                shard = self._plan(worker, message.plan)
-                return shard.chunk(worker, message.plan, message.chunk).payload_bytes
             case m.RestoreSlice():
                 return _restored_bytes(message, self._max_payload_bytes)
             case m.InitSlices():
@@ -82,6 +81,11 @@ class ServerState:
         Raises:
             ProtocolError: the worker has broken the rules; nothing of the message has taken effect.
         """
+        if type(message) is m.Push:  # the message of every step
+            shard, chunk = self._find(worker, message)
+            shard.push(worker, message, chunk, payload)
+            out, shard.out = shard.out, []
+            return out
         if isinstance(message, m.OpenStore):
             self._open(message)
             return []
@@ -112,8 +116,6 @@ class ServerState:
 
     def _dispatch(self, shard: StoreShard, worker: int, message: Any, payload: Memory) -> None:
         match message:
-            case m.Push():
-                shard.push(worker, message, payload)
             case m.Pull():
                 shard.pull(worker, message)
             case m.Put():
@@ -220,7 +222,7 @@ class ServerState:
         return out
 
     def _shard(self, worker: int, message: Any) -> StoreShard:
-        if isinstance(message, (m.Push, m.Put, m.Pull, m.DropPlan, m.WaitMerged)):
+        if isinstance(message, (m.Pull, m.Put, m.DropPlan, m.WaitMerged)):
             return self._plan(worker, message.plan)
         shard = self._stores.get(message.store)
         if shard is None:
@@ -228,6 +230,11 @@ class ServerState:
         if shard.rounds.left[worker]:
             raise ProtocolError(f"worker {worker} has left store {message.store}")
         return shard
+
+    def _find(self, worker: int, message: m.Push | m.Put) -> tuple[StoreShard, Chunk]:
+        """Return the chunk that a message names, and whose it is."""
+        shard = self._plan(worker, message.plan)
+        return shard, shard.chunk(worker, message.plan, message.chunk)
 
     def _plan(self, worker: int, plan: int) -> StoreShard:
         shard = self._store_of_plan.get((worker, plan))

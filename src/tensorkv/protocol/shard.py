@@ -335,14 +335,19 @@ class StoreShard:
 
     # ---- push ------------------------------------------------------------------------------------
 
-    def push(self, worker: int, message: m.Push, payload: Memory) -> None:
-        """Take in a worker's contribution; `payload` is uint8, from the pool, and now the shard's."""
-        chunk = self.chunk(worker, message.plan, message.chunk)
+    def push(self, worker: int, message: m.Push, chunk: Chunk, payload: Memory) -> None:
+        """Take in a worker's contribution; `payload` is uint8, from the pool, and now the shard's.
+
+        `chunk` is the one that the message names.
+        """
         layout = chunk.layout
         lockstep = layout.lockstep or self._begin_lockstep(layout)
         if lockstep is not None:
             if message.apply and chunk.plain and lockstep.open[worker] is None:
-                self._push_in_lockstep(lockstep, worker, message, chunk, payload)
+                if message.reply:
+                    lockstep.pulls.append((worker, message.reply, message.chunk))
+                if lockstep.add(worker, chunk, payload):
+                    self._finish_in_lockstep(lockstep, layout)
                 return
             self._end_lockstep(lockstep)
         if not self.is_async:
@@ -353,9 +358,7 @@ class StoreShard:
             self._pool.give(payload)
             self._answer_push(worker, message, chunk)
             return
-        contribution = self._contribution(worker, chunk, payload, message.apply)
-        self._contributions[contribution.number] = contribution
-        self._holder[worker, layout.index] = contribution.number
+        self._contribute(worker, chunk, payload, message.apply)
         if self.is_async:
             self.rounds.push_alone(worker, layout.index)
             self._apply(layout.index, [worker])
@@ -363,9 +366,10 @@ class StoreShard:
             self._merge(self.rounds.push(worker, layout.index))
         self._answer_push(worker, message, chunk)
 
-    def _contribution(self, worker: int, chunk: Chunk, payload: Memory, apply: bool) -> Contribution:
+    def _contribute(self, worker: int, chunk: Chunk, payload: Memory, apply: bool) -> None:
+        """Leave a contribution with each slice of a chunk."""
         self._next_contribution += 1
-        return Contribution(
+        contribution = Contribution(
             number=self._next_contribution,
             worker=worker,
             layout=chunk.layout,
@@ -376,6 +380,8 @@ class StoreShard:
             apply=apply,
             live=len(chunk.layout.slices),
         )
+        self._contributions[contribution.number] = contribution
+        self._holder[worker, chunk.layout.index] = contribution.number
 
     def _check_may_push(self, worker: int, layout: Layout) -> None:
         if not self.rounds.may_push(worker, layout.index).all():
@@ -463,27 +469,24 @@ class StoreShard:
         self._locksteps.update(dict.fromkeys(layout.position, lockstep))
         return lockstep
 
-    def _push_in_lockstep(
-        self, lockstep: Lockstep, worker: int, message: m.Push, chunk: Chunk, payload: Memory
-    ) -> None:
-        last = lockstep.add(self._contribution(worker, chunk, payload, True))
-        if message.reply:
-            lockstep.pulls.append((worker, message.reply, message.chunk))
-        if not last:
-            return
-        contributions = lockstep.take()
+    def _finish_in_lockstep(self, lockstep: Lockstep, layout: Layout) -> None:
+        """All have pushed: add it up, and answer those who wait for the round."""
+        pushed = lockstep.take()
         try:
-            lockstep.version += self._assign_runs(chunk.layout, contributions)
+            present = [each for each in pushed if not each[0].absent]
+            divisor = sum(chunk.counts[0] for chunk, _ in present) if self.mean else 1
+            parts = [(chunk.dtype, memory) for chunk, memory in present]
+            lockstep.version += self._assign_runs(layout, parts, divisor)
         except Exception as exc:  # noqa: BLE001  # as in `_apply`
-            round_number = int(self.rounds.applied[chunk.layout.index[0]]) + lockstep.round
-            ids = [each.slice_id for each in chunk.layout.slices]
-            for each in contributions:
-                self._reply(each.worker, self._sum_fault(ids, round_number, exc))
-        for each in contributions:
-            self._pool.give(each.buffer)
-        pulls, lockstep.pulls = lockstep.pulls, []
-        for worker, request, number in pulls:
-            self._send_chunk(worker, request, number, chunk.layout)
+            round_number = int(self.rounds.applied[layout.index[0]]) + lockstep.round
+            ids = [each.slice_id for each in layout.slices]
+            for worker in range(len(pushed)):
+                self._reply(worker, self._sum_fault(ids, round_number, exc))
+        for _, memory in pushed:
+            self._pool.give(memory)
+        if lockstep.pulls:
+            pulls, lockstep.pulls = lockstep.pulls, []
+            self._send_chunks(pulls, layout)
 
     def _end_lockstep(self, lockstep: Lockstep) -> None:
         """Write a lockstep back to the arrays; what follows takes the general way."""
@@ -491,10 +494,11 @@ class StoreShard:
         layout.lockstep = None
         for index in layout.position:
             del self._locksteps[index]
-        lockstep.write_back(self.rounds, self._holder)
-        for contribution in lockstep.open:
-            if contribution is not None:
-                self._contributions[contribution.number] = contribution
+        lockstep.write_back(self.rounds)
+        for worker, pushed in enumerate(lockstep.open):
+            if pushed is not None:
+                self.rounds.pushed[worker, layout.index] += 1
+                self._contribute(worker, *pushed, apply=True)
         for worker, request, number in lockstep.pulls:
             need = self.rounds.pushed[worker, layout.index]
             self._pulls.append(_PendingPull(worker, request, number, layout, need))
@@ -560,13 +564,14 @@ class StoreShard:
 
     def _apply_chunk(self, layout: Layout, contributions: list[Contribution]) -> None:
         """The common case: whole runs of memory are added, and all slices updated in one call."""
-        if layout.all_assign(self._settings_epoch):
-            self.rounds.version[layout.index] += self._assign_runs(layout, contributions)
-            return
         present = [each for each in contributions if not each.absent]
+        divisor = sum(each.counts[0] for each in present) if self.mean else 1
+        if layout.all_assign(self._settings_epoch):
+            parts = [(each.dtype, each.buffer) for each in present]
+            self.rounds.version[layout.index] += self._assign_runs(layout, parts, divisor)
+            return
         if not present:
             return
-        divisor = sum(each.counts[0] for each in present) if self.mean else 1
         stop = layout.bounds(len(layout.slices) - 1)[1]
         total = add_up([each.elements(0, stop) for each in present], layout.slices[0].dtype, divisor)
         self._update(
@@ -576,17 +581,19 @@ class StoreShard:
             ]
         )
 
-    def _assign_runs(self, layout: Layout, contributions: list[Contribution]) -> int:
-        """Add whole runs straight into the stored values; return the updates, 0 if all are absent."""
-        present = [each for each in contributions if not each.absent]
-        if not present:
+    def _assign_runs(self, layout: Layout, parts: list[tuple[torch.dtype, Memory]], divisor: int) -> int:
+        """Add whole runs straight into the stored values; return the updates, 0 if all are absent.
+
+        `parts` are the contributions that are not, in rank order, and their dtypes.
+        """
+        if not parts:
             return 0
-        divisor = sum(each.counts[0] for each in present) if self.mean else 1
         dtype = layout.slices[0].dtype
         for run in layout.runs:
-            run.slot.make_writable()
-            parts = [each.elements(run.low, run.high) for each in present]
-            add_up(parts, dtype, divisor, run.stored.tensor)
+            if run.slot.lease.readers:
+                run.slot.make_writable()
+            found = [memory.elements(pushed_dtype, run.low, run.high) for pushed_dtype, memory in parts]
+            add_up(found, dtype, divisor, run.stored.tensor)
         return 1
 
     def _apply_each(self, slices: Index, workers: Sequence[int]) -> None:
@@ -679,7 +686,7 @@ class StoreShard:
         lockstep = layout.lockstep
         if lockstep is not None:
             if lockstep.open[worker] is None:
-                self._send_chunk(worker, request, number, layout)
+                self._send_chunks([(worker, request, number)], layout)
             else:
                 if len(lockstep.pulls) >= MAX_WAITS:
                     raise ProtocolError(f"worker {worker} waits for too many chunks")
@@ -689,7 +696,7 @@ class StoreShard:
         need = self.rounds.pushed[worker, layout.index]
         pull = _PendingPull(worker, request, number, layout, need)
         if self.is_async or self._is_ready(pull):
-            self._send_chunk(worker, request, number, layout)
+            self._send_chunks([(worker, request, number)], layout)
         else:
             self._check_waits(worker, self._pulls)
             self._pulls.append(pull)
@@ -708,16 +715,18 @@ class StoreShard:
             if ready:
                 self._pulls = [pull for pull in self._pulls if not self._is_ready(pull)]
                 for pull in ready:
-                    self._send_chunk(pull.worker, pull.request, pull.chunk, pull.layout)
+                    self._send_chunks([(pull.worker, pull.request, pull.chunk)], pull.layout)
         if self._puts:
             self._make_puts()
 
-    def _send_chunk(self, worker: int, request: int, number: int, layout: Layout) -> None:
+    def _send_chunks(self, pulls: Sequence[tuple[int, int, int]], layout: Layout) -> None:
+        """Send the present values of a layout to these pulls: worker, request, number of its chunk."""
         leases = [run.slot.lease for run in layout.runs]
-        for lease in leases:
-            lease.readers += 1
         payload = [run.stored for run in layout.runs]
-        self.out.append(Outgoing(worker, m.Data(request, number), payload, leases))
+        for worker, request, number in pulls:
+            for lease in leases:
+                lease.readers += 1
+            self.out.append(Outgoing(worker, m.Data(request, number), payload, leases))
 
     def put(self, worker: int, message: m.Put, payload: Memory) -> None:
         """Replace the values of a chunk, or remember to when this worker's last round is applied."""

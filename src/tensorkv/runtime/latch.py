@@ -11,6 +11,8 @@ from typing import final
 class Latch:
     """Counts down to zero, then is open for good. Safe from any thread."""
 
+    __slots__ = ("_left", "_lock", "_waiters")
+
     def __init__(self, number: int) -> None:
         self._left = number
         self._lock = threading.Lock()
@@ -46,3 +48,7 @@ class Latch:
         event = threading.Event()
         self.then(event.set)
         return event.wait(timeout_s)
+
+
+OPEN = Latch(0)
+"""Where there is nothing to wait for."""

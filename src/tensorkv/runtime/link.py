@@ -25,7 +25,7 @@ from tensorkv.errors import (
 )
 from tensorkv.runtime.sender import Sender, Sent
 from tensorkv.runtime.waits import Wait
-from tensorkv.transport.base import TICK_S, Connection, Tick
+from tensorkv.transport.base import TICK_S, Connection, Tick, no_tick
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 
@@ -112,6 +112,8 @@ class ServerLink:
         )  # told when an exchange ends, and when the lead is free
         self._waiting = 0  # threads in _turn.wait; counted up with _turn held
         self._message: Any = None  # the one that is being received, by whoever leads
+        self._tick: Tick = no_tick  # of whoever leads
+        self._stalled = 0  # how often its deadline has come inside a frame
         self._watched: set[int] = set()  # exchanges that nobody waits for; guarded by _turn
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -129,8 +131,10 @@ class ServerLink:
         self, message: m.Message, parts: list[memoryview] | None = None, on_sent: Sent | None = None
     ) -> None:
         """Queue a message. The caller keeps the order between servers, and calls `pump` afterwards."""
-        payload: list[memoryview] = parts or []
-        self._sender.put([encode(message, sum(map(len, payload))), *payload], on_sent)
+        if parts:
+            self._sender.put([encode(message, sum(map(len, parts))), *parts], on_sent)
+        else:
+            self._sender.put([encode(message)], on_sent)
 
     def pump(self) -> None:
         """Send what is queued, as far as that goes without waiting."""
@@ -158,8 +162,9 @@ class ServerLink:
         """Receive what has come already, without waiting, unless somebody else leads."""
         if self._reading.acquire(blocking=False):
             try:
+                self._tick, self._stalled = self._check_failure, 0
                 while self._connection.readable():
-                    self._receive(self._check_failure)
+                    self._receive()
             finally:
                 self._hand_over()
 
@@ -197,16 +202,20 @@ class ServerLink:
         self._connection.shutdown()
 
     def _lead_until(self, done: Callable[[], bool], tick: Tick) -> None:
-        patient = self._patient(tick)
         while not done():
             if self._reading.acquire(blocking=False):
                 try:
-                    while not done():
-                        self._receive(patient)
-                        if not done():
+                    self._tick, self._stalled = tick, 0
+                    ended = done()  # another may have led to it, just before
+                    while not ended:
+                        self._receive()
+                        ended = done()
+                        if not ended:
                             tick()  # frames may come for others only, without a pause
                 finally:
                     self._hand_over()
+                if ended:
+                    return
             else:
                 with self._turn:
                     self._waiting += 1
@@ -218,33 +227,27 @@ class ServerLink:
                 if not done():
                     tick()
 
-    def _patient(self, tick: Tick) -> Tick:
-        """Return a tick whose deadline does not end the receiving of a frame in its middle.
+    def _patient_tick(self) -> None:
+        """The tick of whoever leads; its deadline does not end the receiving of a frame in its middle.
 
         That would end the connection for everybody.
         """
-        stalled = 0
-
-        def patient() -> None:
-            nonlocal stalled
-            try:
-                tick()
-            except WaitTimeout:
-                stalled += 1
-                if not self._connection.in_frame or stalled * TICK_S > STALL_S:
-                    raise
-
-        return patient
+        try:
+            self._tick()
+        except WaitTimeout:
+            self._stalled += 1
+            if not self._connection.in_frame or self._stalled * TICK_S > STALL_S:
+                raise
 
     def _hand_over(self) -> None:
         self._reading.release()
-        self._tell()
+        if self._waiting:
+            self._tell()
 
     def _tell(self) -> None:
         """Wake those who wait for the lead or for an exchange; they are counted before they look."""
-        if self._waiting:
-            with self._turn:
-                self._turn.notify_all()
+        with self._turn:
+            self._turn.notify_all()
 
     def _lead_watched(self) -> None:
         while True:
@@ -270,12 +273,12 @@ class ServerLink:
         if failure is not None:
             raise again(failure) from None
 
-    def _receive(self, tick: Tick) -> None:
-        """Receive one frame and hand it on."""
+    def _receive(self) -> None:
+        """Receive one frame and hand it on. By whoever leads."""
         if self._lost is not None:
             raise again(self._lost) from None
         try:
-            self._connection.receive(self._sink, tick)
+            self._connection.receive(self._sink, self._patient_tick)
         except (EOFError, ConnectionError) as exc:
             self._connection.shutdown()
             self._lost = self._why_gone(exc)
@@ -314,7 +317,8 @@ class ServerLink:
             exchange = self._exchanges.get(message.request)
             if exchange is not None and _take(exchange, message):
                 self._exchanges.pop(message.request, None)
-                self._tell()
+                if self._waiting:
+                    self._tell()
 
     def _why_gone(self, exc: BaseException) -> TensorKVError:
         """Return why the connection ended: the scheduler's word counts, if it comes soon."""

@@ -7,9 +7,10 @@ keep it under its number. A chunk holds whole slices of one dtype, up to `MAX_SL
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import final
 
 import torch
@@ -20,6 +21,8 @@ from tensorkv.wire import messages as m
 
 SMALL_BYTES = 32 << 10
 """Pieces up to this size are gathered into one buffer before they travel."""
+
+_kind_of = attrgetter("dtype", "shape")
 
 
 @final
@@ -99,7 +102,7 @@ class PlanChunk:
     stored_dtype: torch.dtype
     absent: bool
     num_elems: int
-    pick: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]] | None = None
+    pick: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...] | list[torch.Tensor]] | None = None
     one_dim: bool = False
     lends: bool = False
     stagings: list[Staging] = field(default_factory=list)
@@ -123,15 +126,19 @@ class Plan:
 
     number: int
     states: list[KeyState]
-    shapes: list[torch.Size]
+    kinds: list[tuple[torch.dtype, torch.Size]]  # dtype and shape of each value
     dtypes: list[torch.dtype]
     counts: list[int]
     parts: list[ServerPart]
+    frames: list[tuple[int, int, PlanChunk]]  # server, number of the chunk there, chunk; in order
     key_ids: frozenset[int]
-    num_chunks: int
     num_lending: int  # chunks that lend the caller's memory
     known_to: set[int] = field(default_factory=set)  # servers that have been told
     dropped: bool = False  # from the cache: it may still be sent, but is not to be remembered
+
+    def fits(self, values: Sequence[torch.Tensor]) -> bool:
+        """Whether these values, one per key, have the very dtypes and shapes of the plan. Makes no lists."""
+        return all(map(operator.eq, map(_kind_of, values), self.kinds))
 
 
 def build_plan(
@@ -147,16 +154,17 @@ def build_plan(
         for entry in state.entry.slices:
             builders[entry.server].add(value, state, entry, dtypes[value], counts[value])
     parts = [builder.finish(states) for builder in builders if builder.chunks]
+    frames = [(part.server, place, chunk) for part in parts for place, chunk in enumerate(part.chunks)]
     return Plan(
         number=number,
         states=list(states),
-        shapes=[state.shape for state in states],
+        kinds=[(dtype, state.shape) for state, dtype in zip(states, dtypes, strict=True)],
         dtypes=list(dtypes),
         counts=list(counts),
         parts=parts,
+        frames=frames,
         key_ids=frozenset(state.key_id for state in states),
-        num_chunks=sum(len(part.chunks) for part in parts),
-        num_lending=sum(chunk.lends for part in parts for chunk in part.chunks),
+        num_lending=sum(chunk.lends for _, _, chunk in frames),
     )
 
 
@@ -199,10 +207,7 @@ class _PartBuilder:
             chunk.lends = not chunk.absent and not all(piece.small for piece in chunk.pieces)
             if all(piece.small and piece.whole for piece in chunk.pieces):
                 values = [piece.value for piece in chunk.pieces]
-                chunk.pick = itemgetter(*values) if len(values) > 1 else _picker_of_one(values[0])
+                one = slice(values[0], values[0] + 1)  # picked as a list of one
+                chunk.pick = itemgetter(*values) if len(values) > 1 else itemgetter(one)
                 chunk.one_dim = all(len(states[value].shape) == 1 for value in values)
         return ServerPart(self._server, self.chunks, self._entries, self._values)
-
-
-def _picker_of_one(value: int) -> Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]:
-    return lambda values: (values[value],)

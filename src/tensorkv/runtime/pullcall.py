@@ -32,6 +32,13 @@ class PullCall:
     `up_to` is the number of the last push that was queued before it.
     """
 
+    # What most calls never come to change stands here, since every small call makes a PullCall.
+    up_to = 0
+    _first_error: TensorKVError | None = None
+    _result: Any = None
+    _error: Exception | None = None
+    _future: concurrent.futures.Future[Any] | None = None
+
     def __init__(
         self,
         plan: Plan,
@@ -40,23 +47,18 @@ class PullCall:
     ) -> None:
         self.plan = plan
         self.destinations = destinations
-        self.up_to = 0
         self.numbers: list[tuple[ServerLink, int]] = []
         self._finish = finish
         self._left = len(plan.parts)
         self._lock = threading.Lock()
-        self._first_error: TensorKVError | None = None
-        self._result: Any = None
-        self._error: Exception | None = None
-        self._future: concurrent.futures.Future[Any] | None = None
 
     def ask(self, job: Job, plans: PlanCache, pusher: Pusher) -> None:
         """Send the requests of a pull."""
-        replies = self._open(job)
+        self._open(job)
         with job.order:
             plans.tell(self.plan)
-            for part in self.plan.parts:
-                job.links[part.server].put(m.Pull(self.plan.number, replies[part.server]))
+            for server, number in self.replies.items():
+                job.links[server].put(m.Pull(self.plan.number, number))
             self.up_to = pusher.count
         for link, _ in self.numbers:
             link.pump()
@@ -66,25 +68,21 @@ class PullCall:
 
         Returns False, and has done nothing, if a key is busy.
         """
-
-        def queued() -> None:
-            self.up_to = pusher.count
-
-        if pusher.send(self.plan, values, True, self._open(job), queued) is not None:
+        self._open(job)
+        if pusher.send(self.plan, values, True, self) is not None:
             return True
         for link, number in self.numbers:
             link.drop(number)
         self.numbers.clear()
         return False
 
-    def _open(self, job: Job) -> dict[int, int]:
-        replies: dict[int, int] = {}
+    def _open(self, job: Job) -> None:
+        self.replies: dict[int, int] = {}
         for part in self.plan.parts:
             link = job.links[part.server]
             number = link.open(PullExchange(part, self.destinations, self._ended))
             self.numbers.append((link, number))
-            replies[part.server] = number
-        return replies
+            self.replies[part.server] = number
 
     def watch(self) -> concurrent.futures.Future[Any]:
         """Let the call end although nobody waits for it; return the future of its result."""
@@ -107,7 +105,8 @@ class PullCall:
     def _ended(self, error: TensorKVError | None) -> None:
         """One server has answered all, or refused."""
         with self._lock:
-            self._first_error = self._first_error or error
+            if error is not None and self._first_error is None:
+                self._first_error = error
             if self._left > 1:
                 self._left -= 1
                 return

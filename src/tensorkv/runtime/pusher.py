@@ -10,14 +10,14 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 
 from tensorkv.errors import WaitTimeout, again
 from tensorkv.runtime.job import Job
 from tensorkv.runtime.keytable import KeyTable
-from tensorkv.runtime.latch import Latch
+from tensorkv.runtime.latch import OPEN, Latch
 from tensorkv.runtime.mergewatch import MergeWatch
 from tensorkv.runtime.plancache import PlanCache
 from tensorkv.runtime.plans import KeyState, Plan
@@ -25,8 +25,12 @@ from tensorkv.runtime.transfers import gather
 from tensorkv.transport.base import TICK_S
 from tensorkv.wire import messages as m
 
-Replies = dict[int, int]
-"""By server: the request under which the values after the push are to be sent back."""
+
+class Asks(Protocol):
+    """A call that has the values after a push sent back: each server's request, and the push's number."""
+
+    replies: dict[int, int]
+    up_to: int
 
 
 @final
@@ -52,8 +56,7 @@ class Pusher:
         plan: Plan,
         values: Sequence[torch.Tensor],
         apply: bool,
-        replies: Replies | None = None,
-        on_queued: Callable[[], None] | None = None,
+        asks: Asks | None = None,
     ) -> Latch | None:
         """Queue a push to all its servers; the latch opens when the values may be changed.
 
@@ -64,26 +67,24 @@ class Pusher:
             plan: what to push.
             values: per key of the plan, on the CPU.
             apply: as in `push`.
-            replies: send back the values after the round, too.
-            on_queued: called with the job's order held, when all is queued.
+            asks: send back the values after the round, too; gets the number of the push.
         """
-        payloads = [[gather(chunk, values) for chunk in part.chunks] for part in plan.parts]
+        payloads = [gather(chunk, values) for _, _, chunk in plan.frames]
         # What was copied need not be waited for. In async mode only the connection holds a worker back.
-        sent = Latch(plan.num_chunks if self._is_async else plan.num_lending)
+        num_awaited = len(payloads) if self._is_async else plan.num_lending
+        sent = Latch(num_awaited) if num_awaited else OPEN
         links = self._job.links
         with self._job.order:
             if self._unmerged and self._unmerged_of(plan):
                 return None
             self._plans.tell(plan)
-            for part, chunks in zip(plan.parts, payloads, strict=True):
-                reply = replies[part.server] if replies is not None else 0
-                link = links[part.server]
-                for number, payload in enumerate(chunks):
-                    on_sent = sent.down if self._is_async or part.chunks[number].lends else None
-                    link.put(m.Push(plan.number, number, apply, reply), payload, on_sent)
+            for (server, number, chunk), payload in zip(plan.frames, payloads, strict=True):
+                reply = 0 if asks is None else asks.replies[server]
+                on_sent = sent.down if self._is_async or chunk.lends else None
+                links[server].put(m.Push(plan.number, number, apply, reply), payload, on_sent)
             self._note(plan, apply)
-            if on_queued is not None:
-                on_queued()
+            if asks is not None:
+                asks.up_to = self.count
         for part in plan.parts:
             links[part.server].pump()
         return sent
@@ -138,6 +139,9 @@ class Pusher:
         if not self._unmerged:
             return
         with self._lock:
+            if len(self._unmerged) == 1 and self._unmerged.get(up_to) is key_ids:  # mostly
+                self._unmerged.clear()
+                return
             left: dict[int, frozenset[int]] = {}
             for number, ids in self._unmerged.items():
                 rest = ids if number > up_to or ids.isdisjoint(key_ids) else ids - key_ids

@@ -51,6 +51,11 @@ class Sender:
         """Queue a frame. `on_sent` is called when the buffers may be changed, also after a failure."""
         self._frames.append((buffers, on_sent))
 
+    def send(self, buffers: Sequence[Buffer], on_sent: Sent | None = None) -> None:
+        """Queue a frame, and send what is queued as `pump` does."""
+        self._frames.append((buffers, on_sent))
+        self.pump()
+
     def pump(self) -> None:
         """Send what is queued, as far as that goes without waiting. Never blocks."""
         while self._frames and self._sending.acquire(blocking=False):
@@ -61,7 +66,7 @@ class Sender:
             if waits:
                 self._work.set()
                 break
-        if self._frames and len(self._frames) > self._max_frames and not self._failed:
+        if len(self._frames) > self._max_frames and not self._failed:
             self._failed = True  # whoever sends at the moment is woken by `on_error`, and drops the rest
             self._work.set()
             self._on_error(
@@ -84,26 +89,25 @@ class Sender:
 
     def _send_all(self, wait: bool) -> bool:
         """Send queued frames; return False if the connection would have to be waited for."""
-        if self._failed:
-            self._drop()
-        while self._frames and not self._failed:
-            buffers, on_sent = self._frames[0]
+        frames = self._frames
+        while frames:
+            if self._failed:
+                self._drop()
+                return True
+            buffers, on_sent = frames[0]
             try:
                 if wait:
                     self._connection.send_rest(buffers)
-                    rest: Sequence[Buffer] = ()
-                else:
-                    rest = self._connection.send_now(buffers)
+                elif rest := self._connection.send_now(buffers):
+                    frames[0] = (rest, on_sent)
+                    return False
             except (OSError, EOFError) as exc:
                 told, self._failed = self._failed, True
                 self._drop()
                 if not told:
                     self._on_error(exc)
                 return True
-            if rest:
-                self._frames[0] = (rest, on_sent)
-                return False
-            self._frames.popleft()
+            frames.popleft()
             if on_sent is not None:
                 on_sent()
         return True

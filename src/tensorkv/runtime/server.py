@@ -226,20 +226,21 @@ class Server:
             poller.register(peer.connection.fileno(), select.POLLIN)
 
         admit(self._scheduler)
-        unread: list[int] = []  # descriptors with more to read, whatever the poller says
+        unread: dict[int, _Peer] = {}  # those with more to read, whatever the poller says
         while not self._ended.is_set():
-            polled = [descriptor for descriptor, _ in poller.poll(0 if unread else TICK_S * 1000)]
-            if self._wake in polled:
-                os.eventfd_read(self._wake)
-                self._serve_signals()
-                for peer in self._take_arrived():
-                    admit(peer)
-            ready = dict.fromkeys([*unread, *polled])
-            unread = [
-                descriptor for descriptor in ready if descriptor in peers and self._read(peers[descriptor])
-            ]
-            for descriptor in ready:
-                if descriptor in peers and peers[descriptor].ended:
+            ready, unread = unread, {}
+            for descriptor, _ in poller.poll(0 if ready else TICK_S * 1000):
+                if descriptor == self._wake:
+                    os.eventfd_read(self._wake)
+                    self._serve_signals()
+                    for peer in self._take_arrived():
+                        admit(peer)
+                else:
+                    ready[descriptor] = peers[descriptor]
+            for descriptor, peer in ready.items():
+                if self._read(peer):
+                    unread[descriptor] = peer
+                if peer.ended:
                     poller.unregister(descriptor)
                     del peers[descriptor]
 
@@ -324,20 +325,22 @@ class Server:
 
     def _place(self, peer: _Peer, body: memoryview, payload_bytes: int) -> list[memoryview]:
         """Decode a message, check the length of its payload, and say where that goes."""
+        message: Any
         if peer.worker == SCHEDULER:
-            peer.message, expected = self._scheduler_decoder.decode(body), 0
+            message, expected = self._scheduler_decoder.decode(body), 0
         else:
-            peer.message = self._worker_decoder.decode(body)
-            expected = self._state.payload_bytes(peer.worker, peer.message)
+            message = self._worker_decoder.decode(body)
+            expected = self._state.payload_bytes(peer.worker, message)
+        peer.message = message
         if payload_bytes != expected:
             raise ProtocolError(
-                f"{type(peer.message).__name__} came with {payload_bytes} bytes of payload, not {expected}"
+                f"{type(message).__name__} came with {payload_bytes} bytes of payload, not {expected}"
             )
-        if isinstance(peer.message, m.Push):
-            peer.buffer = self._pool.take(payload_bytes)
-        elif isinstance(peer.message, (m.InitSlices, m.Put, m.RestoreSlice)):  # rare, not for the pool
-            peer.buffer = fresh(payload_bytes)
-        return [peer.buffer.bytes[:payload_bytes]] if payload_bytes else []
+        if isinstance(message, m.Push):
+            buffer = peer.buffer = self._pool.take(payload_bytes)
+        elif isinstance(message, (m.InitSlices, m.Put, m.RestoreSlice)):  # rare, not for the pool
+            buffer = peer.buffer = fresh(payload_bytes)
+        return [buffer.bytes[:payload_bytes]] if payload_bytes else []
 
     def _take(self, peer: _Peer) -> None:
         """Let the state machine take in a message, and send what it answers."""
@@ -364,19 +367,16 @@ class Server:
 
     def _queue(self, out: list[Outgoing]) -> None:
         """Send, in order, as far as that goes without waiting; sending threads do the rest."""
-        senders: dict[Sender, None] = {}
         for each in out:
             peer = self._scheduler if each.worker == SCHEDULER else self._peers.get(each.worker)
             if peer is None or peer.ended:
                 self._released.append(each.leases)
-                continue
-            parts = [memory.bytes for memory in each.payload]
-            head = encode(each.message, sum(map(len, parts)))
-            on_sent = functools.partial(self._released.append, each.leases) if each.leases else None
-            peer.sender.put([head, *parts], on_sent)
-            senders[peer.sender] = None
-        for sender in senders:
-            sender.pump()
+            elif each.payload:
+                parts = [memory.bytes for memory in each.payload]
+                on_sent = functools.partial(self._released.append, each.leases)
+                peer.sender.send([encode(each.message, sum(map(len, parts))), *parts], on_sent)
+            else:
+                peer.sender.send([encode(each.message)])
 
 
 def _memory_bytes() -> int:

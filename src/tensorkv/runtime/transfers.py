@@ -157,11 +157,12 @@ class PullExchange(Exchange):
         destinations: Destinations,
         on_end: Callable[[TensorKVError | None], None],
     ) -> None:
-        self._part = part
+        self._chunks = part.chunks
         self._destinations = destinations
         self._on_end = on_end
         self._missing = len(part.chunks)
-        self._staging: Staging | None = None
+
+    _staging: Staging | None = None  # what the chunk that comes is received in
 
     def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
         chunk = self._chunk(message)
@@ -190,27 +191,31 @@ class PullExchange(Exchange):
         return buffers
 
     def take(self, message: Any) -> bool:
-        if isinstance(message, TensorKVError):
+        if type(message) is not m.Data:
+            if isinstance(message, m.Failed):
+                message = from_wire(message.name, message.text)
+            if not isinstance(message, TensorKVError):
+                raise ProtocolError(f"{message} is no reply to a pull of {len(self._chunks)} chunks")
             self._on_end(message)
             return True
-        if isinstance(message, m.Failed):
-            self._on_end(from_wire(message.name, message.text))
-            return True
         chunk = self._chunk(message)
-        if self._staging is not None:
-            if self._staging.views:
-                self._destinations.spread(chunk, self._staging.views)
-            chunk.stagings.append(self._staging)
-            self._staging = None
+        staging, self._staging = self._staging, None
+        if staging is not None:
+            if staging.views:
+                self._destinations.spread(chunk, staging.views)
+            chunk.stagings.append(staging)
+        elif chunk.num_elems:
+            raise ProtocolError(f"a chunk of {chunk.num_elems} elements came without them")
         self._missing -= 1
-        if self._missing == 0:
-            self._on_end(None)
-        return self._missing == 0
+        if self._missing:
+            return False
+        self._on_end(None)
+        return True
 
     def _chunk(self, message: m.Data) -> PlanChunk:
-        if not isinstance(message, m.Data) or not 0 <= message.chunk < len(self._part.chunks):
-            raise ProtocolError(f"{message} is no reply to a pull of {len(self._part.chunks)} chunks")
-        return self._part.chunks[message.chunk]
+        if not 0 <= message.chunk < len(self._chunks):
+            raise ProtocolError(f"{message} is no reply to a pull of {len(self._chunks)} chunks")
+        return self._chunks[message.chunk]
 
 
 def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:

@@ -8,9 +8,8 @@ keys, settings and barriers.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard, final
+from typing import Any, final
 
 import torch
 
@@ -50,9 +49,6 @@ from tensorkv.updater import (
 )
 from tensorkv.wire import messages as m
 from tensorkv.work import Work
-
-_dtype_of = operator.attrgetter("dtype")
-_shape_of = operator.attrgetter("shape")
 
 
 @final
@@ -284,9 +280,9 @@ class DistStore(KVStore):
             self._job.poll()
         if self._table.faults:
             self._table.raise_faults(batch.keys)
-        last = self._plans.last_push.get(batch.keys)
-        if last is not None and not self._table.uncommitted and _alike(batch.singles, last):
-            return last, batch.singles
+        last, singles = self._plans.last_push.get(batch.keys), batch.singles
+        if last and singles and last.fits(singles) and not self._table.uncommitted:
+            return last, singles
         states = self._table.known(batch.keys)
         self._table.check_committed(states, "push")
         for state, tensors in zip(states, batch.tensors, strict=True):
@@ -364,27 +360,28 @@ class DistStore(KVStore):
         plan, values = self._check_push(pushed)
         call = self._prepare_pull(pulled)
         what = f"pushpull of {pushed.keys[0]!r}"
+        if self._pusher.busy(plan) or not self._send_pushpull(call, plan, values, pushed, pulled):
 
-        def push_and_pull() -> Any:
-            self._pusher.push_late(plan, range(len(plan.states)), values, True, what)
-            return self._run_pull(call, what)
+            def push_and_pull() -> Any:
+                self._pusher.push_late(plan, range(len(plan.states)), values, True, what)
+                return self._run_pull(call, what)
 
-        if self._pusher.busy(plan):
             return self._after_deferred(plan, push_and_pull, async_op, what)
-        if pushed.keys == pulled.keys and (pushed.singles is not None or 0 not in pushed.counts):
-            call.plan = plan
-            if not call.push(self._job, self._pusher, values):
-                return self._after_deferred(plan, push_and_pull, async_op, what)
-        else:
-            sent = self._pusher.send(plan, values, True)
-            if sent is None:
-                return self._after_deferred(plan, push_and_pull, async_op, what)
-            call.ask(self._job, self._plans, self._pusher)
-            if not async_op:
-                self._pusher.await_sent(sent, what)
         if async_op:
             return Work(call.watch(), what, self._timeout_s)
         return self._await_call(call, what)
+
+    def _send_pushpull(
+        self, call: PullCall, plan: Plan, values: list[torch.Tensor], pushed: PushBatch, pulled: PullBatch
+    ) -> bool:
+        """Send a push and ask for the values after it; False, and nothing is done, if a key is busy."""
+        if pushed.keys == pulled.keys and (pushed.singles is not None or 0 not in pushed.counts):
+            call.plan = plan
+            return call.push(self._job, self._pusher, values)
+        if self._pusher.send(plan, values, True) is None:
+            return False
+        call.ask(self._job, self._plans, self._pusher)
+        return True
 
     def _after_deferred(self, plan: Plan, call: Callable[[], Any], async_op: bool, what: str) -> Any:
         """Run a call that must wait before it can even be sent."""
@@ -405,9 +402,9 @@ class DistStore(KVStore):
         """Check a pull wholly, and return the call that is to be sent."""
         if self._table.faults:
             self._table.raise_faults(batch.keys)
-        last = self._plans.last_pull.get(batch.keys)
-        if last is not None and not self._table.uncommitted and _alike(batch.singles, last):
-            return self._pull_call(batch, last, Destinations(last.states, batch.singles), [])
+        last, singles = self._plans.last_pull.get(batch.keys), batch.singles
+        if last and singles and last.fits(singles) and not self._table.uncommitted:
+            return self._pull_call(batch, last, Destinations(last.states, singles), [])
         keys = tuple(dict.fromkeys(batch.keys))
         states = self._table.known(keys)
         self._table.check_committed(states, "pull")
@@ -699,12 +696,3 @@ def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 def _summed(tensors: list[torch.Tensor]) -> torch.Tensor:
     return _on_cpu(sum_devices(tensors)) if tensors else torch.empty(0)
-
-
-def _alike(tensors: list[torch.Tensor] | None, plan: Plan) -> TypeGuard[list[torch.Tensor]]:
-    """Whether there is one tensor for each key of a plan, of the very shape and dtype. Makes no lists."""
-    return (
-        tensors is not None
-        and all(map(operator.is_, map(_dtype_of, tensors), plan.dtypes))
-        and all(map(operator.eq, map(_shape_of, tensors), plan.shapes))
-    )

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import final
 
 from tensorkv.transport.base import TICK_S, Buffer, Connection, Listener, Sink, Tick, no_tick
-from tensorkv.wire.codec import MAX_HANDSHAKE_BYTES, PREFIX, decode_prefix
+from tensorkv.wire.codec import MAX_HANDSHAKE_BYTES, PREFIX_BYTES, decode_prefix
 
 logger = logging.getLogger(__name__)
 MAX_BUFFERS = 1024
@@ -137,17 +137,23 @@ class TcpConnection(Connection):
 
     def _begin_frame(self, sink: Sink, flags: int) -> list[Buffer]:
         """Receive prefix and message, and return the buffers that the payload has yet to fill."""
-        if self._ahead_stop - self._ahead_start < PREFIX.size:
-            self._look_ahead(PREFIX.size, flags)
+        if self._ahead_stop - self._ahead_start < PREFIX_BYTES:
+            self._look_ahead(PREFIX_BYTES, flags)
         try:
-            sizes = decode_prefix(self._ahead, self.max_header_bytes, self._ahead_start)
-            size_bytes = PREFIX.size + sizes[0]
+            header_bytes, payload_bytes = decode_prefix(self._ahead, self.max_header_bytes, self._ahead_start)
+            size_bytes = PREFIX_BYTES + header_bytes
             if self._ahead_stop - self._ahead_start < size_bytes:
                 self._look_ahead(size_bytes, flags)
             start = self._ahead_start
-            self._ahead_start += size_bytes
-            buffers = sink(self._ahead[start + PREFIX.size : self._ahead_start], sizes[1])
-            return self._fill_from_ahead(buffers) if sizes[1] else []
+            stop = self._ahead_start = start + size_bytes
+            buffers = sink(self._ahead[start + PREFIX_BYTES : stop], payload_bytes)
+            if not payload_bytes:
+                return []
+            if len(buffers) == 1 and payload_bytes <= self._ahead_stop - stop:  # a small payload, mostly
+                self._ahead_start += payload_bytes
+                buffers[0][:] = self._ahead[stop : self._ahead_start]
+                return []
+            return self._fill_from_ahead(buffers)
         except BlockingIOError:
             raise
         except BaseException:
@@ -159,17 +165,22 @@ class TcpConnection(Connection):
 
         So a small frame, or several, cost one call.
         """
-        have = self._ahead_stop - self._ahead_start
-        if have == 0 or self._ahead_start + size_bytes > len(self._ahead):
-            space = self._ahead
-            if size_bytes > len(space) or len(space) > LOOK_AHEAD_BYTES >= size_bytes:
-                space = memoryview(bytearray(max(size_bytes, LOOK_AHEAD_BYTES)))
-            space[:have] = self._ahead[self._ahead_start : self._ahead_stop]
-            self._ahead, self._ahead_start, self._ahead_stop = space, 0, have
-        while self._ahead_stop - self._ahead_start < size_bytes:
-            self._ahead_stop += self._receive_some([self._ahead[self._ahead_stop :]], flags)
-            self._short = self._ahead_stop < len(self._ahead)
-            if not flags and self._ahead_stop - self._ahead_start < size_bytes:
+        space, start, stop = self._ahead, self._ahead_start, self._ahead_stop
+        if size_bytes > len(space) or len(space) > LOOK_AHEAD_BYTES >= size_bytes:
+            space = memoryview(bytearray(max(size_bytes, LOOK_AHEAD_BYTES)))
+        if start == stop:
+            start = stop = 0
+        elif space is not self._ahead or start + size_bytes > len(space):
+            space[: stop - start] = self._ahead[start:stop]
+            start, stop = 0, stop - start
+        self._ahead, self._ahead_start, self._ahead_stop = space, start, stop
+        while True:
+            stop += self._receive_some((space[stop:] if stop else space,), flags)
+            self._ahead_stop = stop
+            self._short = stop < len(space)
+            if stop - start >= size_bytes:
+                return
+            if not flags:
                 self._look_up()
 
     def _look_up(self) -> None:
@@ -185,11 +196,6 @@ class TcpConnection(Connection):
 
     def _fill_from_ahead(self, buffers: Sequence[memoryview]) -> list[Buffer]:
         """Move what was received ahead into buffers, and return those that it has not filled."""
-        start = self._ahead_start
-        if len(buffers) == 1 and len(buffers[0]) <= self._ahead_stop - start:  # a small payload, mostly
-            self._ahead_start += len(buffers[0])
-            buffers[0][:] = self._ahead[start : self._ahead_start]
-            return []
         rest: list[Buffer] = [each for each in buffers if len(each)]
         while rest and self._ahead_start < self._ahead_stop:
             size_bytes = min(len(rest[0]), self._ahead_stop - self._ahead_start)
@@ -302,6 +308,8 @@ def hostname() -> str:
 
 def _after(buffers: Sequence[Buffer], num_bytes: int) -> list[Buffer]:
     """Return what is left of `buffers` after their first `num_bytes` bytes."""
+    if num_bytes == sum(map(len, buffers)):
+        return []
     for index, buffer in enumerate(buffers):
         size = len(buffer)
         if num_bytes < size:

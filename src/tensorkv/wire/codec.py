@@ -23,6 +23,7 @@ from tensorkv.errors import ProtocolError, ProtocolVersionError
 VERSION = 1
 MAGIC = b"TKV"
 PREFIX = struct.Struct("<3sBIQ")
+PREFIX_BYTES = PREFIX.size
 MAX_HEADER_BYTES = 64 << 20
 MAX_HANDSHAKE_BYTES = 4096
 MAX_TEXT_CHARS = 200
