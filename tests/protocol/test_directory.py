@@ -20,6 +20,7 @@ from tensorkv.errors import (
     to_wire,
 )
 from tensorkv.protocol import directory as directory_module
+from tensorkv.protocol import settinglog
 from tensorkv.protocol.directory import CommitReduction, Directory, Placement
 from tensorkv.savedstate import SavedSettings, SettingEntry
 from tensorkv.updaterspec import UpdaterSpec
@@ -162,6 +163,46 @@ def test_old_generations_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         desk.delete(0, entry)
     ((_, reply),) = desk.init(1, spec("w", 3))
     assert (reply.lead, reply.entries[0].slices, reply.entries[0].generation) == ([False], [], 1)
+
+
+def test_only_some_names_without_a_key_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory_module, "MAX_DELETED_NAMES", 3)
+    desk = Desk()
+    (stays,) = desk.create(spec("stays", 1))
+    for step in range(10):
+        (entry,) = desk.create(spec(step, 3))
+        desk.delete(0, entry)
+    assert set(desk.directory._keys) == {"stays", 7, 8, 9}
+    desk.create(spec(7, 3))  # is no longer among those without a key
+    assert set(desk.directory._keys) == {"stays", 7, 8, 9}
+    ((_, reply),) = desk.init(1, spec(8, 3))
+    assert (reply.lead, reply.entries[0].generation) == ([False], 1)
+    (again,) = desk.create(spec(0, 3))
+    assert again.generation == 1
+    assert again.key_id > entry.key_id
+    assert desk.lookup(["stays"]).entries == [stays]
+
+
+def test_a_deleted_generation_that_all_have_made_is_not_kept() -> None:
+    desk = Desk()
+    for made_by_all in (True, False):
+        (entry,) = desk.create(spec("w", 3))
+        if made_by_all:
+            desk.init(1, spec("w", 3))
+        desk.delete(0, entry)
+    assert list(desk.directory._keys["w"].specs) == [2]
+
+
+def test_what_never_became_a_key_is_not_remembered() -> None:
+    desk = Desk(3)
+    assert desk.init(1, spec("waits", 3)) == []
+    ((_, reply),) = desk.init(0, spec("fails", 3))
+    desk.conclude(0, reply, to_wire(UpdaterError("no")))
+    desk.init(0, spec("left", 3))
+    desk.directory.leave(0)
+    assert set(desk.directory._keys) == {"waits"}  # which rank 1 creates now
+    desk.directory.leave(1)
+    assert desk.directory._keys == {}
 
 
 def test_an_init_that_failed_has_not_been() -> None:
@@ -351,7 +392,7 @@ def test_who_leaves_while_it_makes_a_setting_is_followed_by_the_next() -> None:
     assert (rank, reply.number, reply.lead) == (1, 0, True)
     desk.conclude_set(0, first.number, ("UpdaterError", "too late"))
     desk.conclude_set(1, reply.number)
-    assert not desk.directory._attempts[0].error
+    assert desk.directory._settings.num_begun == 1
 
 
 def test_an_updater_for_whole_values_is_refused_to_every_rank_where_a_key_is_sliced() -> None:
@@ -365,6 +406,40 @@ def test_an_updater_for_whole_values_is_refused_to_every_rank_where_a_key_is_sli
     some = m.SettingRecord(("small",), updater=WHOLE.updater)
     ((_, reply),) = desk.set(0, some)
     assert reply.lead
+
+
+@pytest.mark.parametrize("all_make_it", [True, False], ids=["all ranks", "rank 0 alone"])
+def test_an_option_in_every_step_takes_no_memory(monkeypatch: pytest.MonkeyPatch, all_make_it: bool) -> None:
+    monkeypatch.setattr(settinglog, "MAX_REMEMBERED_SETTINGS", 10)
+    desk = Desk(3)
+    for step in range(100):
+        record = m.SettingRecord(None, options={"lr": float(step)})
+        ((_, reply),) = desk.set(0, record)
+        assert (reply.number, reply.lead) == (step, True)
+        desk.conclude_set(0, step)
+        for rank in (1, 2) if all_make_it else ():
+            ((_, reply),) = desk.set(rank, record)
+            assert (reply.number, reply.lead) == (step, False)
+    assert len(desk.directory._settings._kept) == (0 if all_make_it else 10)
+    if not all_make_it:  # who is late goes on at its first, and must agree with what is remembered
+        for step in range(100):
+            if step == 90:
+                assert isinstance(error_of(desk.set(2, named())), SettingMismatch)
+            ((_, reply),) = desk.set(2, m.SettingRecord(None, options={"lr": float(step)}))
+            assert (reply.number, reply.lead) == (step, False)
+        assert desk.set(2, named()) == []
+    ((_, reply),) = desk.set(0, named())
+    assert reply.number == 100
+
+
+def test_who_leaves_holds_no_setting_back() -> None:
+    desk = Desk(3)
+    desk.set(0, named())
+    desk.conclude_set(0, 0)
+    desk.set(1, named())
+    assert len(desk.directory._settings._kept) == 1
+    desk.directory.leave(2)
+    assert len(desk.directory._settings._kept) == 0
 
 
 # ---- waiting ---------------------------------------------------------------------------------------

@@ -57,6 +57,8 @@ def test_a_newer_generation_takes_the_place_of_an_older_one() -> None:
     assert [state.key_id for state in bench.forgotten] == [1]
     bench.table.learn([entry("a", 1)])  # what comes late is passed over
     assert bench.table.known(["a"])[0].key_id == 5
+    bench.table.learn([entry("a", 7, generation=1)])  # the scheduler counts a forgotten name from 1 again
+    assert bench.table.known(["a"])[0].key_id == 7
 
 
 def test_a_fault_is_raised_once_however_many_slices_tell_it() -> None:

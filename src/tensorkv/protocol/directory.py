@@ -7,6 +7,8 @@ RULES
    of the setting rank. It waits until there is one, and must agree with it.
 3. A refused proposal changes nothing. A setting that the servers refused counts: other ranks that make
    it get the same refusal.
+4. Names whose key is deleted are remembered, each with its generations, but only the last
+   `MAX_DELETED_NAMES`; an older one is as if it had never been.
 
 Answers are (rank, message) pairs in `out`. Nothing here waits; what cannot be answered yet is kept and
 tried again after every change.
@@ -32,11 +34,15 @@ from tensorkv.errors import (
 from tensorkv.partition import ValueSize, place
 from tensorkv.protocol.gatherings import Gathering
 from tensorkv.protocol.norms import total_norm
+from tensorkv.protocol.settinglog import SettingLog
 from tensorkv.savedstate import SavedSettings, check_settings
 from tensorkv.wire import messages as m
 from tensorkv.wire.messages import Key, KeyEntry, KeySpec, SettingRecord, SliceEntry
 
 MAX_REMEMBERED_GENERATIONS = 64
+MAX_DELETED_NAMES = 4096
+"""So many names without a key are remembered; workers and servers remember as many deleted keys."""
+
 MAX_JOB_BYTES = 1 << 44
 """All values of a job together: what is more is a mistake, and its slices alone would fill the memory."""
 
@@ -71,17 +77,6 @@ class _KeyHistory:
 
 
 @final
-@dataclass(slots=True)
-class _Attempt:
-    """A setting of the setting rank: under way (`done` False), made, or refused with `error`."""
-
-    record: SettingRecord
-    leader: int
-    done: bool = False
-    error: tuple[str, str] | None = None
-
-
-@final
 class Directory:
     """One store, as the scheduler sees it."""
 
@@ -93,9 +88,9 @@ class Directory:
         self.out: list[tuple[int, m.Message]] = []
         self._placement = placement
         self._keys: dict[Key, _KeyHistory] = {}
+        self._deleted: dict[Key, None] = {}  # those of `_keys` that have no key now, oldest first
         self._creating: dict[int, tuple[int, _KeyHistory, KeySpec, KeyEntry]] = {}  # by key id; first is rank
-        self._attempts: list[_Attempt] = []
-        self._attempts_of: dict[int, int] = {}
+        self._settings = SettingLog()
         self._gathering = Gathering()
         self._loading: list[tuple[_KeyHistory, KeySpec, KeyEntry]] = []
         self._waiting_inits: list[tuple[int, m.ProposeInit]] = []
@@ -127,7 +122,7 @@ class Directory:
         self._retry()
 
     def _try_init(self, rank: int, message: m.ProposeInit) -> bool:
-        histories = [self._keys.setdefault(spec.key, _KeyHistory()) for spec in message.keys]
+        histories = [self._history(spec.key) for spec in message.keys]
         lead: list[bool] = []
         try:
             for spec, history in zip(message.keys, histories, strict=True):
@@ -143,7 +138,7 @@ class Directory:
         if refusal is not None:
             self._refuse(rank, message.request, refusal)
             return True
-        placed = iter(self._place(new, self._is_elementwise))
+        placed = iter(self._place(new, self._settings.is_elementwise))
         entries: list[KeyEntry] = []
         for spec, history, leads in zip(message.keys, histories, lead, strict=True):
             number = history.inits.get(rank, 0) + 1
@@ -208,19 +203,36 @@ class Directory:
             )
         return entries
 
-    def _is_elementwise(self, key: Key) -> bool:
-        """Whether the updater that holds for a key allows it to be sliced. ASSIGN does."""
-        for attempt in reversed(self._attempts):
-            updater, keys = attempt.record.updater, attempt.record.keys
-            if updater is not None and attempt.error is None and (keys is None or key in keys):
-                return updater.elementwise
-        return True
-
     def _create(self, rank: int, spec: KeySpec, history: _KeyHistory, slices: list[SliceEntry]) -> KeyEntry:
         entry = self._new_entry(spec, history, slices)
-        history.creating = True
+        self._begin(spec.key, history)
         self._creating[entry.key_id] = (rank, history, spec, entry)
         return entry
+
+    def _history(self, key: Key) -> _KeyHistory:
+        """Return what is remembered of a name: a new record, which is not kept, if nothing is."""
+        return self._keys.get(key) or _KeyHistory()
+
+    def _begin(self, key: Key, history: _KeyHistory) -> None:
+        """A key of this name is being created."""
+        history.creating = True
+        self._keys[key] = history
+        self._deleted.pop(key, None)
+
+    def _end(self, key: Key, history: _KeyHistory) -> None:
+        """Creating a key of this name has ended, or the key was deleted: forget what need not be kept."""
+        history.creating = False
+        if history.alive is not None:
+            return
+        if history.generation == 0:
+            del self._keys[key]
+            return
+        made_by_all = min((history.inits.get(rank, 0) for rank in self.members), default=0)
+        history.specs = {number: each for number, each in history.specs.items() if number > made_by_all}
+        self._deleted[key] = None
+        while len(self._deleted) > MAX_DELETED_NAMES:
+            oldest = next(iter(self._deleted))
+            del self._deleted[oldest], self._keys[oldest]
 
     def _new_entry(self, spec: KeySpec, history: _KeyHistory, slices: list[SliceEntry]) -> KeyEntry:
         entry = KeyEntry(
@@ -251,15 +263,15 @@ class Directory:
             if leader != rank:
                 raise ProtocolError(f"rank {rank} concludes an init that rank {leader} makes")
             del self._creating[key_id]
-            history.creating = False
-            if message.error is not None:
+            if message.error is None:
+                history.generation = entry.generation
+                history.alive = entry
+                history.specs[entry.generation] = (spec, entry)
+                history.specs.pop(entry.generation - MAX_REMEMBERED_GENERATIONS, None)
+            else:
                 history.inits[rank] -= 1
                 self._add_load(entry, -spec.itemsize_bytes)
-                continue
-            history.generation = entry.generation
-            history.alive = entry
-            history.specs[entry.generation] = (spec, entry)
-            history.specs.pop(entry.generation - MAX_REMEMBERED_GENERATIONS, None)
+            self._end(entry.key, history)
         self.out.append((rank, m.Done(message.request)))
         self._retry()
 
@@ -293,6 +305,7 @@ class Directory:
             history.alive = None
             if history.generation == history.loaded:  # nobody need have initialised it
                 history.inits = {r: max(n, history.loaded) for r, n in history.inits.items()}
+            self._end(key, history)
         if removed:
             self._deleting[rank, message.request] = removed
         self.out.append((rank, m.Deleted(message.request, removed)))
@@ -318,26 +331,26 @@ class Directory:
         self._retry()
 
     def _try_setting(self, rank: int, message: m.ProposeSetting) -> bool:
-        number = self._attempts_of.get(rank, 0)
-        if number == len(self._attempts):
+        number = self._settings.num_made(rank)
+        if number == self._settings.num_begun:
             sliced = self._sliced_key(message.record)
             if sliced is not None:  # the setting rank's would be refused too, so nobody waits for that
                 self._refuse(rank, message.request, sliced)
                 return True
             if rank != self.setting_rank:
                 return False
-            self._attempts.append(_Attempt(message.record, rank))
-            self._attempts_of[rank] = number + 1
+            number = self._settings.begin(rank, message.record)
             self.out.append((rank, m.SettingReply(message.request, number, True)))
             return True
-        attempt = self._attempts[number]
-        if attempt.record != message.record:
-            self._refuse(rank, message.request, _setting_mismatch(rank, number, message.record, attempt))
+        try:
+            attempt = self._settings.match(rank, message.record)
+        except SettingMismatch as error:
+            self._refuse(rank, message.request, error)
             return True
-        if not attempt.done:
+        if attempt is not None and not attempt.done:
             return False
-        self._attempts_of[rank] = number + 1
-        if attempt.error is not None:
+        self._settings.agreed(rank, self.members)
+        if attempt is not None and attempt.error is not None:
             self.out.append((rank, m.Failed(message.request, *attempt.error)))
         else:
             self.out.append((rank, m.SettingReply(message.request, number, False)))
@@ -360,10 +373,7 @@ class Directory:
 
     def conclude_setting(self, rank: int, message: m.ConcludeSetting) -> None:
         """The setting rank has made the setting on all servers, or they have refused it."""
-        if 0 <= message.number < len(self._attempts):
-            attempt = self._attempts[message.number]
-            if attempt.leader == rank and not attempt.done:  # else its own was withdrawn when it left
-                attempt.done, attempt.error = True, message.error
+        self._settings.conclude(rank, message.number, message.error, self.members)
         self.out.append((rank, m.Done(message.request)))
         self._retry()
 
@@ -389,7 +399,7 @@ class Directory:
             self._refuse(rank, message.request, exc)
             return
         names = {spec.key for spec in message.keys}
-        histories = [self._keys.setdefault(spec.key, _KeyHistory()) for spec in message.keys]
+        histories = [self._history(spec.key) for spec in message.keys]
         error = self._cannot_load(names, message.settings) or self._too_much(message.keys)
         if error is not None:
             self._refuse(rank, message.request, error)
@@ -397,7 +407,7 @@ class Directory:
         placed = self._place(message.keys, lambda key: message.settings.spec_of(key).elementwise)
         replaced = [history.alive for history in histories if history.alive is not None]
         for spec, history, slices in zip(message.keys, histories, placed, strict=True):
-            history.creating = True
+            self._begin(spec.key, history)
             self._loading.append((history, spec, self._new_entry(spec, history, slices)))
         entries = [entry for _, _, entry in self._loading]
         self.out.append((rank, m.LoadReply(message.request, entries, replaced)))
@@ -435,9 +445,9 @@ class Directory:
         """The keys and settings of a load are there; or, with None, they are not."""
         loading, self._loading = self._loading, []
         for history, spec, entry in loading:
-            history.creating = False
             if settings is None:
                 self._add_load(entry, -spec.itemsize_bytes)
+                self._end(entry.key, history)
                 continue
             if history.alive is not None:
                 self._add_load(history.alive, -history.specs[history.generation][0].itemsize_bytes)
@@ -446,12 +456,11 @@ class Directory:
             history.specs[entry.generation] = (spec, entry)
             history.specs.pop(entry.generation - MAX_REMEMBERED_GENERATIONS, None)
             history.inits = dict.fromkeys(range(self.num_workers), entry.generation - 1)
+            self._end(entry.key, history)
         if settings is not None:  # from here on the settings of all ranks are counted anew
-            leader = self._gathering.leader or 0
-            for each in settings.entries:
-                record = SettingRecord(each.keys, updater=settings.updaters[each.updater])
-                self._attempts.append(_Attempt(record, leader, done=True))
-            self._attempts_of = dict.fromkeys(range(self.num_workers), len(self._attempts))
+            updaters = settings.updaters
+            records = [SettingRecord(each.keys, updater=updaters[each.updater]) for each in settings.entries]
+            self._settings.replace(records, self.num_workers)
 
     # ---- barriers and leaving --------------------------------------------------------------------
 
@@ -492,11 +501,10 @@ class Directory:
         self._waiting_settings = [each for each in self._waiting_settings if each[0] != rank]
         for key_id, (leader, history, spec, entry) in list(self._creating.items()):
             if leader == rank:
-                history.creating = False
                 self._add_load(entry, -spec.itemsize_bytes)
                 del self._creating[key_id]
-        if self._attempts and not self._attempts[-1].done and self._attempts[-1].leader == rank:
-            self._attempts.pop()
+                self._end(entry.key, history)
+        self._settings.leave(rank, self.members)
         self._retry()
 
     def close(self) -> None:
@@ -518,7 +526,7 @@ class Directory:
                 return m.Waiting(request, [self.setting_rank], f"init of {init.keys[0].key!r}")
         for waiter, setting in self._waiting_settings:
             if (waiter, setting.request) == (rank, request):
-                number = self._attempts_of.get(rank, 0) + 1
+                number = self._settings.num_made(rank) + 1
                 return m.Waiting(request, [self.setting_rank], f"setting number {number}")
         return None
 
@@ -608,21 +616,6 @@ def _check_agrees(rank: int, spec: KeySpec, first: KeySpec, agreed: Sequence[str
                 f"init of key {spec.key!r}: rank {rank} has {what} {mine}, but it was initialised with "
                 f"{theirs}; all ranks must agree"
             )
-
-
-def _setting_mismatch(rank: int, number: int, record: SettingRecord, attempt: _Attempt) -> SettingMismatch:
-    return SettingMismatch(
-        f"setting number {number + 1} of rank {rank} is {_describe(record)}, but that of rank "
-        f"{attempt.leader} is {_describe(attempt.record)}; all ranks that make a setting must agree"
-    )
-
-
-def _describe(record: SettingRecord) -> str:
-    keys = "all keys" if record.keys is None else f"keys {list(record.keys)}"
-    if record.updater is not None:
-        options = f" with {record.updater.options}" if record.updater.options else ""
-        return f"updater {record.updater.name!r}{options} for {keys}"
-    return f"options {record.options} for {keys}"
 
 
 def _unknown(spec: KeySpec, generation: int) -> KeyEntry:

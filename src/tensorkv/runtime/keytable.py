@@ -64,7 +64,7 @@ class KeyTable:
                     continue  # so old that the scheduler knows no more than that it was deleted
                 known = self.states.get(entry.key)
                 if known is not None:
-                    if known.entry.generation >= entry.generation:
+                    if known.key_id >= entry.key_id:  # ids only grow; generations may begin anew
                         continue
                     self._forget(known)
                 state = KeyState.of(entry)
