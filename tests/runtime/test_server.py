@@ -460,6 +460,33 @@ def test_of_a_lost_worker_all_that_has_come_counts_and_nothing_after(
     assert caplog.records == []
 
 
+def test_a_lost_worker_that_sends_on_does_not_hold_the_others_up(
+    registered: EmbeddedJob,
+    worker: Callable[[int], Any],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = worker(0), worker(1)
+    open_store(one)
+    open_store(other)
+    server = registered.servers[0]
+    read = server._read
+
+    def read_more(peer: Any, to_the_end: bool = False) -> bool:
+        """As if worker 1 had always sent more."""
+        return read(peer, to_the_end) or (peer.worker == 1 and to_the_end)
+
+    monkeypatch.setattr(server, "_read", read_more)
+    monkeypatch.setattr(server_module, "LAST_WORDS_S", 0.0)
+    with caplog.at_level(logging.WARNING):
+        lose(registered, 1)
+        until_the_end(other.connection)
+        lives(one)
+    assert [record.getMessage() for record in caplog.records] == [
+        "server 0: worker 1 is lost, and sends on: no more of it is read"
+    ]
+
+
 def test_a_lost_worker_is_let_in_no_more(registered: EmbeddedJob, worker: Callable[[int], Any]) -> None:
     one = worker(0)
     open_store(one)

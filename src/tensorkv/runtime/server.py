@@ -17,6 +17,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, final
@@ -45,6 +46,9 @@ logger = logging.getLogger("tensorkv.runtime.server")  # also where this module 
 JOIN_TIMEOUT_S = 5.0
 FRAMES_PER_TURN = 16
 """So many frames of one worker are taken in before others have their turn."""
+
+LAST_WORDS_S = 1.0
+"""So long what a lost worker has sent is taken in, while all others wait."""
 
 
 @final
@@ -303,11 +307,22 @@ class Server:
         peer.buffer = EMPTY
 
     def _drop(self, lost: m.WorkerLost) -> None:
-        """A worker is lost, and the job goes on: take in what has come whole of it, and nothing after."""
+        """A worker is lost, and the job goes on: take in what has come whole of it, and nothing after.
+
+        Only its connection to the scheduler need have ended. One that lives and sends on, as fast as it is
+        read, must not keep the loop from all others.
+        """
         peer = self._peers.get(lost.rank)
         if peer is not None:
+            until = time.monotonic() + LAST_WORDS_S
             while self._read(peer, to_the_end=True):
-                pass
+                if time.monotonic() >= until:
+                    logger.warning(
+                        "server %d: worker %d is lost, and sends on: no more of it is read",
+                        self._config.rank,
+                        lost.rank,
+                    )
+                    break
             self._dismiss(peer)
         self._queue(self._state.worker_lost(lost))
 
