@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tensorkv"
 LAYERS = {
     **dict.fromkeys(("errors", "config", "work"), 0),
     **dict.fromkeys(("store", "keys", "arrays", "reduce", "updater", "updaterspec", "partition"), 1),
-    **dict.fromkeys(("functions", "definitions", "savedstate", "saveio"), 1),
+    **dict.fromkeys(("functions", "definitions", "savedstate", "slicestate", "saveio"), 1),
     "wire": 2,
     "protocol": 3,
     "transport": 4,
@@ -32,6 +32,7 @@ LAYERS = {
 
 PURE_LAYERS = (1, 2, 3)
 IMPURE_MODULES = {"threading", "socket", "time", "asyncio", "selectors", "signal", "subprocess"}
+FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "safetensors", "tensorkv.saveio"}
 MAY_LOCK = {"functions"}  # executes a script's definitions once per process, as an import does
 SOCKET_FOLDERS = {"transport", "launch"}
 ENVIRONMENT_PLACES = {"config", "launch", "cli"}
@@ -141,6 +142,16 @@ def test_the_core_is_pure(module: str) -> None:
     for line, name in _imports(module):
         if not (name == "threading" and module in MAY_LOCK):
             assert name.split(".")[0] not in IMPURE_MODULES, f"{module}:{line}: imports {name}"
+
+
+@pytest.mark.parametrize("module", [each for each in MODULES if _part(each) == "protocol"])
+def test_protocol_opens_no_files(module: str) -> None:
+    for line, name in _imports(module):
+        found = [each for each in FILE_MODULES if f"{name}.".startswith(f"{each}.")]
+        assert found == [], f"{module}:{line}: imports {name}"
+    for node in ast.walk(_tree(module)):
+        opened = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open"
+        assert not opened, f"{module}:{node.lineno}: opens a file"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -13,8 +15,11 @@ from tensorkv.arrays import bytes_of, dtype_name
 from tensorkv.errors import TensorKVError, from_wire
 from tensorkv.protocol.directory import CommitReduction
 from tensorkv.protocol.memory import Memory
+from tensorkv.protocol.savedslices import StateFiles
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import Outgoing
+from tensorkv.savedstate import KeyRecord, PieceRecord, TensorRecord
+from tensorkv.slicestate import SliceState, assemble, records_of
 from tensorkv.updater import Updater, build
 from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.wire import messages as m
@@ -36,6 +41,38 @@ class CheckedPool:
     def give(self, buffer: Memory) -> None:
         assert self.out.pop(id(buffer), None) is buffer, "a buffer was given back that was not out"
         buffer.tensor.fill_(255)
+
+
+class MemoryFiles(StateFiles):
+    """The files of saves, in a dict."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}  # by what a record calls `stored`
+
+    def write(
+        self, folder: str, name: str, slices: Sequence[tuple[m.Key, int, int, SliceState]]
+    ) -> tuple[int, list[PieceRecord]]:
+        pieces: list[PieceRecord] = []
+        for key, start, stop, each in slices:
+            records, tensors, plain = records_of(each)
+            stored = [
+                msgspec.structs.replace(record, stored=f"{folder}/{name}/{key}[{start}]/{record.name}")
+                for record in records
+            ]
+            for record, tensor in zip(stored, tensors, strict=True):
+                self.tensors[record.stored] = tensor.clone()
+            pieces.append(PieceRecord(start, stop, each.version, stored, plain, name))
+        return len(self.tensors), pieces
+
+    @contextlib.contextmanager
+    def open(self, folder: str, pieces: Iterable[PieceRecord]) -> Iterator[MemoryFiles]:
+        yield self
+
+    def load(self, record: KeyRecord, start: int, stop: int) -> SliceState:
+        def fetch(piece: int, tensor: TensorRecord, low: int, high: int) -> torch.Tensor:
+            return self.tensors[tensor.stored].view(-1)[low:high]
+
+        return assemble(record, start, stop, fetch)
 
 
 def payload_of(tensors: Sequence[torch.Tensor], buffer: Memory) -> int:
@@ -63,7 +100,8 @@ class Bench:
     ) -> None:
         self.pool = CheckedPool()
         self.functions = functions or {}
-        self.state = ServerState(num_workers, self.pool, self._load, max_payload_bytes)  # type: ignore[arg-type]
+        self.files = MemoryFiles()
+        self.state = ServerState(num_workers, self.pool, self._load, self.files, max_payload_bytes)  # type: ignore[arg-type]
         self.requests = itertools.count(1)
         self.ids = itertools.count(1)
         self.plans: dict[int, tuple[int, list[m.ChunkEntry]]] = {}
@@ -81,7 +119,7 @@ class Bench:
     def send(self, worker: int, message: Any, tensors: Sequence[torch.Tensor] = ()) -> list[Outgoing]:
         """Hand over a message as the server's receiving thread does."""
         expected = self.state.payload_bytes(worker, message)
-        if not isinstance(message, (m.Push, m.Put, m.InitSlices)):
+        if not isinstance(message, (m.Push, m.Put, m.InitSlices, m.RestoreSlice)):
             assert expected == 0
             return self.state.handle(worker, message)
         buffer = self.pool.take(expected)
@@ -228,6 +266,7 @@ class Tools:
 
     Bench = Bench
     CheckedPool = CheckedPool
+    MemoryFiles = MemoryFiles
     settle = staticmethod(settle)
     dense = staticmethod(dense)
     absent = staticmethod(absent)

@@ -237,7 +237,8 @@ class Job:
         self.settle = t.settle
         self.value_of = value_of
         self.pools = [t.CheckedPool() for _ in range(NUM_SERVERS)]
-        self.states = [ServerState(len(programs), pool, self.load) for pool in self.pools]
+        self.files = t.MemoryFiles()
+        self.states = [ServerState(len(programs), pool, self.load, self.files) for pool in self.pools]
         self.membership = Membership(len(programs), NUM_SERVERS, BOUND_BYTES)
         self.queues: dict[tuple[Any, ...], deque[Any]] = defaultdict(deque)
         for rank in range(NUM_SERVERS):

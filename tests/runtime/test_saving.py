@@ -15,7 +15,7 @@ from torch import Tensor
 import tensorkv
 from tensorkv import savedstate, saveio
 from tensorkv.errors import LoadError, SaveError, TensorKVError
-from tensorkv.protocol import shard
+from tensorkv.protocol import savedslices
 from tensorkv.runtime import saving
 from tensorkv.testing.cluster import run_job
 
@@ -131,15 +131,15 @@ def test_a_save_in_many_files_is_loaded(tmp_path: Path, monkeypatch: pytest.Monk
 def _failing(monkeypatch: pytest.MonkeyPatch, error: TensorKVError, number: int) -> None:
     """Let the n-th slice that a server makes of a load fail."""
     made: list[int] = []
-    restore = shard.StoreShard._restore
+    restore = savedslices.restore
 
-    def fail(self: Any, *args: Any) -> None:
+    def fail(*args: Any) -> None:
         made.append(1)
         if len(made) == number:
             raise error
-        restore(self, *args)
+        restore(*args)
 
-    monkeypatch.setattr(shard.StoreShard, "_restore", fail)
+    monkeypatch.setattr(savedslices, "restore", fail)
 
 
 @pytest.mark.parametrize("number", [1, 3])

@@ -16,19 +16,21 @@ from tensorkv.arrays import accumulate_dtype, check_matches, dtype_name
 from tensorkv.keys import ABSENT, PullBatch, PushBatch, answer
 from tensorkv.savedstate import KeyRecord, check_reduction, check_replaces, new_index
 from tensorkv.saveio import (
-    MemoryPieces,
     PieceReader,
-    SliceState,
-    assemble,
     file_name,
-    from_state_dict,
     make_folder,
     new_save_id,
     read_index,
-    slice_state,
-    to_state_dict,
     write_index,
     write_slices,
+)
+from tensorkv.slicestate import (
+    MemoryPieces,
+    SliceState,
+    assemble,
+    from_state_dict,
+    slice_state,
+    to_state_dict,
 )
 from tensorkv.store import CommitResult, KeyInfo, KVStore
 from tensorkv.testing.conformance import BAD_INPUTS, BadInput, Case, StoreMaker, applicable

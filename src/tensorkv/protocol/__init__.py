@@ -1,1 +1,1 @@
-"""Pure state machines: no socket, thread or clock. What comes in are messages, what goes out are messages."""
+"""Pure state machines: no socket, thread, clock or file. Messages come in, and messages go out."""

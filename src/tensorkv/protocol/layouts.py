@@ -14,6 +14,7 @@ from tensorkv.errors import InvalidValue, ProtocolError
 from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.rounds import Index
 from tensorkv.protocol.slots import Slot
+from tensorkv.slicestate import SliceState
 from tensorkv.updater import Assign, Setting
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def sent_size(shape: tuple[int, ...]) -> int:
 class Slice:
     """One slice of a value: elements [start, stop) of `key`, kept in `slot` from `offset` on.
 
-    `shape` is the value's own where the slice is all of it, else (stop - start,).
+    `shape` is the value's own where the slice is all of it, else (stop - start,). `restored` is what a load
+    that is under way has brought.
     """
 
     slice_id: int
@@ -70,6 +72,7 @@ class Slice:
     slot: Slot
     offset: int
     setting: Setting
+    restored: SliceState | None = None
 
     @property
     def num_elems(self) -> int:

@@ -38,6 +38,7 @@ class SettingSchedule:
         self._latest = SettingsTable()
         self._prepared: dict[int, SettingsTable] = {}
         self._pending: list[_Pending] = []
+        self._restored: SettingsTable | None = None
 
     @property
     def has_pending(self) -> bool:
@@ -81,8 +82,11 @@ class SettingSchedule:
         """Return the newest settings."""
         return self._latest
 
-    def restored(self, saved: SavedSettings, codes: Sequence[CodeRef | None]) -> SettingsTable:
-        """Return the settings of a save. Raises what the loader raises, LoadError or InvalidOption."""
+    def prepare_restore(self, saved: SavedSettings, codes: Sequence[CodeRef | None]) -> None:
+        """Load what the settings of a save need, and keep them until `take_restored`.
+
+        Raises what the loader raises, LoadError or InvalidOption.
+        """
         check_settings(saved, "the save")
         if len(codes) != len(saved.updaters):
             raise ProtocolError(f"{len(saved.updaters)} updaters came with {len(codes)} places of code")
@@ -93,7 +97,14 @@ class SettingSchedule:
                 return build_saved(spec, None)
             return self._load(SettingRecord(None, updater=spec, code=code))
 
-        return SettingsTable.restore(saved, load)
+        self._restored = SettingsTable.restore(saved, load)
+
+    def take_restored(self) -> SettingsTable:
+        """Return the settings that `prepare_restore` has loaded, once. Raises ProtocolError if it has not."""
+        if self._restored is None:
+            raise ProtocolError("a load was finished that was not prepared")
+        table, self._restored = self._restored, None
+        return table
 
     def install(self, table: SettingsTable) -> None:
         """Let these settings be the newest, and the only ones: nothing waits for its round any more."""

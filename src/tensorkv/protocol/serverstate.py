@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any, final
 
 from tensorkv.errors import ProtocolError, TensorKVError, to_wire
+from tensorkv.protocol import savedslices
 from tensorkv.protocol.layouts import Chunk, sent_dtype, sent_size
 from tensorkv.protocol.memory import EMPTY, BufferPool, Memory
+from tensorkv.protocol.savedslices import StateFiles
 from tensorkv.protocol.schedule import LoadUpdater
 from tensorkv.protocol.shard import Outgoing, StoreShard
 from tensorkv.savedstate import VALUE
-from tensorkv.saveio import packed_bytes
+from tensorkv.slicestate import packed_bytes
 from tensorkv.wire import messages as m
 
 MAX_STORES = 4096
@@ -31,12 +33,14 @@ class ServerState:
         num_workers: int,
         pool: BufferPool,
         load_updater: LoadUpdater,
+        files: StateFiles,
         max_payload_bytes: int = 1 << 62,
     ) -> None:
         self._num_workers = num_workers
         self._max_payload_bytes = max_payload_bytes
         self._pool = pool
         self._load_updater = load_updater
+        self._files = files
         self._stores: dict[int, StoreShard] = {}
         self._store_of_plan: dict[tuple[int, int], StoreShard] = {}
         self._gone: set[int] = set()
@@ -147,19 +151,19 @@ class ServerState:
             case m.AskWaiting():
                 shard.waiting(worker, message)
             case m.SaveSlices():
-                shard.save_slices(worker, message)
+                savedslices.save_slices(shard, self._files, worker, message)
             case m.AskSlice():
-                shard.ask_slice(worker, message)
+                savedslices.ask_slice(shard, worker, message)
             case m.AskSettings():
-                shard.ask_settings(worker, message)
+                savedslices.ask_settings(shard, worker, message)
             case m.PrepareRestore():
-                shard.prepare_restore(worker, message)
+                savedslices.prepare_restore(shard, worker, message)
             case m.LoadSlices():
-                shard.load_slices(worker, message)
+                savedslices.load_slices(shard, self._files, worker, message)
             case m.RestoreSlice():
-                shard.restore_slice(worker, message, payload)
+                savedslices.restore_slice(shard, worker, message, payload)
             case m.FinishRestore():
-                shard.finish_restore(worker, message)
+                savedslices.finish_restore(shard, worker, message)
             case m.Leave():
                 self._leave(shard, worker)
                 shard.out.append(Outgoing(worker, m.Done(message.request)))

@@ -39,8 +39,6 @@ from tensorkv.protocol.rounds import Index, Rounds
 from tensorkv.protocol.schedule import LoadUpdater, SettingSchedule
 from tensorkv.protocol.slots import Lease, Slot, SlotAllocator
 from tensorkv.protocol.sums import add_up
-from tensorkv.savedstate import FILE_NAME, check_record
-from tensorkv.saveio import PieceReader, SliceState, pack, records_of, slice_state, unpack, write_slices
 from tensorkv.updater import Setting, SettingsTable, Update, apply_all
 from tensorkv.wire import messages as m
 
@@ -154,8 +152,6 @@ class StoreShard:
         self._commit: CommitGather = CommitGather(1)
         self._settings_epoch = 0
         self._locksteps: dict[int, Lockstep] = {}  # by slice index
-        self._restoring: SettingsTable | None = None  # the settings of a load that is under way
-        self._restored: dict[int, SliceState] = {}  # what it has brought, by slice id
 
     # ---- keys ------------------------------------------------------------------------------------
 
@@ -169,11 +165,20 @@ class StoreShard:
         places = self._allocate(message.key, message.slices, dtype)
         for entry, (slot, offset) in zip(message.slices, places, strict=True):
             length = entry.stop - entry.start
-            slot.make_writable()
-            slot.tensor[offset : offset + length].copy_(values[low : low + length])
+            self._add_slice(entry, message.key, message.shape, slot, offset, values[low : low + length])
             low += length
-            self._add_slice(entry, message.key, message.shape, slot, offset)
         self._reply(worker, m.Done(message.request))
+
+    def create(
+        self, entry: m.SliceEntry, key: m.Key, shape: tuple[int, ...], value: torch.Tensor, version: int
+    ) -> Slice:
+        """Create one slice with this value, which is flat, and this version."""
+        if entry.slice_id in self._index_of or value.numel() != entry.stop - entry.start:
+            raise ProtocolError(f"slice {entry.slice_id} exists already, or has not {value.numel()} elements")
+        ((slot, offset),) = self._allocate(key, [entry], value.dtype)
+        index = self._add_slice(entry, key, shape, slot, offset, value)
+        self.rounds.version[index] = version
+        return self._slices[index]
 
     def _allocate(
         self, key: m.Key, slices: Sequence[m.SliceEntry], dtype: torch.dtype
@@ -188,7 +193,13 @@ class StoreShard:
             ) from exc
 
     def _add_slice(
-        self, entry: m.SliceEntry, key: m.Key, shape: tuple[int, ...], slot: Slot, offset: int
+        self,
+        entry: m.SliceEntry,
+        key: m.Key,
+        shape: tuple[int, ...],
+        slot: Slot,
+        offset: int,
+        value: torch.Tensor,
     ) -> int:
         index = self.rounds.add()
         capacity = self.rounds.merged.shape[0]
@@ -197,6 +208,8 @@ class StoreShard:
             grown[:, : self._holder.shape[1]] = self._holder
             self._holder = grown
         length = entry.stop - entry.start
+        slot.make_writable()
+        slot.tensor[offset : offset + length].copy_(value)
         shape = shape if length == math.prod(shape) else (length,)
         setting = self.schedule.newest(key)
         self._index_of[entry.slice_id] = index
@@ -204,6 +217,23 @@ class StoreShard:
             entry.slice_id, index, key, entry.start, entry.stop, shape, slot, offset, setting
         )
         return index
+
+    def find(self, slice_id: int) -> Slice:
+        """Return a slice.
+
+        Raises:
+            KeyDeleted: it is gone.
+        """
+        index = self._index_of.get(slice_id)
+        if index is None:
+            text = self._tombstones.get(slice_id, f"slice {slice_id} was deleted")
+            raise KeyDeleted(text)
+        return self._slices[index]
+
+    @property
+    def slices(self) -> Iterable[Slice]:
+        """All slices of this store on this server."""
+        return self._slices.values()
 
     def delete_slices(self, worker: int, message: m.DeleteSlices) -> None:
         """Drop slices, their open rounds, and the calls that wait for them."""
@@ -233,7 +263,6 @@ class StoreShard:
     def _remove_slice(self, index: int) -> None:
         each = self._slices.pop(index)
         each.setting.updater.forget(each.slice_id)
-        self._restored.pop(each.slice_id, None)
         self.schedule.forget(index)
         self._held.discard(index)
         self._release(np.array([index], np.int64))
@@ -806,6 +835,17 @@ class StoreShard:
         idle = [i for i in self._slices if self.is_async or self.rounds.applied[i] == pushed[i]]
         self._take_due_settings(np.array(idle, np.int64))
 
+    def install_settings(self, table: SettingsTable) -> None:
+        """Let these settings hold for every slice from now on."""
+        self.general()
+        self.schedule.install(table)
+        for each in self._slices.values():
+            setting = table.setting(each.key)
+            if setting.updater is not each.setting.updater:
+                each.setting.updater.forget(each.slice_id)
+            each.setting = setting
+        self._settings_epoch += 1
+
     def _take_due_settings(self, slices: Index) -> None:
         if not self.schedule.has_pending:
             return
@@ -918,99 +958,6 @@ class StoreShard:
             for _, total in alive:
                 scale(total, factor)
         self._update(alive)
-
-    # ---- saving and loading ------------------------------------------------------------------------
-
-    def save_slices(self, worker: int, message: m.SaveSlices) -> None:
-        """Write slices to a file. Raises SaveError."""
-        self.general()
-        if not FILE_NAME.fullmatch(message.name):
-            raise ProtocolError(f"{message.name!r} is not a file of a save")
-        slices = [self._slice(slice_id) for slice_id in message.slice_ids]
-        states = [(each.key, each.start, each.stop, self._state_of(each)) for each in slices]
-        size_bytes, pieces = write_slices(message.folder, message.name, states)
-        self._reply(worker, m.SavedFile(message.request, size_bytes, pieces))
-
-    def ask_slice(self, worker: int, message: m.AskSlice) -> None:
-        """Send a slice and its state. Raises SaveError."""
-        self.general()
-        each = self._state_of(self._slice(message.slice_id))
-        records, tensors, plain = records_of(each)
-        self._reply(worker, m.SliceRecord(message.request, each.version, records, plain))
-        self.out.append(Outgoing(worker, m.Data(message.request, 0), [Memory(pack(tensors))]))
-
-    def _slice(self, slice_id: int) -> Slice:
-        index = self._index_of.get(slice_id)
-        if index is None:
-            text = self._tombstones.get(slice_id, f"slice {slice_id} was deleted")
-            raise KeyDeleted(text)
-        return self._slices[index]
-
-    def _state_of(self, each: Slice) -> SliceState:
-        """Return a copy of a slice, with the state of its optimizer if the next round will have it too."""
-        updater = each.setting.updater
-        kept = self.schedule.newest(each.key).updater is updater
-        state = updater.state(each.slice_id) if kept else {}
-        return slice_state(each.key, each.value, int(self.rounds.version[each.index]), state)
-
-    def ask_settings(self, worker: int, message: m.AskSettings) -> None:
-        """Tell the newest settings."""
-        self._reply(worker, m.Settings(message.request, self.schedule.table().describe()))
-
-    def prepare_restore(self, worker: int, message: m.PrepareRestore) -> None:
-        """Make the settings of a save ready; raises what is wrong with them."""
-        self._restoring = self.schedule.restored(message.settings, message.codes)
-        self._restored.clear()
-        self._reply(worker, m.Done(message.request))
-
-    def load_slices(self, worker: int, message: m.LoadSlices) -> None:
-        """Create slices from files. Raises LoadError; some may be there then."""
-        pieces = [piece for each in message.keys for piece in each.record.pieces]
-        with PieceReader(message.folder, pieces) as reader:
-            for each in message.keys:
-                record = each.record
-                check_record(record, "the save")
-                for entry in each.slices:
-                    self._restore(
-                        entry, record.key, record.shape, reader.load(record, entry.start, entry.stop)
-                    )
-        self._reply(worker, m.Done(message.request))
-
-    def restore_slice(self, worker: int, message: m.RestoreSlice, payload: Memory) -> None:
-        """Create a slice from what has travelled."""
-        each = unpack(payload.tensor, message.tensors, message.version, message.plain)
-        self._restore(message.entry, message.key, message.shape, each)
-        self._reply(worker, m.Done(message.request))
-
-    def _restore(self, entry: m.SliceEntry, key: m.Key, shape: tuple[int, ...], each: SliceState) -> None:
-        length = entry.stop - entry.start
-        if entry.slice_id in self._index_of or length != each.value.numel():
-            raise ProtocolError(f"slice {entry.slice_id} exists already, or has not {length} elements")
-        ((slot, offset),) = self._allocate(key, [entry], each.value.dtype)
-        slot.make_writable()
-        slot.tensor[offset : offset + length].copy_(each.value)
-        index = self._add_slice(entry, key, shape, slot, offset)
-        self.rounds.version[index] = each.version
-        self._restored[entry.slice_id] = each
-
-    def finish_restore(self, worker: int, message: m.FinishRestore) -> None:
-        """Let the settings of the save hold, and the new slices go on with their state."""
-        self.general()
-        if self._restoring is None:
-            raise ProtocolError("a load was finished that was not prepared")
-        table, self._restoring = self._restoring, None
-        self.schedule.install(table)
-        for each in self._slices.values():
-            setting = table.setting(each.key)
-            if setting.updater is not each.setting.updater:
-                each.setting.updater.forget(each.slice_id)
-            each.setting = setting
-            restored = self._restored.pop(each.slice_id, None)
-            if restored is not None:
-                setting.updater.restore(each.slice_id, restored.optimizer_state(each.shape))
-        self._restored.clear()
-        self._settings_epoch += 1
-        self._reply(worker, m.Done(message.request))
 
     # ---- the rest --------------------------------------------------------------------------------
 

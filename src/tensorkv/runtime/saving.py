@@ -29,21 +29,23 @@ from tensorkv.savedstate import (
     new_index,
 )
 from tensorkv.saveio import (
+    file_name,
+    make_folder,
+    new_save_id,
+    read_index,
+    remove_files,
+    write_index,
+)
+from tensorkv.slicestate import (
     MemoryPieces,
     SliceState,
     assemble,
-    file_name,
     from_state_dict,
-    make_folder,
-    new_save_id,
     pack,
     packed_bytes,
-    read_index,
     records_of,
-    remove_files,
     to_state_dict,
     unpack,
-    write_index,
 )
 from tensorkv.updater import SettingsTable, restored_settings
 from tensorkv.wire import messages as m

@@ -35,6 +35,7 @@ from tensorkv.runtime.code import updater_loader
 from tensorkv.runtime.handshake import accept, connect_to_scheduler
 from tensorkv.runtime.newcomers import SPARE_NEWCOMERS, Newcomers
 from tensorkv.runtime.sender import MAX_QUEUED_FRAMES, Sender
+from tensorkv.runtime.statefiles import FolderFiles
 from tensorkv.runtime.waits import lost_error, scheduler_lost_error
 from tensorkv.transport.base import TICK_S, Connection
 from tensorkv.transport.endpoint import listen
@@ -84,7 +85,7 @@ class Server:
         self._config = config
         self._pool = BufferPool()
         self._state = ServerState(  # the loop's alone
-            config.num_workers, self._pool, load_updater, _memory_bytes()
+            config.num_workers, self._pool, load_updater, FolderFiles(), _memory_bytes()
         )
         self._peers: dict[int, _Peer] = {}  # by worker; the loop's alone
         self._worker_decoder: Decoder[m.ToServer] = Decoder(m.ToServer)

@@ -45,20 +45,22 @@ from tensorkv.protocol.norms import clip_factor, total_norm
 from tensorkv.reduce import broadcast, lightest, sum_devices
 from tensorkv.savedstate import KeyRecord, SavedSettings, check_reduction, check_replaces, new_index
 from tensorkv.saveio import (
-    MemoryPieces,
     PieceReader,
-    SliceState,
-    assemble,
     file_name,
-    from_state_dict,
     make_folder,
     new_save_id,
     read_index,
     remove_files,
-    slice_state,
-    to_state_dict,
     write_index,
     write_slices,
+)
+from tensorkv.slicestate import (
+    MemoryPieces,
+    SliceState,
+    assemble,
+    from_state_dict,
+    slice_state,
+    to_state_dict,
 )
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
 from tensorkv.updater import (

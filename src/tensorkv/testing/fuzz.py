@@ -35,6 +35,7 @@ from tensorkv.runtime.code import updater_loader
 from tensorkv.runtime.handshake import deadline_tick, introduce
 from tensorkv.runtime.scheduler import SchedulerServer
 from tensorkv.runtime.server import Server
+from tensorkv.runtime.statefiles import FolderFiles
 from tensorkv.testing.frames import SUFFIX, Conversation, Entry, Mutator, framed, load, message_of, save
 from tensorkv.transport.base import Connection
 from tensorkv.transport.endpoint import connect
@@ -95,7 +96,9 @@ class ServerTarget:
 
     def __init__(self) -> None:
         self._pool = BufferPool()
-        self._state = ServerState(NUM_WORKERS, self._pool, updater_loader(()), MAX_PAYLOAD_BYTES)
+        self._state = ServerState(
+            NUM_WORKERS, self._pool, updater_loader(()), FolderFiles(), MAX_PAYLOAD_BYTES
+        )
 
     def feed(self, entry: Entry) -> None:
         """Take in a frame's message, with a payload of the length that it must have.

@@ -1,0 +1,35 @@
+"""FolderFiles: what is written is whole on disk, and is read again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tensorkv.errors import LoadError, SaveError
+from tensorkv.runtime.statefiles import FolderFiles
+from tensorkv.savedstate import KeyRecord
+from tensorkv.saveio import file_name, new_save_id
+from tensorkv.slicestate import slice_state
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    files, folder, name = FolderFiles(), str(tmp_path), file_name(new_save_id(), 0, 0)
+    each = slice_state("w", torch.arange(6.0), 2, {"step": torch.tensor(1.0)})
+    size_bytes, pieces = files.write(folder, name, [("w", 0, 6, each)])
+    assert [path.stat().st_size for path in tmp_path.iterdir()] == [size_bytes]
+    with files.open(folder, pieces) as saved:
+        found = saved.load(KeyRecord("w", (6,), "float32", False, pieces), 1, 3)
+    assert found.value.tolist() == [1.0, 2.0]
+    assert (found.version, found.state["step"].item()) == (2, 1.0)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    files, folder, name = FolderFiles(), str(tmp_path / "nowhere"), file_name(new_save_id(), 0, 0)
+    with pytest.raises(SaveError, match="not a folder"):
+        files.write(folder, name, [])
+    each = slice_state("w", torch.zeros(1), 0, {})
+    _, pieces = files.write(str(tmp_path), name, [("w", 0, 1, each)])
+    with pytest.raises(LoadError, match="cannot be read"):
+        files.open(folder, pieces)
