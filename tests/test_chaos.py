@@ -39,6 +39,7 @@ def job(tmp_path: Path) -> chaos.ChaosJob:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(300)  # a dozen jobs or more, each of which starts torch in up to six processes
 def test_twelve_kills() -> None:
     seed = 12
     summary = chaos.run(12, seed)
