@@ -9,8 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from tensorkv.errors import InvalidKey, InvalidOut, InvalidValue, LengthMismatch
-from tensorkv.keys import ABSENT, Form, answer, check_keys, check_new_keys, pull_batch, push_batch, split_keys
+from tensorkv.errors import InvalidArgument, InvalidKey, InvalidOut, InvalidValue, LengthMismatch
+from tensorkv.keys import (
+    ABSENT,
+    Form,
+    answer,
+    check_keys,
+    check_new_keys,
+    pull_batch,
+    pull_batch_of,
+    push_batch,
+    split_keys,
+)
 
 A, B, C = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])
 
@@ -138,6 +148,51 @@ class TestPullBatch:
         assert answer(pull_batch(["w"], None, None), [A]) == [A]
         out = torch.zeros(1)
         assert answer(pull_batch("w", out, None), []) is out
+
+
+class TestPullBatchOf:
+    """Where a pushpull writes, in each of the forms its keys and its out may have."""
+
+    @pytest.mark.parametrize("key", ["w", ["w", "b"], ["w", "b", "w"], {"w": A, "b": B}])
+    def test_new_tensors_in_the_form_of_the_keys(self, key: Any) -> None:
+        values = None if isinstance(key, dict) else A if key == "w" else [A, B, C][: len(key)]
+        batch = pull_batch_of(push_batch(key, values, None), key, None, None)
+        distinct = ("w",) if key == "w" else ("w", "b")
+        assert (batch.keys, batch.outs) == (distinct, [[] for _ in distinct])
+        answers: Any = {"w": A, "b": B} if isinstance(key, dict) else A if key == "w" else [A, B]
+        assert answer(batch, [A, B][: len(distinct)]) == answers
+
+    def test_one_out_per_distinct_key(self) -> None:
+        outs = [torch.zeros(1), torch.zeros(1)]
+        for keys, values in ((["w", "b"], [A, B]), (["w", "b", "w"], [A, B, C]), (("w", "b"), (A, B))):
+            batch = pull_batch_of(push_batch(keys, values, None), keys, outs, None)
+            assert batch.keys == ("w", "b")
+            assert [out is given for (out,), given in zip(batch.outs, outs, strict=True)] == [True, True]
+            assert answer(batch, []) is outs
+        assert outs == [torch.zeros(1), torch.zeros(1)]
+
+    def test_a_list_of_outs_per_key(self) -> None:
+        outs = [[torch.zeros(1), torch.zeros(1)], [torch.zeros(1)]]
+        batch = pull_batch_of(push_batch(["w", "b"], [A, B], None), ["w", "b"], outs, None)
+        assert list(map(len, batch.outs)) == [2, 1]
+
+    def test_a_dict_of_outs_in_any_order(self) -> None:
+        pushed = push_batch(["w", "b"], [A, B], None)
+        given = {"b": torch.zeros(1), "w": torch.zeros(1)}
+        batch = pull_batch_of(pushed, ["w", "b"], given, None)
+        assert batch.keys == ("b", "w")
+        assert answer(batch, []) is given
+        with pytest.raises(InvalidArgument, match="other keys"):
+            pull_batch_of(pushed, ["w", "b"], {"b": torch.zeros(1)}, None)
+
+    def test_too_few_and_bad_outs(self) -> None:
+        pushed = push_batch(["w", "b"], [A, B], None)
+        with pytest.raises(LengthMismatch):
+            pull_batch_of(pushed, ["w", "b"], [torch.zeros(1)], None)
+        with pytest.raises(InvalidOut):
+            pull_batch_of(pushed, ["w", "b"], [torch.zeros(1), torch.zeros(1).expand(4)], None)
+        with pytest.raises(InvalidValue, match="out for key 'b' is None"):
+            pull_batch_of(pushed, ["w", "b"], [torch.zeros(1), None], None)
 
 
 def test_absent_is_one_object_with_a_name() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from tensorkv.runtime.latch import Latch
+from tensorkv.runtime.latch import OPEN, Latch
 
 
 def test_it_opens_at_the_last() -> None:
@@ -23,9 +23,12 @@ def test_it_opens_at_the_last() -> None:
 
 
 def test_nothing_to_wait_for() -> None:
-    latch = Latch(0)
-    assert latch.open
-    assert latch.wait(0.0)
+    for latch in (Latch(0), OPEN):
+        assert latch.open
+        assert latch.wait(0.0)
+        calls: list[int] = []
+        latch.then(lambda calls=calls: calls.append(1))  # type: ignore[misc]
+        assert calls == [1]
 
 
 def test_threads_that_wait_are_woken() -> None:

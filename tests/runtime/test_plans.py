@@ -29,6 +29,24 @@ def test_a_key_as_a_worker_knows_it() -> None:
     assert (state.shape, state.dtype) == (torch.Size([2, 3]), torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "shapes", "fits"),
+    [
+        ([torch.float32, torch.float16], [(2, 3), ()], True),
+        ([torch.float32, torch.float32], [(2, 3), ()], False),
+        ([torch.float32, torch.float16], [(6,), ()], False),
+        ([torch.float32, torch.float16], [(2, 3), (1,)], False),
+    ],
+)
+def test_values_fit_that_have_the_dtypes_and_shapes_of_a_plan(
+    dtypes: list[torch.dtype], shapes: list[tuple[int, ...]], fits: bool
+) -> None:
+    states = [key(1, (2, 3), torch.float32, [(0, 0, 6)]), key(2, (), torch.float32, [(0, 0, 1)])]
+    plan = build_plan(1, states, [torch.float32, torch.float16], [1, 1], 1)
+    values = [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    assert plan.fits(values) is fits
+
+
 @hypothesis.given(st.data())
 @hypothesis.settings(max_examples=80)
 def test_every_element_travels_once_and_both_ends_agree(data: st.DataObject) -> None:
@@ -77,6 +95,9 @@ def test_every_element_travels_once_and_both_ends_agree(data: st.DataObject) -> 
         assert ids == [e.slice_id for s in states for e in s.entry.slices if e.server == part.server]
     expected = [(i, e.start, e.stop) for i, s in enumerate(states) for e in s.entry.slices]
     assert sorted(seen) == sorted(expected)
+    frames = [(part.server, place, chunk) for part in plan.parts for place, chunk in enumerate(part.chunks)]
+    assert plan.frames == frames
+    assert plan.num_lending == sum(chunk.lends for _, _, chunk in frames)
     assert plan.key_ids == frozenset(state.key_id for state in states)
 
 

@@ -187,6 +187,19 @@ def test_a_reply_of_another_kind() -> None:
         pull(plan_of(states([(4,)]))).take(m.Done(1))
 
 
+def test_a_reply_without_its_elements() -> None:
+    with pytest.raises(ProtocolError, match="a chunk of 4 elements came without them"):
+        pull(plan_of(states([(4,)]))).take(m.Data(1, 0))
+
+
+def test_a_value_of_no_elements_comes_without_payload() -> None:
+    plan = plan_of(states([(0,)]))
+    ends: list[Any] = []
+    destinations = Destinations.per_device(plan.states, [[torch.empty(0)]])
+    assert PullExchange(plan.parts[0], destinations, ends.append).take(m.Data(1, 0))
+    assert ends == [None]
+
+
 @pytest.mark.parametrize("message", [KeyDeleted("gone"), m.Failed(1, *to_wire(KeyDeleted("gone")))])
 def test_the_end_by_an_error(message: TensorKVError | m.Failed) -> None:
     ends: list[Exception] = []
