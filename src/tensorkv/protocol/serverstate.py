@@ -44,6 +44,8 @@ class ServerState:
         self._stores: dict[int, StoreShard] = {}
         self._store_of_plan: dict[tuple[int, int], StoreShard] = {}
         self._gone: set[int] = set()
+        self._asked: Any = None  # the message whose chunk was asked for last
+        self._found: tuple[StoreShard, Chunk] | None = None  # and the answer
 
     def payload_bytes(self, worker: int, message: Any) -> int:
         """Return how many payload bytes `message` must carry, before any memory is taken for them.
@@ -51,10 +53,12 @@ class ServerState:
         Raises:
             ProtocolError: the message names something this worker has not defined.
         """
+        if type(message) is m.Push:  # the message of every step
+            return self._find(worker, message)[1].payload_bytes
         match message:
-            case m.Push() | m.Put():
+            case m.Put():
                 return self._find(worker, message)[1].payload_bytes
-            case m.Pull():  # like a push, the message of every step
+            case m.Pull():
                 return 0
             case m.RestoreSlice():
                 return _restored_bytes(message, self._max_payload_bytes)
@@ -131,6 +135,7 @@ class ServerState:
                 self._store_of_plan[worker, message.plan] = shard
             case m.DropPlan():
                 shard.drop_plan(worker, message)
+                self._asked = None
                 del self._store_of_plan[worker, message.plan]
             case m.WaitMerged():
                 shard.wait_merged(worker, message)
@@ -236,9 +241,15 @@ class ServerState:
         return shard
 
     def _find(self, worker: int, message: m.Push | m.Put) -> tuple[StoreShard, Chunk]:
-        """Return the chunk that a message names, and whose it is."""
-        shard = self._plan(worker, message.plan)
-        return shard, shard.chunk(worker, message.plan, message.chunk)
+        """Return the chunk that a message names, and whose it is.
+
+        It is asked for twice: before there is memory for the payload, and after that has come.
+        """
+        if message is not self._asked or self._found is None:
+            shard = self._plan(worker, message.plan)
+            self._found = shard, shard.chunk(worker, message.plan, message.chunk)
+            self._asked = message
+        return self._found
 
     def _plan(self, worker: int, plan: int) -> StoreShard:
         shard = self._store_of_plan.get((worker, plan))

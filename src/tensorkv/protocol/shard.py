@@ -504,8 +504,7 @@ class StoreShard:
         try:
             present = [each for each in pushed if not each[0].absent]
             divisor = sum(chunk.counts[0] for chunk, _ in present) if self.mean else 1
-            parts = [(chunk.dtype, memory) for chunk, memory in present]
-            lockstep.version += self._assign_runs(layout, parts, divisor)
+            lockstep.version += self._assign_runs(layout, present, divisor)
         except Exception as exc:  # noqa: BLE001  # as in `_apply`
             round_number = int(self.rounds.applied[layout.index[0]]) + lockstep.round
             ids = [each.slice_id for each in layout.slices]
@@ -596,7 +595,7 @@ class StoreShard:
         present = [each for each in contributions if not each.absent]
         divisor = sum(each.counts[0] for each in present) if self.mean else 1
         if layout.all_assign(self._settings_epoch):
-            parts = [(each.dtype, each.buffer) for each in present]
+            parts = [(each, each.buffer) for each in present]
             self.rounds.version[layout.index] += self._assign_runs(layout, parts, divisor)
             return
         if not present:
@@ -610,10 +609,12 @@ class StoreShard:
             ]
         )
 
-    def _assign_runs(self, layout: Layout, parts: list[tuple[torch.dtype, Memory]], divisor: int) -> int:
+    def _assign_runs(
+        self, layout: Layout, parts: Sequence[tuple[Chunk | Contribution, Memory]], divisor: int
+    ) -> int:
         """Add whole runs straight into the stored values; return the updates, 0 if all are absent.
 
-        `parts` are the contributions that are not, in rank order, and their dtypes.
+        `parts` are the contributions that are not, in rank order: what has their dtype, and their memory.
         """
         if not parts:
             return 0
@@ -621,7 +622,7 @@ class StoreShard:
         for run in layout.runs:
             if run.slot.lease.readers:
                 run.slot.make_writable()
-            found = [memory.elements(pushed_dtype, run.low, run.high) for pushed_dtype, memory in parts]
+            found = [memory.elements(pushed.dtype, run.low, run.high) for pushed, memory in parts]
             add_up(found, dtype, divisor, run.stored.tensor)
         return 1
 

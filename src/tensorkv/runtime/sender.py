@@ -52,9 +52,27 @@ class Sender:
         self._frames.append((buffers, on_sent))
 
     def send(self, buffers: Sequence[Buffer], on_sent: Sent | None = None) -> None:
-        """Queue a frame, and send what is queued as `pump` does."""
-        self._frames.append((buffers, on_sent))
-        self.pump()
+        """Queue a frame and pump. Where nothing is queued, mostly, it does not pass through the queue.
+
+        While it runs no other thread may queue frames.
+        """
+        if self._frames or self._failed or not self._sending.acquire(blocking=False):
+            self._frames.append((buffers, on_sent))
+            self.pump()
+            return
+        rest: list[Buffer] = []
+        try:
+            rest = self._connection.send_now(buffers)
+            if rest:
+                self._frames.append((rest, on_sent))
+        except (OSError, EOFError) as exc:
+            self._fail(exc)
+        finally:
+            self._sending.release()
+        if rest:
+            self._work.set()
+        elif on_sent is not None:
+            on_sent()
 
     def pump(self) -> None:
         """Send what is queued, as far as that goes without waiting. Never blocks."""
@@ -102,15 +120,19 @@ class Sender:
                     frames[0] = (rest, on_sent)
                     return False
             except (OSError, EOFError) as exc:
-                told, self._failed = self._failed, True
-                self._drop()
-                if not told:
-                    self._on_error(exc)
+                self._fail(exc)
                 return True
             frames.popleft()
             if on_sent is not None:
                 on_sent()
         return True
+
+    def _fail(self, exc: Exception) -> None:
+        """The connection has failed: drop what is queued, and tell, once. By whoever sends."""
+        told, self._failed = self._failed, True
+        self._drop()
+        if not told:
+            self._on_error(exc)
 
     def _drop(self) -> None:
         while self._frames:
