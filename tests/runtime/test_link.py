@@ -41,7 +41,10 @@ class Bench:
         connection.max_header_bytes = self.server.max_header_bytes = 1 << 20
         self.failure: TensorKVError | None = None
         self.faults: list[m.Fault] = []
-        self.link = ServerLink(connection, "server 1", lambda: self.failure, self.faults.append)
+        self.broken_off: list[BaseException] = []
+        self.link = ServerLink(
+            connection, "server 1", lambda: self.failure, self.faults.append, self.broken_off.append
+        )
 
     def say(self, message: Any, payload: bytes = b"") -> None:
         self.server.send(encode(message, len(payload)), [payload] if payload else [])

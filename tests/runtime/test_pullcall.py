@@ -57,7 +57,7 @@ class Bench:
     def ask(self) -> None:
         from contextlib import nullcontext
 
-        job: Any = SimpleNamespace(links=self.links, order=nullcontext())
+        job: Any = SimpleNamespace(links=self.links, order=nullcontext(), whole=nullcontext())
         plans: Any = SimpleNamespace(tell=lambda plan: None)
         pusher: Any = SimpleNamespace(count=5)
         self.call.ask(job, plans, pusher)

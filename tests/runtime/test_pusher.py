@@ -94,6 +94,26 @@ def test_what_is_merged_says_nothing_of_later_pushes(bench: Bench) -> None:
     assert bench.busy("a") == ["a"]
 
 
+def test_only_what_was_pushed_up_to_then_is_merged(bench: Bench) -> None:
+    bench.send("a", "b")
+    up_to = bench.pusher.count
+    bench.send("c")
+    bench.pusher.merged(bench.plan("b", "c").key_ids, up_to)
+    assert bench.busy(*KEYS) == ["a", "c"]
+    bench.pusher.merged(bench.plan(*KEYS).key_ids, bench.pusher.count)
+    assert bench.busy(*KEYS) == []
+    assert bench.pusher.settled
+
+
+def test_a_key_that_another_worker_has_deleted_is_not_waited_for(bench: Bench) -> None:
+    bench.send("a", "b")
+    gone = bench.plan("a").states[0]
+    bench.kv.on_gone(m.KeysGone(bench.kv._store, [gone.key_id]))
+    assert bench.busy("b") == ["b"]
+    bench.pusher.merged({bench.plan("b").states[0].key_id}, bench.pusher.count)
+    assert bench.pusher.settled
+
+
 def test_free_keys_go_around_busy_ones(bench: Bench) -> None:
     bench.send("b")
     plan = bench.plan(*KEYS)

@@ -6,6 +6,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
+
 from tensorkv.errors import ProtocolError
 from tensorkv.runtime.sender import Sender
 from tensorkv.transport.base import Connection
@@ -87,6 +89,38 @@ def test_a_failure_is_told_once_and_buffers_are_given_back_once(gate: Any) -> No
         sender.pump()
     assert failures == [gate.failing]
     assert given_back == [0, 1, 2, 3, 4]
+    assert gate.sent == []
+
+
+@pytest.mark.parametrize("when", ["taking the turn", "sending"])
+def test_an_interrupt_is_a_failure_and_the_thread_ends_all_the_same(
+    gate: Any, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has been sent is not known then, so that nothing may follow it."""
+    failures: list[BaseException] = []
+    given_back = threading.Semaphore(0)
+    sender = Sender(gate, "test", failures.append)
+    sender.put([b"frame"], given_back.release)
+    if when == "sending":
+        gate.failing = KeyboardInterrupt()
+        gate.open.set()
+    else:
+        turn = sender._sending
+
+        class Turn:
+            def acquire(self, **arguments: Any) -> bool:
+                taken = turn.acquire(**arguments)
+                if threading.current_thread() is threading.main_thread():
+                    raise KeyboardInterrupt
+                return taken
+
+        monkeypatch.setattr(sender, "_sending", Turn())
+    with pytest.raises(KeyboardInterrupt):
+        sender.pump()
+    assert given_back.acquire(timeout=DEADLINE_S)
+    sender.close(DEADLINE_S)
+    assert not sender._thread.is_alive()
+    assert [type(each) for each in failures] == [KeyboardInterrupt]
     assert gate.sent == []
 
 

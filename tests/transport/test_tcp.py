@@ -111,6 +111,30 @@ def test_an_interrupt_inside_a_frame_breaks_the_connection(
     assert connection.broken
 
 
+@pytest.mark.parametrize("came", [False, True])
+def test_an_interrupt_between_frames_breaks_the_connection_only_if_something_came(
+    pair: Pair, came: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare, connection = pair
+    receive_some = connection._receive_some
+
+    def interrupted(*args: Any) -> int:
+        if came:
+            receive_some(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "_receive_some", interrupted)
+        bare.sendall(FRAME)
+        with pytest.raises(KeyboardInterrupt):
+            connection.receive(into(bytearray(6)))
+    assert connection.broken == came
+    if not came:
+        payload = bytearray(6)
+        connection.receive(into(payload))
+        assert FRAME.endswith(payload)
+
+
 def test_a_tick_that_raises_inside_a_frame_breaks_the_connection(pair: Pair) -> None:
     bare, connection = pair
     bare.sendall(FRAME[:5])

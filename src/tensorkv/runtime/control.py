@@ -13,7 +13,7 @@ from tensorkv.config import JobConfig
 from tensorkv.errors import PeerLostError, TensorKVError, again, from_wire
 from tensorkv.runtime.handshake import connect_to_scheduler, receive_message
 from tensorkv.runtime.sender import Sender
-from tensorkv.runtime.waits import Wait, lost_error, lost_text, scheduler_lost_error
+from tensorkv.runtime.waits import Wait, broken_off_error, lost_error, lost_text, scheduler_lost_error
 from tensorkv.transport.base import TICK_S
 from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
@@ -105,7 +105,7 @@ class ControlClient:
         self.notify(make(number))
         try:
             self._await(reply)
-        except TensorKVError:
+        except BaseException:  # Ctrl-C too
             if self.failure is None and store:
                 self.notify(m.GiveUp(store, number))
             raise
@@ -165,12 +165,14 @@ class ControlClient:
         reply.message = message
         reply.ready.set()
 
-    def _fail(self, exc: Exception) -> None:
+    def _fail(self, exc: BaseException) -> None:
         with self._failing:
             if self.failure is not None:
                 return
             if isinstance(exc, PeerLostError):
                 self.failure = exc
+            elif not isinstance(exc, Exception):
+                self.failure = broken_off_error(exc)
             else:
                 self.failure = scheduler_lost_error(self._scheduler_host, exc)
         self._wake_all()

@@ -22,7 +22,7 @@ from tensorkv.runtime.control import ControlClient
 from tensorkv.runtime.handshake import connect_as
 from tensorkv.runtime.link import ServerLink, SingleReply
 from tensorkv.runtime.signals import WorkerSignals
-from tensorkv.runtime.waits import Wait
+from tensorkv.runtime.waits import Wait, broken_off_error
 from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
 
@@ -61,6 +61,7 @@ class Job:
         self.config = config
         self.code_table = code_table
         self.order = threading.Lock()
+        self.whole = _Whole(self)
         self.plan_numbers = itertools.count(1)
         self.stores: dict[int, OpenStore] = {}
         self.links: list[ServerLink] = []
@@ -68,10 +69,11 @@ class Job:
         self._left: set[int] = set()  # stores; guarded by `order`
         self._broken: TensorKVError | None = None
         self.control = ControlClient(config, self._on_failure, self._on_gone)
+        ends = (self.failure, self._on_fault, self.broken_off)
         try:
             for rank, (host, port) in enumerate(self.control.servers()):
                 connection = connect_as(config, f"server {rank}", host, port)
-                self.links.append(ServerLink(connection, f"server {rank}", self.failure, self._on_fault))
+                self.links.append(ServerLink(connection, f"server {rank}", *ends))
         except BaseException:
             self.close(m.Abandon("it could not connect to all servers"))
             raise
@@ -79,6 +81,18 @@ class Job:
     def failure(self) -> TensorKVError | None:
         """Return why the job is broken, None while it is not."""
         return self._broken or self.control.failure
+
+    def broken_off(self, exc: BaseException) -> None:
+        """A call has ended between messages that belong together, or inside one: this worker leaves the job.
+
+        What it did may be done in part. Others are told at once; later calls here raise PeerLostError.
+        """
+        if self.failure() is not None:
+            return
+        self._broken = broken_off_error(exc)
+        self.control.notify(m.Abandon(str(self._broken)))
+        for link in self.links:
+            link.shutdown()
 
     def check_open(self, store: int) -> None:
         """Raise StoreClosed if another thread has closed the store meanwhile. With the order held."""
@@ -122,7 +136,7 @@ class Job:
         """
         links = self.links if servers is None else [self.links[rank] for rank in servers]
         opened = [(link, SingleReply()) for link in links]
-        with self.order:
+        with self.order, self.whole:
             self.check_open(store)
             if leave:
                 self.leave_store(store)
@@ -195,6 +209,21 @@ class Job:
         store = self.stores.get(fault.store)
         if store is not None:
             store.on_fault(fault)
+
+
+@final
+class _Whole:
+    """`with job.order, job.whole:` sends several messages that belong together; see `broken_off`."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __enter__(self) -> None:
+        """Nothing is sent yet."""
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: object) -> None:
+        if exc is not None and not isinstance(exc, TensorKVError):
+            self._job.broken_off(exc)
 
 
 def _closed_meanwhile(what: str) -> StoreClosed:

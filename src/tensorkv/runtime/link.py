@@ -24,7 +24,7 @@ from tensorkv.errors import (
     to_wire,
 )
 from tensorkv.runtime.sender import Sender, Sent
-from tensorkv.runtime.waits import Wait
+from tensorkv.runtime.waits import Wait, broken_off_error
 from tensorkv.transport.base import TICK_S, Connection, Tick, no_tick
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
@@ -89,6 +89,7 @@ class ServerLink:
         name: "server 1", for texts.
         failure: returns why the job is broken, None while it is not.
         on_fault: called with every Fault of this server.
+        broken_off: called when Ctrl-C, say, has ended a call inside a message.
     """
 
     def __init__(
@@ -97,12 +98,14 @@ class ServerLink:
         name: str,
         failure: Callable[[], TensorKVError | None],
         on_fault: Callable[[m.Fault], None],
+        broken_off: Callable[[BaseException], None],
     ) -> None:
         self.name = name
         self._connection = connection
         self._failure = failure
         self._on_fault = on_fault
-        self._sender = Sender(connection, name.replace(" ", "-"), lambda exc: connection.shutdown())
+        self._broken_off = broken_off
+        self._sender = Sender(connection, name.replace(" ", "-"), self._cannot_send)
         self._numbers = itertools.count(1)
         self._exchanges: dict[int, Exchange] = {}
         self._waits: dict[int, Wait] = {}
@@ -140,6 +143,11 @@ class ServerLink:
         """Send what is queued, as far as that goes without waiting."""
         self._sender.pump()
 
+    def _cannot_send(self, exc: BaseException) -> None:
+        if not isinstance(exc, Exception):
+            self._broken_off(exc)
+        self._connection.shutdown()
+
     def drop(self, number: int) -> None:
         """Give up an exchange: replies that still come are received and thrown away."""
         self._exchanges.pop(number, None)
@@ -160,13 +168,20 @@ class ServerLink:
 
     def poll(self) -> None:
         """Receive what has come already, without waiting, unless somebody else leads."""
-        if self._reading.acquire(blocking=False):
+        try:
+            leads = self._reading.acquire(blocking=False)
+        except BaseException as exc:  # Ctrl-C: it may lead, and nobody would give the lead back
+            self._broken_off(exc)
+            raise
+        if leads:
             try:
                 self._tick, self._stalled = self._check_failure, 0
                 while self._connection.readable():
                     self._receive()
             finally:
-                self._hand_over()
+                self._reading.release()
+                if self._waiting:
+                    self._tell()
 
     def watch(self, number: int, wait: Wait | None = None) -> None:
         """See to it that this exchange ends although nobody waits for it.
@@ -203,7 +218,12 @@ class ServerLink:
 
     def _lead_until(self, done: Callable[[], bool], tick: Tick) -> None:
         while not done():
-            if self._reading.acquire(blocking=False):
+            try:
+                leads = self._reading.acquire(blocking=False)
+            except BaseException as exc:  # as in `poll`
+                self._broken_off(exc)
+                raise
+            if leads:
                 try:
                     self._tick, self._stalled = tick, 0
                     ended = done()  # another may have led to it, just before
@@ -213,7 +233,9 @@ class ServerLink:
                         if not ended:
                             tick()  # frames may come for others only, without a pause
                 finally:
-                    self._hand_over()
+                    self._reading.release()
+                    if self._waiting:
+                        self._tell()
                 if ended:
                     return
             else:
@@ -238,11 +260,6 @@ class ServerLink:
             self._stalled += 1
             if not self._connection.in_frame or self._stalled * TICK_S > STALL_S:
                 raise
-
-    def _hand_over(self) -> None:
-        self._reading.release()
-        if self._waiting:
-            self._tell()
 
     def _tell(self) -> None:
         """Wake those who wait for the lead or for an exchange; they are counted before they look."""
@@ -287,12 +304,18 @@ class ServerLink:
             if self._connection.broken:
                 self._connection.shutdown()
                 self._lost = PeerLostError(f"the connection to {self.name} ended inside a message: {exc}")
+                if not isinstance(exc, Exception):
+                    self._broken_off(exc)
+                    self._lost = broken_off_error(exc)
             raise
         try:
             self._hand_on(self._message)
         except ProtocolError as exc:
             self._connection.shutdown()
             self._lost = exc
+            raise
+        except BaseException as exc:
+            self._broken_off(exc)  # a reply is received, and its exchange may not have taken it
             raise
 
     def _sink(self, body: memoryview, payload_bytes: int) -> list[memoryview]:

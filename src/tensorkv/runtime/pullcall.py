@@ -55,7 +55,7 @@ class PullCall:
     def ask(self, job: Job, plans: PlanCache, pusher: Pusher) -> None:
         """Send the requests of a pull."""
         self._open(job)
-        with job.order:
+        with job.order, job.whole:
             plans.tell(self.plan)
             for server, number in self.replies.items():
                 job.links[server].put(m.Pull(self.plan.number, number))

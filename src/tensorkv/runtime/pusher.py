@@ -47,7 +47,8 @@ class Pusher:
         self._keys = keys
         self._plans = plans
         self._lock = threading.Lock()  # guards _unmerged and _deferred
-        self._unmerged: dict[int, frozenset[int]] = {}  # number of a push -> the ids it pushed
+        self._unmerged: dict[int, int] = {}  # key id -> number of its last push, until it is known merged
+        self._newest = 0  # the largest number in it since it was empty
         self._deferred: dict[int, concurrent.futures.Future[Any]] = {}  # key id -> call still to go
         self.count = 0  # pushes queued so far; read and written with the job's order held
 
@@ -74,7 +75,7 @@ class Pusher:
         num_awaited = len(payloads) if self._is_async else plan.num_lending
         sent = Latch(num_awaited) if num_awaited else OPEN
         links = self._job.links
-        with self._job.order:
+        with self._job.order, self._job.whole:
             if self._unmerged and self._unmerged_of(plan):
                 return None
             self._plans.tell(plan)
@@ -94,7 +95,8 @@ class Pusher:
         if self._is_async:
             return
         with self._lock:
-            self._unmerged[self.count] = plan.key_ids
+            self._newest = self.count
+            self._unmerged.update(dict.fromkeys(plan.key_ids, self.count))
         if not apply:
             with self._keys.lock:
                 self._keys.uncommitted |= plan.key_ids
@@ -128,26 +130,20 @@ class Pusher:
         return found
 
     def _unmerged_of(self, plan: Plan) -> set[int]:
-        found: set[int] = set()
         with self._lock:
-            for ids in self._unmerged.values():
-                found |= ids & plan.key_ids
-        return found
+            return self._unmerged.keys() & plan.key_ids
 
     def merged(self, key_ids: frozenset[int] | set[int], up_to: int) -> None:
         """The pushes of these keys up to this number are merged."""
         if not self._unmerged:
             return
         with self._lock:
-            if len(self._unmerged) == 1 and self._unmerged.get(up_to) is key_ids:  # mostly
+            if self._newest <= up_to and self._unmerged.keys() == key_ids:  # mostly
                 self._unmerged.clear()
                 return
-            left: dict[int, frozenset[int]] = {}
-            for number, ids in self._unmerged.items():
-                rest = ids if number > up_to or ids.isdisjoint(key_ids) else ids - key_ids
-                if rest:
-                    left[number] = rest
-            self._unmerged = left
+            for key_id in key_ids:
+                if self._unmerged.get(key_id, up_to + 1) <= up_to:
+                    del self._unmerged[key_id]
 
     def forget(self, state: KeyState) -> None:
         """A generation of a key is gone."""
@@ -259,7 +255,7 @@ class Pusher:
         """Push values when their last push is merged; return those where another thread was quicker."""
         asked = self._plans.plan_to_pull([plan.states[place] for place in places])
         watch = MergeWatch(self._job, self._store, asked, self._timeout_s, what)
-        with self._job.order:
+        with self._job.order, self._job.whole:
             up_to = self.count
             self._plans.tell(asked)
             watch.ask()

@@ -105,7 +105,7 @@ class StateTransfer:
     def _fetch_key(self, entry: m.KeyEntry) -> MemoryPieces:
         """Ask the servers for the slices of a key."""
         exchanges: list[tuple[ServerLink, int, _SliceExchange]] = []
-        with self._job.order:
+        with self._job.order, self._job.whole:
             self._job.check_open(self._store)
             for each in entry.slices:
                 link, exchange = self._job.links[each.server], _SliceExchange()
@@ -155,7 +155,7 @@ class StateTransfer:
     def _send_key(self, entry: m.KeyEntry, pieces: MemoryPieces) -> None:
         exchanges: _Open = []
         states = [assemble(pieces.record, each.start, each.stop, pieces.fetch) for each in entry.slices]
-        with self._job.order:
+        with self._job.order, self._job.whole:
             self._job.check_open(self._store)
             for each, state in zip(entry.slices, states, strict=True):
                 records, tensors, plain = records_of(state)
@@ -264,7 +264,7 @@ class StateTransfer:
             for number in range(max(map(len, groups), default=0)):
                 asked: list[tuple[int, list[Any], ServerLink, int, SingleReply]] = []
                 done = 0
-                with self._job.order:
+                with self._job.order, self._job.whole:
                     self._job.check_open(self._store)
                     for server, lines in enumerate(per_server):
                         if number >= len(groups[server]):

@@ -183,9 +183,9 @@ class SchedulerServer:
             if self._stopped:  # `stop` would not see this connection any more
                 connection.close()
                 return
-            unsent: list[Exception] = []
+            unsent: list[BaseException] = []
 
-            def give_up(exc: Exception) -> None:
+            def give_up(exc: BaseException) -> None:
                 if isinstance(exc, ProtocolError):  # else its loss is all there is to tell
                     logger.warning("scheduler: closed the connection of %s %d: %s", role, rank, exc)
                 unsent.append(exc)

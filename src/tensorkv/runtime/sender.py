@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import final
 
 from tensorkv.errors import ProtocolError
-from tensorkv.transport.base import Buffer, Connection
+from tensorkv.transport.base import TICK_S, Buffer, Connection
 
 Sent = Callable[[], None]
 MAX_QUEUED_FRAMES = 1 << 18
@@ -33,7 +33,7 @@ class Sender:
         self,
         connection: Connection,
         name: str,
-        on_error: Callable[[Exception], None],
+        on_error: Callable[[BaseException], None],
         max_frames: int = sys.maxsize,
     ) -> None:
         self._connection = connection
@@ -75,15 +75,25 @@ class Sender:
             on_sent()
 
     def pump(self) -> None:
-        """Send what is queued, as far as that goes without waiting. Never blocks."""
-        while self._frames and self._sending.acquire(blocking=False):
-            try:
-                waits = not self._send_all(wait=False)
-            finally:
-                self._sending.release()
-            if waits:
-                self._work.set()
-                break
+        """Send what is queued, as far as that goes without waiting. Never blocks.
+
+        Ctrl-C in it is a failure: what has been sent is not known then.
+        """
+        try:
+            while self._frames and self._sending.acquire(blocking=False):
+                try:
+                    waits = not self._send_all(wait=False)
+                except BaseException as exc:
+                    self._break_off(exc)  # before another thread goes on with the same frame
+                    raise
+                finally:
+                    self._sending.release()
+                if waits:
+                    self._work.set()
+                    break
+        except BaseException as exc:  # it may have come just as the turn was taken
+            self._break_off(exc)
+            raise
         if len(self._frames) > self._max_frames and not self._failed:
             self._failed = True  # whoever sends at the moment is woken by `on_error`, and drops the rest
             self._work.set()
@@ -102,8 +112,13 @@ class Sender:
             self._work.wait()
             self._work.clear()
             while self._frames:
-                with self._sending:
-                    self._send_all(wait=True)
+                if self._sending.acquire(timeout=TICK_S):
+                    try:
+                        self._send_all(wait=True)
+                    finally:
+                        self._sending.release()
+                elif self._failed:  # and whoever was broken off has not given the turn back
+                    self._drop()
 
     def _send_all(self, wait: bool) -> bool:
         """Send queued frames; return False if the connection would have to be waited for."""
@@ -126,6 +141,13 @@ class Sender:
             if on_sent is not None:
                 on_sent()
         return True
+
+    def _break_off(self, exc: BaseException) -> None:
+        """A thread was broken off while it sent, or took the turn; the sender's thread drops the rest."""
+        told, self._failed = self._failed, True
+        self._work.set()
+        if not told:
+            self._on_error(exc)
 
     def _fail(self, exc: Exception) -> None:
         """The connection has failed: drop what is queued, and tell, once. By whoever sends."""

@@ -66,7 +66,7 @@ class _Peer:
         self.ended = False
         self.refused: Exception | None = None  # why nothing more is sent to it
 
-    def _cannot_send(self, exc: Exception) -> None:
+    def _cannot_send(self, exc: BaseException) -> None:
         if isinstance(exc, ProtocolError):
             self.refused = exc
         self.connection.shutdown()

@@ -165,12 +165,20 @@ def lost_text(role: str, lost: m.Lost | m.WorkerLost) -> str:
     return f"{role} {lost.rank} on host {lost.hostname or '?'} was lost: {lost.cause}"
 
 
-def scheduler_lost_error(host: str, cause: Exception) -> PeerLostError:
+def scheduler_lost_error(host: str, cause: BaseException) -> PeerLostError:
     """Return the error of a process whose own connection to the scheduler has ended."""
     return PeerLostError(f"the scheduler on host {host} is gone: {ended_because(cause)}")
 
 
-def ended_because(cause: Exception) -> str:
+def broken_off_error(exc: BaseException) -> PeerLostError:
+    """Return the error of a worker in which Ctrl-C, say, has ended a call inside a message."""
+    return PeerLostError(
+        f"a call was broken off by {type(exc).__name__} while it sent or received, so that what it did may "
+        "be done in part; this worker has left the job"
+    )
+
+
+def ended_because(cause: BaseException) -> str:
     """Say in plain words why a connection to or from the scheduler has ended."""
     reason = cause.__cause__
     if isinstance(cause, EOFError) or isinstance(reason, (ConnectionResetError, BrokenPipeError)):

@@ -8,6 +8,7 @@ keys, settings and barriers.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
@@ -70,6 +71,7 @@ class DistStore(KVStore):
         self._job = job
         self._embedded = embedded
         self._is_async = kind == "dist_async"
+        self._setting = threading.Lock()  # held while a setting is made: each builds on the one before
         self._settings = SettingsTable()
         policy = "async" if self._is_async else "sync"
         at_loss = on_worker_loss or ("continue" if self._is_async else "fail")
@@ -82,7 +84,7 @@ class DistStore(KVStore):
         self._pusher = Pusher(job, self._store, timeout_s, self._is_async, self._table, self._plans)
         self._transfer = StateTransfer(job, self._store, reduction, timeout_s)
         job.stores[self._store] = self
-        with job.order:
+        with job.order, job.whole:
             for link in job.links:
                 link.put(m.OpenStore(self._store, store, self._is_async, reduction == "mean"))
 
@@ -103,7 +105,7 @@ class DistStore(KVStore):
     def on_gone(self, gone: m.KeysGone) -> None:
         """Other workers have deleted keys: what is kept to push and pull them again is of no more use."""
         for state in self._table.gone(gone.key_ids):
-            self._plans.forget(state)
+            self._forget(state)
 
     def on_fault(self, fault: m.Fault) -> None:
         """A round that this worker contributed to has failed; its next call on the key raises it."""
@@ -141,7 +143,7 @@ class DistStore(KVStore):
         key_ids = [entry.key_id for entry, _ in created]
         try:
             self._send_values(created, what)
-        except TensorKVError as error:
+        except BaseException as error:  # Ctrl-C too: nobody is to wait for these keys
             if self._job.failure() is not None:
                 raise
             self._conclude(m.ConcludeInit(0, self._store, key_ids, to_wire(error)), what)
@@ -160,7 +162,7 @@ class DistStore(KVStore):
     def _send_values(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> None:
         """Send each value as a push of one key would be, one message per key and server."""
         exchanges: list[tuple[ServerLink, int, SingleReply]] = []
-        with self._job.order:
+        with self._job.order, self._job.whole:
             self._job.check_open(self._store)
             for entry, value in created:
                 state = KeyState.of(entry)
@@ -322,7 +324,7 @@ class DistStore(KVStore):
         """Put values, wait until that is done, and return how many pushes were made before it."""
         payloads = [[gather(chunk, values) for chunk in part.chunks] for part in plan.parts]
         exchanges: list[tuple[ServerLink, int, SingleReply]] = []
-        with self._job.order:
+        with self._job.order, self._job.whole:
             self._plans.tell(plan)
             up_to = self._pusher.count
             for part, chunks in zip(plan.parts, payloads, strict=True):
@@ -495,17 +497,18 @@ class DistStore(KVStore):
 
     def _make_setting(self, record: m.SettingRecord, built: Updater | None) -> None:
         """Make a setting if this is the setting rank, else see that it agrees with that rank's."""
-        table = self._settings.copy()
-        if built is not None:
-            table.set_updater(built, record.keys)
-        if record.options is not None:
-            self._check_options(table, record)
-        reply = self._job.control.request(
-            lambda n: m.ProposeSetting(n, self._store, record), "a setting", self._timeout_s, self._store
-        )
-        if reply.lead:
-            self._lead_setting(reply.number, record)
-        self._settings = table
+        with self._setting:
+            table = self._settings.copy()
+            if built is not None:
+                table.set_updater(built, record.keys)
+            if record.options is not None:
+                self._check_options(table, record)
+            reply = self._job.control.request(
+                lambda n: m.ProposeSetting(n, self._store, record), "a setting", self._timeout_s, self._store
+            )
+            if reply.lead:
+                self._lead_setting(reply.number, record)
+            self._settings = table
 
     def _check_options(self, table: SettingsTable, record: m.SettingRecord) -> None:
         assert record.options is not None
@@ -518,12 +521,12 @@ class DistStore(KVStore):
             self._job.ask_all(
                 lambda n: m.PrepareSetting(n, self._store, number, record), what, self._timeout_s, self._store
             )
-        except TensorKVError as error:
+        except BaseException as error:  # Ctrl-C too: nobody is to wait for it
             if self._job.failure() is not None:
                 raise
             self._conclude(m.ConcludeSetting(0, self._store, number, to_wire(error)), what)
             raise
-        with self._job.order:
+        with self._job.order, self._job.whole:
             self._job.check_open(self._store)
             for link in self._job.links:
                 link.put(m.ActivateSetting(self._store, number))
@@ -571,7 +574,8 @@ class DistStore(KVStore):
                 raise
             self._conclude(m.ConcludeTogether(0, self._store, None, settings), call)
         if settings is not None:
-            self._settings = restored_settings(settings, self._settings)
+            with self._setting:
+                self._settings = restored_settings(settings, self._settings)
             self._table.forget(list(self._table.states.values()))
 
     # ---- together --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import itertools
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Sequence
 from typing import final
 
@@ -31,6 +32,7 @@ class _Frames:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[_Frame | None] = queue.SimpleQueue()
+        self._first: deque[_Frame | None] = deque()  # the next one, if it is known
         self._lock = threading.Lock()  # guards _event and what is counted in it
         self._event = -1
 
@@ -40,22 +42,28 @@ class _Frames:
             if self._event >= 0:
                 os.eventfd_write(self._event, 1)
 
-    def get(self, timeout_s: float) -> _Frame | None:
-        """Return the next frame; raises queue.Empty if none comes within `timeout_s` seconds."""
-        frame = self._queue.get(timeout=timeout_s) if timeout_s else self._queue.get_nowait()
+    def first(self, timeout_s: float) -> _Frame | None:
+        """Return the next frame, which stays; raises queue.Empty if none comes within `timeout_s` seconds."""
+        if not self._first:
+            # In one step of the interpreter: whatever Ctrl-C breaks off, no frame is lost.
+            self._first.extend(map(self._queue.get, (timeout_s > 0,), (timeout_s or None,)))
+        return self._first[0]
+
+    def drop_first(self) -> None:
+        """Take away the frame that `first` has returned."""
+        self._first.popleft()
         with self._lock:
             if self._event >= 0:
                 os.eventfd_read(self._event)
-        return frame
 
     def empty(self) -> bool:
-        return self._queue.empty()
+        return not self._first and self._queue.empty()
 
     def fileno(self) -> int:
         with self._lock:
             if self._event < 0:
                 flags = os.EFD_NONBLOCK | os.EFD_SEMAPHORE | os.EFD_CLOEXEC
-                self._event = os.eventfd(self._queue.qsize(), flags)
+                self._event = os.eventfd(len(self._first) + self._queue.qsize(), flags)
             return self._event
 
     def close(self) -> None:
@@ -98,7 +106,7 @@ class InprocConnection(Connection):
     def receive(self, sink: Sink, tick: Tick = no_tick) -> None:
         while True:
             try:
-                frame = self._incoming.get(TICK_S)
+                frame = self._incoming.first(TICK_S)
                 break
             except queue.Empty:
                 tick()
@@ -106,20 +114,20 @@ class InprocConnection(Connection):
 
     def receive_now(self, sink: Sink) -> bool:
         try:
-            frame = self._incoming.get(0)
+            frame = self._incoming.first(0)
         except queue.Empty:
             return False
         self._take(frame, sink)
         return True
 
     def _take(self, frame: _Frame | None, sink: Sink) -> None:
-        if frame is None:
-            self._incoming.put(None)  # the end stays the end
+        if frame is None:  # and the end stays the end
             if self._ended_here:
                 raise ConnectionError(f"this side has ended the connection to {self.peer}")
             raise EOFError(f"{self.peer} ended the connection")
         head, payload = frame
         try:
+            self._incoming.drop_first()
             decode_prefix(head[: PREFIX.size], self.max_header_bytes)
             start = 0
             for buffer in sink(memoryview(head)[PREFIX.size :], len(payload)):

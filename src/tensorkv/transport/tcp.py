@@ -175,8 +175,15 @@ class TcpConnection(Connection):
             start, stop = 0, stop - start
         self._ahead, self._ahead_start, self._ahead_stop = space, start, stop
         while True:
-            stop += self._receive_some((space[stop:] if stop else space,), flags)
-            self._ahead_stop = stop
+            space[stop] = 0  # no frame begins so: it tells, after Ctrl-C, whether something has come
+            try:
+                stop += self._receive_some((space[stop:] if stop else space,), flags)
+                self._ahead_stop = stop
+            except (BlockingIOError, ConnectionError, EOFError):
+                raise
+            except BaseException:
+                self._broken = self._broken or space[stop] != 0
+                raise
             self._short = stop < len(space)
             if stop - start >= size_bytes:
                 return

@@ -1,0 +1,173 @@
+"""Ctrl-C at any step of a call: afterwards the store is as it was promised, or the worker has left the job.
+
+The interpreter looks for signals where a call of a function has ended and where a function of Python
+begins. A trace function raises there, one place after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import itertools
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import tensorkv
+from tensorkv.errors import PeerLostError, TensorKVError
+from tensorkv.runtime.embedded import EmbeddedJob
+from tensorkv.stores.dist import DistStore
+from tensorkv.wire import messages as m
+
+PACKAGE = os.path.dirname(tensorkv.__file__)
+KEYS = ["small", "big"]
+TIMEOUT_S = 20.0
+SEED = int(os.environ.get("TEST_SEED", "0"))
+STRIDE = 12
+"""Every so many places are tried, from a random one on."""
+
+
+class Interrupt(KeyboardInterrupt):
+    """Raised in place of what Ctrl-C raises."""
+
+
+@functools.cache
+def places(code: CodeType) -> set[int]:
+    """Return the offsets of the instructions before which a signal may be seen."""
+    names = [(each.opname, each.offset) for each in dis.get_instructions(code)]
+    looks = ("CALL", "CALL_FUNCTION_EX", "CALL_KW", "RESUME")
+    return {offset for (before, _), (_, offset) in itertools.pairwise(names) if before in looks}
+
+
+def interrupt(call: Callable[[], Any], place: int) -> str | None:
+    """Make a call and raise at its n-th place in the package; return where, None if it has not so many."""
+    found: list[str] = []
+    passed = 0
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal passed
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode" and not found and frame.f_lasti in places(frame.f_code):
+            passed += 1
+            if passed == place:
+                found.append(f"{frame.f_code.co_qualname}, line {frame.f_lineno}")
+                sys.settrace(None)
+                raise Interrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except Interrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return found[0] if found else None
+
+
+class Bench:
+    """A worker alone in its job, with two servers that share the large value."""
+
+    def __init__(self, host: str) -> None:
+        self.cluster = EmbeddedJob(1, 2, timeout_s=TIMEOUT_S, slice_bound_bytes=3000, host=host)
+        self.job = self.cluster.join(0)
+        self.kv = DistStore("dist_sync", self.job, store="default", reduction="sum", timeout_s=TIMEOUT_S)
+        self.ones = [torch.ones(3), torch.ones(2000)]
+        self.kv.set_updater("add")
+        self.kv.init(KEYS, [torch.zeros(3), torch.zeros(2000)])
+        for _ in range(2):
+            self.kv.pushpull(KEYS, self.ones)
+            self.kv.push(KEYS, self.ones)
+            self.kv.pull(KEYS)
+
+    def check(self) -> None:
+        """No value is torn, and one more push counts once. Raises PeerLostError if the worker has left."""
+        before = self.kv.pull(KEYS)
+        self.kv.push(KEYS, self.ones)
+        for old, new in zip(before, self.kv.pull(KEYS), strict=True):
+            assert len(old.unique()) == 1
+            assert (new - old).unique().tolist() == [1.0]
+
+    def close(self) -> None:
+        with contextlib.suppress(TensorKVError):
+            self.kv.close()
+        self.job.close(m.Goodbye())
+        self.cluster.stop()
+
+
+@contextlib.contextmanager
+def benches(host: str) -> Iterator[Callable[[], Bench]]:
+    """Give a function that returns the bench, a new one where its worker has left the job."""
+    open_ones: list[Bench] = []
+
+    def bench() -> Bench:
+        if open_ones and open_ones[-1].job.failure() is not None:
+            open_ones.pop().close()
+        if not open_ones:
+            open_ones.append(Bench(host))
+        return open_ones[-1]
+
+    try:
+        yield bench
+    finally:
+        for each in open_ones:
+            each.close()
+
+
+CALLS: dict[str, Callable[[Bench], Any]] = {
+    "push": lambda bench: bench.kv.push(KEYS, bench.ones),
+    "pull": lambda bench: bench.kv.pull(KEYS),
+    "pushpull": lambda bench: bench.kv.pushpull(KEYS, bench.ones),
+    "put": lambda bench: bench.kv.put(KEYS, bench.ones),
+    "barrier": lambda bench: bench.kv.barrier(),
+    "setting": lambda bench: bench.kv.set_updater("add"),
+}
+
+
+@pytest.mark.parametrize("host", ["inproc", "127.0.0.1"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_that_is_broken_off_leaves_no_torn_value(name: str, host: str) -> None:
+    call = CALLS[name]
+    went_on = left = 0
+    with benches(host) as bench:
+        for place in itertools.count(1 + random.Random(SEED).randrange(STRIDE), STRIDE):
+            now = bench()
+            where = interrupt(lambda now=now: call(now), place)  # type: ignore[misc]
+            if where is None:
+                break
+            told = ""
+            try:
+                now.check()
+            except PeerLostError as error:
+                told = str(error)
+            except Exception as error:
+                raise AssertionError(f"seed {SEED}, broken off in {where}") from error
+            assert not told or "a call was broken off by Interrupt" in told, f"seed {SEED}, {where}: {told}"
+            went_on += not told
+            left += bool(told)
+    assert went_on
+    assert left or name == "barrier"
+
+
+def test_others_are_told_at_once_that_a_worker_was_broken_off() -> None:
+    cluster = EmbeddedJob(2, 1, timeout_s=TIMEOUT_S)
+    jobs = [cluster.join(rank) for rank in range(2)]
+    try:
+        with pytest.raises(Interrupt), jobs[0].order, jobs[0].whole:
+            raise Interrupt
+        with pytest.raises(PeerLostError, match="worker 0 .*a call was broken off by Interrupt"):
+            jobs[1].control.request(lambda n: m.Barrier(n, 1), "barrier", TIMEOUT_S)
+    finally:
+        for job in jobs:
+            job.close(m.Goodbye())
+        cluster.stop()
