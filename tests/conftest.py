@@ -27,8 +27,11 @@ import torch
 SEED = int(os.environ.get("TEST_SEED", "0"))
 GRACE_S = 10.0
 
-# Under nohup it is ignored, also in what tests start, and some of them wait for what it does.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Ignored under nohup, and in the background of a script; then also in all that tests start, and some of
+# them wait for what these do. Of whoever handles them they stay.
+for _signum, _usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(_signum) is signal.SIG_IGN:
+        signal.signal(_signum, _usual)
 
 hypothesis.settings.register_profile("tensorkv", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("tensorkv")

@@ -25,6 +25,7 @@ from tensorkv.launch.keeper import JobRecord, Keeper
 from tensorkv.runtime.code import updater_loader
 from tensorkv.runtime.job import Job
 from tensorkv.runtime.server import Server
+from tensorkv.runtime.signals import handles
 from tensorkv.wire import messages as m
 
 DEADLINE_S = 50.0
@@ -147,6 +148,33 @@ def test_a_keeper_without_a_scheduler_ends_with_its_servers(monkeypatch: pytest.
     with Parent() as parent, Keeper(elsewhere, (0,), os.environ) as keeper:
         keeper.start_servers()
         keeper.run(parent.pidfd)
+
+
+ASKED = """
+import os, signal
+signal.signal(signal.SIGUSR1, lambda *_: os._exit(os.write(2, b"asked\\n") - 6))
+signal.pause()
+"""
+NOT_YET = "import signal; signal.pause()"
+
+
+def test_it_tells_who_waits_and_has_its_servers_tell(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    scripts = iter([ASKED, NOT_YET])
+    monkeypatch.setattr(module, "shielded", lambda argv, environ: [sys.executable, "-c", next(scripts)])
+    with Parent() as parent, Keeper(config(num_servers=2), (0, 1), os.environ) as keeper:
+        keeper.start_servers()
+        asked, not_yet = keeper._servers.values()
+        with running(keeper, parent):
+            while not handles(asked.pid, signal.SIGUSR1):
+                assert asked.poll() is None
+            keeper.ask_report()
+            assert asked.wait(DEADLINE_S) == 0
+            assert not_yet.poll() is None, "it would be killed by this signal"
+    absent = ("worker 0", "worker 1", "server 0", "server 1")
+    told = [*(f"tensorkv: {each} has not joined" for each in absent), "asked"]
+    assert capfd.readouterr().err.splitlines() == told
 
 
 def test_servers_that_nobody_tells_are_asked_to_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from tensorkv.launch.supervisor import (
 
 S0, S1 = Node("server", 0), Node("server", 1)
 W0, W1, W2 = Node("worker", 0), Node("worker", 1), Node("worker", 2)
+LOST_WITH_0 = Finish(6, "worker 2 was lost, although it ended with status 0", W2)
 
 
 def new() -> Supervisor:
@@ -206,6 +207,8 @@ class TestSuspect:
         core = new()
         core.exited({W0: 6}, 0.0, suspect=W2)
         assert core.exited({W2: 0}, 0.1, suspect=W2) == [Terminate((W1,))]
+        assert core.exited({W1: 0}, 0.2, suspect=W2) == [Terminate((S0,))]
+        assert core.exited({S0: 0}, 0.3) == [LOST_WITH_0]
 
     def test_it_is_among_those_that_ended_at_once(self) -> None:
         core = new()
@@ -216,6 +219,8 @@ class TestSuspect:
         core = new()
         core.exited({W2: 0}, 0.0)
         assert core.exited({W0: 6}, 0.1, suspect=W2) == [Terminate((W1,))]
+        assert core.exited({W1: 0}, 0.2, suspect=W2) == [Terminate((S0,))]
+        assert core.exited({S0: 0}, 0.3) == [LOST_WITH_0]
 
     def test_a_signal_does_not_wait_for_it(self) -> None:
         core = new()

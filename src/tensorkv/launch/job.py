@@ -203,7 +203,7 @@ class Job:
 
     def _tell(self, pump: Pump) -> None:
         """Say what the scheduler waits for, and have every process that can say what it waits for."""
-        for line in list(self._report()) or ["nothing waits at the scheduler"]:
+        for line in self._report():
             pump.say(line)
         for node in self._supervisor.alive:
             pid = self._processes[node].pid

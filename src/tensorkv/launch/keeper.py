@@ -8,6 +8,7 @@ scheduler inside the parent nobody would learn which worker was lost.
 
 It ends when its parent is gone and the job is over, and its servers end with it: the kernel kills them if
 it is killed itself. It has a session of its own, so that signals to the workers do not end the servers first.
+SIGUSR1 has it tell who waits for whom, and its servers, too.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from tensorkv.launch.job import shielded
 from tensorkv.launch.supervisor import KILL_WAIT_S, SERVER_STOP_S, shell_status
 from tensorkv.runtime.handshake import connect_as
 from tensorkv.runtime.scheduler import SchedulerServer
+from tensorkv.runtime.signals import handles
 
 LINGER_S = 30.0
 """So long workers that have never joined are waited for after all others have left."""
@@ -87,6 +89,7 @@ class Keeper:
             host, port = self._scheduler.address
             config = dataclasses.replace(config, scheduler_host=host, scheduler_port=port)
         self.config = config
+        self._asked = os.eventfd(0, os.EFD_CLOEXEC)  # counted up by `ask_report`
 
     def __enter__(self) -> Keeper:
         if self._scheduler is not None:
@@ -100,6 +103,11 @@ class Keeper:
             self._scheduler.stop()
         self._end_servers()
         self._remove_token()
+        os.close(self._asked)
+
+    def ask_report(self) -> None:
+        """Have `run` write on stderr who waits for whom. From a signal handler, while it is entered."""
+        os.eventfd_write(self._asked, 1)
 
     def write_token(self) -> None:
         """Write the token to a new file that only this user can read."""
@@ -122,6 +130,7 @@ class Keeper:
         with contextlib.ExitStack() as stack:
             poller = select.poll()
             poller.register(parent, select.POLLIN)
+            poller.register(self._asked, select.POLLIN)
             ranks: dict[int, int] = {}  # by descriptor, of servers that run
             for rank, process in self._servers.items():
                 descriptor = os.pidfd_open(process.pid)
@@ -132,6 +141,10 @@ class Keeper:
             while not self._over(gone_at, bool(ranks)):
                 idle = gone_at is None and not self.token_file
                 for descriptor, _ in poller.poll(None if idle else TICK_S * 1000):
+                    if descriptor == self._asked:
+                        os.eventfd_read(descriptor)
+                        self._report()
+                        continue
                     poller.unregister(descriptor)
                     if descriptor == parent:
                         gone_at = time.monotonic()
@@ -151,6 +164,16 @@ class Keeper:
         joined, present = scheduler.count_workers()
         late = time.monotonic() > gone_at + LINGER_S
         return present == 0 and (joined == self.config.num_workers or late)
+
+    def _report(self) -> None:
+        """Tell who waits at the scheduler, and have the servers tell about their rounds."""
+        if self._scheduler is not None:
+            lines = self._scheduler.report()
+            sys.stderr.write("".join(f"tensorkv: {line}\n" for line in lines))
+            sys.stderr.flush()
+        for process in self._servers.values():
+            if handles(process.pid, signal.SIGUSR1):  # it may still be starting
+                process.send_signal(signal.SIGUSR1)
 
     def _server_ended(self, rank: int) -> None:
         """Tell the scheduler of a server that failed before it could join: nobody else would."""
@@ -205,6 +228,7 @@ def main(parent_pid: str, report_fd: str, server_ranks: str) -> int:
     if os.getppid() != int(parent_pid):  # it died before it was watched
         return 1
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to tell
     logging.basicConfig(format="%(name)s: %(message)s")
     config = from_env()
     assert config is not None
@@ -215,7 +239,9 @@ def main(parent_pid: str, report_fd: str, server_ranks: str) -> int:
         except OSError as exc:
             report.write(msgspec.json.encode(JobRecord(error=str(exc))))
             return 1
-        with keeper:
+        with keeper, contextlib.ExitStack() as ending:
+            ending.callback(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
+            signal.signal(signal.SIGUSR1, lambda number, frame: keeper.ask_report())
             if not config.token:
                 keeper.write_token()
             keeper.start_servers()

@@ -9,6 +9,8 @@ Events come in by method calls, together with the time; what to do comes out as 
 
 AWAITING: a process that fails because it lost another may well end before that other one does. Who
 was lost first is known to the scheduler; the job waits a moment for that process and takes its status.
+Where that is 0 (a script that calls `os._exit`, say) the process is named all the same, with the status of
+one that followed it.
 
 A worker whose stores all say on_worker_loss="continue" may fail without an end of the job: it is *spared*.
 The job goes on to its end, and then has failed all the same.
@@ -137,6 +139,7 @@ class Supervisor:
         self._phase = _Phase.RUNNING
         self._verdict = Finish(0)
         self._suspect: Node | None = None
+        self._ended_well: set[Node] = set()
         self._dismissed: set[Node] = set()
         self._asked: set[Node] = set()
         self.deadline: float | None = None
@@ -168,6 +171,7 @@ class Supervisor:
             spared: those of `exits` whose failure does not end the job.
         """
         self._alive -= exits.keys()
+        self._ended_well.update(node for node in exits if exits[node] == 0)
         failing = (node for node in exits if exits[node] != 0 and node not in self._dismissed)
         failed = sorted(failing, key=lambda node: _suspicion(node, exits[node]))
         actions = self._spare([(node, exits[node]) for node in failed if node in spared])
@@ -177,6 +181,8 @@ class Supervisor:
             assert first is not None
             actions += self._overrule()
             self._verdict = _failure(first, exits[first])
+            if suspect in self._ended_well:
+                self._verdict = _followed(suspect, self._verdict)
             if suspect in self._alive:
                 self._phase, self._suspect, self.deadline = _Phase.AWAITING, suspect, now + self._grace_s
             else:
@@ -184,6 +190,8 @@ class Supervisor:
         elif self._phase is _Phase.AWAITING and self._suspect in exits:
             if self._suspect in failed:
                 self._verdict = _failure(self._suspect, exits[self._suspect])
+            elif self._suspect in self._ended_well:
+                self._verdict = _followed(self._suspect, self._verdict)
             actions += self._end(now)
         return actions + self._advance(now)
 
@@ -276,6 +284,12 @@ def _suspicion(node: Node, returncode: int) -> tuple[bool, Node]:
 def _failure(node: Node, returncode: int) -> Finish:
     text = f"{node} failed with {status_text(returncode)}"
     return Finish(1 if node.role == "server" else shell_status(returncode), text, node)
+
+
+def _followed(first: Node, verdict: Finish) -> Finish:
+    """Blame the process that was lost, not the one that failed because of it."""
+    text = f"{first} was lost, although it ended with {status_text(0)}"
+    return dataclasses.replace(verdict, text=text, culprit=first)
 
 
 def _listing(nodes: Iterable[Node]) -> str:

@@ -93,9 +93,9 @@ class SchedulerServer:
             return self._membership.count_workers()
 
     def report(self) -> list[str]:
-        """Return lines that tell who has not joined, and which calls wait at the scheduler."""
+        """Return lines that tell who has not joined, and which calls wait at the scheduler; one at least."""
         with self._lock:
-            return self._membership.report()
+            return self._membership.report() or ["nothing waits at the scheduler"]
 
     def worker_exited(self, rank: int) -> None:
         """The launcher has seen a worker end with status 0; perhaps it never opened a store."""
