@@ -185,8 +185,9 @@ def check_told(job: Started, lines: list[str], lost_at: float, text: str) -> Non
 
 SHOWN = f"tensorkv:   {LAST_WORDS}"  # once more, at the end
 KILLED = "its connection ended without a goodbye"
+LATE = "was lost, and had not ended 3 s later"  # on a machine with too much to do
 ORDERS = [
-    ("with", "raise ArithmeticError('a nan')", "failed with status 1", "ArithmeticError: a nan"),
+    ("with", "raise ArithmeticError('a nan')", f"(failed with status 1|{LATE})", "ArithmeticError: a nan"),
     ("plain", "os._exit(0)", "was lost, although it ended with status 0", KILLED),
 ]
 
@@ -201,7 +202,7 @@ def test_a_worker_that_fails_ends_the_job(
         assert job.left_after(GONE_S) == []
         status, lines = job.end()
     check_told(job, lines, lost_at, f"worker 1 on host .+ was lost: {cause}")
-    assert lines[-1] == f"tensorkv: worker 1 {ended}; the job was ended"
+    assert re.fullmatch(f"tensorkv: worker 1 {ended}; the job was ended", lines[-1])
     assert SHOWN in lines
     assert status == 1
 

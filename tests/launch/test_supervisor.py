@@ -201,7 +201,7 @@ class TestSuspect:
         core.exited({W0: 6}, 0.0, suspect=W2)
         assert core.tick(3.0) == [Terminate((W1, W2))]
         [finish] = core.exited(dict.fromkeys(core.alive, -15), 3.1)
-        assert finish == Finish(6, "worker 0 failed with status 6", W0)
+        assert finish == Finish(6, "worker 2 was lost, and had not ended 3 s later", W2)
 
     def test_it_ends_with_0(self) -> None:
         core = new()

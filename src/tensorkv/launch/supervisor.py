@@ -9,8 +9,8 @@ Events come in by method calls, together with the time; what to do comes out as 
 
 AWAITING: a process that fails because it lost another may well end before that other one does. Who
 was lost first is known to the scheduler; the job waits a moment for that process and takes its status.
-Where that is 0 (a script that calls `os._exit`, say) the process is named all the same, with the status of
-one that followed it.
+Where that is 0 (a script that calls `os._exit`, say), or does not come, the process is named all the same,
+with the status of one that followed it.
 
 A worker whose stores all say on_worker_loss="continue" may fail without an end of the job: it is *spared*.
 The job goes on to its end, and then has failed all the same.
@@ -28,6 +28,7 @@ from typing import Literal, final
 GRACE_S = 3.0
 """Time between SIGTERM and SIGKILL."""
 
+ENDED_WELL = "although it ended with status 0"
 SERVER_STOP_S = 5.0
 """Time that servers have to end by themselves after the last worker."""
 
@@ -182,7 +183,7 @@ class Supervisor:
             actions += self._overrule()
             self._verdict = _failure(first, exits[first])
             if suspect in self._ended_well:
-                self._verdict = _followed(suspect, self._verdict)
+                self._verdict = _followed(suspect, self._verdict, ENDED_WELL)
             if suspect in self._alive:
                 self._phase, self._suspect, self.deadline = _Phase.AWAITING, suspect, now + self._grace_s
             else:
@@ -191,7 +192,7 @@ class Supervisor:
             if self._suspect in failed:
                 self._verdict = _failure(self._suspect, exits[self._suspect])
             elif self._suspect in self._ended_well:
-                self._verdict = _followed(self._suspect, self._verdict)
+                self._verdict = _followed(self._suspect, self._verdict, ENDED_WELL)
             actions += self._end(now)
         return actions + self._advance(now)
 
@@ -237,6 +238,10 @@ class Supervisor:
         if self.deadline is None or now < self.deadline:
             return []
         if self._phase is _Phase.AWAITING:
+            assert self._suspect is not None
+            self._verdict = _followed(
+                self._suspect, self._verdict, f"and had not ended {self._grace_s:g} s later"
+            )
             return self._end(now)
         if self._phase is _Phase.KILLING:
             return [Report(f"{_listing(self.alive)} could not be killed"), *self._finish()]
@@ -286,10 +291,9 @@ def _failure(node: Node, returncode: int) -> Finish:
     return Finish(1 if node.role == "server" else shell_status(returncode), text, node)
 
 
-def _followed(first: Node, verdict: Finish) -> Finish:
+def _followed(first: Node, verdict: Finish, how: str) -> Finish:
     """Blame the process that was lost, not the one that failed because of it."""
-    text = f"{first} was lost, although it ended with {status_text(0)}"
-    return dataclasses.replace(verdict, text=text, culprit=first)
+    return dataclasses.replace(verdict, text=f"{first} was lost, {how}", culprit=first)
 
 
 def _listing(nodes: Iterable[Node]) -> str:
