@@ -204,8 +204,8 @@ class TestFindJob:
             find_job(self.told(agent))
 
     def test_a_store_that_is_not_there(self) -> None:
-        with pytest.raises(PeerLostError, match=r"TCPStore at 127.0.0.1:1 cannot be used"):
-            find_job({**variables(1, 2, 1), **AGENT}, timeout_s=0.0)
+        with free_port() as port, pytest.raises(PeerLostError, match=f"at 127.0.0.1:{port} cannot be used"):
+            find_job({**variables(1, 2, port), **AGENT}, timeout_s=0.0)
 
     def test_several_hosts_want_a_token(self) -> None:
         several = {**variables(0, 2), "LOCAL_WORLD_SIZE": "1"}
