@@ -33,7 +33,7 @@ class Scheduler:
             role="worker",
             rank=0,
             num_workers=2,
-            num_servers=1,
+            num_servers=2,
             scheduler_host=address[0],
             scheduler_port=address[1],
             token="t",
@@ -176,11 +176,56 @@ def test_close_says_its_last_words_and_ends_requests(
 
 
 def test_answers_to_nobody_are_passed_over(scheduler: Scheduler, asked: Callable[..., Future[Any]]) -> None:
-    scheduler.say(m.Done(1234))
+    ended = asked()
+    for _ in range(2):
+        scheduler.say(m.Done(ended.number))  # type: ignore[attr-defined]
+    ended.result(DEADLINE_S)
     scheduler.say(m.Waiting(1234, [1], "a barrier"))
     call = asked()
     scheduler.say(m.Done(call.number))  # type: ignore[attr-defined]
     call.result(DEADLINE_S)
+
+
+ENTRY = m.KeyEntry("w", 1, 1, (4,), "float32", 0, [m.SliceEntry(1, 7, 0, 4)])
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (m.Stop(), "Stop is not for a worker to hear"),
+        (m.CommitDecision(1, 1, True, 1.0, None), "CommitDecision is not for a worker to hear"),
+        (m.Joined(1, 1), "Joined where Done belongs"),
+        (m.Done(1234), "a reply to request 1234, which was never made"),
+        (m.Welcome([]), "a welcome to 0 servers"),
+        (m.Entries(1, [ENTRY]), "on server 7"),
+        (m.Flush(1, 1), "malformed message"),
+    ],
+)
+def test_nonsense_from_a_scheduler_ends_every_request(
+    scheduler: Scheduler, asked: Callable[..., Future[Any]], message: Any, text: str
+) -> None:
+    call = asked()
+    scheduler.say(message)
+    with pytest.raises(PeerLostError, match=text):
+        call.result(DEADLINE_S)
+    with pytest.raises(EOFError):  # and the scheduler learns that this worker is gone
+        scheduler.hear()
+
+
+def test_a_fault_of_ours_ends_every_request(
+    scheduler: Scheduler, asked: Callable[..., Future[Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody reads what the scheduler says after it."""
+
+    def fail(gone: m.KeysGone) -> None:
+        raise ZeroDivisionError("a fault")
+
+    scheduler.client._on_gone = fail
+    call = asked()
+    scheduler.say(m.KeysGone(1, [3]))
+    with pytest.raises(PeerLostError, match="a fault"):
+        call.result(DEADLINE_S)
+    assert "ZeroDivisionError: a fault" in caplog.text
 
 
 def test_keys_that_others_delete_are_handed_on(scheduler: Scheduler) -> None:

@@ -298,6 +298,11 @@ def test_the_end_of_the_connection_ends_every_call(
         (m.Done(1), b"abc", "Done came with 3 bytes"),
         (m.Data(1, 0), b"abc", "a payload where none belongs"),
         (m.Flush(1, 1), b"", "malformed message"),
+        (m.Data(1, 0), b"", "Data where Done belongs"),
+        (m.Info(1, [1], [1], "add"), b"", "Info where Done belongs"),
+        (m.Done(2), b"", "a reply to request 2, which was never made"),
+        (m.Data(3, 0), b"abc", "a reply to request 3, which was never made"),
+        (m.Done(-1), b"", "a reply to request -1, which was never made"),
     ],
 )
 def test_nonsense_from_a_server_ends_the_link(bench: Bench, message: Any, payload: bytes, text: str) -> None:
@@ -327,6 +332,29 @@ def test_what_goes_wrong_in_an_exchange_is_its_own(bench: Bench, watched: bool) 
     assert "RuntimeError: read-only memory" in str(bad.error)
     assert isinstance(bad.error, TensorKVError)
     assert isinstance(bad.error.__cause__, RuntimeError)
+
+
+def test_where_there_is_no_memory_for_a_payload_only_its_exchange_fails(bench: Bench) -> None:
+    class NoMemory(Values):
+        def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
+            raise RuntimeError("not enough memory")
+
+    bad, good = NoMemory(1), Values(1)
+    numbers = [bench.link.open(bad), bench.link.open(good)]
+    bench.say(m.Data(numbers[0], 0), bytes(3_000_000))
+    bench.say(m.Data(numbers[1], 0), b"abc")
+    for number in numbers:
+        bench.link.wait(number, bench.wait())
+    assert "RuntimeError: not enough memory" in str(bad.error)
+    assert good.payloads == [b"abc"]
+
+
+@pytest.mark.parametrize(("make", "kind"), [(m.Flush, m.Done), (m.AskSettings, m.Settings)])
+def test_a_request_knows_its_reply(bench: Bench, make: Any, kind: Any) -> None:
+    number, exchange = bench.link.ask(lambda n: make(n, 7))
+    bench.link.pump()
+    assert bench.hear() == make(number, 7)
+    assert exchange.kind is kind
 
 
 def test_an_error_of_ours_keeps_its_class(bench: Bench) -> None:
@@ -378,8 +406,9 @@ def test_close_wakes_who_waits(bench: Bench) -> None:
 
 
 def test_a_payload_that_nobody_wants_takes_little_memory(bench: Bench) -> None:
-    number = bench.link.open(SingleReply())
-    bench.say(m.Data(99, 0), bytes(2_500_000))
+    given_up, number = bench.link.open(Values(1)), bench.link.open(SingleReply())
+    bench.link.drop(given_up)
+    bench.say(m.Data(given_up, 0), bytes(2_500_000))
     bench.say(m.Done(number))
     bench.link.wait(number, bench.wait())
     buffers = link_module._discard(5 << 40 >> 3)
@@ -388,7 +417,8 @@ def test_a_payload_that_nobody_wants_takes_little_memory(bench: Bench) -> None:
 
 
 def test_a_payload_longer_than_any_ends_the_link(tcp_bench: Bench) -> None:
-    number = tcp_bench.link.open(SingleReply())
-    tcp_bench.server.send(encode(m.Data(99, 0), 1 << 62))
+    given_up, number = tcp_bench.link.open(Values(1)), tcp_bench.link.open(SingleReply())
+    tcp_bench.link.drop(given_up)
+    tcp_bench.server.send(encode(m.Data(given_up, 0), 1 << 62))
     with pytest.raises(ProtocolError, match="for a request that is not there"):
         tcp_bench.link.wait(number, tcp_bench.wait())

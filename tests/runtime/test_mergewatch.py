@@ -117,6 +117,16 @@ def test_a_broken_job_ends_it() -> None:
         next(bench.watch.ready())
 
 
+@pytest.mark.parametrize("positions", [[0, 0], [-1], [99]])
+def test_slices_that_cannot_merge(positions: list[int]) -> None:
+    exchange = Bench().links[0].exchange
+    with pytest.raises(ProtocolError, match="of which some cannot"):
+        exchange.take(m.Merged(1, positions))
+    assert not exchange.take(m.Merged(1, [0]))
+    with pytest.raises(ProtocolError, match="of which some cannot"):
+        exchange.take(m.Merged(1, [0]))
+
+
 @pytest.mark.parametrize("message", [m.Done(1), m.Data(1, 0)])
 def test_replies_that_are_none(message: Any) -> None:
     exchange = Bench().links[0].exchange

@@ -14,10 +14,12 @@ from torch import Tensor
 
 import tensorkv
 from tensorkv import savedstate, saveio
-from tensorkv.errors import LoadError, SaveError, TensorKVError
+from tensorkv.errors import LoadError, ProtocolError, SaveError, TensorKVError
 from tensorkv.protocol import savedslices
+from tensorkv.protocol.serverstate import ServerState
 from tensorkv.runtime import saving
 from tensorkv.testing.cluster import run_job
+from tensorkv.wire import messages as m
 
 LARGE = 5000
 Work = Callable[[tensorkv.KVStore], tuple[Tensor, Tensor]]
@@ -209,3 +211,64 @@ def test_a_server_that_does_not_see_the_folder_says_where(
             kv.save(str(tmp_path / "nowhere"))
 
     run_job(work, num_workers=2, num_servers=2)
+
+
+# ---- what servers tell -----------------------------------------------------------------------------
+
+PART = m.SliceEntry(1, 0, 2, 6)
+ENTRY = m.KeyEntry("w", 1, 1, (8,), "float32", 0, [m.SliceEntry(2, 1, 0, 2), PART, m.SliceEntry(3, 1, 6, 8)])
+RECORD = m.SliceRecord(1, 3, [savedstate.TensorRecord(savedstate.VALUE, "float32", (4,), True)], {})
+
+
+def test_a_slice_and_its_bytes() -> None:
+    exchange = saving._SliceExchange(ENTRY, PART)
+    assert not exchange.take(RECORD)
+    [buffer] = exchange.place(m.Data(1, 0), 16)
+    buffer[:] = bytes(16)
+    assert exchange.take(m.Data(1, 0))
+    assert exchange.result().value.tolist() == [0.0] * 4
+
+
+def test_a_slice_that_is_none() -> None:
+    other = m.SliceRecord(1, 3, [savedstate.TensorRecord(savedstate.VALUE, "float64", (4,), True)], {})
+    exchange = saving._SliceExchange(ENTRY, PART)
+    for call in (
+        lambda: exchange.place(m.Data(1, 0), 16),
+        lambda: exchange.take(m.Data(1, 0)),
+        lambda: exchange.take(other),
+        lambda: exchange.take(m.Done(1)),
+    ):
+        with pytest.raises(ProtocolError):
+            call()
+    assert not exchange.take(RECORD)
+    for call in (
+        lambda: exchange.take(RECORD),
+        lambda: exchange.take(m.Data(1, 0)),
+        lambda: exchange.place(m.Data(1, 0), 15),
+    ):
+        with pytest.raises(ProtocolError):
+            call()
+
+
+@pytest.mark.parametrize("kind", [m.Info, m.SavedFile, m.Settings])
+def test_a_server_that_tells_of_other_slices(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: type[Any]
+) -> None:
+    real = ServerState.handle
+    nothing = {"rounds": [], "pieces": [], "settings": savedstate.SavedSettings([], [])}
+
+    def handle(*arguments: Any) -> Any:
+        out = real(*arguments)
+        for message in [each.message for each in out if isinstance(each.message, kind)]:
+            for name in nothing.keys() & set(message.__struct_fields__):
+                setattr(message, name, nothing[name])
+        return out
+
+    monkeypatch.setattr(ServerState, "handle", handle)
+
+    def work(kv: tensorkv.KVStore) -> None:
+        kv.init("w", torch.zeros(4))
+        with pytest.raises(ProtocolError):
+            kv.info("w") if kind is m.Info else kv.save(str(tmp_path))
+
+    run_job(work, num_workers=1, num_servers=1)

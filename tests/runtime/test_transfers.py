@@ -182,6 +182,21 @@ def test_replies_that_do_not_fit(chunk: int, size: int, text: str) -> None:
         pull(plan_of(states([(4,)]))).place(m.Data(1, chunk), size)
 
 
+def test_a_chunk_that_comes_twice() -> None:
+    """Else it would count for one that has not come, and the caller would get what was in its memory."""
+    plan = build_plan(1, states([(4,), (4,)]), [torch.float32, torch.float64], [1, 1], 1)
+    outs = [torch.zeros(4), torch.zeros(4)]
+    exchange = PullExchange(
+        plan.parts[0], Destinations.per_device(plan.states, [[each] for each in outs]), print
+    )
+    exchange.place(m.Data(1, 0), 16)
+    assert not exchange.take(m.Data(1, 0))
+    with pytest.raises(ProtocolError, match="or twice"):
+        exchange.place(m.Data(1, 0), 16)
+    with pytest.raises(ProtocolError, match="or twice"):
+        exchange.take(m.Data(1, 0))
+
+
 def test_a_reply_of_another_kind() -> None:
     with pytest.raises(ProtocolError, match="is no reply to a pull of 1 chunks"):
         pull(plan_of(states([(4,)]))).take(m.Done(1))

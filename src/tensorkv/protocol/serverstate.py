@@ -8,17 +8,14 @@ from tensorkv.errors import ProtocolError, TensorKVError, to_wire
 from tensorkv.protocol import savedslices
 from tensorkv.protocol.layouts import Chunk, sent_dtype, sent_size
 from tensorkv.protocol.memory import EMPTY, BufferPool, Memory
+from tensorkv.protocol.replies import check_slice
 from tensorkv.protocol.savedslices import StateFiles
 from tensorkv.protocol.schedule import LoadUpdater
 from tensorkv.protocol.shard import Outgoing, StoreShard
-from tensorkv.savedstate import VALUE
-from tensorkv.slicestate import packed_bytes
 from tensorkv.wire import messages as m
 
 MAX_STORES = 4096
 """Stores that are open at one time."""
-MAX_STATE_BYTES = 1 << 30
-"""State of a slice that does not go element by element with its value, all of it together."""
 
 
 @final
@@ -260,19 +257,10 @@ class ServerState:
 
 def _restored_bytes(message: m.RestoreSlice, max_payload_bytes: int) -> int:
     """Return the payload of a slice with its state, after checking that its tensors are of its size."""
-    length = message.entry.stop - message.entry.start
-    tensors = message.tensors
-    if not 0 <= message.entry.start <= message.entry.stop <= sent_size(message.shape):
-        raise ProtocolError(f"slice [{message.entry.start}, {message.entry.stop}) of shape {message.shape}")
-    if not tensors or tensors[0].name != VALUE or not tensors[0].elementwise or message.version < 0:
-        raise ProtocolError("a slice came without its value")
-    for each in tensors:
-        sent_dtype(each.dtype)
-        sent_size(each.shape)
-        if each.elementwise and sent_size(each.shape) != length:
-            raise ProtocolError(f"{each.name!r} of a slice of {length} elements has shape {each.shape}")
-    if len(tensors) > 64 or packed_bytes(each for each in tensors if not each.elementwise) > MAX_STATE_BYTES:
-        raise ProtocolError(f"a slice came with {len(tensors)} tensors of state, or with too large ones")
-    if packed_bytes(tensors) > max_payload_bytes:
-        raise ProtocolError(f"a slice of {packed_bytes(tensors)} bytes is over {max_payload_bytes}")
-    return packed_bytes(tensors)
+    entry = message.entry
+    size_bytes = check_slice(
+        entry.start, entry.stop, message.shape, message.version, message.tensors, message.plain
+    )
+    if size_bytes > max_payload_bytes:
+        raise ProtocolError(f"a slice of {size_bytes} bytes is over {max_payload_bytes}")
+    return size_bytes

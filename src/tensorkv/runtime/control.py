@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any, final
 
 from tensorkv.config import JobConfig
-from tensorkv.errors import PeerLostError, TensorKVError, again, from_wire
+from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, again, from_wire
+from tensorkv.protocol.replies import check_reply
 from tensorkv.runtime.handshake import connect_to_scheduler, receive_message
 from tensorkv.runtime.sender import Sender
 from tensorkv.runtime.waits import Wait, broken_off_error, lost_error, lost_text, scheduler_lost_error
@@ -29,6 +30,7 @@ class _Reply:
 
     def __init__(self, wait: Wait) -> None:
         self.ready = threading.Event()
+        self.kind: type[m.Message] = m.Welcome
         self.message: Any = None
         self.wait = wait
 
@@ -60,6 +62,7 @@ class ControlClient:
         self._welcome = _Reply(joining)
         self.failure: TensorKVError | None = None
         self._scheduler_host = config.scheduler_host
+        self._num_servers = config.num_servers
         self._failing = threading.Lock()  # only one failure counts
         self._connection = connect_to_scheduler(config)
         self._sender = Sender(self._connection, "scheduler", self._fail)
@@ -101,8 +104,11 @@ class ControlClient:
             lambda: self.notify(m.AskWaiting(number, store)),
             lambda: "the scheduler",
         )
-        reply = self._replies[number] = _Reply(wait)
-        self.notify(make(number))
+        message = make(number)
+        reply = _Reply(wait)
+        reply.kind = m.REPLIES[type(message)]
+        self._replies[number] = reply
+        self.notify(message)
         try:
             self._await(reply)
         except BaseException:  # Ctrl-C too
@@ -141,10 +147,16 @@ class ControlClient:
                 self._take(receive_message(self._connection, decoder))
         except (EOFError, ConnectionError) as exc:
             self._fail(exc)
+        except Exception as exc:  # a fault of ours: what waits must not wait for a thread that has ended
+            logger.exception("worker: a message of the scheduler could not be handled")
+            self._fail(exc)
+        self._connection.shutdown()
 
     def _take(self, message: Any) -> None:
         match message:
             case m.Welcome():
+                if self._welcome.message is not None or len(message.servers) != self._num_servers:
+                    raise ProtocolError(f"a welcome to {len(message.servers)} servers")
                 self._answer(self._welcome, message)
             case m.WorkerLost():
                 logger.warning("%s; the job goes on without it", lost_text("worker", message))
@@ -156,12 +168,19 @@ class ControlClient:
                 waiting = self._replies.get(message.request)
                 if waiting is not None:
                     waiting.wait.answered(message)
+            case m.Stop() | m.Gone() | m.CommitDecision():
+                raise ProtocolError(f"{type(message).__name__} is not for a worker to hear")
             case _:
+                check_reply(message, self._num_servers)
                 reply = self._replies.get(message.request)
                 if reply is not None:
                     self._answer(reply, message)
+                elif not 0 < message.request < next(self._numbers):
+                    raise ProtocolError(f"a reply to request {message.request}, which was never made")
 
     def _answer(self, reply: _Reply, message: Any) -> None:
+        if not isinstance(message, (reply.kind, m.Failed)):
+            raise ProtocolError(f"{type(message).__name__} where {reply.kind.__name__} belongs")
         reply.message = message
         reply.ready.set()
 

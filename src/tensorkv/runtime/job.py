@@ -20,7 +20,7 @@ from tensorkv.errors import NotInJob, PeerLostError, StoreClosed, TensorKVError
 from tensorkv.runtime.code import CodeTable
 from tensorkv.runtime.control import ControlClient
 from tensorkv.runtime.handshake import connect_as
-from tensorkv.runtime.link import ServerLink, SingleReply
+from tensorkv.runtime.link import ServerLink
 from tensorkv.runtime.signals import WorkerSignals
 from tensorkv.runtime.waits import Wait, broken_off_error
 from tensorkv.transport.tcp import hostname
@@ -135,21 +135,18 @@ class Job:
             WaitTimeout, PeerLostError, StoreClosed, or the first refusal.
         """
         links = self.links if servers is None else [self.links[rank] for rank in servers]
-        opened = [(link, SingleReply()) for link in links]
         with self.order, self.whole:
             self.check_open(store)
             if leave:
                 self.leave_store(store)
-            numbers = [link.open(exchange) for link, exchange in opened]
-            for link, number in zip(links, numbers, strict=True):
-                link.put(make(number))
+            asked = [(link, *link.ask(make)) for link in links]
         for link in links:
             link.pump()
         waited_in = 0 if leave else store
-        self.await_replies(list(zip(links, numbers, strict=True)), what, timeout_s, waited_in)
-        for _, exchange in opened:
+        self.await_replies([(link, number) for link, number, _ in asked], what, timeout_s, waited_in)
+        for _, _, exchange in asked:
             exchange.check()
-        return [exchange.message for _, exchange in opened]
+        return [exchange.message for _, _, exchange in asked]
 
     def await_replies(
         self, numbers: list[tuple[ServerLink, int]], what: str, timeout_s: float, store: int

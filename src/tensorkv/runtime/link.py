@@ -60,15 +60,18 @@ class Exchange(ABC):
 
 @final
 class SingleReply(Exchange):
-    """A request that has one reply without payload."""
+    """A request that has one reply without payload, of class `kind`."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[m.Message] = m.Done) -> None:
+        self.kind = kind
         self.message: Any = None
 
     def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
         raise ProtocolError("a payload where none belongs")
 
     def take(self, message: Any) -> bool:
+        if not isinstance(message, (self.kind, m.Failed, TensorKVError)):
+            raise ProtocolError(f"{type(message).__name__} where {self.kind.__name__} belongs")
         self.message = message
         return True
 
@@ -129,6 +132,17 @@ class ServerLink:
         number = next(self._numbers)
         self._exchanges[number] = exchange
         return number
+
+    def ask(
+        self, make: Callable[[int], m.Message], parts: list[memoryview] | None = None
+    ) -> tuple[int, SingleReply]:
+        """Queue the request that `make` builds from its number, as `put`; return number and exchange."""
+        exchange = SingleReply()
+        number = self.open(exchange)
+        message = make(number)
+        exchange.kind = m.REPLIES[type(message)]
+        self.put(message, parts)
+        return number, exchange
 
     def put(
         self, message: m.Message, parts: list[memoryview] | None = None, on_sent: Sent | None = None
@@ -325,9 +339,18 @@ class ServerLink:
         if not isinstance(message, m.Data):
             raise ProtocolError(f"{type(message).__name__} came with {payload_bytes} bytes of payload")
         exchange = self._exchanges.get(message.request)
-        if exchange is None:  # its caller has given up
+        if exchange is None:
+            self._check_given_up(message.request)
             return _discard(payload_bytes)
-        return exchange.place(message, payload_bytes)
+        try:
+            return exchange.place(message, payload_bytes)
+        except ProtocolError:
+            raise
+        except Exception as exc:  # noqa: BLE001  # no memory for it, say: the error of this exchange alone
+            exchange.take(_error_of(exc))
+            self._exchanges.pop(message.request, None)
+            self._tell()
+            return _discard(payload_bytes)
 
     def _hand_on(self, message: Any) -> None:
         if type(message) is m.Fault:
@@ -338,10 +361,17 @@ class ServerLink:
                 wait.answered(message)
         else:
             exchange = self._exchanges.get(message.request)
-            if exchange is not None and _take(exchange, message):
+            if exchange is None:
+                self._check_given_up(message.request)
+            elif _take(exchange, message):
                 self._exchanges.pop(message.request, None)
                 if self._waiting:
                     self._tell()
+
+    def _check_given_up(self, number: int) -> None:
+        """Raise unless there was a request with this number, whose caller has given up since."""
+        if not 0 < number < next(self._numbers):
+            raise ProtocolError(f"a reply to request {number}, which was never made")
 
     def _why_gone(self, exc: BaseException) -> TensorKVError:
         """Return why the connection ended: the scheduler's word counts, if it comes soon."""
@@ -382,6 +412,10 @@ def _take(exchange: Exchange, message: Any) -> bool:
     except ProtocolError:
         raise
     except Exception as exc:  # noqa: BLE001  # memory that cannot be written, say
-        error = from_wire(*to_wire(exc))
-        error.__cause__ = exc
-        return exchange.take(error)
+        return exchange.take(_error_of(exc))
+
+
+def _error_of(exc: Exception) -> TensorKVError:
+    error = from_wire(*to_wire(exc))
+    error.__cause__ = exc
+    return error

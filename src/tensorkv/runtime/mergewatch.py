@@ -25,7 +25,7 @@ class _MergeExchange(Exchange):
     def __init__(self, part: ServerPart, merged: Callable[[list[int] | TensorKVError], None]) -> None:
         self._part = part
         self._merged = merged
-        self._missing = len(part.values)
+        self._missing = set(range(len(part.values)))
 
     def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
         raise ProtocolError("a payload where none belongs")
@@ -39,9 +39,12 @@ class _MergeExchange(Exchange):
             return True
         if not isinstance(message, m.Merged):
             raise ProtocolError(f"{type(message).__name__} is no answer to WaitMerged")
+        news = set(message.positions)
+        if len(news) < len(message.positions) or not news <= self._missing:
+            raise ProtocolError(f"{len(message.positions)} slices have merged, of which some cannot")
+        self._missing -= news
         self._merged([self._part.values[position] for position in message.positions])
-        self._missing -= len(message.positions)
-        return self._missing <= 0
+        return not self._missing
 
 
 @final

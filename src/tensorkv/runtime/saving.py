@@ -5,6 +5,7 @@ Values never pass through a worker on their way to a file or from it; for `state
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, final
@@ -16,6 +17,7 @@ from rich.progress import Progress
 from tensorkv.arrays import bytes_of, check_summable, dtype_from_name
 from tensorkv.errors import ProtocolError, TensorKVError, from_wire
 from tensorkv.keys import check_keys, check_new_keys
+from tensorkv.protocol.replies import check_saved, check_slice
 from tensorkv.runtime.code import describe_code
 from tensorkv.runtime.job import Job
 from tensorkv.runtime.link import Exchange, ServerLink, SingleReply
@@ -42,7 +44,6 @@ from tensorkv.slicestate import (
     assemble,
     from_state_dict,
     pack,
-    packed_bytes,
     records_of,
     to_state_dict,
     unpack,
@@ -80,14 +81,18 @@ class StateTransfer:
             for entry in entries
             for each in entry.slices
         ]
+        range_of = {each.slice_id: (each.start, each.stop) for entry in entries for each in entry.slices}
         per_server = [[line[1:] for line in todo if line[0] == rank] for rank in range(len(self._job.links))]
 
-        def make(request: int, server: int, number: int, slice_ids: list[int]) -> m.Message:
+        def make(request: int, *, server: int, number: int, things: list[int]) -> m.Message:
             name = file_name(save_id, server, number)
-            return m.SaveSlices(request, self._store, folder, name, slice_ids)
+            return m.SaveSlices(request, self._store, folder, name, things)
 
         def take(server: int, number: int, slice_ids: list[int], reply: m.SavedFile) -> None:
             files[file_name(save_id, server, number)] = reply.size_bytes
+            told = [(piece.start, piece.stop) for piece in reply.pieces]
+            if told != [range_of[slice_id] for slice_id in slice_ids]:
+                raise ProtocolError(f"server {server} has saved others than the {len(slice_ids)} slices")
             pieces.update(zip(slice_ids, reply.pieces, strict=True))
 
         try:
@@ -108,7 +113,7 @@ class StateTransfer:
         with self._job.order, self._job.whole:
             self._job.check_open(self._store)
             for each in entry.slices:
-                link, exchange = self._job.links[each.server], _SliceExchange()
+                link, exchange = self._job.links[each.server], _SliceExchange(entry, each)
                 number = link.open(exchange)
                 exchanges.append((link, number, exchange))
                 link.put(m.AskSlice(number, self._store, each.slice_id))
@@ -134,8 +139,8 @@ class StateTransfer:
                     todo[each.server].append((m.LoadedKey(record_of[entry.key], [each]), size_bytes))
             self._in_batches("loading", todo, make)
 
-        def make(request: int, server: int, number: int, keys: list[m.LoadedKey]) -> m.Message:
-            return m.LoadSlices(request, self._store, folder, keys)
+        def make(request: int, *, server: int, number: int, things: list[m.LoadedKey]) -> m.Message:
+            return m.LoadSlices(request, self._store, folder, things)
 
         self._restore(index.reduction, index.settings, index.keys, current, send)
         return index.settings
@@ -159,13 +164,18 @@ class StateTransfer:
             self._job.check_open(self._store)
             for each, state in zip(entry.slices, states, strict=True):
                 records, tensors, plain = records_of(state)
-                link, exchange = self._job.links[each.server], SingleReply()
-                number = link.open(exchange)
-                exchanges.append((link, number, exchange))
-                message = m.RestoreSlice(
-                    number, self._store, entry.key, entry.shape, each, state.version, records, plain
+                make = functools.partial(
+                    m.RestoreSlice,
+                    store=self._store,
+                    key=entry.key,
+                    shape=entry.shape,
+                    entry=each,
+                    version=state.version,
+                    tensors=records,
+                    plain=plain,
                 )
-                link.put(message, [bytes_of(pack(tensors))])
+                link = self._job.links[each.server]
+                exchanges.append((link, *link.ask(make, [bytes_of(pack(tensors))])))
         self._await([(link, number) for link, number, _ in exchanges], f"loading {entry.key!r}")
         for _, _, exchange in exchanges:
             exchange.check()
@@ -236,6 +246,7 @@ class StateTransfer:
             lambda n: m.AskSettings(n, self._store), "settings", self._timeout_s, self._store, [0]
         )[0]
         settings: SavedSettings = reply.settings
+        check_saved(settings)
         return settings
 
     def _ask_all(self, make: Callable[[int], m.Message], what: str) -> None:
@@ -250,12 +261,13 @@ class StateTransfer:
         self,
         what: str,
         per_server: Sequence[Sequence[tuple[Any, int]]],
-        make: Callable[[int, int, int, list[Any]], m.Message],
+        make: Callable[..., m.Message],
         take: Callable[[int, int, list[Any], Any], None] | None = None,
     ) -> None:
         """Ask every server for one thing after the other, all servers at a time; show how far it is.
 
-        `per_server` has for each server pairs of a thing and its size in bytes.
+        `per_server` has for each server pairs of a thing and its size in bytes. `make` gets the number of the
+        request, and by name `server`, `number` (of the batch) and `things`.
         """
         groups = [batches([size for _, size in lines]) for lines in per_server]
         total = sum(size for lines in per_server for _, size in lines)
@@ -272,10 +284,10 @@ class StateTransfer:
                         chosen = [lines[place] for place in groups[server][number]]
                         done += sum(size for _, size in chosen)
                         things = [thing for thing, _ in chosen]
-                        link, exchange = self._job.links[server], SingleReply()
-                        request = link.open(exchange)
+                        link = self._job.links[server]
+                        ask = functools.partial(make, server=server, number=number, things=things)
+                        request, exchange = link.ask(ask)
                         asked.append((server, things, link, request, exchange))
-                        link.put(make(request, server, number, things))
                 self._await([(link, request) for _, _, link, request, _ in asked], what)
                 for server, things, _, _, exchange in asked:
                     exchange.check()
@@ -288,13 +300,16 @@ class StateTransfer:
 class _SliceExchange(Exchange):
     """A slice from a server: first what it is, then its bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, entry: m.KeyEntry, part: m.SliceEntry) -> None:
+        self._entry = entry
+        self._part = part
+        self._size_bytes = 0
         self._record: m.SliceRecord | None = None
         self._data = torch.empty(0, dtype=torch.uint8)
         self._error: TensorKVError | None = None
 
     def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
-        if self._record is None or payload_bytes != packed_bytes(self._record.tensors):
+        if self._record is None or payload_bytes != self._size_bytes:
             raise ProtocolError(f"a slice came with {payload_bytes} bytes that were not announced")
         self._data = torch.empty(payload_bytes, dtype=torch.uint8)
         return [bytes_of(self._data)]
@@ -304,12 +319,21 @@ class _SliceExchange(Exchange):
             self._error = message
         elif isinstance(message, m.Failed):
             self._error = from_wire(message.name, message.text)
-        elif isinstance(message, m.SliceRecord):
-            self._record = message
+        elif isinstance(message, m.SliceRecord) and self._record is None:
+            self._note(message)
             return False
-        elif not isinstance(message, m.Data):
-            raise ProtocolError(f"{type(message).__name__} is no slice")
+        elif not isinstance(message, m.Data) or self._data.numel() != self._size_bytes or not self._record:
+            raise ProtocolError(f"{type(message).__name__} is no slice, or comes without its bytes")
         return True
+
+    def _note(self, record: m.SliceRecord) -> None:
+        part, shape = self._part, self._entry.shape
+        self._size_bytes = check_slice(
+            part.start, part.stop, shape, record.version, record.tensors, record.plain
+        )
+        if record.tensors[0].dtype != self._entry.dtype:
+            raise ProtocolError(f"a slice of {record.tensors[0].dtype}, not {self._entry.dtype}")
+        self._record = record
 
     def result(self) -> SliceState:
         """Return the slice. Raises what the server has refused it with."""

@@ -160,7 +160,7 @@ class PullExchange(Exchange):
         self._chunks = part.chunks
         self._destinations = destinations
         self._on_end = on_end
-        self._missing = len(part.chunks)
+        self._missing = (1 << len(part.chunks)) - 1  # a bit for each chunk
 
     _staging: Staging | None = None  # what the chunk that comes is received in
 
@@ -206,15 +206,15 @@ class PullExchange(Exchange):
             chunk.stagings.append(staging)
         elif chunk.num_elems:
             raise ProtocolError(f"a chunk of {chunk.num_elems} elements came without them")
-        self._missing -= 1
+        self._missing ^= 1 << message.chunk
         if self._missing:
             return False
         self._on_end(None)
         return True
 
     def _chunk(self, message: m.Data) -> PlanChunk:
-        if not 0 <= message.chunk < len(self._chunks):
-            raise ProtocolError(f"{message} is no reply to a pull of {len(self._chunks)} chunks")
+        if not 0 <= message.chunk < len(self._chunks) or not self._missing >> message.chunk & 1:
+            raise ProtocolError(f"{message} is no reply to a pull of {len(self._chunks)} chunks, or twice")
         return self._chunks[message.chunk]
 
 

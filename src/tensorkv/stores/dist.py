@@ -8,6 +8,7 @@ keys, settings and barriers.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
@@ -21,10 +22,12 @@ from tensorkv.errors import (
     KeyDeleted,
     NotInJob,
     NotSupported,
+    ProtocolError,
     TensorKVError,
     to_wire,
 )
 from tensorkv.keys import PullBatch, PushBatch, answer
+from tensorkv.protocol.replies import check_init
 from tensorkv.reduce import sum_devices, sum_dtype
 from tensorkv.runtime.code import describe_code
 from tensorkv.runtime.embedded import EmbeddedJob
@@ -124,6 +127,7 @@ class DistStore(KVStore):
         reply = self._job.control.request(
             lambda n: m.ProposeInit(n, self._store, specs), what, self._timeout_s, self._store
         )
+        check_init(reply, specs)
         created = [
             (entry, value)
             for entry, value, lead in zip(reply.entries, values, reply.lead, strict=True)
@@ -172,13 +176,15 @@ class DistStore(KVStore):
                     link = self._job.links[part.server]
                     slices = [each for each in entry.slices if each.server == part.server]
                     payload = [view for chunk in part.chunks for view in gather(chunk, flat)]
-                    exchange = SingleReply()
-                    number = link.open(exchange)
-                    exchanges.append((link, number, exchange))
-                    link.put(
-                        m.InitSlices(number, self._store, entry.key, entry.shape, entry.dtype, slices),
-                        payload,
+                    make = functools.partial(
+                        m.InitSlices,
+                        store=self._store,
+                        key=entry.key,
+                        shape=entry.shape,
+                        dtype=entry.dtype,
+                        slices=slices,
                     )
+                    exchanges.append((link, *link.ask(make, payload)))
         self._await_single(exchanges, what)
 
     # ---- keys ------------------------------------------------------------------------------------
@@ -211,13 +217,18 @@ class DistStore(KVStore):
         entries = state.entry.slices
         servers = sorted({each.server for each in entries})
         slices = iter([[each.slice_id for each in entries if each.server == server] for server in servers])
-        return self._job.ask_all(
+        replies: list[m.Info] = self._job.ask_all(
             lambda n: m.AskInfo(n, self._store, next(slices)),
             f"info of {state.key!r}",
             self._timeout_s,
             self._store,
             servers,
         )
+        for rank, reply in zip(servers, replies, strict=True):
+            number = sum(each.server == rank for each in entries)
+            if (len(reply.rounds), len(reply.versions)) != (number, number):
+                raise ProtocolError(f"server {rank} told of {len(reply.rounds)} slices, not of {number}")
+        return replies
 
     def _delete(self, keys: tuple[Key, ...]) -> None:
         states = self._table.known(list(dict.fromkeys(keys)))
@@ -330,10 +341,8 @@ class DistStore(KVStore):
             for part, chunks in zip(plan.parts, payloads, strict=True):
                 link = self._job.links[part.server]
                 for chunk, payload in enumerate(chunks):
-                    exchange = SingleReply()
-                    number = link.open(exchange)
-                    exchanges.append((link, number, exchange))
-                    link.put(m.Put(plan.number, chunk, number), payload)
+                    make = functools.partial(m.Put, plan.number, chunk)
+                    exchanges.append((link, *link.ask(make, payload)))
         self._await_single(exchanges, what)
         return up_to
 

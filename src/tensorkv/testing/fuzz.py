@@ -1,11 +1,12 @@
-"""Fuzzing: hostile frames against the codec, the state machines, and servers over real sockets.
+"""Fuzzing: hostile frames against the codec, the state machines, servers over real sockets, and workers.
 
     python -m tensorkv.testing.fuzz --corpus tests/corpus --frames 1000000 --seed 7
+    python -m tensorkv.testing.fuzz --corpus tests/corpus --frames 20000 --only worker
 
 Whatever comes, the codec and the state machines raise ProtocolError and nothing else, never ask for more
 memory than allowed, and serve on; a server or scheduler ends the one connection, with one line of its
 log and no traceback. A `Finding` is raised where that does not hold: it has the seed, and the
-conversation that shows it, to be kept in the corpus.
+conversation that shows it, to be kept in the corpus. What holds of a worker stands in `hostile`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from tensorkv.runtime.scheduler import SchedulerServer
 from tensorkv.runtime.server import Server
 from tensorkv.runtime.statefiles import FolderFiles
 from tensorkv.testing.frames import SUFFIX, Conversation, Entry, Mutator, framed, load, message_of, save
+from tensorkv.testing.hostile import WorkerFault, fuzz_worker, resident_mb
 from tensorkv.transport.base import Connection
 from tensorkv.transport.endpoint import connect
 from tensorkv.wire import messages as m
@@ -52,6 +54,7 @@ PLACES = 60
 """Workers of a job over sockets: a place is taken for ever by the first who proves itself there."""
 
 TARGETS = ("server", "scheduler", "worker")
+PHASES = ("codec", "server", "scheduler", "sockets", "worker")
 _DECODERS: list[Decoder[Any]] = [
     Decoder(union) for union in (m.HandshakeMessage, m.ToServer, m.FromServer, m.ToScheduler, m.FromScheduler)
 ]
@@ -436,60 +439,68 @@ def _until_the_end(connection: Connection, target: SocketTarget) -> None:
 # ---- all together ----------------------------------------------------------------------------------
 
 
-def fuzz(corpus: Path, seed: int, num_frames: int, say: Callable[[str], None]) -> int:
-    """Run so many frames against everything, and return how many they were.
+def fuzz(
+    corpus: Path, seed: int, num_frames: int, say: Callable[[str], None], only: str | None = None
+) -> int:
+    """Run so many frames against everything, or one of `PHASES`, and return how many they were.
 
-    Three quarters go to the codec, most others to the state machines, one in a hundred over sockets. All
-    of it runs in an empty folder: a server writes files where an authenticated worker tells it to.
+    Three quarters go to the codec, most others to the state machines, one in a hundred over sockets, one in
+    four hundred to workers. All of it runs in an empty folder: a server writes files where an authenticated
+    worker tells it to.
 
     Raises:
-        Finding: something did not hold.
+        Finding, WorkerFault: something did not hold.
     """
     kept = {target: list(load(corpus, target).values()) for target in TARGETS}
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        return _fuzz_all(kept, seed, num_frames, say)
+        return _fuzz_all(kept, seed, num_frames, say, only)
 
 
 def _fuzz_all(
-    kept: dict[str, list[Conversation]], seed: int, num_frames: int, say: Callable[[str], None]
+    kept: dict[str, list[Conversation]],
+    seed: int,
+    num_frames: int,
+    say: Callable[[str], None],
+    only: str | None,
 ) -> int:
     frames = [entry.frame for each in kept.values() for conversation in each for entry in conversation]
     mutator = Mutator(seed, frames)
     total = 0
-
-    def note(what: str, begin: float, count: int) -> None:
+    for name, share in _shares(num_frames, only).items():
+        begin = time.monotonic()
+        match name:
+            case "codec":
+                count = _fuzz_codec(mutator, frames, share)
+            case "sockets":
+                count = fuzz_sockets(mutator, kept, share)
+            case "worker":
+                count = fuzz_worker(mutator.random, frames, share)
+            case _:
+                count = fuzz_state(name, mutator, kept[name], share)
         gc.collect()
-        say(f"{what}: {count} frames in {time.monotonic() - begin:.1f} s, {resident_mb():.0f} MB resident")
+        say(f"{name}: {count} frames in {time.monotonic() - begin:.1f} s, {resident_mb():.0f} MB resident")
+        total += count
+    return total
 
-    begin, count = time.monotonic(), num_frames * 3 // 4
-    for number in range(count):
+
+def _shares(num_frames: int, only: str | None) -> dict[str, int]:
+    """Return how many frames each phase gets."""
+    if only is not None:
+        return {only: num_frames}
+    shares = {"sockets": max(num_frames // 100, 1), "worker": max(num_frames // 400, 1)}
+    of_states = num_frames // 4 - sum(shares.values())
+    halves = {"server": of_states // 2, "scheduler": of_states - of_states // 2}
+    return {"codec": num_frames - num_frames // 4, **halves, **shares}
+
+
+def _fuzz_codec(mutator: Mutator, frames: Sequence[bytes], num_frames: int) -> int:
+    for number in range(num_frames):
         data = mutator.frame(frames[number % len(frames)])
         try:
             feed_codec(data)
         except Exception as exc:
             raise Finding("codec", f"{type(exc).__name__}: {exc}", [Entry("worker", 0, data)]) from exc
-    note("codec", begin, count)
-    total += count
-    over_sockets = num_frames // 100
-    for target in STATES:
-        begin = time.monotonic()
-        count = fuzz_state(
-            target, mutator, kept[target], (num_frames - num_frames * 3 // 4 - over_sockets) // 2
-        )
-        note(f"state of the {target}", begin, count)
-        total += count
-    begin = time.monotonic()
-    count = fuzz_sockets(mutator, kept, max(over_sockets, num_frames - total))
-    note("sockets", begin, count)
-    return total + count
-
-
-def resident_mb() -> float:
-    """Return the memory that this process has in use."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise OSError("/proc/self/status has no VmRSS")
+    return num_frames
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -498,16 +509,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--corpus", type=Path, required=True, help="folder of kept conversations")
     parser.add_argument("--frames", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=PHASES, help="all frames to one of these")
     parsed = parser.parse_args(arguments)
     torch.set_num_threads(1)
     _say(f"seed {parsed.seed}")
     try:
-        total = fuzz(parsed.corpus, parsed.seed, parsed.frames, _say)
+        total = fuzz(parsed.corpus, parsed.seed, parsed.frames, _say, parsed.only)
     except Finding as finding:
         digest = hashlib.sha256(finding.conversation[-1].frame).hexdigest()[:8]
         path = parsed.corpus / f"{finding.target}-found-{digest}{SUFFIX}"
         save(path, finding.conversation)
         _say(f"FOUND with seed {parsed.seed}: {finding}\nkept as {path}")
+        return 1
+    except WorkerFault as fault:
+        _say(f"FOUND with seed {parsed.seed}: worker: {fault}")
         return 1
     _say(f"{total} frames, nothing found")
     return 0

@@ -757,3 +757,33 @@ FromScheduler = (
     | Lost
     | Stop
 )
+
+REPLIES: dict[type[Message], type[Message]] = {
+    InitSlices: Done,
+    Put: Done,
+    Commit: Committed,
+    PrepareSetting: Done,
+    DeleteSlices: Done,
+    Flush: Done,
+    AskInfo: Info,
+    Leave: Done,
+    SaveSlices: SavedFile,
+    AskSettings: Settings,
+    PrepareRestore: Done,
+    LoadSlices: Done,
+    RestoreSlice: Done,
+    FinishRestore: Done,
+    JoinStore: Joined,
+    ProposeInit: InitReply,
+    ConcludeInit: Done,
+    ProposeSetting: SettingReply,
+    ConcludeSetting: Done,
+    Lookup: Entries,
+    DeleteKeys: Deleted,
+    Barrier: Done,
+    LeaveStore: Done,
+    Together: TogetherReply,
+    ConcludeTogether: Done,
+    ProposeLoad: LoadReply,
+}
+"""What a request that has one reply, without payload, is answered by. Any may be answered by Failed."""

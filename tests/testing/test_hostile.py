@@ -1,0 +1,63 @@
+"""Workers withstand hostile peers, and one that would not is found out."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tensorkv.runtime.control import ControlClient
+from tensorkv.runtime.link import ServerLink
+from tensorkv.runtime.transfers import Destinations
+from tensorkv.testing import hostile
+from tensorkv.testing.frames import load
+from tensorkv.testing.hostile import WorkerFault, fuzz_worker, meet
+
+CORPUS = Path(__file__).parents[1] / "corpus"
+POOL = [entry.frame for conversation in load(CORPUS, "worker").values() for entry in conversation]
+
+
+def test_a_hundred_hostile_frames() -> None:
+    """New ones in every run. A failure tells the seed of the job: `meet` runs it again."""
+    assert fuzz_worker(random.Random(random.SystemRandom().randrange(1 << 32)), POOL, 100) >= 100
+
+
+def test_a_write_outside_of_what_was_asked_for_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finish(self: Destinations) -> None:
+        first = self._firsts[0]
+        if first.storage_offset():
+            torch.as_strided(first, (1,), (1,), first.storage_offset() - 1).fill_(0)
+
+    monkeypatch.setattr(Destinations, "finish", finish)
+    with pytest.raises(WorkerFault, match="has written outside of the tensors asked for"):
+        fuzz_worker(random.Random(1), POOL, 100)
+
+
+def test_an_error_of_another_class_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(self: ServerLink, number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr(ServerLink, "_check_given_up", check)
+    with pytest.raises(WorkerFault, match="raised KeyError"):
+        fuzz_worker(random.Random(1), POOL, 1000)
+
+
+def test_a_thread_that_dies_and_a_call_that_hangs_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(self: ControlClient) -> Any:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(ControlClient, "_read", read)
+    monkeypatch.setattr(hostile, "DEADLINE_S", 0.1)
+    with pytest.raises(WorkerFault, match="joining waited to its deadline") as caught:
+        meet(1, POOL)
+    assert "thread tensorkv-control ended with IndexError: list index out of range" in str(caught.value)
+
+
+def test_memory_that_grows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostile, "MAX_GROWTH_MB", -1e6)
+    monkeypatch.setattr(hostile, "WARM_JOBS", 1)
+    with pytest.raises(WorkerFault, match="memory has grown"):
+        fuzz_worker(random.Random(1), POOL, 6)
