@@ -19,7 +19,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(PIP_ARGS) -c constraints.txt setuptools
-	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev,examples]'
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev,examples,bench]'
 	touch $(STAMP)
 
 demo: setup

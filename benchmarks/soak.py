@@ -2,15 +2,21 @@
 
     python benchmarks/soak.py --minutes 20 --plot docs/soak.png
 
-4 workers and 2 servers make and delete keys and open and close stores at random (`soakworker.py`). Printed
-are, for each process, the figures after the first quarter of the time and at the end: they should be
-equal. It needs Linux (/proc).
+4 workers and 2 servers make and delete keys and open and close stores at random (`soakworker.py`).
+Printed is, for each process, each figure after the first quarter of the time and at the end: the medians
+of the looks from 25 % to 35 %, and of the last 10 %. A figure is flat if it has not grown in between;
+resident memory may by 5 %, as what the job holds varies by chance. The status is 1 if one is not flat, or
+the job failed. The scheduler is a thread of the launcher, so both are watched as one process.
+
+It needs Linux (/proc), and for --plot the extra `bench`: pip install -c constraints.txt -e '.[bench]'
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -26,6 +32,16 @@ MARK = "TENSORKV_SOAK_JOB"
 END_S = 60.0
 """Time that a job has to end after its time is over."""
 
+MEMORY = "resident memory, MB"
+MAY_GROW = {MEMORY: 0.05}
+"""By what part of itself a figure may grow and is still flat."""
+
+EARLY = (0.25, 0.35)
+LATE = (0.9, 1.0)
+"""The parts of all looks that are compared."""
+
+LAUNCHER = "launcher, scheduler"
+
 
 @dataclass(slots=True)
 class Track:
@@ -40,27 +56,31 @@ class Track:
         for name, figure in figures.items():
             self.figures.setdefault(name, []).append(figure)
 
-    def quarter(self, name: str, number: int) -> float:
-        """Return the median of a figure in one quarter of the looks, 0 to 3."""
+    def median(self, name: str, part: tuple[float, float]) -> float:
+        """Return the median of a figure in a part of all looks."""
         figures = self.figures[name]
-        size = max(1, len(figures) // 4)
-        start = min(number * size, len(figures) - 1)
-        return statistics.median(figures[start : start + size] if number < 3 else figures[start:])
+        low, high = (int(share * len(figures)) for share in part)
+        return statistics.median(figures[low : max(high, low + 1)])
+
+
+def is_flat(name: str, early: float, late: float) -> bool:
+    """Whether a figure counts as not grown."""
+    return late <= early * (1 + MAY_GROW.get(name, 0.0))
 
 
 def look(pid: int) -> dict[str, float]:
-    """Return resident memory in MB, threads and open files of a process."""
+    """Return resident memory, threads and open files of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     lines = dict(line.split(":", 1) for line in status.splitlines())
     return {
-        "resident memory, MB": int(lines["VmRSS"].split()[0]) / 1024,
+        MEMORY: int(lines["VmRSS"].split()[0]) * 1024 / 1e6,
         "threads": float(lines["Threads"]),
         "open files": float(len(os.listdir(f"/proc/{pid}/fd"))),
     }
 
 
 def find(mark: str) -> dict[str, int]:
-    """Return the processes of a job by name: "worker 0", "server 1", "launcher"."""
+    """Return the processes of a job by name: "worker 0", "server 1"."""
     found: dict[str, int] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -74,59 +94,87 @@ def find(mark: str) -> dict[str, int]:
 
 
 def watch(
-    job: subprocess.Popen[bytes], mark: str, minutes: float, every_s: float, show: Callable[[str], None]
+    job: subprocess.Popen[bytes],
+    *,
+    mark: str,
+    num_processes: int,
+    total_s: float,
+    every_s: float,
+    show: Callable[[str], None],
 ) -> dict[str, Track]:
-    """Look at every process now and then until the job has ended."""
+    """Look at every process now and then until the job has ended. Looks at a part of the job are dropped.
+
+    Raises:
+        TimeoutError: the job goes on when its time is long over.
+    """
     tracks: dict[str, Track] = {}
     start = time.monotonic()
     while job.poll() is None:
         time_s = time.monotonic() - start
-        if time_s > minutes * 60 + END_S:
+        if time_s > total_s + END_S:
             raise TimeoutError(f"the job has not ended {END_S:g} s after its time")
-        for name, pid in sorted({**find(mark), "launcher": job.pid}.items()):
+        seen: dict[str, dict[str, float]] = {}
+        for name, pid in sorted({**find(mark), LAUNCHER: job.pid}.items()):
             with contextlib.suppress(OSError, KeyError):  # it is just ending
-                tracks.setdefault(name, Track()).add(time_s, look(pid))
-        show(f"{time_s / 60:.1f} of {minutes:g} minutes, {len(tracks)} processes")
+                seen[name] = look(pid)
+        if len(seen) == num_processes:  # else some are still starting, or ending
+            for name, figures in seen.items():
+                tracks.setdefault(name, Track()).add(time_s, figures)
+        show(f"{time_s / 60:.1f} of {total_s / 60:g} minutes, {len(seen)} processes")
         with contextlib.suppress(subprocess.TimeoutExpired):
             job.wait(every_s)
     return tracks
 
 
-def table(tracks: dict[str, Track]) -> list[str]:
-    """Return a Markdown table: each figure in the second quarter of the time and in the last."""
+def table(tracks: dict[str, Track]) -> tuple[list[str], bool]:
+    """Return a Markdown table of each figure early and late, and whether all are flat."""
     names = list(next(iter(tracks.values())).figures)
-    lines = ["| process | " + " | ".join(f"{name}: 2nd quarter, last" for name in names) + " |"]
-    lines.append("| --- |" + " ---: |" * len(names))
+    lines = ["| process | " + " | ".join(names) + " | flat |"]
+    lines.append("| --- |" + " ---: |" * len(names) + " --- |")
+    all_flat = True
     for process, track in sorted(tracks.items()):
-        cells = [f"{track.quarter(name, 1):.4g}, {track.quarter(name, 3):.4g}" for name in names]
-        lines.append(f"| {process} | " + " | ".join(cells) + " |")
-    return lines
+        cells: list[str] = []
+        grown: list[str] = []
+        for name in names:
+            early, late = (track.median(name, part) for part in (EARLY, LATE))
+            cells.append(f"{early:.4g} → {late:.4g}")
+            if not is_flat(name, early, late):
+                grown.append(name.partition(",")[0])
+        all_flat = all_flat and not grown
+        verdict = "NO: " + ", ".join(grown) if grown else "yes"
+        lines.append(f"| {process} | " + " | ".join(cells) + f" | {verdict} |")
+    return lines, all_flat
 
 
-def plot(tracks: dict[str, Track], path: Path) -> None:
-    """Draw each figure over time, a line per process."""
+def plot(tracks: dict[str, Track], path: Path, title: str) -> None:
+    """Draw each figure over time, from 0, a line per process. 900 pixels wide."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     names = list(next(iter(tracks.values())).figures)
-    figure, all_axes = pyplot.subplots(len(names), 1, sharex=True, figsize=(8, 9))
+    figure, all_axes = pyplot.subplots(len(names), 1, sharex=True, figsize=(9, 8.5), height_ratios=[2, 1, 1])
     for axes, name in zip(all_axes, names, strict=True):
-        for process, track in sorted(tracks.items()):
-            axes.plot([time_s / 60 for time_s in track.times_s], track.figures[name], label=process)
+        for number, (process, track) in enumerate(sorted(tracks.items())):
+            minutes = [time_s / 60 for time_s in track.times_s]
+            # Where lines lie upon each other the lower ones show through the gaps.
+            dashes = (2.0 * number, (6, 2)) if number else "solid"
+            axes.plot(minutes, track.figures[name], label=process, linewidth=1.3, linestyle=dashes)
         axes.set_ylabel(name)
         axes.set_ylim(bottom=0)
+        axes.margins(x=0.01)
         axes.grid(visible=True, alpha=0.3)
-    all_axes[0].legend(ncols=4, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    all_axes[-1].set_xlabel("minutes")
+    all_axes[0].legend(ncols=len(tracks), fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    all_axes[-1].set_xlabel("minutes since the start")
+    figure.suptitle(title, fontsize="medium")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Soak; return the status of the job."""
+    """Soak; return the status of the job, 1 if a figure is not flat."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -137,23 +185,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--servers", type=int, default=2)
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     arguments = parser.parse_args(argv)
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install -c constraints.txt -e '.[bench]'")
+    total_s = arguments.minutes * 60
     worker = [sys.executable, str(HERE / "soakworker.py")]
-    worker += [f"--seconds={arguments.minutes * 60}", f"--seed={arguments.seed}"]
+    worker += [f"--seconds={total_s}", f"--seed={arguments.seed}"]
     launcher = [sys.executable, "-m", "tensorkv", "run"]
     sizes = ["-n", str(arguments.workers), "-s", str(arguments.servers), "--"]
+    say = functools.partial(print, end="\r", flush=True)
     mark = f"{os.getpid()}-{arguments.seed}"
     path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH", "")]))
     env = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     job = subprocess.Popen([*launcher, *sizes, *worker], env=env)
     try:
-        tracks = watch(job, mark, arguments.minutes, arguments.every_s, lambda text: print(text, end="\r"))
+        tracks = watch(
+            job,
+            mark=mark,
+            num_processes=arguments.workers + arguments.servers + 1,
+            total_s=total_s,
+            every_s=arguments.every_s,
+            show=say,
+        )
     finally:
         job.terminate()
         job.wait()
-    print("\n".join(["", *table(tracks)]))
+    if job.returncode != 0:
+        print(f"\nthe job ended with status {job.returncode}")
+        return 1
+    if not tracks or tracks[LAUNCHER].times_s[-1] < LATE[0] * total_s:
+        print("\nnot all processes of the job were there to the end")
+        return 1
+    lines, all_flat = table(tracks)
+    print("\n".join(["", *lines, "", "all flat" if all_flat else "NOT FLAT"]))
     if arguments.plot is not None:
-        plot(tracks, arguments.plot)
-    return job.returncode
+        sizes_text = f"{arguments.workers} workers, {arguments.servers} servers"
+        plot(
+            tracks, arguments.plot, f"{sizes_text}, random keys and stores for {arguments.minutes:g} minutes"
+        )
+    return 0 if all_flat else 1
 
 
 if __name__ == "__main__":

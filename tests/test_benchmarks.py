@@ -24,6 +24,7 @@ import harness  # noqa: E402
 import jobs  # noqa: E402
 import mxnetenv  # noqa: E402
 import pushpull  # noqa: E402
+import soak  # noqa: E402
 import startup  # noqa: E402
 import steps  # noqa: E402
 import tables  # noqa: E402
@@ -227,3 +228,65 @@ def test_a_start_is_judged_by_its_rounds() -> None:
     assert lines[1].endswith("2.40 times as long")
     assert lines[2].endswith("3.00 s   80% of it used, reached: yes")
     assert startup.report(rounds[2:])[2].endswith("300% of it used, reached: NO")
+
+
+# ---- a long run ----------------------------------------------------------------------------------
+
+
+def tracks(**ends_mb: float) -> dict[str, soak.Track]:
+    """Looks each second, 101 in all, at processes whose memory goes from 100 MB to these, evenly."""
+    found: dict[str, soak.Track] = {}
+    for process, end_mb in ends_mb.items():
+        track = found[process] = soak.Track()
+        for second in range(101):
+            memory_mb = 100.0 + (end_mb - 100.0) * second / 100
+            track.add(float(second), {soak.MEMORY: memory_mb, "threads": 5.0, "open files": 7.0})
+    return found
+
+
+def test_a_figure_is_judged_by_what_it_grew_since_the_first_quarter() -> None:
+    lines, all_flat = soak.table(tracks(launcher=100.0, worker=107.0))
+    assert lines[2] == "| launcher | 100 → 100 | 5 → 5 | 7 → 7 | yes |"
+    assert lines[3] == "| worker | 102.1 → 106.7 | 5 → 5 | 7 → 7 | yes |"
+    assert all_flat
+    lines, all_flat = soak.table(tracks(launcher=100.0, worker=110.0))
+    assert lines[3].endswith("| NO: resident memory |")
+    assert not all_flat
+
+
+def test_one_thread_more_is_not_flat_and_one_less_is() -> None:
+    assert soak.is_flat("threads", 5.0, 4.0)
+    assert not soak.is_flat("threads", 5.0, 6.0)
+
+
+def test_a_long_run_is_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "soak.png"
+    soak.plot(tracks(launcher=100.0, worker=107.0), path, "a title")
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert int.from_bytes(content[16:20]) == 900  # the width
+    assert len(content) < 150_000
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(150)
+def test_a_short_run_is_watched(capsys: pytest.CaptureFixture[str]) -> None:
+    status = soak.main(["--minutes=0.05", "--every-s=0.1", "--workers=2", "--servers=1"])
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line.split(" |")[0] for line in printed if line.startswith("| ")][2:]
+    assert rows == ["| launcher, scheduler", "| server 0", "| worker 0", "| worker 1"]
+    assert printed[-1] == ("NOT FLAT" if status else "all flat")
+
+
+def test_a_long_run_whose_job_fails_has_failed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert soak.main(["--minutes=0.05", "--workers=0"]) == 1
+    assert "the job ended with status 2" in capfd.readouterr().out
+
+
+def test_drawing_without_matplotlib_is_refused_before_the_job_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="2"):
+        soak.main(["--plot=soak.png"])
+    assert "--plot needs matplotlib: pip install" in capsys.readouterr().err
