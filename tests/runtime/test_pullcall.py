@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +73,13 @@ class Bench:
         return self.out.tolist()
 
 
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
 def test_it_ends_with_the_last_reply() -> None:
     bench = Bench()
     bench.ask()
@@ -91,6 +101,21 @@ def test_the_first_error_is_raised_when_all_have_ended() -> None:
     with pytest.raises(KeyDeleted, match="first"):
         bench.call.result()
     assert len(bench.finished) == 1
+
+
+def test_a_call_that_has_failed_is_freed_with_its_error(without_collector: None) -> None:
+    bench = Bench()
+    bench.ask()
+    for link in bench.links:
+        link.exchanges.pop().take(KeyDeleted("gone"))
+    call = bench.call
+    del bench.call
+    still = weakref.ref(call)
+    with pytest.raises(KeyDeleted):
+        call.result()
+    bench.finished.clear()
+    del call
+    assert still() is None
 
 
 @pytest.mark.parametrize("answered_before", [True, False])

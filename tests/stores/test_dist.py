@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -224,6 +226,28 @@ def test_close_twice_and_use_after_close() -> None:
     kv.close()
     with pytest.raises(StoreClosed, match="is closed"):
         kv.push("w", ones())
+
+
+def test_a_closed_store_is_freed_at_once_with_the_memory_of_its_plans() -> None:
+    cluster = EmbeddedJob(1, 2, timeout_s=20.0)
+    job = cluster.join(0)
+    gc.disable()
+    try:
+        kv = DistStore("dist_sync", job, store="s", reduction="sum", timeout_s=20.0)
+        kv.init({"a": ones(), "b": ones()})
+        kv.pushpull({"a": ones(), "b": ones()})
+        kv.delete("b")
+        with pytest.raises(KeyNotInitialized):
+            kv.pull("b")
+        kv.close()
+        plans, store = weakref.ref(kv._plans), weakref.ref(kv)
+        del kv
+        assert store() is None
+        assert plans() is None
+    finally:
+        gc.enable()
+        job.close(m.Goodbye())
+        cluster.stop()
 
 
 def refuse(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:

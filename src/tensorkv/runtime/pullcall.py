@@ -99,7 +99,10 @@ class PullCall:
     def result(self) -> Any:
         """Return the result of a call that has ended, or raise its error."""
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:  # its traceback keeps this call, which must not keep it in turn: see `_ended`
+                self._error = self._first_error = None
         return self._result
 
     def _ended(self, error: TensorKVError | None) -> None:
@@ -113,7 +116,9 @@ class PullCall:
         try:
             self._result = self._finish(self, self._first_error)
         except Exception as exc:  # noqa: BLE001  # `result` raises it, or the future
-            self._error = exc
+            # Without the frames of here, which hold this call and so the caller's tensors: as a cycle they
+            # would stay until the garbage collector comes by, which counts objects and not bytes.
+            self._error = exc.with_traceback(None)
         with self._lock:
             self._left = 0
             future = self._future

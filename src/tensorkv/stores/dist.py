@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
@@ -83,7 +84,7 @@ class DistStore(KVStore):
         )
         self._store: int = joined.store
         self._plans = PlanCache(job, self._store)
-        self._table = KeyTable(job, self._store, timeout_s, self._forget)
+        self._table = KeyTable(job, self._store, timeout_s, _held_weakly(self._forget))
         self._pusher = Pusher(job, self._store, timeout_s, self._is_async, self._table, self._plans)
         self._transfer = StateTransfer(job, self._store, reduction, timeout_s)
         job.stores[self._store] = self
@@ -701,6 +702,22 @@ def _open_embedded(
             job.close(m.Goodbye())
         cluster.stop()
         raise
+
+
+def _held_weakly(method: Callable[[KeyState], None]) -> Callable[[KeyState], None]:
+    """Return a call of a bound method that does not keep its object alive.
+
+    Nothing that a store owns refers back to it, so that its plans, with the memory they receive in, are freed
+    with it: the garbage collector, which counts objects and not bytes, may not come by for a long time.
+    """
+    found = weakref.WeakMethod(method)
+
+    def call(state: KeyState) -> None:
+        bound = found()
+        if bound is not None:
+            bound(state)
+
+    return call
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
