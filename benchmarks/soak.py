@@ -2,7 +2,8 @@
 
     python benchmarks/soak.py --minutes 20 --plot docs/soak.png
 
-4 workers and 2 servers make and delete keys and open and close stores at random (`soakworker.py`).
+4 workers and 2 servers make and delete keys and open and close stores at random (`soakworker.py`, which also
+says how each value is checked).
 Printed is, for each process, each figure after the first quarter of the time and at the end: the medians
 of the looks from 25 % to 35 %, and of the last 10 %. A figure is flat if it has not grown in between;
 resident memory may by 5 %, as what the job holds varies by chance. The status is 1 if one is not flat, or
@@ -21,6 +22,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,12 +31,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parent / "src"
 MARK = "TENSORKV_SOAK_JOB"
-END_S = 60.0
+END_S = 120.0
 """Time that a job has to end after its time is over."""
 
 MEMORY = "resident memory, MB"
 MAY_GROW = {MEMORY: 0.05}
 """By what part of itself a figure may grow and is still flat."""
+
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
+"""What glibc begins with, held fast: large memory that is freed goes back to the system. Left to itself glibc
+keeps more and more of it for later, and resident memory does not tell what the job holds."""
 
 EARLY = (0.25, 0.35)
 LATE = (0.9, 1.0)
@@ -173,8 +179,34 @@ def plot(tracks: dict[str, Track], path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
+def soak(arguments: argparse.Namespace) -> tuple[int, dict[str, Track]]:
+    """Run the job; return its status, and what was seen of it."""
+    total_s = arguments.minutes * 60
+    mark = f"{os.getpid()}-{arguments.seed}"
+    path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH", "")]))
+    env = {**os.environ, **MALLOC, MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    launcher = [sys.executable, "-m", "tensorkv", "run"]
+    sizes = ["-n", str(arguments.workers), "-s", str(arguments.servers), "--"]
+    worker = [sys.executable, str(HERE / "soakworker.py"), f"--seconds={total_s}", f"--seed={arguments.seed}"]
+    with tempfile.TemporaryDirectory(prefix="tensorkv-soak-") as folder:
+        job = subprocess.Popen([*launcher, *sizes, *worker, f"--folder={folder}"], env=env)
+        try:
+            tracks = watch(
+                job,
+                mark=mark,
+                num_processes=arguments.workers + arguments.servers + 1,
+                total_s=total_s,
+                every_s=arguments.every_s,
+                show=functools.partial(print, end="\r", flush=True),
+            )
+        finally:
+            job.terminate()
+            job.wait()
+    return job.returncode, tracks
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Soak; return the status of the job, 1 if a figure is not flat."""
+    """Soak; return 0 if the job has succeeded and all figures are flat, else 1."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -187,41 +219,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install -c constraints.txt -e '.[bench]'")
-    total_s = arguments.minutes * 60
-    worker = [sys.executable, str(HERE / "soakworker.py")]
-    worker += [f"--seconds={total_s}", f"--seed={arguments.seed}"]
-    launcher = [sys.executable, "-m", "tensorkv", "run"]
-    sizes = ["-n", str(arguments.workers), "-s", str(arguments.servers), "--"]
-    say = functools.partial(print, end="\r", flush=True)
-    mark = f"{os.getpid()}-{arguments.seed}"
-    path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH", "")]))
-    env = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    job = subprocess.Popen([*launcher, *sizes, *worker], env=env)
-    try:
-        tracks = watch(
-            job,
-            mark=mark,
-            num_processes=arguments.workers + arguments.servers + 1,
-            total_s=total_s,
-            every_s=arguments.every_s,
-            show=say,
-        )
-    finally:
-        job.terminate()
-        job.wait()
-    if job.returncode != 0:
-        print(f"\nthe job ended with status {job.returncode}")
+    status, tracks = soak(arguments)
+    if status != 0:
+        print(f"\nthe job ended with status {status}")
         return 1
-    if not tracks or tracks[LAUNCHER].times_s[-1] < LATE[0] * total_s:
+    if not tracks or tracks[LAUNCHER].times_s[-1] < LATE[0] * arguments.minutes * 60:
         print("\nnot all processes of the job were there to the end")
         return 1
     lines, all_flat = table(tracks)
     print("\n".join(["", *lines, "", "all flat" if all_flat else "NOT FLAT"]))
     if arguments.plot is not None:
-        sizes_text = f"{arguments.workers} workers, {arguments.servers} servers"
-        plot(
-            tracks, arguments.plot, f"{sizes_text}, random keys and stores for {arguments.minutes:g} minutes"
-        )
+        sizes = f"{arguments.workers} workers, {arguments.servers} servers"
+        plot(tracks, arguments.plot, f"{sizes}, random keys and stores for {arguments.minutes:g} minutes")
     return 0 if all_flat else 1
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
 import os
+import random
 import select
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ import jobs  # noqa: E402
 import mxnetenv  # noqa: E402
 import pushpull  # noqa: E402
 import soak  # noqa: E402
+import soakworker  # noqa: E402
 import startup  # noqa: E402
 import steps  # noqa: E402
 import tables  # noqa: E402
@@ -266,6 +269,34 @@ def test_a_long_run_is_drawn(tmp_path: Path) -> None:
     assert content.startswith(b"\x89PNG")
     assert int.from_bytes(content[16:20]) == 900  # the width
     assert len(content) < 150_000
+
+
+def test_a_soak_uses_a_store_in_every_way_and_knows_what_it_must_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(soakworker, "SIZES", [1, 6, 64, 64, 1000, 1000])
+    counts: collections.Counter[str] = collections.Counter()
+    rules: set[str] = set()
+    for seed in range(8):
+        with tensorkv.create("local", reduction="mean" if seed % 2 else "sum") as kv:
+            trial = soakworker.Trial(kv, random.Random(seed), counts)
+            for _ in range(2):
+                trial.step()
+            rules.add(trial.rule)
+    assert rules == set(soakworker.RULES)
+    assert all(counts[what] for what in ("keys deleted in use", "values put", "values checked", "pushes"))
+
+
+def test_a_soak_sees_one_wrong_element() -> None:
+    with tensorkv.create("local") as kv:
+        trial = soakworker.Trial(kv, random.Random(0), collections.Counter())
+        trial.make(1)
+        (key,) = trial.keys
+        value = kv.pull(key)
+        trial.check([key], [value])
+        value[-1] += 1
+        with pytest.raises(soakworker.WrongValue, match=key):
+            trial.check([key], [value])
 
 
 @pytest.mark.e2e
