@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tensorkv.errors import ProtocolError
-from tensorkv.protocol.memory import IDLE_TAKES, LARGE_BYTES, BufferPool, Memory
+from tensorkv.protocol.memory import EXACT_BYTES, LARGE_BYTES, SWEEP_TAKES, BufferPool, Memory
 
 
 def test_bytes_and_elements_are_one_memory() -> None:
@@ -42,16 +42,34 @@ def test_memory_that_is_not_there_is_refused() -> None:
 
 def test_large_buffers_of_sizes_that_nobody_asks_for_any_more_are_freed() -> None:
     pool = BufferPool()
-    first = pool.take(LARGE_BYTES + 1)
-    pool.give(first)
-    for _ in range(IDLE_TAKES - 1):
-        assert pool.take(LARGE_BYTES + 1) is first
+    for size_bytes in (LARGE_BYTES, EXACT_BYTES + 1):
+        first = pool.take(size_bytes)
         pool.give(first)
-    freed = weakref.ref(first)
-    del first
-    small = pool.take(100)
-    pool.give(small)
-    for number in range(IDLE_TAKES + 1):
-        pool.give(pool.take(LARGE_BYTES + 2 + number % 2))
-    assert freed() is None
-    assert pool.take(100) is small
+        for _ in range(2 * SWEEP_TAKES):
+            assert pool.take(size_bytes) is first
+            pool.give(first)
+        freed = weakref.ref(first)
+        del first
+        small = pool.take(100)
+        pool.give(small)
+        for number in range(2 * SWEEP_TAKES):
+            pool.give(pool.take(EXACT_BYTES + 2 + number % 2))
+        assert freed() is None
+        assert pool.take(100) is small
+        pool.give(small)
+
+
+def test_what_was_in_use_in_one_moment_only_is_freed() -> None:
+    pool = BufferPool()
+    buffers = [pool.take(LARGE_BYTES) for _ in range(9)]
+    alive = [weakref.ref(buffer) for buffer in buffers]
+    while buffers:
+        pool.give(buffers.pop())
+    for _ in range(SWEEP_TAKES):  # every step needs three at a time
+        taken = [pool.take(LARGE_BYTES) for _ in range(3)]
+        for buffer in taken:
+            pool.give(buffer)
+    del buffer, taken
+    assert sum(each() is not None for each in alive) == 3
+    three = [pool.take(LARGE_BYTES) for _ in range(3)]
+    assert {id(buffer) for buffer in three} == {id(each()) for each in alive if each() is not None}

@@ -13,9 +13,10 @@ import torch
 from tensorkv.arrays import bytes_of
 from tensorkv.errors import ProtocolError
 
-LARGE_BYTES = 8 << 20
-IDLE_TAKES = 256
-"""A large buffer is freed when so many other large ones have been taken since it was used."""
+LARGE_BYTES = 1 << 20
+EXACT_BYTES = 8 << 20
+SWEEP_TAKES = 256
+"""So often large buffers are taken until those are freed that nobody has needed meanwhile."""
 
 
 @final
@@ -59,36 +60,41 @@ def fresh(size_bytes: int) -> Memory:
 class BufferPool:
     """Memory for what is being received, used again and again: fresh memory costs a page fault per 4 KiB.
 
-    Buffers come in powers of two, and what is kept is at most what was in use at one time. Large ones are
-    just as large as they were asked for; those of a size that is not used any more are freed. One thread
-    at a time.
+    Buffers come in powers of two, the largest just as large as they were asked for. Small ones are kept, as
+    many as were in use at one time; large ones while steps need them: one moment in which much was in use
+    is no reason to keep so much for ever. One thread at a time.
     """
 
     def __init__(self) -> None:
         self._free: dict[int, list[Memory]] = {}
         self._large_takes = 0
-        self._last_take: dict[int, int] = {}  # of large buffers, by size
+        self._spare: dict[int, int] = {}  # of large ones, by size: so many lay free since the last sweep
 
     def take(self, size_bytes: int) -> Memory:
         """Return uint8 memory of at least `size_bytes` bytes, of any content. Errors as `fresh`."""
         capacity = max(4096, 1 << (size_bytes - 1).bit_length()) if size_bytes else 4096
-        if size_bytes > LARGE_BYTES:  # rare, and rounding up would waste much
+        if size_bytes > EXACT_BYTES:  # rare, and rounding up would waste much
             capacity = size_bytes
-            self._free_idle(size_bytes)
         free = self._free.setdefault(capacity, [])
         try:
-            return free.pop()
+            buffer = free.pop()
         except IndexError:
-            return fresh(capacity)
+            buffer = fresh(capacity)
+        if capacity >= LARGE_BYTES:
+            self._count_large(capacity, len(free))
+        return buffer
 
-    def _free_idle(self, size_bytes: int) -> None:
-        """A large buffer is asked for: free those of sizes that nobody has asked for since long."""
+    def _count_large(self, capacity: int, num_free: int) -> None:
+        """A large buffer is taken, and `num_free` of its size are left; sweep now and then."""
+        if num_free < self._spare.get(capacity, 0):
+            self._spare[capacity] = num_free
         self._large_takes += 1
-        self._last_take[size_bytes] = self._large_takes
-        long_ago = self._large_takes - IDLE_TAKES
-        for idle in [size for size, last in self._last_take.items() if last <= long_ago]:
-            del self._last_take[idle]
-            self._free.pop(idle, None)
+        if self._large_takes == SWEEP_TAKES:
+            self._large_takes = 0
+            for size, num_spare in self._spare.items():
+                del self._free[size][:num_spare]  # the last ones are those in use
+            self._free = {size: free for size, free in self._free.items() if free}
+            self._spare = {size: len(free) for size, free in self._free.items() if size >= LARGE_BYTES}
 
     def give(self, buffer: Memory) -> None:
         """Take a buffer back. Nobody may use it any more."""
