@@ -386,7 +386,7 @@ class KVStore(ABC):
 
         Every worker that has not left has to call it, as a barrier. Rank 0 (the lowest that is still there)
         gets the dict, the others an empty one. What sits in a round that waits for somebody, or for a
-        commit, is not in it.
+        commit, is not in it. Each key is in it as of one moment, as in `save`.
 
         Raises:
             SaveError: an optimizer keeps what is neither a tensor nor plain.
@@ -430,6 +430,7 @@ class KVStore(ABC):
 
         Every worker that has not left has to call it, with the same folder, as a barrier: what all have
         pushed before is in the save. What sits in a round that waits for somebody, or for a commit, is not.
+        Each key is saved as of one moment: what other threads do to the store waits meanwhile.
 
         Raises:
             SaveError: a file cannot be written; every worker gets this.

@@ -586,7 +586,7 @@ MUON = SavedSettings(
 def lead_load(desk: Desk, settings: SavedSettings, *specs: m.KeySpec) -> Any:
     """Let all ranks call load, and the lowest propose the keys; return what it is answered."""
     for rank in sorted(desk.directory.members):
-        desk.ask("together", rank, m.Together, "load('x')")
+        desk.ask("together", rank, m.Together, "load('x')", False)
     ((_, reply),) = desk.ask("propose_load", 0, m.ProposeLoad, list(specs), settings)
     return reply
 
@@ -692,12 +692,13 @@ def test_settings_that_no_save_has_are_refused() -> None:
         SavedSettings(listed, []),
         SavedSettings(listed, [SettingEntry(None, -1, {}, None)]),
     ):
-        assert [type(reply) for _, reply in desk.ask("together", 0, m.Together, "load")] == [m.TogetherReply]
+        out = desk.ask("together", 0, m.Together, "load", False)
+        assert [type(reply) for _, reply in out] == [m.TogetherReply]
         ((_, refusal),) = desk.ask("propose_load", 0, m.ProposeLoad, [spec], bad)
         assert isinstance(from_wire(refusal.name, refusal.text), LoadError)
         with pytest.raises(ProtocolError, match="the load"):
             desk.ask("conclude_together", 0, m.ConcludeTogether, None, bad)
         desk.ask("conclude_together", 0, m.ConcludeTogether, ("LoadError", "no"), None)
-    desk.ask("together", 0, m.Together, "load")
+    desk.ask("together", 0, m.Together, "load", False)
     ((_, reply),) = desk.ask("propose_load", 0, m.ProposeLoad, [spec], good)
     assert isinstance(reply, m.LoadReply)

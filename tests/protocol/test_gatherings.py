@@ -11,7 +11,7 @@ SETTINGS = SavedSettings([], [])
 
 
 def ask(gathering: Gathering, rank: int, call: str = "save('x')") -> None:
-    gathering.add(rank, m.Together(10 + rank, 1, call))
+    gathering.add(rank, m.Together(10 + rank, 1, call, only_meet=False))
 
 
 def test_the_lowest_rank_leads_when_all_are_there() -> None:
@@ -76,3 +76,35 @@ def test_one_that_gives_up_may_ask_again() -> None:
     assert gathering.waiting(0, 10, {0, 1}) is not None
     gathering.give_up(0, 10)
     assert gathering.waiting(0, 10, {0, 1}) is None
+
+
+def meet(gathering: Gathering, rank: int) -> None:
+    gathering.add(rank, m.Together(20 + rank, 1, "save('x')", only_meet=True))
+
+
+def test_those_that_only_meet_are_all_told_when_the_last_has_come() -> None:
+    gathering = Gathering()
+    meet(gathering, 1)
+    assert gathering.begin({0, 1}) == []
+    assert gathering.waiting(1, 21, {0, 1}) == m.Waiting(21, [0], "save('x')")
+    meet(gathering, 0)
+    assert gathering.begin({0, 1}) == [
+        (0, m.TogetherReply(20, False, None)),
+        (1, m.TogetherReply(21, False, None)),
+    ]
+    assert gathering.leader is None
+    ask(gathering, 1)
+    assert gathering.begin({0, 1}) == []  # now each has to come again
+    ask(gathering, 0)
+    assert gathering.begin({0, 1}) == [(0, m.TogetherReply(10, True, None))]
+
+
+def test_meeting_and_calling_is_not_the_same() -> None:
+    gathering = Gathering()
+    ask(gathering, 0)
+    meet(gathering, 1)
+    answers = gathering.begin({0, 1})
+    assert [rank for rank, _ in answers] == [0, 1]
+    for _, answer in answers:
+        assert isinstance(answer, m.Failed)
+        assert "rank 0 calls save('x'), rank 1 comes to save('x')" in answer.text

@@ -820,6 +820,27 @@ def test_leaving_lets_a_commit_of_the_others_go_on(t: Any) -> None:
     bench.check_empty()
 
 
+@pytest.mark.parametrize("error", [None, ("UpdaterError", "no")])
+def test_a_flush_waits_for_the_decision_of_a_commit_that_is_complete(t: Any, error: Any) -> None:
+    """Else a value could be saved on this server as it is before it, and on another as it is after."""
+    bench, _, plans = held_pair(t)
+    bench.commit(0)
+    assert kinds(bench.send(0, m.Flush(90, 1))) == [(0, "Done")]
+    (ready,) = bench.commit(1)
+    for worker in (0, 1):
+        assert bench.send(worker, m.Flush(91 + worker, 1)) == []
+    bench.leave(0)
+    ready.message.error = error
+    out = bench.decide(ready.message)
+    assert kinds(out)[-1] == (1, "Done")
+    assert out[-1].message == m.Done(92)
+    assert m.Done(91) not in [each.message for each in out]  # it has left
+    assert bench.shard._flushes == []
+    assert kinds(bench.send(1, m.Flush(93, 1))) == [(1, "Done")]
+    if error is None:
+        assert bench.value(1, plans[1]).tolist() == [3.0] * 4
+
+
 @pytest.mark.parametrize("leaves", ["before", "after"])
 def test_a_commit_that_was_asked_for_stands_when_its_worker_leaves(t: Any, leaves: str) -> None:
     """Its deadline passed, say. Servers may see the others' commit before or after, and must agree."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch import Tensor
 
 import tensorkv
 from tensorkv import savedstate, saveio
-from tensorkv.errors import LoadError, ProtocolError, SaveError, TensorKVError
+from tensorkv.errors import LoadError, ProtocolError, SaveError, StoreClosed, TensorKVError
 from tensorkv.protocol import savedslices
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.runtime import saving
@@ -22,6 +25,8 @@ from tensorkv.testing.cluster import run_job
 from tensorkv.wire import messages as m
 
 LARGE = 5000
+SAVES = 10
+DEADLINE_S = 40.0
 Work = Callable[[tensorkv.KVStore], tuple[Tensor, Tensor]]
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
@@ -211,6 +216,47 @@ def test_a_server_that_does_not_see_the_folder_says_where(
             kv.save(str(tmp_path / "nowhere"))
 
     run_job(work, num_workers=2, num_servers=2)
+
+
+@pytest.mark.parametrize("kind", ["dist_async", "dist_sync"])
+def test_a_save_is_of_one_moment_while_threads_push(kind: str, tmp_path: Path) -> None:
+    """Whoever pushes adds one to every element: so a key has one number in all of them, or was torn."""
+
+    def work(kv: tensorkv.KVStore) -> None:
+        kv.set_updater("add")
+        kv.init({"large": torch.zeros(LARGE), "other": torch.zeros(LARGE)})
+        kv.barrier()
+        done = threading.Event()
+
+        def keep_pushing() -> None:
+            ones = torch.ones(LARGE)
+            while not done.is_set():
+                kv.push({"large": ones, "other": ones})
+                kv.push("large", ones)
+                kv.pull("large")  # what it has pushed cannot pile up then
+
+        with ThreadPoolExecutor(1) as pool:
+            pushing = pool.submit(keep_pushing)
+            try:
+                for number in range(SAVES):
+                    kv.save(tmp_path / str(number))
+            finally:
+                done.set()
+            if kv.rank == 0 or kind == "dist_async":
+                pushing.result(DEADLINE_S)
+            else:
+                kv.close()  # the other's last push waits for nobody then
+                with contextlib.suppress(StoreClosed):
+                    pushing.result(DEADLINE_S)
+
+    run_job(work, num_workers=2, num_servers=2, kind=kind, slice_bound_bytes=3000, host="127.0.0.1")
+    for number in range(SAVES):
+        with tensorkv.create("local") as kv:
+            kv.load(tmp_path / str(number))
+            for key in ("large", "other"):
+                value = kv.pull(key)
+                assert value.unique().numel() == 1, f"save {number} of {key!r}: {value.unique()}"
+                assert value[0].item() >= kv.info(key).version
 
 
 # ---- what servers tell -----------------------------------------------------------------------------

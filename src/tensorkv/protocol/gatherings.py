@@ -1,9 +1,14 @@
 """A call that all workers of a store make together, and one of them carries out: save and load.
 
+A save takes two gatherings. In the first all only meet; then each holds back what its other threads do
+to the store, sees to it that what they have done has arrived, and comes to the second. So whoever leads
+finds each key at one moment, and nobody is held back while somebody still needs him to arrive.
+
 RULES
 1. It begins when every member has asked for it; all must have asked for the same.
 2. The lowest rank leads: it is told so, does what is to be done, and concludes. Then all others are told.
 3. If the leader leaves before that, the others get an error.
+4. If they have come only to meet, nobody leads, and all are told at once.
 """
 
 from __future__ import annotations
@@ -33,10 +38,15 @@ class Gathering:
         """If all have arrived, let the lowest rank lead, or refuse all."""
         if self.leader is not None or not self._asked or not members <= set(self._asked):
             return []
-        calls = {rank: each.call for rank, each in sorted(self._asked.items())}
-        if len(set(calls.values())) > 1:
-            told = ", ".join(f"rank {rank} calls {call}" for rank, call in calls.items())
+        asked = sorted(self._asked.items())
+        if len({(each.call, each.only_meet) for _, each in asked}) > 1:
+            told = ", ".join(
+                f"rank {rank} {'comes to' if each.only_meet else 'calls'} {each.call}" for rank, each in asked
+            )
             return self._refuse(SettingMismatch(f"all workers have to make the same call, but {told}"))
+        if asked[0][1].only_meet:
+            self._asked.clear()
+            return [(rank, m.TogetherReply(each.request, False, None)) for rank, each in asked]
         self.leader = min(self._asked)
         return [(self.leader, m.TogetherReply(self._asked[self.leader].request, True, None))]
 

@@ -147,7 +147,7 @@ class ServerState:
             case m.DeleteSlices():
                 shard.delete_slices(worker, message)
             case m.Flush():
-                shard.out.append(Outgoing(worker, m.Done(message.request)))
+                shard.flush(worker, message)
             case m.AskInfo():
                 shard.info(worker, message)
             case m.AskWaiting():

@@ -150,6 +150,7 @@ class StoreShard:
         self._puts: list[_PendingPut] = []
         self._merge_waits: list[_PendingMerge] = []
         self._commit: CommitGather = CommitGather(1)
+        self._flushes: list[tuple[int, int]] = []  # worker and request that wait for its decision
         self._settings_epoch = 0
         self._locksteps: dict[int, Lockstep] = {}  # by slice index
 
@@ -935,6 +936,7 @@ class StoreShard:
                 self._reply(worker, m.Failed(asked.request, *decision.error))
                 if self.rounds.left[worker]:
                     self._drop_uncommitted(worker)
+            self._answer_flushes()
             return
         alive = [each.index for each in gather.slices if self._slices.get(each.index) is each]
         slices = np.array(alive, np.int64)
@@ -951,6 +953,18 @@ class StoreShard:
         for worker, asked in sorted(gather.asked.items()):
             self._reply(worker, m.Committed(asked.request, decision.apply, norm))
         self._answer_pulls()
+        self._answer_flushes()
+
+    def flush(self, worker: int, message: m.Flush) -> None:
+        """Tell that all that came before is taken in; a commit that was reported, when it is decided."""
+        self._flushes.append((worker, message.request))
+        if not self._commit.reported:
+            self._answer_flushes()
+
+    def _answer_flushes(self) -> None:
+        flushes, self._flushes = self._flushes, []
+        for worker, request in flushes:
+            self._reply(worker, m.Done(request))
 
     def _apply_totals(self, gather: CommitGather, decision: m.CommitDecision) -> None:
         factor = clip_factor(decision.norm, gather.max_norm)
@@ -978,6 +992,7 @@ class StoreShard:
         self._pulls = [pull for pull in self._pulls if pull.worker != worker]
         self._puts = [put for put in self._puts if put.worker != worker]
         self._merge_waits = [wait for wait in self._merge_waits if wait.worker != worker]
+        self._flushes = [flush for flush in self._flushes if flush[0] != worker]
         self._plans = {name: plan for name, plan in self._plans.items() if name[0] != worker}
         self._planned.pop(worker, None)
         self._drop_uncommitted(worker)

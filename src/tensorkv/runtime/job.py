@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, final
 
 from tensorkv.config import JobConfig
@@ -126,16 +127,17 @@ class Job:
         store: int,
         servers: Sequence[int] | None = None,
         leave: bool = False,
+        turn: AbstractContextManager[None] | None = None,
     ) -> list[Any]:
         """Send a request to every server (or to `servers`) and return their replies, by rank.
 
-        With `leave` it is the last that is sent for this store.
+        With `leave` it is the last that is sent for this store. `turn` holds the order when it may be sent.
 
         Raises:
             WaitTimeout, PeerLostError, StoreClosed, or the first refusal.
         """
         links = self.links if servers is None else [self.links[rank] for rank in servers]
-        with self.order, self.whole:
+        with turn or self.order, self.whole:
             self.check_open(store)
             if leave:
                 self.leave_store(store)

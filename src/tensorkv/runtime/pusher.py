@@ -15,6 +15,7 @@ from typing import Any, Protocol, final
 import torch
 
 from tensorkv.errors import WaitTimeout, again
+from tensorkv.runtime.hold import Hold
 from tensorkv.runtime.job import Job
 from tensorkv.runtime.keytable import KeyTable
 from tensorkv.runtime.latch import OPEN, Latch
@@ -38,7 +39,14 @@ class Pusher:
     """Sends pushes. Safe from any thread."""
 
     def __init__(
-        self, job: Job, store: int, timeout_s: float, is_async: bool, keys: KeyTable, plans: PlanCache
+        self,
+        job: Job,
+        store: int,
+        timeout_s: float,
+        is_async: bool,
+        keys: KeyTable,
+        plans: PlanCache,
+        hold: Hold,
     ) -> None:
         self._job = job
         self._store = store
@@ -46,6 +54,7 @@ class Pusher:
         self._is_async = is_async
         self._keys = keys
         self._plans = plans
+        self._hold = hold
         self._lock = threading.Lock()  # guards _unmerged and _deferred
         self._unmerged: dict[int, int] = {}  # key id -> number of its last push, until it is known merged
         self._newest = 0  # the largest number in it since it was empty
@@ -61,8 +70,8 @@ class Pusher:
     ) -> Latch | None:
         """Queue a push to all its servers; the latch opens when the values may be changed.
 
-        Returns None, and does nothing, if the last push of one of the keys may not be merged: another
-        thread may have pushed it since the caller looked.
+        Returns None, and does nothing, if the last push of one of the keys may not be merged, or pushes
+        are held back: another thread may have pushed it, or begun a save, since the caller looked.
 
         Args:
             plan: what to push.
@@ -76,7 +85,7 @@ class Pusher:
         sent = Latch(num_awaited) if num_awaited else OPEN
         links = self._job.links
         with self._job.order, self._job.whole:
-            if self._unmerged and self._unmerged_of(plan):
+            if self._hold.on or (self._unmerged and self._unmerged_of(plan)):
                 return None
             self._plans.tell(plan)
             for (server, number, chunk), payload in zip(plan.frames, payloads, strict=True):
@@ -231,8 +240,11 @@ class Pusher:
     def push_around(
         self, plan: Plan, values: Sequence[torch.Tensor], apply: bool
     ) -> tuple[list[Latch], list[int]]:
-        """Push the keys of a plan that are not busy; return their latches and the places of the others."""
-        while True:
+        """Push the keys of a plan that are not busy; return their latches and the places of the others.
+
+        While pushes are held back, none is pushed.
+        """
+        while not self._hold.on:
             busy = self.busy(plan)
             free = [place for place, state in enumerate(plan.states) if state.key_id not in busy]
             late = [place for place, state in enumerate(plan.states) if state.key_id in busy]
@@ -241,12 +253,17 @@ class Pusher:
             sent = self._send_part(plan, free, values, apply)
             if sent is not None:
                 return [sent], late
+        return [], list(range(len(plan.states)))
 
     def push_late(
         self, plan: Plan, places: Sequence[int], values: Sequence[torch.Tensor], apply: bool, what: str
     ) -> None:
-        """Push these values of a plan key by key, each when its last push is merged. Blocks."""
+        """Push these values of a plan key by key, each when its last push is merged and none is held back.
+
+        Blocks.
+        """
         while places:
+            self._hold.wait(what)
             places = self._push_merged(plan, places, values, apply, what)
 
     def _push_merged(

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -32,6 +33,7 @@ from tensorkv.protocol.replies import check_init
 from tensorkv.reduce import sum_devices, sum_dtype
 from tensorkv.runtime.code import describe_code
 from tensorkv.runtime.embedded import EmbeddedJob
+from tensorkv.runtime.hold import Hold
 from tensorkv.runtime.job import Job, join
 from tensorkv.runtime.keytable import KeyTable
 from tensorkv.runtime.link import ServerLink, SingleReply
@@ -85,7 +87,10 @@ class DistStore(KVStore):
         self._store: int = joined.store
         self._plans = PlanCache(job, self._store)
         self._table = KeyTable(job, self._store, timeout_s, _held_weakly(self._forget))
-        self._pusher = Pusher(job, self._store, timeout_s, self._is_async, self._table, self._plans)
+        self._hold = Hold(job, self._store, timeout_s)
+        self._pusher = Pusher(
+            job, self._store, timeout_s, self._is_async, self._table, self._plans, self._hold
+        )
         self._transfer = StateTransfer(job, self._store, reduction, timeout_s)
         job.stores[self._store] = self
         with job.order, job.whole:
@@ -336,7 +341,7 @@ class DistStore(KVStore):
         """Put values, wait until that is done, and return how many pushes were made before it."""
         payloads = [[gather(chunk, values) for chunk in part.chunks] for part in plan.parts]
         exchanges: list[tuple[ServerLink, int, SingleReply]] = []
-        with self._job.order, self._job.whole:
+        with self._hold.turn(what):
             self._plans.tell(plan)
             up_to = self._pusher.count
             for part, chunks in zip(plan.parts, payloads, strict=True):
@@ -465,15 +470,29 @@ class DistStore(KVStore):
         if self._is_async:
             raise NotSupported("commit: dist_async has no rounds to commit")
         self._pusher.await_deferred(list(self._table.states.values()), "commit")
-        with self._table.lock:
-            committed = set(self._table.uncommitted)
-        keys = [state.key for state in list(self._table.states.values()) if state.key_id in committed]
-        up_to = self._pusher.count
+        committed: set[int] = set()
+        keys: list[Key] = []
+        up_to = 0
+
+        @contextmanager
+        def turn() -> Iterator[None]:
+            """Note what is committed when that can change no more: it is known only after a hold."""
+            nonlocal up_to
+            with self._hold.turn("commit"):
+                up_to = self._pusher.count
+                with self._table.lock:
+                    committed.update(self._table.uncommitted)
+                keys.extend(
+                    state.key for state in list(self._table.states.values()) if state.key_id in committed
+                )
+                yield
+
         replies = self._job.ask_all(
             lambda n: m.Commit(n, self._store, max_norm, skip, check_finite),
             "commit",
             self._timeout_s,
             self._store,
+            turn=turn(),
         )
         with self._table.lock:
             self._table.uncommitted -= committed
@@ -536,7 +555,7 @@ class DistStore(KVStore):
                 raise
             self._conclude(m.ConcludeSetting(0, self._store, number, to_wire(error)), what)
             raise
-        with self._job.order, self._job.whole:
+        with self._hold.turn(what):
             self._job.check_open(self._store)
             for link in self._job.links:
                 link.put(m.ActivateSetting(self._store, number))
@@ -553,7 +572,7 @@ class DistStore(KVStore):
         def lead() -> None:
             found.update(self._transfer.state_dict())
 
-        self._together("state_dict()", lead)
+        self._at_rest("state_dict()", lead)
         return found
 
     def _load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -562,17 +581,36 @@ class DistStore(KVStore):
         )
 
     def _save(self, folder: str) -> None:
-        self._together(f"save({folder!r})", lambda: self._transfer.save(folder))
+        self._at_rest(f"save({folder!r})", lambda: self._transfer.save(folder))
 
     def _load(self, folder: str) -> None:
         self._together(f"load({folder!r})", lambda: self._transfer.load(folder, self._settings))
 
+    def _at_rest(self, call: str, lead: Callable[[], None]) -> None:
+        """Do it as `_together`, while no thread of any worker changes the store.
+
+        Only when all have arrived does any worker hold its other threads back: the rest of this one's
+        earlier calls, and so its arrival, may need what others push meanwhile.
+        """
+        with self._hold.one_call(call):
+            self._pusher.await_deferred(list(self._table.states.values()), call)
+            self._job.control.request(
+                lambda n: m.Together(n, self._store, call, only_meet=True), call, self._timeout_s, self._store
+            )
+            with self._hold.back():
+                self._flush(self._timeout_s)  # all that was begun before has arrived on every server
+                self._lead_or_follow(call, lead)
+
     def _together(self, call: str, lead: Callable[[], SavedSettings | None]) -> None:
         """Let all workers arrive, the lowest rank do it, and all know what came of it."""
-        self._pusher.await_deferred(list(self._table.states.values()), call)
-        self._flush(self._timeout_s)  # what this worker has pushed has arrived
+        with self._hold.one_call(call):
+            self._pusher.await_deferred(list(self._table.states.values()), call)
+            self._flush(self._timeout_s)  # what this worker has pushed has arrived
+            self._lead_or_follow(call, lead)
+
+    def _lead_or_follow(self, call: str, lead: Callable[[], SavedSettings | None]) -> None:
         reply = self._job.control.request(
-            lambda n: m.Together(n, self._store, call), call, self._timeout_s, self._store
+            lambda n: m.Together(n, self._store, call, only_meet=False), call, self._timeout_s, self._store
         )
         settings: SavedSettings | None = reply.settings
         if reply.lead:
@@ -607,8 +645,14 @@ class DistStore(KVStore):
     def _close(self) -> None:
         try:
             self._pusher.await_all_deferred(list(self._table.states.values()), "close", self._timeout_s)
-            leave = self._job.ask_all
-            leave(lambda n: m.Leave(n, self._store), "close", self._timeout_s, self._store, leave=True)
+            self._job.ask_all(
+                lambda n: m.Leave(n, self._store),
+                "close",
+                self._timeout_s,
+                self._store,
+                leave=True,
+                turn=self._hold.turn("close"),  # a leave completes rounds, and so changes values
+            )
             self._job.control.request(
                 lambda n: m.LeaveStore(n, self._store), "close", self._timeout_s, self._store
             )

@@ -258,7 +258,10 @@ class DeleteSlices(Message, tag=30):
 
 
 class Flush(Message, tag=31):
-    """Answer when everything sent before on this connection has been taken in."""
+    """Answer when everything sent before on this connection has been taken in.
+
+    A commit that it has completed has then been decided.
+    """
 
     request: int
     store: int
@@ -647,11 +650,15 @@ class Settings(Message, tag=92):
 
 
 class Together(Message, tag=100):
-    """A rank makes a call that all make together; `call` says which, and must be the same for all."""
+    """A rank makes a call that all make together; `call` says which, and must be the same for all.
+
+    With `only_meet` nobody leads: it is answered when all have asked.
+    """
 
     request: int
     store: int
     call: str
+    only_meet: bool
 
 
 class TogetherReply(Message, tag=101):
