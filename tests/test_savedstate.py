@@ -16,6 +16,7 @@ from tensorkv.errors import DtypeMismatch, LoadError, ShapeMismatch
 from tensorkv.savedstate import (
     INDEX_NAME,
     VALUE,
+    FileRecord,
     Index,
     KeyRecord,
     Overlap,
@@ -56,7 +57,7 @@ def piece(start: int, stop: int, version: int = 0, *, state: bool = True) -> Pie
 
 def index(*pieces: PieceRecord, shape: tuple[int, ...] = (4, 8)) -> Index:
     record = KeyRecord("w", shape, "float32", False, list(pieces) or [piece(0, 16, 3), piece(16, 32, 2)])
-    return new_index("sum", SETTINGS, {FILE: 100}, [record])
+    return new_index("sum", SETTINGS, {FILE: FileRecord(100, 7)}, [record])
 
 
 cuts = st.lists(st.integers(1, 60), max_size=6, unique=True).map(sorted)

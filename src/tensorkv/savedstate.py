@@ -113,19 +113,29 @@ class SavedSettings(msgspec.Struct, frozen=True):
         return self.updaters[found.updater]
 
 
+class FileRecord(msgspec.Struct, frozen=True):
+    """A file of a save: its size, and what `saveio.checksum` makes of it; None in a save that has none."""
+
+    size_bytes: int
+    checksum: int | None = None
+
+
 class Index(msgspec.Struct, frozen=True):
-    """All of a save but the numbers themselves. `files` has the size of each file, in bytes."""
+    """All of a save but the numbers themselves."""
 
     format: Literal["tensorkv-save"]
     version: int
     reduction: Literal["sum", "mean"]
     settings: SavedSettings
-    files: dict[str, int]
+    files: dict[str, FileRecord]
     keys: list[KeyRecord]
 
 
 def new_index(
-    reduction: Literal["sum", "mean"], settings: SavedSettings, files: dict[str, int], keys: list[KeyRecord]
+    reduction: Literal["sum", "mean"],
+    settings: SavedSettings,
+    files: dict[str, FileRecord],
+    keys: list[KeyRecord],
 ) -> Index:
     """Return the index of a save that is being made."""
     return Index(FORMAT, VERSION, reduction, settings, files, keys)
@@ -161,7 +171,7 @@ def decode_index(text: str | bytes, where: str) -> Index:
         LoadError: it is not an index, or says what cannot be.
     """
     try:
-        index: Index = from_plain(json.loads(text), Index)
+        index: Index = from_plain(_with_file_records(json.loads(text)), Index)
     except (ValueError, RecursionError) as exc:
         raise LoadError(f"{where}: not the index of a save: {exc}") from exc
     if index.version != VERSION:
@@ -181,6 +191,15 @@ def decode_index(text: str | bytes, where: str) -> Index:
                 raise LoadError(f"{where}: key {record.key!r} lies in {piece.file!r}, which is not listed")
     check_states(index.settings, index.keys, where)
     return index
+
+
+def _with_file_records(data: Any) -> Any:
+    """Let an index of before there were checksums, which has a size for each file, look like a new one."""
+    files = data.get("files") if isinstance(data, dict) else None
+    if not isinstance(files, dict):
+        return data
+    records = {name: {"size_bytes": each} if isinstance(each, int) else each for name, each in files.items()}
+    return {**data, "files": records}
 
 
 def from_plain(data: Any, kind: Any) -> Any:

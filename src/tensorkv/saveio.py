@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,6 +26,7 @@ from tensorkv.errors import InvalidValue, LoadError, SaveError
 from tensorkv.savedstate import (
     FILE_NAME,
     INDEX_NAME,
+    FileRecord,
     Index,
     KeyRecord,
     PieceRecord,
@@ -55,6 +58,43 @@ _FILE_DTYPES = {
 }
 
 
+_PAGE_BYTES = 4096
+_READ_BYTES = 1 << 20
+"""What is read and added up at a time: little enough to stay in a cache of the processor."""
+
+
+def checksum(path: str) -> int:
+    """Return the checksum of a file: the CRC-32 of the sums of its pages.
+
+    A page is 4096 bytes, the last one filled up with zeros, and its sum is that of its little-endian 64-bit
+    words, modulo 2**64. So any change within one word is found, and pages that are swapped, missing or
+    zeroed. A CRC-32 of all bytes takes longer than a load does: 0.48 s per GB, and 0.41.
+
+    Raises OSError.
+    """
+    found = 0
+    buffer = bytearray(_READ_BYTES)
+    data, words = memoryview(buffer), np.frombuffer(buffer, "<u8")
+    with open(path, "rb", buffering=0) as file:
+        while (size_bytes := _fill(file, data)) > 0:
+            end = -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
+            data[size_bytes:end] = bytes(end - size_bytes)
+            pages = words[: end // 8].reshape(-1, _PAGE_BYTES // 8)
+            found = zlib.crc32(pages.sum(axis=1, dtype="<u8"), found)
+    return found
+
+
+def _fill(file: Any, data: memoryview) -> int:
+    """Read until `data` is full or the file ends; return how much that is."""
+    size_bytes = 0
+    while size_bytes < len(data):
+        more = file.readinto(data[size_bytes:])
+        if not more:
+            break
+        size_bytes += more
+    return size_bytes
+
+
 # ---- writing --------------------------------------------------------------------------------------------
 
 
@@ -68,6 +108,11 @@ def file_name(save_id: str, server: int, number: int) -> str:
     return f"tensorkv-{save_id}-{server}-{number}.safetensors"
 
 
+def order_of(name: str) -> tuple[int, ...]:
+    """Sort key of the files of a save: server and number."""
+    return tuple(int(part) for part in name.removesuffix(".safetensors").split("-")[2:])
+
+
 def make_folder(folder: str) -> None:
     """Make the folder of a save, if it is not there. Raises SaveError if that is not possible."""
     with _writing(folder):
@@ -76,8 +121,8 @@ def make_folder(folder: str) -> None:
 
 def write_slices(
     folder: str, name: str, slices: Sequence[tuple[Key, int, int, SliceState]]
-) -> tuple[int, list[PieceRecord]]:
-    """Write slices, given as key, start, stop and state, to a file; return its size and their records.
+) -> tuple[FileRecord, list[PieceRecord]]:
+    """Write slices, given as key, start, stop and state, to a file; return its record and theirs.
 
     Raises:
         SaveError: it cannot be written.
@@ -102,8 +147,9 @@ def write_slices(
     with _writing(path):
         save_file(tensors, f"{path}.tmp")
         _sync(f"{path}.tmp")
+        file = FileRecord(os.path.getsize(f"{path}.tmp"), checksum(f"{path}.tmp"))
         os.replace(f"{path}.tmp", path)
-        return os.path.getsize(path), pieces
+        return file, pieces
 
 
 def write_index(folder: str, index: Index) -> None:
@@ -158,7 +204,7 @@ def _sync(path: str) -> None:
 
 
 def read_index(folder: str) -> Index:
-    """Return the index of the save in a folder, after looking into each of its files.
+    """Return the index of the save in a folder, after looking into each of its files, but not at its numbers.
 
     Raises:
         LoadError: there is no save, or it is not whole.
@@ -171,8 +217,8 @@ def read_index(folder: str) -> Index:
     except OSError as exc:
         raise LoadError(f"{path} cannot be read: {exc}") from exc
     index = decode_index(text, path)
-    for name, size_bytes in index.files.items():
-        _check_size(os.path.join(folder, name), size_bytes)
+    for name, file in index.files.items():
+        _check_size(os.path.join(folder, name), file.size_bytes)
     with PieceReader(folder, [piece for record in index.keys for piece in record.pieces]) as reader:
         for record in index.keys:
             for number, piece in enumerate(record.pieces):
@@ -188,6 +234,28 @@ def _check_size(path: str, size_bytes: int) -> None:
         raise LoadError(f"{path} belongs to the save and is missing: {exc}") from exc
     if found != size_bytes or os.path.islink(path):
         raise LoadError(f"{path} has {found} bytes and should have {size_bytes}: it is not as it was saved")
+
+
+def check_files(folder: str, files: Mapping[str, FileRecord]) -> None:
+    """Read these files of a save wholly, those that have a checksum.
+
+    Raises:
+        LoadError: one is not as it was saved.
+    """
+    for name, file in files.items():
+        if not FILE_NAME.fullmatch(name):
+            raise LoadError(f"{name!r} is not a file of a save")
+        if file.checksum is None:
+            continue
+        path = os.path.join(folder, name)
+        _check_size(path, file.size_bytes)
+        try:
+            found = checksum(path)
+        except OSError as exc:
+            raise LoadError(f"{path} cannot be read on host {os.uname().nodename}: {exc}") from exc
+        if found != file.checksum:
+            numbers = f"its checksum is {found:08x} and should be {file.checksum:08x}"
+            raise LoadError(f"{path} is not as it was saved: {numbers}")
 
 
 class PieceReader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -18,7 +18,7 @@ from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.savedslices import StateFiles
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import Outgoing
-from tensorkv.savedstate import KeyRecord, PieceRecord, TensorRecord
+from tensorkv.savedstate import FileRecord, KeyRecord, PieceRecord, TensorRecord
 from tensorkv.slicestate import SliceState, assemble, records_of
 from tensorkv.updater import Updater, build
 from tensorkv.updaterspec import UpdaterSpec
@@ -51,7 +51,7 @@ class MemoryFiles(StateFiles):
 
     def write(
         self, folder: str, name: str, slices: Sequence[tuple[m.Key, int, int, SliceState]]
-    ) -> tuple[int, list[PieceRecord]]:
+    ) -> tuple[FileRecord, list[PieceRecord]]:
         pieces: list[PieceRecord] = []
         for key, start, stop, each in slices:
             records, tensors, plain = records_of(each)
@@ -62,7 +62,10 @@ class MemoryFiles(StateFiles):
             for record, tensor in zip(stored, tensors, strict=True):
                 self.tensors[record.stored] = tensor.clone()
             pieces.append(PieceRecord(start, stop, each.version, stored, plain, name))
-        return len(self.tensors), pieces
+        return FileRecord(len(self.tensors)), pieces
+
+    def check(self, folder: str, files: Mapping[str, FileRecord]) -> None:
+        """A dict is as it was."""
 
     @contextlib.contextmanager
     def open(self, folder: str, pieces: Iterable[PieceRecord]) -> Iterator[MemoryFiles]:

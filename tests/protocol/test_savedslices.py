@@ -11,7 +11,7 @@ import torch
 from tensorkv.errors import KeyDeleted, LoadError, ProtocolError
 from tensorkv.functions import CodeRef
 from tensorkv.protocol import savedslices
-from tensorkv.savedstate import KeyRecord, PieceRecord
+from tensorkv.savedstate import FileRecord, KeyRecord, PieceRecord
 from tensorkv.slicestate import MemoryPieces, assemble, pack, records_of, unpack
 from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.wire import messages as m
@@ -65,7 +65,7 @@ def test_what_was_saved_goes_on_in_other_slices_on_another_server(t: Any) -> Non
     other.state._files = bench.files
     prepare(other, settings)
     loaded = m.LoadedKey(record, [m.SliceEntry(11, 0, 0, 3), m.SliceEntry(12, 0, 3, 6)])
-    assert isinstance(ask(other, m.LoadSlices(2, STORE, FOLDER, [loaded])), m.Done)
+    assert isinstance(ask(other, m.LoadSlices(2, STORE, FOLDER, [loaded], {})), m.Done)
     assert isinstance(ask(other, m.FinishRestore(3, STORE)), m.Done)
     assert other.info(0, [11, 12]).versions == [1, 1]
     plan = other.define(0, t.dense([11, 12], [3, 3]))
@@ -115,7 +115,7 @@ def test_what_a_load_brought_before_it_failed_is_dropped_with_its_slices(t: Any)
     record, settings = save(bench, ids), settings_of(bench)
     prepare(bench, settings)
     loaded = m.LoadedKey(record, [m.SliceEntry(11, 0, 0, 6)])
-    ask(bench, m.LoadSlices(2, STORE, FOLDER, [loaded]))
+    ask(bench, m.LoadSlices(2, STORE, FOLDER, [loaded], {}))
     assert bench.shard.find(11).restored is not None
     prepare(bench, settings)  # the next load has begun
     assert bench.shard.find(11).restored is None
@@ -133,13 +133,13 @@ def test_what_cannot_be_saved_or_loaded_is_refused(t: Any) -> None:
     failed = ask(bench, m.SaveSlices(7, STORE, FOLDER, NAME, ids))
     assert isinstance(t.error_of(failed), KeyDeleted)
     torn = KeyRecord("w", (6,), "float32", False, record.pieces[1:])
-    failed = ask(bench, m.LoadSlices(2, STORE, FOLDER, [m.LoadedKey(torn, [m.SliceEntry(11, 0, 0, 6)])]))
+    failed = ask(bench, m.LoadSlices(2, STORE, FOLDER, [m.LoadedKey(torn, [m.SliceEntry(11, 0, 0, 6)])], {}))
     assert isinstance(t.error_of(failed), LoadError)
 
 
 def test_the_interface_is_abstract() -> None:
     class Half(savedslices.StateFiles):
-        def write(self, folder: str, name: str, slices: Any) -> tuple[int, list[PieceRecord]]:
+        def write(self, folder: str, name: str, slices: Any) -> tuple[FileRecord, list[PieceRecord]]:
             return 0, []
 
     with pytest.raises(TypeError, match="abstract"):

@@ -181,6 +181,95 @@ def test_a_load_that_fails_on_a_server_changes_nothing(
         assert all(map(torch.equal, found, expected))
 
 
+def _flip(one: Path, other: Path) -> None:
+    data = bytearray(one.read_bytes())
+    data[-100] ^= 4  # in a tensor: the header comes first
+    one.write_bytes(data)
+
+
+def _truncate(one: Path, other: Path) -> None:
+    os.truncate(one, one.stat().st_size - 1)
+
+
+def _swap(one: Path, other: Path) -> None:
+    kept = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(kept)
+
+
+@pytest.mark.parametrize("num_servers", [2, 3])
+@pytest.mark.parametrize("damage", [_flip, _truncate, _swap])
+def test_a_file_that_is_not_as_it_was_saved_is_named_and_nothing_changes(
+    damage: Callable[[Path, Path], None], num_servers: int, tmp_path: Path
+) -> None:
+    def save(kv: tensorkv.KVStore) -> None:
+        start(kv, "adam", None, torch.float32)
+        steps(kv, 0, 1, torch.float32)
+        kv.save(str(tmp_path))
+
+    run_job(save, num_workers=2, num_servers=2, slice_bound_bytes=8000)
+    one, other = sorted(tmp_path.glob("*.safetensors"))
+    damage(one, other)
+
+    def load(kv: tensorkv.KVStore) -> None:
+        kv.init("large", torch.ones(500, 10))
+        kv.barrier()
+        with pytest.raises(LoadError, match=rf"({one.name}|{other.name}).*as it was saved"):
+            kv.load(str(tmp_path))
+        assert list(kv.keys()) == ["large"]
+        assert kv.pull("large").eq(1).all()
+
+    run_job(load, num_workers=2, num_servers=num_servers, slice_bound_bytes=8000)
+    with tensorkv.create("local") as kv, pytest.raises(LoadError, match="as it was saved"):
+        kv.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("num_requests", [[2, 1], [1], [1, 0, 3, 2]])
+def test_each_file_is_checked_once(num_requests: list[int]) -> None:
+    names = [saveio.file_name("0123456789abcdef", server, number) for server in (10, 9) for number in (1, 0)]
+    files = {name: savedstate.FileRecord(number, number) for number, name in enumerate(names)}
+    shares = saving._shared_out(files, num_requests)
+    assert set(shares) == {(server, n) for server, count in enumerate(num_requests) for n in range(count)}
+    assert sorted(name for share in shares.values() for name in share) == sorted(files)
+    assert all(files[name] == file for share in shares.values() for name, file in share.items())
+    assert next(iter(shares[0, 0])) == names[3]  # server 9's first
+
+
+def test_a_big_save_and_load_show_a_progress_bar_that_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bars: list[Any] = []
+
+    def watched(total_bytes: int) -> Any:
+        bars.append(progress(total_bytes))
+        return bars[-1]
+
+    progress = saving._progress
+    monkeypatch.setattr(saving, "_progress", watched)
+    monkeypatch.setattr(savedstate.batches, "__defaults__", (4000,))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+
+    def work(kv: tensorkv.KVStore) -> None:
+        kv.init({"a": torch.ones(1000), "b": torch.ones(1000), "c": torch.ones(1000)})
+        kv.save(str(tmp_path))
+        kv.load(str(tmp_path))
+
+    run_job(work, num_workers=1, num_servers=1)
+    assert [bar.disable for bar in bars] == [True, True]
+    assert capsys.readouterr().err == ""
+    bars.clear()
+    monkeypatch.setattr(saving, "PROGRESS_BYTES", 12000)
+    run_job(work, num_workers=1, num_servers=1)
+    assert [bar.disable for bar in bars] == [False, False]
+    assert [bar.tasks[0].description for bar in bars] == ["saving", "loading"]
+    assert all(bar.finished and not bar.live.is_started for bar in bars)
+    assert [bar.tasks[0].total for bar in bars] == [12000, 12000]
+    shown = capsys.readouterr().err
+    assert "saving" in shown
+    assert "loading" in shown
+
+
 def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(*args: Any) -> None:
         raise OSError(28, "No space left on device")

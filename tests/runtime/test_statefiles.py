@@ -9,7 +9,7 @@ import torch
 
 from tensorkv.errors import LoadError, SaveError
 from tensorkv.runtime.statefiles import FolderFiles
-from tensorkv.savedstate import KeyRecord
+from tensorkv.savedstate import FileRecord, KeyRecord
 from tensorkv.saveio import file_name, new_save_id
 from tensorkv.slicestate import slice_state
 
@@ -17,8 +17,11 @@ from tensorkv.slicestate import slice_state
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     files, folder, name = FolderFiles(), str(tmp_path), file_name(new_save_id(), 0, 0)
     each = slice_state("w", torch.arange(6.0), 2, {"step": torch.tensor(1.0)})
-    size_bytes, pieces = files.write(folder, name, [("w", 0, 6, each)])
-    assert [path.stat().st_size for path in tmp_path.iterdir()] == [size_bytes]
+    file, pieces = files.write(folder, name, [("w", 0, 6, each)])
+    assert [path.stat().st_size for path in tmp_path.iterdir()] == [file.size_bytes]
+    files.check(folder, {name: file})
+    with pytest.raises(LoadError, match="is not as it was saved"):
+        files.check(folder, {name: FileRecord(file.size_bytes, 1)})
     with files.open(folder, pieces) as saved:
         found = saved.load(KeyRecord("w", (6,), "float32", False, pieces), 1, 3)
     assert found.value.tolist() == [1.0, 2.0]

@@ -6,7 +6,7 @@ The files are somebody else's: `StateFiles` is all that is known of them here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from tensorkv.errors import ProtocolError
 from tensorkv.protocol.layouts import Slice
 from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.shard import Outgoing, StoreShard
-from tensorkv.savedstate import FILE_NAME, KeyRecord, PieceRecord, check_record
+from tensorkv.savedstate import FILE_NAME, FileRecord, KeyRecord, PieceRecord, check_record
 from tensorkv.slicestate import SliceState, pack, records_of, slice_state, unpack
 from tensorkv.wire import messages as m
 
@@ -33,12 +33,16 @@ class StateFiles(ABC):
     @abstractmethod
     def write(
         self, folder: str, name: str, slices: Sequence[tuple[Key, int, int, SliceState]]
-    ) -> tuple[int, list[PieceRecord]]:
-        """Write slices, given as key, start, stop and state, to a file; return its size and their records.
+    ) -> tuple[FileRecord, list[PieceRecord]]:
+        """Write slices, given as key, start, stop and state, to a file; return its record and theirs.
 
         Raises:
             SaveError: it cannot be written.
         """
+
+    @abstractmethod
+    def check(self, folder: str, files: Mapping[str, FileRecord]) -> None:
+        """Raise LoadError unless these files are as they were saved, where that can be told."""
 
     @abstractmethod
     def open(self, folder: str, pieces: Iterable[PieceRecord]) -> AbstractContextManager[SavedPieces]:
@@ -55,8 +59,8 @@ def save_slices(shard: StoreShard, files: StateFiles, worker: int, message: m.Sa
         raise ProtocolError(f"{message.name!r} is not a file of a save")
     slices = [shard.find(slice_id) for slice_id in message.slice_ids]
     states = [(each.key, each.start, each.stop, _state_of(shard, each)) for each in slices]
-    size_bytes, pieces = files.write(message.folder, message.name, states)
-    shard.out.append(Outgoing(worker, m.SavedFile(message.request, size_bytes, pieces)))
+    file, pieces = files.write(message.folder, message.name, states)
+    shard.out.append(Outgoing(worker, m.SavedFile(message.request, file, pieces)))
 
 
 def ask_slice(shard: StoreShard, worker: int, message: m.AskSlice) -> None:
@@ -94,6 +98,7 @@ def prepare_restore(shard: StoreShard, worker: int, message: m.PrepareRestore) -
 
 def load_slices(shard: StoreShard, files: StateFiles, worker: int, message: m.LoadSlices) -> None:
     """Create slices from files. Raises LoadError; some may be there then."""
+    files.check(message.folder, message.check)
     pieces = [piece for each in message.keys for piece in each.record.pieces]
     with files.open(message.folder, pieces) as saved:
         for each in message.keys:

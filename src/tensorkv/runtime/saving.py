@@ -6,6 +6,7 @@ Values never pass through a worker on their way to a file or from it; for `state
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, final
@@ -22,6 +23,7 @@ from tensorkv.runtime.code import describe_code
 from tensorkv.runtime.job import Job
 from tensorkv.runtime.link import Exchange, ServerLink, SingleReply
 from tensorkv.savedstate import (
+    FileRecord,
     KeyRecord,
     PieceRecord,
     SavedSettings,
@@ -34,6 +36,7 @@ from tensorkv.saveio import (
     file_name,
     make_folder,
     new_save_id,
+    order_of,
     read_index,
     remove_files,
     write_index,
@@ -74,7 +77,7 @@ class StateTransfer:
         make_folder(folder)
         entries, settings = self._entries(), self._settings()
         save_id = new_save_id()
-        files: dict[str, int] = {}
+        files: dict[str, FileRecord] = {}
         pieces: dict[int, PieceRecord] = {}
         todo = [
             (each.server, each.slice_id, (each.stop - each.start) * dtype_from_name(entry.dtype).itemsize)
@@ -89,7 +92,7 @@ class StateTransfer:
             return m.SaveSlices(request, self._store, folder, name, things)
 
         def take(server: int, number: int, slice_ids: list[int], reply: m.SavedFile) -> None:
-            files[file_name(save_id, server, number)] = reply.size_bytes
+            files[file_name(save_id, server, number)] = reply.file
             told = [(piece.start, piece.stop) for piece in reply.pieces]
             if told != [range_of[slice_id] for slice_id in slice_ids]:
                 raise ProtocolError(f"server {server} has saved others than the {len(slice_ids)} slices")
@@ -137,10 +140,12 @@ class StateTransfer:
                 for each in entry.slices:
                     size_bytes = (each.stop - each.start) * itemsize
                     todo[each.server].append((m.LoadedKey(record_of[entry.key], [each]), size_bytes))
-            self._in_batches("loading", todo, make)
+            checks = _shared_out(index.files, [len(_groups(lines)) for lines in todo])
 
-        def make(request: int, *, server: int, number: int, things: list[m.LoadedKey]) -> m.Message:
-            return m.LoadSlices(request, self._store, folder, things)
+            def make(request: int, *, server: int, number: int, things: list[m.LoadedKey]) -> m.Message:
+                return m.LoadSlices(request, self._store, folder, things, checks[server, number])
+
+            self._in_batches("loading", todo, make)
 
         self._restore(index.reduction, index.settings, index.keys, current, send)
         return index.settings
@@ -269,7 +274,7 @@ class StateTransfer:
         `per_server` has for each server pairs of a thing and its size in bytes. `make` gets the number of the
         request, and by name `server`, `number` (of the batch) and `things`.
         """
-        groups = [batches([size for _, size in lines]) for lines in per_server]
+        groups = [_groups(lines) for lines in per_server]
         total = sum(size for lines in per_server for _, size in lines)
         with _progress(total) as progress:
             bar = progress.add_task(what, total=total)
@@ -347,6 +352,25 @@ def _record_of(entry: m.KeyEntry, pieces: Mapping[int, PieceRecord]) -> KeyRecor
     in_order = sorted(entry.slices, key=lambda each: (each.start, each.stop))
     found = [pieces[each.slice_id] for each in in_order]
     return KeyRecord(entry.key, entry.shape, entry.dtype, entry.whole, found)
+
+
+def _groups(lines: Sequence[tuple[Any, int]]) -> list[list[int]]:
+    return batches([size for _, size in lines])
+
+
+def _shared_out(
+    files: Mapping[str, FileRecord], num_requests: Sequence[int]
+) -> dict[tuple[int, int], dict[str, FileRecord]]:
+    """Return which files each server checks with which of its requests, every file once.
+
+    Where slices lie as they did when they were saved, each server checks what it reads anyway.
+    """
+    shares: dict[tuple[int, int], dict[str, FileRecord]] = {
+        (server, number): {} for server, count in enumerate(num_requests) for number in range(count)
+    }
+    for name, share in zip(sorted(files, key=order_of), itertools.cycle(shares.values()), strict=False):
+        share[name] = files[name]
+    return shares
 
 
 def _progress(total_bytes: int) -> Progress:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import final
 
 from tensorkv.arrays import Key
 from tensorkv.protocol.savedslices import StateFiles
-from tensorkv.savedstate import PieceRecord
-from tensorkv.saveio import PieceReader, write_slices
+from tensorkv.savedstate import FileRecord, PieceRecord
+from tensorkv.saveio import PieceReader, check_files, write_slices
 from tensorkv.slicestate import SliceState
 
 
@@ -18,9 +18,13 @@ class FolderFiles(StateFiles):
 
     def write(
         self, folder: str, name: str, slices: Sequence[tuple[Key, int, int, SliceState]]
-    ) -> tuple[int, list[PieceRecord]]:
+    ) -> tuple[FileRecord, list[PieceRecord]]:
         """Write slices to a file that is whole on disk when this returns. Raises SaveError."""
         return write_slices(folder, name, slices)
+
+    def check(self, folder: str, files: Mapping[str, FileRecord]) -> None:
+        """Read files wholly to see whether they are as they were saved. Raises LoadError."""
+        check_files(folder, files)
 
     def open(self, folder: str, pieces: Iterable[PieceRecord]) -> PieceReader:
         """Open the files in which these pieces lie. Raises LoadError."""

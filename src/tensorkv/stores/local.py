@@ -46,6 +46,7 @@ from tensorkv.reduce import broadcast, lightest, sum_devices
 from tensorkv.savedstate import KeyRecord, SavedSettings, check_reduction, check_replaces, new_index
 from tensorkv.saveio import (
     PieceReader,
+    check_files,
     file_name,
     make_folder,
     new_save_id,
@@ -296,20 +297,21 @@ class LocalStore(KVStore):
             settings = self._settings.describe()
             slices = [(slot.key, 0, slot.value.numel(), self._slot_state(slot)) for slot in slots]
         try:
-            size_bytes, pieces = write_slices(folder, name, slices)
+            file, pieces = write_slices(folder, name, slices)
             keys = [
                 KeyRecord(
                     slot.key, tuple(slot.value.shape), dtype_name(slot.value.dtype), slot.whole, [piece]
                 )
                 for slot, piece in zip(slots, pieces, strict=True)
             ]
-            write_index(folder, new_index(self._reduction, settings, {name: size_bytes}, keys))
+            write_index(folder, new_index(self._reduction, settings, {name: file}, keys))
         except SaveError:
             remove_files(folder, save_id=save_id)
             raise
 
     def _load(self, folder: str) -> None:
         index = read_index(folder)
+        check_files(folder, index.files)
         pieces = [piece for record in index.keys for piece in record.pieces]
         with PieceReader(folder, pieces) as reader, self._writing():
 

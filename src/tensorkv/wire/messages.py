@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from tensorkv.functions import CodeRef
-from tensorkv.savedstate import KeyRecord, PieceRecord, Plain, SavedSettings, TensorRecord
+from tensorkv.savedstate import FileRecord, KeyRecord, PieceRecord, Plain, SavedSettings, TensorRecord
 from tensorkv.updaterspec import UpdaterSpec
 
 Key = int | str
@@ -594,12 +594,16 @@ class PrepareRestore(Message, tag=83):
 
 
 class LoadSlices(Message, tag=84):
-    """Create slices from the files of a save in a folder."""
+    """Create slices from the files of a save in a folder.
+
+    `check` has files whose checksums this server is to check; each file of a save is in one message.
+    """
 
     request: int
     store: int
     folder: str
     keys: list[LoadedKey]
+    check: dict[str, FileRecord]
 
 
 class RestoreSlice(Message, tag=85):
@@ -623,10 +627,10 @@ class FinishRestore(Message, tag=86):
 
 
 class SavedFile(Message, tag=90):
-    """The slices are on disk: the file's size, and where in it they are, in the order asked."""
+    """The slices are on disk: the file, and where in it they are, in the order asked."""
 
     request: int
-    size_bytes: int
+    file: FileRecord
     pieces: list[PieceRecord]
 
 
