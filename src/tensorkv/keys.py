@@ -18,6 +18,7 @@ import torch
 
 from tensorkv.arrays import REFUSED_DTYPES, Key, to_out, to_tensor
 from tensorkv.errors import InvalidArgument, InvalidKey, InvalidValue, LengthMismatch
+from tensorkv.updaterspec import may_travel
 
 _traits = attrgetter("is_cpu", "requires_grad", "layout", "dtype")
 _PLAIN = (True, False, torch.strided)
@@ -155,10 +156,11 @@ def check_new_keys(keys: Iterable[Key]) -> None:
     Every kind of store refuses them, so that a program that works in one process works on several.
     """
     for key in keys:
-        if isinstance(key, int) and not -(2**63) <= key < 2**63:
+        if may_travel(key):
+            continue
+        if isinstance(key, int):
             raise InvalidKey(f"key {key!r} does not fit in 64 bits; use a smaller int, or str keys")
-        if isinstance(key, str) and not key.isascii() and any("\ud800" <= c <= "\udfff" for c in key):
-            raise InvalidKey(f"key {key!r} is not valid Unicode: it holds half of a surrogate pair")
+        raise InvalidKey(f"key {key!r} is not valid Unicode: it holds half of a surrogate pair")
 
 
 def split_keys(key: Any, value: Any) -> tuple[list[Any], list[Any], Form]:

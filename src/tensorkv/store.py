@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 
 from tensorkv.arrays import Key, check_matches, check_summable
@@ -32,11 +33,15 @@ from tensorkv.keys import (
     pull_batch_of,
     push_batch,
 )
+from tensorkv.updaterspec import may_travel
 from tensorkv.work import Work
 
 Reduction = Literal["sum", "mean"]
 UpdaterFunction = Callable[[Key, torch.Tensor, torch.Tensor], None]
 Names = Key | Iterable[Key] | None
+
+MAX_TIMEOUT_S = 1e9
+"""A deadline that is further away, infinitely far say, counts as this: 31 years. The system takes no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +93,12 @@ class KVStore(ABC):
             raise InvalidArgument(f"reduction={reduction!r} is not known; use 'sum' or 'mean'")
         if not isinstance(store, str) or not store:
             raise InvalidArgument(f"store={store!r} is not a name; pass a non-empty string")
-        if not timeout_s > 0:
-            raise InvalidArgument(f"timeout_s={timeout_s!r} is not a positive number of seconds")
+        if not may_travel(str(store)):
+            raise InvalidArgument(f"store={store!r} is not valid Unicode: it holds half of a surrogate pair")
         self._kind = kind
         self._name = store
         self._reduction: Reduction = reduction
-        self._timeout_s = float(timeout_s)
+        self._timeout_s = seconds("timeout_s", timeout_s)
         self._key_type: type | None = None  # int or str once the store has a key
         self._closed = False
         self._pid = os.getpid()
@@ -149,11 +154,12 @@ class KVStore(ABC):
             SettingMismatch: shape, dtype or `whole` differ from rank 0's.
             InvalidKey: also an int of more than 64 bits, and text that is not valid Unicode.
             InvalidValue: also a dtype that torch cannot add, uint16 say, or not take a mean of.
-            LengthMismatch, WaitTimeout, PeerLostError.
+            InvalidArgument, LengthMismatch, WaitTimeout, PeerLostError.
 
         Blocks until the values are stored.
         """
         self._check_usable("init")
+        whole = flag("whole", whole)
         batch = self._init_batch(key, value)
         self._init(batch.keys, [each[0] for each in batch.tensors], whole)
         self._key_type = type(batch.keys[0])
@@ -178,12 +184,14 @@ class KVStore(ABC):
         Raises:
             KeyNotInitialized, ShapeMismatch, DtypeMismatch, UncommittedPush: nothing was pushed.
             UpdaterError: the updater raised in an earlier round this worker contributed to.
-            KeyDeleted, InvalidKey, InvalidValue, LengthMismatch, PeerLostError.
+            KeyDeleted, InvalidKey, InvalidValue, InvalidArgument, LengthMismatch, PeerLostError.
 
         Returns when the caller may change its tensors. Waits for other workers only where an earlier
         push of the same key is not merged yet.
         """
         self._check_usable("push")
+        if apply is not True or async_op is not False:  # mostly neither
+            apply, async_op = flag("apply", apply), flag("async_op", async_op)
         return self._push(push_batch(key, value, self._key_type), apply, async_op)
 
     def pull(self, key: Any = None, out: Any = None, *, async_op: bool = False) -> Any:
@@ -206,11 +214,13 @@ class KVStore(ABC):
             UncommittedPush: this worker pushed the key with `apply=False` and has not committed.
             UpdaterError: the updater raised in a round this worker contributed to.
             WaitTimeout: the round was not complete in time; `out` may be partly written.
-            KeyDeleted, InvalidKey, InvalidValue, LengthMismatch, PeerLostError.
+            KeyDeleted, InvalidKey, InvalidValue, InvalidArgument, LengthMismatch, PeerLostError.
 
         Blocks until `out` is written.
         """
         self._check_usable("pull")
+        if async_op is not False:
+            async_op = flag("async_op", async_op)
         return self._pull(pull_batch(key, out, self._key_type), async_op)
 
     def pushpull(self, key: Any, value: Any = None, out: Any = None, *, async_op: bool = False) -> Any:
@@ -231,6 +241,8 @@ class KVStore(ABC):
         Blocks until the round of each key is applied.
         """
         self._check_usable("pushpull")
+        if async_op is not False:
+            async_op = flag("async_op", async_op)
         pushed = push_batch(key, value, self._key_type)
         pulled = pull_batch_of(pushed, key, out, self._key_type)
         return self._pushpull(pushed, pulled, async_op)
@@ -304,8 +316,8 @@ class KVStore(ABC):
         Blocks until the updates are applied.
         """
         self._check_usable("commit")
-        bound = None if max_norm is None else _positive("max_norm", max_norm)
-        return self._commit(bound, bool(skip), bool(check_finite))
+        bound = None if max_norm is None else positive("max_norm", max_norm)
+        return self._commit(bound, flag("skip", skip), flag("check_finite", check_finite))
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -328,7 +340,7 @@ class KVStore(ABC):
         Blocks until every server has taken it.
         """
         self._check_usable("set_updater")
-        self._set_updater(updater, elementwise)
+        self._set_updater(updater, flag("elementwise", elementwise))
 
     def set_optimizer(
         self,
@@ -482,7 +494,7 @@ class KVStore(ABC):
             PeerLostError.
         """
         self._check_usable("barrier")
-        self._barrier(self._timeout_s if timeout_s is None else _positive("timeout_s", timeout_s))
+        self._barrier(self._timeout_s if timeout_s is None else seconds("timeout_s", timeout_s))
 
     # ---- the keys --------------------------------------------------------------------------------
 
@@ -640,7 +652,9 @@ class KVStore(ABC):
         if keys is None:
             return None
         names = [keys] if isinstance(keys, (int, str)) else list(keys)
-        return tuple(dict.fromkeys(check_keys(names, self._key_type)))
+        checked = tuple(dict.fromkeys(check_keys(names, self._key_type)))
+        check_new_keys(checked)
+        return checked
 
     def _init_batch(self, key: Any, value: Any) -> PushBatch:
         """Check the arguments of an init: one value per key, each of which can be kept and added to."""
@@ -662,17 +676,36 @@ def _check_one_each(call: str, batch: PushBatch) -> None:
 
 
 def _folder(call: str, directory: Any) -> str:
+    """Return the absolute path of a folder. Every kind of store refuses one that could not be sent."""
     try:
-        return os.path.abspath(os.fsdecode(directory))
+        folder = os.path.abspath(os.fsdecode(directory))
     except TypeError as exc:
         raise InvalidArgument(f"{call}: {directory!r} is not a path") from exc
+    if "\0" in folder or not may_travel(str(folder)):
+        raise InvalidArgument(
+            f"{call}: {folder!r} cannot be a folder of saves: it holds a NUL, or no valid Unicode"
+        )
+    return folder
 
 
-def _positive(name: str, value: Any) -> float:
+def flag(name: str, value: Any) -> bool:
+    """Return an argument that is True or False, also NumPy's. Raises InvalidArgument if it is neither."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise InvalidArgument(f"{name}={value!r} is neither True nor False; pass bool({name})")
+    return bool(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """Return an argument that is a positive number. Raises InvalidArgument if it is not."""
     try:
         number = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, RuntimeError):  # not a number at all, or many of them
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # no number, many of them, or 10**400
         number = math.nan
     if not number > 0:
         raise InvalidArgument(f"{name}={value!r} is not a positive number")
     return number
+
+
+def seconds(name: str, value: Any) -> float:
+    """Return an argument that is a time to wait. Raises InvalidArgument if it is not a positive number."""
+    return min(positive(name, value), MAX_TIMEOUT_S)

@@ -30,7 +30,7 @@ from tensorkv.errors import (
     UpdaterError,
 )
 from tensorkv.savedstate import SavedSettings, SettingEntry
-from tensorkv.updaterspec import UpdaterSpec
+from tensorkv.updaterspec import UpdaterSpec, may_travel
 
 ELEMENTWISE_OPTIMIZERS = frozenset(
     {
@@ -408,10 +408,10 @@ def optimizer_spec(optimizer_class: type[torch.optim.Optimizer], options: dict[s
         InvalidOption: an option is unknown, has a refused value, or is not plain data.
     """
     for name, value in options.items():
-        if not _is_plain(value):
+        if not may_travel(value):
             raise InvalidOption(
                 f"option {name}={value!r} of {optimizer_class.__name__} cannot travel to the servers; "
-                "use numbers, bools, strings, None and tuples of them"
+                "use floats, ints of at most 64 bits, bools, strings, None and tuples of them"
             )
     make_optimizer(optimizer_class, _probe(), options)
     return UpdaterSpec(
@@ -703,12 +703,6 @@ def _is_optimizer(value: Any) -> bool:
         and issubclass(value, torch.optim.Optimizer)
         and value is not torch.optim.Optimizer
     )
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)
 
 
 def _tuples(options: dict[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,14 @@ def test_unknown_keys_are_looked_up_once() -> None:
         bench.table.known(["a", "c"])
 
 
+@pytest.mark.parametrize("key", ["\ud800", 2**63], ids=ascii)
+def test_a_key_that_cannot_be_sent_is_not_asked_about(key: Any) -> None:
+    bench = Bench(entry("a", 1))
+    with pytest.raises(KeyNotInitialized):
+        bench.table.known(["a", key])
+    assert bench.lookups == []
+
+
 def test_a_newer_generation_takes_the_place_of_an_older_one() -> None:
     bench = Bench()
     bench.table.learn([entry("a", 1)])

@@ -54,11 +54,30 @@ def test_options_of_a_job_are_refused_by_a_local_kind(option: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
-    "option", [{"reduction": "max"}, {"store": ""}, {"store": None}, {"timeout_s": 0}, {"timeout_s": -1}]
+    "option",
+    [
+        {"reduction": "max"},
+        {"store": ""},
+        {"store": None},
+        {"store": "\ud800"},
+        {"timeout_s": 0},
+        {"timeout_s": -1},
+        {"timeout_s": "x"},
+        {"timeout_s": None},
+        {"timeout_s": 10**400},
+        {"num_servers": "2"},
+        {"num_servers": 1.5},
+        {"num_servers": None},
+        {"embedded": 1},
+        {"embedded": "no"},
+    ],
+    ids=str,
 )
-def test_options_out_of_range(option: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", ["local", "dist_sync"])
+def test_options_out_of_range(kind: str, option: dict[str, Any]) -> None:
+    """Also of a distributed kind before anything is started."""
     with pytest.raises(InvalidArgument, match=next(iter(option))):
-        create("local", **option)
+        create(kind, **{"embedded": kind == "dist_sync", **option})
 
 
 @pytest.mark.parametrize("kind", ["dist", "dist_sync", "dist_async"])

@@ -7,9 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import final
 
 from tensorkv.arrays import Key
-from tensorkv.errors import KeyDeleted, KeyNotInitialized, TensorKVError, UncommittedPush, from_wire
+from tensorkv.errors import (
+    KeyDeleted,
+    KeyNotInitialized,
+    TensorKVError,
+    UncommittedPush,
+    from_wire,
+    not_initialized,
+)
 from tensorkv.runtime.job import Job
 from tensorkv.runtime.plans import KeyState
+from tensorkv.updaterspec import may_travel
 from tensorkv.wire import messages as m
 
 MAX_GONE = 4096
@@ -46,6 +54,9 @@ class KeyTable:
         """
         unknown = [key for key in keys if key not in self.states]
         if unknown:
+            for key in unknown:
+                if not may_travel(key):  # so it cannot be asked about, and nobody can have initialised it
+                    raise not_initialized(key)
             what = f"lookup of {unknown[0]!r}"
             reply = self._job.control.request(
                 lambda n: m.Lookup(n, self._store, unknown), what, self._timeout_s, self._store

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tensorkv.config import DEFAULT_TIMEOUT_S
 from tensorkv.errors import InvalidArgument, NotSupported, UnknownKind
-from tensorkv.store import KVStore, Reduction
+from tensorkv.store import KVStore, Reduction, flag, seconds
 from tensorkv.stores.local import LOCAL_KINDS, LocalStore
 
 Factory = Callable[..., KVStore]
@@ -56,12 +56,14 @@ def create(
     if factory is None:
         known = ", ".join(repr(name) for name in sorted(_FACTORIES))
         raise UnknownKind(f"there is no kind of store {kind!r}; known are {known}")
+    if type(num_servers) is not int:
+        raise InvalidArgument(f"num_servers={num_servers!r} is not an int")
     return factory(
         kind,
         store=store,
         reduction=reduction,
-        timeout_s=timeout_s,
-        embedded=embedded,
+        timeout_s=seconds("timeout_s", timeout_s),
+        embedded=flag("embedded", embedded),
         num_servers=num_servers,
         on_worker_loss=on_worker_loss,
     )

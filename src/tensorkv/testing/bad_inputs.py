@@ -106,6 +106,10 @@ def _keys() -> list[BadInput]:
         BadInput("pull_one_unknown", lambda kv: kv.pull(["w", "x"]), missing, KeyError, ("'x'",)),
         BadInput("put_unknown", lambda kv: kv.put("x", one), missing, KeyError, ("'x'",)),
         BadInput("put_one_unknown", lambda kv: kv.put(["w", "x"], [one, one]), missing, KeyError, ("'x'",)),
+        BadInput("push_no_unicode", lambda kv: kv.push("\ud800", one), missing, KeyError, ("ud800",)),
+        BadInput("pull_no_unicode", lambda kv: kv.pull("\ud800"), missing, KeyError, ("ud800",)),
+        BadInput("info_no_unicode", lambda kv: kv.info("\ud800"), missing, KeyError, ("ud800",)),
+        BadInput("delete_no_unicode", lambda kv: kv.delete(["w", "\ud800"]), missing, KeyError, ("ud800",)),
         BadInput("bool_key", lambda kv: kv.push(True, one), type_error, TypeError, ("True", "bool")),
         BadInput("none_key", lambda kv: kv.push(None, one), type_error, TypeError, ("None",)),
         BadInput("pull_nothing", lambda kv: kv.pull(), type_error, TypeError, ("None",)),
@@ -336,6 +340,23 @@ def _settings() -> list[BadInput]:
             ("True",),
         ),
         BadInput(
+            "option_long", lambda kv: kv.set_optimizer(sgd, lr=2**70), option, ValueError, ("lr", "64 bits")
+        ),
+        BadInput(
+            "optimizer_keys_no_unicode",
+            lambda kv: kv.set_optimizer(sgd, keys=["\ud800"], lr=1),
+            errors.InvalidKey,
+            TypeError,
+            ("ud800",),
+        ),
+        BadInput(
+            "max_norm_huge",
+            lambda kv: kv.commit(max_norm=10**400),
+            errors.InvalidArgument,
+            ValueError,
+            ("max_norm",),
+        ),
+        BadInput(
             "max_norm", lambda kv: kv.commit(max_norm=-1.0), errors.InvalidArgument, ValueError, ("-1.0",)
         ),
         BadInput(
@@ -362,7 +383,59 @@ def _settings() -> list[BadInput]:
     ]
 
 
-BAD_INPUTS: list[BadInput] = [*_keys(), *_init(), *_shapes(), *_lengths(), *_values(), *_settings()]
+def _folders() -> list[BadInput]:
+    """Folders that no system call takes, or that could not be told to the servers."""
+    bad: dict[str, Any] = {"nul": "a\0b", "no_unicode": "/tmp/\udcff", "bytes": b"/tmp/\xff", "number": 3.5}
+    return [
+        BadInput(
+            f"{call}_{name}",
+            lambda kv, call=call, folder=folder: getattr(kv, call)(folder),  # type: ignore[misc]
+            errors.InvalidArgument,
+            ValueError,
+            (call,),
+        )
+        for call in ("save", "load")
+        for name, folder in bad.items()
+    ]
+
+
+def _flags() -> list[BadInput]:
+    """Arguments that are True or False, and nothing that merely counts as one of them."""
+    one: Any = full(1)
+    bad: list[Any] = [1, 0, "no", None, torch.tensor(True), np.array([True])]
+    calls: list[tuple[str, str, Callable[[KVStore, Any], Any]]] = [
+        ("init", "whole", lambda kv, value: kv.init("x", one, whole=value)),
+        ("push", "apply", lambda kv, value: kv.push("w", one, apply=value)),
+        ("push", "async_op", lambda kv, value: kv.push("w", one, async_op=value)),
+        ("pull", "async_op", lambda kv, value: kv.pull("w", async_op=value)),
+        ("pushpull", "async_op", lambda kv, value: kv.pushpull("w", one, async_op=value)),
+        ("commit", "skip", lambda kv, value: kv.commit(skip=value)),
+        ("commit", "check_finite", lambda kv, value: kv.commit(check_finite=value)),
+        ("set_updater", "elementwise", lambda kv, value: kv.set_updater("assign", elementwise=value)),
+    ]
+    return [
+        BadInput(
+            f"{call}_{name}_{place}",
+            lambda kv, make=make, value=value: make(kv, value),  # type: ignore[misc]
+            errors.InvalidArgument,
+            ValueError,
+            (f"{name}={value!r}", "True"),
+        )
+        for call, name, make in calls
+        for place, value in enumerate(bad)
+    ]
+
+
+BAD_INPUTS: list[BadInput] = [
+    *_keys(),
+    *_init(),
+    *_shapes(),
+    *_lengths(),
+    *_values(),
+    *_settings(),
+    *_folders(),
+    *_flags(),
+]
 """Every mistake that one worker can make in one call."""
 
 
@@ -388,17 +461,50 @@ def check_bad_options_keep_the_optimizer(maker: StoreMaker) -> None:
 
 
 @check()
+def check_numpy_bools(maker: StoreMaker) -> None:
+    """NumPy's True and False are as good as Python's."""
+
+    def work(kv: KVStore) -> None:
+        yes: Any = np.bool_(True)
+        no: Any = np.bool_(False)
+        kv.init("w", full(1), whole=yes)
+        assert kv.push("w", full(2), apply=yes, async_op=no) is None
+        same(kv.pull("w", async_op=yes).result(), 2.0)
+        same(kv.pushpull("w", full(3), async_op=no), 3.0)
+
+    in_one(maker, work)
+
+
+@check()
 def check_create_arguments(maker: StoreMaker) -> None:
     """create refuses a reduction, a store name and a timeout that make no sense."""
     options: list[dict[str, Any]] = [
         {"reduction": "max"},
         {"store": ""},
         {"store": 3},
+        {"store": "\ud800"},
         {"timeout_s": 0},
         {"timeout_s": -1.0},
+        {"timeout_s": "x"},
+        {"timeout_s": None},
+        {"timeout_s": 10**400},
     ]
     for option in options:
         raises(errors.InvalidArgument, lambda option=option: in_one(maker, _nothing, **option))  # type: ignore[misc]
+
+
+@check()
+def check_long_deadlines(maker: StoreMaker) -> None:
+    """A deadline may be infinitely far."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", full(1))
+        kv.set_updater("add")
+        kv.push("w", full(2))
+        same(kv.pull("w", async_op=True).result(), 3.0)
+        kv.barrier(timeout_s=1e300)
+
+    in_one(maker, work, timeout_s=float("inf"))
 
 
 @check()
