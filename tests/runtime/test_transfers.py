@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tensorkv.arrays import dtype_name
 from tensorkv.errors import KeyDeleted, ProtocolError, TensorKVError, to_wire
 from tensorkv.runtime.plans import SMALL_BYTES, KeyState, Plan, build_plan
-from tensorkv.runtime.transfers import Destinations, PullExchange, gather
+from tensorkv.runtime.transfers import Destinations, PullExchange, _share_memory, gather
 from tensorkv.wire import messages as m
 
 LARGE = SMALL_BYTES // 4 + 8  # elements of float32 that are not small
@@ -149,6 +149,31 @@ def test_the_last_of_outs_that_share_memory_wins(size: int) -> None:
         carry(plan_of(keys, num_servers=num_servers), values, [[shared], [shared, other], [shared]])
         assert torch.equal(shared, values[2])
         assert torch.equal(other, values[1])
+
+
+@pytest.mark.parametrize("size", [4, LARGE])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_last_of_outs_that_overlap_in_part_wins(size: int, reverse: bool) -> None:
+    keys = states([(size,)] * 2)
+    values = [torch.full((size,), float(i)) for i in range(2)]
+    memory = torch.empty(2 * size)
+    outs = [memory[:size], memory[size // 2 : size // 2 + size]]
+    if reverse:
+        outs.reverse()
+    expected = torch.empty(2 * size)
+    for out, value in zip(outs, values, strict=True):
+        expected[out.storage_offset() :][:size] = value
+    carry(plan_of(keys), values, [[out] for out in outs])
+    assert torch.equal(memory[: size // 2 + size], expected[: size // 2 + size])
+
+
+def test_what_may_share_memory() -> None:
+    memory = torch.empty(4, 6)
+    assert not _share_memory([memory[0], memory[3], memory[1], torch.empty(0), torch.empty(0)])
+    assert _share_memory([memory[0], memory.view(-1)[5:8]])
+    assert _share_memory([memory[1], memory[0], memory[1]])
+    assert _share_memory([memory[:, 0], memory[:, 1]])  # they do not, but lie between each other
+    assert not _share_memory([memory[:2, 0], memory[2:, 0]])
 
 
 def test_autograd_is_told_of_what_was_received_in_place() -> None:

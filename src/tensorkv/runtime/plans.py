@@ -11,8 +11,9 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
-from typing import final
+from typing import Any, final
 
+import numpy as np
 import torch
 
 from tensorkv.arrays import Key, bytes_of, dtype_from_name, dtype_name
@@ -133,6 +134,7 @@ class Plan:
     frames: list[tuple[int, int, PlanChunk]]  # server, number of the chunk there, chunk; in order
     key_ids: frozenset[int]
     num_lending: int  # chunks that lend the caller's memory
+    sizes_bytes: np.ndarray[Any, Any]  # of the stored values
     known_to: set[int] = field(default_factory=set)  # servers that have been told
     dropped: bool = False  # from the cache: it may still be sent, but is not to be remembered
 
@@ -165,6 +167,7 @@ def build_plan(
         frames=frames,
         key_ids=frozenset(state.key_id for state in states),
         num_lending=sum(chunk.lends for _, _, chunk in frames),
+        sizes_bytes=np.array([state.num_elems * state.dtype.itemsize for state in states], np.int64),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
+import numpy as np
 import torch
 
 from tensorkv.arrays import bytes_of
@@ -60,7 +61,8 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 class Destinations:
     """Where the values of one pull go.
 
-    `firsts[i]` is the caller's tensor for value i, and `others[i]` are further ones for it. A value whose
+    `firsts[i]` is the caller's tensor for value i, and `others[i]` are further ones for it; `sizes_bytes` are
+    those of `firsts`, if all of them are contiguous. A value whose
     large pieces cannot be received straight into the first goes through memory of its own.
     """
 
@@ -69,6 +71,7 @@ class Destinations:
         states: Sequence[KeyState],
         firsts: Sequence[torch.Tensor],
         others: Sequence[Sequence[torch.Tensor]] | None = None,
+        sizes_bytes: np.ndarray[Any, Any] | None = None,
     ) -> None:
         self.states = states
         self._firsts = firsts
@@ -76,7 +79,7 @@ class Destinations:
         self._flat: dict[int, torch.Tensor] = {}
         self._direct: set[int] = set()
         self._aliased: bool | None = None
-        self._plain = others is None and (len(firsts) == 1 or not _share_memory(firsts))
+        self._plain = others is None and (len(firsts) == 1 or not _share_memory(firsts, sizes_bytes))
 
     @classmethod
     def per_device(cls, states: Sequence[KeyState], outs: Sequence[list[torch.Tensor]]) -> Destinations:
@@ -218,9 +221,20 @@ class PullExchange(Exchange):
         return self._chunks[message.chunk]
 
 
-def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether two tensors begin at the same address; empty ones do not count."""
-    pointers = list(map(torch.Tensor.data_ptr, tensors))
-    return len(set(pointers)) < len(pointers) and len(set(filter(None, pointers))) < len(
-        list(filter(None, pointers))
-    )
+def _share_memory(tensors: Sequence[torch.Tensor], sizes_bytes: np.ndarray[Any, Any] | None = None) -> bool:
+    """Whether two tensors may have memory in common. `sizes_bytes`: theirs, if all are contiguous."""
+    starts = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, len(tensors))
+    if sizes_bytes is None:
+        sizes_bytes = np.fromiter(map(_extent_bytes, tensors), np.int64, len(tensors))
+    starts, sizes_bytes = starts[sizes_bytes > 0], sizes_bytes[sizes_bytes > 0]
+    order = starts.argsort()
+    stops = starts[order] + sizes_bytes[order]
+    return bool((stops[:-1] > starts[order][1:]).any())
+
+
+def _extent_bytes(tensor: torch.Tensor) -> int:
+    """From the first byte of a tensor to its last, what lies between its elements too."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize if tensor.numel() else 0

@@ -421,7 +421,9 @@ class DistStore(KVStore):
             self._table.raise_faults(batch.keys)
         last, singles = self._plans.last_pull.get(batch.keys), batch.singles
         if last and singles and last.fits(singles) and not self._table.uncommitted:
-            return self._pull_call(batch, last, Destinations(last.states, singles), [])
+            return self._pull_call(
+                batch, last, Destinations(last.states, singles, None, last.sizes_bytes), []
+            )
         keys = tuple(dict.fromkeys(batch.keys))
         states = self._table.known(keys)
         self._table.check_committed(states, "pull")
