@@ -219,6 +219,19 @@ def test_launcher_and_scheduler_do_without_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_worker_imports_neither_servers_nor_progress_bars() -> None:
+    """They would make up half of what `import tensorkv` takes beside torch, in every worker of a job."""
+    script = (
+        "import sys, tensorkv.stores.registry, tensorkv.stores.dist\n"
+        "needless = {'rich', 'tensorkv.runtime.server', 'tensorkv.runtime.scheduler'}\n"
+        "sys.exit(str(sorted(found)) if (found := needless & set(sys.modules)) else 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def _spec_missing(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is None

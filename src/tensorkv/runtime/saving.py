@@ -9,11 +9,9 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from tensorkv.arrays import bytes_of, check_summable, dtype_from_name
 from tensorkv.errors import ProtocolError, TensorKVError, from_wire
@@ -53,6 +51,9 @@ from tensorkv.slicestate import (
 )
 from tensorkv.updater import SettingsTable, restored_settings
 from tensorkv.wire import messages as m
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PROGRESS_BYTES = 64 << 20
 """From this size on a save or load shows how far it is."""
@@ -374,5 +375,8 @@ def _shared_out(
 
 
 def _progress(total_bytes: int) -> Progress:
+    from rich.console import Console  # only for this, and every worker would import it as it starts
+    from rich.progress import Progress
+
     hidden = total_bytes < PROGRESS_BYTES or not sys.stderr.isatty()
     return Progress(console=Console(stderr=True), transient=True, disable=hidden)

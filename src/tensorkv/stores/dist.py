@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
@@ -32,7 +32,6 @@ from tensorkv.keys import PullBatch, PushBatch, answer
 from tensorkv.protocol.replies import check_init
 from tensorkv.reduce import sum_devices, sum_dtype
 from tensorkv.runtime.code import describe_code
-from tensorkv.runtime.embedded import EmbeddedJob
 from tensorkv.runtime.hold import Hold
 from tensorkv.runtime.job import Job, join
 from tensorkv.runtime.keytable import KeyTable
@@ -56,6 +55,9 @@ from tensorkv.updater import (
 )
 from tensorkv.wire import messages as m
 from tensorkv.work import Work
+
+if TYPE_CHECKING:  # a worker needs no scheduler and no server, unless it is a job by itself
+    from tensorkv.runtime.embedded import EmbeddedJob
 
 
 @final
@@ -696,6 +698,8 @@ def open_dist(
     if embedded:
         if num_servers < 1:
             raise InvalidArgument(f"num_servers={num_servers} is too few; a job needs at least one server")
+        from tensorkv.runtime.embedded import EmbeddedJob
+
         cluster = EmbeddedJob(1, num_servers, timeout_s=timeout_s)
         return _open_embedded(kind, cluster, store, reduction, timeout_s, on_worker_loss)
     config = from_env() or _job_of_launcher(timeout_s)
