@@ -226,3 +226,26 @@ def test_what_torch_cannot_add_is_named() -> None:
 def test_an_out_that_is_changed_as_it_is_read_is_refused(view: Any) -> None:
     with pytest.raises(InvalidOut, match="'w'.*resolve_conj"):
         to_out(view(), "w")
+
+
+def test_an_inference_tensor_is_an_out_in_inference_mode_only() -> None:
+    with torch.inference_mode():
+        made = torch.zeros(2, 3).t()
+        out = to_out(made, "w")
+    assert not out.is_inference()
+    out.fill_(2)
+    assert (made.shape, made.tolist()) == ((3, 2), [[2.0, 2.0]] * 3)
+    with pytest.raises(InvalidOut, match="'w'.*inference"):
+        to_out(made, "w")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    for call in (to_tensor, to_out):
+        with pytest.raises(InvalidValue, match="'w' is nested"):
+            call(nested, "w")
+    if layout is torch.strided:
+        with pytest.raises(InvalidValue, match="'w' is nested"):
+            check_matches("the value", nested, "w", (2, 3), torch.float32)

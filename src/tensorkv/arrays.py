@@ -65,10 +65,13 @@ def to_out(value: Any, key: Key) -> torch.Tensor:
 
     Raises:
         InvalidValue: as `to_tensor`.
-        InvalidOut: the memory cannot be written, or several elements share one place in it.
+        InvalidOut: the memory cannot be written, or several elements share one place in it; or it is an
+            inference tensor and we are not in inference mode.
     """
     if isinstance(value, torch.Tensor):
         tensor = _checked(value.detach(), key)
+        if tensor.is_inference():
+            tensor = _of_any_mode(tensor, key)
     elif isinstance(value, np.ndarray):
         if not value.flags.writeable:
             raise InvalidOut(f"out for key {key!r} is a read-only NumPy array; pass a copy of it")
@@ -90,6 +93,26 @@ def to_out(value: Any, key: Key) -> torch.Tensor:
             "pass out.resolve_conj().resolve_neg()"
         )
     return tensor
+
+
+def _of_any_mode(tensor: torch.Tensor, key: Key) -> torch.Tensor:
+    """Return an inference tensor as one that shares its memory, and that other threads may write to."""
+    if not torch.is_inference_mode_enabled():
+        raise InvalidOut(
+            f"out for key {key!r} was made in inference mode, and can be written there only; pull inside "
+            "torch.inference_mode(), or pass out.clone()"
+        )
+    with torch.inference_mode(False):
+        plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def shape_of(tensor: torch.Tensor, key: Key) -> torch.Size:
+    """Return the shape of a tensor. Raises InvalidValue if it has none: nested tensors."""
+    try:
+        return tensor.shape
+    except RuntimeError as exc:  # this costs nothing where there is a shape; to ask first would
+        raise _nested(key) from exc
 
 
 def check_summable(dtype: torch.dtype, key: Key, *, mean: bool = False) -> None:
@@ -122,9 +145,9 @@ def check_matches(
     Floats are cast between float dtypes; any other dtype must be equal.
 
     Raises:
-        ShapeMismatch, DtypeMismatch.
+        ShapeMismatch, DtypeMismatch, InvalidValue.
     """
-    if tensor.shape != shape:
+    if shape_of(tensor, key) != shape:
         raise ShapeMismatch(
             f"{what} for key {key!r} has shape {tuple(tensor.shape)}, "
             f"but the key was initialised with shape {tuple(shape)}"
@@ -177,7 +200,15 @@ def dtype_from_name(name: str) -> torch.dtype:
     return dtype
 
 
+def _nested(key: Key) -> InvalidValue:
+    return InvalidValue(
+        f"the tensor for key {key!r} is nested, so it has no shape; pass its parts, each with a key"
+    )
+
+
 def _checked(tensor: torch.Tensor, key: Key) -> torch.Tensor:
+    if tensor.is_nested:
+        raise _nested(key)
     if tensor.layout is not torch.strided:
         raise InvalidValue(f"the tensor for key {key!r} has layout {tensor.layout}; pass tensor.to_dense()")
     if tensor.dtype in REFUSED_DTYPES:

@@ -252,6 +252,7 @@ def _batch_into(keys: tuple[Key, ...], values: list[Any], form: Form, given: Any
         _are_plain(values)
         and all(map(torch.Tensor.is_contiguous, values))
         and not any(map(torch.Tensor.is_neg, values))
+        and not any(map(torch.Tensor.is_inference, values))
         and not any(map(torch.Tensor.is_complex, values))  # those may be conjugated as they are read
     ):
         return PullBatch(keys, None, form, given, values)

@@ -22,7 +22,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
-from tensorkv.arrays import Key, check_matches, check_summable
+from tensorkv.arrays import Key, check_matches, check_summable, shape_of
 from tensorkv.errors import DuplicateKey, InvalidArgument, StoreClosed
 from tensorkv.keys import (
     PullBatch,
@@ -662,6 +662,7 @@ class KVStore(ABC):
         _check_one_each("init", batch)
         check_new_keys(batch.keys)
         for name, (tensor,) in zip(batch.keys, batch.tensors, strict=True):
+            shape_of(tensor, name)
             check_summable(tensor.dtype, name, mean=self._reduction == "mean")
         return batch
 

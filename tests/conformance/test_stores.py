@@ -10,6 +10,7 @@ import torch
 
 import tensorkv
 from tensorkv import errors
+from tensorkv.store import KVStore
 from tensorkv.testing import (
     bad_inputs,
     checks_agreement,
@@ -22,6 +23,7 @@ from tensorkv.testing import (
 )
 from tensorkv.testing.conformance import BAD_INPUTS, CHECKS, BadInput, Case, StoreMaker, applicable
 from tensorkv.testing.makers import EMBEDDED, JOBS, LOCAL
+from tensorkv.testing.suite import full, in_one, same
 
 MODULES = (
     bad_inputs,
@@ -56,6 +58,27 @@ def test_conformance(maker: StoreMaker, case: Case) -> None:
 @pytest.mark.parametrize(("maker", "bad"), _params(lambda maker: BAD_INPUTS))
 def test_bad_input(maker: StoreMaker, bad: BadInput) -> None:
     bad.run(maker)
+
+
+@pytest.mark.parametrize("maker", [*LOCAL, *EMBEDDED, *JOBS], ids=_named)
+def test_calls_in_inference_mode(maker: StoreMaker) -> None:
+    """Tensors made in inference mode can be pushed there, and pulled into; the store is not part of it."""
+
+    def work(kv: KVStore) -> None:
+        with torch.inference_mode():
+            kv.init({"w": full(1), "b": full(1, 3)})
+            kv.push("w", full(2))
+            wide = torch.zeros(3, 2).t()
+            for out in (full(0), wide, wide.double()):
+                same(kv.pull("w", out).float(), 2.0)
+                assert out.is_inference()
+            kv.push("w", full(3))
+            same(kv.pull("w", full(0), async_op=True).result(), 3.0)
+            same(kv.pushpull("w", full(4), full(0)), 4.0)
+        kv.push("w", full(5))
+        same(kv.pull("w"), 5.0)
+
+    in_one(maker, work)
 
 
 def test_every_check_is_in_the_table() -> None:

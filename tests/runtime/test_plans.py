@@ -47,6 +47,12 @@ def test_values_fit_that_have_the_dtypes_and_shapes_of_a_plan(
     assert plan.fits(values) is fits
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_fits_no_plan() -> None:
+    plan = build_plan(1, [key(1, (2, 3), torch.float32, [(0, 0, 6)])], [torch.float32], [1], 1)
+    assert not plan.fits([torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)])])
+
+
 @hypothesis.given(st.data())
 @hypothesis.settings(max_examples=80)
 def test_every_element_travels_once_and_both_ends_agree(data: st.DataObject) -> None:

@@ -17,6 +17,7 @@ from tensorkv.errors import (
     KeyNotInitialized,
     ShapeMismatch,
     StoreClosed,
+    TensorKVError,
     UncommittedPush,
     UpdaterError,
 )
@@ -563,3 +564,11 @@ class TestGpu:
             assert kv.pull("w").is_cpu
             kv.pull("w", out=[out])
         assert out.tolist() == [2, 2, 2]
+
+
+def test_an_init_without_memory_says_so() -> None:
+    with LocalStore("local", store="s", reduction="sum", timeout_s=20) as kv:
+        kv.init("w", torch.ones(2))
+        with pytest.raises(TensorKVError, match=f"init of key 'h': .* no memory .* {4 << 44} bytes"):
+            kv.init(["a", "h"], [torch.ones(2), torch.zeros(1).expand(1 << 44)])
+        assert kv.keys() == ["w"]

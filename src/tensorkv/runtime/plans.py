@@ -140,7 +140,10 @@ class Plan:
 
     def fits(self, values: Sequence[torch.Tensor]) -> bool:
         """Whether these values, one per key, have the very dtypes and shapes of the plan. Makes no lists."""
-        return all(map(operator.eq, map(_kind_of, values), self.kinds))
+        try:
+            return all(map(operator.eq, map(_kind_of, values), self.kinds))
+        except RuntimeError:  # a nested tensor has no shape
+            return False
 
 
 def build_plan(

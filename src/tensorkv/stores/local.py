@@ -34,6 +34,7 @@ from tensorkv.errors import (
     SaveError,
     SettingMismatch,
     StoreClosed,
+    TensorKVError,
     UncommittedPush,
     UpdaterError,
     already_initialized,
@@ -149,7 +150,7 @@ class LocalStore(KVStore):
                 if key in self._slots:
                     _check_init_of_loaded(self._slots[key], value)
             copies = [
-                None if key in self._slots else self._copy(value)
+                None if key in self._slots else self._copy(key, value)
                 for key, value in zip(keys, values, strict=True)
             ]
             for key, value, copy in zip(keys, values, copies, strict=True):
@@ -430,9 +431,16 @@ class LocalStore(KVStore):
 
     # ---- the work, with the lock held --------------------------------------------------------------
 
-    def _copy(self, value: torch.Tensor) -> torch.Tensor:
+    def _copy(self, key: Key, value: torch.Tensor) -> torch.Tensor:
         device = value.device if self._on_devices else _CPU
-        return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
+        try:
+            copy = torch.empty(value.shape, dtype=value.dtype, device=device)
+        except (RuntimeError, MemoryError) as exc:
+            raise TensorKVError(
+                f"init of key {key!r}: there is no memory on {device} for {_num_bytes(value)} bytes; "
+                "use smaller values, or servers"
+            ) from exc
+        return copy.copy_(value)
 
     def _create_slot(self, key: Key, value: torch.Tensor, given_on: torch.device) -> _Slot:
         self._generations[key] = self._generations.get(key, 0) + 1

@@ -82,6 +82,17 @@ def _readonly() -> np.ndarray[Any, Any]:
     return array
 
 
+def _nested(layout: torch.layout = torch.strided) -> torch.Tensor:
+    with warnings.catch_warnings():  # torch calls them a prototype
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.nested.nested_tensor([full(1, 3), full(1, 2)], layout=layout)
+
+
+def _inference() -> torch.Tensor:
+    with torch.inference_mode():
+        return full(0)
+
+
 def _int(*shape: int) -> torch.Tensor:
     return torch.ones(shape or (2, 3), dtype=torch.int64)
 
@@ -276,6 +287,19 @@ def _values() -> list[BadInput]:
         ),
         BadInput("meta", lambda kv: kv.push("w", one.to("meta")), value, TypeError, ("'w'", "meta")),
         BadInput("init_meta", lambda kv: kv.init("x", one.to("meta")), value, TypeError, ("'x'", "meta")),
+        BadInput("nested", lambda kv: kv.push("w", _nested()), value, TypeError, ("'w'", "nested")),
+        BadInput(
+            "nested_device", lambda kv: kv.push("w", [one, _nested()]), value, TypeError, ("'w'", "nested")
+        ),
+        BadInput("init_nested", lambda kv: kv.init("x", _nested()), value, TypeError, ("'x'", "nested")),
+        BadInput("put_nested", lambda kv: kv.put("w", _nested()), value, TypeError, ("'w'", "nested")),
+        BadInput("out_nested", lambda kv: kv.pull("w", _nested()), value, TypeError, ("'w'", "nested")),
+        BadInput(
+            "jagged", lambda kv: kv.push("w", _nested(torch.jagged)), value, TypeError, ("'w'", "nested")
+        ),
+        BadInput(
+            "out_inference", lambda kv: kv.pull("w", _inference()), out, ValueError, ("'w'", "inference")
+        ),
         BadInput("out_readonly", lambda kv: kv.pull("w", _readonly()), out, ValueError, ("'w'", "read-only")),
         BadInput(
             "out_expanded", lambda kv: kv.pull("w", full(0, 1, 1).expand(2, 3)), out, ValueError, ("'w'",)
