@@ -139,6 +139,17 @@ BAD = {
     "state twice": ([*PIECE, "tensors", 1, "name"], "best"),
     "a negative version": ([*PIECE, "version"], -1),
     "plain data that is none": ([*PIECE, "plain"], {"x": [1]}),
+    "a huge version": ([*PIECE, "version"], 10**30),
+    "a huge shape": (["keys", 0, "shape"], [0, 10**30]),
+    "a huge state": ([*PIECE, "tensors", 1, "shape"], [0, 10**30]),
+    "a huge key": (["keys", 0, "key"], 10**30),
+    "a key that is no Unicode": (["keys", 0, "key"], "\ud800"),
+    "a setting for a huge key": (["settings", "entries", 1, "keys"], [10**30]),
+    "a huge option": (["settings", "entries", 1, "options"], {"lr": 10**30}),
+    "a huge option that was asked": (["settings", "entries", 1, "asked"], {"lr": 10**30}),
+    "a huge option of an updater": (["settings", "updaters", 1, "options"], {"lr": 10**30}),
+    "an option that is not plain": (["settings", "entries", 1, "options"], {"lr": {"a": 1}}),
+    "an optimizer without a module": (["settings", "updaters", 1, "name"], "x"),
     "no keys": (["keys"], None),
 }
 

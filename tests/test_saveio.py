@@ -40,9 +40,7 @@ from tensorkv.saveio import (
 from tensorkv.slicestate import SliceState, slice_state
 from tensorkv.updaterspec import UpdaterSpec
 
-ADAM = SavedSettings(
-    [UpdaterSpec(type="optimizer", name="torch.optim.adam:Adam")], [SettingEntry(None, 0, {}, None)]
-)
+ADAM = SavedSettings([UpdaterSpec(type="optimizer", name="mine:Adam")], [SettingEntry(None, 0, {}, None)])
 NUM = 61
 VALUE = torch.arange(float(NUM))
 AVERAGE = VALUE.double() * 10

@@ -26,9 +26,7 @@ from tensorkv.slicestate import (
 )
 from tensorkv.updaterspec import UpdaterSpec
 
-ADAM = SavedSettings(
-    [UpdaterSpec(type="optimizer", name="torch.optim.adam:Adam")], [SettingEntry(None, 0, {}, None)]
-)
+ADAM = SavedSettings([UpdaterSpec(type="optimizer", name="mine:Adam")], [SettingEntry(None, 0, {}, None)])
 NUM = 61
 VALUE = torch.arange(float(NUM))
 AVERAGE = VALUE.double() * 10

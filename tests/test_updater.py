@@ -16,7 +16,7 @@ from tensorkv.errors import (
     UnsupportedOptimizer,
     UpdaterError,
 )
-from tensorkv.savedstate import SavedSettings, SettingEntry
+from tensorkv.savedstate import VALUE, KeyRecord, PieceRecord, SavedSettings, SettingEntry, TensorRecord
 from tensorkv.updater import (
     ELEMENTWISE_OPTIMIZERS,
     FunctionUpdater,
@@ -28,6 +28,7 @@ from tensorkv.updater import (
     apply_all,
     build,
     build_from_argument,
+    check_state_names,
     find_optimizer,
     make_optimizer,
     named_spec,
@@ -494,3 +495,39 @@ class TestSavedSettings:
         build(named_spec("add")).restore(1, {})
         with pytest.raises(LoadError, match="'add' keeps no state"):
             build(named_spec("add")).restore(1, {"step": 1})
+
+
+@pytest.mark.parametrize("optimizer_class", ELEMENTWISE_OPTIMIZERS, ids=lambda each: each.__name__)
+def test_state_of_another_optimizer_is_not_loaded(optimizer_class: type[torch.optim.Optimizer]) -> None:
+    """What an optimizer has kept is taken, or nothing at all; what it would miss or not know is not."""
+    spec = optimizer_spec(optimizer_class, {})
+    updater = build(spec, optimizer_class)
+    assert updater.apply([Update(0, "w", torch.ones(2), torch.zeros(2))], {"momentum": 0.5}) == [None]
+    settings = SavedSettings([spec], [SettingEntry(None, 0, {}, None)])
+
+    def check(names: set[str]) -> None:
+        tensors = [TensorRecord(name, "float32", (2,), True) for name in (VALUE, *sorted(names))]
+        check_state_names(
+            settings, [KeyRecord("w", (2,), "float32", False, [PieceRecord(0, 2, 1, tensors)])], "it"
+        )
+
+    names = set(updater.state(0))
+    check(names)
+    check(set())
+    for other in ({*names, "x"}, {"x"}, {*list(names)[1:], "x"}):
+        with pytest.raises(LoadError, match=f"'w'.*'x'.*{optimizer_class.__name__}"):
+            check(other)
+    if optimizer_class is not torch.optim.SGD:
+        with pytest.raises(LoadError, match="'w'"):
+            check(names - {"step"})
+
+
+def test_an_optimizer_that_torch_does_not_have_is_not_awaited() -> None:
+    for name, awaited in (("torch.optim.adam:Nope", False), ("mine:Nope", True)):
+        spec = UpdaterSpec(type="optimizer", name=name)
+        saved = SavedSettings([spec], [SettingEntry(None, 0, {}, None)])
+        if awaited:
+            restored_settings(saved, SettingsTable())
+        else:
+            with pytest.raises(LoadError, match="Nope"):
+                restored_settings(saved, SettingsTable())

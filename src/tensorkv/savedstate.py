@@ -24,7 +24,7 @@ from typing import Any, Literal
 import msgspec
 
 from tensorkv.errors import DtypeMismatch, LoadError, ShapeMismatch
-from tensorkv.updaterspec import UpdaterSpec
+from tensorkv.updaterspec import MAX_INT, UpdaterSpec, may_travel
 
 INDEX_NAME = "tensorkv.json"
 FORMAT: Literal["tensorkv-save"] = "tensorkv-save"
@@ -185,6 +185,8 @@ def decode_index(text: str | bytes, where: str) -> Index:
     if len({type(record.key) for record in index.keys}) > 1:
         raise LoadError(f"{where}: mixes int and str keys")
     for record in index.keys:
+        if not may_travel(record.key):
+            raise LoadError(f"{where}: has key {record.key!r}, which no store can have")
         check_record(record, where)
         for piece in record.pieces:
             if piece.file not in index.files:
@@ -214,7 +216,17 @@ def check_settings(settings: SavedSettings, where: str) -> None:
         raise LoadError(f"{where}: the first setting, and no other, has to be for all keys")
     if any(spec.type == "named" and spec.name not in ("assign", "add") for spec in settings.updaters):
         raise LoadError(f"{where}: an updater of this save is not known to this tensorkv")
+    for spec in settings.updaters:
+        module, _, name = spec.name.rpartition(":")
+        if not may_travel(spec.name) or (spec.type == "optimizer" and not (module and name)):
+            raise LoadError(f"{where}: {spec.name!r} is not the name of an updater")
+    options = [*(spec.options for spec in settings.updaters), *(each.options for each in entries)]
+    for each in (*options, *(each.asked for each in entries if each.asked is not None)):
+        if not (may_travel(list(each)) and may_travel(list(each.values()))):
+            raise LoadError(f"{where}: has options {each}, which are not plain data or do not fit in 64 bits")
     for entry in entries:
+        if not may_travel(entry.keys):
+            raise LoadError(f"{where}: a setting is for keys {entry.keys}, which no store can have")
         if not 0 <= entry.updater < len(settings.updaters):
             raise LoadError(f"{where}: a setting names updater {entry.updater}, which is not listed")
 
@@ -222,7 +234,7 @@ def check_settings(settings: SavedSettings, where: str) -> None:
 def check_record(record: KeyRecord, where: str) -> None:
     """Raise LoadError unless the pieces of a key are whole and its tensors fit them."""
     what = f"{where}: key {record.key!r}"
-    if min(record.shape, default=0) < 0:
+    if not _are_sizes(record.shape):
         raise LoadError(f"{what} has shape {record.shape}")
     if not record.pieces:
         raise LoadError(f"{what} has no pieces")
@@ -243,13 +255,15 @@ def _check_tensors(piece: PieceRecord, dtype: str, what: str) -> None:
     value = piece.tensors[0]
     if value.dtype != dtype or not value.elementwise:
         raise LoadError(f"{what} is {dtype}, but a piece of it {value.dtype}")
-    if piece.version < 0:
+    if not 0 <= piece.version <= MAX_INT:
         raise LoadError(f"{what} has version {piece.version}")
     for each in piece.tensors:
-        if min(each.shape, default=0) < 0 or (
-            each.elementwise and each.num_elems != piece.stop - piece.start
-        ):
+        if not _are_sizes(each.shape) or (each.elementwise and each.num_elems != piece.stop - piece.start):
             raise LoadError(f"{what}: {each.name or 'value'!r} of a piece has shape {each.shape}")
+
+
+def _are_sizes(shape: Sequence[int]) -> bool:
+    return all(0 <= size <= MAX_INT for size in shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from tensorkv.savedstate import (
     encode_index,
 )
 from tensorkv.slicestate import SliceState, assemble, records_of
+from tensorkv.updater import check_state_names
 
 _AS_REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 """How dtypes are written that safetensors does not have, in every version: as pairs of real numbers."""
@@ -217,6 +218,7 @@ def read_index(folder: str) -> Index:
     except OSError as exc:
         raise LoadError(f"{path} cannot be read: {exc}") from exc
     index = decode_index(text, path)
+    check_state_names(index.settings, index.keys, path)
     for name, file in index.files.items():
         _check_size(os.path.join(folder, name), file.size_bytes)
     with PieceReader(folder, [piece for record in index.keys for piece in record.pieces]) as reader:

@@ -32,6 +32,7 @@ from tensorkv.savedstate import (
     overlaps,
     version_of,
 )
+from tensorkv.updater import check_state_names
 
 Fetch = Callable[[int, TensorRecord, int, int], torch.Tensor]
 """Returns elements [low, high) of a tensor of piece number i, flat; all of them if it is not elementwise."""
@@ -228,7 +229,9 @@ def from_state_dict(data: Any) -> tuple[str, SavedSettings, list[MemoryPieces]]:
         raise LoadError(f"{where} is not one of a store: {type(exc).__name__}: {exc}") from exc
     for pieces in keys:
         check_record(pieces.record, where)
-    check_states(settings, [pieces.record for pieces in keys], where)
+    records = [pieces.record for pieces in keys]
+    check_states(settings, records, where)
+    check_state_names(settings, records, where)
     return data["reduction"], settings, keys
 
 

@@ -10,6 +10,7 @@ A `SettingsTable` is the list of settings a store has been given, and says what 
 from __future__ import annotations
 
 import copy
+import functools
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +30,7 @@ from tensorkv.errors import (
     UnsupportedOptimizer,
     UpdaterError,
 )
-from tensorkv.savedstate import SavedSettings, SettingEntry
+from tensorkv.savedstate import KeyRecord, SavedSettings, SettingEntry
 from tensorkv.updaterspec import UpdaterSpec, may_travel
 
 ELEMENTWISE_OPTIMIZERS = frozenset(
@@ -454,8 +455,50 @@ def build(spec: UpdaterSpec, code: Any = None) -> Updater:
 
 
 def build_saved(spec: UpdaterSpec, code: Any) -> Updater:
-    """Return the updater of a save: `code` is what `SettingsTable.find_code` has found for it."""
+    """Return the updater of a save: `code` is what `SettingsTable.find_code` has found for it.
+
+    Raises:
+        LoadError: it is said to be one of torch's optimizers, and torch has no such one.
+    """
+    if code is None and spec.type == "optimizer" and spec.name.startswith("torch.optim."):
+        raise LoadError(f"the save was made with {spec.name!r}, which this version of torch does not have")
     return AwaitedUpdater(spec) if code is None and spec.type != "named" else build(spec, code)
+
+
+def check_state_names(settings: SavedSettings, records: Iterable[KeyRecord], where: str) -> None:
+    """Raise LoadError if a key has other state than the optimizer of torch that its settings name.
+
+    Of optimizers that are not known to go element by element nothing is known of their state either.
+    """
+    classes = {_full_name(each): each for each in ELEMENTWISE_OPTIMIZERS}
+    for record in records:
+        optimizer_class = classes.get(settings.spec_of(record.key).name)
+        if optimizer_class is None:
+            continue
+        always, known = _state_names(optimizer_class)
+        for piece in record.pieces:
+            names = {each.name for each in piece.tensors[1:]} | set(piece.plain)
+            if names and not always <= names <= known:
+                raise LoadError(
+                    f"{where}: key {record.key!r} has optimizer state {sorted(names)}, which is not that of "
+                    f"{optimizer_class.__name__}: {sorted(known)}"
+                )
+
+
+@functools.cache
+def _state_names(optimizer_class: type[torch.optim.Optimizer]) -> tuple[frozenset[str], frozenset[str]]:
+    """Return what the state of an optimizer always has, and all that it may have, from trying it out."""
+    found: list[frozenset[str]] = []
+    extras: list[dict[str, Any]] = [{}, {"momentum": 0.5}, {"amsgrad": True}, {"centered": True}]
+    for options in extras:
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.ones(2)
+        optimizer = make_optimizer(optimizer_class, [parameter], {"lr": 0.1})
+        if options.keys() <= optimizer.defaults.keys():
+            optimizer.param_groups[0].update(options)
+            optimizer.step()
+            found.append(frozenset(optimizer.state[parameter]))
+    return frozenset.intersection(*found), frozenset.union(*found)
 
 
 def restored_settings(saved: SavedSettings, current: SettingsTable) -> SettingsTable:
