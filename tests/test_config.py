@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,10 @@ from tensorkv.config import (
     JobConfig,
     from_env,
     read_number,
+    read_peer_timeout_s,
+    read_slice_bound_bytes,
+    read_timeout_s,
+    stray_variables,
 )
 from tensorkv.errors import InvalidArgument, NotInJob
 
@@ -93,3 +98,31 @@ def test_numbers_of_the_environment() -> None:
         read_number({"N": "soon"}, "N", float, 1.0)
     with pytest.raises(InvalidArgument, match="N=0, but at least 1 is needed"):
         read_number({"N": "0"}, "N", int, 1, least=1)
+    with pytest.raises(InvalidArgument, match="N=nan, which is no number"):
+        read_number({"N": "nan"}, "N", float, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("TIMEOUT_S", "nan", read_timeout_s),
+        ("TIMEOUT_S", "0", read_timeout_s),
+        ("PEER_TIMEOUT_S", "nan", read_peer_timeout_s),
+        ("PEER_TIMEOUT_S", "-1", read_peer_timeout_s),
+        ("SLICE_BOUND_BYTES", "-5", read_slice_bound_bytes),
+        ("SLICE_BOUND_BYTES", "nan", read_slice_bound_bytes),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name: str, value: str, read: Any) -> None:
+    """By each launcher, and by a process of a job that was started by something else."""
+    environ = {f"TENSORKV_{name}": value}
+    with pytest.raises(InvalidArgument, match=f"TENSORKV_{name}={value}"):
+        read(environ)
+    with pytest.raises(NotInJob, match=f"TENSORKV_{name}={value}"):
+        from_env({**CONFIG.to_env(), **environ})
+
+
+def test_variables_without_a_job_are_told_of() -> None:
+    assert stray_variables({}) == stray_variables(CONFIG.to_env()) == ""
+    assert stray_variables({"TENSORKV_HOST": "10.0.0.8", "TENSORKV_TOKEN": "s3cret"}) == ""  # a user's own
+    assert stray_variables({"TENSORKV_ROLE": "banana"}).startswith("TENSORKV_ROLE=banana is set, but")

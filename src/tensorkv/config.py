@@ -88,15 +88,50 @@ def read_number(
     """Return the number that a variable holds, or the default.
 
     Raises:
-        InvalidArgument: it holds no number, or one below `least`.
+        InvalidArgument: it holds no number, one that is not a number ("nan"), or one below `least`.
     """
     try:
         number = kind(environ.get(name, default))
     except ValueError as exc:
         raise InvalidArgument(f"the environment says {name}={environ[name]}, which is no number") from exc
+    if number != number:
+        raise InvalidArgument(f"the environment says {name}={environ[name]}, which is no number")
     if least is not None and number < least:
         raise InvalidArgument(f"the environment says {name}={environ[name]}, but at least {least} is needed")
     return number
+
+
+def read_timeout_s(environ: Mapping[str, str]) -> float:
+    """Return the deadline of a waiting call. Raises InvalidArgument if it is not a positive number."""
+    return _read_seconds(environ, ENV_TIMEOUT_S, DEFAULT_TIMEOUT_S)
+
+
+def read_peer_timeout_s(environ: Mapping[str, str]) -> float:
+    """Return how long a host may be silent. Raises InvalidArgument if it is not a positive number."""
+    return _read_seconds(environ, ENV_PEER_TIMEOUT_S, DEFAULT_PEER_TIMEOUT_S)
+
+
+def read_slice_bound_bytes(environ: Mapping[str, str]) -> int:
+    """Return above which size values are sliced. Raises InvalidArgument if it is no number, or negative."""
+    return read_number(environ, ENV_SLICE_BOUND_BYTES, int, SLICE_BOUND_BYTES, least=0)
+
+
+def _read_seconds(environ: Mapping[str, str], name: str, default: float) -> float:
+    number = read_number(environ, name, float, default)
+    if not number > 0:
+        raise InvalidArgument(
+            f"the environment says {name}={environ[name]}, but more than 0 seconds are needed"
+        )
+    return number
+
+
+def stray_variables(environ: Mapping[str, str] | None = None) -> str:
+    """Return a sentence on variables that say who a process is where none says in which job; or ""."""
+    environ = os.environ if environ is None else environ
+    stray = [f"{name}={environ[name]}" for name in (ENV_ROLE, ENV_RANK, ENV_NUM_WORKERS) if name in environ]
+    if not stray or ENV_SCHEDULER in environ:
+        return ""
+    return f"{', '.join(stray)} is set, but {ENV_SCHEDULER} is not; a launcher sets them together"
 
 
 def from_env(environ: Mapping[str, str] | None = None) -> JobConfig | None:
@@ -122,9 +157,9 @@ def from_env(environ: Mapping[str, str] | None = None) -> JobConfig | None:
             scheduler_port=int(port),
             token=environ.get(ENV_TOKEN, ""),
             host=environ.get(ENV_HOST, "127.0.0.1"),
-            timeout_s=float(environ.get(ENV_TIMEOUT_S, DEFAULT_TIMEOUT_S)),
-            peer_timeout_s=float(environ.get(ENV_PEER_TIMEOUT_S, DEFAULT_PEER_TIMEOUT_S)),
-            slice_bound_bytes=int(environ.get(ENV_SLICE_BOUND_BYTES, SLICE_BOUND_BYTES)),
+            timeout_s=read_timeout_s(environ),
+            peer_timeout_s=read_peer_timeout_s(environ),
+            slice_bound_bytes=read_slice_bound_bytes(environ),
             allow_import=tuple(filter(None, environ.get(ENV_ALLOW_IMPORT, "").split(","))),
         )
     except (KeyError, ValueError) as exc:

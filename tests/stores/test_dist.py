@@ -81,7 +81,14 @@ def test_a_server_process_opens_no_store(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     for name, value in config.to_env().items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(NotInJob):
+    with pytest.raises(NotInJob, match="TENSORKV_ROLE=server"):
+        tensorkv.create("dist_sync")
+
+
+@pytest.mark.parametrize("role", ["worker", "banana"])
+def test_a_role_without_a_job_is_told_of(monkeypatch: pytest.MonkeyPatch, role: str) -> None:
+    monkeypatch.setenv("TENSORKV_ROLE", role)
+    with pytest.raises(NotInJob, match=f"TENSORKV_ROLE={role} is set, but TENSORKV_SCHEDULER is not"):
         tensorkv.create("dist_sync")
 
 

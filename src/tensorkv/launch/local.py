@@ -11,15 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tensorkv.config import (
-    DEFAULT_PEER_TIMEOUT_S,
-    DEFAULT_TIMEOUT_S,
-    ENV_PEER_TIMEOUT_S,
-    ENV_SLICE_BOUND_BYTES,
-    ENV_TIMEOUT_S,
-    SLICE_BOUND_BYTES,
     JobConfig,
     Role,
-    read_number,
+    read_peer_timeout_s,
+    read_slice_bound_bytes,
+    read_timeout_s,
 )
 from tensorkv.errors import InvalidArgument
 from tensorkv.launch.job import Job, ProcessSpec
@@ -101,7 +97,7 @@ def job_config(
     """
     timeout_s = options.timeout_s
     if timeout_s is None:
-        timeout_s = read_number(environ, ENV_TIMEOUT_S, float, DEFAULT_TIMEOUT_S)
+        timeout_s = read_timeout_s(environ)
     return JobConfig(
         role="worker",
         rank=0,
@@ -113,7 +109,7 @@ def job_config(
         host=options.host,
         timeout_s=timeout_s,
         peer_timeout_s=_peer_timeout_s(options, environ),
-        slice_bound_bytes=slice_bound_bytes(environ),
+        slice_bound_bytes=read_slice_bound_bytes(environ),
         allow_import=options.allow_import,
     )
 
@@ -121,12 +117,7 @@ def job_config(
 def _peer_timeout_s(options: JobOptions, environ: Mapping[str, str]) -> float:
     if options.peer_timeout_s is not None:
         return options.peer_timeout_s
-    return read_number(environ, ENV_PEER_TIMEOUT_S, float, DEFAULT_PEER_TIMEOUT_S)
-
-
-def slice_bound_bytes(environ: Mapping[str, str]) -> int:
-    """Return the slice bound that `environ` asks for, or the default."""
-    return read_number(environ, ENV_SLICE_BOUND_BYTES, int, SLICE_BOUND_BYTES)
+    return read_peer_timeout_s(environ)
 
 
 def plan(config: JobConfig, command: Sequence[str], environ: Mapping[str, str]) -> list[ProcessSpec]:
@@ -179,7 +170,7 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
         num_servers=options.num_servers,
         token=token,
         host=options.host,
-        slice_bound_bytes=slice_bound_bytes(environ),
+        slice_bound_bytes=read_slice_bound_bytes(environ),
         peer_timeout_s=_peer_timeout_s(options, environ),
     )
 

@@ -29,20 +29,19 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from tensorkv.config import (
-    DEFAULT_PEER_TIMEOUT_S,
     DEFAULT_TIMEOUT_S,
     ENV_ALLOW_IMPORT,
     ENV_HOST,
     ENV_NUM_SERVERS,
-    ENV_PEER_TIMEOUT_S,
-    ENV_TIMEOUT_S,
     ENV_TOKEN,
     JobConfig,
     read_number,
+    read_peer_timeout_s,
+    read_slice_bound_bytes,
+    read_timeout_s,
 )
 from tensorkv.errors import AuthenticationError, NotInJob, PeerLostError
 from tensorkv.launch.keeper import TOKEN_PREFIX, TOKEN_SUFFIX, JobRecord
-from tensorkv.launch.local import slice_bound_bytes
 from tensorkv.runtime.waits import Wait
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def find_job(
 
     Raises:
         NotInJob: the variables are incomplete, or a job over several hosts has no TENSORKV_TOKEN.
-        InvalidArgument: a TENSORKV_ variable holds no number, or less than one server.
+        InvalidArgument: a TENSORKV_ variable holds no number, or one out of its range.
         PeerLostError: rank 0, or a keeper, could not start its part.
         WaitTimeout: rank 0 has not told where the job is.
         AuthenticationError: the token's file is not what it should be.
@@ -162,9 +161,9 @@ def _find(place: Place, environ: Mapping[str, str], deadline: float) -> JobConfi
         scheduler_port=0,
         token=token,
         host=_own_address(place, environ),
-        timeout_s=read_number(environ, ENV_TIMEOUT_S, float, DEFAULT_TIMEOUT_S),
-        peer_timeout_s=read_number(environ, ENV_PEER_TIMEOUT_S, float, DEFAULT_PEER_TIMEOUT_S),
-        slice_bound_bytes=slice_bound_bytes(environ),
+        timeout_s=read_timeout_s(environ),
+        peer_timeout_s=read_peer_timeout_s(environ),
+        slice_bound_bytes=read_slice_bound_bytes(environ),
         allow_import=tuple(filter(None, environ.get(ENV_ALLOW_IMPORT, "").split(","))),
     )
     store = _open_store(place, deadline)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from tensorkv.arrays import Key, check_has_mean, check_matches, dtype_name
-from tensorkv.config import DEFAULT_TIMEOUT_S, JobConfig, from_env
+from tensorkv.config import DEFAULT_TIMEOUT_S, ENV_ROLE, JobConfig, from_env, stray_variables
 from tensorkv.errors import (
     InvalidArgument,
     KeyDeleted,
@@ -704,8 +704,10 @@ def open_dist(
         return _open_embedded(kind, cluster, store, reduction, timeout_s, on_worker_loss)
     config = from_env() or _job_of_launcher(timeout_s)
     if config is None or config.role != "worker":
+        told = stray_variables() if config is None else f"here is {ENV_ROLE}={config.role}"
+        why = f" ({told})" if told else ""
         raise NotInJob(
-            f"create({kind!r}) needs a job of workers and servers. Start one on this machine with\n"
+            f"create({kind!r}) needs a job of workers and servers{why}. Start one on this machine with\n"
             "    tensorkv run -n WORKERS -s SERVERS python train.py\n"
             "    torchrun --nproc-per-node WORKERS train.py\n"
             "or with tensorkv.spawn(function, num_workers=..., num_servers=...) from a script; or pass\n"
