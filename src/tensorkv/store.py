@@ -357,7 +357,8 @@ class KVStore(ABC):
 
         Args:
             optimizer: a class, `torch.optim.SGD` say, or its name in any case, "sgd".
-            keys: for these keys only; None means for all, those still to come included.
+            keys: for these keys only, whether they are there yet or not; None means for all, those still
+                to come included. A later call for all replaces those for some.
             **options: its options, `lr=0.1, momentum=0.9` say: plain numbers, bools, strings, None or
                 tuples of those.
 

@@ -6,8 +6,8 @@ has come the round is merged; the contributions are then added in rank order, th
 that waited for the round are answered. A push with apply=False is added up only at the commit, when the
 servers have told each other, through the scheduler, the norms.
 
-Everything here runs in one thread at a time, under its owner's lock, and never waits. Rounds are counted
-in `rounds.py`; from which round a setting holds stands in `schedule.py`; sums are taken in `sums.py`.
+Everything here runs in one thread, the loop of its server, so without a lock, and never waits. Rounds are
+counted in `rounds.py`; from which round a setting holds stands in `schedule.py`; sums are taken in `sums.py`.
 """
 
 from __future__ import annotations
