@@ -497,7 +497,11 @@ class TestSavedSettings:
             build(named_spec("add")).restore(1, {"step": 1})
 
 
-@pytest.mark.parametrize("optimizer_class", ELEMENTWISE_OPTIMIZERS, ids=lambda each: each.__name__)
+@pytest.mark.parametrize(
+    "optimizer_class",
+    sorted(ELEMENTWISE_OPTIMIZERS, key=lambda each: each.__name__),
+    ids=lambda each: each.__name__,
+)
 def test_state_of_another_optimizer_is_not_loaded(optimizer_class: type[torch.optim.Optimizer]) -> None:
     """What an optimizer has kept is taken, or nothing at all; what it would miss or not know is not."""
     spec = optimizer_spec(optimizer_class, {})
