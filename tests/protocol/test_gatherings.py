@@ -107,4 +107,4 @@ def test_meeting_and_calling_is_not_the_same() -> None:
     assert [rank for rank, _ in answers] == [0, 1]
     for _, answer in answers:
         assert isinstance(answer, m.Failed)
-        assert "rank 0 calls save('x'), rank 1 comes to save('x')" in answer.text
+        assert "rank 0 calls save('x'), rank 1 begins save('x')" in answer.text

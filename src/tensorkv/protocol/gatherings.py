@@ -40,8 +40,12 @@ class Gathering:
             return []
         asked = sorted(self._asked.items())
         if len({(each.call, each.only_meet) for _, each in asked}) > 1:
+            differ = (
+                len({each.only_meet for _, each in asked}) > 1
+            )  # one has given the call up, and begins anew
             told = ", ".join(
-                f"rank {rank} {'comes to' if each.only_meet else 'calls'} {each.call}" for rank, each in asked
+                f"rank {rank} {'begins' if differ and each.only_meet else 'calls'} {each.call}"
+                for rank, each in asked
             )
             return self._refuse(SettingMismatch(f"all workers have to make the same call, but {told}"))
         if asked[0][1].only_meet:
