@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 
 from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, WaitTimeout
 from tensorkv.runtime import waits
-from tensorkv.runtime.waits import Wait, ended_because, lost_error, scheduler_lost_error
+from tensorkv.runtime.waits import Wait, ended_because, lost_error, scheduler_lost_error, taken
 from tensorkv.wire import messages as m
 
 
@@ -255,3 +256,13 @@ def test_why_a_connection_ended_is_said_in_plain_words(cause: Exception, text: s
     assert ended_because(cause) == text
     error = scheduler_lost_error("10.0.0.7", cause)
     assert str(error) == f"the scheduler on host 10.0.0.7 is gone: {text}"
+
+
+def test_a_lock_that_is_not_free_is_waited_for_with_a_deadline() -> None:
+    lock = threading.Lock()
+    with taken(lock, Wait("a call", 20.0, lambda: None)):
+        assert lock.locked()
+        late = Wait("a call", 0.0, lambda: None, whom=lambda: "another thread")
+        with pytest.raises(WaitTimeout, match="a call did not finish .*another thread"), taken(lock, late):
+            raise AssertionError("it is not free")
+    assert not lock.locked()

@@ -892,3 +892,17 @@ def test_a_close_that_gives_up_tells_for_whom() -> None:
             go_on.set()
 
     run_job(work, num_workers=2, num_servers=1, timeout_s=DEADLINE_S)
+
+
+def test_threads_that_make_settings_do_so_one_after_the_other() -> None:
+    """Each builds on the one before: a server forgets a setting that was prepared when another one is."""
+    with tensorkv.create("dist_sync", embedded=True) as kv:
+        kv.init("w", torch.zeros(2))
+        kv.set_optimizer("sgd", lr=1.0)
+        with ThreadPoolExecutor(3) as pool:
+            made = [pool.submit(kv.set_optimizer_options, lr=0.5 + each % 3) for each in range(12)]
+            for each in made:
+                each.result(20)
+        kv.set_optimizer_options(lr=0.25)
+        kv.push("w", torch.ones(2))
+        assert kv.pull("w").tolist() == [-0.25, -0.25]

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import final
 
 from tensorkv.runtime.job import Job
+from tensorkv.runtime.waits import taken
 from tensorkv.transport.base import TICK_S
 
 
@@ -45,12 +46,8 @@ class Hold:
         wait = self._job.wait(
             what, self._timeout_s, store=self._store, whom=lambda: "another thread, which saves or loads"
         )
-        while not self._calls.acquire(timeout=TICK_S):
-            wait.tick()
-        try:
+        with taken(self._calls, wait):
             yield
-        finally:
-            self._calls.release()
 
     @contextmanager
     def back(self) -> Iterator[None]:

@@ -7,10 +7,12 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import final
 
 from tensorkv.errors import PeerLostError, TensorKVError, WaitTimeout, again
+from tensorkv.transport.base import TICK_S
 from tensorkv.wire import messages as m
 
 logger = logging.getLogger(__name__)
@@ -168,6 +170,17 @@ def lost_text(role: str, lost: m.Lost | m.WorkerLost) -> str:
 def scheduler_lost_error(host: str, cause: BaseException) -> PeerLostError:
     """Return the error of a process whose own connection to the scheduler has ended."""
     return PeerLostError(f"the scheduler on host {host} is gone: {ended_because(cause)}")
+
+
+@contextmanager
+def taken(lock: threading.Lock, wait: Wait) -> Iterator[None]:
+    """Hold a lock that another call may hold for long. Raises what `wait.tick` does while it is not free."""
+    while not lock.acquire(timeout=TICK_S):
+        wait.tick()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def broken_off_error(exc: BaseException) -> PeerLostError:

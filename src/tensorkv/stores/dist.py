@@ -12,7 +12,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -42,6 +42,7 @@ from tensorkv.runtime.pullcall import PullCall
 from tensorkv.runtime.pusher import Pusher
 from tensorkv.runtime.saving import StateTransfer
 from tensorkv.runtime.transfers import Destinations, gather
+from tensorkv.runtime.waits import taken
 from tensorkv.savedstate import SavedSettings
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
 from tensorkv.updater import (
@@ -530,7 +531,7 @@ class DistStore(KVStore):
 
     def _make_setting(self, record: m.SettingRecord, built: Updater | None) -> None:
         """Make a setting if this is the setting rank, else see that it agrees with that rank's."""
-        with self._setting:
+        with self._one_setting():
             table = self._settings.copy()
             if built is not None:
                 table.set_updater(built, record.keys)
@@ -542,6 +543,12 @@ class DistStore(KVStore):
             if reply.lead:
                 self._lead_setting(reply.number, record)
             self._settings = table
+
+    def _one_setting(self) -> AbstractContextManager[None]:
+        """Make one setting at a time; a second thread's waits for the first's, up to its deadline."""
+        whom = "another thread, which makes a setting"
+        wait = self._job.wait("a setting", self._timeout_s, store=self._store, whom=lambda: whom)
+        return taken(self._setting, wait)
 
     def _check_options(self, table: SettingsTable, record: m.SettingRecord) -> None:
         assert record.options is not None
@@ -626,7 +633,7 @@ class DistStore(KVStore):
                 raise
             self._conclude(m.ConcludeTogether(0, self._store, None, settings), call)
         if settings is not None:
-            with self._setting:
+            with self._one_setting():
                 self._settings = restored_settings(settings, self._settings)
             self._table.forget(list(self._table.states.values()))
 
