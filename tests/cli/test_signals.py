@@ -87,7 +87,8 @@ def test_the_log_and_a_report_say_who_waits_for_whom(tmp_path: Path) -> None:
             r"^\[worker 0\]   MainThread: pull of 'w', since \d+ s: waiting for worker 1, round 1 of 'w'",
             r"^\[worker 0\]   MainThread is at .*train.py:17 in <module>",
             r"^\[worker 1\] tensorkv: worker 1 \(process \d+ on .*\): no call waits",
-            r"^\[worker 1\]   MainThread is at .*train.py:15 in <module>",
+            # It sleeps at line 15, if it was not stopped on its way from line 12.
+            r"^\[worker 1\]   MainThread is at .*train.py:1[2-5] in <module>",
         ]
         while patterns:
             found = job.line_with("|".join(patterns)).string

@@ -411,6 +411,7 @@ def _check_after(
 
 def _check_log(name: str, records: list[logging.LogRecord], so_far: Conversation) -> None:
     """Raise unless each connection has at most one line, a warning without a traceback."""
+    records = list(records)  # the threads of the target go on logging
     lines = [record.getMessage() for record in records]
     about = [
         line.split(": ")[:2] for line in lines
