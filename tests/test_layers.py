@@ -37,6 +37,10 @@ MAY_LOCK = {"functions"}  # executes a script's definitions once per process, as
 SOCKET_FOLDERS = {"transport", "launch"}
 ENVIRONMENT_PLACES = {"config", "launch", "cli"}
 
+TENSOR_MAKERS = (
+    r"torch\.(empty|zeros|ones|full|tensor|as_tensor|asarray|scalar_tensor|eye|arange|linspace|rand\w*)"
+)
+
 TORCH_FREE = [
     "tensorkv",
     "tensorkv.errors",
@@ -170,6 +174,30 @@ def test_nothing_is_unpickled() -> None:
     for module in MODULES:
         for line, name in _imports(module):
             assert name.split(".")[0] not in refused, f"{module}:{line}: imports {name}"
+
+
+def _on_a_device(node: ast.AST) -> bool:
+    """Whether a node is `with torch.device(...)`, or a call that says on which device its tensor is."""
+    if isinstance(node, ast.With):
+        return any(ast.unparse(item.context_expr).startswith("torch.device(") for item in node.items)
+    return isinstance(node, ast.Call) and "device" in {keyword.arg for keyword in node.keywords}
+
+
+def _made_on_the_default_device(node: ast.AST) -> Iterator[ast.Call]:
+    if _on_a_device(node):
+        return
+    if isinstance(node, ast.Call) and re.fullmatch(TENSOR_MAKERS, ast.unparse(node.func)):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        yield from _made_on_the_default_device(child)
+
+
+@pytest.mark.parametrize("module", [each for each in MODULES if _part(each) != "testing"])
+def test_no_tensor_is_made_on_the_default_device(module: str) -> None:
+    """A script may have set it to anything: `torch.set_default_device`, `with torch.device("cuda")`."""
+    for call in _made_on_the_default_device(_tree(module)):
+        if module != "updater" or ast.unparse(call) != "torch.empty(0)":  # asks which device that is
+            pytest.fail(f"{module}:{call.lineno}: say on which device: {ast.unparse(call)}")
 
 
 def test_no_cycles_between_modules() -> None:

@@ -127,11 +127,11 @@ def check_summable(dtype: torch.dtype, key: Key, *, mean: bool = False) -> None:
 @functools.cache
 def _is_summable(dtype: torch.dtype, mean: bool) -> bool:
     try:
-        total = torch.zeros(1, dtype=dtype).to(accumulate_dtype(dtype))
+        total = torch.zeros(1, dtype=dtype, device="cpu").to(accumulate_dtype(dtype))
         total.add_(total)
         if mean and (dtype.is_floating_point or dtype.is_complex):
             total.div_(2)
-        torch.zeros(1, dtype=dtype).copy_(total)
+        torch.zeros(1, dtype=dtype, device="cpu").copy_(total)
     except RuntimeError:  # NotImplementedError is one of them
         return False
     return True

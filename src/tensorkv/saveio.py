@@ -319,10 +319,11 @@ class PieceReader:
             dtype = dtype_from_name(tensor.dtype)
             step = 2 if dtype in _AS_REAL else 1
             file = self._files[record.pieces[piece].file]
-            if not tensor.elementwise:
-                found: torch.Tensor = file.get_tensor(tensor.stored)
-            else:
-                found = file.get_slice(tensor.stored)[low * step : high * step]
+            with torch.device("cpu"):  # safetensors puts them where the caller's default is
+                if not tensor.elementwise:
+                    found: torch.Tensor = file.get_tensor(tensor.stored)
+                else:
+                    found = file.get_slice(tensor.stored)[low * step : high * step]
             if step > 1:  # in memory of its own, for a complex number has to lie at a multiple of its size
                 found = found.clone()
             return found.reshape(-1).view(dtype)

@@ -159,7 +159,7 @@ class MemoryPieces:
 def pack(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the bytes of tensors one after the other, as one uint8 tensor."""
     parts = [torch.frombuffer(bytearray(bytes_of(t)), dtype=torch.uint8) for t in tensors if t.numel()]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def packed_bytes(records: Iterable[TensorRecord]) -> int:

@@ -161,7 +161,7 @@ class NDArray:
         if isinstance(value, NDArray):
             value = value.tensor
         elif not isinstance(value, (bool, int, float, torch.Tensor)):
-            value = torch.as_tensor(np.asarray(value))
+            value = torch.as_tensor(np.asarray(value), device="cpu")
         part = self.tensor[_index(key)]
         if isinstance(value, torch.Tensor) and not _broadcasts(value.shape, part.shape):
             raise ValueError(f"cannot set a part of shape {tuple(part.shape)} to shape {tuple(value.shape)}")
@@ -296,7 +296,7 @@ def array(source_array: Any, ctx: Context | None = None, dtype: Any = None) -> N
     if isinstance(source_array, NDArray):
         source = source_array.tensor
     else:
-        source = torch.as_tensor(np.asarray(source_array))
+        source = torch.as_tensor(np.asarray(source_array), device="cpu")
         dtype = np.float32 if dtype is None else dtype
     ctx = current_context() if ctx is None else ctx
     torch_dtype = source.dtype if dtype is None else _torch_dtype(dtype)
@@ -337,7 +337,7 @@ def arange(
     """Return the numbers from `start` to before `stop`, each `repeat` times; from 0 if `stop` is None."""
     begin, end = (0, start) if stop is None else (start, stop)
     ctx = current_context() if ctx is None else ctx
-    numbers = torch.arange(begin, end, step, dtype=torch.float64).repeat_interleave(repeat)
+    numbers = torch.arange(begin, end, step, dtype=torch.float64, device="cpu").repeat_interleave(repeat)
     return NDArray(numbers.to(ctx.torch_device(), _torch_dtype(dtype)), ctx)
 
 
@@ -406,4 +406,4 @@ def _torch_dtype(dtype: Any) -> torch.dtype:
 
 
 def _numpy_type(dtype: torch.dtype) -> type:
-    return torch.empty(0, dtype=dtype).numpy().dtype.type
+    return torch.empty(0, dtype=dtype, device="cpu").numpy().dtype.type

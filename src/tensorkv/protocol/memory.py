@@ -41,7 +41,7 @@ class Memory:
         return self._elements
 
 
-EMPTY = Memory(torch.empty(0, dtype=torch.uint8))
+EMPTY = Memory(torch.empty(0, dtype=torch.uint8, device="cpu"))
 
 
 def fresh(size_bytes: int) -> Memory:
@@ -51,7 +51,7 @@ def fresh(size_bytes: int) -> Memory:
         ProtocolError: the system has none; who announced so many bytes is not served.
     """
     try:
-        return Memory(torch.empty(size_bytes, dtype=torch.uint8))
+        return Memory(torch.empty(size_bytes, dtype=torch.uint8, device="cpu"))
     except (RuntimeError, MemoryError) as exc:
         raise ProtocolError(f"there is no memory for a payload of {size_bytes} bytes") from exc
 

@@ -54,9 +54,10 @@ class SlotAllocator:
     def allocate(self, num_elems: int, dtype: torch.dtype) -> tuple[Slot, int]:
         """Return a slot and the offset in it, in elements, of `num_elems` fresh elements."""
         if num_elems * dtype.itemsize > SMALL_BYTES:
-            return Slot(torch.empty(num_elems, dtype=dtype)), 0
+            return Slot(torch.empty(num_elems, dtype=dtype, device="cpu")), 0
         slot, used = self._open.get(dtype, (None, 0))
         if slot is None or used + num_elems > slot.tensor.numel():
-            slot, used = Slot(torch.zeros(SHARED_SLOT_BYTES // dtype.itemsize, dtype=dtype)), 0
+            elems = torch.zeros(SHARED_SLOT_BYTES // dtype.itemsize, dtype=dtype, device="cpu")
+            slot, used = Slot(elems), 0
         self._open[dtype] = (slot, used + num_elems)
         return slot, used

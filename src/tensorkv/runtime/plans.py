@@ -77,7 +77,8 @@ class Staging:
 
     def __init__(self, chunk: PlanChunk, states: Sequence[KeyState]) -> None:
         small = [piece for piece in chunk.pieces if piece.small]
-        buffer = torch.empty(sum(piece.stop - piece.start for piece in small), dtype=chunk.stored_dtype)
+        num_elems = sum(piece.stop - piece.start for piece in small)
+        buffer = torch.empty(num_elems, dtype=chunk.stored_dtype, device="cpu")
         self.bytes = bytes_of(buffer)
         self.views: list[torch.Tensor] = []
         low = 0

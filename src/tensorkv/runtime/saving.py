@@ -311,13 +311,13 @@ class _SliceExchange(Exchange):
         self._part = part
         self._size_bytes = 0
         self._record: m.SliceRecord | None = None
-        self._data = torch.empty(0, dtype=torch.uint8)
+        self._data = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._error: TensorKVError | None = None
 
     def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
         if self._record is None or payload_bytes != self._size_bytes:
             raise ProtocolError(f"a slice came with {payload_bytes} bytes that were not announced")
-        self._data = torch.empty(payload_bytes, dtype=torch.uint8)
+        self._data = torch.empty(payload_bytes, dtype=torch.uint8, device="cpu")
         return [bytes_of(self._data)]
 
     def take(self, message: Any) -> bool:

@@ -101,7 +101,7 @@ class Destinations:
                 found = out.view(-1)
                 self._direct.add(value)
             else:
-                found = torch.empty(state.num_elems, dtype=state.dtype)
+                found = torch.empty(state.num_elems, dtype=state.dtype, device="cpu")
             found = self._flat.setdefault(value, found)  # two links may receive parts of it at once
         return found
 

@@ -438,7 +438,10 @@ class DistStore(KVStore):
             outs_of[key] += outs
         made: list[torch.Tensor] = []
         if batch.given is None:
-            made = [torch.empty(state_of[key].shape, dtype=state_of[key].dtype) for key in batch.keys]
+            made = [
+                torch.empty(state_of[key].shape, dtype=state_of[key].dtype, device="cpu")
+                for key in batch.keys
+            ]
             for key, tensor in zip(batch.keys, made, strict=True):
                 outs_of[key].append(tensor)
         plan = self._plans.plan_to_pull(states)
@@ -784,4 +787,4 @@ def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _summed(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return _on_cpu(sum_devices(tensors)) if tensors else torch.empty(0)
+    return _on_cpu(sum_devices(tensors)) if tensors else torch.empty(0, device="cpu")
