@@ -156,6 +156,27 @@ class TestOptimizer:
     def test_names_in_any_case(self, name: str) -> None:
         assert find_optimizer(name).__name__.lower() == name.lower()
 
+    def test_state_that_is_made_when_the_optimizer_is_built(self) -> None:
+        """As torch's Adagrad does it; before torch 2.13 it knew no other way."""
+
+        class Counting(torch.optim.SGD):
+            def __init__(self, params: Any, lr: float, first: float = 1.0) -> None:
+                super().__init__(params, lr=lr)
+                for parameter in self.param_groups[0]["params"]:
+                    self.state[parameter]["factor"] = torch.full_like(parameter, first)
+
+            def step(self, closure: Any = None) -> None:
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.sub_(parameter.grad * self.state[parameter]["factor"])
+                    self.state[parameter]["factor"] += 1
+
+        updater = build(optimizer_spec(Counting, {"lr": 0.5, "first": 10.0}), Counting)
+        values = [torch.zeros(2), torch.zeros(3)]
+        for _ in range(2):
+            updates = [Update(i, i, torch.ones_like(each), each) for i, each in enumerate(values)]
+            assert updater.apply(updates, {"lr": 0.5}) == [None, None]
+        assert [each.tolist() for each in values] == [[-21.0] * 2, [-21.0] * 3]
+
     def test_a_class_is_taken_as_it_is(self) -> None:
         class Mine(torch.optim.SGD):
             pass

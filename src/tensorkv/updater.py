@@ -50,7 +50,8 @@ ELEMENTWISE_OPTIMIZERS = frozenset(
 )
 """Optimizers known to treat each element on its own, and to leave everything as it was when they refuse."""
 
-_FUSED_OPTIMIZERS = frozenset({torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad})
+_FUSED_ON_GPUS = frozenset({torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW})
+_FUSED_ON_CPUS = _FUSED_ON_GPUS | {torch.optim.Adagrad}
 _FUSED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _REFUSED = {
     torch.optim.LBFGS: "it needs a closure that evaluates the model again",
@@ -224,6 +225,7 @@ class OptimizerUpdater(Updater):
         self._class = optimizer_class
         self._in_place = is_elementwise(optimizer_class)
         self._optimizer = make_optimizer(optimizer_class, _probe(), spec.options)
+        self._makes_state = bool(self._optimizer.state)  # when it is built, as Adagrad does
         self._optimizer.state.clear()
         self._parameters: dict[int, torch.nn.Parameter] = {}
         self._states: dict[int, Any] = {}  # of slots that are updated on a copy
@@ -256,15 +258,15 @@ class OptimizerUpdater(Updater):
         slot is fused must not depend on the others of the call, for the kernel rounds in its own way.
         """
         groups: dict[tuple[bool, torch.device | None], list[int]] = {}
-        may_fuse = self._class in _FUSED_OPTIMIZERS and not {"fused", "foreach", "differentiable"} & set(
-            options
-        )
+        may_fuse = not {"fused", "foreach", "differentiable"} & set(options)
         for index, update in updates:
             parameter = self._parameters.get(update.slot)
             known = parameter is not None and bool(self._optimizer.state.get(parameter))
             known = known or bool(self._restored.get(update.slot))
             stored = update.stored
-            fused_on = stored.device if may_fuse and stored.dtype in _FUSED_DTYPES else None
+            fusing = _FUSED_ON_CPUS if stored.is_cpu else _FUSED_ON_GPUS
+            fuses = may_fuse and self._class in fusing and stored.dtype in _FUSED_DTYPES
+            fused_on = stored.device if fuses else None
             groups.setdefault((known, fused_on), []).append(index)
         return [(fused_on is not None, group) for (_, fused_on), group in groups.items()]
 
@@ -325,12 +327,20 @@ class OptimizerUpdater(Updater):
         self._optimizer.param_groups = [group]
         try:
             if _default_device_is_cpu():
-                self._optimizer.step()
+                self._take_step(group)
             else:  # what counts the steps is on the CPU all the same
                 with torch.device("cpu"):
-                    self._optimizer.step()
+                    self._take_step(group)
         finally:
             self._optimizer.param_groups = []
+
+    def _take_step(self, group: dict[str, Any]) -> None:
+        if self._makes_state:
+            new = [each for each in group["params"] if not self._optimizer.state.get(each)]
+            if new:
+                options = {**self.spec.options, "fused": True} if group.get("fused") else self.spec.options
+                self._optimizer.state.update(make_optimizer(self._class, new, options).state)
+        self._optimizer.step()
 
     def check_value(self, key: Key, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Raise InvalidValue if the optimizer refuses a parameter of this shape; Muon takes matrices only."""

@@ -202,26 +202,27 @@ def full(value: float, *shape: int, dtype: torch.dtype = torch.float32) -> torch
 
 def noise(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Return numbers of very different size, so that the order of a sum shows in its last bits."""
-    generator = torch.Generator().manual_seed(seed)
-    small = torch.randn(shape, generator=generator, dtype=torch.float64)
-    power = torch.randint(-8, 9, shape, generator=generator)
-    return (small * 2.0**power).to(dtype)
+    with torch.device("cpu"):  # which draws the same numbers wherever the tensor goes
+        generator = torch.Generator().manual_seed(seed)
+        small = torch.randn(shape, generator=generator, dtype=torch.float64)
+        power = torch.randint(-8, 9, shape, generator=generator)
+    return (small * 2.0**power).to(torch.get_default_device(), dtype)
 
 
 def same(actual: Any, expected: torch.Tensor | float, what: str = "value") -> None:
-    """Assert that a tensor equals `expected` bit for bit; a number stands for a tensor full of it."""
+    """Assert that a tensor equals `expected` bit for bit, on any device; a number is a tensor full of it."""
     assert isinstance(actual, torch.Tensor), f"{what} is a {type(actual).__name__}, not a tensor"
     if not isinstance(expected, torch.Tensor):
         expected = torch.full_like(actual, expected)
     assert actual.shape == expected.shape, f"{what} has shape {actual.shape}, not {expected.shape}"
     assert actual.dtype == expected.dtype, f"{what} has dtype {actual.dtype}, not {expected.dtype}"
-    assert torch.equal(actual, expected), f"{what} is {_short(actual)}, not {_short(expected)}"
+    assert torch.equal(actual.cpu(), expected.cpu()), f"{what} is {_short(actual)}, not {_short(expected)}"
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, what: str = "value", *, rtol: float = 1e-5) -> None:
-    """Assert that a tensor equals `expected` but for rounding."""
+    """Assert that a tensor equals `expected` but for rounding, on any device."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype, f"{what}: shape or dtype differ"
-    assert torch.allclose(actual, expected, rtol=rtol, atol=rtol * 1e-1), (
+    assert torch.allclose(actual.cpu(), expected.cpu(), rtol=rtol, atol=rtol * 1e-1), (
         f"{what} is {_short(actual)}, not {_short(expected)}"
     )
 
