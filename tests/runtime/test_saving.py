@@ -37,8 +37,9 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "rprop": (torch.optim.Rprop, {"lr": 0.01}),
     "asgd": (torch.optim.ASGD, {"lr": 0.01}),
     "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "centered": True, "momentum": 0.5}),
-    "adafactor": (torch.optim.Adafactor, {"lr": 0.01}),  # not element by element: values stay whole
 }
+if hasattr(torch.optim, "Adafactor"):  # not element by element: values stay whole
+    OPTIMIZERS["adafactor"] = (torch.optim.Adafactor, {"lr": 0.01})
 
 
 def start(kv: tensorkv.KVStore, name: str, folder: str | None, dtype: torch.dtype) -> None:

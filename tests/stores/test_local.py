@@ -27,6 +27,7 @@ from tensorkv.stores.local import CPU_KINDS, DEVICE_KINDS, LocalStore
 from tensorkv.work import Work
 
 ONE = torch.ones(3)
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 
 
 def make(kind: str = "local", reduction: Any = "sum") -> KVStore:
@@ -48,7 +49,9 @@ def refuse(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
 class TestMemory:
     """The store never keeps the caller's memory, and never writes to what was pushed."""
 
-    @pytest.mark.parametrize("settings", ["assign", "add", "function", "sgd", "adam", "muon"])
+    @pytest.mark.parametrize(
+        "settings", ["assign", "add", "function", "sgd", "adam", pytest.param("muon", marks=needs_muon)]
+    )
     @pytest.mark.parametrize("devices", [1, 3])
     @pytest.mark.parametrize("reduction", ["sum", "mean"])
     def test_pushed_tensors_stay_as_they_are_and_may_change_afterwards(
@@ -403,6 +406,7 @@ class TestSettings:
             kv.push("w", torch.ones(1))
         assert kv.pull("w").item() == -2.5
 
+    @needs_muon
     def test_values_are_checked_at_init_and_at_the_setting(self, kv: KVStore) -> None:
         kv.init(["m", "v"], [torch.zeros(2, 2), ONE])
         with pytest.raises(InvalidValue, match="'v'"):

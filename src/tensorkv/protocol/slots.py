@@ -57,7 +57,7 @@ class SlotAllocator:
             return Slot(torch.empty(num_elems, dtype=dtype, device="cpu")), 0
         slot, used = self._open.get(dtype, (None, 0))
         if slot is None or used + num_elems > slot.tensor.numel():
-            elems = torch.zeros(SHARED_SLOT_BYTES // dtype.itemsize, dtype=dtype, device="cpu")
-            slot, used = Slot(elems), 0
+            zeros = torch.zeros(SHARED_SLOT_BYTES, dtype=torch.uint8, device="cpu")
+            slot, used = Slot(zeros.view(dtype)), 0  # older torch cannot fill every dtype with zeros
         self._open[dtype] = (slot, used + num_elems)
         return slot, used

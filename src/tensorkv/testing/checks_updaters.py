@@ -56,6 +56,8 @@ def check_optimizers_by_class(maker: StoreMaker) -> None:
 
     def work(kv: KVStore) -> None:
         for name, options in OPTIMIZERS.items():
+            if not hasattr(torch.optim, name):  # Adafactor came with torch 2.5
+                continue
             start = noise(3, 4, 5, dtype=torch.float64)
             kv.init(name, start, whole=True)
             kv.set_optimizer(getattr(torch.optim, name), **options)
