@@ -24,6 +24,7 @@ _traits = attrgetter("is_cpu", "requires_grad", "layout", "dtype")
 _PLAIN = (True, False, torch.strided)
 _TENSORS = {torch.Tensor}
 _plain_seen: set[tuple[Any, ...]] = set()  # traits of tensors that need no preparation
+_plain_outs_seen: set[tuple[Any, ...]] = set()  # and of outs; complex ones may be conjugated as they are read
 
 
 class _Absent(enum.Enum):
@@ -249,11 +250,10 @@ def pull_batch_of(pushed: PushBatch, key: Any, out: Any, known_type: type | None
 
 def _batch_into(keys: tuple[Key, ...], values: list[Any], form: Form, given: Any) -> PullBatch:
     if (
-        _are_plain(values)
+        _are_plain(values, outs=True)
         and all(map(torch.Tensor.is_contiguous, values))
         and not any(map(torch.Tensor.is_neg, values))
         and not any(map(torch.Tensor.is_inference, values))
-        and not any(map(torch.Tensor.is_complex, values))  # those may be conjugated as they are read
     ):
         return PullBatch(keys, None, form, given, values)
     outs = [_out_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
@@ -281,16 +281,19 @@ def _singles(tensors: list[list[torch.Tensor]]) -> list[torch.Tensor] | None:
     return None
 
 
-def _are_plain(values: list[Any]) -> bool:
+def _are_plain(values: list[Any], outs: bool = False) -> bool:
     """Whether all are CPU tensors that need no preparation. A few vector operations, for a list of many."""
     if set(map(type, values)) != _TENSORS:
         return False
-    if _plain_seen.issuperset(map(_traits, values)):
+    seen = _plain_outs_seen if outs else _plain_seen
+    if seen.issuperset(map(_traits, values)):
         return True
     found = set(map(_traits, values))
     if any(traits[:3] != _PLAIN or traits[3] in REFUSED_DTYPES for traits in found):
         return False
-    _plain_seen.update(found)  # as many as there are dtypes
+    if outs and any(traits[3].is_complex for traits in found):
+        return False
+    seen.update(found)  # as many as there are dtypes
     return True
 
 
