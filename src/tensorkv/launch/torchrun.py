@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _KEEPER_START_S = 60.0
 _CONNECT_S = 5.0  # a signal is seen only in between
-_LEAST_CONNECT_S = 0.5
+_LEAST_CONNECT_S = 1.0  # torch before 2.6 takes whole seconds only
 _POLL_S = 0.02
 _MAX_TOKEN_BYTES = 1024
 

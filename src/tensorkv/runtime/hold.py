@@ -28,7 +28,7 @@ class Hold:
         self._job = job
         self._store = store
         self._timeout_s = timeout_s
-        self._calls = threading.Lock()  # held by the call that is under way
+        self._calls = threading.RLock()  # held by the call that is under way
         self._over = threading.Event()
         self._over.set()
         self.on = False  # a plain attribute: every push looks at it
@@ -51,11 +51,14 @@ class Hold:
 
     @contextmanager
     def back(self) -> Iterator[None]:
-        """Hold changes back, within `one_call`. Those already begun are on their way to every server."""
-        with self._job.order:
-            self.on = True
-            self._over.clear()
+        """Hold changes back, within `one_call`. Those already begun are on their way to every server.
+
+        Within `Job.whole`, too: Ctrl-C as it ends may leave them held back.
+        """
         try:
+            with self._job.order:
+                self.on = True
+                self._over.clear()
             yield
         finally:
             with self._job.order:

@@ -212,7 +212,10 @@ class Job:
 
 @final
 class _Whole:
-    """`with job.order, job.whole:` sends several messages that belong together; see `broken_off`."""
+    """What others, or other threads, rely on to be done whole; see `broken_off`.
+
+    `with job.order, job.whole:` sends several messages that belong together.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job = job

@@ -210,7 +210,7 @@ class StateTransfer:
             self._ask_all(lambda n: m.PrepareRestore(n, self._store, settings, codes), what)
             send(reply.entries)
             self._ask_all(lambda n: m.FinishRestore(n, self._store), what)
-        except TensorKVError:
+        except Exception:
             if self._job.failure() is None:
                 self._delete(reply.entries)
             raise

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import final
 
 from tensorkv.errors import PeerLostError, TensorKVError, WaitTimeout, again
@@ -173,14 +173,18 @@ def scheduler_lost_error(host: str, cause: BaseException) -> PeerLostError:
 
 
 @contextmanager
-def taken(lock: threading.Lock, wait: Wait) -> Iterator[None]:
-    """Hold a lock that another call may hold for long. Raises what `wait.tick` does while it is not free."""
-    while not lock.acquire(timeout=TICK_S):
-        wait.tick()
+def taken(lock: threading.RLock, wait: Wait) -> Iterator[None]:
+    """Hold a lock that another call may hold for long. Raises what `wait.tick` does while it is not free.
+
+    The lock is of those that know their thread: Ctrl-C may come when it is taken and nothing yet knows.
+    """
     try:
+        while not lock.acquire(timeout=TICK_S):
+            wait.tick()
         yield
     finally:
-        lock.release()
+        with suppress(RuntimeError):  # this thread has not got it
+            lock.release()
 
 
 def broken_off_error(exc: BaseException) -> PeerLostError:

@@ -80,7 +80,7 @@ class DistStore(KVStore):
         self._job = job
         self._embedded = embedded
         self._is_async = kind == "dist_async"
-        self._setting = threading.Lock()  # held while a setting is made: each builds on the one before
+        self._setting = threading.RLock()  # held while a setting is made: each builds on the one before
         self._settings = SettingsTable()
         policy = "async" if self._is_async else "sync"
         at_loss = on_worker_loss or ("continue" if self._is_async else "fail")
@@ -133,17 +133,21 @@ class DistStore(KVStore):
             for key, value in zip(keys, values, strict=True)
         ]
         what = f"init of {keys[0]!r}"
-        reply = self._job.control.request(
-            lambda n: m.ProposeInit(n, self._store, specs), what, self._timeout_s, self._store
-        )
-        check_init(reply, specs)
-        created = [
-            (entry, value)
-            for entry, value, lead in zip(reply.entries, values, reply.lead, strict=True)
-            if lead
-        ]
-        if created:
-            self._lead_init(created, what)
+        failed: BaseException | None = None
+        with self._job.whole:
+            reply = self._job.control.request(
+                lambda n: m.ProposeInit(n, self._store, specs), what, self._timeout_s, self._store
+            )
+            check_init(reply, specs)
+            created = [
+                (entry, value)
+                for entry, value, lead in zip(reply.entries, values, reply.lead, strict=True)
+                if lead
+            ]
+            if created:
+                failed = self._lead_init(created, what)
+        if failed is not None:
+            raise failed
         self._table.learn(reply.entries)
 
     def _check_new(self, key: Key, value: torch.Tensor) -> None:
@@ -151,17 +155,28 @@ class DistStore(KVStore):
             check_has_mean(key, value.dtype)
         self._settings.setting(key).updater.check_value(key, value.shape, value.dtype)
 
-    def _lead_init(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> None:
+    def _lead_init(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> BaseException | None:
         """Store the values of keys this rank creates on the servers, and tell the scheduler."""
         key_ids = [entry.key_id for entry, _ in created]
+        failed = self._attempted(lambda: self._send_values(created, what))
+        self._conclude(m.ConcludeInit(0, self._store, key_ids, _told(failed)), what)
+        return failed
+
+    def _attempted(
+        self, lead: Callable[[], Any], errors: type[BaseException] = BaseException
+    ) -> BaseException | None:
+        """Do what this rank leads, and return the error if there was one; raise it if the job is broken.
+
+        Ctrl-C is one, too: the scheduler can still be told, so that nobody waits for what will not come. Who
+        is broken off between the request that may make it the leader and that leaves the job (`Job.whole`).
+        """
         try:
-            self._send_values(created, what)
-        except BaseException as error:  # Ctrl-C too: nobody is to wait for these keys
+            lead()
+        except errors as error:
             if self._job.failure() is not None:
                 raise
-            self._conclude(m.ConcludeInit(0, self._store, key_ids, to_wire(error)), what)
-            raise
-        self._conclude(m.ConcludeInit(0, self._store, key_ids, None), what)
+            return error
+        return None
 
     def _conclude(self, message: m.ConcludeInit | m.ConcludeSetting | m.ConcludeTogether, what: str) -> None:
         """Tell the scheduler how what this rank leads has ended, and wait until it knows."""
@@ -540,11 +555,16 @@ class DistStore(KVStore):
                 table.set_updater(built, record.keys)
             if record.options is not None:
                 self._check_options(table, record)
-            reply = self._job.control.request(
-                lambda n: m.ProposeSetting(n, self._store, record), "a setting", self._timeout_s, self._store
-            )
-            if reply.lead:
-                self._lead_setting(reply.number, record)
+            failed: BaseException | None = None
+            what = "a setting"
+            with self._job.whole:
+                reply = self._job.control.request(
+                    lambda n: m.ProposeSetting(n, self._store, record), what, self._timeout_s, self._store
+                )
+                if reply.lead:
+                    failed = self._lead_setting(reply.number, record, what)
+            if failed is not None:
+                raise failed
             self._settings = table
 
     def _one_setting(self) -> AbstractContextManager[None]:
@@ -557,26 +577,23 @@ class DistStore(KVStore):
         assert record.options is not None
         table.set_options(record.options, record.keys)
 
-    def _lead_setting(self, number: int, record: m.SettingRecord) -> None:
+    def _lead_setting(self, number: int, record: m.SettingRecord, what: str) -> BaseException | None:
         """Make a setting on all servers, and tell the scheduler."""
-        what = "a setting"
-        try:
-            self._job.ask_all(
+        failed = self._attempted(
+            lambda: self._job.ask_all(
                 lambda n: m.PrepareSetting(n, self._store, number, record), what, self._timeout_s, self._store
             )
-        except BaseException as error:  # Ctrl-C too: nobody is to wait for it
-            if self._job.failure() is not None:
-                raise
-            self._conclude(m.ConcludeSetting(0, self._store, number, to_wire(error)), what)
-            raise
-        with self._hold.turn(what):
-            self._job.check_open(self._store)
-            for link in self._job.links:
-                link.put(m.ActivateSetting(self._store, number))
-        # In async mode another rank's push may come before the setting, unless it waits for this. And a
-        # setting is concluded when it is on its way no more, so that the loss of this worker undoes nothing.
-        self._job.ask_all(lambda n: m.Flush(n, self._store), what, self._timeout_s, self._store)
-        self._conclude(m.ConcludeSetting(0, self._store, number, None), what)
+        )
+        if failed is None:
+            with self._hold.turn(what):
+                self._job.check_open(self._store)
+                for link in self._job.links:
+                    link.put(m.ActivateSetting(self._store, number))
+            # In async mode another rank's push may come before the setting, unless it waits for this. And a
+            # setting is concluded when it is on its way no more: the loss of this worker undoes nothing.
+            self._job.ask_all(lambda n: m.Flush(n, self._store), what, self._timeout_s, self._store)
+        self._conclude(m.ConcludeSetting(0, self._store, number, _told(failed)), what)
+        return failed
 
     # ---- state -----------------------------------------------------------------------------------
 
@@ -611,34 +628,45 @@ class DistStore(KVStore):
             self._job.control.request(
                 lambda n: m.Together(n, self._store, call, only_meet=True), call, self._timeout_s, self._store
             )
-            with self._hold.back():
+            with self._job.whole, self._hold.back():
                 self._flush(self._timeout_s)  # all that was begun before has arrived on every server
-                self._lead_or_follow(call, lead)
+                failed = self._lead_or_follow(call, lead, BaseException)
+        if failed is not None:
+            raise failed
 
     def _together(self, call: str, lead: Callable[[], SavedSettings | None]) -> None:
         """Let all workers arrive, the lowest rank do it, and all know what came of it."""
         with self._hold.one_call(call):
             self._pusher.await_deferred(list(self._table.states.values()), call)
             self._flush(self._timeout_s)  # what this worker has pushed has arrived
-            self._lead_or_follow(call, lead)
+            with self._job.whole:  # Ctrl-C too: it may come when some servers have changed, and some have not
+                failed = self._lead_or_follow(call, lead, Exception)
+        if failed is not None:
+            raise failed
 
-    def _lead_or_follow(self, call: str, lead: Callable[[], SavedSettings | None]) -> None:
+    def _lead_or_follow(
+        self, call: str, lead: Callable[[], SavedSettings | None], errors: type[BaseException]
+    ) -> BaseException | None:
+        """Return the error with which the lead of this rank has ended; raise that of another rank's."""
         reply = self._job.control.request(
             lambda n: m.Together(n, self._store, call, only_meet=False), call, self._timeout_s, self._store
         )
         settings: SavedSettings | None = reply.settings
         if reply.lead:
-            try:
+
+            def led() -> None:
+                nonlocal settings
                 settings = lead()
-            except BaseException as error:
-                if self._job.failure() is None:
-                    self._conclude(m.ConcludeTogether(0, self._store, to_wire(error), None), call)
-                raise
-            self._conclude(m.ConcludeTogether(0, self._store, None, settings), call)
+
+            failed = self._attempted(led, errors)
+            self._conclude(m.ConcludeTogether(0, self._store, _told(failed), settings), call)
+            if failed is not None:
+                return failed
         if settings is not None:
             with self._one_setting():
                 self._settings = restored_settings(settings, self._settings)
             self._table.forget(list(self._table.states.values()))
+        return None
 
     # ---- together --------------------------------------------------------------------------------
 
@@ -780,6 +808,11 @@ def _held_weakly(method: Callable[[KeyState], None]) -> Callable[[KeyState], Non
             bound(state)
 
     return call
+
+
+def _told(failed: BaseException | None) -> tuple[str, str] | None:
+    """Return an error as the scheduler is told of it."""
+    return None if failed is None else to_wire(failed)
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
