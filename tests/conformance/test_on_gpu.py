@@ -53,11 +53,15 @@ class OnGpu:
         return self.maker.run(work, num_workers, **create_options)
 
 
+UNFIT = {
+    "use_in_a_forked_child",  # which can make no tensor on a GPU
+    "muon_for_matrices",  # it computes in bfloat16, and a GPU rounds in its own way
+}
 CASES = [
     pytest.param(OnGpu(maker), case, id=f"{maker.kind}-{type(maker).__name__}-{case.name}")
     for maker in [*LOCAL, *EMBEDDED, *JOBS]
     for case in applicable(maker)
-    if case.name != "use_in_a_forked_child"  # which can make no tensor on a GPU
+    if case.name not in UNFIT
 ]
 
 
