@@ -178,5 +178,5 @@ def test_one_call_of_all_at_a_time(bench: Bench, tmp_path: Path) -> None:
 def test_one_call_has_a_deadline() -> None:
     bench = Bench("dist_sync", timeout_s=0.3)
     with bench.hold.one_call("a test"), pytest.raises(WaitTimeout, match="which saves or loads"):
-        bench.kv.state_dict()
+        bench.pool.submit(bench.kv.state_dict).result(DEADLINE_S)
     bench.close()

@@ -6,6 +6,7 @@ import errno
 import logging
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -259,10 +260,19 @@ def test_why_a_connection_ended_is_said_in_plain_words(cause: Exception, text: s
 
 
 def test_a_lock_that_is_not_free_is_waited_for_with_a_deadline() -> None:
-    lock = threading.Lock()
-    with taken(lock, Wait("a call", 20.0, lambda: None)):
-        assert lock.locked()
-        late = Wait("a call", 0.0, lambda: None, whom=lambda: "another thread")
-        with pytest.raises(WaitTimeout, match="a call did not finish .*another thread"), taken(lock, late):
-            raise AssertionError("it is not free")
-    assert not lock.locked()
+    lock = threading.RLock()
+
+    def take() -> str:
+        """Take it in another thread, with no patience; return what came of it."""
+        try:
+            with taken(lock, Wait("a call", 0.0, lambda: None, whom=lambda: "another thread")):
+                return "taken"
+        except WaitTimeout as exc:
+            return str(exc)
+
+    with ThreadPoolExecutor(1) as pool:
+        with taken(lock, Wait("a call", 20.0, lambda: None)):
+            for _ in range(2):  # whoever has not got it does not set it free
+                text = pool.submit(take).result(20.0)
+                assert text == "a call did not finish within 0 s: waiting for another thread"
+        assert pool.submit(take).result(20.0) == "taken"
