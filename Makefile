@@ -1,6 +1,6 @@
 # Everything a developer runs. Each target makes the virtual environment first, once.
 #   make demo      train a small network on real images, 4 workers and 2 servers on this machine
-#   make test      run the tests
+#   make test      run the tests but those marked slow, within six minutes on two cores
 #   make check     what must pass before a change is merged
 # PIP_ARGS is passed on to pip, for an index or a cache of your own: make test PIP_ARGS="--index-url ..."
 
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint types format check coverage bench clean
+.PHONY: setup demo test test-all lint types format check coverage bench clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,9 @@ demo: setup
 
 # Two at a time: many tests wait for processes of their own. TESTS=path runs some.
 test: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(TESTS)
+
+test-all: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 lint: setup
@@ -40,7 +43,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: lint types test
+check: lint types test-all
 
 coverage: setup
 	$(BIN)/coverage erase

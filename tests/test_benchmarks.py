@@ -164,6 +164,7 @@ def test_command_writes_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "floor" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_dist_is_measured() -> None:
     case = next(pushpull.quick(case) for case in pushpull.CASES if case.name == "dist-sgd")
@@ -215,6 +216,7 @@ def test_required_ratio_is_judged_for_mxnet(theirs: float, reached: bool) -> Non
 # ---- starting a job ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(150)
 def test_a_start_is_measured_and_the_launcher_does_without_torch(capsys: pytest.CaptureFixture[str]) -> None:
@@ -299,6 +301,7 @@ def test_a_soak_sees_one_wrong_element() -> None:
             trial.check([key], [value])
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(150)
 def test_a_short_run_is_watched(capsys: pytest.CaptureFixture[str]) -> None:

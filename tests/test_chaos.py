@@ -38,6 +38,7 @@ def job(tmp_path: Path) -> chaos.ChaosJob:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(300)  # a dozen jobs or more, each of which starts torch in up to six processes
 def test_twelve_kills() -> None:

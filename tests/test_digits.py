@@ -181,6 +181,7 @@ def test_script_in_one_process_recognises_97_per_cent() -> None:
     assert last == f"local, 1 worker(s): {epochs[-1][1]:.2f}% of the test images right"
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("kind", ["dist_sync", "dist_async"])
@@ -192,6 +193,7 @@ def test_script_in_a_job(kind: str) -> None:
     assert last == f"[worker 0] {kind}, 2 worker(s): {epochs[1][1]:.2f}% of the test images right"
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(180)
 def test_script_under_torchrun() -> None:
@@ -208,6 +210,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         return {str(key): kv.pull(key) for key in kv.keys()}  # noqa: SIM118  (a store is no dict)
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(180)
 def test_script_killed_in_the_middle_goes_on_where_it_was(tmp_path: Path) -> None:

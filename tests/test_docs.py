@@ -133,7 +133,11 @@ def _matches(expected: str, printed: str) -> bool:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page.name == "launching.md" else ()) for page in PAGES],
+    ids=lambda page: page.name,
+)
 def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": f"docs_{page.stem.replace('-', '_')}"}

@@ -192,6 +192,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "code", "ended", "cause"), ORDERS, ids=["raise", "exit"])
 def test_a_worker_that_fails_ends_the_job(
     tmp_path: Path, how: str, code: str, ended: str, cause: str
@@ -230,6 +231,7 @@ def test_a_killed_launcher_takes_all_with_it(tmp_path: Path) -> None:
     assert status == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_failure_under_spawn_ends_the_job(tmp_path: Path) -> None:
     with started("spawn", "spawn", tmp_path) as job:
         lost_at = time.monotonic()
@@ -242,6 +244,7 @@ def test_a_failure_under_spawn_ends_the_job(tmp_path: Path) -> None:
     assert status == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lost", "text"),
     [

@@ -126,6 +126,7 @@ def test_workers_share_a_value_and_an_updater_of_the_script(tmp_path: Path) -> N
     assert sorted(out) == ["0 0 of 2: [16.0, 16.0]", "1 1 of 2: [16.0, 16.0]", "left: 0"]
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
@@ -154,6 +155,7 @@ def test_a_job_that_survives_a_failure_ends_first(tmp_path: Path) -> None:
     assert (status, out) == (0, ["0: [1.0, 1.0]", text]), err
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

@@ -348,6 +348,7 @@ def test_torchrun_starts_all_that_is_needed_beside_a_process_group(tmp_path: Pat
     assert out == [f"{rank} of 2 [-3.0, -3.0]" for rank in (0, 0, 1, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("victim", [0, 1])
@@ -366,6 +367,7 @@ def test_a_killed_worker_is_named_and_the_next_attempt_is_a_new_job(tmp_path: Pa
     assert token_files() <= before
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("order", ["beside(); shared('one')", "shared('one'); beside()"])
@@ -381,6 +383,7 @@ def test_rank_0_holds_the_store_where_no_agent_does(tmp_path: Path, order: str) 
     ], ends
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize(("asked", "expected"), [(None, 2), ("3", 3)])
@@ -397,6 +400,7 @@ def test_each_host_has_servers(tmp_path: Path, agent: Agent, asked: str | None, 
         assert (status, out) == (0, [f"{rank} of 2 [-3.0, -3.0]", str(expected)]), err
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(150)
 def test_a_torchrun_that_is_ended_leaves_nothing(tmp_path: Path) -> None:
