@@ -107,6 +107,7 @@ print("sum", int(kv.pull("w")[0]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "policy"), [("dist_async", ""), ("dist_sync", "continue")])
 def test_where_stores_say_so_the_others_go_on_and_the_job_fails_at_its_end(
     tmp_path: Path, kind: str, policy: str

@@ -103,6 +103,7 @@ def test_term_to_a_worker_is_leaving(tmp_path: Path) -> None:
     assert status == 0
 
 
+@pytest.mark.slow
 def test_term_to_a_server_is_a_loss_with_a_name(tmp_path: Path) -> None:
     with started(tmp_path, ONE_SLEEPS) as job:
         job.process.send_signal(signal.SIGUSR1)

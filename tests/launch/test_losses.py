@@ -208,6 +208,7 @@ def test_a_worker_that_fails_ends_the_job(
     assert status == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("role", "rank", "expected"), [("worker", 1, 137), ("server", 0, 1)])
 def test_a_killed_process_ends_the_job(tmp_path: Path, role: str, rank: int, expected: int) -> None:
     with started("run", "plain", tmp_path, num_workers=3 if role == "worker" else 2) as job:

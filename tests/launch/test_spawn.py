@@ -147,6 +147,7 @@ def test_the_first_failure_is_raised(tmp_path: Path, how: str, first: str, last:
         assert any("in work" in line for line in out)
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(120)
 def test_a_job_that_survives_a_failure_ends_first(tmp_path: Path) -> None:
