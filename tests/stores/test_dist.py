@@ -257,6 +257,21 @@ def test_a_closed_store_is_freed_at_once_with_the_memory_of_its_plans() -> None:
         cluster.stop()
 
 
+def test_the_values_of_a_refused_init_are_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DistStore, "_send_values", refuse)
+    value = ones()
+    kept = weakref.ref(value)
+    with open_dist("dist_sync", embedded=True) as kv:
+        gc.disable()
+        try:
+            with pytest.raises(ArithmeticError, match="not today"):
+                kv.init("w", value)
+            del value
+            assert kept() is None
+        finally:
+            gc.enable()
+
+
 def refuse(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
     raise ArithmeticError("not today")
 

@@ -62,6 +62,29 @@ if TYPE_CHECKING:  # a worker needs no scheduler and no server, unless it is a j
 
 
 @final
+class _Led:
+    """How something that this rank led has ended."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+    def told(self) -> tuple[str, str] | None:
+        """Return the error as the scheduler is told of it."""
+        return None if self.error is None else to_wire(self.error)
+
+    def check(self) -> None:
+        """Raise the error if there was one. Nothing keeps it: its traceback holds what was sent."""
+        error, self.error = self.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
+
+
+@final
 class DistStore(KVStore):
     """A store on servers. The contract is that of `KVStore`."""
 
@@ -133,7 +156,7 @@ class DistStore(KVStore):
             for key, value in zip(keys, values, strict=True)
         ]
         what = f"init of {keys[0]!r}"
-        failed: BaseException | None = None
+        led = _Led()
         with self._job.whole:
             reply = self._job.control.request(
                 lambda n: m.ProposeInit(n, self._store, specs), what, self._timeout_s, self._store
@@ -145,9 +168,8 @@ class DistStore(KVStore):
                 if lead
             ]
             if created:
-                failed = self._lead_init(created, what)
-        if failed is not None:
-            raise failed
+                led = self._lead_init(created, what)
+        led.check()
         self._table.learn(reply.entries)
 
     def _check_new(self, key: Key, value: torch.Tensor) -> None:
@@ -155,28 +177,26 @@ class DistStore(KVStore):
             check_has_mean(key, value.dtype)
         self._settings.setting(key).updater.check_value(key, value.shape, value.dtype)
 
-    def _lead_init(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> BaseException | None:
+    def _lead_init(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> _Led:
         """Store the values of keys this rank creates on the servers, and tell the scheduler."""
         key_ids = [entry.key_id for entry, _ in created]
-        failed = self._attempted(lambda: self._send_values(created, what))
-        self._conclude(m.ConcludeInit(0, self._store, key_ids, _told(failed)), what)
-        return failed
+        led = self._lead(lambda: self._send_values(created, what))
+        self._conclude(m.ConcludeInit(0, self._store, key_ids, led.told()), what)
+        return led
 
-    def _attempted(
-        self, lead: Callable[[], Any], errors: type[BaseException] = BaseException
-    ) -> BaseException | None:
-        """Do what this rank leads, and return the error if there was one; raise it if the job is broken.
+    def _lead(self, lead: Callable[[], Any], errors: type[BaseException] = BaseException) -> _Led:
+        """Do what this rank leads, and return how it has ended; raise the error if the job is broken.
 
-        Ctrl-C is one, too: the scheduler can still be told, so that nobody waits for what will not come. Who
-        is broken off between the request that may make it the leader and that leaves the job (`Job.whole`).
+        Ctrl-C is an error, too: the scheduler can still be told, so that nobody waits for what will not come.
+        Between the request that may make this rank the leader and `lead` it can not: see `Job.whole`.
         """
         try:
             lead()
         except errors as error:
             if self._job.failure() is not None:
                 raise
-            return error
-        return None
+            return _Led(error)
+        return _Led()
 
     def _conclude(self, message: m.ConcludeInit | m.ConcludeSetting | m.ConcludeTogether, what: str) -> None:
         """Tell the scheduler how what this rank leads has ended, and wait until it knows."""
@@ -555,16 +575,15 @@ class DistStore(KVStore):
                 table.set_updater(built, record.keys)
             if record.options is not None:
                 self._check_options(table, record)
-            failed: BaseException | None = None
+            led = _Led()
             what = "a setting"
             with self._job.whole:
                 reply = self._job.control.request(
                     lambda n: m.ProposeSetting(n, self._store, record), what, self._timeout_s, self._store
                 )
                 if reply.lead:
-                    failed = self._lead_setting(reply.number, record, what)
-            if failed is not None:
-                raise failed
+                    led = self._lead_setting(reply.number, record, what)
+            led.check()
             self._settings = table
 
     def _one_setting(self) -> AbstractContextManager[None]:
@@ -577,14 +596,14 @@ class DistStore(KVStore):
         assert record.options is not None
         table.set_options(record.options, record.keys)
 
-    def _lead_setting(self, number: int, record: m.SettingRecord, what: str) -> BaseException | None:
+    def _lead_setting(self, number: int, record: m.SettingRecord, what: str) -> _Led:
         """Make a setting on all servers, and tell the scheduler."""
-        failed = self._attempted(
+        led = self._lead(
             lambda: self._job.ask_all(
                 lambda n: m.PrepareSetting(n, self._store, number, record), what, self._timeout_s, self._store
             )
         )
-        if failed is None:
+        if led.error is None:
             with self._hold.turn(what):
                 self._job.check_open(self._store)
                 for link in self._job.links:
@@ -592,8 +611,8 @@ class DistStore(KVStore):
             # In async mode another rank's push may come before the setting, unless it waits for this. And a
             # setting is concluded when it is on its way no more: the loss of this worker undoes nothing.
             self._job.ask_all(lambda n: m.Flush(n, self._store), what, self._timeout_s, self._store)
-        self._conclude(m.ConcludeSetting(0, self._store, number, _told(failed)), what)
-        return failed
+        self._conclude(m.ConcludeSetting(0, self._store, number, led.told()), what)
+        return led
 
     # ---- state -----------------------------------------------------------------------------------
 
@@ -630,9 +649,8 @@ class DistStore(KVStore):
             )
             with self._job.whole, self._hold.back():
                 self._flush(self._timeout_s)  # all that was begun before has arrived on every server
-                failed = self._lead_or_follow(call, lead, BaseException)
-        if failed is not None:
-            raise failed
+                led = self._lead_or_follow(call, lead, BaseException)
+        led.check()
 
     def _together(self, call: str, lead: Callable[[], SavedSettings | None]) -> None:
         """Let all workers arrive, the lowest rank do it, and all know what came of it."""
@@ -640,33 +658,31 @@ class DistStore(KVStore):
             self._pusher.await_deferred(list(self._table.states.values()), call)
             self._flush(self._timeout_s)  # what this worker has pushed has arrived
             with self._job.whole:  # Ctrl-C too: it may come when some servers have changed, and some have not
-                failed = self._lead_or_follow(call, lead, Exception)
-        if failed is not None:
-            raise failed
+                led = self._lead_or_follow(call, lead, Exception)
+        led.check()
 
     def _lead_or_follow(
         self, call: str, lead: Callable[[], SavedSettings | None], errors: type[BaseException]
-    ) -> BaseException | None:
-        """Return the error with which the lead of this rank has ended; raise that of another rank's."""
+    ) -> _Led:
+        """Return how the lead of this rank has ended; raise the error with which another's has."""
         reply = self._job.control.request(
             lambda n: m.Together(n, self._store, call, only_meet=False), call, self._timeout_s, self._store
         )
         settings: SavedSettings | None = reply.settings
+        led = _Led()
         if reply.lead:
 
-            def led() -> None:
+            def keep_settings() -> None:
                 nonlocal settings
                 settings = lead()
 
-            failed = self._attempted(led, errors)
-            self._conclude(m.ConcludeTogether(0, self._store, _told(failed), settings), call)
-            if failed is not None:
-                return failed
+            led = self._lead(keep_settings, errors)
+            self._conclude(m.ConcludeTogether(0, self._store, led.told(), settings), call)
         if settings is not None:
             with self._one_setting():
                 self._settings = restored_settings(settings, self._settings)
             self._table.forget(list(self._table.states.values()))
-        return None
+        return led
 
     # ---- together --------------------------------------------------------------------------------
 
@@ -808,11 +824,6 @@ def _held_weakly(method: Callable[[KeyState], None]) -> Callable[[KeyState], Non
             bound(state)
 
     return call
-
-
-def _told(failed: BaseException | None) -> tuple[str, str] | None:
-    """Return an error as the scheduler is told of it."""
-    return None if failed is None else to_wire(failed)
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
