@@ -95,6 +95,7 @@ class HostilePeers:
         ]
         self._connections: dict[int, InprocConnection] = {}
         self._sent: dict[int, list[tuple[bytes, bytes]]] = {}
+        self._stores = {1}  # those that the worker has joined, and the one that it will
         self._ended = False
         self._listeners = [listen("inproc") for _ in range(1 + NUM_SERVERS)]
         for rank, listener in enumerate(self._listeners[1:]):
@@ -167,6 +168,8 @@ class HostilePeers:
         connection.receive(sink)
         with self._lock:
             if server == SCHEDULER:
+                if getattr(messages[0], "store", 1) not in self._stores:
+                    raise ProtocolError("it believes in a store that there is not: nobody would answer")
                 self._membership.handle("worker", 0, messages[0])
                 self._flush_scheduler()
             else:
@@ -177,6 +180,8 @@ class HostilePeers:
         self._membership.out.clear()
         for role, rank, message in out:
             if role == "worker":
+                if isinstance(message, m.Joined):
+                    self._stores.add(message.store)
                 self._send(SCHEDULER, encode(message), b"")
             elif isinstance(message, m.CommitDecision):
                 self._answer(rank, self._servers[rank].decide_commit(message))
