@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,11 +75,23 @@ def started(tmp_path: Path, script: str) -> Iterator[Started]:
             process.communicate(timeout=DEADLINE_S)
 
 
+def wait_until_asleep(pid: int) -> None:
+    """Wait until the main thread of a process that was stopped has run, and sleeps again.
+
+    Until then the kernel gives a signal to another thread, and the main thread, which alone runs Python's
+    handlers, does not wake.
+    """
+    deadline = time.monotonic() + DEADLINE_S
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        assert time.monotonic() < deadline, "it does not go on"
+
+
 def test_the_log_and_a_report_say_who_waits_for_whom(tmp_path: Path) -> None:
     with started(tmp_path, ONE_SLEEPS) as job:
         os.kill(job.pids[1], signal.SIGSTOP)  # it is waited for, not lost
         job.line_with(r"^\[worker 0\] pull of 'w': waiting for worker 1, round 1 of 'w', \d+ s$")
         os.kill(job.pids[1], signal.SIGCONT)
+        wait_until_asleep(job.pids[1])
         job.process.send_signal(signal.SIGUSR1)
         patterns = [
             r"^tensorkv: nothing waits at the scheduler",
