@@ -34,15 +34,15 @@ class Case:
         return self.num_servers > 0
 
 
-def tensorkv_job(case: Case) -> list[Process]:
+def tensorkv_job(case: Case, transport: str = "tcp") -> list[Process]:
     """Return TensorKV's job: the launcher starts the rest, in one process the script itself is all."""
     script = python_script("tensorkvsteps.py", f"--kind={case.kind}", *case.plan.arguments())
     env = _checkout_first() | threads_env(case.num_workers)
     if not case.is_dist:
         return [Process(name="tensorkv", command=script, env=env)]
     launcher = [sys.executable, "-m", "tensorkv", "run"]
-    sizes = ["-n", str(case.num_workers), "-s", str(case.num_servers), "--"]
-    return [Process(name="tensorkv run", command=[*launcher, *sizes, *script], env=env)]
+    options = ["-n", str(case.num_workers), "-s", str(case.num_servers), "--transport", transport, "--"]
+    return [Process(name="tensorkv run", command=[*launcher, *options, *script], env=env)]
 
 
 def mxnet_job(case: Case, python: str) -> list[Process]:

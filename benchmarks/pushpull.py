@@ -6,7 +6,8 @@ two calls with lists of keys, "pushpull" is one). Every result is checked. Cases
 {cases}
 
 Each system does some steps in a job of its own, then the next one, and so on for several rounds, since
-machines drift; ratios are taken within a round. MXNet's ratio is to TensorKV's step of the same name,
+machines drift; ratios are taken within a round. "tensorkv" goes over TCP, as MXNet and gloo do, and
+"tensorkv-shm" through shared memory. MXNet's ratio is to TensorKV's step of the same name,
 any other's to its pushpull; more than 1 means that TensorKV is faster.
 
     python benchmarks/pushpull.py            TensorKV and the floor
@@ -33,7 +34,8 @@ from rich.console import Console
 from steps import Plan
 from tables import Row, as_json, markdown, terminal_table, this_machine
 
-SYSTEMS = ("tensorkv", "mxnet", "gloo", "floor")
+SYSTEMS = ("tensorkv", "tensorkv-shm", "mxnet", "gloo", "floor")
+OURS = ("tensorkv", "tensorkv-shm", "floor")
 JOB_TIMEOUT_S = 300.0
 
 Times = dict[str, list[list[float]]]
@@ -43,7 +45,7 @@ Times = dict[str, list[list[float]]]
 def _dist(name: str, title: str, plan: Plan, required: float | None = None) -> Case:
     return Case(
         name=name,
-        title=f"dist_sync over TCP, 2 workers, 2 servers: {title}",
+        title=f"dist_sync, 2 workers, 2 servers: {title}",
         kind="dist_sync",
         plan=plan,
         num_workers=2,
@@ -90,6 +92,8 @@ def job_makers(case: Case, systems: Sequence[str], mxnet: str | None, folder: Pa
     for system in systems:
         if system == "tensorkv":
             makers[system] = tensorkv_job
+        elif system == "tensorkv-shm" and case.is_dist:
+            makers[system] = lambda case: tensorkv_job(case, "shm")
         elif system == "mxnet" and mxnet is not None:
             makers[system] = lambda case: mxnet_job(case, mxnet)
         elif system == "gloo" and has_gloo(case):
@@ -133,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parse(argv)
     signal.signal(signal.SIGTERM, _leave)  # so that jobs are ended on the way out
     console, machine = Console(), this_machine()
-    systems = arguments.system or (SYSTEMS if arguments.peers else ("tensorkv", "floor"))
+    systems = arguments.system or (SYSTEMS if arguments.peers else OURS)
     mxnet = mxnet_python(arguments.mxnet_python, arguments.cache) if "mxnet" in systems else None
     tables, command = [], _command(arguments)
     console.print(machine.text(), highlight=False)
