@@ -12,11 +12,13 @@ from tensorkv.config import (
     DEFAULT_TIMEOUT_S,
     SLICE_BOUND_BYTES,
     JobConfig,
+    check_transport,
     from_env,
     read_number,
     read_peer_timeout_s,
     read_slice_bound_bytes,
     read_timeout_s,
+    read_transport,
     stray_variables,
 )
 from tensorkv.errors import InvalidArgument, NotInJob
@@ -33,6 +35,7 @@ CONFIG = JobConfig(
     timeout_s=12.5,
     peer_timeout_s=7.5,
     slice_bound_bytes=4096,
+    transport="shm",
 )
 
 
@@ -58,7 +61,7 @@ def test_an_ipv6_scheduler_keeps_its_colons() -> None:
 
 def test_what_is_not_said_has_a_default() -> None:
     environ = CONFIG.to_env()
-    for name in ("ROLE", "TOKEN", "HOST", "TIMEOUT_S", "PEER_TIMEOUT_S", "SLICE_BOUND_BYTES"):
+    for name in ("ROLE", "TOKEN", "HOST", "TIMEOUT_S", "PEER_TIMEOUT_S", "SLICE_BOUND_BYTES", "TRANSPORT"):
         del environ[f"TENSORKV_{name}"]
     config = from_env(environ)
     assert config is not None
@@ -68,6 +71,7 @@ def test_what_is_not_said_has_a_default() -> None:
     assert config.timeout_s == DEFAULT_TIMEOUT_S
     assert config.peer_timeout_s == DEFAULT_PEER_TIMEOUT_S
     assert config.slice_bound_bytes == SLICE_BOUND_BYTES
+    assert config.transport == "auto"
 
 
 @pytest.mark.parametrize("name", ["RANK", "NUM_WORKERS", "NUM_SERVERS"])
@@ -120,6 +124,19 @@ def test_numbers_out_of_range_are_refused(name: str, value: str, read: Any) -> N
         read(environ)
     with pytest.raises(NotInJob, match=f"TENSORKV_{name}={value}"):
         from_env({**CONFIG.to_env(), **environ})
+
+
+def test_an_unknown_transport_is_refused_and_the_known_are_listed() -> None:
+    for value in ("udp", "", "SHM"):
+        with pytest.raises(
+            InvalidArgument, match=f"TENSORKV_TRANSPORT='{value}' is no .*'auto', 'shm', 'tcp'"
+        ):
+            read_transport({"TENSORKV_TRANSPORT": value})
+        with pytest.raises(NotInJob, match=f"TENSORKV_TRANSPORT='{value}'"):
+            from_env({**CONFIG.to_env(), "TENSORKV_TRANSPORT": value})
+    with pytest.raises(InvalidArgument, match="transport=3 is no transport"):
+        check_transport("transport", 3)
+    assert check_transport("transport", "tcp") == read_transport({"TENSORKV_TRANSPORT": "tcp"}) == "tcp"
 
 
 def test_variables_without_a_job_are_told_of() -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from tensorkv.errors import InvalidArgument, NotInJob
 
 Role = Literal["worker", "server", "scheduler"]
+Transport = Literal["auto", "shm", "tcp"]
+TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
 _Number = TypeVar("_Number", int, float)
 
 DEFAULT_TIMEOUT_S = 1800.0
@@ -39,6 +41,7 @@ ENV_TIMEOUT_S = "TENSORKV_TIMEOUT_S"
 ENV_PEER_TIMEOUT_S = "TENSORKV_PEER_TIMEOUT_S"
 ENV_SLICE_BOUND_BYTES = "TENSORKV_SLICE_BOUND_BYTES"
 ENV_ALLOW_IMPORT = "TENSORKV_ALLOW_IMPORT"
+ENV_TRANSPORT = "TENSORKV_TRANSPORT"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +52,8 @@ class JobConfig:
     never sent and never logged. `host` is the address this process binds to. `allow_import` names the
     modules that servers may import for updaters and optimizers, besides those they always may.
     `timeout_s` is the deadline of a waiting call; `peer_timeout_s` how long the host of the scheduler, or
-    that of any process as the scheduler sees it, may be silent before it counts as lost.
+    that of any process as the scheduler sees it, may be silent before it counts as lost. `transport` says
+    how workers reach servers: "auto" is shared memory within a host and TCP between hosts.
     """
 
     role: Role
@@ -64,6 +68,7 @@ class JobConfig:
     peer_timeout_s: float = DEFAULT_PEER_TIMEOUT_S
     slice_bound_bytes: int = SLICE_BOUND_BYTES
     allow_import: tuple[str, ...] = ()
+    transport: Transport = "auto"
 
     def to_env(self) -> dict[str, str]:
         """Return the environment variables from which `from_env` rebuilds this config."""
@@ -79,6 +84,7 @@ class JobConfig:
             ENV_PEER_TIMEOUT_S: repr(self.peer_timeout_s),
             ENV_SLICE_BOUND_BYTES: str(self.slice_bound_bytes),
             ENV_ALLOW_IMPORT: ",".join(self.allow_import),
+            ENV_TRANSPORT: self.transport,
         }
 
 
@@ -114,6 +120,21 @@ def read_peer_timeout_s(environ: Mapping[str, str]) -> float:
 def read_slice_bound_bytes(environ: Mapping[str, str]) -> int:
     """Return above which size values are sliced. Raises InvalidArgument if it is no number, or negative."""
     return read_number(environ, ENV_SLICE_BOUND_BYTES, int, SLICE_BOUND_BYTES, least=0)
+
+
+def check_transport(name: str, transport: object) -> Transport:
+    """Return the transport of this name. Raises InvalidArgument, which calls it `name`, if there is none."""
+    for known in TRANSPORTS:
+        if transport == known:
+            return known
+    raise InvalidArgument(
+        f"{name}={transport!r} is no transport; known are {', '.join(map(repr, TRANSPORTS))}"
+    )
+
+
+def read_transport(environ: Mapping[str, str]) -> Transport:
+    """Return how workers reach servers. Raises InvalidArgument if the environment names no such way."""
+    return check_transport(f"the environment says {ENV_TRANSPORT}", environ.get(ENV_TRANSPORT, "auto"))
 
 
 def _read_seconds(environ: Mapping[str, str], name: str, default: float) -> float:
@@ -161,6 +182,7 @@ def from_env(environ: Mapping[str, str] | None = None) -> JobConfig | None:
             peer_timeout_s=read_peer_timeout_s(environ),
             slice_bound_bytes=read_slice_bound_bytes(environ),
             allow_import=tuple(filter(None, environ.get(ENV_ALLOW_IMPORT, "").split(","))),
+            transport=read_transport(environ),
         )
     except (KeyError, ValueError) as exc:
         raise NotInJob(

@@ -31,6 +31,7 @@
     ├── SaveError (OSError)                   a save could not be written; the one before it is whole
     ├── LoadError (ValueError)                there is no save, or it is corrupt; the store is as before
     ├── WaitTimeout (TimeoutError)            a deadline passed; the text names who is missing
+    ├── TransportUnavailable (ConnectionError)   the transport that was asked for cannot be had here
     └── the job is broken (ConnectionError)
         ├── PeerLostError                     a process of the job is gone
         ├── AuthenticationError               wrong or missing token
@@ -165,6 +166,10 @@ class LoadError(TensorKVError, ValueError):
 
 class WaitTimeout(TensorKVError, TimeoutError):
     """A call did not finish within its deadline."""
+
+
+class TransportUnavailable(TensorKVError, ConnectionError):
+    """The transport that was asked for cannot be had between two processes; the text says why."""
 
 
 class PeerLostError(TensorKVError, ConnectionError):

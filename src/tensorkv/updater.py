@@ -67,13 +67,18 @@ UpdaterFunction = Callable[[Key, torch.Tensor, torch.Tensor], None]
 class Update:
     """One slot to be updated: change `stored` in place by `pushed`, both of the slot's shape and dtype.
 
-    `pushed` may be used up: its memory is free to be overwritten.
+    `pushed` may be used up: its memory is free to be overwritten, unless it is borrowed.
     """
 
     slot: int
     key: Key
     pushed: torch.Tensor
     stored: torch.Tensor
+    borrowed: bool = False
+
+    def pushed_to_strangers(self) -> torch.Tensor:
+        """Return `pushed` for code that may overwrite it."""
+        return self.pushed.clone() if self.borrowed else self.pushed
 
 
 class Updater(ABC):
@@ -161,7 +166,7 @@ class FunctionUpdater(Updater):
         changed = update.stored.clone()
         try:
             with torch.no_grad():
-                self.function(update.key, update.pushed, changed)
+                self.function(update.key, update.pushed_to_strangers(), changed)
             if changed.shape != update.stored.shape:
                 raise ValueError(
                     f"it has resized `stored` from {tuple(update.stored.shape)} to {tuple(changed.shape)}"
@@ -303,7 +308,7 @@ class OptimizerUpdater(Updater):
 
     def _apply_on_copy(self, update: Update, options: dict[str, Any]) -> Failure:
         parameter = torch.nn.Parameter(update.stored.clone(), requires_grad=False)
-        parameter.grad = update.pushed
+        parameter.grad = update.pushed_to_strangers()
         if update.slot in self._restored:
             state = self._restored.pop(update.slot)
             self._states[update.slot] = {

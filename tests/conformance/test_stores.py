@@ -10,6 +10,7 @@ import torch
 
 import tensorkv
 from tensorkv import errors
+from tensorkv.runtime import sharing
 from tensorkv.store import KVStore
 from tensorkv.testing import (
     bad_inputs,
@@ -22,7 +23,7 @@ from tensorkv.testing import (
     checks_values,
 )
 from tensorkv.testing.conformance import BAD_INPUTS, CHECKS, BadInput, Case, StoreMaker, applicable
-from tensorkv.testing.makers import EMBEDDED, JOBS, LOCAL
+from tensorkv.testing.makers import EMBEDDED, JOBS, LOCAL, ON_SHM, ON_TCP
 from tensorkv.testing.suite import full, in_one, same
 
 MODULES = (
@@ -50,6 +51,20 @@ def _params(of: Any) -> list[Any]:
     ]
 
 
+def _on_sockets(of: Any) -> list[Any]:
+    return [
+        pytest.param(maker, line, id=f"{maker.kind}-{maker.transport}-{line.name}")
+        for maker in [*ON_SHM, *ON_TCP]
+        for line in of(maker)
+    ]
+
+
+@pytest.fixture
+def all_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small payloads, too, stay in shared memory: the suite has no others."""
+    monkeypatch.setattr(sharing, "PLACED_BYTES", 1)
+
+
 @pytest.mark.parametrize(("maker", "case"), _params(applicable))
 def test_conformance(maker: StoreMaker, case: Case) -> None:
     case.run(maker)
@@ -60,7 +75,21 @@ def test_bad_input(maker: StoreMaker, bad: BadInput) -> None:
     bad.run(maker)
 
 
-@pytest.mark.parametrize("maker", [*LOCAL, *EMBEDDED, *JOBS], ids=_named)
+@pytest.mark.slow
+@pytest.mark.usefixtures("all_in_place")
+@pytest.mark.parametrize(("maker", "case"), _on_sockets(applicable))
+def test_conformance_on_sockets(maker: StoreMaker, case: Case) -> None:
+    case.run(maker)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("all_in_place")
+@pytest.mark.parametrize(("maker", "bad"), _on_sockets(lambda maker: BAD_INPUTS))
+def test_bad_input_on_sockets(maker: StoreMaker, bad: BadInput) -> None:
+    bad.run(maker)
+
+
+@pytest.mark.parametrize("maker", [*LOCAL, *EMBEDDED, *JOBS, *ON_SHM], ids=_named)
 def test_calls_in_inference_mode(maker: StoreMaker) -> None:
     """Tensors made in inference mode can be pushed there, and pulled into; the store is not part of it."""
 

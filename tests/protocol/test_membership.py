@@ -52,7 +52,7 @@ def test_workers_are_welcome_when_all_servers_are_there() -> None:
     assert taken(made) == []
     assert (made.has_joined("server", 1), made.has_joined("server", 0)) == (True, False)
     made.handle("server", 0, m.Register("a", 1, "s0", 1))
-    welcome = m.Welcome([("a", 1), ("b", 2)])
+    welcome = m.Welcome([m.ServerAddress("a", 1), m.ServerAddress("b", 2)])
     assert taken(made) == [("worker", 1, welcome)]
     made.handle("worker", 0, m.Register("", 0, "w0", 1))
     assert taken(made) == [("worker", 0, welcome)]

@@ -122,6 +122,10 @@ class Gate(Connection):
         return False
 
     @property
+    def ended(self) -> bool:
+        return self.failing is not None
+
+    @property
     def broken(self) -> bool:
         return False
 

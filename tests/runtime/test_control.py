@@ -117,8 +117,8 @@ def test_a_refusal_is_raised(scheduler: Scheduler, asked: Callable[..., Future[A
 def test_servers_are_waited_for(scheduler: Scheduler) -> None:
     with ThreadPoolExecutor(1) as pool:
         servers = pool.submit(scheduler.client.servers)
-        scheduler.say(m.Welcome([("a", 1), ("b", 2)]))
-        assert [tuple(each) for each in servers.result(DEADLINE_S)] == [("a", 1), ("b", 2)]
+        scheduler.say(m.Welcome([m.ServerAddress("a", 1), m.ServerAddress("b", 2)]))
+        assert servers.result(DEADLINE_S) == [m.ServerAddress("a", 1), m.ServerAddress("b", 2)]
 
 
 def test_a_deadline_names_who_is_missing_and_gives_up(

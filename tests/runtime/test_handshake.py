@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import msgspec
 import pytest
 
-from tensorkv.config import JobConfig, Role
+from tensorkv.config import JobConfig, Role, Transport
 from tensorkv.errors import (
     AuthenticationError,
     InvalidKey,
@@ -17,10 +19,12 @@ from tensorkv.errors import (
     ProtocolError,
     ProtocolVersionError,
     TensorKVError,
+    TransportUnavailable,
     WaitTimeout,
 )
 from tensorkv.runtime import handshake
-from tensorkv.runtime.handshake import accept, connect_as, introduce, receive_message
+from tensorkv.runtime.embedded import EmbeddedJob
+from tensorkv.runtime.handshake import accept, connect_as, connect_to_server, introduce, receive_message
 from tensorkv.transport.base import Buffer, Connection
 from tensorkv.transport.endpoint import listen
 from tensorkv.wire import messages as m
@@ -118,6 +122,10 @@ class Recorder(Connection):
     def fileno(self) -> int: ...
     @property
     def drained(self) -> bool: ...
+    @property
+    def ended(self) -> bool:
+        return self._connection.ended
+
     @property
     def broken(self) -> bool: ...
     @property
@@ -289,3 +297,57 @@ def test_connect_as_keeps_the_error_that_tells_why() -> None:
             introduced.result(DEADLINE_S)
         accepted.close()
     listener.close()
+
+
+# ---- which way a worker reaches a server -----------------------------------------------------------
+
+
+@pytest.fixture
+def cluster() -> Iterator[EmbeddedJob]:
+    made = EmbeddedJob(1, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
+    yield made
+    made.stop()
+
+
+def reached(cluster: EmbeddedJob, transport: Transport, **changes: Any) -> str:
+    """Connect as worker 0 and return the name of the connection's class."""
+    server = cluster.servers[0]
+    (host, port), (socket_name, _) = server.addresses
+    address = msgspec.structs.replace(m.ServerAddress(host, port, socket_name), **changes)
+    config = dataclasses.replace(cluster.config("worker", 0), transport=transport)
+    connection = connect_to_server(config, 0, address)
+    connection.shutdown()
+    connection.close()
+    return type(connection).__name__
+
+
+@pytest.mark.parametrize(
+    ("transport", "expected"),
+    [("auto", "UnixConnection"), ("shm", "UnixConnection"), ("tcp", "TcpConnection")],
+)
+def test_the_transport_says_which_way(cluster: EmbeddedJob, transport: Transport, expected: str) -> None:
+    assert reached(cluster, transport) == expected
+
+
+@pytest.mark.parametrize("socket_name", ["", "@tensorkv-of-another-namespace", "no name", "@" + "x" * 200])
+def test_where_memory_cannot_be_shared_auto_goes_over_tcp_and_shm_says_why(
+    cluster: EmbeddedJob, socket_name: str
+) -> None:
+    why = "offers none" if not socket_name else "cannot connect to"
+    with pytest.raises(TransportUnavailable, match=f"transport='shm': server 0 .*: .*{why}"):
+        reached(cluster, "shm", socket_name=socket_name)
+    assert reached(cluster, "auto", socket_name=socket_name) == "TcpConnection"
+
+
+def test_a_system_without_shared_memory(cluster: EmbeddedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshake.unix, "why_not", lambda: "this system has none")
+    with pytest.raises(TransportUnavailable, match="this system has none"):
+        reached(cluster, "shm")
+    assert reached(cluster, "auto") == "TcpConnection"
+
+
+def test_a_wrong_token_does_not_make_it_go_another_way(cluster: EmbeddedJob) -> None:
+    (host, port), (socket_name, _) = cluster.servers[0].addresses
+    config = dataclasses.replace(cluster.config("worker", 0), token="another")
+    with pytest.raises(AuthenticationError, match="does not hold the token"):
+        connect_to_server(config, 0, m.ServerAddress(host, port, socket_name))

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tensorkv.config import JobConfig
 from tensorkv.errors import NotInJob, PeerLostError, ProtocolError, StoreClosed, UpdaterError, WaitTimeout
 from tensorkv.runtime import job as job_module
 from tensorkv.runtime.embedded import EmbeddedJob
@@ -90,14 +91,14 @@ def test_joining_that_fails_half_way_leaves_nothing(
     cluster: EmbeddedJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second server does not let the worker in; the scheduler is told, and no socket is left."""
-    real = job_module.connect_as
+    real = job_module.connect_to_server
 
-    def connect_as(config: object, name: str, *rest: object) -> object:
-        if name == "server 1":
+    def connect(config: JobConfig, rank: int, address: m.ServerAddress) -> object:
+        if rank == 1:
             raise ProtocolError("not today")
-        return real(config, name, *rest)  # type: ignore[arg-type]
+        return real(config, rank, address)
 
-    monkeypatch.setattr(job_module, "connect_as", connect_as)
+    monkeypatch.setattr(job_module, "connect_to_server", connect)
     with pytest.raises(ProtocolError, match="not today"):
         cluster.join(0)
     for server in cluster.servers:

@@ -61,8 +61,8 @@ def test_workers_are_welcome_once_all_servers_are_there(
 ) -> None:
     worker = member("worker", 0)
     member("server", 0)
-    assert worker.hear() == m.Welcome([("host", 7)])
-    assert member("worker", 1).hear() == m.Welcome([("host", 7)])
+    assert worker.hear() == m.Welcome([m.ServerAddress("host", 7)])
+    assert member("worker", 1).hear() == m.Welcome([m.ServerAddress("host", 7)])
     assert scheduler.has_joined("worker", 1)
     assert not scheduler.has_joined("server", 1)
     assert scheduler.lost is None
@@ -259,7 +259,7 @@ def test_strangers_are_refused_with_one_line(
     assert len(caplog.records) == 1
     assert "refused" in caplog.text
     member("server", 0)
-    assert member("worker", 0).hear() == m.Welcome([("host", 7)])
+    assert member("worker", 0).hear() == m.Welcome([m.ServerAddress("host", 7)])
 
 
 def test_who_asks_and_does_not_read_is_ended_with_one_line(
@@ -296,7 +296,7 @@ def test_strangers_without_end_do_not_keep_a_process_out(
     scheduler._newcomers._limit = 5
     strangers = [connect(*scheduler.address, DEADLINE_S) for _ in range(40)]
     member("server", 0)
-    assert member("worker", 0).hear() == m.Welcome([("host", 7)])
+    assert member("worker", 0).hear() == m.Welcome([m.ServerAddress("host", 7)])
     assert len(scheduler._newcomers._here) <= 5
     for stranger in strangers:
         stranger.shutdown()

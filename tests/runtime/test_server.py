@@ -43,7 +43,7 @@ def worker(cluster: EmbeddedJob, join_as: Callable[..., Any]) -> Callable[[int],
     """Connect to the server as a worker."""
 
     def join(rank: int) -> Any:
-        config, address = cluster.config("worker", rank), cluster.servers[0]._listener.address
+        config, address = cluster.config("worker", rank), cluster.servers[0].addresses[0]
         return join_as(config, address, m.FromServer)
 
     return join
@@ -159,7 +159,7 @@ def test_bytes_that_are_no_frame(
     if known:
         connection = worker(0).connection
     else:
-        connection = connect(*cluster.servers[0]._listener.address, DEADLINE_S)
+        connection = connect(*cluster.servers[0].addresses[0], DEADLINE_S)
     with caplog.at_level(logging.WARNING):
         connection.send(raw)
         until_the_end(connection)  # a stranger is sent a Challenge first
@@ -292,7 +292,7 @@ def test_places_that_are_not_there(
     cluster: EmbeddedJob, join_as: Callable[..., Any], role: Any, rank: int, text: str
 ) -> None:
     with pytest.raises(AuthenticationError, match=text):
-        join_as(cluster.config(role, rank), cluster.servers[0]._listener.address, m.FromServer)
+        join_as(cluster.config(role, rank), cluster.servers[0].addresses[0], m.FromServer)
 
 
 def test_a_place_is_given_away_once(worker: Callable[[int], Any]) -> None:
@@ -306,7 +306,7 @@ def test_a_replayed_handshake_is_refused_with_one_line(
     cluster: EmbeddedJob, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whoever has seen a worker prove itself has nothing to prove itself with."""
-    address = cluster.servers[0]._listener.address
+    address = cluster.servers[0].addresses[0]
     first = connect(*address, DEADLINE_S)
     seen: list[bytes] = []
     real = first.send
@@ -337,7 +337,7 @@ def test_a_stranger_that_says_nothing_is_dropped_with_one_line(
 ) -> None:
     monkeypatch.setattr("tensorkv.runtime.handshake.HANDSHAKE_TIMEOUT_S", 0.0)
     with caplog.at_level(logging.WARNING):
-        stranger = connect(*cluster.servers[0]._listener.address, DEADLINE_S)
+        stranger = connect(*cluster.servers[0].addresses[0], DEADLINE_S)
         stranger.receive(lambda body, payload_bytes: [])  # the Challenge
         until_the_end(stranger)
     assert len(caplog.records) == 1, caplog.text
@@ -352,7 +352,7 @@ def test_strangers_without_end_do_not_keep_a_worker_out(
     server = cluster.servers[0]
     server._newcomers._limit = 5
     before = threading.active_count()
-    strangers = [connect(*server._listener.address, DEADLINE_S) for _ in range(40)]
+    strangers = [connect(*server.addresses[0], DEADLINE_S) for _ in range(40)]
     with caplog.at_level(logging.WARNING):
         one = worker(0)
         open_store(one)
@@ -370,7 +370,7 @@ def test_stop_with_strangers_and_workers_connected(
 ) -> None:
     """Nothing is left, whoever is in which state: the suite looks for threads and sockets."""
     worker(0)
-    strangers = [connect(*cluster.servers[0]._listener.address, DEADLINE_S) for _ in range(2)]
+    strangers = [connect(*cluster.servers[0].addresses[0], DEADLINE_S) for _ in range(2)]
     strangers += [connect(*cluster.scheduler.address, DEADLINE_S) for _ in range(2)]
     cluster.stop()
     cluster.stop()
@@ -625,3 +625,14 @@ def test_main_without_a_scheduler(
     in_job(cluster.config("server", 0))
     assert server_module.main() == 1
     assert "the scheduler at 127.0.0.1" in capsys.readouterr().err
+
+
+def test_a_system_without_shared_memory_is_served_over_tcp(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line says so, and why."""
+    monkeypatch.setattr(server_module.unix, "why_not", lambda: "this system has none")
+    cluster = EmbeddedJob(1, 1, host="127.0.0.1")
+    assert len(cluster.servers[0].addresses) == 1
+    cluster.stop()
+    assert caplog.messages == ["server 0: workers of this host are served over TCP: this system has none"]

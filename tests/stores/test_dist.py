@@ -121,6 +121,39 @@ def enter_job(monkeypatch: pytest.MonkeyPatch, config: JobConfig, **changes: str
     monkeypatch.setattr(job_module, "WorkerSignals", lambda who: None)  # pytest keeps its own handlers
 
 
+@pytest.mark.parametrize(
+    ("transport", "expected"),
+    [
+        (None, "InprocConnection"),
+        ("shm", "UnixConnection"),
+        ("auto", "UnixConnection"),
+        ("tcp", "TcpConnection"),
+    ],
+)
+def test_an_embedded_job_by_each_transport(transport: Any, expected: str) -> None:
+    value = torch.arange(100_000.0)  # large enough to stay in shared memory
+    with tensorkv.create("dist_sync", embedded=True, num_servers=2, transport=transport) as kv:
+        assert isinstance(kv, DistStore)
+        assert {type(link._connection).__name__ for link in kv._job.links} == {expected}
+        kv.init("w", torch.zeros(100_000))
+        for number in range(1, 4):
+            kv.push("w", value * number)
+            assert torch.equal(kv.pull("w"), value * number)
+
+
+def test_stores_of_one_process_go_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    with job_over_tcp() as cluster:
+        enter_job(monkeypatch, cluster.config("worker", 0))
+        first = open_dist("dist_sync", transport="tcp")
+        with pytest.raises(InvalidArgument, match="transport='shm', but an earlier store .* transport='tcp'"):
+            open_dist("dist_sync", store="second", transport="shm")
+        second = open_dist("dist_sync", store="second")
+        for store in (first, second):
+            store.close()
+        job_module.leave(job_module._joined[os.getpid()])
+        del job_module._joined[os.getpid()]
+
+
 def test_create_finds_its_job_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with job_over_tcp() as cluster:
         enter_job(monkeypatch, cluster.config("worker", 0))

@@ -47,7 +47,9 @@ def test_collectives_say_not_yet(kind: str) -> None:
         create(kind)
 
 
-@pytest.mark.parametrize("option", [{"embedded": True}, {"num_servers": 2}, {"on_worker_loss": "fail"}])
+@pytest.mark.parametrize(
+    "option", [{"embedded": True}, {"num_servers": 2}, {"on_worker_loss": "fail"}, {"transport": "shm"}]
+)
 def test_options_of_a_job_are_refused_by_a_local_kind(option: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument, match=f"{next(iter(option))}=.*'local'"):
         create("local", **option)
@@ -70,6 +72,8 @@ def test_options_of_a_job_are_refused_by_a_local_kind(option: dict[str, Any]) ->
         {"num_servers": None},
         {"embedded": 1},
         {"embedded": "no"},
+        {"transport": "udp"},
+        {"transport": 1},
     ],
     ids=str,
 )
@@ -101,6 +105,7 @@ def test_distributed_kinds_are_opened_with_every_option(kind: str, monkeypatch: 
         "embedded": True,
         "num_servers": 3,
         "on_worker_loss": None,
+        "transport": None,
     }
     assert calls == [(kind, expected)]
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from tensorkv.errors import ProtocolError, ProtocolVersionError
+from tensorkv.transport import unix
 from tensorkv.transport.base import Connection, Listener
 from tensorkv.transport.endpoint import connect, listen
+from tensorkv.transport.unix import UnixListener
 from tensorkv.wire.codec import MAGIC, MAX_HANDSHAKE_BYTES, PREFIX, VERSION, encode
 
 DEADLINE_S = 20.0
@@ -41,17 +43,22 @@ def stop() -> None:
     raise StopWaiting
 
 
-@pytest.fixture(params=["inproc", "127.0.0.1"])
+@pytest.fixture(params=["inproc", "127.0.0.1", "unix"])
 def listener(request: pytest.FixtureRequest) -> Iterator[Listener]:
-    listening = listen(request.param)
+    listening = UnixListener() if request.param == "unix" else listen(request.param)
     yield listening
     listening.close()
+
+
+def reach(listener: Listener) -> Connection:
+    host, port = listener.address
+    return unix.connect(host, DEADLINE_S) if host.startswith("@") else connect(host, port, DEADLINE_S)
 
 
 @pytest.fixture
 def pair(listener: Listener) -> Iterator[tuple[Connection, Connection]]:
     """Two ends of a connection."""
-    one = connect(*listener.address, DEADLINE_S)
+    one = reach(listener)
     other = listener.accept()
     yield one, other
     for end in (one, other):
@@ -244,11 +251,11 @@ def test_a_closed_listener_wakes_who_accepts(listener: Listener) -> None:
         with pytest.raises(ConnectionError, match="the listener is closed"):
             accepted.result(DEADLINE_S)
     with pytest.raises(ConnectionError):
-        connect(*listener.address, DEADLINE_S)
+        reach(listener)
 
 
 def test_who_was_not_accepted_learns_that_the_listener_has_closed(listener: Listener) -> None:
-    waiting = connect(*listener.address, DEADLINE_S)
+    waiting = reach(listener)
     listener.close()
     with pytest.raises((EOFError, ConnectionError)):
         waiting.receive(Taker(), stop)

@@ -20,7 +20,12 @@ from tensorkv.wire.codec import MAX_HEADER_BYTES, PREFIX, VERSION, Decoder, deco
 GOLDEN = {
     "push": (
         m.Push(3, 1, True, 7), 4096,
-        "544b5601" "06000000" "0010000000000000" "95" "18" "03" "01" "c3" "07",
+        "544b5601" "07000000" "0010000000000000" "96" "18" "03" "01" "c3" "07" "c0",
+    ),
+    "push in place": (
+        m.Push(3, 1, True, 7, m.Placed(2, [(1, 64, 128)])), 0,
+        "544b5601" "0e000000" "0000000000000000"
+        "96" "18" "03" "01" "c3" "07" "92" "02" "91" "93" "01" "40" "cc80",
     ),
     "challenge": (
         m.Challenge(b"\x00\xff"), 0,

@@ -34,6 +34,7 @@ TAGS = {
     26: "WaitMerged", 27: "Commit", 28: "PrepareSetting", 29: "ActivateSetting", 30: "DeleteSlices",
     31: "Flush", 32: "AskInfo", 33: "Leave", 34: "Put",
     40: "Data", 41: "Merged", 42: "Committed", 43: "Info", 44: "Fault",
+    45: "ShareSegment", 46: "DropSegment",
     50: "Register", 51: "Welcome", 52: "JoinStore", 53: "Joined", 54: "ProposeInit", 55: "InitReply",
     56: "ConcludeInit", 57: "ProposeSetting", 58: "SettingReply", 59: "ConcludeSetting", 60: "Lookup",
     61: "Entries", 62: "DeleteKeys", 63: "Deleted", 64: "Barrier", 65: "LeaveStore", 66: "Goodbye",
@@ -153,7 +154,7 @@ def test_fields_are_neither_missing_nor_more(each: Any) -> None:
         items = msgspec.msgpack.decode(msgspec.msgpack.encode(message))
         with pytest.raises(ProtocolError):
             decoder.decode(msgspec.msgpack.encode([*items, 0]))
-        if len(items) > 1:
+        if len(items) > 1 and not each.__struct_defaults__:  # those stand at the end
             with pytest.raises(ProtocolError):
                 decoder.decode(msgspec.msgpack.encode(items[:-1]))
 

@@ -60,6 +60,13 @@ def run(
         list[str] | None,
         typer.Option(metavar="MODULE", help="Let servers import this module. May be repeated."),
     ] = None,
+    transport: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|shm|tcp",
+            help="How workers reach servers: shared memory, TCP, or whichever can be had; auto if not given.",
+        ),
+    ] = None,
     prefix: Annotated[
         bool, typer.Option("--prefix/--no-prefix", help="Name the process before each line.")
     ] = True,
@@ -73,6 +80,7 @@ def run(
     Ends with the status of the first process that failed (128 + signal number for a signal, 1 for a
     server), or 0. Ctrl-C ends the whole job, a second one at once.
     """
+    from tensorkv.config import check_transport
     from tensorkv.launch.local import CommandNotFound, JobOptions, run_local
 
     try:
@@ -84,6 +92,7 @@ def run(
             timeout_s=timeout,
             peer_timeout_s=peer_timeout,
             allow_import=tuple(allow_import or ()),
+            transport=None if transport is None else check_transport("transport", transport),
             prefix=prefix,
         )
     except InvalidArgument as exc:

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from tensorkv.config import (
     JobConfig,
     Role,
+    Transport,
+    check_transport,
     read_peer_timeout_s,
     read_slice_bound_bytes,
     read_timeout_s,
+    read_transport,
 )
 from tensorkv.errors import InvalidArgument
 from tensorkv.launch.job import Job, ProcessSpec
@@ -69,6 +72,7 @@ class JobOptions:
     timeout_s: float | None = None
     peer_timeout_s: float | None = None
     allow_import: tuple[str, ...] = ()
+    transport: Transport | None = None
     prefix: bool = True
 
     def __post_init__(self) -> None:
@@ -81,6 +85,8 @@ class JobOptions:
         for module in self.allow_import:
             if not all(part.isidentifier() for part in module.split(".")):
                 raise InvalidArgument(f"{module!r} is not the name of a module")
+        if self.transport is not None:
+            check_transport("transport", self.transport)
         if not self.command:
             raise InvalidArgument("there is no command for the workers to run")
 
@@ -90,7 +96,7 @@ def job_config(
 ) -> JobConfig:
     """Return the config of worker 0, from which those of all others differ by role and rank.
 
-    A timeout that `options` leave open and the slice bound are taken from `environ`.
+    A timeout and a transport that `options` leave open and the slice bound are taken from `environ`.
 
     Raises:
         InvalidArgument: a number in `environ` is not one.
@@ -111,6 +117,7 @@ def job_config(
         peer_timeout_s=_peer_timeout_s(options, environ),
         slice_bound_bytes=read_slice_bound_bytes(environ),
         allow_import=options.allow_import,
+        transport=read_transport(environ) if options.transport is None else options.transport,
     )
 
 

@@ -24,7 +24,7 @@ from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 from typing import Any, final
 
-from tensorkv.config import JobConfig
+from tensorkv.config import JobConfig, Transport
 from tensorkv.errors import InvalidArgument, JobFailed
 from tensorkv.launch.child import die_with
 from tensorkv.launch.job import shielded
@@ -53,6 +53,7 @@ def spawn(
     num_servers: int = 1,
     timeout_s: float | None = None,
     allow_import: Iterable[str] = (),
+    transport: Transport | None = None,
 ) -> None:
     """Run a job on this machine whose workers call `fn(rank, *args)`, and wait until all have returned.
 
@@ -65,6 +66,8 @@ def spawn(
         num_workers, num_servers: how many processes of each.
         timeout_s: deadline of a waiting call, in seconds; None for what the environment says, or 1800.
         allow_import: modules that servers may import for updaters and optimizers.
+        transport: how workers reach servers: "shm" by shared memory, "tcp" by TCP, "auto" by shared memory
+            where it can be had; None for what the environment says, or "auto".
 
     Raises:
         JobFailed: a worker raised, or a process ended with another status than 0. The text names the
@@ -80,6 +83,7 @@ def spawn(
         num_servers=num_servers,
         timeout_s=timeout_s,
         allow_import=tuple(allow_import),
+        transport=transport,
     )
     with _Job(options, os.environ) as job:
         job.start(fn, args)

@@ -39,6 +39,7 @@ from tensorkv.config import (
     read_peer_timeout_s,
     read_slice_bound_bytes,
     read_timeout_s,
+    read_transport,
 )
 from tensorkv.errors import AuthenticationError, NotInJob, PeerLostError
 from tensorkv.launch.keeper import TOKEN_PREFIX, TOKEN_SUFFIX, JobRecord
@@ -165,6 +166,7 @@ def _find(place: Place, environ: Mapping[str, str], deadline: float) -> JobConfi
         peer_timeout_s=read_peer_timeout_s(environ),
         slice_bound_bytes=read_slice_bound_bytes(environ),
         allow_import=tuple(filter(None, environ.get(ENV_ALLOW_IMPORT, "").split(","))),
+        transport=read_transport(environ),
     )
     store = _open_store(place, deadline)
     record = _start_job(place, config, store, environ) if place.rank == 0 else None

@@ -35,7 +35,7 @@ _OF_BOTH = (m.Register, m.Goodbye, m.Abandon)
 @final
 @dataclass(slots=True)
 class _Process:
-    address: tuple[str, int]
+    address: m.ServerAddress
     hostname: str
     gone: bool = False
     said_goodbye: bool = False
@@ -154,9 +154,11 @@ class Membership:
         self._collect(directory)
 
     def _register(self, role: Role, rank: int, message: m.Register) -> None:
-        if not 0 <= message.port < 1 << 16 or max(len(message.host), len(message.hostname)) > MAX_NAME_CHARS:
+        names = (message.host, message.hostname, message.socket_name)
+        if not 0 <= message.port < 1 << 16 or max(map(len, names)) > MAX_NAME_CHARS:
             raise ProtocolError(f"an address of {role} {rank} that cannot be one")
-        self._processes[role, rank] = _Process((message.host, message.port), message.hostname)
+        address = m.ServerAddress(message.host, message.port, message.socket_name)
+        self._processes[role, rank] = _Process(address, message.hostname)
         if self.lost is not None:  # it comes too late
             self.out.append((role, rank, self.lost))
             return

@@ -6,6 +6,7 @@ is used again in every step keeps both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -21,15 +22,26 @@ SWEEP_TAKES = 256
 
 @final
 class Memory:
-    """A flat, contiguous tensor, and its memory as writable bytes."""
+    """A flat, contiguous tensor, and its memory as bytes.
 
-    __slots__ = ("__weakref__", "_elements", "_part", "bytes", "tensor")
+    Borrowed memory may only be read; `give_back` tells its owner that nobody does any more. `place` is for
+    the owner of memory that is shared: where it is, if that was looked up.
+    """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    __slots__ = ("__weakref__", "_elements", "_part", "bytes", "give_back", "place", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, give_back: Callable[[], None] | None = None) -> None:
         self.tensor = tensor
+        self.give_back = give_back
+        self.place: tuple[int, int, int] | None = None
         self.bytes = bytes_of(tensor)
         self._part: tuple[torch.dtype, int, int] | None = None  # what `_elements` shows
         self._elements = tensor
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether it is not the store's, and may only be read."""
+        return self.give_back is not None
 
     def elements(self, dtype: torch.dtype, low: int, high: int) -> torch.Tensor:
         """Return elements [low, high) of memory that holds `dtype`. The last answer is kept: steps repeat."""
@@ -97,5 +109,8 @@ class BufferPool:
             self._spare = {size: len(free) for size, free in self._free.items() if size >= LARGE_BYTES}
 
     def give(self, buffer: Memory) -> None:
-        """Take a buffer back. Nobody may use it any more."""
+        """Take a buffer back, or give it back if it is borrowed. Nobody may use it any more."""
+        if buffer.give_back is not None:
+            buffer.give_back()
+            return
         self._free.setdefault(len(buffer.bytes), []).append(buffer)

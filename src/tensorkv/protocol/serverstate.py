@@ -12,6 +12,7 @@ from tensorkv.protocol.replies import check_slice
 from tensorkv.protocol.savedslices import StateFiles
 from tensorkv.protocol.schedule import LoadUpdater
 from tensorkv.protocol.shard import Outgoing, StoreShard
+from tensorkv.protocol.slots import Allocate, allocate_private
 from tensorkv.wire import messages as m
 
 MAX_STORES = 4096
@@ -22,7 +23,8 @@ MAX_STORES = 4096
 class ServerState:
     """The stores that a server serves. One thread at a time.
 
-    A payload of more than `max_payload_bytes` is refused before memory is taken for it.
+    A payload of more than `max_payload_bytes` is refused before memory is taken for it. `allocate` gives
+    the memory of the values.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class ServerState:
         load_updater: LoadUpdater,
         files: StateFiles,
         max_payload_bytes: int = 1 << 62,
+        allocate: Allocate = allocate_private,
     ) -> None:
         self._num_workers = num_workers
         self._max_payload_bytes = max_payload_bytes
         self._pool = pool
+        self._allocate = allocate
         self._load_updater = load_updater
         self._files = files
         self._stores: dict[int, StoreShard] = {}
@@ -113,7 +117,12 @@ class ServerState:
         if len(self._stores) >= MAX_STORES:
             raise ProtocolError(f"there are {MAX_STORES} stores already")
         shard = StoreShard(
-            message, self._num_workers, self._pool, self._load_updater, self._max_payload_bytes
+            message,
+            self._num_workers,
+            self._pool,
+            self._load_updater,
+            self._max_payload_bytes,
+            self._allocate,
         )
         for gone in self._gone:
             shard.leave(gone)

@@ -37,7 +37,7 @@ from tensorkv.protocol.memory import BufferPool, Memory
 from tensorkv.protocol.norms import clip_factor
 from tensorkv.protocol.rounds import Index, Rounds
 from tensorkv.protocol.schedule import LoadUpdater, SettingSchedule
-from tensorkv.protocol.slots import Lease, Slot, SlotAllocator
+from tensorkv.protocol.slots import Allocate, Lease, Slot, SlotAllocator, allocate_private
 from tensorkv.protocol.sums import add_up
 from tensorkv.updater import Setting, SettingsTable, Update, apply_all
 from tensorkv.wire import messages as m
@@ -123,6 +123,7 @@ class StoreShard:
         pool: BufferPool,
         load_updater: LoadUpdater,
         max_payload_bytes: int = 1 << 62,
+        allocate: Allocate = allocate_private,
     ) -> None:
         self.store = opened.store
         self.name = opened.name
@@ -133,7 +134,7 @@ class StoreShard:
         self.out: list[Outgoing] = []
         self._pool = pool
         self._max_payload_bytes = max_payload_bytes
-        self._slots = SlotAllocator()
+        self._slots = SlotAllocator(allocate)
         self._slices: dict[int, Slice] = {}  # by index
         self._index_of: dict[int, int] = {}  # slice id -> index
         self._tombstones: dict[int, str] = {}
@@ -186,7 +187,7 @@ class StoreShard:
     ) -> list[tuple[Slot, int]]:
         try:
             return [self._slots.allocate(each.stop - each.start, dtype) for each in slices]
-        except (RuntimeError, MemoryError) as exc:
+        except (RuntimeError, MemoryError, OSError) as exc:
             size_bytes = sum(each.stop - each.start for each in slices) * dtype.itemsize
             raise TensorKVError(
                 f"init of key {key!r}: a server has no memory for {size_bytes} bytes; "
@@ -602,10 +603,13 @@ class StoreShard:
         if not present:
             return
         stop = layout.bounds(len(layout.slices) - 1)[1]
-        total = add_up([each.elements(0, stop) for each in present], layout.slices[0].dtype, divisor)
+        pushed = [each.elements(0, stop) for each in present]
+        borrowed = present[0].buffer.borrowed
+        total = add_up(pushed, layout.slices[0].dtype, divisor, may_overwrite=not borrowed)
+        borrowed = borrowed and total is pushed[0]
         self._update(
             [
-                (each, total[low : low + each.num_elems])
+                (each, total[low : low + each.num_elems], borrowed)
                 for low, each in zip(layout.lows, layout.slices, strict=True)
             ]
         )
@@ -620,46 +624,56 @@ class StoreShard:
         if not parts:
             return 0
         dtype = layout.slices[0].dtype
+        may_overwrite = not parts[0][1].borrowed
         for run in layout.runs:
             if run.slot.lease.readers:
                 run.slot.make_writable()
             found = [memory.elements(pushed.dtype, run.low, run.high) for pushed, memory in parts]
-            add_up(found, dtype, divisor, run.stored.tensor)
+            add_up(found, dtype, divisor, run.stored.tensor, may_overwrite=may_overwrite)
         return 1
 
     def _apply_each(self, slices: Index, workers: Sequence[int]) -> None:
         """The general case: every slice on its own, whatever chunks its contributions came in."""
         sums = [(self._slices[index], self._sum(index, workers)) for index in slices.tolist()]
-        self._update([(each, total) for each, total in sums if total is not None])
+        self._update([(each, *total) for each, total in sums if total is not None])
 
-    def _sum(self, index: int, workers: Sequence[int], may_overwrite: bool = True) -> torch.Tensor | None:
-        """Return the sum of one slice's contributions, None if all are absent."""
+    def _sum(
+        self, index: int, workers: Sequence[int], may_overwrite: bool = True
+    ) -> tuple[torch.Tensor, bool] | None:
+        """Return the sum of one slice's contributions, and whether it is borrowed; None if all are absent."""
         parts: list[torch.Tensor] = []
+        borrowed = False
         divisor = 0
         for worker in workers:
             number = int(self._holder[worker, index])
             contribution = self._contributions[number] if number else None
             if contribution is not None and not contribution.absent:
                 position = contribution.layout.position[index]
+                borrowed = borrowed if parts else contribution.buffer.borrowed
                 parts.append(contribution.elements(*contribution.layout.bounds(position)))
                 divisor += contribution.counts[position]
         if not parts:
             return None
         dtype = self._slices[index].dtype
-        return add_up(parts, dtype, divisor if self.mean else 1, may_overwrite=may_overwrite)
+        may_overwrite = may_overwrite and not borrowed
+        total = add_up(parts, dtype, divisor if self.mean else 1, may_overwrite=may_overwrite)
+        return total, borrowed and total is parts[0]
 
-    def _update(self, sums: list[tuple[Slice, torch.Tensor]]) -> None:
-        """Run the updater of each slice on its sum; a failed one keeps its value and blames its pushers."""
+    def _update(self, sums: list[tuple[Slice, torch.Tensor, bool]]) -> None:
+        """Run the updater of each slice on its sum; a failed one keeps its value and blames its pushers.
+
+        The last of each tells whether the sum is borrowed.
+        """
         updates: list[tuple[Setting, Update]] = []
-        for each, _ in sums:
+        for each, _, _ in sums:
             each.slot.make_writable()
-        for each, total in sums:
-            update = Update(each.slice_id, each.key, total.view(each.shape), each.value)
+        for each, total, borrowed in sums:
+            update = Update(each.slice_id, each.key, total.view(each.shape), each.value, borrowed)
             updates.append((each.setting, update))
         failures = apply_all(updates)
-        changed = [each.index for (each, _), failure in zip(sums, failures, strict=True) if failure is None]
+        changed = [each.index for (each, *_), failure in zip(sums, failures, strict=True) if failure is None]
         self.rounds.version[changed] += 1
-        for (each, _), failure in zip(sums, failures, strict=True):
+        for (each, *_), failure in zip(sums, failures, strict=True):
             if failure is not None:
                 self._blame(each.index, failure)
 
@@ -920,9 +934,10 @@ class StoreShard:
         gather.slices = sorted((self._slices[index] for index in agreed), key=lambda each: each.slice_id)
         workers = range(self.rounds.num_workers)
         for each in gather.slices:
-            total = self._sum(each.index, workers, may_overwrite=False)
-            if total is not None:
-                gather.totals.append((each, total))
+            found = self._sum(each.index, workers, may_overwrite=False)
+            if found is not None:
+                total, borrowed = found
+                gather.totals.append((each, total.clone() if borrowed else total))  # it may be scaled
 
     def decide_commit(self, decision: m.CommitDecision) -> None:
         """All servers are ready: apply, skip, or refuse."""
@@ -972,7 +987,7 @@ class StoreShard:
         if factor != 1.0:
             for _, total in alive:
                 scale(total, factor)
-        self._update(alive)
+        self._update([(each, total, False) for each, total in alive])
 
     # ---- the rest --------------------------------------------------------------------------------
 

@@ -7,9 +7,22 @@ reads a half-written value, and no reader stops a writer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import final
 
 import torch
+
+Allocate = Callable[[int], torch.Tensor]
+"""Returns so many bytes of new memory, uint8, of any content.
+
+Raises RuntimeError, MemoryError or OSError if there is none.
+"""
+
+
+def allocate_private(size_bytes: int) -> torch.Tensor:
+    """Return memory of this process."""
+    return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
+
 
 SMALL_BYTES = 64 << 10
 """Slices up to this size share slots, so that a list of small keys is one run of memory."""
@@ -31,16 +44,18 @@ class Lease:
 class Slot:
     """A flat tensor, with the lease on its present memory."""
 
-    __slots__ = ("lease", "tensor")
+    __slots__ = ("_allocate", "lease", "tensor")
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, allocate: Allocate = allocate_private) -> None:
         self.tensor = tensor
         self.lease = Lease()
+        self._allocate = allocate
 
     def make_writable(self) -> None:
         """Move to fresh memory if somebody still reads the present one."""
         if self.lease.readers:
-            self.tensor = self.tensor.clone()
+            fresh = self._allocate(self.tensor.nbytes).view(self.tensor.dtype)
+            self.tensor = fresh.copy_(self.tensor)
             self.lease = Lease()
 
 
@@ -48,16 +63,19 @@ class Slot:
 class SlotAllocator:
     """Hands out places in slots: a slot of its own for a large slice, a shared one for small slices."""
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Allocate = allocate_private) -> None:
+        self._allocate = allocate
         self._open: dict[torch.dtype, tuple[Slot, int]] = {}
 
     def allocate(self, num_elems: int, dtype: torch.dtype) -> tuple[Slot, int]:
         """Return a slot and the offset in it, in elements, of `num_elems` fresh elements."""
         if num_elems * dtype.itemsize > SMALL_BYTES:
-            return Slot(torch.empty(num_elems, dtype=dtype, device="cpu")), 0
+            return self._slot(num_elems * dtype.itemsize, dtype), 0
         slot, used = self._open.get(dtype, (None, 0))
         if slot is None or used + num_elems > slot.tensor.numel():
-            zeros = torch.zeros(SHARED_SLOT_BYTES, dtype=torch.uint8, device="cpu")
-            slot, used = Slot(zeros.view(dtype)), 0  # older torch cannot fill every dtype with zeros
+            slot, used = self._slot(SHARED_SLOT_BYTES, dtype), 0
         self._open[dtype] = (slot, used + num_elems)
         return slot, used
+
+    def _slot(self, size_bytes: int, dtype: torch.dtype) -> Slot:
+        return Slot(self._allocate(size_bytes).view(dtype), self._allocate)

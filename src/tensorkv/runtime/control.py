@@ -70,10 +70,10 @@ class ControlClient:
         self._thread.start()
         self.notify(m.Register("", 0, hostname(), os.getpid()))
 
-    def servers(self) -> list[tuple[str, int]]:
+    def servers(self) -> list[m.ServerAddress]:
         """Wait until all servers are there, and return their addresses."""
         self._await(self._welcome)
-        servers: list[tuple[str, int]] = self._welcome.message.servers
+        servers: list[m.ServerAddress] = self._welcome.message.servers
         return servers
 
     def notify(self, message: m.Message) -> None:

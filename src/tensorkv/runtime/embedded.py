@@ -9,7 +9,14 @@ from __future__ import annotations
 import secrets
 from typing import final
 
-from tensorkv.config import DEFAULT_PEER_TIMEOUT_S, DEFAULT_TIMEOUT_S, SLICE_BOUND_BYTES, JobConfig, Role
+from tensorkv.config import (
+    DEFAULT_PEER_TIMEOUT_S,
+    DEFAULT_TIMEOUT_S,
+    SLICE_BOUND_BYTES,
+    JobConfig,
+    Role,
+    Transport,
+)
 from tensorkv.runtime.code import CodeTable, updater_loader
 from tensorkv.runtime.job import Job
 from tensorkv.runtime.scheduler import SchedulerServer
@@ -20,7 +27,7 @@ from tensorkv.runtime.server import Server
 class EmbeddedJob:
     """A job whose scheduler and servers are threads of this process. Owns them until `stop`.
 
-    `host` is "inproc", or an address to go through real sockets.
+    `host` is "inproc", or an address to go through real sockets; `transport` says which then.
     """
 
     def __init__(
@@ -32,12 +39,14 @@ class EmbeddedJob:
         slice_bound_bytes: int = SLICE_BOUND_BYTES,
         peer_timeout_s: float = DEFAULT_PEER_TIMEOUT_S,
         host: str = "inproc",
+        transport: Transport = "auto",
     ) -> None:
         self._size = (num_workers, num_servers)
         self._token = secrets.token_hex(16)
         self._timeout_s = timeout_s
         self._peer_timeout_s = peer_timeout_s
         self._host = host
+        self._transport = transport
         self.code_table = CodeTable()
         self.scheduler = SchedulerServer(
             num_workers=num_workers,
@@ -72,6 +81,7 @@ class EmbeddedJob:
             host=self._host,
             timeout_s=self._timeout_s,
             peer_timeout_s=self._peer_timeout_s,
+            transport=self._transport,
         )
 
     def join(self, rank: int) -> Job:

@@ -11,6 +11,7 @@ Until then a peer may send 4 KiB. A replayed Hello fails: the accepting side's n
 from __future__ import annotations
 
 import hmac
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -22,15 +23,18 @@ from tensorkv.errors import (
     PeerLostError,
     ProtocolError,
     TensorKVError,
+    TransportUnavailable,
     WaitTimeout,
     from_wire,
     to_wire,
 )
+from tensorkv.transport import unix
 from tensorkv.transport.base import Connection, Tick, no_tick
 from tensorkv.transport.endpoint import connect
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import MAX_HEADER_BYTES, Decoder, encode
 
+logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 10.0
 HANDSHAKE_TIMEOUT_S = 10.0
 _NONCE_BYTES = 32
@@ -127,6 +131,11 @@ def connect_as(config: JobConfig, name: str, host: str, port: int) -> Connection
         connection = connect(host, port, CONNECT_TIMEOUT_S)
     except ConnectionError as exc:
         raise PeerLostError(f"{where} cannot be reached: {exc}") from None
+    return _introduced(connection, config, where)
+
+
+def _introduced(connection: Connection, config: JobConfig, where: str) -> Connection:
+    """Return the connection after the handshake; it is closed if that fails."""
     try:
         introduce(connection, config.token, config.role, config.rank)
     except BaseException as exc:
@@ -136,6 +145,33 @@ def connect_as(config: JobConfig, name: str, host: str, port: int) -> Connection
             raise PeerLostError(f"{where} cannot be joined: {exc}") from None
         raise
     return connection
+
+
+def connect_to_server(config: JobConfig, rank: int, address: m.ServerAddress) -> Connection:
+    """Connect a worker to a server of its job: by its Unix socket where that can be reached, else by TCP.
+
+    Raises:
+        TransportUnavailable: `config.transport` asks for shared memory, and there is none between the two.
+        As `connect_as`.
+    """
+    name = f"server {rank}"
+    if config.transport == "tcp" or address.host == "inproc":
+        return connect_as(config, name, address.host, address.port)
+    try:
+        if not address.socket_name:
+            raise ConnectionError("it offers none (its own transport is 'tcp', or its system has none)")
+        if why := unix.why_not():
+            raise ConnectionError(why)
+        connection = unix.connect(address.socket_name, CONNECT_TIMEOUT_S)
+    except ConnectionError as exc:
+        if config.transport == "shm":
+            raise TransportUnavailable(
+                f"transport='shm': {name} at {address.host}:{address.port} shares no memory with this "
+                f"process: {exc}; transport='auto' goes over TCP there"
+            ) from None
+        logger.debug("%s is reached by TCP: %s", name, exc)
+        return connect_as(config, name, address.host, address.port)
+    return _introduced(connection, config, f"{name} at {address.socket_name}")
 
 
 def connect_to_scheduler(config: JobConfig) -> Connection:

@@ -17,13 +17,15 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol, final
 
 from tensorkv.config import JobConfig
-from tensorkv.errors import NotInJob, PeerLostError, StoreClosed, TensorKVError
+from tensorkv.errors import NotInJob, PeerLostError, StoreClosed, TensorKVError, TransportUnavailable
 from tensorkv.runtime.code import CodeTable
 from tensorkv.runtime.control import ControlClient
-from tensorkv.runtime.handshake import connect_as
+from tensorkv.runtime.handshake import connect_to_server
 from tensorkv.runtime.link import ServerLink
 from tensorkv.runtime.signals import WorkerSignals
 from tensorkv.runtime.waits import Wait, broken_off_error
+from tensorkv.runtime.window import Window
+from tensorkv.transport.base import Connection
 from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
 
@@ -55,7 +57,8 @@ class Job:
         code_table: where in-process servers find functions; None if servers are other processes.
 
     Raises:
-        AuthenticationError, ProtocolVersionError, PeerLostError, WaitTimeout, ConnectionError.
+        AuthenticationError, ProtocolVersionError, PeerLostError, TransportUnavailable, WaitTimeout,
+        ConnectionError.
     """
 
     def __init__(self, config: JobConfig, code_table: CodeTable | None = None) -> None:
@@ -66,18 +69,29 @@ class Job:
         self.plan_numbers = itertools.count(1)
         self.stores: dict[int, OpenStore] = {}
         self.links: list[ServerLink] = []
+        self._window = Window()
         self.closed = False
         self._left: set[int] = set()  # stores; guarded by `order`
         self._broken: TensorKVError | None = None
         self.control = ControlClient(config, self._on_failure, self._on_gone)
-        ends = (self.failure, self._on_fault, self.broken_off)
         try:
-            for rank, (host, port) in enumerate(self.control.servers()):
-                connection = connect_as(config, f"server {rank}", host, port)
-                self.links.append(ServerLink(connection, f"server {rank}", *ends))
+            for rank, address in enumerate(self.control.servers()):
+                connection = connect_to_server(config, rank, address)
+                self.links.append(self._link(connection, f"server {rank}"))
         except BaseException:
             self.close(m.Abandon("it could not connect to all servers"))
             raise
+
+    def _link(self, connection: Connection, name: str) -> ServerLink:
+        """Return the link to a server, with shared memory if that can be had."""
+        ends = (self.failure, self._on_fault, self.broken_off)
+        try:
+            return ServerLink(connection, name, *ends, self._window)
+        except OSError as exc:
+            if self.config.transport == "shm":
+                raise TransportUnavailable(f"transport='shm': no memory to share with {name}: {exc}") from exc
+            logger.warning("no memory to share with %s: %s", name, exc)
+            return ServerLink(connection, name, *ends)
 
     def failure(self) -> TensorKVError | None:
         """Return why the job is broken, None while it is not."""

@@ -12,7 +12,9 @@ import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, NoReturn, final
+
+import torch
 
 from tensorkv.errors import (
     PeerLostError,
@@ -25,7 +27,9 @@ from tensorkv.errors import (
 )
 from tensorkv.runtime.sender import Sender, Sent
 from tensorkv.runtime.waits import Wait, broken_off_error
+from tensorkv.runtime.window import Window, WindowEnd
 from tensorkv.transport.base import TICK_S, Connection, Tick, no_tick
+from tensorkv.transport.unix import UnixConnection
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 
@@ -49,6 +53,16 @@ class Exchange(ABC):
     @abstractmethod
     def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
         """Return where the payload of `message` goes."""
+
+    def copy(self, message: m.Data, parts: list[torch.Tensor]) -> None:
+        """Copy a payload, which lies in `parts` (uint8, of another process), to where it goes."""
+        size_bytes = sum(part.nbytes for part in parts)
+        buffers = self.place(message, size_bytes)
+        payload = torch.cat(parts) if len(parts) > 1 else parts[0]
+        low = 0
+        for buffer in buffers:
+            torch.frombuffer(buffer, dtype=torch.uint8).copy_(payload[low : low + len(buffer)])
+            low += len(buffer)
 
     @abstractmethod
     def take(self, message: Any) -> bool:
@@ -93,6 +107,10 @@ class ServerLink:
         failure: returns why the job is broken, None while it is not.
         on_fault: called with every Fault of this server.
         broken_off: called when Ctrl-C, say, has ended a call inside a message.
+        window: memory to share with the server, if the connection can hand it over.
+
+    Raises:
+        OSError: memory is to be shared, and there is none.
     """
 
     def __init__(
@@ -102,6 +120,7 @@ class ServerLink:
         failure: Callable[[], TensorKVError | None],
         on_fault: Callable[[m.Fault], None],
         broken_off: Callable[[BaseException], None],
+        window: Window | None = None,
     ) -> None:
         self.name = name
         self._connection = connection
@@ -124,6 +143,9 @@ class ServerLink:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._lost: TensorKVError | None = None  # why nothing more can be received; guarded by _reading
+        self.shared: WindowEnd | None = None
+        if window is not None and isinstance(connection, UnixConnection):
+            self.shared = window.open_to(connection, self._put_frame)
 
     # ---- sending ---------------------------------------------------------------------------------
 
@@ -152,6 +174,9 @@ class ServerLink:
             self._sender.put([encode(message, sum(map(len, parts))), *parts], on_sent)
         else:
             self._sender.put([encode(message)], on_sent)
+
+    def _put_frame(self, frame: bytes, on_sent: Sent | None) -> None:
+        self._sender.put([frame], on_sent)
 
     def pump(self) -> None:
         """Send what is queued, as far as that goes without waiting."""
@@ -311,9 +336,7 @@ class ServerLink:
         try:
             self._connection.receive(self._sink, self._patient_tick)
         except (EOFError, ConnectionError) as exc:
-            self._connection.shutdown()
-            self._lost = self._why_gone(exc)
-            raise again(self._lost) from None  # its text tells all that `exc` does
+            self._lose(exc)
         except BaseException as exc:
             if self._connection.broken:
                 self._connection.shutdown()
@@ -328,9 +351,17 @@ class ServerLink:
             self._connection.shutdown()
             self._lost = exc
             raise
+        except ConnectionError as exc:
+            self._lose(exc)
         except BaseException as exc:
             self._broken_off(exc)  # a reply is received, and its exchange may not have taken it
             raise
+
+    def _lose(self, exc: Exception) -> NoReturn:
+        """The connection has ended: raise why."""
+        self._connection.shutdown()
+        self._lost = self._why_gone(exc)
+        raise again(self._lost) from None  # its text tells all that `exc` does
 
     def _sink(self, body: memoryview, payload_bytes: int) -> list[memoryview]:
         message = self._message = _decoder.decode(body)
@@ -353,8 +384,12 @@ class ServerLink:
             return _discard(payload_bytes)
 
     def _hand_on(self, message: Any) -> None:
-        if type(message) is m.Fault:
+        if type(message) is m.Data and message.placed is not None:
+            self._hand_on_placed(message, message.placed)
+        elif type(message) is m.Fault:
             self._on_fault(message)
+        elif isinstance(message, (m.ShareSegment, m.DropSegment)):
+            self._share(message)
         elif type(message) is m.Waiting:
             wait = self._waits.get(message.request)
             if wait is not None:
@@ -363,10 +398,49 @@ class ServerLink:
             exchange = self._exchanges.get(message.request)
             if exchange is None:
                 self._check_given_up(message.request)
-            elif _take(exchange, message):
-                self._exchanges.pop(message.request, None)
-                if self._waiting:
-                    self._tell()
+            else:
+                self._end_exchange(exchange, message.request, message)
+
+    def _hand_on_placed(self, message: m.Data, placed: m.Placed) -> None:
+        """Hand on a reply that lies in the server's memory, and tell the server that it was copied.
+
+        Where the server has ended the connection meanwhile, what it lies in may have changed under the copy.
+        """
+        if self.shared is None:
+            raise ProtocolError("a reply in shared memory, where there is none")
+        parts = self.shared.view(placed)
+        exchange = self._exchanges.get(message.request)
+        if exchange is None:
+            self._check_given_up(message.request)
+            self.shared.copied()
+            return
+        try:
+            exchange.copy(message, parts)
+        except ProtocolError:
+            raise
+        except Exception as exc:  # noqa: BLE001  # memory that cannot be written, say: this exchange's alone
+            self.shared.copied()
+            self._end_exchange(exchange, message.request, _error_of(exc))
+            return
+        if self._connection.ended:
+            raise ConnectionError("it ended the connection while its reply was copied")
+        self.shared.copied()
+        self._end_exchange(exchange, message.request, message)
+
+    def _end_exchange(self, exchange: Exchange, number: int, message: Any) -> None:
+        """Let an exchange take a reply, which may be its last."""
+        if _take(exchange, message):
+            self._exchanges.pop(number, None)
+            if self._waiting:
+                self._tell()
+
+    def _share(self, message: m.ShareSegment | m.DropSegment) -> None:
+        if self.shared is None:
+            raise ProtocolError("shared memory, over a connection that cannot hand it over")
+        if isinstance(message, m.DropSegment):
+            self.shared.detach(message)
+        else:
+            self.shared.attach(message)
 
     def _check_given_up(self, number: int) -> None:
         """Raise unless there was a request with this number, whose caller has given up since."""

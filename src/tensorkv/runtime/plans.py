@@ -96,7 +96,8 @@ class PlanChunk:
 
     Where all pieces are small and whole, `pick` takes their values out of those of the plan. `one_dim`
     tells whether those all have one dimension, `lends` whether a piece travels from the caller's memory.
-    `stagings` are free to be used, again and again.
+    `stagings` are free to be used, again and again. `sources` are its pieces in shared memory of the server,
+    beside the places that it told.
     """
 
     pieces: list[Piece]
@@ -108,6 +109,12 @@ class PlanChunk:
     one_dim: bool = False
     lends: bool = False
     stagings: list[Staging] = field(default_factory=list)
+    sources: tuple[list[tuple[int, int, int]], list[torch.Tensor]] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """The payload of a push."""
+        return 0 if self.absent else self.num_elems * self.dtype.itemsize
 
 
 @final
@@ -136,6 +143,7 @@ class Plan:
     key_ids: frozenset[int]
     num_lending: int  # chunks that lend the caller's memory
     sizes_bytes: np.ndarray[Any, Any]  # of the stored values
+    sent_bytes: dict[int, int]  # of a push, by server
     known_to: set[int] = field(default_factory=set)  # servers that have been told
     dropped: bool = False  # from the cache: it may still be sent, but is not to be remembered
 
@@ -171,6 +179,7 @@ def build_plan(
         frames=frames,
         key_ids=frozenset(state.key_id for state in states),
         num_lending=sum(chunk.lends for _, _, chunk in frames),
+        sent_bytes={part.server: sum(chunk.size_bytes for chunk in part.chunks) for part in parts},
         sizes_bytes=np.array([state.num_elems * state.dtype.itemsize for state in states], np.int64),
     )
 

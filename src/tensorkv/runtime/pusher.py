@@ -15,16 +15,26 @@ from typing import Any, Protocol, final
 import torch
 
 from tensorkv.errors import WaitTimeout, again
+from tensorkv.runtime import sharing
 from tensorkv.runtime.hold import Hold
 from tensorkv.runtime.job import Job
 from tensorkv.runtime.keytable import KeyTable
 from tensorkv.runtime.latch import OPEN, Latch
+from tensorkv.runtime.link import ServerLink
 from tensorkv.runtime.mergewatch import MergeWatch
 from tensorkv.runtime.plancache import PlanCache
-from tensorkv.runtime.plans import KeyState, Plan
-from tensorkv.runtime.transfers import gather
+from tensorkv.runtime.plans import KeyState, Plan, PlanChunk
+from tensorkv.runtime.transfers import gather, gather_into
+from tensorkv.runtime.window import Loan, WindowEnd
 from tensorkv.transport.base import TICK_S
 from tensorkv.wire import messages as m
+
+MAX_LENT_BYTES = 64 << 20
+"""So much of what an async worker has pushed may lie in shared memory, per server, until it is applied.
+
+In sync there is one push of each key at most. What is more goes through the connection, which holds a
+worker back that pushes faster than the server applies.
+"""
 
 
 class Asks(Protocol):
@@ -32,6 +42,65 @@ class Asks(Protocol):
 
     replies: dict[int, int]
     up_to: int
+
+
+@final
+class _Payloads:
+    """The payloads of a push, one per frame: parts to be sent, or a loan of shared memory.
+
+    Leaving the block gives the loans back, unless they were pushed.
+
+    Args:
+        plan: what is pushed.
+        values: per key of the plan.
+        links: by server.
+        bounded: no server is lent more than `MAX_LENT_BYTES`, or one push, if that is more.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        values: Sequence[torch.Tensor],
+        links: Sequence[ServerLink],
+        bounded: bool,
+    ) -> None:
+        self.pushed = False
+        self.frames: list[tuple[list[memoryview] | None, Loan | None]] = []
+        self.num_lending = 0  # frames that lend the caller's memory
+        self._loans: list[tuple[WindowEnd, Loan]] = []
+        try:
+            for server, _, chunk in plan.frames:
+                most = max(MAX_LENT_BYTES, plan.sent_bytes[server]) if bounded else None
+                loan = self._copy(chunk, values, links[server].shared, most)
+                self.frames.append((gather(chunk, values) if loan is None else None, loan))
+                self.num_lending += chunk.lends and loan is None
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _copy(
+        self,
+        chunk: PlanChunk,
+        values: Sequence[torch.Tensor],
+        shared: WindowEnd | None,
+        max_lent_bytes: int | None,
+    ) -> Loan | None:
+        """Copy a chunk to shared memory, if that can be had and is worth while."""
+        if shared is None or chunk.size_bytes < sharing.PLACED_BYTES:
+            return None
+        loan = shared.lend(chunk.size_bytes, max_lent_bytes)
+        if loan is not None:
+            self._loans.append((shared, loan))
+            gather_into(loan.tensor.view(chunk.dtype), chunk, values)
+        return loan
+
+    def __enter__(self) -> None:
+        """They are gathered already."""
+
+    def __exit__(self, *exc: object) -> None:
+        if not self.pushed:
+            for shared, loan in self._loans:
+                shared.give_back(loan)
 
 
 @final
@@ -79,19 +148,21 @@ class Pusher:
             apply: as in `push`.
             asks: send back the values after the round, too; gets the number of the push.
         """
-        payloads = [gather(chunk, values) for _, _, chunk in plan.frames]
-        # What was copied need not be waited for. In async mode only the connection holds a worker back.
-        num_awaited = len(payloads) if self._is_async else plan.num_lending
-        sent = Latch(num_awaited) if num_awaited else OPEN
         links = self._job.links
-        with self._job.order, self._job.whole:
+        payloads = _Payloads(plan, values, links, bounded=self._is_async)
+        # What was copied need not be waited for. In async mode only the connection holds a worker back.
+        num_awaited = len(plan.frames) if self._is_async else payloads.num_lending
+        sent = Latch(num_awaited) if num_awaited else OPEN
+        with payloads, self._job.order, self._job.whole:
             if self._hold.on or (self._unmerged and self._unmerged_of(plan)):
                 return None
             self._plans.tell(plan)
-            for (server, number, chunk), payload in zip(plan.frames, payloads, strict=True):
+            for (server, number, chunk), (parts, loan) in zip(plan.frames, payloads.frames, strict=True):
                 reply = 0 if asks is None else asks.replies[server]
-                on_sent = sent.down if self._is_async or chunk.lends else None
-                links[server].put(m.Push(plan.number, number, apply, reply), payload, on_sent)
+                on_sent = sent.down if self._is_async or (chunk.lends and loan is None) else None
+                placed = None if loan is None else loan.placed
+                links[server].put(m.Push(plan.number, number, apply, reply, placed), parts, on_sent)
+            payloads.pushed = True
             self._note(plan, apply)
             if asks is not None:
                 asks.up_to = self.count

@@ -33,16 +33,19 @@ from tensorkv.protocol.memory import EMPTY, BufferPool, fresh
 from tensorkv.protocol.schedule import LoadUpdater
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import SCHEDULER, Outgoing
-from tensorkv.protocol.slots import Lease
+from tensorkv.protocol.slots import Lease, allocate_private
 from tensorkv.runtime.code import updater_loader
 from tensorkv.runtime.handshake import accept, connect_to_scheduler
 from tensorkv.runtime.newcomers import SPARE_NEWCOMERS, Newcomers
 from tensorkv.runtime.sender import MAX_QUEUED_FRAMES, Sender
+from tensorkv.runtime.sharing import SharedValues, Sharing
 from tensorkv.runtime.statefiles import FolderFiles
 from tensorkv.runtime.waits import lost_error, scheduler_lost_error
-from tensorkv.transport.base import TICK_S, Connection
+from tensorkv.transport import unix
+from tensorkv.transport.base import TICK_S, Connection, Listener
 from tensorkv.transport.endpoint import listen
 from tensorkv.transport.tcp import hostname
+from tensorkv.transport.unix import UnixConnection
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 
@@ -68,6 +71,7 @@ class _Peer:
         self.buffer = EMPTY
         self.ended = False
         self.refused: Exception | None = None  # why nothing more is sent to it
+        self.sharing = server._share_with(self)
 
     def _cannot_send(self, exc: BaseException) -> None:
         if isinstance(exc, ProtocolError):
@@ -87,8 +91,15 @@ class Server:
     def __init__(self, config: JobConfig, load_updater: LoadUpdater) -> None:
         self._config = config
         self._pool = BufferPool()
+        self._listeners = _listen(config)
+        self._values = SharedValues() if len(self._listeners) > 1 else None
         self._state = ServerState(  # the loop's alone
-            config.num_workers, self._pool, load_updater, FolderFiles(), _memory_bytes()
+            config.num_workers,
+            self._pool,
+            load_updater,
+            FolderFiles(),
+            _memory_bytes(),
+            allocate_private if self._values is None else self._values.allocate,
         )
         self._peers: dict[int, _Peer] = {}  # by worker; the loop's alone
         self._worker_decoder: Decoder[m.ToServer] = Decoder(m.ToServer)
@@ -99,13 +110,17 @@ class Server:
         self._newcomers = Newcomers(config.num_workers + SPARE_NEWCOMERS)
         self._arrived: list[_Peer] = []  # workers that the loop is to take over
         self._threads: list[threading.Thread] = []
-        self._listener = listen(config.host)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._ended = threading.Event()
         self._report_wanted = False
         self.terminated = False
         self._failure: TensorKVError | None = None
         self._scheduler: _Peer | None = None
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Where it listens; the first is its address for other hosts."""
+        return [listener.address for listener in self._listeners]
 
     def start(self) -> None:
         """Register with the scheduler and begin to serve.
@@ -116,11 +131,14 @@ class Server:
         config = self._config
         connection = connect_to_scheduler(config)
         self._scheduler = _Peer(connection, "scheduler", SCHEDULER, self)
-        host, port = self._listener.address
+        (host, port), *others = self.addresses
+        socket_name = others[0][0] if others else ""
         with self._lock:
-            self._spawn("accept", self._accept)
+            for listener in self._listeners:
+                self._spawn("accept", self._accept, listener)
             self._spawn("loop", self._loop)
-        self._scheduler.sender.put([encode(m.Register(host, port, hostname(), os.getpid()))])
+        registration = m.Register(host, port, hostname(), os.getpid(), socket_name)
+        self._scheduler.sender.put([encode(registration)])
         self._scheduler.sender.pump()
 
     def wait(self) -> TensorKVError | None:
@@ -141,7 +159,8 @@ class Server:
     def stop(self) -> None:
         """End all connections and threads. Blocks for a few seconds at most."""
         self._end(None)
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         self._newcomers.end()
         with self._lock:
             threads = list(self._threads)
@@ -158,6 +177,8 @@ class Server:
         if self._wake >= 0:
             os.close(self._wake)
             self._wake = -1
+        if self._values is not None:
+            self._values.close()
 
     def _spawn(self, name: str, target: Callable[..., None], *args: Any) -> None:
         """Start a thread that `stop` joins. With the lock held."""
@@ -173,10 +194,10 @@ class Server:
 
     # ---- newcomers, in threads of their own --------------------------------------------------------
 
-    def _accept(self) -> None:
+    def _accept(self, listener: Listener) -> None:
         while True:
             try:
-                connection = self._listener.accept()
+                connection = listener.accept()
             except ConnectionError:
                 return
             if not self._newcomers.add(connection):
@@ -309,6 +330,8 @@ class Server:
         if isinstance(peer.message, m.Push) and peer.buffer is not EMPTY:  # its payload has not come whole
             self._pool.give(peer.buffer)
         peer.buffer = EMPTY
+        if peer.sharing is not None:
+            peer.sharing.end()
 
     def _drop(self, lost: m.WorkerLost) -> None:
         """A worker is lost, and the job goes on: take in what has come whole of it, and nothing after.
@@ -351,6 +374,11 @@ class Server:
             message = self._worker_decoder.decode(body)
             expected = self._state.payload_bytes(peer.worker, message)
         peer.message = message
+        if type(message) is m.Push and message.placed is not None:
+            if payload_bytes or peer.sharing is None:
+                raise ProtocolError("a push in shared memory, with a payload or where there is none")
+            peer.buffer = peer.sharing.borrow(message.placed, expected)
+            return []
         if payload_bytes != expected:
             raise ProtocolError(
                 f"{type(message).__name__} came with {payload_bytes} bytes of payload, not {expected}"
@@ -363,11 +391,12 @@ class Server:
 
     def _take(self, peer: _Peer) -> None:
         """Let the state machine take in a message, and send what it answers."""
-        while self._released:
-            for lease in self._released.popleft():
-                lease.readers -= 1
+        self._settle()
         if peer.worker != SCHEDULER:
             payload, peer.buffer = peer.buffer, EMPTY
+            if type(peer.message) in (m.ShareSegment, m.DropSegment):
+                self._share(peer, peer.message)
+                return
             out = self._state.handle(peer.worker, peer.message, payload)
             if out:
                 self._queue(out)
@@ -384,18 +413,57 @@ class Server:
             case m.Stop():
                 self._end(None)
 
+    def _settle(self) -> None:
+        """End the leases of what has been sent, or copied."""
+        while self._released:
+            for lease in self._released.popleft():
+                lease.readers -= 1
+        if self._values is not None:
+            self._values.settle()
+
     def _queue(self, out: list[Outgoing]) -> None:
         """Send, in order, as far as that goes without waiting; sending threads do the rest."""
         for each in out:
             peer = self._scheduler if each.worker == SCHEDULER else self._peers.get(each.worker)
             if peer is None or peer.ended:
                 self._released.append(each.leases)
-            elif each.payload:
+            elif not each.payload:
+                peer.sender.send([encode(each.message)])
+            elif not self._reply_in_place(peer, each):
                 parts = [memory.bytes for memory in each.payload]
                 on_sent = functools.partial(self._released.append, each.leases)
                 peer.sender.send([encode(each.message, sum(map(len, parts))), *parts], on_sent)
-            else:
-                peer.sender.send([encode(each.message)])
+
+    def _reply_in_place(self, peer: _Peer, reply: Outgoing) -> bool:
+        """Tell a worker of this host where the values lie that it asked for, if it can copy them there."""
+        if peer.sharing is None or type(reply.message) is not m.Data:
+            return False
+        return peer.sharing.reply(reply.message, reply.payload, reply.leases)
+
+    def _share_with(self, peer: _Peer) -> Sharing | None:
+        if self._values is None or not isinstance(peer.connection, UnixConnection):
+            return None
+        return self._values.share_with(peer.connection, lambda frame: peer.sender.send([frame]))
+
+    def _share(self, peer: _Peer, message: m.ShareSegment | m.DropSegment) -> None:
+        """A worker hands over a segment of its own, or takes one back."""
+        if peer.sharing is None:
+            raise ProtocolError("shared memory, over a connection that cannot hand it over")
+        if isinstance(message, m.DropSegment):
+            peer.sharing.drop(message)
+        else:
+            peer.sharing.attach(message)
+
+
+def _listen(config: JobConfig) -> list[Listener]:
+    """Return where a server listens: at its address, and, for workers of its host, at a Unix socket."""
+    listeners = [listen(config.host)]
+    if config.host != "inproc" and config.transport != "tcp":
+        if why := unix.why_not():
+            logger.warning("server %d: workers of this host are served over TCP: %s", config.rank, why)
+        else:
+            listeners.append(unix.UnixListener())
+    return listeners
 
 
 def _memory_bytes() -> int:

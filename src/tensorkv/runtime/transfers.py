@@ -34,10 +34,7 @@ def gather(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]
     parts: list[memoryview] = []
     small: list[torch.Tensor] = []
     for piece in chunk.pieces:
-        value = values[piece.value]
-        flat = value if value.dim() == 1 else value.reshape(-1)
-        if not piece.whole:
-            flat = flat[piece.start : piece.stop]
+        flat = _flat_piece(piece, values)
         if piece.small:
             small.append(flat)
             continue
@@ -48,6 +45,25 @@ def gather(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]
     if small:
         parts.append(bytes_of(torch.cat(small)))
     return parts
+
+
+def gather_into(target: torch.Tensor, chunk: PlanChunk, values: Sequence[torch.Tensor]) -> None:
+    """Copy the payload of a chunk, which is not absent, to `target`: flat, in the chunk's dtype."""
+    pieces: tuple[torch.Tensor, ...] | list[torch.Tensor]
+    if chunk.pick is not None and chunk.one_dim:
+        pieces = chunk.pick(values)
+    else:
+        pieces = [_flat_piece(piece, values) for piece in chunk.pieces]
+    if len(pieces) == 1:
+        target.copy_(pieces[0])
+    else:
+        torch.cat(pieces, out=target)
+
+
+def _flat_piece(piece: Piece, values: Sequence[torch.Tensor]) -> torch.Tensor:
+    value = values[piece.value]
+    flat = value if value.dim() == 1 else value.reshape(-1)
+    return flat if piece.whole else flat[piece.start : piece.stop]
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,6 +139,14 @@ class Destinations:
                     targets.append(self._small_target(piece))
         torch._foreach_copy_(targets, staging)
 
+    def copy_from(self, chunk: PlanChunk, sources: list[torch.Tensor]) -> None:
+        """Copy the pieces of a chunk from where they lie: whole ones in the shape of their value."""
+        targets = [
+            self._firsts[piece.value] if piece.whole and self._plain else self._small_target(piece)
+            for piece in chunk.pieces
+        ]
+        torch._foreach_copy_(targets, sources)
+
     def _small_target(self, piece: Piece) -> torch.Tensor:
         flat = self.flat(piece.value)
         return flat.view(self.states[piece.value].shape) if piece.whole else flat[piece.start : piece.stop]
@@ -166,6 +190,7 @@ class PullExchange(Exchange):
         self._missing = (1 << len(part.chunks)) - 1  # a bit for each chunk
 
     _staging: Staging | None = None  # what the chunk that comes is received in
+    _copied = False  # whether the chunk that comes is in place
 
     def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
         chunk = self._chunk(message)
@@ -193,6 +218,14 @@ class PullExchange(Exchange):
             buffers.append(staged[run:used])
         return buffers
 
+    def copy(self, message: m.Data, parts: list[torch.Tensor]) -> None:
+        chunk = self._chunk(message)
+        spans = [] if message.placed is None else message.placed.spans
+        if chunk.sources is None or chunk.sources[0] != spans:
+            chunk.sources = (spans, _pieces_of(chunk, parts, self._destinations.states))
+        self._destinations.copy_from(chunk, chunk.sources[1])
+        self._copied = True
+
     def take(self, message: Any) -> bool:
         if type(message) is not m.Data:
             if isinstance(message, m.Failed):
@@ -203,7 +236,9 @@ class PullExchange(Exchange):
             return True
         chunk = self._chunk(message)
         staging, self._staging = self._staging, None
-        if staging is not None:
+        if self._copied:
+            self._copied = False
+        elif staging is not None:
             if staging.views:
                 self._destinations.spread(chunk, staging.views)
             chunk.stagings.append(staging)
@@ -219,6 +254,30 @@ class PullExchange(Exchange):
         if not 0 <= message.chunk < len(self._chunks) or not self._missing >> message.chunk & 1:
             raise ProtocolError(f"{message} is no reply to a pull of {len(self._chunks)} chunks, or twice")
         return self._chunks[message.chunk]
+
+
+def _pieces_of(chunk: PlanChunk, parts: list[torch.Tensor], states: Sequence[KeyState]) -> list[torch.Tensor]:
+    """Return views of the pieces of a chunk that lies in `parts`, each of them one or more whole pieces.
+
+    Raises:
+        ProtocolError: it does not.
+    """
+    itemsize, dtype = chunk.stored_dtype.itemsize, chunk.stored_dtype
+    pieces: list[torch.Tensor] = []
+    rest = iter(parts)
+    part, low = torch.empty(0, dtype=torch.uint8, device="cpu"), 0
+    for piece in chunk.pieces:
+        size_bytes = (piece.stop - piece.start) * itemsize
+        while size_bytes and low == part.numel():
+            part, low = next(rest, part), 0
+        if low + size_bytes > part.numel():
+            raise ProtocolError(f"a chunk of {chunk.num_elems} elements came in parts that cut its slices")
+        view = part[low : low + size_bytes].view(dtype)
+        pieces.append(view.view(states[piece.value].shape) if piece.whole else view)
+        low += size_bytes
+    if low != part.numel() or next(rest, None) is not None:
+        raise ProtocolError(f"more came than a chunk of {chunk.num_elems} elements")
+    return pieces
 
 
 def _share_memory(tensors: Sequence[torch.Tensor], sizes_bytes: np.ndarray[Any, Any] | None = None) -> bool:

@@ -8,6 +8,7 @@ keys, settings and barriers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import weakref
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from tensorkv.arrays import Key, check_has_mean, check_matches, dtype_name
-from tensorkv.config import DEFAULT_TIMEOUT_S, ENV_ROLE, JobConfig, from_env, stray_variables
+from tensorkv.config import DEFAULT_TIMEOUT_S, ENV_ROLE, JobConfig, Transport, from_env, stray_variables
 from tensorkv.errors import (
     InvalidArgument,
     KeyDeleted,
@@ -739,13 +740,15 @@ def open_dist(
     embedded: bool = False,
     num_servers: int = 1,
     on_worker_loss: m.WorkerLossPolicy | None = None,
+    transport: Transport | None = None,
 ) -> KVStore:
     """Open a distributed store in the job this process belongs to, or, `embedded`, in one of its own.
 
     Raises:
         NotInJob: this process was not started as a worker of a job, and `embedded` is False.
         StoreMismatch: other workers have opened the name with another kind, reduction or on_worker_loss.
-        InvalidArgument, NotSupported, AuthenticationError, ProtocolVersionError, PeerLostError.
+        InvalidArgument, NotSupported, TransportUnavailable, AuthenticationError, ProtocolVersionError,
+        PeerLostError.
     """
     if on_worker_loss not in (None, "fail", "continue"):
         raise InvalidArgument(f"on_worker_loss={on_worker_loss!r} is not known; use 'fail' or 'continue'")
@@ -754,7 +757,8 @@ def open_dist(
             raise InvalidArgument(f"num_servers={num_servers} is too few; a job needs at least one server")
         from tensorkv.runtime.embedded import EmbeddedJob
 
-        cluster = EmbeddedJob(1, num_servers, timeout_s=timeout_s)
+        host = "inproc" if transport is None else "127.0.0.1"
+        cluster = EmbeddedJob(1, num_servers, timeout_s=timeout_s, host=host, transport=transport or "auto")
         return _open_embedded(kind, cluster, store, reduction, timeout_s, on_worker_loss)
     config = from_env() or _job_of_launcher(timeout_s)
     if config is None or config.role != "worker":
@@ -769,12 +773,24 @@ def open_dist(
         )
     return DistStore(
         kind,
-        join(config),
+        _join(config, transport),
         store=store,
         reduction=reduction,
         timeout_s=timeout_s,
         on_worker_loss=on_worker_loss,
     )
+
+
+def _join(config: JobConfig, transport: Transport | None) -> Job:
+    if transport is None:
+        return join(config)
+    job = join(dataclasses.replace(config, transport=transport))
+    if job.config.transport != transport:
+        raise InvalidArgument(
+            f"transport={transport!r}, but an earlier store of this process has joined the job with "
+            f"transport={job.config.transport!r}; its connections serve all stores"
+        )
+    return job
 
 
 def _job_of_launcher(timeout_s: float) -> JobConfig | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from tensorkv.config import DEFAULT_TIMEOUT_S
+from tensorkv.config import DEFAULT_TIMEOUT_S, Transport, check_transport
 from tensorkv.errors import InvalidArgument, NotSupported, UnknownKind
 from tensorkv.store import KVStore, Reduction, flag, seconds
 from tensorkv.stores.local import LOCAL_KINDS, LocalStore
@@ -23,6 +23,7 @@ def create(
     embedded: bool = False,
     num_servers: int = 1,
     on_worker_loss: Literal["fail", "continue"] | None = None,
+    transport: Transport | None = None,
 ) -> KVStore:
     """Open a store.
 
@@ -38,6 +39,9 @@ def create(
             the default of dist_sync: every call of theirs raises PeerLostError. "continue", the default
             of dist_async: they go on without it; what it had sent whole counts, the rest is dropped. All
             workers must say the same. A lost server or scheduler ends the job always.
+        transport: how this worker reaches the servers: "shm", memory that they share, and which only
+            those of this host can; "tcp"; or "auto", shared memory where it can be had. None for what the
+            launcher was told, "auto" if nothing. The first store of a process decides.
 
     Returns:
         The store. Close it, or use it in a `with`.
@@ -48,6 +52,7 @@ def create(
         InvalidArgument: an option is out of its range, or makes no sense for the kind.
         NotInJob: a distributed kind outside a job, without `embedded`.
         StoreMismatch: another worker has opened the name with another kind, reduction or on_worker_loss.
+        TransportUnavailable: transport="shm", and a server shares no memory with this process.
         WaitTimeout, PeerLostError: of a distributed kind.
 
     A distributed kind blocks until the job's scheduler and servers have answered.
@@ -66,6 +71,7 @@ def create(
         embedded=flag("embedded", embedded),
         num_servers=num_servers,
         on_worker_loss=on_worker_loss,
+        transport=None if transport is None else check_transport("transport", transport),
     )
 
 
@@ -97,11 +103,13 @@ def _open_local(
     embedded: bool,
     num_servers: int,
     on_worker_loss: str | None,
+    transport: str | None,
 ) -> KVStore:
     for name, value, default in (
         ("embedded", embedded, False),
         ("num_servers", num_servers, 1),
         ("on_worker_loss", on_worker_loss, None),
+        ("transport", transport, None),
     ):
         if value != default:
             raise InvalidArgument(

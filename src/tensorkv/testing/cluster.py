@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from tensorkv.config import DEFAULT_TIMEOUT_S, SLICE_BOUND_BYTES
+from tensorkv.config import DEFAULT_TIMEOUT_S, SLICE_BOUND_BYTES, Transport
 from tensorkv.errors import PeerLostError, StoreClosed
 from tensorkv.runtime.embedded import EmbeddedJob
 from tensorkv.runtime.job import Job
@@ -29,6 +29,7 @@ def run_job(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     slice_bound_bytes: int = SLICE_BOUND_BYTES,
     host: str = "inproc",
+    transport: Transport = "auto",
     on_worker_loss: WorkerLossPolicy | None = None,
 ) -> list[T]:
     """Run `fn(kv)` as each worker of a job and return the results by rank.
@@ -39,12 +40,18 @@ def run_job(
         kind, store, reduction, timeout_s, on_worker_loss: as in `tensorkv.create`.
         slice_bound_bytes: values larger than this are sliced where they may be.
         host: "inproc" for no sockets, "127.0.0.1" for real ones.
+        transport: how workers reach servers, if by sockets.
 
     Raises:
         The first error that a worker raised. It is lost then: no other worker waits for it.
     """
     cluster = EmbeddedJob(
-        num_workers, num_servers, timeout_s=timeout_s, slice_bound_bytes=slice_bound_bytes, host=host
+        num_workers,
+        num_servers,
+        timeout_s=timeout_s,
+        slice_bound_bytes=slice_bound_bytes,
+        host=host,
+        transport=transport,
     )
     results: list[Any] = [None] * num_workers
     errors: list[tuple[int, BaseException]] = []

@@ -278,7 +278,7 @@ class SocketTarget:
         if name == "server":
             self._server = Server(self._config(), updater_loader(()))
             self._server.start()
-            self._address = self._server._listener.address
+            self._address = self._server.addresses[0]
         self._ranks = iter(range(PLACES))
         self._numbers = itertools.count(1)
         honest = self.hostile()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tensorkv.config import DEFAULT_TIMEOUT_S
+from tensorkv.config import DEFAULT_TIMEOUT_S, Transport
 from tensorkv.store import KVStore
 from tensorkv.stores.dist import DistStore
 from tensorkv.stores.registry import create
@@ -71,16 +71,28 @@ class Embedded(_OnServers):
 
 @dataclass(frozen=True)
 class WholeJob(_OnServers):
-    """A job in this process, each worker a thread; `host` "127.0.0.1" connects them by real sockets."""
+    """A job in this process, each worker a thread; `host` "127.0.0.1" connects them by real sockets.
+
+    `transport` says which then.
+    """
 
     max_workers: int = 3
     host: str = "inproc"
+    transport: Transport = "auto"
 
     def run(self, fn: Callable[[KVStore], Any], num_workers: int = 1, **create_options: Any) -> list[Any]:
-        options = {"num_servers": self.num_servers, "kind": self.kind, "host": self.host, **create_options}
+        options = {
+            "num_servers": self.num_servers,
+            "kind": self.kind,
+            "host": self.host,
+            "transport": self.transport,
+            **create_options,
+        }
         return run_job(fn, num_workers=num_workers, **options)
 
 
 LOCAL = [InProcess("local"), InProcess("device")]
 JOBS = [WholeJob("dist_sync"), WholeJob("dist_async")]
+ON_SHM = [WholeJob(kind, host="127.0.0.1", transport="shm") for kind in ("dist_sync", "dist_async")]
+ON_TCP = [WholeJob(kind, host="127.0.0.1", transport="tcp") for kind in ("dist_sync", "dist_async")]
 EMBEDDED = [Embedded("dist_sync")]

@@ -98,6 +98,11 @@ class Connection(ABC):
 
     @property
     @abstractmethod
+    def ended(self) -> bool:
+        """Whether a side has ended the connection. What was sent before may still be to be received."""
+
+    @property
+    @abstractmethod
     def broken(self) -> bool:
         """Whether a frame was left in the middle, so that nothing more can be sent or received."""
 

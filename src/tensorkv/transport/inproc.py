@@ -86,6 +86,10 @@ class InprocConnection(Connection):
         self._broken = False
 
     @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    @property
     def broken(self) -> bool:
         return self._broken
 

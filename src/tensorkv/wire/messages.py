@@ -159,6 +159,33 @@ class ChunkEntry(msgspec.Struct, frozen=True, array_like=True):
     counts: list[int]
 
 
+class Placed(msgspec.Struct, frozen=True, array_like=True):
+    """A payload that lies in shared memory of who sends it, in `spans`: segment, offset and length in bytes.
+
+    `number` is that of the loan of a push, of which the server tells when it has used it, or of a reply:
+    the worker tells how many it has copied.
+    """
+
+    number: int
+    spans: list[tuple[int, int, int]]
+
+
+class ShareSegment(Message, tag=45):
+    """Hand over a segment of shared memory: its descriptor comes with this frame.
+
+    The first of a worker, number 0, holds what the two tell each other about loans, see `runtime.sharing`.
+    """
+
+    segment: int
+    size_bytes: int
+
+
+class DropSegment(Message, tag=46):
+    """Nothing in this segment of the sender is in use any more."""
+
+    segment: int
+
+
 # ---- worker to server -----------------------------------------------------------------------------
 
 
@@ -197,7 +224,7 @@ class DropPlan(Message, tag=23):
 
 
 class Push(Message, tag=24):
-    """A contribution to the current round of the slices of a chunk. Payload: their elements.
+    """A contribution to the current round of the slices of a chunk. Payload: their elements, or `placed`.
 
     With `reply` other than 0 the values after that round are sent back as `Data` of that request.
     """
@@ -206,6 +233,7 @@ class Push(Message, tag=24):
     chunk: int
     apply: bool
     reply: int
+    placed: Placed | None = None
 
 
 class Pull(Message, tag=25):
@@ -294,10 +322,11 @@ class Put(Message, tag=34):
 
 
 class Data(Message, tag=40):
-    """Values of a chunk. Payload: the elements of its slices, in the stored dtype."""
+    """Values of a chunk. Payload: the elements of its slices, in the stored dtype, or `placed`."""
 
     request: int
     chunk: int
+    placed: Placed | None = None
 
 
 class Merged(Message, tag=41):
@@ -341,18 +370,27 @@ class Fault(Message, tag=44):
 
 
 class Register(Message, tag=50):
-    """A process joins the job; a server says where it listens."""
+    """A process joins the job; a server says where it listens, as in ServerAddress."""
 
     host: str
     port: int
     hostname: str
     pid: int
+    socket_name: str = ""
+
+
+class ServerAddress(msgspec.Struct, frozen=True, array_like=True):
+    """Where a server listens: host and port, and the abstract name of its Unix socket ("" if it has none)."""
+
+    host: str
+    port: int
+    socket_name: str = ""
 
 
 class Welcome(Message, tag=51):
     """All servers are there: their addresses by rank."""
 
-    servers: list[tuple[str, int]]
+    servers: list[ServerAddress]
 
 
 class JoinStore(Message, tag=52):
@@ -702,6 +740,8 @@ class LoadReply(Message, tag=104):
 HandshakeMessage = Challenge | Hello | Accept | Reject
 ToServer = (
     OpenStore
+    | ShareSegment
+    | DropSegment
     | InitSlices
     | DefinePlan
     | DropPlan
@@ -726,7 +766,19 @@ ToServer = (
     | FinishRestore
 )
 FromServer = (
-    Done | Failed | Waiting | Data | Merged | Committed | Info | Fault | SavedFile | SliceRecord | Settings
+    Done
+    | Failed
+    | Waiting
+    | Data
+    | ShareSegment
+    | DropSegment
+    | Merged
+    | Committed
+    | Info
+    | Fault
+    | SavedFile
+    | SliceRecord
+    | Settings
 )
 ToScheduler = (
     Register

@@ -1,0 +1,245 @@
+"""Memory that processes of one host share: segments without a name, and places in them.
+
+A segment is a memfd: it has no name that could be left behind, is handed over as a descriptor (see `unix`),
+and lives for as long as somebody maps it. Its size is sealed, for who maps memory that another process then
+cuts off dies of SIGBUS. Segments are large and never resized; an `Arena` is a list of them, out of which
+places are handed.
+
+A place is a NumPy array. It is given back by nobody: when the last view of its memory is gone, it is free.
+So a tensor over it is as safe as any other.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+
+from tensorkv.errors import ProtocolError
+
+SEGMENT_BYTES = 64 << 20
+"""The least size of a segment; larger values get larger ones."""
+
+ALIGN_BYTES = 64
+MAX_SEGMENTS = 1 << 16
+"""So many segments of a peer are mapped at most."""
+
+_SEAL_FUTURE_WRITE = 0x10  # F_SEAL_FUTURE_WRITE: existing mappings may write, new ones may not
+_SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_PAGE_BYTES = mmap.PAGESIZE
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@final
+class Segment:
+    """Memory that is shared, mapped here. `bytes` shows all of it; it is unmapped with its last view."""
+
+    def __init__(self, number: int, mapped: mmap.mmap) -> None:
+        self.number = number
+        self.size_bytes = len(mapped)
+        self.bytes = _bytes_of(mapped)
+        self.address = self.bytes.ctypes.data
+
+    @classmethod
+    def create(cls, number: int, size_bytes: int, *, others_may_write: bool) -> tuple[Segment, int]:
+        """Make a new one of whole pages; return it with its descriptor, which is now the caller's.
+
+        Raises:
+            OSError: the system has no memory or no descriptor for it.
+        """
+        descriptor = os.memfd_create("tensorkv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(descriptor, -size_bytes // _PAGE_BYTES * -_PAGE_BYTES)
+            mapped = mmap.mmap(descriptor, 0)
+            with contextlib.suppress(OSError, AttributeError):  # it is faster with huge pages
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+            if not others_may_write:
+                with contextlib.suppress(OSError):  # Linux before 5.1 does not know it
+                    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALED | fcntl.F_SEAL_SEAL)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(number, mapped), descriptor
+
+    @classmethod
+    def attach(cls, number: int, size_bytes: int, descriptor: int, *, writable: bool) -> Segment:
+        """Map what a peer has handed over. Closes the descriptor.
+
+        Raises:
+            ProtocolError: it is no sealed memory of this size.
+        """
+        try:
+            seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+            if seals & _SEALED != _SEALED:
+                raise ProtocolError(f"segment {number} could be cut off: it is not sealed")
+            found = os.fstat(descriptor).st_size
+            if found != size_bytes or not size_bytes:
+                raise ProtocolError(f"segment {number} has {found} bytes, not {size_bytes}")
+            access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            mapped = mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED, access)
+            with contextlib.suppress(OSError, AttributeError):
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as exc:  # of F_GET_SEALS, too, where it is no memory
+            if isinstance(exc, ProtocolError):
+                raise
+            raise ProtocolError(f"segment {number} cannot be mapped: {exc}") from exc
+        finally:
+            os.close(descriptor)
+        return cls(number, mapped)
+
+    def place(self, offset_bytes: int, size_bytes: int) -> Bytes:
+        """Return a part of it.
+
+        Raises:
+            ProtocolError: it reaches beyond the end.
+        """
+        if not 0 <= offset_bytes <= offset_bytes + size_bytes <= self.size_bytes:
+            raise ProtocolError(
+                f"bytes [{offset_bytes}, {offset_bytes + size_bytes}) of segment {self.number}, "
+                f"which has {self.size_bytes}"
+            )
+        return self.bytes[offset_bytes : offset_bytes + size_bytes]
+
+
+def _bytes_of(mapped: mmap.mmap) -> Bytes:
+    """Return all of a mapping, which lives as long as any view of it.
+
+    Through its address, since torch complains of every array that may not be written.
+    """
+    array: Bytes = np.frombuffer(mapped, np.uint8)
+    if array.flags.writeable:
+        return array
+    raw: Any = (ctypes.c_ubyte * len(mapped)).from_address(array.ctypes.data)
+    raw.keeps = array
+    return np.frombuffer(raw, np.uint8)
+
+
+@final
+class FreeRanges:
+    """Which parts of a segment are free. Whoever asks gets the first that is large enough."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self._starts = [0]
+        self._stops = [size_bytes]
+
+    @property
+    def all_free(self) -> bool:
+        """Whether nothing is taken."""
+        return self._stops[:1] == [self.size_bytes] and self._starts[0] == 0
+
+    def take(self, size_bytes: int) -> int:
+        """Return where a free part of this size begins, which is taken now; -1 if there is none."""
+        for index, (start, stop) in enumerate(zip(self._starts, self._stops, strict=True)):
+            if stop - start >= size_bytes:
+                if stop - start == size_bytes:
+                    del self._starts[index], self._stops[index]
+                else:
+                    self._starts[index] += size_bytes
+                return start
+        return -1
+
+    def give(self, start: int, size_bytes: int) -> None:
+        """Free a part that was taken."""
+        stop = start + size_bytes
+        index = bisect.bisect(self._starts, start)
+        joins_left = index > 0 and self._stops[index - 1] == start
+        joins_right = index < len(self._starts) and self._starts[index] == stop
+        if joins_left and joins_right:
+            self._stops[index - 1] = self._stops[index]
+            del self._starts[index], self._stops[index]
+        elif joins_left:
+            self._stops[index - 1] = stop
+        elif joins_right:
+            self._starts[index] = start
+        else:
+            self._starts.insert(index, start)
+            self._stops.insert(index, stop)
+
+
+@final
+class Arena:
+    """Segments of this process, and which parts of them are in use. Safe from any thread.
+
+    Args:
+        others_may_write: whether those who map a segment later may write to it.
+        on_segment: called with every new segment and its descriptor, which the callee closes.
+        on_drop: called with the number of a segment of which nothing is in use any more.
+    """
+
+    def __init__(
+        self,
+        *,
+        others_may_write: bool,
+        on_segment: Callable[[Segment, int], None],
+        on_drop: Callable[[int], None],
+    ) -> None:
+        self._others_may_write = others_may_write
+        self._on_segment = on_segment
+        self._on_drop = on_drop
+        self._lock = threading.Lock()  # not needed for `_given`, to which the garbage collector may append
+        self._segments: dict[int, Segment] = {}
+        self._free: dict[int, FreeRanges] = {}
+        self._next_number = 1
+        self._given: list[tuple[int, int, int]] = []  # segment, start, size; by whoever let a view go
+
+    def take(self, size_bytes: int) -> Bytes:
+        """Return memory of this size, of any content; it is free again when its last view is gone.
+
+        Raises:
+            OSError: there is no memory for it.
+        """
+        taken_bytes = max(1, -(-size_bytes // ALIGN_BYTES)) * ALIGN_BYTES
+        with self._lock:
+            self._settle()
+            number, start = self._find(taken_bytes)
+            array: Bytes = self._segments[number].bytes[start : start + size_bytes]
+            weakref.finalize(array, self._given.append, (number, start, taken_bytes)).atexit = False
+            return array
+
+    def where(self, address: int, size_bytes: int) -> tuple[int, int] | None:
+        """Return segment and offset of memory at this address; None if it is not of this arena."""
+        for segment in list(self._segments.values()):
+            offset = address - segment.address
+            if 0 <= offset <= segment.size_bytes - size_bytes:
+                return segment.number, offset
+        return None
+
+    def _find(self, size_bytes: int) -> tuple[int, int]:
+        for number, free in self._free.items():
+            start = free.take(size_bytes)
+            if start >= 0:
+                return number, start
+        number = self._next_number
+        segment, descriptor = Segment.create(
+            number, max(size_bytes, SEGMENT_BYTES), others_may_write=self._others_may_write
+        )
+        self._next_number += 1
+        self._segments[number] = segment
+        self._free[number] = FreeRanges(segment.size_bytes)
+        self._on_segment(segment, descriptor)
+        return number, self._free[number].take(size_bytes)
+
+    def _settle(self) -> None:
+        """Take in what was given back; of segments that are not in use at all only one is kept."""
+        if not self._given:
+            return
+        while self._given:
+            number, start, size_bytes = self._given.pop()
+            self._free[number].give(start, size_bytes)
+        unused = [number for number, free in self._free.items() if free.all_free]
+        for number in unused[1:]:
+            del self._free[number], self._segments[number]
+            self._on_drop(number)

@@ -1,0 +1,169 @@
+"""Unix sockets: connections within a host, which can hand over descriptors, those of shared memory say.
+
+Names are abstract: nothing is left in the file system, and whoever can reach one shares the network
+namespace, so it is on this host. They have no permissions, so each side asks the system who the other is.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import secrets
+import socket
+import struct
+import sys
+from collections import deque
+from typing import Any, final
+
+from tensorkv.errors import ProtocolError
+from tensorkv.transport.base import Buffer, Connection
+from tensorkv.transport.stream import MAX_BUFFERS, StreamConnection, StreamListener
+
+NAME_PREFIX = "@tensorkv-"
+"""Abstract names are written with "@" for the zero byte that they begin with, as tools of the system do."""
+
+MAX_UNCLAIMED = 64
+"""So many descriptors may have come that no frame has asked for."""
+
+_ONE_DESCRIPTOR = socket.CMSG_SPACE(array.array("i").itemsize)
+_CREDENTIALS = struct.Struct("3i")  # process, user, group
+
+
+@final
+class DescriptorHead(bytes):
+    """The head of a frame that hands over `descriptor`, a copy of which the receiver gets."""
+
+    descriptor: int
+
+    @classmethod
+    def of(cls, head: bytes, descriptor: int) -> DescriptorHead:
+        """Return `head`, with a descriptor that must stay open until the frame is sent."""
+        made = cls(head)
+        made.descriptor = descriptor
+        return made
+
+
+@final
+class UnixConnection(StreamConnection):
+    """A connected Unix socket. Owns, too, the descriptors that have come and were not claimed yet."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        process, self.user, _ = _peer_of(sock)
+        super().__init__(sock, f"process {process} of this host")
+        self._unclaimed: deque[int] = deque()
+
+    def claim_descriptor(self) -> int:
+        """Return the descriptor that came with the frame just received. Its owner is who calls.
+
+        Raises:
+            ProtocolError: none came.
+        """
+        if not self._unclaimed:
+            raise ProtocolError(f"{self.peer} announced a descriptor and sent none")
+        return self._unclaimed.popleft()
+
+    def _sendmsg(self, buffers: list[Buffer], flags: int) -> int:
+        head = buffers[0]
+        if not isinstance(head, DescriptorHead):
+            return super()._sendmsg(buffers, flags)
+        rights = array.array("i", [head.descriptor])
+        return self._send_with(buffers[:MAX_BUFFERS], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], flags)
+
+    def _receive_ahead(self, buffer: memoryview, flags: int) -> int:
+        got, ancillary = self._receive_with(buffer, _ONE_DESCRIPTOR, flags | socket.MSG_CMSG_CLOEXEC)
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                found = array.array("i")
+                found.frombytes(data[: len(data) - len(data) % found.itemsize])
+                self._unclaimed.extend(found)
+        if len(self._unclaimed) > MAX_UNCLAIMED:
+            self._broken = True
+            raise ProtocolError(f"{self.peer} sent more than {MAX_UNCLAIMED} descriptors that belong nowhere")
+        return got
+
+    def notice_silence(self, timeout_s: float) -> None:
+        """Nothing to do: a host does not lose itself."""
+
+    def close(self) -> None:
+        while self._unclaimed:
+            os.close(self._unclaimed.popleft())
+        super().close()
+
+
+@final
+class UnixListener(StreamListener):
+    """Listens at a new abstract name, for processes of the same user."""
+
+    def __init__(self) -> None:
+        self._name = NAME_PREFIX + secrets.token_hex(16)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.bind(_abstract(self._name))
+            sock.listen(1024)
+        except BaseException:
+            sock.close()
+            raise
+        super().__init__(sock)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return (self._name, 0)
+
+    def _connection(self, sock: socket.socket, name: Any) -> Connection:
+        return _of_same_user(sock)
+
+
+def why_not() -> str:
+    """Return why this system has no abstract names or no shared memory to hand over; "" if it has both."""
+    if not sys.platform.startswith("linux"):
+        return f"{sys.platform} has no abstract Unix sockets"
+    try:
+        os.close(os.memfd_create("tensorkv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    except (AttributeError, OSError) as exc:
+        return f"this system makes no anonymous shared memory (memfd_create): {exc}"
+    return ""
+
+
+def connect(name: str, timeout_s: float) -> UnixConnection:
+    """Connect to a listener of this host.
+
+    Raises:
+        ConnectionError: there is none of this name on this host (or none that this network namespace
+            reaches), it does not answer within `timeout_s` seconds, or it belongs to another user.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(_abstract(name))
+    except OSError as exc:
+        sock.close()
+        raise ConnectionError(f"cannot connect to {name}: {exc}") from exc
+    try:
+        return _of_same_user(sock)
+    except OSError as exc:
+        raise ConnectionError(f"cannot connect to {name}: {exc}") from exc
+
+
+def _of_same_user(sock: socket.socket) -> UnixConnection:
+    """Return the connection of a socket. Raises PermissionError, and closes it, if its peer is another's."""
+    try:
+        process, user, _ = _peer_of(sock)
+        if user != os.geteuid():
+            raise PermissionError(
+                f"process {process} at the other end belongs to user {user}, this one to user {os.geteuid()}"
+            )
+        return UnixConnection(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _peer_of(sock: socket.socket) -> tuple[int, int, int]:
+    """Return process, user and group of the other end, as they were when it connected or listened."""
+    found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process, user, group = _CREDENTIALS.unpack(found)
+    return process, user, group
+
+
+def _abstract(name: str) -> str:
+    return "\0" + name[1:]

@@ -1,0 +1,196 @@
+"""Segments are sealed and checked; an arena hands out places that never overlap, and takes them back."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensorkv.errors import ProtocolError
+from tensorkv.transport.sharedmemory import ALIGN_BYTES, SEGMENT_BYTES, Arena, FreeRanges, Segment
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def _open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_two_mappings_show_the_same_memory(writable: bool) -> None:
+    segment, descriptor = Segment.create(7, PAGE + 1, others_may_write=writable)
+    assert segment.size_bytes == 2 * PAGE
+    other = Segment.attach(7, segment.size_bytes, descriptor, writable=writable)
+    segment.bytes[5:8] = 42
+    assert other.bytes[4:9].tolist() == [0, 42, 42, 42, 0]
+    if writable:
+        other.bytes[0] = 1
+        assert segment.bytes[0] == 1
+
+
+def test_who_may_not_write_cannot() -> None:
+    """Neither by a mapping of his own, nor through the view that he has: his process dies of that."""
+    segment, descriptor = Segment.create(1, PAGE, others_may_write=False)
+    again = os.dup(descriptor)
+    with pytest.raises(ProtocolError, match="cannot be mapped"):
+        Segment.attach(1, PAGE, again, writable=True)
+    script = (
+        "import sys; from tensorkv.transport.sharedmemory import Segment\n"
+        "segment = Segment.attach(1, int(sys.argv[2]), int(sys.argv[1]), writable=False)\n"
+        "print(segment.bytes[0], flush=True); segment.bytes[0] = 2\n"
+    )
+    segment.bytes[0] = 9
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(descriptor), str(PAGE)],
+        pass_fds=[descriptor],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    os.close(descriptor)
+    assert (done.stdout, done.returncode) == ("9\n", -11)
+    assert segment.bytes[0] == 9
+
+
+def test_its_size_cannot_be_changed() -> None:
+    _, descriptor = Segment.create(1, PAGE, others_may_write=True)
+    for size_bytes in (0, 2 * PAGE):
+        with pytest.raises(PermissionError):
+            os.ftruncate(descriptor, size_bytes)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("seals", [0, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW])
+def test_memory_that_could_be_cut_off_is_refused(seals: int) -> None:
+    """A peer that shrinks it would end us by SIGBUS."""
+    descriptor = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, PAGE)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    before = _open_descriptors()
+    with pytest.raises(ProtocolError, match="could be cut off"):
+        Segment.attach(1, PAGE, descriptor, writable=False)
+    assert _open_descriptors() == before - 1
+
+
+def test_what_is_no_memory_is_refused(tmp_path: Path) -> None:
+    before = _open_descriptors()
+    (tmp_path / "file").write_bytes(bytes(PAGE))
+    for descriptor in (os.open(tmp_path / "file", os.O_RDWR), os.open(tmp_path, os.O_RDONLY)):
+        with pytest.raises(ProtocolError, match="segment 1 cannot be mapped"):
+            Segment.attach(1, PAGE, descriptor, writable=False)
+    assert _open_descriptors() == before
+
+
+@pytest.mark.parametrize("announced", [0, 1, PAGE - 1, PAGE + 1, 2 * PAGE, -PAGE])
+def test_another_size_than_was_announced_is_refused(announced: int) -> None:
+    _, descriptor = Segment.create(1, PAGE, others_may_write=False)
+    with pytest.raises(ProtocolError, match=f"has {PAGE} bytes, not {announced}"):
+        Segment.attach(1, announced, descriptor, writable=False)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(-1, 1), (0, PAGE + 1), (PAGE, 1), (1, -1), (PAGE + 1, 0)])
+def test_a_place_outside_is_refused(offset: int, size: int) -> None:
+    segment, descriptor = Segment.create(1, PAGE, others_may_write=False)
+    os.close(descriptor)
+    assert len(segment.place(PAGE - 1, 1)) == 1
+    with pytest.raises(ProtocolError, match="of segment 1"):
+        segment.place(offset, size)
+
+
+def test_a_segment_lives_as_long_as_a_tensor_over_it() -> None:
+    segment, descriptor = Segment.create(1, PAGE, others_may_write=False)
+    other = Segment.attach(1, PAGE, descriptor, writable=False)
+    tensor = torch.from_numpy(other.place(0, 8)).view(torch.int64)
+    segment.bytes[0] = 3
+    del segment, other
+    gc.collect()
+    assert tensor.item() == 3
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(1, 5)), max_size=60))
+def test_ranges_never_overlap_and_join_again(steps: list[tuple[int, int]]) -> None:
+    """Against a list of bytes as the model. A step takes a size, or gives back what an earlier one took."""
+    ranges, model = FreeRanges(16), [False] * 16
+    taken: list[tuple[int, int]] = []
+    for which, size in steps:
+        if which and taken:
+            start, length = taken.pop(which % len(taken))
+            ranges.give(start, length)
+            model[start : start + length] = [False] * length
+            continue
+        start = ranges.take(size)
+        fits = [at for at in range(17 - size) if not any(model[at : at + size])]
+        assert start == (fits[0] if fits else -1)
+        if start >= 0:
+            model[start : start + size] = [True] * size
+            taken.append((start, size))
+        assert ranges.all_free == (not any(model))
+
+
+class Log:
+    """What an arena tells."""
+
+    def __init__(self) -> None:
+        self.new: list[Segment] = []
+        self.dropped: list[int] = []
+        self.arena = Arena(others_may_write=False, on_segment=self._new, on_drop=self.dropped.append)
+
+    def _new(self, segment: Segment, descriptor: int) -> None:
+        self.new.append(segment)
+        os.close(descriptor)
+
+
+def test_places_are_aligned_apart_and_found_again() -> None:
+    log = Log()
+    places = [log.arena.take(size) for size in (1, 64, 5, 65, 1000)]
+    assert [segment.size_bytes for segment in log.new] == [SEGMENT_BYTES]
+    for number, place in enumerate(places):
+        place[:] = number
+    assert [set(place.tolist()) for place in places] == [{0}, {1}, {2}, {3}, {4}]
+    found = [log.arena.where(place.ctypes.data, len(place)) for place in places]
+    assert found == [(1, 0), (1, 64), (1, 128), (1, 192), (1, 320)]
+    assert all(place.ctypes.data % ALIGN_BYTES == 0 for place in places)
+    assert log.arena.where(np.zeros(1, np.uint8).ctypes.data, 1) is None
+
+
+def test_a_place_is_free_when_its_last_view_is_gone() -> None:
+    log = Log()
+    first = log.arena.take(1000)
+    tensor = torch.from_numpy(first)[3:7].view(torch.uint8)
+    address = first.ctypes.data
+    del first
+    gc.collect()
+    second = log.arena.take(1000)
+    assert second.ctypes.data != address  # the tensor still shows it
+    del tensor
+    gc.collect()
+    assert log.arena.take(1000).ctypes.data == address
+
+
+def test_large_places_get_segments_of_their_own_which_go_with_them() -> None:
+    log = Log()
+    small = log.arena.take(10)
+    large = [log.arena.take(SEGMENT_BYTES + 1) for _ in range(3)]
+    assert [segment.number for segment in log.new] == [1, 2, 3, 4]
+    log.new.clear()
+    gc.collect()
+    before = _open_descriptors()
+    del large
+    gc.collect()
+    log.arena.take(10)
+    assert len(log.dropped) == 2  # one that is not in use is kept
+    assert _open_descriptors() == before - 2
+    again = log.arena.take(SEGMENT_BYTES + 1)
+    assert log.new == []
+    assert len(small) + len(again) == SEGMENT_BYTES + 11
