@@ -73,3 +73,14 @@ def test_what_was_in_use_in_one_moment_only_is_freed() -> None:
     assert sum(each() is not None for each in alive) == 3
     three = [pool.take(LARGE_BYTES) for _ in range(3)]
     assert {id(buffer) for buffer in three} == {id(each()) for each in alive if each() is not None}
+
+
+def test_what_is_borrowed_goes_back_to_its_owner_and_not_into_the_pool() -> None:
+    returned: list[str] = []
+    pool = BufferPool()
+    borrowed = Memory(torch.zeros(4096, dtype=torch.uint8), lambda: returned.append("back"))
+    assert borrowed.borrowed
+    assert not pool.take(4096).borrowed
+    pool.give(borrowed)
+    assert returned == ["back"]
+    assert pool.take(4096) is not borrowed

@@ -42,3 +42,21 @@ def test_a_full_slot_is_followed_by_another() -> None:
     assert len({id(slot) for slot, _ in found}) == 2
     assert [offset for _, offset in found][-2:] == [(per_slot - 1) * SMALL_BYTES // 4, 0]
     slots.allocate(0, torch.float32)
+
+
+def test_memory_is_taken_where_it_was_asked_to_be() -> None:
+    """That of new slots, and that to which one moves when it is lent."""
+    taken: list[int] = []
+
+    def allocate(size_bytes: int) -> torch.Tensor:
+        taken.append(size_bytes)
+        return torch.empty(size_bytes, dtype=torch.uint8)
+
+    slots = SlotAllocator(allocate)
+    slot, _ = slots.allocate(SMALL_BYTES, torch.float64)
+    slot.tensor.fill_(3)
+    slot.lease.readers += 1
+    slot.make_writable()
+    assert bool((slot.tensor == 3).all())
+    slots.allocate(1, torch.float32)
+    assert taken == [SMALL_BYTES * 8, SMALL_BYTES * 8, SHARED_SLOT_BYTES]

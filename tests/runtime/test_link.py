@@ -18,11 +18,18 @@ from tensorkv.errors import (
     WaitTimeout,
     to_wire,
 )
+from tensorkv.protocol.memory import Memory
+from tensorkv.protocol.slots import Slot
 from tensorkv.runtime import link as link_module
+from tensorkv.runtime import sharing
 from tensorkv.runtime.link import Exchange, ServerLink, SingleReply
+from tensorkv.runtime.sharing import SharedValues
 from tensorkv.runtime.waits import Wait
+from tensorkv.runtime.window import Window
+from tensorkv.transport import unix
 from tensorkv.transport.base import Connection
 from tensorkv.transport.endpoint import connect, listen
+from tensorkv.transport.unix import UnixConnection, UnixListener
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 
@@ -422,3 +429,138 @@ def test_a_payload_longer_than_any_ends_the_link(tcp_bench: Bench) -> None:
     tcp_bench.server.send(encode(m.Data(given_up, 0), 1 << 62))
     with pytest.raises(ProtocolError, match="for a request that is not there"):
         tcp_bench.link.wait(number, tcp_bench.wait())
+
+
+# ---- replies in shared memory ----------------------------------------------------------------------
+
+
+class Filled(Exchange):
+    """Takes one reply of 8 bytes."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray(8)
+        self.taken: list[Any] = []
+
+    def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
+        return [memoryview(self.bytes)[:3], memoryview(self.bytes)[3:payload_bytes]]
+
+    def take(self, message: Any) -> bool:
+        self.taken.append(message)
+        return True
+
+
+class SharedBench(Bench):
+    """A link that shares memory with a server."""
+
+    def __init__(self) -> None:
+        listener = UnixListener()
+        connection = unix.connect(listener.address[0], DEADLINE_S)
+        self.server = listener.accept()
+        listener.close()
+        self.failure = None
+        self.broken_off: list[BaseException] = []
+        self.link = ServerLink(
+            connection, "server 1", lambda: self.failure, lambda _: None, self.broken_off.append, Window()
+        )
+        self.link.pump()
+        assert isinstance(self.server, UnixConnection)
+        self.values = SharedValues()
+        self.sharing = self.values.share_with(self.server, self.server.send)
+        self.sharing.attach(self.hear())
+        self.slot = Slot(self.values.allocate(8))
+        self.slot.tensor.fill_(7)
+
+    def reply(self, number: int) -> None:
+        self.slot.lease.readers += 1
+        assert self.sharing.reply(m.Data(number, 0), [Memory(self.slot.tensor)], [self.slot.lease])
+
+    @property
+    def num_leases(self) -> int:
+        """How many replies were not copied."""
+        self.values.settle()
+        return self.slot.lease.readers
+
+    def close(self) -> None:
+        super().close()
+        self.values.close()
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[SharedBench]:
+    monkeypatch.setattr(sharing, "PLACED_BYTES", 8)
+    made = SharedBench()
+    yield made
+    made.close()
+
+
+def test_a_reply_in_shared_memory_is_copied_and_its_lease_ends(shared: SharedBench) -> None:
+    exchange = Filled()
+    number = shared.link.open(exchange)
+    shared.reply(number)
+    assert shared.num_leases == 1
+    shared.link.wait(number, shared.wait())
+    assert exchange.bytes == bytes([7] * 8)
+    assert shared.num_leases == 0
+
+
+def test_a_reply_that_nobody_wants_any_more_holds_no_lease(shared: SharedBench) -> None:
+    number = shared.link.open(Filled())
+    shared.link.drop(number)
+    shared.reply(number)
+    shared.link.poll()
+    assert shared.num_leases == 0
+
+
+def test_a_reply_that_cannot_be_taken_is_the_error_of_its_call_alone(shared: SharedBench) -> None:
+    class Full(Filled):
+        def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
+            raise MemoryError("no room")
+
+    exchange = Full()
+    number = shared.link.open(exchange)
+    shared.reply(number)
+    shared.link.wait(number, shared.wait())
+    (error,) = exchange.taken
+    assert "no room" in str(error)
+    assert shared.num_leases == 0
+
+
+def test_a_copy_from_a_server_that_has_ended_the_connection_does_not_count(shared: SharedBench) -> None:
+    """It may write where it likes from then on: half of another value may have been copied."""
+    exchange = Filled()
+    number = shared.link.open(exchange)
+    shared.reply(number)
+    shared.server.shutdown()
+    shared.failure = PeerLostError("server 1 has failed")
+    with pytest.raises(PeerLostError, match="server 1 has failed"):
+        shared.link.wait(number, shared.wait())
+    assert exchange.taken == []
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Data(1, 0, m.Placed(2, [(1, 0, 8)])),
+        m.Data(1, 0, m.Placed(1, [(9, 0, 8)])),
+        m.Data(99, 0, m.Placed(1, [])),
+        m.ShareSegment(1, 4096),
+        m.DropSegment(5),
+    ],
+    ids=str,
+)
+def test_shared_memory_that_makes_no_sense_ends_the_connection(shared: SharedBench, message: Any) -> None:
+    number = shared.link.open(Filled())
+    shared.say(message)
+    with pytest.raises(ProtocolError):
+        shared.link.wait(number, shared.wait())
+    assert not shared.broken_off
+
+
+@pytest.mark.parametrize(
+    "message", [m.Data(1, 0, m.Placed(1, [])), m.ShareSegment(1, 4096), m.DropSegment(1)]
+)
+def test_where_no_memory_is_shared_there_is_none(bench: Bench, message: Any) -> None:
+    number = bench.link.open(Filled())
+    bench.say(message)
+    with pytest.raises(ProtocolError, match="shared memory"):
+        bench.link.wait(number, bench.wait())

@@ -112,6 +112,13 @@ NONSENSE = {
     ),
     "a store of another mode": ([m.OpenStore(1, "default", True, False)], b"", "another mode"),
     "a message of another conversation": ([m.Goodbye()], b"", "malformed message"),
+    "a segment, where memory cannot be shared": ([m.ShareSegment(0, 65536)], b"", "shared memory, over a"),
+    "a segment dropped, where memory cannot be shared": ([m.DropSegment(1)], b"", "shared memory, over a"),
+    "a push in shared memory, where there is none": (
+        [m.DefinePlan(1, 1, [CHUNK]), m.Push(1, 0, True, 0, m.Placed(0, [(1, 0, 8)]))],
+        b"",
+        "a push in shared memory",
+    ),
     "a plan that was not defined is dropped": ([m.DropPlan(3)], b"", "has not defined plan 3"),
 }
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tensorkv.arrays import dtype_name
 from tensorkv.errors import KeyDeleted, ProtocolError, TensorKVError, to_wire
 from tensorkv.runtime.plans import SMALL_BYTES, KeyState, Plan, build_plan
-from tensorkv.runtime.transfers import Destinations, PullExchange, _share_memory, gather
+from tensorkv.runtime.transfers import Destinations, PullExchange, _share_memory, gather, gather_into
 from tensorkv.wire import messages as m
 
 LARGE = SMALL_BYTES // 4 + 8  # elements of float32 that are not small
@@ -62,6 +62,28 @@ def carry(plan: Plan, values: list[torch.Tensor], outs: list[list[torch.Tensor]]
     destinations.finish()
 
 
+def carry_in_place(plan: Plan, values: list[torch.Tensor], outs: list[list[torch.Tensor]]) -> None:
+    """As `carry`, through memory that both sides see: in one part, and in one part per piece."""
+    destinations = Destinations.per_device(plan.states, outs)
+    ends: list[Exception | None] = []
+    for part in plan.parts:
+        exchange = PullExchange(part, destinations, ends.append)
+        for number, chunk in enumerate(part.chunks):
+            pushed = torch.empty(chunk.num_elems, dtype=chunk.dtype)
+            gather_into(pushed, chunk, values)
+            assert b"".join(bytes(view) for view in gather(chunk, values)) == pushed.numpy().tobytes()
+            stored = pushed.to(chunk.stored_dtype).view(torch.uint8)
+            lengths = [chunk.num_elems]
+            if number % 2:
+                lengths = [piece.stop - piece.start for piece in chunk.pieces]
+            parts = list(stored.split([length * chunk.stored_dtype.itemsize for length in lengths]))
+            data = m.Data(1, number, m.Placed(1, [(1, number, len(lengths))]))
+            exchange.copy(data, parts)
+            assert exchange.take(data) == (number == len(part.chunks) - 1)
+    assert ends == [None] * len(plan.parts)
+    destinations.finish()
+
+
 def place(exchange: PullExchange, number: int, payload: bytes) -> None:
     low = 0
     for view in exchange.place(m.Data(1, number), len(payload)):
@@ -96,6 +118,9 @@ def test_values_arrive_as_they_were(mix: str, cut: int) -> None:
     for _ in range(2):  # a plan is used again and again
         outs = [torch.full(shape, math.nan) for shape in shapes]
         carry(plan, values, [[out] for out in outs])
+        assert all(map(torch.equal, outs, values))
+        outs = [torch.full(shape, math.nan) for shape in shapes]
+        carry_in_place(plan, values, [[out] for out in outs])
         assert all(map(torch.equal, outs, values))
 
 
@@ -270,3 +295,36 @@ def test_two_links_that_receive_parts_of_one_value_at_once() -> None:
         for thread in threads:
             thread.join(20)
         assert found[0].data_ptr() == found[1].data_ptr() == destinations.flat(0).data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "text"),
+    [
+        ([6, 14], "cut its slices"),
+        ([40], "more came"),
+        ([20, 1], "more came"),
+        ([12], "cut its"),
+        ([], "cut its"),
+    ],
+)
+def test_parts_that_are_no_whole_slices_are_refused(lengths: list[int], text: str) -> None:
+    """A chunk of 3 and 2 floats."""
+    plan = plan_of(states([(3,), (2,)]))
+    outs = [[torch.zeros(3)], [torch.zeros(2)]]
+    exchange = PullExchange(plan.parts[0], Destinations.per_device(plan.states, outs), lambda error: None)
+    parts = [torch.ones(length, dtype=torch.uint8) for length in lengths]
+    with pytest.raises(ProtocolError, match=text):
+        exchange.copy(m.Data(1, 0, m.Placed(1, [(1, 0, sum(lengths))])), parts)
+    assert [out[0].sum().item() for out in outs] == [0.0, 0.0]
+
+
+def test_what_lies_in_place_is_looked_up_again_when_it_has_moved() -> None:
+    plan = plan_of(states([(3,), (2,)]))
+    for number, spans in enumerate([[(1, 0, 20)], [(1, 0, 20)], [(1, 64, 20)]]):
+        outs = [torch.zeros(3), torch.zeros(2)]
+        destinations = Destinations(plan.states, outs)
+        exchange = PullExchange(plan.parts[0], destinations, lambda error: None)
+        memory = torch.full((5,), float(number)).view(torch.uint8)
+        exchange.copy(m.Data(1, 0, m.Placed(1, spans)), [memory])
+        expected = 0.0 if number == 1 else float(number)  # what the first span showed
+        assert torch.cat(outs).tolist() == [expected] * 5

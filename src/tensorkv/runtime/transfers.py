@@ -264,12 +264,13 @@ def _pieces_of(chunk: PlanChunk, parts: list[torch.Tensor], states: Sequence[Key
     """
     itemsize, dtype = chunk.stored_dtype.itemsize, chunk.stored_dtype
     pieces: list[torch.Tensor] = []
-    rest = iter(parts)
-    part, low = torch.empty(0, dtype=torch.uint8, device="cpu"), 0
+    empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+    rest = iter([part for part in parts if part.numel()])
+    part, low = empty, 0
     for piece in chunk.pieces:
         size_bytes = (piece.stop - piece.start) * itemsize
-        while size_bytes and low == part.numel():
-            part, low = next(rest, part), 0
+        if size_bytes and low == part.numel():
+            part, low = next(rest, empty), 0
         if low + size_bytes > part.numel():
             raise ProtocolError(f"a chunk of {chunk.num_elems} elements came in parts that cut its slices")
         view = part[low : low + size_bytes].view(dtype)

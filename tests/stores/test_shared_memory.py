@@ -1,0 +1,157 @@
+"""Whole jobs over shared memory: what is borrowed is never changed, and what is lent comes back."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+
+import tensorkv
+from tensorkv.errors import KeyDeleted
+from tensorkv.store import KVStore
+from tensorkv.stores.dist import DistStore
+from tensorkv.testing.cluster import run_job
+from tensorkv.updater import ELEMENTWISE_OPTIMIZERS
+
+NUM_ELEMS = 50_000  # large enough to stay in shared memory
+
+
+def run(fn: Any, num_workers: int = 1, **options: Any) -> list[Any]:
+    return run_job(fn, num_workers=num_workers, num_servers=2, host="127.0.0.1", transport="shm", **options)
+
+
+def lent_bytes(kv: KVStore) -> int:
+    """Return how much the servers have not returned."""
+    assert isinstance(kv, DistStore)
+    total = 0
+    for link in kv._job.links:
+        assert link.shared is not None
+        link.shared.collect()
+        total += link.shared.lent_bytes
+    return total
+
+
+def gradients(seed: int) -> torch.Tensor:
+    return torch.randn(NUM_ELEMS, generator=torch.Generator().manual_seed(seed))
+
+
+OPTIONS: list[dict[str, Any]] = [{}, {"weight_decay": 0.1}, {"maximize": True}, {"foreach": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("optimizer", sorted(ELEMENTWISE_OPTIMIZERS, key=lambda each: each.__name__))
+def test_no_optimizer_writes_to_what_one_worker_pushed(
+    optimizer: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    """With one worker nothing is added up: the optimizer reads the window, which no server can write to."""
+    if not options.keys() <= {*optimizer([torch.zeros(1, requires_grad=True)]).defaults}:
+        pytest.skip(f"{optimizer.__name__} has no {next(iter(options))}")
+
+    def train(kv: KVStore) -> torch.Tensor:
+        kv.set_optimizer(optimizer, **options)
+        kv.init("w", torch.ones(NUM_ELEMS))
+        for step in range(3):
+            kv.push("w", gradients(step))
+        return kv.pull("w")
+
+    expected = train(tensorkv.create("local"))
+    for kind in ("dist_sync", "dist_async"):
+        (found,) = run(train, kind=kind)
+        torch.testing.assert_close(found, expected)
+
+
+def scribble(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+    pushed.mul_(2)
+    stored.add_(pushed)
+
+
+@pytest.mark.parametrize("kind", ["dist_sync", "dist_async"])
+def test_a_function_may_write_to_what_was_pushed(kind: str) -> None:
+    def work(kv: KVStore) -> None:
+        kv.set_updater(scribble)
+        kv.init("w", torch.zeros(NUM_ELEMS), whole=True)
+        for step in range(1, 4):
+            kv.push("w", torch.ones(NUM_ELEMS))
+            assert torch.equal(kv.pull("w"), torch.full((NUM_ELEMS,), 2.0 * step))
+
+    run(work, kind=kind)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_what_was_pushed_is_clipped_by_a_commit(reduction: str) -> None:
+    def work(kv: KVStore) -> None:
+        kv.init("w", torch.zeros(NUM_ELEMS))
+        for _ in range(2):
+            kv.push("w", torch.ones(NUM_ELEMS), apply=False)
+            kv.commit(max_norm=1.0)
+            assert kv.pull("w").norm().item() == pytest.approx(1.0, rel=1e-4)
+        assert lent_bytes(kv) == 0
+
+    run(work, reduction=reduction)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["dist_sync", "dist_async"])
+def test_everything_lent_comes_back(kind: str, num_workers: int) -> None:
+    """After pulls of what was pushed, behind each other too, with devices, in mean, and for deleted keys."""
+
+    def work(kv: KVStore) -> None:
+        keys = ["a", "b", "c"]
+        kv.init(keys, [torch.zeros(NUM_ELEMS)] * 3)
+        for step in range(4):
+            kv.push(keys, [gradients(step)] * 3)
+            kv.push("a", [gradients(step), gradients(step)])
+            kv.pushpull("b", gradients(step))
+        kv.pull(keys)
+        kv.barrier()
+        assert lent_bytes(kv) == 0
+        if kv.rank == 0:
+            kv.barrier()
+            kv.delete("c")  # in the middle of a round, which is dropped
+        else:
+            kv.push("c", gradients(1))
+            kv.barrier()
+        with contextlib.suppress(KeyDeleted):
+            kv.barrier()
+        with contextlib.suppress(KeyDeleted):
+            kv.barrier()
+        assert lent_bytes(kv) == 0
+
+    run(work, num_workers, kind=kind)
+
+
+def test_a_pull_that_is_not_waited_for_keeps_its_value_and_stops_nobody() -> None:
+    """Its worker does not read while others push on: it gets one version, whole."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", torch.zeros(NUM_ELEMS))
+        kv.barrier()
+        if kv.rank == 0:
+            pending = [kv.pull("w", async_op=True) for _ in range(8)]
+            for each in pending:
+                value = each.result()
+                assert value.unique().numel() <= 2  # a slice on each server
+        else:
+            for step in range(1, 30):
+                kv.push("w", torch.full((NUM_ELEMS,), float(step)))
+                kv.pull("w")
+        kv.barrier()
+
+    run(work, 2, kind="dist_async")
+
+
+def test_stores_that_come_and_go_leave_no_segments() -> None:
+    def work(kv: KVStore) -> int:
+        assert isinstance(kv, DistStore)
+        for number in range(6):
+            other = DistStore("dist_sync", kv._job, store=f"other {number}", reduction="sum", timeout_s=60.0)
+            other.init("w", torch.zeros(30_000_000))
+            other.push("w", torch.ones(30_000_000))
+            assert other.pull("w")[-1] == 1
+            other.close()
+        return sum(len(link.shared._segments) for link in kv._job.links if link.shared is not None)
+
+    (num_segments,) = run(work)
+    assert num_segments <= 4  # of two servers; one that is not in use is kept
