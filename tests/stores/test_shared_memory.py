@@ -40,6 +40,7 @@ def gradients(seed: int) -> torch.Tensor:
 OPTIONS: list[dict[str, Any]] = [{}, {"weight_decay": 0.1}, {"maximize": True}, {"foreach": True}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("optimizer", sorted(ELEMENTWISE_OPTIMIZERS, key=lambda each: each.__name__))
 def test_no_optimizer_writes_to_what_one_worker_pushed(
