@@ -91,7 +91,6 @@ def _receive(connection: UnixConnection, union: Any) -> Any:
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     listener = UnixListener()
     one = unix.connect(listener.address[0], DEADLINE_S)
@@ -107,8 +106,9 @@ def pair() -> Iterator[Pair]:
     made.server.end()
     made.values.close()
     made.__dict__.clear()
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    if len(os.listdir("/proc/self/fd")) > before:  # mostly all is gone by itself; collecting takes long
+        gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 # ---- pushes ----------------------------------------------------------------------------------------
