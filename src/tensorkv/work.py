@@ -6,7 +6,6 @@ import concurrent.futures
 import functools
 import logging
 import sys
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, final
 
@@ -39,12 +38,6 @@ class Work:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         future.set_result(value)
         return cls(future, what)
-
-    @classmethod
-    def pending(cls, what: str, timeout_s: float | None = None) -> tuple[Work, Callable[[Any], None]]:
-        """Return a work that is going on, and the function that completes it with a value."""
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        return cls(future, what, timeout_s), future.set_result
 
     def wait(self, timeout: float | timedelta | None = None) -> bool:
         """Block until the call is complete and return True.

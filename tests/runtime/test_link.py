@@ -564,3 +564,21 @@ def test_where_no_memory_is_shared_there_is_none(bench: Bench, message: Any) -> 
     bench.say(message)
     with pytest.raises(ProtocolError, match="shared memory"):
         bench.link.wait(number, bench.wait())
+
+
+def test_a_thread_that_cannot_start_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    number, exchange = bench.link.ask(lambda number: m.Flush(number, 1))
+    bench.link.pump()
+    bench.hear()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            bench.link.watch(number)
+    bench.link.watch(number)
+    bench.say(m.Done(number))
+    bench.link.wait(number, bench.wait())
+    exchange.check()

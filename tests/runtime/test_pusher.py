@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkv.errors import WaitTimeout
+from tensorkv.errors import PeerLostError, WaitTimeout
 from tensorkv.runtime.embedded import EmbeddedJob
 from tensorkv.runtime.mergewatch import MergeWatch
 from tensorkv.runtime.plans import Plan
@@ -233,3 +234,37 @@ def test_in_async_mode_the_connection_holds_back_who_pushes(kind: str, waits: bo
         assert sent.wait(DEADLINE_S)
     finally:
         bench.close()
+
+
+def test_a_push_that_was_dropped_is_not_done() -> None:
+    """Its frame waits for the connection, which then fails: the memory is free, but nothing was sent."""
+    cluster = EmbeddedJob(1, 1, timeout_s=DEADLINE_S)
+    job = cluster.join(0)
+    kv = DistStore("dist_async", job, store="default", reduction="sum", timeout_s=DEADLINE_S)
+    kv.init("a", torch.zeros(2))
+    sender = job.links[0]._sender
+    with sender._sending:
+        work = kv.push("a", torch.ones(2), async_op=True)
+        assert work is not None
+        assert not work.is_completed()
+        sender._fail(ConnectionError("cut off"))
+    with pytest.raises(PeerLostError, match="the connection to server 0 has ended"):
+        work.wait(DEADLINE_S)
+    job.close(m.Abandon("its connection was cut off"))
+    cluster.stop()
+
+
+def test_a_call_for_which_there_is_no_thread_is_not_waited_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = bench.plan("a").states
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            bench.pusher.run_later(states, lambda: "never", "first")
+    assert not bench.pusher.deferred(states)
+    assert bench.pusher.run_later(states, lambda: "fine", "next").result(DEADLINE_S) == "fine"

@@ -187,6 +187,11 @@ class ServerLink:
             self._broken_off(exc)
         self._connection.shutdown()
 
+    @property
+    def cut_off(self) -> TensorKVError | None:
+        """Return why frames are dropped instead of sent; None while they are not."""
+        return PeerLostError(f"the connection to {self.name} has ended") if self._sender.failed else None
+
     def drop(self, number: int) -> None:
         """Give up an exchange: replies that still come are received and thrown away."""
         self._exchanges.pop(number, None)
@@ -234,10 +239,11 @@ class ServerLink:
             if wait is not None:
                 self._waits[number] = wait
             if self._thread is None:
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._lead_watched, name=f"tensorkv-receive-{self.name}", daemon=True
                 )
-                self._thread.start()
+                thread.start()
+                self._thread = thread
             self._turn.notify_all()
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ from tensorkv.runtime.transfers import gather, gather_into
 from tensorkv.runtime.window import Loan, WindowEnd
 from tensorkv.transport.base import TICK_S
 from tensorkv.wire import messages as m
+from tensorkv.work import Work
 
 MAX_LENT_BYTES = 64 << 20
 """So much of what an async worker has pushed may lie in shared memory, per server, until it is applied.
@@ -193,6 +194,22 @@ class Pusher:
         if failure is not None:
             raise again(failure) from None
 
+    def work_of(self, sent: Latch, what: str) -> Work:
+        """Return a work that is complete when a push has been handed to the system, or has failed to be."""
+        done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def settle() -> None:
+            error = self._job.failure() or next(
+                filter(None, (each.cut_off for each in self._job.links)), None
+            )
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(again(error))
+
+        sent.then(settle)
+        return Work(done, what, self._timeout_s)
+
     @property
     def settled(self) -> bool:
         """Whether every push of this worker is known to be applied or to have failed: pulls have told."""
@@ -299,7 +316,12 @@ class Pusher:
                 self._gone(done)
                 done.set_result(result)
 
-        threading.Thread(target=run, name="tensorkv-later", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="tensorkv-later", daemon=True).start()
+        except BaseException:  # the system has no thread for it: later calls must not wait for this one
+            self._gone(done)
+            done.cancel()
+            raise
         return done
 
     def _gone(self, done: concurrent.futures.Future[Any]) -> None:

@@ -47,6 +47,11 @@ class Sender:
         self._thread = threading.Thread(target=self._run, name=f"tensorkv-send-{name}", daemon=True)
         self._thread.start()
 
+    @property
+    def failed(self) -> bool:
+        """Whether frames are dropped: set before the first is."""
+        return self._failed
+
     def put(self, buffers: Sequence[Buffer], on_sent: Sent | None = None) -> None:
         """Queue a frame. `on_sent` is called when the buffers may be changed, also after a failure."""
         self._frames.append((buffers, on_sent))

@@ -305,9 +305,7 @@ class DistStore(KVStore):
         if not async_op:
             self._pusher.await_sent(sent, what)
             return None
-        work, settle = Work.pending(what, self._timeout_s)
-        sent.then(lambda: settle(None))
-        return work
+        return self._pusher.work_of(sent, what)
 
     def _push_busy(
         self,
