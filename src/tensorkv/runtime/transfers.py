@@ -136,18 +136,18 @@ class Destinations:
                 if piece.whole and self._plain:
                     targets.append(self._firsts[piece.value])
                 else:
-                    targets.append(self._small_target(piece))
+                    targets.append(self._target_of(piece))
         torch._foreach_copy_(targets, staging)
 
     def copy_from(self, chunk: PlanChunk, sources: list[torch.Tensor]) -> None:
         """Copy the pieces of a chunk from where they lie: whole ones in the shape of their value."""
         targets = [
-            self._firsts[piece.value] if piece.whole and self._plain else self._small_target(piece)
+            self._firsts[piece.value] if piece.whole and self._plain else self._target_of(piece)
             for piece in chunk.pieces
         ]
         torch._foreach_copy_(targets, sources)
 
-    def _small_target(self, piece: Piece) -> torch.Tensor:
+    def _target_of(self, piece: Piece) -> torch.Tensor:
         flat = self.flat(piece.value)
         return flat.view(self.states[piece.value].shape) if piece.whole else flat[piece.start : piece.stop]
 

@@ -49,7 +49,7 @@ class Window:
 
     def __init__(self) -> None:
         self._ends: list[WindowEnd] = []
-        self.arena = Arena(others_may_write=False, on_segment=self._share, on_drop=self._drop)
+        self._arena = Arena(others_may_write=False, on_segment=self._share, on_drop=self._drop)
 
     def open_to(self, connection: UnixConnection, put: Put) -> WindowEnd:
         """Share the window with one more server. Not once something has been lent.
@@ -57,7 +57,7 @@ class Window:
         Raises:
             OSError: the system has no memory or no descriptor for it.
         """
-        end = WindowEnd(self.arena, connection, put)
+        end = WindowEnd(self._arena, connection, put)
         self._ends.append(end)
         return end
 
