@@ -123,7 +123,10 @@ def test_devices_equal_one_process(name: str, dtype: torch.dtype, num_steps: int
     assert difference.abs().max().item() <= tolerance
 
 
-@pytest.mark.parametrize(("name", "dtype", "num_steps", "tolerance"), CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype", "num_steps", "tolerance"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] in ("adamw", "rmsprop"))) for case in CASES],
+)
 def test_workers_equal_one_process(name: str, dtype: torch.dtype, num_steps: int, tolerance: float) -> None:
     by_rank = _by_job("dist_sync", name, dtype, num_steps)
     assert all(torch.equal(weights, by_rank[0]) for weights in by_rank)

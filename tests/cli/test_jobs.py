@@ -73,6 +73,7 @@ def test_workers_share_a_value_through_servers(tmp_path: Path) -> None:
     assert status == 0
 
 
+@pytest.mark.slow
 def test_the_worker_that_failed_first_is_named_whoever_follows_it(tmp_path: Path) -> None:
     status, _, err = run(tmp_path, ONE_FAILS, "-n", "3", arguments=("5",))
     assert err.splitlines()[-1] == "tensorkv: worker 1 failed with status 5; the job was ended"
@@ -143,6 +144,7 @@ except tensorkv.PeerLostError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_status_that_only_the_launcher_sees_is_told_to_the_others(tmp_path: Path) -> None:
     status, out, err = run(tmp_path, LEFT, "-n", "3")
     assert err.splitlines()[-1] == "tensorkv: worker 1 failed with status 5; the job was ended"

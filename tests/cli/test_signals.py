@@ -108,6 +108,7 @@ def test_the_log_and_a_report_say_who_waits_for_whom(tmp_path: Path) -> None:
             patterns = [each for each in patterns if not re.search(each, found)]
 
 
+@pytest.mark.slow
 def test_term_to_a_worker_is_leaving(tmp_path: Path) -> None:
     with started(tmp_path, ONE_SLEEPS) as job:
         os.kill(job.pids[1], signal.SIGTERM)

@@ -908,6 +908,7 @@ def test_a_worker_leaves_when_its_interpreter_exits(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_an_uncaught_exception_is_a_loss_with_its_cause(tmp_path: Path) -> None:
     status, out, err = run_script(tmp_path, DIES_BY_EXCEPTION)
