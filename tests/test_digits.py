@@ -40,6 +40,13 @@ CASES = [
     ),
 ]
 
+BY_WORKERS = [
+    pytest.param(
+        *case.values, id=case.id, marks=[pytest.mark.slow] * (case.values[0] in ("adamw", "rmsprop"))
+    )
+    for case in CASES
+]
+
 
 def _load_example() -> Any:
     spec = importlib.util.spec_from_file_location("digits_example", EXAMPLE)
@@ -123,10 +130,7 @@ def test_devices_equal_one_process(name: str, dtype: torch.dtype, num_steps: int
     assert difference.abs().max().item() <= tolerance
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "num_steps", "tolerance"),
-    [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] in ("adamw", "rmsprop"))) for case in CASES],
-)
+@pytest.mark.parametrize(("name", "dtype", "num_steps", "tolerance"), BY_WORKERS)
 def test_workers_equal_one_process(name: str, dtype: torch.dtype, num_steps: int, tolerance: float) -> None:
     by_rank = _by_job("dist_sync", name, dtype, num_steps)
     assert all(torch.equal(weights, by_rank[0]) for weights in by_rank)
