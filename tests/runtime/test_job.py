@@ -125,7 +125,7 @@ class Store:
     def __init__(self, job: Job, error: Exception | None = None) -> None:
         self.closed = False
         self.error = error
-        job.stores[id(self)] = self
+        job.enter(id(self), self)
 
     def on_fault(self, fault: m.Fault) -> None:
         raise AssertionError("no faults here")

@@ -264,6 +264,33 @@ def test_who_asks_and_does_not_read_is_ended_with_one_line(
     assert "worker 0: it does not read: more than 20 frames" in caplog.text
 
 
+def test_a_worker_that_has_gone_without_its_answers_is_the_schedulers_to_tell(
+    worker: Callable[[int], Any],
+    cluster: EmbeddedJob,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = worker(0), worker(1)
+    open_store(one)
+    open_store(other)
+    state, gone = cluster.servers[0]._state, threading.Event()
+    handle = state.handle
+
+    def handle_later(worker: int, message: Any, payload: Any) -> Any:
+        assert gone.wait(DEADLINE_S)
+        return handle(worker, message, payload)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(state, "handle", handle_later)
+        for number in range(3):
+            one.say(m.Flush(2 + number, 1))
+        one.connection.shutdown()
+        gone.set()
+        while not cluster.servers[0]._peers[0].ended:
+            lives(other)
+    assert "this side has ended" not in caplog.text
+
+
 def test_a_fault_of_ours_ends_one_connection_and_shows_where(
     worker: Callable[[int], Any],
     cluster: EmbeddedJob,

@@ -290,6 +290,41 @@ def test_a_closed_store_is_freed_at_once_with_the_memory_of_its_plans() -> None:
         cluster.stop()
 
 
+@pytest.mark.parametrize("transport", [None, "tcp", "shm"])
+def test_a_dropped_embedded_store_is_told_of_and_leaves_nothing(transport: Any) -> None:
+    """The suite looks for threads and sockets, and the values are freed."""
+    before = set(os.listdir("/proc/self/fd"))
+    opened = [tensorkv.create("dist_sync", embedded=True, num_servers=2, transport=transport)]
+    opened[0].init("w", ones())
+    opened[0].push("w", ones(2))
+    assert opened[0].pull("w").tolist() == [2.0] * 4
+    gone = weakref.ref(opened[0])
+    keeper = next(thread for thread in threading.enumerate() if thread.name == "tensorkv-embedded")
+    with pytest.warns(ResourceWarning, match=r"kind 'dist_sync', rank 0> was dropped without close\(\)"):
+        opened.clear()
+    assert gone() is None
+    keeper.join(DEADLINE_S)
+    gc.collect()
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def test_the_job_of_a_dropped_store_ends_although_a_call_has_broken_it_off() -> None:
+    def break_off() -> None:
+        kv = tensorkv.create("dist_sync", embedded=True)
+        assert isinstance(kv, DistStore)
+        kv.init("w", ones())
+        kv._job.broken_off(KeyboardInterrupt())
+        with pytest.raises(PeerLostError, match="KeyboardInterrupt"):
+            kv.push("w", ones())
+
+    def drop() -> None:
+        break_off()
+        gc.collect()  # the error that was raised has kept it
+
+    with pytest.warns(ResourceWarning, match="was dropped without close"):
+        drop()
+
+
 def test_the_values_of_a_refused_init_are_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DistStore, "_send_values", refuse)
     value = ones()

@@ -6,7 +6,12 @@ handed over in queues.
 
 from __future__ import annotations
 
+import os
+import queue
 import secrets
+import threading
+import warnings
+import weakref
 from typing import final
 
 from tensorkv.config import (
@@ -21,6 +26,9 @@ from tensorkv.runtime.code import CodeTable, updater_loader
 from tensorkv.runtime.job import Job
 from tensorkv.runtime.scheduler import SchedulerServer
 from tensorkv.runtime.server import Server
+from tensorkv.wire import messages as m
+
+JOIN_TIMEOUT_S = 5.0
 
 
 @final
@@ -47,6 +55,9 @@ class EmbeddedJob:
         self._peer_timeout_s = peer_timeout_s
         self._host = host
         self._transport = transport
+        self._drops: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: there will be none
+        self._finalizer: weakref.finalize[..., object] | None = None
+        self._keeper: threading.Thread | None = None
         self.code_table = CodeTable()
         self.scheduler = SchedulerServer(
             num_workers=num_workers,
@@ -88,8 +99,37 @@ class EmbeddedJob:
         """Join as worker `rank`."""
         return Job(self.config("worker", rank), self.code_table)
 
+    def end_with(self, store: object, job: Job) -> None:
+        """End the job of the one worker, `job`, when its store is dropped without having been closed.
+
+        The garbage collector drops it in the middle of anything, also of a thread of this job: so another
+        thread, which waits for it, does the rest.
+        """
+        self._finalizer = weakref.finalize(store, _dropped, repr(store), os.getpid(), self._drops)
+        self._finalizer.atexit = False
+        self._keeper = threading.Thread(target=self._keep, args=(job,), name="tensorkv-embedded", daemon=True)
+        self._keeper.start()
+
+    def _keep(self, job: Job) -> None:
+        dropped = self._drops.get()
+        if dropped:
+            job.close(m.Goodbye())
+            self.stop()
+
     def stop(self) -> None:
         """End scheduler and servers. The workers have left."""
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        if self._keeper is not None and self._keeper is not threading.current_thread():
+            self._drops.put(False)
+            self._keeper.join(JOIN_TIMEOUT_S)
         self.scheduler.stop()
         for server in self.servers:
             server.stop()
+
+
+def _dropped(store: str, process: int, drops: queue.SimpleQueue[bool]) -> None:
+    """A store was dropped. Takes no lock: a thread of the job may be in the middle of anything."""
+    if os.getpid() == process:  # a forked child has the object, but neither the job nor its threads
+        drops.put(True)
+        warnings.warn(f"{store} was dropped without close()", ResourceWarning, stacklevel=2)

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, final
@@ -67,7 +68,7 @@ class Job:
         self.order = threading.Lock()
         self.whole = _Whole(self)
         self.plan_numbers = itertools.count(1)
-        self.stores: dict[int, OpenStore] = {}
+        self._stores: dict[int, Callable[[], OpenStore | None]] = {}
         self.links: list[ServerLink] = []
         self._window = Window()
         self.closed = False
@@ -108,6 +109,25 @@ class Job:
         self.control.notify(m.Abandon(str(self._broken)))
         for link in self.links:
             link.shutdown()
+
+    def enter(self, number: int, store: OpenStore, weakly: bool = False) -> None:
+        """A store was opened: it hears of faults, and is closed when the process leaves the job.
+
+        With `weakly` only its user keeps it: dropped, it is gone.
+        """
+        self._stores[number] = weakref.ref(store) if weakly else lambda: store
+
+    def forget(self, number: int) -> None:
+        """A store has ended."""
+        self._stores.pop(number, None)
+
+    def stores(self) -> list[OpenStore]:
+        """Return the stores that are open."""
+        return [store for store in map(self._opened, list(self._stores)) if store is not None]
+
+    def _opened(self, number: int) -> OpenStore | None:
+        found = self._stores.get(number)
+        return found and found()
 
     def check_open(self, store: int) -> None:
         """Raise StoreClosed if another thread has closed the store meanwhile. With the order held."""
@@ -214,12 +234,12 @@ class Job:
             link.shutdown()
 
     def _on_gone(self, gone: m.KeysGone) -> None:
-        store = self.stores.get(gone.store)
+        store = self._opened(gone.store)
         if store is not None:
             store.on_gone(gone)
 
     def _on_fault(self, fault: m.Fault) -> None:
-        store = self.stores.get(fault.store)
+        store = self._opened(fault.store)
         if store is not None:
             store.on_fault(fault)
 
@@ -293,7 +313,7 @@ def _leave(job: Job) -> None:
     if uncaught is not None:
         job.close(m.Abandon(f"it ended with {type(uncaught).__name__}: {uncaught}"))
         return
-    for store in list(job.stores.values()):
+    for store in job.stores():
         try:
             store.close()
         except TensorKVError as error:  # nobody is left to raise it to

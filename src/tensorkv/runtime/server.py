@@ -70,12 +70,15 @@ class _Peer:
         self.message: Any = None
         self.buffer = EMPTY
         self.ended = False
-        self.refused: Exception | None = None  # why nothing more is sent to it
+        self.refused: Exception | None = None  # why nothing more is sent to it, if that is its fault
+        self.gone = False  # it does not take what is sent to it
         self.sharing = server._share_with(self)
 
     def _cannot_send(self, exc: BaseException) -> None:
         if isinstance(exc, ProtocolError):
             self.refused = exc
+        else:
+            self.gone = True
         self.connection.shutdown()
 
 
@@ -357,12 +360,12 @@ class Server:
         """A connection has ended, or is ended since its peer broke the rules. Nothing else is."""
         self._dismiss(peer)
         cause = peer.refused or cause
+        has_left = peer.refused is None and (peer.gone or isinstance(cause, EOFError))
         if peer.worker == SCHEDULER and isinstance(cause, (EOFError, ConnectionError)):
             self._end(scheduler_lost_error(self._config.scheduler_host, cause))
         elif peer.worker == SCHEDULER:  # deaf to the scheduler the server is of no use
             self._end(TensorKVError(f"the server failed: {type(cause).__name__}: {cause}"))
-        elif not isinstance(cause, EOFError) and not self._ended.is_set():
-            # Whether a worker whose connection just ended has left, the scheduler knows.
+        elif not has_left and not self._ended.is_set():  # else the scheduler knows whether it was lost
             logger.warning("server %d: worker %d: %s", self._config.rank, peer.worker, cause)
 
     def _place(self, peer: _Peer, body: memoryview, payload_bytes: int) -> list[memoryview]:

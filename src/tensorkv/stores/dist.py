@@ -119,7 +119,7 @@ class DistStore(KVStore):
             job, self._store, timeout_s, self._is_async, self._table, self._plans, self._hold
         )
         self._transfer = StateTransfer(job, self._store, reduction, timeout_s)
-        job.stores[self._store] = self
+        job.enter(self._store, self, weakly=embedded is not None)
         with job.order, job.whole:
             for link in job.links:
                 link.put(m.OpenStore(self._store, store, self._is_async, reduction == "mean"))
@@ -714,12 +714,12 @@ class DistStore(KVStore):
                 lambda n: m.LeaveStore(n, self._store), "close", self._timeout_s, self._store
             )
         finally:
-            self._job.stores.pop(self._store, None)
+            self._job.forget(self._store)
             self._end_embedded(m.Goodbye())
         self._table.raise_faults()
 
     def _abandon(self, why: str) -> None:
-        self._job.stores.pop(self._store, None)
+        self._job.forget(self._store)
         self._job.close(m.Abandon(why))
         self._end_embedded(m.Abandon(why))
 
@@ -808,7 +808,7 @@ def _open_embedded(
     job: Job | None = None
     try:
         job = cluster.join(0)
-        return DistStore(
+        kv = DistStore(
             kind,
             job,
             store=store,
@@ -817,6 +817,8 @@ def _open_embedded(
             on_worker_loss=on_worker_loss,
             embedded=cluster,
         )
+        cluster.end_with(kv, job)
+        return kv
     except BaseException:
         if job is not None:
             job.close(m.Goodbye())
