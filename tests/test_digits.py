@@ -40,11 +40,9 @@ CASES = [
     ),
 ]
 
+LONG = [f"{name}-float64" for name in OPTIMIZERS if name != "sgd"]
 BY_WORKERS = [
-    pytest.param(
-        *case.values, id=case.id, marks=[pytest.mark.slow] * (case.values[0] in ("adamw", "rmsprop"))
-    )
-    for case in CASES
+    pytest.param(*case.values, id=case.id, marks=[pytest.mark.slow] * (case.id in LONG)) for case in CASES
 ]
 
 
@@ -180,6 +178,7 @@ def _epochs(command: list[str]) -> tuple[list[tuple[float, float]], str]:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_script_in_one_process_recognises_97_per_cent() -> None:
     epochs, last = _epochs([sys.executable, str(EXAMPLE), "--store", "local"])

@@ -343,6 +343,7 @@ def token_files() -> set[Path]:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_torchrun_starts_all_that_is_needed_beside_a_process_group(tmp_path: Path) -> None:
     path = script(tmp_path, SUM + 'shared("one")\nbeside()\nshared("two")\n')
