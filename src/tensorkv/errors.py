@@ -31,6 +31,7 @@
     ├── SaveError (OSError)                   a save could not be written; the one before it is whole
     ├── LoadError (ValueError)                there is no save, or it is corrupt; the store is as before
     ├── WaitTimeout (TimeoutError)            a deadline passed; the text names who is missing
+    ├── MemoryLimitReached (MemoryError)      shared memory would exceed a limit of the system's
     ├── TransportUnavailable (ConnectionError)   the transport that was asked for cannot be had here
     └── the job is broken (ConnectionError)
         ├── PeerLostError                     a process of the job is gone
@@ -170,6 +171,10 @@ class WaitTimeout(TensorKVError, TimeoutError):
 
 class TransportUnavailable(TensorKVError, ConnectionError):
     """The transport that was asked for cannot be had between two processes; the text says why."""
+
+
+class MemoryLimitReached(TensorKVError, MemoryError):
+    """Shared memory would exceed a limit of a process or its container; the text tells the numbers."""
 
 
 class PeerLostError(TensorKVError, ConnectionError):

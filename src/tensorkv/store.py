@@ -247,6 +247,29 @@ class KVStore(ABC):
         pulled = pull_batch_of(pushed, key, out, self._key_type)
         return self._pushpull(pushed, pulled, async_op)
 
+    def empty_like(self, key: Any) -> Any:
+        """Return new tensors to push from, of the shape and dtype of keys and of any content, on the CPU.
+
+        Where workers and servers share memory (see `create`) they lie in it, and a push of them copies
+        nothing: it lends them to the servers, which read them where they lie. So after a push they must
+        not be changed until a pull of their keys by this worker has returned. Everywhere else they are
+        tensors like any other, and a push of them, too.
+
+        Args:
+            key: a key or a list of keys. Asked for in one call they lie together, which is quickest to push.
+
+        Returns:
+            A tensor, or a list of tensors for a list of keys. Let them go, and their memory is free.
+
+        Raises:
+            KeyNotInitialized, InvalidKey, LengthMismatch.
+            MemoryLimitReached: the system has no memory for them.
+        """
+        self._check_usable("empty_like")
+        is_list = isinstance(key, (list, tuple))
+        found = self._empty_like(check_keys(key if is_list else [key], self._key_type))
+        return found if is_list else found[0]
+
     def broadcast(self, key: Any, value: Any, out: Any = None) -> Any:
         """Init, then pull into `out`: every worker ends with rank 0's value. Once per key, as `init`.
 
@@ -587,6 +610,9 @@ class KVStore(ABC):
 
     @abstractmethod
     def _pushpull(self, pushed: PushBatch, pulled: PullBatch, async_op: bool) -> Any: ...
+
+    @abstractmethod
+    def _empty_like(self, keys: tuple[Key, ...]) -> list[torch.Tensor]: ...
 
     @abstractmethod
     def _put(self, keys: tuple[Key, ...], values: list[torch.Tensor]) -> None: ...

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 
 import tensorkv
 from tensorkv.errors import KeyDeleted
+from tensorkv.runtime import pusher
+from tensorkv.runtime.plans import PlanChunk
 from tensorkv.store import KVStore
 from tensorkv.stores.dist import DistStore
 from tensorkv.testing.cluster import run_job
@@ -121,6 +125,140 @@ def test_everything_lent_comes_back(kind: str, num_workers: int) -> None:
         assert lent_bytes(kv) == 0
 
     run(work, num_workers, kind=kind)
+
+
+KEYS = ["a", "b", "c", "d"]
+SIZES = [NUM_ELEMS, 20_000, 30, 3_000_000]  # the last is sliced
+
+
+@contextlib.contextmanager
+def counted_copies() -> Iterator[list[int]]:
+    """Count the bytes that pushes copy or send, instead of lending them."""
+    found: list[int] = []
+    gather, gather_into = pusher.gather, pusher.gather_into
+
+    def count(call: Any) -> Any:
+        def counting(*arguments: Any) -> Any:
+            chunk = next(each for each in arguments if isinstance(each, PlanChunk))
+            found.append(chunk.size_bytes)
+            return call(*arguments)
+
+        return counting
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pusher, "gather", count(gather))
+        patch.setattr(pusher, "gather_into", count(gather_into))
+        yield found
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("kind", ["dist_sync", "dist_async"])
+def test_what_is_pushed_from_empty_like_is_not_copied(kind: str, num_workers: int) -> None:
+    def work(kv: KVStore) -> None:
+        kv.set_updater("add")
+        kv.init(KEYS, [torch.zeros(size) for size in SIZES])
+        lent = kv.empty_like(KEYS)
+        assert [each.shape for each in lent] == [(size,) for size in SIZES]
+        for step in range(1, 12):
+            for each in lent:
+                each.fill_(step)
+            if step % 2:
+                kv.push(KEYS, lent)
+                found = kv.pull(KEYS)
+            else:
+                found = kv.pushpull(KEYS, lent)
+            if kind == "dist_sync":
+                for each in found:
+                    assert each.unique().tolist() == [num_workers * step * (step + 1) / 2]
+            kv.barrier()
+        assert lent_bytes(kv) == 0
+
+    with counted_copies() as copies:
+        run(work, num_workers, kind=kind)
+    assert sum(copies) == 0
+
+
+def test_lent_tensors_in_every_arrangement_are_pushed_right() -> None:
+    """Alone, in other lists, beside others, in turn, twice in one push, in another order, as two devices."""
+
+    def work(kv: KVStore) -> None:
+        def pushed(keys: list[str], values: list[Any], *expected: float) -> None:
+            for each, value in zip(kv.pushpull(keys, values), expected, strict=True):
+                assert each.unique().tolist() == [2 * value]
+
+        kv.init(KEYS, [torch.zeros(size) for size in SIZES])
+        kv.init("square", torch.zeros(200, 200))
+        one, other = kv.empty_like(KEYS), [kv.empty_like(key) for key in KEYS]
+        for number, each in enumerate([*one, *other]):
+            each.fill_(number)
+        plain = [torch.full((size,), 100.0) for size in SIZES]
+        for _ in range(2):
+            pushed(KEYS, one, 0, 1, 2, 3)
+            pushed(KEYS, other, 4, 5, 6, 7)
+            pushed(KEYS[::-1], one[::-1], 3, 2, 1, 0)
+            pushed(KEYS[1:], one[1:], 1, 2, 3)
+            pushed(KEYS, [one[0], other[1], plain[2], other[3]], 0, 5, 100, 7)
+            pushed(KEYS, plain, 100, 100, 100, 100)
+            pushed(["a", "d"], [[one[0], other[0]], [one[3], one[3]]], 4, 6)
+            kv.push(["a", "a"], [one[0], other[0]])
+            assert kv.pull("a").unique().tolist() == [8]
+        square = kv.empty_like("square")
+        square.copy_(torch.arange(40_000.0).view(200, 200))
+        assert torch.equal(kv.pushpull("square", square.t()), 2 * square.t())
+        assert torch.equal(kv.pushpull("square", square), 2 * square)
+        assert torch.equal(kv.pushpull("square", square.double()), 2 * square)
+        kv.barrier()
+        assert lent_bytes(kv) == 0
+
+    run(work, 2)
+
+
+def test_a_lent_tensor_is_kept_until_the_servers_have_read_it_and_then_free() -> None:
+    def work(kv: KVStore) -> None:
+        kv.init("w", torch.zeros(30_000_000))
+        for _ in range(5):
+            kv.push("w", kv.empty_like("w").fill_(1))
+            gc.collect()
+            between = kv.empty_like("w").fill_(7)
+            assert kv.pull("w").unique().tolist() == [1]
+            del between
+        lent_bytes(kv)
+        gc.collect()
+        assert isinstance(kv, DistStore)
+        kv.empty_like("w")
+        assert len(kv._job.window._arena._segments) <= 3
+
+    run(work)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int8], ids=str)
+def test_lent_tensors_of_other_dtypes(dtype: torch.dtype) -> None:
+    def work(kv: KVStore) -> None:
+        kv.init(["a", "b", "c"], [torch.zeros(size, dtype=dtype) for size in (50_001, 49_999, 4_000_003)])
+        lent = kv.empty_like(["a", "b", "c"])
+        for step in range(3):
+            for each in lent:
+                each.fill_(step)
+            for each in kv.pushpull(["a", "b", "c"], lent):
+                assert each.unique().tolist() == [2 * step]
+
+    with counted_copies() as copies:
+        run(work, 2)
+    assert sum(copies) == 0
+
+
+def test_lent_tensors_wait_for_a_commit_where_they_lie() -> None:
+    def work(kv: KVStore) -> None:
+        kv.init(["a", "d"], [torch.zeros(NUM_ELEMS), torch.zeros(3_000_000)])
+        lent = kv.empty_like(["a", "d"])
+        for each in lent:
+            each.fill_(3)
+        kv.push(["a", "d"], lent, apply=False)
+        assert kv.commit(max_norm=1e9).applied
+        assert [each.unique().tolist() for each in kv.pull(["a", "d"])] == [[6], [6]]
+        assert [each.unique().tolist() for each in lent] == [[3], [3]]
+
+    run(work, 2)
 
 
 def test_a_pull_that_is_not_waited_for_keeps_its_value_and_stops_nobody() -> None:

@@ -65,7 +65,7 @@ def test_a_descriptor_comes_with_its_frame(
             assert file.read() == f"file {number}"
             assert not os.get_inheritable(file.fileno())
         other.receive(_skip)
-    with pytest.raises(ProtocolError, match="announced a descriptor and sent none"):
+    with pytest.raises(ProtocolError, match="announced a descriptor, and none came"):
         other.claim_descriptor()
 
 

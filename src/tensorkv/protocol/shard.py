@@ -25,6 +25,7 @@ from tensorkv.arrays import Key
 from tensorkv.errors import (
     CommitMismatch,
     KeyDeleted,
+    MemoryLimitReached,
     ProtocolError,
     TensorKVError,
     UpdaterError,
@@ -189,9 +190,10 @@ class StoreShard:
             return [self._slots.allocate(each.stop - each.start, dtype) for each in slices]
         except (RuntimeError, MemoryError, OSError) as exc:
             size_bytes = sum(each.stop - each.start for each in slices) * dtype.itemsize
-            raise TensorKVError(
+            kind = MemoryLimitReached if isinstance(exc, MemoryLimitReached) else TensorKVError
+            raise kind(
                 f"init of key {key!r}: a server has no memory for {size_bytes} bytes; "
-                "use more servers, or smaller values"
+                f"use more servers, or smaller values ({exc})"
             ) from exc
 
     def _add_slice(

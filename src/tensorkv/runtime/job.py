@@ -18,7 +18,14 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol, final
 
 from tensorkv.config import JobConfig
-from tensorkv.errors import NotInJob, PeerLostError, StoreClosed, TensorKVError, TransportUnavailable
+from tensorkv.errors import (
+    MemoryLimitReached,
+    NotInJob,
+    PeerLostError,
+    StoreClosed,
+    TensorKVError,
+    TransportUnavailable,
+)
 from tensorkv.runtime.code import CodeTable
 from tensorkv.runtime.control import ControlClient
 from tensorkv.runtime.handshake import connect_to_server
@@ -70,7 +77,7 @@ class Job:
         self.plan_numbers = itertools.count(1)
         self._stores: dict[int, Callable[[], OpenStore | None]] = {}
         self.links: list[ServerLink] = []
-        self._window = Window()
+        self.window = Window()
         self.closed = False
         self._left: set[int] = set()  # stores; guarded by `order`
         self._broken: TensorKVError | None = None
@@ -87,8 +94,8 @@ class Job:
         """Return the link to a server, with shared memory if that can be had."""
         ends = (self.failure, self._on_fault, self.broken_off)
         try:
-            return ServerLink(connection, name, *ends, self._window)
-        except OSError as exc:
+            return ServerLink(connection, name, *ends, self.window)
+        except (OSError, MemoryLimitReached) as exc:
             if self.config.transport == "shm":
                 raise TransportUnavailable(f"transport='shm': no memory to share with {name}: {exc}") from exc
             logger.warning("no memory to share with %s: %s", name, exc)

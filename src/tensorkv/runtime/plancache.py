@@ -11,11 +11,14 @@ import torch
 
 from tensorkv.arrays import Key
 from tensorkv.runtime.job import Job
-from tensorkv.runtime.plans import KeyState, Plan, build_plan
+from tensorkv.runtime.plans import KeyState, Origins, Plan, build_plan
 from tensorkv.wire import messages as m
 
 MAX_PLANS = 1024
 """Plans kept; the one that was not used for longest goes first."""
+
+MAX_CHANGES = 8
+"""So often the plans of one list of keys are cut anew; what lies elsewhere each time is copied then."""
 
 _Name = tuple[tuple[int, ...], tuple[torch.dtype, ...], tuple[int, ...]]
 
@@ -36,6 +39,7 @@ class PlanCache:
         self._lock = threading.Lock()
         self._plans: OrderedDict[_Name, Plan] = OrderedDict()
         self._dropped: list[Plan] = []
+        self._origins: dict[tuple[int, ...], tuple[Origins, int]] = {}  # and how often they have changed
 
     def plan(self, states: Sequence[KeyState], dtypes: Sequence[torch.dtype], counts: Sequence[int]) -> Plan:
         """Return the plan of pushing values of `dtypes`, each counting as `counts` says, 0 if absent."""
@@ -46,11 +50,27 @@ class PlanCache:
                 self._plans.move_to_end(name)
                 return plan
             number = next(self._job.plan_numbers)
-            plan = build_plan(number, states, dtypes, counts, len(self._job.links))
+            origins, _ = self._origins.get(name[0], (None, 0))
+            plan = build_plan(number, states, dtypes, counts, len(self._job.links), origins)
             self._plans[name] = plan
             if len(self._plans) > MAX_PLANS:
                 self._drop(self._plans.popitem(last=False)[1])
             return plan
+
+    def arrange(self, plan: Plan, origins: Origins) -> Plan:
+        """Return a plan like this one that is cut by other origins; `plan` itself if they change often.
+
+        All plans of the same keys are cut so from now on: a server is quickest if pushes and pulls are alike.
+        """
+        key_ids = tuple(state.key_id for state in plan.states)
+        with self._lock:
+            num_changes = self._origins.get(key_ids, (None, 0))[1]
+            if num_changes == MAX_CHANGES:
+                return plan
+            for name in [name for name in self._plans if name[0] == key_ids]:
+                self._drop(self._plans.pop(name))
+            self._origins[key_ids] = (origins, num_changes + 1)
+        return self.plan(plan.states, plan.dtypes, plan.counts)
 
     def plan_to_pull(self, states: Sequence[KeyState]) -> Plan:
         """Return the plan of pulling keys: as if values of the stored dtype were pushed."""
@@ -105,6 +125,7 @@ class PlanCache:
     def _drop(self, plan: Plan) -> None:
         """Let the servers forget a plan, when they are next told something."""
         plan.dropped = True
+        self._origins.pop(tuple(state.key_id for state in plan.states), None)
         self._dropped.append(plan)
         for last in (self.last_push, self.last_pull):
             for keys in [keys for keys, each in last.items() if each is plan]:

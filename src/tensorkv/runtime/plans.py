@@ -18,10 +18,18 @@ import torch
 
 from tensorkv.arrays import Key, bytes_of, dtype_from_name, dtype_name
 from tensorkv.config import MAX_SLICE_BYTES
+from tensorkv.runtime import sharing
 from tensorkv.wire import messages as m
 
 SMALL_BYTES = 32 << 10
 """Pieces up to this size are gathered into one buffer before they travel."""
+
+Span = tuple[int, int, int]
+"""A part of shared memory: segment, offset and length in bytes."""
+
+Origins = tuple[int, ...] | None
+"""How the values of a push lie in the window: one after the other where the origin of one is the end of
+another, 0 for one that is not in it. None if none is."""
 
 _kind_of = attrgetter("dtype", "shape")
 
@@ -145,6 +153,7 @@ class Plan:
     sizes_bytes: np.ndarray[Any, Any]  # of the stored values
     sent_bytes: dict[int, int]  # of a push, by server
     known_to: set[int] = field(default_factory=set)  # servers that have been told
+    origins: Origins = None  # by which its chunks are cut
     dropped: bool = False  # from the cache: it may still be sent, but is not to be remembered
 
     def fits(self, values: Sequence[torch.Tensor]) -> bool:
@@ -161,13 +170,25 @@ def build_plan(
     dtypes: Sequence[torch.dtype],
     counts: Sequence[int],
     num_servers: int,
+    origins: Origins = None,
 ) -> Plan:
-    """Return the plan of pushing values of `dtypes` to `states`; a count of 0 stands for absent."""
-    builders = [_PartBuilder(server) for server in range(num_servers)]
+    """Return the plan of pushing values of `dtypes` to `states`; a count of 0 stands for absent.
+
+    With `origins` what lies together in the window makes chunks of its own.
+    """
+    slices: list[list[_SliceOf]] = [[] for _ in range(num_servers)]
     for value, state in enumerate(states):
         for entry in state.entry.slices:
-            builders[entry.server].add(value, state, entry, dtypes[value], counts[value])
-    parts = [builder.finish(states) for builder in builders if builder.chunks]
+            slices[entry.server].append((value, entry))
+    parts: list[ServerPart] = []
+    for server, found in enumerate(slices):
+        builder = _PartBuilder(server)
+        for group in [found] if origins is None else _together(found, dtypes, origins):
+            builder.begin_chunk()
+            for value, entry in group:
+                builder.add(value, states[value], entry, dtypes[value], counts[value])
+        if found:
+            parts.append(builder.finish(states))
     frames = [(part.server, place, chunk) for part in parts for place, chunk in enumerate(part.chunks)]
     return Plan(
         number=number,
@@ -181,7 +202,41 @@ def build_plan(
         num_lending=sum(chunk.lends for _, _, chunk in frames),
         sent_bytes={part.server: sum(chunk.size_bytes for chunk in part.chunks) for part in parts},
         sizes_bytes=np.array([state.num_elems * state.dtype.itemsize for state in states], np.int64),
+        origins=origins,
     )
+
+
+_SliceOf = tuple[int, m.SliceEntry]
+"""The number of a value, and one of its slices."""
+
+
+def _together(
+    slices: Sequence[_SliceOf], dtypes: Sequence[torch.dtype], origins: tuple[int, ...]
+) -> list[list[_SliceOf]]:
+    """Return runs of slices that lie one after the other in the window, and last, in list order, the rest.
+
+    Runs too short to travel in shared memory are of the rest: a chunk for each would cost more than a copy.
+    """
+
+    def place_of(number: int) -> tuple[int, int]:
+        value, entry = slices[number]
+        itemsize = dtypes[value].itemsize
+        return origins[value] + entry.start * itemsize, origins[value] + entry.stop * itemsize
+
+    runs: list[list[int]] = []
+    end = -1
+    rest = {number for number, (value, _) in enumerate(slices) if not origins[value]}
+    for number in sorted(set(range(len(slices))) - rest, key=place_of):
+        start, stop = place_of(number)
+        if start != end:
+            runs.append([])
+        runs[-1].append(number)
+        end = stop
+    for run in runs:
+        if place_of(run[-1])[1] - place_of(run[0])[0] < sharing.PLACED_BYTES:
+            rest.update(run)
+    kept = [run for run in runs if run[0] not in rest]
+    return [[slices[number] for number in run] for run in [*kept, sorted(rest)] if run]
 
 
 class _PartBuilder:
@@ -192,11 +247,17 @@ class _PartBuilder:
         self.chunks: list[PlanChunk] = []
         self._entries: list[m.ChunkEntry] = []
         self._values: list[int] = []
+        self._begins = False  # whether the next slice is the first of a chunk
+
+    def begin_chunk(self) -> None:
+        """Let the next slice begin a chunk."""
+        self._begins = True
 
     def add(self, value: int, state: KeyState, entry: m.SliceEntry, dtype: torch.dtype, count: int) -> None:
         length = entry.stop - entry.start
         size_bytes = length * max(dtype.itemsize, state.dtype.itemsize)
         if not self._fits(size_bytes, dtype, state.dtype, count == 0):
+            self._begins = False
             self.chunks.append(PlanChunk([], dtype, state.dtype, count == 0, 0))
             kind: m.PayloadKind = "dense" if count else "absent"
             self._entries.append(m.ChunkEntry([], [], m.PayloadDescriptor(kind, dtype_name(dtype)), []))
@@ -211,7 +272,7 @@ class _PartBuilder:
         self._values.append(value)
 
     def _fits(self, size_bytes: int, dtype: torch.dtype, stored: torch.dtype, absent: bool) -> bool:
-        if not self.chunks:
+        if self._begins:
             return False
         last = self.chunks[-1]
         if (last.dtype, last.stored_dtype, last.absent) != (dtype, stored, absent):

@@ -20,10 +20,11 @@ from tensorkv.runtime.hold import Hold
 from tensorkv.runtime.job import Job
 from tensorkv.runtime.keytable import KeyTable
 from tensorkv.runtime.latch import OPEN, Latch
+from tensorkv.runtime.lending import spans_of
 from tensorkv.runtime.link import ServerLink
 from tensorkv.runtime.mergewatch import MergeWatch
 from tensorkv.runtime.plancache import PlanCache
-from tensorkv.runtime.plans import KeyState, Plan, PlanChunk
+from tensorkv.runtime.plans import KeyState, Plan, PlanChunk, Span
 from tensorkv.runtime.transfers import gather, gather_into
 from tensorkv.runtime.window import Loan, WindowEnd
 from tensorkv.transport.base import TICK_S
@@ -55,6 +56,7 @@ class _Payloads:
         plan: what is pushed.
         values: per key of the plan.
         links: by server.
+        spans: per frame, where it lies in the window; None if it has to be copied.
         bounded: no server is lent more than `MAX_LENT_BYTES`, or one push, if that is more.
     """
 
@@ -63,6 +65,7 @@ class _Payloads:
         plan: Plan,
         values: Sequence[torch.Tensor],
         links: Sequence[ServerLink],
+        spans: Sequence[Span | None],
         bounded: bool,
     ) -> None:
         self.pushed = False
@@ -70,29 +73,35 @@ class _Payloads:
         self.num_lending = 0  # frames that lend the caller's memory
         self._loans: list[tuple[WindowEnd, Loan]] = []
         try:
-            for server, _, chunk in plan.frames:
+            for (server, _, chunk), span in zip(plan.frames, spans, strict=True):
                 most = max(MAX_LENT_BYTES, plan.sent_bytes[server]) if bounded else None
-                loan = self._copy(chunk, values, links[server].shared, most)
+                loan = self._lend(chunk, values, links[server].shared, span, most)
                 self.frames.append((gather(chunk, values) if loan is None else None, loan))
                 self.num_lending += chunk.lends and loan is None
         except BaseException:
             self.__exit__()
             raise
 
-    def _copy(
+    def _lend(
         self,
         chunk: PlanChunk,
         values: Sequence[torch.Tensor],
         shared: WindowEnd | None,
+        span: Span | None,
         max_lent_bytes: int | None,
     ) -> Loan | None:
-        """Copy a chunk to shared memory, if that can be had and is worth while."""
+        """Lend a chunk, copied to shared memory unless it lies there; None if it has to be sent."""
         if shared is None or chunk.size_bytes < sharing.PLACED_BYTES:
             return None
-        loan = shared.lend(chunk.size_bytes, max_lent_bytes)
+        if span is not None:
+            tensors = [values[piece.value] for piece in chunk.pieces]
+            loan = shared.lend_at(span, tensors, max_lent_bytes)
+        else:
+            loan = shared.lend(chunk.size_bytes, max_lent_bytes)
         if loan is not None:
             self._loans.append((shared, loan))
-            gather_into(loan.tensor.view(chunk.dtype), chunk, values)
+            if span is None:
+                gather_into(loan.tensors[0].view(chunk.dtype), chunk, values)
         return loan
 
     def __enter__(self) -> None:
@@ -150,7 +159,9 @@ class Pusher:
             asks: send back the values after the round, too; gets the number of the push.
         """
         links = self._job.links
-        payloads = _Payloads(plan, values, links, bounded=self._is_async)
+        window = self._job.window
+        spans = spans_of(window, plan, values) if window.lends else [None] * len(plan.frames)
+        payloads = _Payloads(plan, values, links, spans, bounded=self._is_async)
         # What was copied need not be waited for. In async mode only the connection holds a worker back.
         num_awaited = len(plan.frames) if self._is_async else payloads.num_lending
         sent = Latch(num_awaited) if num_awaited else OPEN

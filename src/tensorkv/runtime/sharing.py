@@ -19,7 +19,7 @@ import torch
 from tensorkv.errors import ProtocolError
 from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.slots import Lease
-from tensorkv.transport.sharedmemory import ALIGN_BYTES, MAX_SEGMENTS, Arena, Segment
+from tensorkv.transport.sharedmemory import MAX_SEGMENTS, Arena, Segment
 from tensorkv.transport.unix import DescriptorHead, UnixConnection
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import encode
@@ -148,8 +148,8 @@ class Sharing:
         if len(placed.spans) != 1:
             raise ProtocolError(f"a push in {len(placed.spans)} places")
         segment, offset, length = placed.spans[0]
-        if length != size_bytes or offset % ALIGN_BYTES:
-            raise ProtocolError(f"a push of {length} bytes at byte {offset}, not of {size_bytes}")
+        if length != size_bytes:
+            raise ProtocolError(f"a push of {length} bytes, not of {size_bytes}")
         name = (placed.number, segment, offset, length)
         memory = self._known.get(name)
         if memory is None:

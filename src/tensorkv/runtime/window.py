@@ -10,15 +10,15 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
 
-from tensorkv.errors import ProtocolError
+from tensorkv.errors import MemoryLimitReached, ProtocolError
 from tensorkv.runtime.sharing import CONTROL_BYTES, FLAGS_AT, MAX_LOANS, take_segment, tensor_at
-from tensorkv.transport.sharedmemory import Arena, Bytes, Segment
+from tensorkv.transport.sharedmemory import Arena, Segment
 from tensorkv.transport.unix import DescriptorHead, UnixConnection
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import encode
@@ -35,10 +35,10 @@ Put = Callable[[bytes, Callable[[], None] | None], None]
 @final
 @dataclass(slots=True, eq=False)
 class Loan:
-    """Memory of the window, uint8, that a server may read until it returns it."""
+    """Memory of the window that a server may read until it returns it. `tensors` keep it."""
 
     number: int
-    tensor: torch.Tensor
+    tensors: Sequence[torch.Tensor]
     placed: m.Placed
     size_bytes: int
 
@@ -50,12 +50,31 @@ class Window:
     def __init__(self) -> None:
         self._ends: list[WindowEnd] = []
         self._arena = Arena(others_may_write=False, on_segment=self._share, on_drop=self._drop)
+        self.lends = False  # whether memory was ever handed out
+
+    @property
+    def shared(self) -> bool:
+        """Whether any server shares it."""
+        return bool(self._ends)
+
+    def hand_out(self, size_bytes: int) -> torch.Tensor:
+        """Return memory of the window, uint8 and of any content, to be kept for as long as it is used.
+
+        Raises:
+            OSError, MemoryLimitReached: the system has none.
+        """
+        self.lends = True
+        return torch.from_numpy(self._arena.take(size_bytes))
+
+    def where(self, address: int, size_bytes: int) -> tuple[int, int] | None:
+        """Return segment and offset of memory at this address; None if it is not in the window."""
+        return self._arena.where(address, size_bytes)
 
     def open_to(self, connection: UnixConnection, put: Put) -> WindowEnd:
         """Share the window with one more server. Not once something has been lent.
 
         Raises:
-            OSError: the system has no memory or no descriptor for it.
+            OSError, MemoryLimitReached: the system has no memory or no descriptor for it.
         """
         end = WindowEnd(self._arena, connection, put)
         self._ends.append(end)
@@ -125,6 +144,23 @@ class WindowEnd:
         """
         if max_lent_bytes is not None and not self._await_room(max_lent_bytes - size_bytes):
             return None
+        try:
+            array = self._arena.take(size_bytes)
+        except (OSError, MemoryLimitReached) as exc:
+            if not self._told:
+                self._told = True
+                logger.warning("no shared memory for a push of %d bytes: %s", size_bytes, str(exc))
+            return None
+        found = self._arena.where(array.ctypes.data, size_bytes)
+        assert found is not None
+        return self.lend_at((*found, size_bytes), [torch.from_numpy(array)])
+
+    def lend_at(
+        self, span: tuple[int, int, int], tensors: Sequence[torch.Tensor], max_lent_bytes: int | None = None
+    ) -> Loan | None:
+        """Lend memory that is in the window already, and keep `tensors` until it is returned; as `lend`."""
+        if max_lent_bytes is not None and not self._await_room(max_lent_bytes - span[2]):
+            return None
         with self._lock:
             self._collect()
             number = self._free.pop() if self._free else self._next
@@ -132,19 +168,10 @@ class WindowEnd:
                 return None
             if number == self._next:
                 self._next += 1
-            try:
-                array = self._arena.take(size_bytes)
-            except OSError as exc:
-                self._free.append(number)
-                if not self._told:
-                    self._told = True
-                    logger.warning("no shared memory for a push of %d bytes: %s", size_bytes, str(exc))
-                return None
             self._control[FLAGS_AT + number] = 0
-            span = (*self._where(array), size_bytes)
-            loan = Loan(number, torch.from_numpy(array), m.Placed(number, [span]), size_bytes)
+            loan = Loan(number, tensors, m.Placed(number, [span]), span[2])
             self._out[number] = loan
-            self.lent_bytes += size_bytes
+            self.lent_bytes += span[2]
             return loan
 
     def _await_room(self, lent_bytes: int) -> bool:
@@ -175,11 +202,6 @@ class WindowEnd:
         for number in [number for number in self._out if control[FLAGS_AT + number]]:
             self.lent_bytes -= self._out.pop(number).size_bytes
             self._free.append(number)
-
-    def _where(self, array: Bytes) -> tuple[int, int]:
-        found = self._arena.where(array.ctypes.data, len(array))
-        assert found is not None
-        return found
 
     # ---- replies -----------------------------------------------------------------------------------
 

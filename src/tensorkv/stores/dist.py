@@ -36,6 +36,7 @@ from tensorkv.runtime.code import describe_code
 from tensorkv.runtime.hold import Hold
 from tensorkv.runtime.job import Job, join
 from tensorkv.runtime.keytable import KeyTable
+from tensorkv.runtime.lending import arranged, empty_tensors
 from tensorkv.runtime.link import ServerLink, SingleReply
 from tensorkv.runtime.plancache import PlanCache
 from tensorkv.runtime.plans import KeyState, Plan, build_plan
@@ -338,7 +339,7 @@ class DistStore(KVStore):
             self._table.raise_faults(batch.keys)
         last, singles = self._plans.last_push.get(batch.keys), batch.singles
         if last and singles and last.fits(singles) and not self._table.uncommitted:
-            return last, singles
+            return self._arranged(last, singles), singles
         states = self._table.known(batch.keys)
         self._table.check_committed(states, "push")
         for state, tensors in zip(states, batch.tensors, strict=True):
@@ -348,10 +349,18 @@ class DistStore(KVStore):
             sum_dtype(tensors) if tensors else state.dtype
             for state, tensors in zip(states, batch.tensors, strict=True)
         ]
-        plan = self._plans.plan(states, dtypes, batch.counts)
+        values = [_summed(tensors) for tensors in batch.tensors]
+        plan = self._arranged(self._plans.plan(states, dtypes, batch.counts), values)
         if set(map(len, batch.tensors)) == {1} and set(batch.counts) == {1}:
             self._plans.remember_push(batch.keys, plan)
-        return plan, [_summed(tensors) for tensors in batch.tensors]
+        return plan, values
+
+    def _arranged(self, plan: Plan, values: list[torch.Tensor]) -> Plan:
+        window = self._job.window
+        return arranged(window, self._plans, plan, values) if window.lends else plan
+
+    def _empty_like(self, keys: tuple[Key, ...]) -> list[torch.Tensor]:
+        return empty_tensors(self._job.window, self._table.known(keys))
 
     # ---- put -------------------------------------------------------------------------------------
 

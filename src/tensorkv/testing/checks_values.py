@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensorkv.errors import InvalidOut
+from tensorkv.errors import InvalidKey, InvalidOut, KeyNotInitialized, LengthMismatch
 from tensorkv.store import KVStore
 from tensorkv.testing.suite import (
     StoreMaker,
@@ -69,6 +69,38 @@ def check_assign_and_add(maker: StoreMaker) -> None:
         kv.set_updater(None)
         kv.push("w", full(3))
         same(kv.pull("w"), 3.0, "None")
+
+    in_one(maker, work)
+
+
+@check()
+def check_empty_like(maker: StoreMaker) -> None:
+    """Tensors to push from have shape and dtype of their keys; pushed over and over, they are what counts."""
+
+    def work(kv: KVStore) -> None:
+        kv.init(["v", "w"], [full(5), torch.zeros(3, dtype=torch.float64)])
+        found = kv.empty_like(["w", "v", "w"])
+        assert isinstance(found, list)
+        assert [(each.shape, each.dtype) for each in found] == [
+            ((3,), torch.float64),
+            ((2, 3), torch.float32),
+            ((3,), torch.float64),
+        ]
+        alone = kv.empty_like("v")
+        for step in range(3):
+            alone.fill_(step)
+            for number, each in enumerate(found):
+                each.fill_(step + number)
+            kv.push(["w", "v"], [[found[0], found[2]], found[1]])
+            w, v = kv.pull(["w", "v"])
+            same(w, 2.0 * step + 2, "two devices")
+            same(v, step + 1.0, "one of a list")
+            kv.push("v", alone)
+            same(kv.pull("v", out=torch.empty(2, 3)), float(step), "alone")
+        raises(KeyNotInitialized, lambda: kv.empty_like("x"), "'x'")
+        raises(KeyNotInitialized, lambda: kv.empty_like(["v", "x"]), "'x'")
+        raises(InvalidKey, lambda: kv.empty_like(None), "None")
+        raises(LengthMismatch, lambda: kv.empty_like([]), "empty")
 
     in_one(maker, work)
 

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorkv.errors import ProtocolError
+from tensorkv.transport.memorylimits import check_room
 
 SEGMENT_BYTES = 64 << 20
 """The least size of a segment; larger values get larger ones."""
@@ -56,8 +57,10 @@ class Segment:
         """Make a new one of whole pages; return it with its descriptor, which is now the caller's.
 
         Raises:
-            OSError: the system has no memory or no descriptor for it.
+            MemoryLimitReached: it would exceed a limit of this process; nothing was allocated.
+            OSError: the system has no memory for it.
         """
+        check_room(size_bytes)
         descriptor = os.memfd_create("tensorkv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(descriptor, -size_bytes // _PAGE_BYTES * -_PAGE_BYTES)
@@ -199,7 +202,7 @@ class Arena:
         """Return memory of this size, of any content; it is free again when its last view is gone.
 
         Raises:
-            OSError: there is no memory for it.
+            MemoryLimitReached, OSError: there is no memory for it.
         """
         taken_bytes = max(1, -(-size_bytes // ALIGN_BYTES)) * ALIGN_BYTES
         with self._lock:

@@ -59,7 +59,10 @@ class UnixConnection(StreamConnection):
             ProtocolError: none came.
         """
         if not self._unclaimed:
-            raise ProtocolError(f"{self.peer} announced a descriptor and sent none")
+            raise ProtocolError(
+                f"{self.peer} announced a descriptor, and none came: it sent none, or this process may not "
+                "have one more (ulimit -n)"
+            )
         return self._unclaimed.popleft()
 
     def _sendmsg(self, buffers: list[Buffer], flags: int) -> int:

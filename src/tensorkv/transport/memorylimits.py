@@ -1,0 +1,93 @@
+"""Limits of this process: how much memory and how many descriptors it may still take.
+
+Shared memory is handed out page by page as it is first touched, and who touches a page that the limit of a
+container does not allow is killed. So it is asked beforehand.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+from tensorkv.errors import MemoryLimitReached
+
+PROC = Path("/proc/self")
+CGROUPS = Path("/sys/fs/cgroup")
+DESCRIPTORS_A_SEGMENT = 2
+"""Its own, and that of its mapping."""
+
+
+def check_room(size_bytes: int) -> None:
+    """Raise MemoryLimitReached if a segment of this size would exceed a limit of this process.
+
+    Nothing is reserved: what others take meanwhile is not known.
+    """
+    _check_descriptors(size_bytes)
+    _check_address_space(size_bytes)
+    for name, used_bytes, limit_bytes in _cgroups():
+        if used_bytes + size_bytes > limit_bytes:
+            raise _error(size_bytes, f"the control group {name}", used_bytes, limit_bytes)
+
+
+def _check_descriptors(size_bytes: int) -> None:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return
+    used = len(os.listdir(PROC / "fd")) - 1  # without that of the listing
+    if used + DESCRIPTORS_A_SEGMENT > limit:
+        raise MemoryLimitReached(
+            f"no file descriptor for {size_bytes} bytes of shared memory: {used} of {limit} are in use; "
+            "raise the limit (ulimit -n)"
+        )
+
+
+def _check_address_space(size_bytes: int) -> None:
+    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit_bytes == resource.RLIM_INFINITY:
+        return
+    used_bytes = int((PROC / "statm").read_text().split()[0]) * resource.getpagesize()
+    if used_bytes + size_bytes > limit_bytes:
+        raise _error(size_bytes, "the address space of this process (ulimit -v)", used_bytes, limit_bytes)
+
+
+def _error(size_bytes: int, what: str, used_bytes: int, limit_bytes: int) -> MemoryLimitReached:
+    return MemoryLimitReached(
+        f"{size_bytes} bytes of shared memory are too many for {what}: "
+        f"{used_bytes} of {limit_bytes} bytes are in use"
+    )
+
+
+def _cgroups() -> Iterator[tuple[str, int, int]]:
+    """Yield name, bytes in use and limit of each control group that limits the memory of this process.
+
+    Versions 1 and 2. What the kernel would give up for others, pages of files, is not counted as in use.
+    """
+    for line in _lines(PROC / "cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            yield from _limits(CGROUPS, path, "memory.current", "memory.max")
+        elif "memory" in controllers.split(","):
+            yield from _limits(CGROUPS / "memory", path, "memory.usage_in_bytes", "memory.limit_in_bytes")
+
+
+def _limits(root: Path, path: str, used: str, limit: str) -> Iterator[tuple[str, int, int]]:
+    """Yield the limits of a group and of those it is in. In a container its own may be all there is."""
+    group = root / path.lstrip("/")
+    for folder in [group, *group.parents]:
+        found = _lines(folder / limit)
+        if found and found[0] != "max":
+            stat = dict(line.split() for line in _lines(folder / "memory.stat"))
+            cached_bytes = sum(int(stat.get(name, 0)) for name in ("inactive_file", "active_file"))
+            yield str(folder), int(_lines(folder / used)[0]) - cached_bytes, int(found[0])
+        if folder == root:
+            return
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a file of the kernel's; none where it has no such file."""
+    try:
+        return path.read_text().splitlines()
+    except (FileNotFoundError, PermissionError, NotADirectoryError):
+        return []

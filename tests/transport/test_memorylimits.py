@@ -1,0 +1,138 @@
+"""Limits of memory and descriptors, as the system tells them: read before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tensorkv.errors import MemoryLimitReached
+from tensorkv.transport import memorylimits
+from tensorkv.transport.memorylimits import check_room
+from tensorkv.transport.sharedmemory import Segment
+
+MB = 1 << 20
+
+
+def limits(monkeypatch: pytest.MonkeyPatch, found: dict[int, int]) -> None:
+    """Let the system tell these limits, and none else."""
+    monkeypatch.setattr(
+        memorylimits.resource, "getrlimit", lambda kind: (found.get(kind, resource.RLIM_INFINITY),) * 2
+    )
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let the control groups of this process be files of a folder."""
+    limits(monkeypatch, {})
+    monkeypatch.setattr(memorylimits, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(memorylimits, "CGROUPS", tmp_path / "cgroup")
+    (tmp_path / "proc").mkdir()
+
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    return write
+
+
+def test_a_system_without_limits_has_room() -> None:
+    check_room(1 << 20)
+
+
+def test_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = len(os.listdir("/proc/self/fd"))
+    limits(monkeypatch, {resource.RLIMIT_NOFILE: used + 1})
+    check_room(MB)
+    limits(monkeypatch, {resource.RLIMIT_NOFILE: used})
+    with pytest.raises(MemoryLimitReached, match=rf"no file descriptor .* of {used} are in use"):
+        check_room(MB)
+
+
+def test_address_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits(monkeypatch, {resource.RLIMIT_AS: 1 << 60})
+    check_room(MB)
+    limits(monkeypatch, {resource.RLIMIT_AS: 10 * MB})
+    with pytest.raises(MemoryLimitReached, match=r"1048576 bytes .* address space .* of 10485760 bytes"):
+        check_room(MB)
+
+
+@pytest.mark.parametrize("size_mb", [10, 11])
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/job/worker", "cgroup/job/worker", ("memory.current", "memory.max")),
+        ("0::/job/worker", "cgroup/job", ("memory.current", "memory.max")),
+        ("0::/", "cgroup", ("memory.current", "memory.max")),
+        ("0::/not/seen/here", "cgroup", ("memory.current", "memory.max")),
+        ("4:memory:/job", "cgroup/memory/job", ("memory.usage_in_bytes", "memory.limit_in_bytes")),
+        ("4:cpu,memory:/", "cgroup/memory", ("memory.usage_in_bytes", "memory.limit_in_bytes")),
+    ],
+)
+def test_a_control_group_and_those_it_is_in(
+    groups: Any, line: str, folder: str, names: tuple[str, str], size_mb: int
+) -> None:
+    """Of 30 MB 25 are in use, of which 5 are pages of files that the kernel would give up."""
+    groups("proc/cgroup", f"9:name=systemd:/x\n{line}\n")
+    groups("cgroup/job/worker/memory.max", "max\n")
+    groups(f"{folder}/{names[0]}", f"{25 * MB}\n")
+    groups(f"{folder}/{names[1]}", f"{30 * MB}\n")
+    groups(f"{folder}/memory.stat", f"anon 123\ninactive_file {3 * MB}\nactive_file {2 * MB}\n")
+    if size_mb <= 10:
+        check_room(size_mb * MB)
+        return
+    with pytest.raises(MemoryLimitReached, match=rf"{folder}: {20 * MB} of {30 * MB} bytes are in use"):
+        check_room(size_mb * MB)
+
+
+def test_a_system_without_control_groups(groups: Any) -> None:
+    check_room(1 << 50)
+
+
+def test_a_segment_over_the_limit_is_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "memfd_create", lambda *_: pytest.fail("it was allocated"))
+    limits(monkeypatch, {resource.RLIMIT_AS: 10 * MB})
+    with pytest.raises(MemoryLimitReached):
+        Segment.create(1, 20 * MB, others_may_write=False)
+
+
+SCRIPT = """
+import resource
+import torch
+import tensorkv
+
+with tensorkv.create("dist_sync", embedded=True, transport="shm") as kv:
+    kv.init("small", torch.zeros(100_000))
+    large = torch.zeros(50_000_000)
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20), resource.RLIM_INFINITY))
+    try:
+        kv.init("large", large)
+    except tensorkv.MemoryLimitReached as error:
+        print("init:", error)
+    try:
+        kv.empty_like(["small"] * 2000)
+    except tensorkv.MemoryLimitReached as error:
+        print("empty_like:", error)
+    kv.push("small", torch.ones(100_000))
+    print(kv.keys(), kv.pull("small").unique().tolist())
+"""
+
+
+@pytest.mark.e2e
+def test_what_a_job_cannot_hold_is_refused_with_the_numbers_and_it_goes_on() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SCRIPT], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    init, lent, last = done.stdout.splitlines()
+    assert init.startswith("init: init of key 'large': a server has no memory for 200000000 bytes; use more")
+    assert "too many for the address space of this process (ulimit -v)" in init
+    assert lent.startswith("empty_like: 800000000 bytes of shared memory are too many for the address space")
+    assert last == "['small'] [1.0]"
