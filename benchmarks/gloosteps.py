@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from steps import Plan, gradient_value, parse_plan, plan_parser, print_result, run
-from tensorsets import num_elems
+
+from tensorkv.bench.shapes import num_elems
+from tensorkv.bench.steps import Plan, gradient_value, parse_plan, plan_parser, print_result, run
 
 
 class GlooSystem:

@@ -16,7 +16,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO
 
-from steps import read_result
+from tensorkv.bench.steps import read_result
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parent / "src"

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import HERE, SOURCE, Process, python_script, threads_env
-from steps import Plan
+from harness import SOURCE, Process, python_script, threads_env
+
+from tensorkv.bench.steps import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,8 @@ class Case:
 
 def tensorkv_job(case: Case, transport: str = "tcp") -> list[Process]:
     """Return TensorKV's job: the launcher starts the rest, in one process the script itself is all."""
-    script = python_script("tensorkvsteps.py", f"--kind={case.kind}", *case.plan.arguments())
+    module = [sys.executable, "-m", "tensorkv.bench.worker"]
+    script = [*module, f"--kind={case.kind}", *case.plan.arguments()]
     env = _checkout_first() | threads_env(case.num_workers)
     if not case.is_dist:
         return [Process(name="tensorkv", command=script, env=env)]
@@ -49,13 +51,14 @@ def mxnet_job(case: Case, python: str) -> list[Process]:
     """Return MXNet's job, run by the interpreter `python`, which has MXNet 1.9.1."""
     script = python_script("mxnetsteps.py", f"--kind={case.kind}", *case.plan.arguments(), python=python)
     if not case.is_dist:
-        return [Process(name="mxnet", command=script)]
+        return [Process(name="mxnet", command=script, env=_checkout_first())]
     job = {
         "DMLC_NUM_WORKER": str(case.num_workers),
         "DMLC_NUM_SERVER": str(case.num_servers),
         "DMLC_PS_ROOT_URI": "127.0.0.1",
         "DMLC_PS_ROOT_PORT": str(_free_port()),
         "DMLC_NODE_HOST": "127.0.0.1",
+        **_checkout_first(),
         **threads_env(case.num_workers),
     }
     roles = ["scheduler"] + ["server"] * case.num_servers + ["worker"] * case.num_workers
@@ -75,6 +78,7 @@ def gloo_job(case: Case, folder: Path) -> list[Process]:
     script = python_script("gloosteps.py", f"--meet={folder / 'meet'}", *case.plan.arguments())
     env = {
         "WORLD_SIZE": str(case.num_workers),
+        **_checkout_first(),
         "GLOO_SOCKET_IFNAME": "lo",  # as for the others, everything goes over loopback
         **threads_env(case.num_workers),
     }
@@ -89,7 +93,8 @@ def floor_job(case: Case) -> list[Process]:
     ways = ["--way=shm", "--way=tcp"] if case.is_dist else ["--way=local"]
     sizes = [f"--workers={case.num_workers}", f"--servers={max(1, case.num_servers)}"]
     script = python_script("floor.py", *ways, *sizes, *case.plan.arguments())
-    return [Process(name="floor", command=script, env=threads_env(case.num_workers))]
+    env = _checkout_first() | threads_env(case.num_workers)
+    return [Process(name="floor", command=script, env=env)]
 
 
 def has_gloo(case: Case) -> bool:
@@ -108,7 +113,7 @@ JobMaker = Callable[[Case], list[Process]]
 def _checkout_first() -> dict[str, str]:
     """Measure the source beside this folder, whatever is installed."""
     inherited = os.environ.get("PYTHONPATH")
-    paths = [str(SOURCE), str(HERE), *([inherited] if inherited else [])]
+    paths = [str(SOURCE), *([inherited] if inherited else [])]
     return {"PYTHONPATH": os.pathsep.join(paths)}
 
 

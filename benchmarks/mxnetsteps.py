@@ -12,7 +12,9 @@ from typing import Any
 
 import mxnet as mx  # type: ignore[import-not-found]  # ends the process here, unless it is a worker
 import numpy as np
-from steps import (
+
+from tensorkv.bench.shapes import key_names
+from tensorkv.bench.steps import (
     LEARNING_RATE,
     MOMENTUM,
     Plan,
@@ -22,7 +24,6 @@ from steps import (
     print_result,
     run,
 )
-from tensorsets import key_names
 
 
 class MXNetSystem:

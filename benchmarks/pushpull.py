@@ -31,8 +31,10 @@ from harness import figures, run_job
 from jobs import Case, JobMaker, floor_job, gloo_job, has_floor, has_gloo, mxnet_job, tensorkv_job
 from mxnetenv import ENV_PYTHON, default_cache, mxnet_python
 from rich.console import Console
-from steps import Plan
-from tables import Row, as_json, markdown, terminal_table, this_machine
+from tables import Row, as_json, markdown, terminal_table
+
+from tensorkv.bench.machine import this_machine
+from tensorkv.bench.steps import Plan
 
 SYSTEMS = ("tensorkv", "tensorkv-shm", "mxnet", "gloo", "floor")
 OURS = ("tensorkv", "tensorkv-shm", "floor")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from harness import Figures
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from tensorkv.bench.machine import Machine
+from tensorkv.bench.report import three_digits
 
 COLUMNS = ("system", "step", "ms", "min", "p99", "ratio", "of min", "goal", "reached")
 
@@ -41,47 +40,14 @@ class Row:
         return [
             self.system,
             self.way,
-            _three_digits(found.median_ms),
-            _three_digits(found.min_ms),
-            _three_digits(found.p99_ms),
-            "" if found.ratio is None else _three_digits(found.ratio),
-            "" if found.ratio_of_min is None else _three_digits(found.ratio_of_min),
+            three_digits(found.median_ms),
+            three_digits(found.min_ms),
+            three_digits(found.p99_ms),
+            "" if found.ratio is None else three_digits(found.ratio),
+            "" if found.ratio_of_min is None else three_digits(found.ratio_of_min),
             "" if self.required is None else f"{self.required:g}",
             reached,
         ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Where and when it was measured. `load` is how many processes wanted a core just before."""
-
-    cpu: str
-    num_cores: int
-    memory_gb: float
-    system: str
-    python: str
-    date: str
-    load: float
-
-    def text(self) -> str:
-        """Return it as one line."""
-        return (
-            f"{self.date}, {self.cpu}, {self.num_cores} cores, {self.memory_gb:.0f} GB, {self.system}, "
-            f"Python {self.python}; load before the start {self.load:.1f}"
-        )
-
-
-def this_machine() -> Machine:
-    """Return what this machine is, now."""
-    return Machine(
-        cpu=_cpu_model(),
-        num_cores=len(os.sched_getaffinity(0)),
-        memory_gb=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
-        system=f"{platform.system()} {platform.release().partition('-')[0]}",
-        python=platform.python_version(),
-        date=datetime.now(UTC).date().isoformat(),
-        load=os.getloadavg()[0],
-    )
 
 
 def terminal_table(title: str, rows: Sequence[Row]) -> Table:
@@ -115,16 +81,5 @@ def as_json(rows: Sequence[Row], machine: Machine, command: str) -> dict[str, An
     }
 
 
-def _three_digits(number: float) -> str:
-    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
-
-
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()

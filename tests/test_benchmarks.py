@@ -5,23 +5,19 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
-import math
 import os
 import random
 import select
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 import tensorkv
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import floor  # noqa: E402
 import harness  # noqa: E402
 import jobs  # noqa: E402
 import mxnetenv  # noqa: E402
@@ -29,74 +25,15 @@ import pushpull  # noqa: E402
 import soak  # noqa: E402
 import soakworker  # noqa: E402
 import startup  # noqa: E402
-import steps  # noqa: E402
 import tables  # noqa: E402
-import tensorkvsteps  # noqa: E402
-import tensorsets  # noqa: E402
 from harness import JobFailed, Process, run_job  # noqa: E402
-from steps import Plan  # noqa: E402
+
+from tensorkv.bench import steps  # noqa: E402
+from tensorkv.bench.machine import this_machine  # noqa: E402
+from tensorkv.bench.steps import Plan  # noqa: E402
 
 QUICK = Plan(warmup=1, steps=3)
 DEADLINE_S = 50.0
-
-
-# ---- what is measured ----------------------------------------------------------------------------
-
-
-def test_resnet50_has_its_parameters() -> None:
-    shapes = tensorsets.SETS["resnet50"]
-    assert len(shapes) == 161
-    assert tensorsets.num_elems(shapes) == 25_557_032
-
-
-def test_plan_survives_the_command_line() -> None:
-    plan = Plan(tensors="tiny", updater="sgd", num_devices=3, warmup=2, steps=7)
-    assert steps.parse_plan(steps.plan_parser(None).parse_args(plan.arguments())) == plan
-
-
-def test_expected_is_what_torch_computes() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    sgd = torch.optim.SGD([parameter], lr=steps.LEARNING_RATE, momentum=steps.MOMENTUM)
-    expected = steps.Expected("sgd", num_tensors=3)
-    for scale in (2.0, 1.0, 1.0, 3.0):
-        parameter.grad = torch.tensor(
-            [sum(steps.gradient_value(0, device, 3, scale) for device in range(3))], dtype=torch.float64
-        )
-        sgd.step()
-        assert expected.step(scale) == pytest.approx(parameter.item(), abs=1e-12)
-
-
-@pytest.mark.parametrize("wrong", [math.nan, 2.5, -2.0])
-def test_one_wrong_element_is_found(wrong: float) -> None:
-    results = [np.full(5, 2.0, np.float32), np.full((2, 3), 2.0, np.float32)]
-    steps.check_results(results, 2.0)
-    results[1][1, 1] = wrong
-    with pytest.raises(steps.WrongResult, match="tensor 1"):
-        steps.check_results(results, 2.0)
-
-
-@pytest.mark.parametrize("updater", ["assign", "sgd"])
-@pytest.mark.parametrize("num_devices", [1, 4])
-def test_local_store_is_measured(updater: str, num_devices: int) -> None:
-    plan = Plan(updater=updater, num_devices=num_devices, warmup=1, steps=3)
-    with tensorkv.create("local") as kv:
-        times_s = steps.run(tensorkvsteps.TensorKVSystem(kv, plan), plan)
-    assert {way: len(found) for way, found in times_s.items()} == {"push+pull": 3, "pushpull": 3}
-
-
-def test_a_step_that_does_nothing_is_caught() -> None:
-    with tensorkv.create("local") as kv:
-        system = tensorkvsteps.TensorKVSystem(kv, QUICK)
-        system.ways = {"nothing": lambda: None}
-        with pytest.raises(steps.WrongResult, match="nothing, gradients of scale 2"):
-            steps.run(system, QUICK)
-
-
-@pytest.mark.parametrize("updater", ["assign", "sgd"])
-@pytest.mark.parametrize("num_devices", [1, 2, 4])
-def test_local_floor_is_measured(updater: str, num_devices: int) -> None:
-    plan = Plan(updater=updater, num_devices=num_devices, warmup=1, steps=3)
-    assert len(floor.measure("local", plan, num_workers=1, num_servers=1)) == 3
 
 
 # ---- the jobs ------------------------------------------------------------------------------------
@@ -208,7 +145,7 @@ def test_required_ratio_is_judged_for_mxnet(theirs: float, reached: bool) -> Non
     assert rows["mxnet"].reached is reached
     assert rows["floor"].reached is None
     assert rows["floor"].figures.ratio == 0.5
-    text = tables.markdown([(case.title, list(rows.values()))], tables.this_machine(), "a command")
+    text = tables.markdown([(case.title, list(rows.values()))], this_machine(), "a command")
     assert case.title in text
     assert "    a command\n" in text
 

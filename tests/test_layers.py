@@ -25,8 +25,9 @@ LAYERS = {
     "runtime": 5,
     "launch": 6,
     "stores": 7,
-    **dict.fromkeys(("compat", "cli", "testing"), 8),
-    **dict.fromkeys(("__init__", "__main__"), 9),
+    **dict.fromkeys(("bench", "compat", "testing"), 8),
+    "cli": 9,
+    **dict.fromkeys(("__init__", "__main__"), 10),
 }
 """The layer of each module or folder of the package. docs/architecture.md has the same table."""
 
@@ -34,8 +35,8 @@ PURE_LAYERS = (1, 2, 3)
 IMPURE_MODULES = {"threading", "socket", "time", "asyncio", "selectors", "signal", "subprocess"}
 FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "safetensors", "tensorkv.saveio"}
 MAY_LOCK = {"functions"}  # executes a script's definitions once per process, as an import does
-SOCKET_FOLDERS = {"transport", "launch"}
-ENVIRONMENT_PLACES = {"config", "launch", "cli"}
+SOCKET_FOLDERS = {"transport", "launch", "bench"}
+ENVIRONMENT_PLACES = {"config", "launch", "cli", "bench"}
 
 TENSOR_MAKERS = (
     r"torch\.(empty|zeros|ones|full|tensor|as_tensor|asarray|scalar_tensor|eye|arange|linspace|rand\w*)"
@@ -121,7 +122,7 @@ def test_every_layer_entry_exists() -> None:
 
 def test_architecture_has_the_same_table() -> None:
     page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", page, re.M)
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", page, re.M)
     told = {
         name.rstrip("/"): int(layer) for layer, names in rows for name in re.findall(r"`([\w/]+)`", names)
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -106,6 +107,79 @@ def run(
     except OSError as exc:
         status = _fail(f"the job could not be started: {exc}", 1)
     raise typer.Exit(status)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="resnet50 (if nothing is given), vgg16, bert-base, gpt2, llama-7b-layer; tiny: 1000 keys of "
+            "64 floats; one: one key of 64. May be repeated.",
+        ),
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(metavar="4KB..256MB", help="One key of each size, fourfold each; or a list: 4KB,1MB."),
+    ] = None,
+    store: Annotated[str, typer.Option(help="The kind of store.")] = "dist_sync",
+    transport: Annotated[
+        list[str] | None,
+        typer.Option(metavar="shm|tcp", help="shm and tcp if not given. May be repeated."),
+    ] = None,
+    num_workers: Annotated[int, typer.Option("--workers", "-n", help="Number of workers.")] = 2,
+    num_servers: Annotated[int, typer.Option("--servers", "-s", help="Number of servers.")] = 2,
+    optimizer: Annotated[
+        str,
+        typer.Option(help="assign, or one of torch on the servers: sgd (with momentum), adam..."),
+    ] = "assign",
+    dtype: Annotated[str, typer.Option(help="float32, float64, float16 or bfloat16.")] = "float32",
+    steps: Annotated[int, typer.Option(help="Steps of each kind; 0: as many as fill --seconds.")] = 0,
+    seconds: Annotated[float, typer.Option(help="Time for each kind of step.")] = 2.0,
+    floor: Annotated[
+        bool, typer.Option("--floor/--no-floor", help="Measure what it costs when only the bytes move.")
+    ] = True,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")] = None,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Draw bandwidth over size; needs matplotlib.")
+    ] = None,
+) -> None:
+    """Measure what a step costs: every worker pushes and pulls all values.
+
+        tensorkv bench --model bert-base --optimizer adam
+        tensorkv bench --sizes 4KB..256MB --plot bandwidth.png
+
+    Starts jobs of its own on this machine. In a job that is there it measures that one, as each worker:
+
+        tensorkv run -n 4 -s 2 tensorkv bench --model resnet50
+
+    Every result is checked.
+    """
+    from rich.console import Console
+
+    from tensorkv.bench.command import run_bench
+    from tensorkv.bench.options import BadOption, make_options
+
+    try:
+        options = make_options(
+            models=model or [],
+            sizes=sizes,
+            kind=store,
+            transports=transport or [],
+            num_workers=num_workers,
+            num_servers=num_servers,
+            optimizer=optimizer,
+            dtype=dtype,
+            steps=steps,
+            seconds=seconds,
+            with_floor=floor,
+            json=json,
+            plot=plot,
+        )
+    except BadOption as exc:
+        raise typer.BadParameter(str(exc)) from exc
+    raise typer.Exit(run_bench(options, Console(width=None if sys.stdout.isatty() else 100)))
 
 
 def _fail(text: str, status: int) -> int:

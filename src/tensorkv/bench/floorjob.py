@@ -20,8 +20,8 @@ from multiprocessing.context import ForkProcess
 from multiprocessing.sharedctypes import RawArray
 from multiprocessing.synchronize import Barrier
 
-from steps import gradient_value, time_steps
-from tensorsets import FLOAT_BYTES, Shape, num_elems
+from tensorkv.bench.shapes import FLOAT_BYTES, Shape, num_elems
+from tensorkv.bench.steps import gradient_value, time_steps
 
 MIN_SHARE_BYTES = 4096
 """Less than this per server is not worth a message of its own."""

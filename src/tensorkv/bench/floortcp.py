@@ -11,9 +11,10 @@ from contextlib import ExitStack
 from multiprocessing.synchronize import Barrier
 
 import numpy as np
-from floorjob import Floor, FloorError, run_job, set_deadline, take, timed
-from steps import check_results, gradient_value
-from tensorsets import FLOAT_BYTES
+
+from tensorkv.bench.floorjob import Floor, FloorError, run_job, set_deadline, take, timed
+from tensorkv.bench.shapes import FLOAT_BYTES
+from tensorkv.bench.steps import check_results, gradient_value
 
 CHUNK_BYTES = 1 << 20
 _INDEX = struct.Struct("q")

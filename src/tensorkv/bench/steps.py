@@ -10,13 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from tensorsets import SETS, Shape
+
+from tensorkv.bench.shapes import Shape, shapes_of
 
 MARK = "BENCH_RESULT "
 """Stands before the JSON of a result, which may be preceded by a launcher's prefix on its line."""
@@ -24,30 +27,45 @@ MARK = "BENCH_RESULT "
 LEARNING_RATE = 0.01
 MOMENTUM = 0.9
 
+ITEMSIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+TOLERANCES = {"float32": 1e-4, "float64": 1e-9, "float16": 4e-3, "bfloat16": 3e-2}
+"""What a result may be off by, relatively, after some steps of an optimizer."""
+
+MIN_STEPS, MAX_STEPS = 5, 1000
+"""So many steps are measured where a time is given instead."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What one job measures: a set of tensors, how they are updated, and how often."""
+    """What one job measures: a set of tensors, how they are updated, and how often.
+
+    `tensors` is the name of a set, or a size. `updater` is "assign", or an optimizer of torch run by the
+    store; "sgd" is SGD with momentum. `steps` are measured, or, where that is 0, as many as fill `seconds`.
+    """
 
     tensors: str = "quick"
-    updater: str = "assign"  # or "sgd": SGD with momentum, run by the store
+    updater: str = "assign"
+    dtype: str = "float32"
     num_devices: int = 1
     warmup: int = 3
     steps: int = 10
+    seconds: float = 2.0
 
     @property
     def shapes(self) -> list[Shape]:
         """The shapes of the set."""
-        return SETS[self.tensors]
+        return shapes_of(self.tensors, ITEMSIZES[self.dtype])
 
     def arguments(self) -> list[str]:
         """Return the command line from which `parse_plan` rebuilds this plan."""
         return [
             f"--set={self.tensors}",
             f"--updater={self.updater}",
+            f"--dtype={self.dtype}",
             f"--devices={self.num_devices}",
             f"--warmup={self.warmup}",
             f"--steps={self.steps}",
+            f"--seconds={self.seconds}",
         ]
 
 
@@ -57,11 +75,13 @@ def plan_parser(description: str | None) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = Plan()
-    parser.add_argument("--set", dest="tensors", choices=SETS, default=default.tensors)
-    parser.add_argument("--updater", choices=("assign", "sgd"), default=default.updater)
+    parser.add_argument("--set", dest="tensors", default=default.tensors)
+    parser.add_argument("--updater", default=default.updater)
+    parser.add_argument("--dtype", choices=ITEMSIZES, default=default.dtype)
     parser.add_argument("--devices", dest="num_devices", type=int, default=default.num_devices)
     parser.add_argument("--warmup", type=int, default=default.warmup)
     parser.add_argument("--steps", type=int, default=default.steps)
+    parser.add_argument("--seconds", type=float, default=default.seconds)
     return parser
 
 
@@ -70,9 +90,11 @@ def parse_plan(arguments: argparse.Namespace) -> Plan:
     return Plan(
         tensors=arguments.tensors,
         updater=arguments.updater,
+        dtype=arguments.dtype,
         num_devices=arguments.num_devices,
         warmup=arguments.warmup,
         steps=arguments.steps,
+        seconds=arguments.seconds,
     )
 
 
@@ -101,6 +123,13 @@ def gradient_value(rank: int, device: int, num_devices: int, scale: float) -> fl
     return scale * (rank * num_devices + device + 1)
 
 
+class Expectation(Protocol):
+    """Tells what every element of every result must be."""
+
+    def step(self, scale: float) -> float:
+        """Return the value after one more step with gradients of this scale."""
+
+
 class Expected:
     """What every element of every result must be after each step: the rules, worked out on scalars."""
 
@@ -125,19 +154,30 @@ class WrongResult(Exception):
     """A measured step did not compute what it should have."""
 
 
-def check_results(results: Iterable[np.ndarray[Any, Any]], expected: float) -> None:
-    """Raise WrongResult unless every element of every array is `expected`, to float32's accuracy."""
+def check_results(
+    results: Iterable[np.ndarray[Any, Any]], expected: float, tolerance: float = TOLERANCES["float32"]
+) -> None:
+    """Raise WrongResult unless every element of every array is `expected`, up to a relative tolerance."""
     for index, array in enumerate(results):
         low, high = float(array.min()), float(array.max())
         for found in (low, high):
-            if not math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-6):
+            if not math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance / 100):
                 raise WrongResult(f"tensor {index} holds values from {low} to {high}, expected {expected}")
 
 
-def time_steps(step: Callable[[], None], barrier: Callable[[], None], num_steps: int) -> list[float]:
-    """Return the seconds each step took, counted from the moment all workers were ready for it."""
+def time_steps(
+    step: Callable[[], None],
+    barrier: Callable[[], None],
+    num_steps: int,
+    tell: Callable[[int], None] = lambda number: None,
+) -> list[float]:
+    """Return the seconds each step took, counted from the moment all workers were ready for it.
+
+    `tell` is called with the number of each step before it, outside the measured time.
+    """
     times_s = []
-    for _ in range(num_steps):
+    for number in range(num_steps):
+        tell(number)
         barrier()
         start = time.perf_counter()
         step()
@@ -145,35 +185,64 @@ def time_steps(step: Callable[[], None], barrier: Callable[[], None], num_steps:
     return times_s
 
 
-def run(system: System, plan: Plan) -> dict[str, list[float]]:
+Tell = Callable[[str, int, int], None]
+"""Hears of the progress: the way, the number of its step, and how many there will be."""
+
+
+def run(
+    system: System,
+    plan: Plan,
+    expected: Expectation | None = None,
+    agree: Callable[[int], int] | None = None,
+    tell: Tell = lambda way, number, num_steps: None,
+) -> dict[str, list[float]]:
     """Measure every way of the system and return the seconds per step, by the way's name.
 
     The results of a warm-up step before, and of one more step after the measured ones, are checked.
 
+    Args:
+        system: what is measured.
+        plan: what it does.
+        expected: what comes out; worked out here for "assign" and "sgd" if not given.
+        agree: returns rank 0's number, to every worker; where the plan gives a time and no steps.
+        tell: hears of the progress.
+
     Raises:
-        WrongResult: they were not what they should be.
+        WrongResult: the results were not what they should be.
     """
-    num_devices = plan.num_devices
-    expected = Expected(plan.updater, system.num_workers * num_devices)
+    expected = expected or Expected(plan.updater, system.num_workers * plan.num_devices)
     times_s: dict[str, list[float]] = {}
     for name, step in system.ways.items():
-        _checked_step(system, name, expected, scale=2.0)
+        _checked_step(system, plan, name, expected, scale=2.0)
         system.set_gradients(1.0)
-        time_steps(step, system.barrier, plan.warmup)
-        times_s[name] = time_steps(step, system.barrier, plan.steps)
-        for _ in range(plan.warmup + plan.steps):
+        found = time_steps(step, system.barrier, plan.warmup)
+        num_steps = plan.steps
+        if not num_steps:
+            assert agree is not None
+            num_steps = agree(steps_within(plan.seconds, found))
+
+        def tell_step(number: int, name: str = name, num_steps: int = num_steps) -> None:
+            tell(name, number, num_steps)
+
+        times_s[name] = time_steps(step, system.barrier, num_steps, tell_step)
+        for _ in range(plan.warmup + num_steps):
             expected.step(1.0)
-        _checked_step(system, name, expected, scale=3.0)
+        _checked_step(system, plan, name, expected, scale=3.0)
     return times_s
 
 
-def _checked_step(system: System, way: str, expected: Expected, *, scale: float) -> None:
+def steps_within(seconds: float, times_s: Sequence[float]) -> int:
+    """Return how many steps fill a time, going by what some have taken."""
+    return max(MIN_STEPS, min(MAX_STEPS, int(seconds / statistics.median(times_s))))
+
+
+def _checked_step(system: System, plan: Plan, way: str, expected: Expectation, *, scale: float) -> None:
     system.set_gradients(scale)
     system.clear_results()
     system.barrier()
     system.ways[way]()
     try:
-        check_results(system.results(), expected.step(scale))
+        check_results(system.results(), expected.step(scale), TOLERANCES[plan.dtype])
     except WrongResult as exc:
         raise WrongResult(f"{way}, gradients of scale {scale}: {exc}") from None
     system.barrier()
@@ -181,7 +250,8 @@ def _checked_step(system: System, way: str, expected: Expected, *, scale: float)
 
 def print_result(times_s: dict[str, list[float]]) -> None:
     """Print the line that `read_result` finds."""
-    print(MARK + json.dumps(times_s), flush=True)
+    sys.stdout.write(f"{MARK}{json.dumps(times_s)}\n")
+    sys.stdout.flush()
 
 
 def read_result(output: str) -> dict[str, list[float]]:

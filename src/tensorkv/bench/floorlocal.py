@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from steps import (
+
+from tensorkv.bench.steps import (
     LEARNING_RATE,
     MOMENTUM,
     Expected,
@@ -50,7 +51,7 @@ def _nobody_to_wait_for() -> None:
 
 
 def _tensors(sizes: list[int], value: float) -> list[torch.Tensor]:
-    return [torch.full((size,), value) for size in sizes]
+    return [torch.full((size,), value, device="cpu") for size in sizes]
 
 
 def _assign(grads: list[list[torch.Tensor]], stored: list[torch.Tensor]) -> None:

@@ -11,9 +11,10 @@ from contextlib import ExitStack
 from multiprocessing.synchronize import Barrier
 
 import torch
-from floorjob import Floor, run_job, set_deadline, take, timed
-from steps import check_results, gradient_value
-from tensorsets import FLOAT_BYTES
+
+from tensorkv.bench.floorjob import Floor, run_job, set_deadline, take, timed
+from tensorkv.bench.shapes import FLOAT_BYTES
+from tensorkv.bench.steps import check_results, gradient_value
 
 READY, STOP = b"r", b"s"
 
@@ -78,7 +79,10 @@ def _shm_worker(
     rank: int, descriptors: list[int], floor: Floor, socks: list[socket.socket], barrier: Barrier
 ) -> list[float]:
     torch.set_num_threads(1)
-    grads = [torch.full((math.prod(shape),), gradient_value(rank, 0, 1, 1.0)) for shape in floor.shapes]
+    grads = [
+        torch.full((math.prod(shape),), gradient_value(rank, 0, 1, 1.0), device="cpu")
+        for shape in floor.shapes
+    ]
     outs = [torch.full_like(grad, torch.nan) for grad in grads]
     window = _map(descriptors[1 + rank], floor)
     stored = list(torch.split(_map(descriptors[0], floor), [out.numel() for out in outs]))
