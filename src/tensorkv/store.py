@@ -597,6 +597,11 @@ class KVStore(ABC):
         state = ", closed" if self.closed else ""
         return f"<tensorkv store {self._name!r}, kind {self._kind!r}, rank {self.rank}{state}>"
 
+    # ---- what a kind of store may do better ------------------------------------------------------
+
+    def _empty_like(self, keys: tuple[Key, ...]) -> list[torch.Tensor]:
+        return [torch.empty(info.shape, dtype=info.dtype, device="cpu") for info in map(self._info, keys)]
+
     # ---- what a kind of store implements ---------------------------------------------------------
 
     @abstractmethod
@@ -610,9 +615,6 @@ class KVStore(ABC):
 
     @abstractmethod
     def _pushpull(self, pushed: PushBatch, pulled: PullBatch, async_op: bool) -> Any: ...
-
-    @abstractmethod
-    def _empty_like(self, keys: tuple[Key, ...]) -> list[torch.Tensor]: ...
 
     @abstractmethod
     def _put(self, keys: tuple[Key, ...], values: list[torch.Tensor]) -> None: ...

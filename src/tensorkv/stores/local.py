@@ -366,11 +366,6 @@ class LocalStore(KVStore):
                 generation=slot.generation,
             )
 
-    def _empty_like(self, keys: tuple[Key, ...]) -> list[torch.Tensor]:
-        with self._lock:
-            values = [self._slot(key).value for key in keys]
-        return [torch.empty(value.shape, dtype=value.dtype, device="cpu") for value in values]
-
     def _delete(self, keys: tuple[Key, ...]) -> None:
         with self._lock:
             for slot in [self._slot(key) for key in dict.fromkeys(keys)]:
