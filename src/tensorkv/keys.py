@@ -10,7 +10,7 @@ Every verb takes `key` and `value` in the same three forms; they are understood 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -46,16 +46,22 @@ class Form(enum.Enum):
     DICT = "dict"
 
 
+Known = Callable[[tuple[Key, ...], list[Any]], bool]
+"""Whether a store knows keys and their values, or outs, so well from an earlier call that they need not be
+looked at one by one here."""
+
+
 class PushBatch:
     """What one push call adds, a line per distinct key, in order of first appearance.
 
     `tensors[i]` are the values of `keys[i]`, devices in list order, the same key twice one after the
     other; an empty list stands for ABSENT. `counts[i]` is what the key counts in a mean.
     `singles`, where it is not None, has one CPU tensor for each key, and says it all: a list for each of
-    a thousand keys would keep Python's garbage collector busy.
+    a thousand keys would keep Python's garbage collector busy. With `known` they are tensors of the dtypes
+    and shapes of an earlier call, and whether they need to be prepared was not looked at; `checked` does so.
     """
 
-    __slots__ = ("_counts", "_tensors", "keys", "singles")
+    __slots__ = ("_counts", "_tensors", "keys", "known", "singles")
 
     def __init__(
         self,
@@ -63,11 +69,17 @@ class PushBatch:
         tensors: list[list[torch.Tensor]] | None = None,
         counts: list[int] | None = None,
         singles: list[torch.Tensor] | None = None,
+        known: bool = False,
     ) -> None:
         self.keys = keys
         self.singles = singles
+        self.known = known
         self._tensors = tensors
         self._counts = counts
+
+    def checked(self) -> PushBatch:
+        """Return the same, with every value looked at. Errors as `push_batch`."""
+        return _push_of(self.keys, self.singles or []) if self.known else self
 
     @property
     def tensors(self) -> list[list[torch.Tensor]]:
@@ -88,10 +100,10 @@ class PullBatch:
     """Where one pull call writes: `outs[i]` are the destinations of `keys[i]`; empty means a new tensor.
 
     `keys` are in call order and may repeat. `given` is the caller's own `out`, to be returned. `singles`
-    is as in `PushBatch`.
+    is as in `PushBatch`; with `known` they are the very tensors of an earlier call.
     """
 
-    __slots__ = ("_outs", "form", "given", "keys", "singles")
+    __slots__ = ("_outs", "form", "given", "keys", "known", "singles")
 
     def __init__(
         self,
@@ -100,12 +112,18 @@ class PullBatch:
         form: Form,
         given: Any,
         singles: list[torch.Tensor] | None = None,
+        known: bool = False,
     ) -> None:
         self.keys = keys
         self.form = form
         self.given = given
         self.singles = singles
+        self.known = known
         self._outs = outs
+
+    def checked(self) -> PullBatch:
+        """Return the same, with every destination looked at. Errors as `pull_batch`."""
+        return _batch_into(self.keys, self.singles or [], self.form, self.given) if self.known else self
 
     @property
     def outs(self) -> list[list[torch.Tensor]]:
@@ -194,7 +212,7 @@ def split_keys(key: Any, value: Any) -> tuple[list[Any], list[Any], Form]:
     return keys, values, form
 
 
-def push_batch(key: Any, value: Any, known_type: type | None) -> PushBatch:
+def push_batch(key: Any, value: Any, known_type: type | None, known: Known | None = None) -> PushBatch:
     """Check and flatten the arguments of a push. Shapes and dtypes are not looked at here.
 
     Raises:
@@ -202,6 +220,12 @@ def push_batch(key: Any, value: Any, known_type: type | None) -> PushBatch:
     """
     raw_keys, values, _ = split_keys(key, value)
     keys = check_keys(raw_keys, known_type)
+    if known is not None and known(keys, values):
+        return PushBatch(keys, None, None, values, known=True)
+    return _push_of(keys, values)
+
+
+def _push_of(keys: tuple[Key, ...], values: list[Any]) -> PushBatch:
     if len(set(keys)) == len(keys):
         if _are_plain(values):
             return PushBatch(keys, None, None, values)
@@ -210,7 +234,7 @@ def push_batch(key: Any, value: Any, known_type: type | None) -> PushBatch:
     return _merge_repeated(keys, _device_lists(keys, values))
 
 
-def pull_batch(key: Any, out: Any, known_type: type | None) -> PullBatch:
+def pull_batch(key: Any, out: Any, known_type: type | None, known: Known | None = None) -> PullBatch:
     """Check and flatten the arguments of a pull. Shapes and dtypes are not looked at here.
 
     Raises:
@@ -225,10 +249,12 @@ def pull_batch(key: Any, out: Any, known_type: type | None) -> PullBatch:
         return PullBatch(keys, [[] for _ in keys], form, None)
     else:
         raw_keys, values, form = split_keys(key, out)
-    return _batch_into(check_keys(raw_keys, known_type), values, form, out)
+    return _batch_of(check_keys(raw_keys, known_type), values, form, out, known)
 
 
-def pull_batch_of(pushed: PushBatch, key: Any, out: Any, known_type: type | None) -> PullBatch:
+def pull_batch_of(
+    pushed: PushBatch, key: Any, out: Any, known_type: type | None, known: Known | None = None
+) -> PullBatch:
     """Check and flatten where a pushpull writes; `key` is what it was given, `pushed` what came of that.
 
     Raises:
@@ -236,16 +262,24 @@ def pull_batch_of(pushed: PushBatch, key: Any, out: Any, known_type: type | None
         InvalidValue, InvalidOut, LengthMismatch.
     """
     if type(out) is list and type(key) is list and len(out) == len(pushed.keys):  # mostly, so at once
-        return _batch_into(pushed.keys, out.copy(), Form.LIST, out)
+        return _batch_of(pushed.keys, out.copy(), Form.LIST, out, known)
     if isinstance(out, Mapping):
-        batch = pull_batch(None, out, known_type)
+        batch = pull_batch(None, out, known_type, known)
         if batch.keys != pushed.keys and set(batch.keys) != set(pushed.keys):
             raise InvalidArgument("pushpull pulls the keys it pushes; out has other keys than value")
         return batch
-    batch = pull_batch(key if type(key) in (int, str) else list(pushed.keys), out, known_type)
+    batch = pull_batch(key if type(key) in (int, str) else list(pushed.keys), out, known_type, known)
     if out is None and isinstance(key, Mapping):
         batch.form = Form.DICT
     return batch
+
+
+def _batch_of(
+    keys: tuple[Key, ...], values: list[Any], form: Form, given: Any, known: Known | None
+) -> PullBatch:
+    if known is not None and known(keys, values):
+        return PullBatch(keys, None, form, given, values, known=True)
+    return _batch_into(keys, values, form, given)
 
 
 def _batch_into(keys: tuple[Key, ...], values: list[Any], form: Form, given: Any) -> PullBatch:

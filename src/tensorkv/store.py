@@ -192,7 +192,7 @@ class KVStore(ABC):
         self._check_usable("push")
         if apply is not True or async_op is not False:  # mostly neither
             apply, async_op = flag("apply", apply), flag("async_op", async_op)
-        return self._push(push_batch(key, value, self._key_type), apply, async_op)
+        return self._push(push_batch(key, value, self._key_type, self._knows_values), apply, async_op)
 
     def pull(self, key: Any = None, out: Any = None, *, async_op: bool = False) -> Any:
         """Copy the current values of keys out of the store.
@@ -221,7 +221,7 @@ class KVStore(ABC):
         self._check_usable("pull")
         if async_op is not False:
             async_op = flag("async_op", async_op)
-        return self._pull(pull_batch(key, out, self._key_type), async_op)
+        return self._pull(pull_batch(key, out, self._key_type, self._knows_outs), async_op)
 
     def pushpull(self, key: Any, value: Any = None, out: Any = None, *, async_op: bool = False) -> Any:
         """Push, then pull the same keys, in one exchange with each server.
@@ -243,8 +243,8 @@ class KVStore(ABC):
         self._check_usable("pushpull")
         if async_op is not False:
             async_op = flag("async_op", async_op)
-        pushed = push_batch(key, value, self._key_type)
-        pulled = pull_batch_of(pushed, key, out, self._key_type)
+        pushed = push_batch(key, value, self._key_type, self._knows_values)
+        pulled = pull_batch_of(pushed, key, out, self._key_type, self._knows_outs)
         return self._pushpull(pushed, pulled, async_op)
 
     def empty_like(self, key: Any) -> Any:
@@ -601,6 +601,20 @@ class KVStore(ABC):
 
     def _empty_like(self, keys: tuple[Key, ...]) -> list[torch.Tensor]:
         return [torch.empty(info.shape, dtype=info.dtype, device="cpu") for info in map(self._info, keys)]
+
+    def _knows_values(self, keys: tuple[Key, ...], values: list[Any]) -> bool:
+        """Whether all values are tensors of the dtypes and shapes of an earlier push of these keys.
+
+        Where it says so, `_push` and `_pushpull` get a batch that is `known`.
+        """
+        return False
+
+    def _knows_outs(self, keys: tuple[Key, ...], outs: list[Any]) -> bool:
+        """Whether the destinations are the very tensors of an earlier pull of these keys.
+
+        Where it says so, `_pull` and `_pushpull` get a batch that is `known`.
+        """
+        return False
 
     # ---- what a kind of store implements ---------------------------------------------------------
 

@@ -116,12 +116,12 @@ def pair() -> Iterator[Pair]:
 
 def test_a_push_is_read_where_the_worker_wrote_it(pair: Pair) -> None:
     loan = pair.lend()
-    loan.tensor.fill_(7)
+    loan.tensors[0].fill_(7)
     memory = pair.server.borrow(loan.placed, LARGE_BYTES)
     assert memory.borrowed
     assert bool((memory.tensor == 7).all())
     assert memory.elements(torch.int16, 0, 2).tolist() == [0x0707, 0x0707]
-    loan.tensor[0] = 8
+    loan.tensors[0][0] = 8
     assert memory.tensor[0] == 8  # the very same memory
 
 
@@ -132,10 +132,10 @@ def test_memory_is_lent_again_only_when_it_was_returned(pair: Pair) -> None:
     assert second.placed != first.placed
     assert pair.worker.lent_bytes == 2 * LARGE_BYTES
     BufferPool().give(memory)
-    placed, address = first.placed, first.tensor.data_ptr()
+    placed, address = first.placed, first.tensors[0].data_ptr()
     del first
     third = pair.lend()
-    assert (third.placed, third.tensor.data_ptr()) == (placed, address)
+    assert (third.placed, third.tensors[0].data_ptr()) == (placed, address)
     assert pair.server.borrow(third.placed, LARGE_BYTES) is memory  # what was looked up is kept
     assert pair.worker.lent_bytes == 2 * LARGE_BYTES
 

@@ -70,7 +70,9 @@ def _origins(window: Window, values: Sequence[torch.Tensor]) -> Origins:
 
 def _address(value: torch.Tensor) -> int:
     """Return where a value begins; 0 where its memory does not show its elements one after the other."""
-    return value.data_ptr() if value.is_contiguous() and not (value.is_neg() or value.is_conj()) else 0
+    if value.layout != torch.strided or not value.is_contiguous() or value.is_neg() or value.is_conj():
+        return 0
+    return value.data_ptr()
 
 
 def _span(window: Window, chunk: PlanChunk, addresses: Sequence[int]) -> Span | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
@@ -31,7 +32,8 @@ Origins = tuple[int, ...] | None
 """How the values of a push lie in the window: one after the other where the origin of one is the end of
 another, 0 for one that is not in it. None if none is."""
 
-_kind_of = attrgetter("dtype", "shape")
+_shape_of, _dtype_of = attrgetter("shape"), attrgetter("dtype")
+_TENSORS = {torch.Tensor}
 
 
 @final
@@ -138,12 +140,21 @@ class ServerPart:
 
 @final
 @dataclass(slots=True, eq=False)
+class Outs:
+    """Where a pull has written. Nothing of it is kept alive."""
+
+    tensors: list[weakref.ref[torch.Tensor]]
+    addresses: list[int]
+
+
+@final
+@dataclass(slots=True, eq=False)
 class Plan:
     """A list of keys, each with the dtype, presence and count of what is pushed."""
 
     number: int
     states: list[KeyState]
-    kinds: list[tuple[torch.dtype, torch.Size]]  # dtype and shape of each value
+    shapes: list[torch.Size]
     dtypes: list[torch.dtype]
     counts: list[int]
     parts: list[ServerPart]
@@ -156,12 +167,36 @@ class Plan:
     origins: Origins = None  # by which its chunks are cut
     dropped: bool = False  # from the cache: it may still be sent, but is not to be remembered
 
-    def fits(self, values: Sequence[torch.Tensor]) -> bool:
-        """Whether these values, one per key, have the very dtypes and shapes of the plan. Makes no lists."""
+    outs: Outs | None = None  # of the last pull
+
+    def fits(self, values: Sequence[Any]) -> bool:
+        """Whether these are tensors, one per key, of the very dtypes and shapes of the plan.
+
+        A few vector operations for a thousand keys, which make no lists: see `PushBatch`.
+        """
+        if len(values) != len(self.shapes) or not _TENSORS.issuperset(map(type, values)):
+            return False
         try:
-            return all(map(operator.eq, map(_kind_of, values), self.kinds))
+            return all(map(operator.eq, map(_shape_of, values), self.shapes)) and all(
+                map(operator.is_, map(_dtype_of, values), self.dtypes)
+            )
         except RuntimeError:  # a nested tensor has no shape
             return False
+
+    def fits_outs(self, outs: Sequence[Any]) -> bool:
+        """Whether these are the tensors of the last pull, where they were, and as they were."""
+        known = self.outs
+        return (
+            known is not None
+            and len(outs) == len(known.tensors)
+            and all(map(operator.is_, map(operator.call, known.tensors), outs))
+            and list(map(torch.Tensor.data_ptr, outs)) == known.addresses
+            and all(map(operator.eq, map(_shape_of, outs), self.shapes))
+        )
+
+    def remember_outs(self, outs: Sequence[torch.Tensor]) -> None:
+        """These, one for each key, were looked at one by one: they may be written, and none shares memory."""
+        self.outs = Outs(list(map(weakref.ref, outs)), list(map(torch.Tensor.data_ptr, outs)))
 
 
 def build_plan(
@@ -193,7 +228,7 @@ def build_plan(
     return Plan(
         number=number,
         states=list(states),
-        kinds=[(dtype, state.shape) for state, dtype in zip(states, dtypes, strict=True)],
+        shapes=[state.shape for state in states],
         dtypes=list(dtypes),
         counts=list(counts),
         parts=parts,

@@ -66,15 +66,18 @@ class PullCall:
     def push(self, job: Job, pusher: Pusher, values: Sequence[torch.Tensor]) -> bool:
         """Push, and have the values after the round sent back chunk by chunk.
 
-        Returns False, and has done nothing, if a key is busy.
+        Returns False, and has done nothing, if a key is busy. Raises CannotGather.
         """
         self._open(job)
-        if pusher.send(self.plan, values, True, self) is not None:
-            return True
-        for link, number in self.numbers:
-            link.drop(number)
-        self.numbers.clear()
-        return False
+        sent = None
+        try:
+            sent = pusher.send(self.plan, values, True, self)
+        finally:
+            if sent is None:
+                for link, number in self.numbers:
+                    link.drop(number)
+                self.numbers.clear()
+        return sent is not None
 
     def _open(self, job: Job) -> None:
         self.replies: dict[int, int] = {}

@@ -14,7 +14,7 @@ from typing import Any, Protocol, final
 
 import torch
 
-from tensorkv.errors import WaitTimeout, again
+from tensorkv.errors import TensorKVError, WaitTimeout, again
 from tensorkv.runtime import sharing
 from tensorkv.runtime.hold import Hold
 from tensorkv.runtime.job import Job
@@ -37,6 +37,14 @@ MAX_LENT_BYTES = 64 << 20
 In sync there is one push of each key at most. What is more goes through the connection, which holds a
 worker back that pushes faster than the server applies.
 """
+
+
+class CannotGather(Exception):
+    """Torch refuses to read what was to be pushed: `error`. Nothing was pushed."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Asks(Protocol):
@@ -78,8 +86,10 @@ class _Payloads:
                 loan = self._lend(chunk, values, links[server].shared, span, most)
                 self.frames.append((gather(chunk, values) if loan is None else None, loan))
                 self.num_lending += chunk.lends and loan is None
-        except BaseException:
+        except BaseException as exc:
             self.__exit__()
+            if isinstance(exc, (RuntimeError, TypeError)) and not isinstance(exc, TensorKVError):
+                raise CannotGather(exc) from exc
             raise
 
     def _lend(
@@ -157,6 +167,9 @@ class Pusher:
             values: per key of the plan, on the CPU.
             apply: as in `push`.
             asks: send back the values after the round, too; gets the number of the push.
+
+        Raises:
+            CannotGather: torch refuses to read the values.
         """
         links = self._job.links
         window = self._job.window

@@ -50,14 +50,15 @@ def gather(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]
 def gather_into(target: torch.Tensor, chunk: PlanChunk, values: Sequence[torch.Tensor]) -> None:
     """Copy the payload of a chunk, which is not absent, to `target`: flat, in the chunk's dtype."""
     pieces: tuple[torch.Tensor, ...] | list[torch.Tensor]
-    if chunk.pick is not None and chunk.one_dim:
-        pieces = chunk.pick(values)
-    else:
-        pieces = [_flat_piece(piece, values) for piece in chunk.pieces]
-    if len(pieces) == 1:
-        target.copy_(pieces[0])
-    else:
-        torch.cat(pieces, out=target)
+    with torch.no_grad():  # a value that was known may have come to require a gradient
+        if chunk.pick is not None and chunk.one_dim:
+            pieces = chunk.pick(values)
+        else:
+            pieces = [_flat_piece(piece, values) for piece in chunk.pieces]
+        if len(pieces) == 1:
+            target.copy_(pieces[0])
+        else:
+            torch.cat(pieces, out=target)
 
 
 def _flat_piece(piece: Piece, values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -78,7 +79,7 @@ class Destinations:
     """Where the values of one pull go.
 
     `firsts[i]` is the caller's tensor for value i, and `others[i]` are further ones for it; `sizes_bytes` are
-    those of `firsts`, if all of them are contiguous. A value whose
+    those of `firsts`, if all of them are contiguous, `plain` tells what is known of them. A value whose
     large pieces cannot be received straight into the first goes through memory of its own.
     """
 
@@ -88,6 +89,7 @@ class Destinations:
         firsts: Sequence[torch.Tensor],
         others: Sequence[Sequence[torch.Tensor]] | None = None,
         sizes_bytes: np.ndarray[Any, Any] | None = None,
+        plain: bool = False,
     ) -> None:
         self.states = states
         self._firsts = firsts
@@ -95,7 +97,10 @@ class Destinations:
         self._flat: dict[int, torch.Tensor] = {}
         self._direct: set[int] = set()
         self._aliased: bool | None = None
-        self._plain = others is None and (len(firsts) == 1 or not _share_memory(firsts, sizes_bytes))
+        # One tensor for each value, and none shares memory with another.
+        self.plain = plain or (
+            others is None and (len(firsts) == 1 or not _share_memory(firsts, sizes_bytes))
+        )
 
     @classmethod
     def per_device(cls, states: Sequence[KeyState], outs: Sequence[list[torch.Tensor]]) -> Destinations:
@@ -112,9 +117,9 @@ class Destinations:
                 out.dtype == state.dtype
                 and out.is_contiguous()
                 and out.device.type == "cpu"
-                and (self._plain or not self._is_aliased())
+                and (self.plain or not self._is_aliased())
             ):
-                found = out.view(-1)
+                found = (out.detach() if out.requires_grad else out).view(-1)
                 self._direct.add(value)
             else:
                 found = torch.empty(state.num_elems, dtype=state.dtype, device="cpu")
@@ -123,29 +128,28 @@ class Destinations:
 
     def spread(self, chunk: PlanChunk, staging: list[torch.Tensor]) -> None:
         """Copy the small pieces of a chunk from where they were received."""
-        if self._plain and chunk.pick is not None:
-            firsts = chunk.pick(self._firsts)
-            if len(firsts) == 1:
-                firsts[0].copy_(staging[0])
-            else:
-                torch._foreach_copy_(firsts, staging)
+        if self.plain and chunk.pick is not None:
+            _copy_each(chunk.pick(self._firsts), staging)
             return
         targets: list[torch.Tensor] = []
         for piece in chunk.pieces:
             if piece.small:
-                if piece.whole and self._plain:
+                if piece.whole and self.plain:
                     targets.append(self._firsts[piece.value])
                 else:
                     targets.append(self._target_of(piece))
-        torch._foreach_copy_(targets, staging)
+        _copy_each(targets, staging)
 
     def copy_from(self, chunk: PlanChunk, sources: list[torch.Tensor]) -> None:
         """Copy the pieces of a chunk from where they lie: whole ones in the shape of their value."""
+        if self.plain and chunk.pick is not None:
+            _copy_each(chunk.pick(self._firsts), sources)
+            return
         targets = [
-            self._firsts[piece.value] if piece.whole and self._plain else self._target_of(piece)
+            self._firsts[piece.value] if piece.whole and self.plain else self._target_of(piece)
             for piece in chunk.pieces
         ]
-        torch._foreach_copy_(targets, sources)
+        _copy_each(targets, sources)
 
     def _target_of(self, piece: Piece) -> torch.Tensor:
         flat = self.flat(piece.value)
@@ -160,15 +164,27 @@ class Destinations:
 
     def finish(self) -> None:
         """All has been received: fill what was not received in place, and tell autograd what was."""
-        for value, flat in sorted(self._flat.items()):
-            first = self._firsts[value]
-            shaped = flat.view(self.states[value].shape)
-            if value in self._direct:
-                torch.autograd.graph.increment_version(first)
-            else:
-                first.copy_(shaped)
-            for other in self._others[value] if self._others else ():
-                other.copy_(shaped)
+        if not self._flat:
+            return
+        with torch.no_grad():
+            for value, flat in sorted(self._flat.items()):
+                first = self._firsts[value]
+                shaped = flat.view(self.states[value].shape)
+                if value in self._direct:
+                    torch.autograd.graph.increment_version(first)
+                else:
+                    first.copy_(shaped)
+                for other in self._others[value] if self._others else ():
+                    other.copy_(shaped)
+
+
+def _copy_each(targets: list[torch.Tensor] | tuple[torch.Tensor, ...], sources: list[torch.Tensor]) -> None:
+    """Copy each source to its target, also to one that has come to require a gradient since it was known."""
+    with torch.no_grad():
+        if len(targets) == 1:
+            targets[0].copy_(sources[0])
+        else:
+            torch._foreach_copy_(targets, sources)
 
 
 @final

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import torch
 
@@ -41,7 +41,7 @@ from tensorkv.runtime.link import ServerLink, SingleReply
 from tensorkv.runtime.plancache import PlanCache
 from tensorkv.runtime.plans import KeyState, Plan, build_plan
 from tensorkv.runtime.pullcall import PullCall
-from tensorkv.runtime.pusher import Pusher
+from tensorkv.runtime.pusher import CannotGather, Pusher
 from tensorkv.runtime.saving import StateTransfer
 from tensorkv.runtime.transfers import Destinations, gather
 from tensorkv.runtime.waits import taken
@@ -295,13 +295,22 @@ class DistStore(KVStore):
 
     # ---- push ------------------------------------------------------------------------------------
 
+    def _knows_values(self, keys: tuple[Key, ...], values: list[Any]) -> bool:
+        plan = self._plans.last_push.get(keys)
+        return plan is not None and plan.fits(values)
+
     def _push(self, batch: PushBatch, apply: bool, async_op: bool) -> Work | None:
         if not apply and self._is_async:
             raise NotSupported("push(apply=False): dist_async has no rounds to commit")
+        return _gathered(batch, lambda batch: self._push_batch(batch, apply, async_op))
+
+    def _push_batch(self, batch: PushBatch, apply: bool, async_op: bool) -> Work | None:
         plan, values = self._check_push(batch)
         what = f"push of {batch.keys[0]!r}"
         sent = None if self._pusher.busy(plan) else self._pusher.send(plan, values, apply)
         if sent is None:
+            if batch.known:  # part of it may go before torch refuses the rest
+                plan, values = self._check_push(batch.checked())
             return self._push_busy(plan, values, apply, async_op, what)
         if not async_op:
             self._pusher.await_sent(sent, what)
@@ -338,8 +347,9 @@ class DistStore(KVStore):
         if self._table.faults:
             self._table.raise_faults(batch.keys)
         last, singles = self._plans.last_push.get(batch.keys), batch.singles
-        if last and singles and last.fits(singles) and not self._table.uncommitted:
+        if last and singles and not self._table.uncommitted and (batch.known or last.fits(singles)):
             return self._arranged(last, singles), singles
+        batch = batch.checked()
         states = self._table.known(batch.keys)
         self._table.check_committed(states, "push")
         for state, tensors in zip(states, batch.tensors, strict=True):
@@ -409,6 +419,10 @@ class DistStore(KVStore):
 
     # ---- pull ------------------------------------------------------------------------------------
 
+    def _knows_outs(self, keys: tuple[Key, ...], outs: list[Any]) -> bool:
+        plan = self._plans.last_pull.get(keys)
+        return plan is not None and plan.fits_outs(outs)
+
     def _pull(self, batch: PullBatch, async_op: bool) -> Any:
         call = self._prepare_pull(batch)
         what = f"pull of {batch.keys[0]!r}"
@@ -420,10 +434,15 @@ class DistStore(KVStore):
         return self._await_call(call, what)
 
     def _pushpull(self, pushed: PushBatch, pulled: PullBatch, async_op: bool) -> Any:
+        return _gathered(pushed, lambda pushed: self._pushpull_batch(pushed, pulled, async_op))
+
+    def _pushpull_batch(self, pushed: PushBatch, pulled: PullBatch, async_op: bool) -> Any:
         plan, values = self._check_push(pushed)
         call = self._prepare_pull(pulled)
         what = f"pushpull of {pushed.keys[0]!r}"
         if self._pusher.busy(plan) or not self._send_pushpull(call, plan, values, pushed, pulled):
+            if pushed.known:  # as in `_push_batch`
+                plan, values = self._check_push(pushed.checked())
 
             def push_and_pull() -> Any:
                 self._pusher.push_late(plan, range(len(plan.states)), values, True, what)
@@ -466,10 +485,12 @@ class DistStore(KVStore):
         if self._table.faults:
             self._table.raise_faults(batch.keys)
         last, singles = self._plans.last_pull.get(batch.keys), batch.singles
-        if last and singles and last.fits(singles) and not self._table.uncommitted:
-            return self._pull_call(
-                batch, last, Destinations(last.states, singles, None, last.sizes_bytes), []
-            )
+        if last and singles and not self._table.uncommitted and (batch.known or last.fits(singles)):
+            destinations = Destinations(last.states, singles, None, last.sizes_bytes, plain=batch.known)
+            if destinations.plain and not batch.known:
+                last.remember_outs(singles)
+            return self._pull_call(batch, last, destinations, [])
+        batch = batch.checked()
         keys = tuple(dict.fromkeys(batch.keys))
         states = self._table.known(keys)
         self._table.check_committed(states, "pull")
@@ -849,6 +870,23 @@ def _held_weakly(method: Callable[[KeyState], None]) -> Callable[[KeyState], Non
             bound(state)
 
     return call
+
+
+_Pushed = TypeVar("_Pushed")
+
+
+def _gathered(batch: PushBatch, push: Callable[[PushBatch], _Pushed]) -> _Pushed:
+    """Push a batch that may be known; where torch refuses its tensors as they are, with each looked at.
+
+    Those of a known batch have the right dtypes and shapes. That one of them requires a gradient, or lies on
+    a GPU, torch finds itself, sooner than a look at each would.
+    """
+    try:
+        return push(batch)
+    except CannotGather as exc:
+        if not batch.known:
+            raise exc.error from None
+    return push(batch.checked())
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
