@@ -144,6 +144,7 @@ class WindowEnd:
         """
         if max_lent_bytes is not None and not self._await_room(max_lent_bytes - size_bytes):
             return None
+        self.collect()  # so that what was returned is lent again, before a new place is
         try:
             array = self._arena.take(size_bytes)
         except (OSError, MemoryLimitReached) as exc:
