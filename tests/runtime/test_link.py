@@ -116,6 +116,30 @@ class Values(Exchange):
         return not self.left
 
 
+def test_ctrl_c_between_a_frame_and_its_exchange_is_told(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frame is received whole, so the connection is not broken; but nobody will hand it on."""
+    waiting, other = SingleReply(), SingleReply()
+    numbers = [bench.link.open(waiting), bench.link.open(other)]
+    bench.say(m.Done(numbers[1]))
+    receive = bench.link._connection.receive
+
+    def receive_and_break_off(*arguments: Any) -> None:
+        receive(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.link._connection, "receive", receive_and_break_off)
+    with pytest.raises(KeyboardInterrupt):
+        bench.link.wait(numbers[0], bench.wait())
+    assert [type(each) for each in bench.broken_off] == [KeyboardInterrupt]
+    monkeypatch.undo()
+    bench.broken_off.clear()
+    bench.say(m.Done(numbers[0]))
+    bench.link.wait(numbers[0], bench.wait())
+    assert not bench.broken_off
+
+
 def test_a_request_and_its_reply(bench: Bench) -> None:
     reply = SingleReply()
     number = bench.link.open(reply)

@@ -23,6 +23,7 @@ import torch
 
 import tensorkv
 from tensorkv.errors import PeerLostError, TensorKVError
+from tensorkv.runtime import sharing
 from tensorkv.runtime.embedded import EmbeddedJob
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
@@ -80,9 +81,11 @@ def interrupt(call: Callable[[], Any], place: int) -> str | None:
 class Bench:
     """A worker alone in its job, with two servers that share the large value."""
 
-    def __init__(self, host: str, folder: str) -> None:
+    def __init__(self, way: str, folder: str) -> None:
         self.folder = folder
-        self.cluster = EmbeddedJob(1, 2, timeout_s=TIMEOUT_S, slice_bound_bytes=3000, host=host)
+        sockets: dict[str, Any] = {"host": "127.0.0.1", "transport": way}
+        options = {} if way == "inproc" else sockets
+        self.cluster = EmbeddedJob(1, 2, timeout_s=TIMEOUT_S, slice_bound_bytes=3000, **options)
         self.job = self.cluster.join(0)
         self.kv = DistStore("dist_sync", self.job, store="default", reduction="sum", timeout_s=TIMEOUT_S)
         self.ones = [torch.ones(3), torch.ones(2000)]
@@ -129,7 +132,7 @@ class Bench:
 
 
 @contextlib.contextmanager
-def benches(host: str, folder: str) -> Iterator[Callable[[], Bench]]:
+def benches(way: str, folder: str) -> Iterator[Callable[[], Bench]]:
     """Give a function that returns the bench, a new one where its worker has left the job."""
     open_ones: list[Bench] = []
 
@@ -137,7 +140,7 @@ def benches(host: str, folder: str) -> Iterator[Callable[[], Bench]]:
         if open_ones and open_ones[-1].job.failure() is not None:
             open_ones.pop().close()
         if not open_ones:
-            open_ones.append(Bench(host, folder))
+            open_ones.append(Bench(way, folder))
         return open_ones[-1]
 
     try:
@@ -166,13 +169,16 @@ LONG_CALLS: dict[str, Callable[[Bench], Any]] = {
 
 # Between `open` and its `with` Python itself has only the count of references to close a file.
 @pytest.mark.filterwarnings("ignore:.*<_io.FileIO:pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("host", ["inproc", "127.0.0.1"])
+@pytest.mark.parametrize("way", ["inproc", pytest.param("tcp", marks=pytest.mark.slow), "shm"])
 @pytest.mark.parametrize("name", [*CALLS, *LONG_CALLS])
-def test_a_call_that_is_broken_off_leaves_no_torn_value(name: str, host: str, tmp_path: Path) -> None:
+def test_a_call_that_is_broken_off_leaves_no_torn_value(
+    name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "PLACED_BYTES", 1)
     call = (CALLS | LONG_CALLS)[name]
     stride = STRIDE if name in CALLS else LONG_STRIDE
     went_on = left = 0
-    with benches(host, str(tmp_path)) as bench:
+    with benches(way, str(tmp_path)) as bench:
         for place in itertools.count(1 + random.Random(SEED).randrange(stride), stride):
             now = bench()
             where = interrupt(lambda now=now: call(now), place)  # type: ignore[misc]

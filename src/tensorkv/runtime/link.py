@@ -339,9 +339,12 @@ class ServerLink:
         """Receive one frame and hand it on. By whoever leads."""
         if self._lost is not None:
             raise again(self._lost) from None
+        self._message, received = None, False
         try:
             self._connection.receive(self._sink, self._patient_tick)
-        except (EOFError, ConnectionError) as exc:
+            received = True
+            self._hand_on(self._message)
+        except (EOFError, ConnectionError) as exc:  # ProtocolError too
             self._lose(exc)
         except BaseException as exc:
             if self._connection.broken:
@@ -350,17 +353,8 @@ class ServerLink:
                 if not isinstance(exc, Exception):
                     self._broken_off(exc)
                     self._lost = broken_off_error(exc)
-            raise
-        try:
-            self._hand_on(self._message)
-        except ProtocolError as exc:
-            self._connection.shutdown()
-            self._lost = exc
-            raise
-        except ConnectionError as exc:
-            self._lose(exc)
-        except BaseException as exc:
-            self._broken_off(exc)  # a reply is received, and its exchange may not have taken it
+            elif received or (self._message is not None and not isinstance(exc, Exception)):
+                self._broken_off(exc)  # a reply has come, and its exchange may not have taken it
             raise
 
     def _lose(self, exc: Exception) -> NoReturn:

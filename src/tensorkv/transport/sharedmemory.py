@@ -131,45 +131,40 @@ def _bytes_of(mapped: mmap.mmap) -> Bytes:
 
 @final
 class FreeRanges:
-    """Which parts of a segment are free. Whoever asks gets the first that is large enough."""
+    """Which parts of a segment are free. Whoever asks gets the first that is large enough.
+
+    Each change is one step of the interpreter: Ctrl-C may lose a part, but takes nothing apart.
+    """
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
-        self._starts = [0]
-        self._stops = [size_bytes]
+        self._ranges = [(0, size_bytes)]  # start and stop, in order
 
     @property
     def all_free(self) -> bool:
         """Whether nothing is taken."""
-        return self._stops[:1] == [self.size_bytes] and self._starts[0] == 0
+        return self._ranges == [(0, self.size_bytes)]
 
     def take(self, size_bytes: int) -> int:
         """Return where a free part of this size begins, which is taken now; -1 if there is none."""
-        for index, (start, stop) in enumerate(zip(self._starts, self._stops, strict=True)):
+        for index, (start, stop) in enumerate(self._ranges):
             if stop - start >= size_bytes:
-                if stop - start == size_bytes:
-                    del self._starts[index], self._stops[index]
-                else:
-                    self._starts[index] += size_bytes
+                rest = [(start + size_bytes, stop)] if stop - start > size_bytes else []
+                self._ranges[index : index + 1] = rest
                 return start
         return -1
 
     def give(self, start: int, size_bytes: int) -> None:
         """Free a part that was taken."""
         stop = start + size_bytes
-        index = bisect.bisect(self._starts, start)
-        joins_left = index > 0 and self._stops[index - 1] == start
-        joins_right = index < len(self._starts) and self._starts[index] == stop
-        if joins_left and joins_right:
-            self._stops[index - 1] = self._stops[index]
-            del self._starts[index], self._stops[index]
-        elif joins_left:
-            self._stops[index - 1] = stop
-        elif joins_right:
-            self._starts[index] = start
-        else:
-            self._starts.insert(index, start)
-            self._stops.insert(index, stop)
+        first = last = bisect.bisect(self._ranges, (start,))
+        if first > 0 and self._ranges[first - 1][1] == start:
+            first -= 1
+            start = self._ranges[first][0]
+        if last < len(self._ranges) and self._ranges[last][0] == stop:
+            stop = self._ranges[last][1]
+            last += 1
+        self._ranges[first:last] = [(start, stop)]
 
 
 @final
