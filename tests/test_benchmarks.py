@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import harness  # noqa: E402
 import jobs  # noqa: E402
+import link  # noqa: E402
 import mxnetenv  # noqa: E402
 import pushpull  # noqa: E402
 import soak  # noqa: E402
@@ -170,6 +171,32 @@ def test_a_start_is_judged_by_its_rounds() -> None:
     assert lines[1].endswith("2.40 times as long")
     assert lines[2].endswith("3.00 s   80% of it used, reached: yes")
     assert startup.report(rounds[2:])[2].endswith("300% of it used, reached: NO")
+
+
+# ---- a limited link ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(150)
+def test_steps_over_a_limited_link_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    status = link.main(["--set=1MB", "--mbit=500", "--rounds=1", "--steps=1"])
+    printed = capsys.readouterr().out
+    if "not measured: " in printed:
+        pytest.skip(printed.strip())
+    assert status == 0
+    assert "1MB: 1 MB each way, 1 worker(s) behind 500 Mbit/s, 2 server(s)" in printed
+    assert [line.split("  ")[0] for line in printed.splitlines()[-2:]] == ["push+pull", "pushpull"]
+    namespaces = link._run("ip netns list").stdout
+    assert f"tkvl{os.getpid() % 100_000}" not in namespaces
+
+
+def test_without_root_no_link_is_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(link.os, "geteuid", lambda: 1000)
+    assert link.main([]) == 1
+    assert "not measured: making a network namespace needs root" in capsys.readouterr().out
 
 
 # ---- a long run ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -26,17 +27,18 @@ ONE = torch.ones(4)
 
 @dataclass
 class Pair:
-    """Two workers of a job over sockets. Worker 1 calls; it is the others that are lost."""
+    """Two workers of a job. Worker 1 calls; it is the others that are lost."""
 
     cluster: EmbeddedJob
     jobs: list[Job]
     stores: list[DistStore]
 
 
-@pytest.fixture
-def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+@pytest.fixture(params=["shm", "tcp", "inproc"])
+def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     monkeypatch.setattr(waits, "_noted", type(waits._noted)())
-    cluster = EmbeddedJob(2, 2, host="127.0.0.1", timeout_s=DEADLINE_S)
+    way: dict[str, Any] = {"host": "127.0.0.1", "transport": request.param}
+    cluster = EmbeddedJob(2, 2, timeout_s=DEADLINE_S, **({} if request.param == "inproc" else way))
     jobs = [cluster.join(rank) for rank in range(2)]
     stores = [
         DistStore("dist_sync", job, store="default", reduction="sum", timeout_s=DEADLINE_S) for job in jobs
@@ -120,7 +122,7 @@ LOSSES: dict[str, tuple[Callable[[Pair], None], str]] = {
     "worker": (kill_worker, f"^worker 0 on host .+ was lost: {KILLED}"),
     "exception": (raise_in_with, "^worker 0 on host .+ was lost: ArithmeticError: a nan$"),
     "server": (kill_server, f"^server 1 on host .+ was lost: {KILLED}"),
-    "scheduler": (kill_scheduler, f"^the scheduler on host 127.0.0.1 is gone: {KILLED}"),
+    "scheduler": (kill_scheduler, f"^the scheduler on host (127.0.0.1|inproc) is gone: {KILLED}"),
 }
 
 

@@ -16,6 +16,7 @@ import gc
 import hashlib
 import itertools
 import logging
+import os
 import secrets
 import sys
 import tempfile
@@ -39,6 +40,8 @@ from tensorkv.runtime.server import Server
 from tensorkv.runtime.statefiles import FolderFiles
 from tensorkv.testing.frames import SUFFIX, Conversation, Entry, Mutator, framed, load, message_of, save
 from tensorkv.testing.hostile import WorkerFault, fuzz_worker, resident_mb
+from tensorkv.testing.hostilesharing import Descriptors, is_shared, shared_conversations, with_descriptor
+from tensorkv.transport import unix
 from tensorkv.transport.base import Connection
 from tensorkv.transport.endpoint import connect
 from tensorkv.wire import messages as m
@@ -49,6 +52,12 @@ MAX_PAYLOAD_BYTES = 1 << 22
 DEADLINE_S = 30.0
 UNUSED = 987_654_321_987
 """A number that no hostile message has."""
+
+CHECK = "check"
+"""The store of the honest worker."""
+
+SOCKET_WAYS = (("server", False), ("scheduler", False), ("server", True))
+"""What is fuzzed over sockets, in turn, and whether memory can be shared with it."""
 
 PLACES = 60
 """Workers of a job over sockets: a place is taken for ever by the first who proves itself there."""
@@ -265,11 +274,13 @@ def _logged() -> Iterator[list[logging.LogRecord]]:
 class SocketTarget:
     """A server, or only a scheduler, that listens on loopback, and an honest worker that watches it.
 
-    Hostile workers of a server do not know its scheduler, which would declare them lost, and so the job.
+    With `shared` hostile workers come through the server's Unix socket, and may share memory with it. They
+    do not know its scheduler, which would declare them lost, and so the job.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, shared: bool = False) -> None:
         self.name = name
+        self._shared = shared
         self._token = secrets.token_hex(16)
         self._scheduler = SchedulerServer(num_workers=PLACES, num_servers=1, token=self._token)
         self._scheduler.start()
@@ -284,7 +295,7 @@ class SocketTarget:
         honest = self.hostile()
         assert honest is not None
         self._honest = honest
-        self._say(m.OpenStore(1, "check", True, False) if self._server else m.Register("", 0, "", 1))
+        self._say(m.OpenStore(1, CHECK, True, False) if self._server else m.Register("", 0, "", 1))
         self.serves()
 
     def _config(self) -> JobConfig:
@@ -297,6 +308,7 @@ class SocketTarget:
             scheduler_host=host,
             scheduler_port=port,
             token=self._token,
+            transport="auto" if self._shared else "tcp",
         )
 
     def stop(self) -> None:
@@ -312,12 +324,14 @@ class SocketTarget:
         rank = next(self._ranks, None)
         if rank is None:
             return None
-        connection = connect(*self._address, DEADLINE_S)
+        connection = self.stranger()
         introduce(connection, self._token, "worker", rank)
         return connection
 
     def stranger(self) -> Connection:
         """Return a connection that has proved nothing."""
+        if self._shared and self._server is not None:
+            return unix.connect(self._server.addresses[1][0], DEADLINE_S)
         return connect(*self._address, DEADLINE_S)
 
     def serves(self) -> None:
@@ -346,19 +360,25 @@ class SocketTarget:
 
 
 def fuzz_sockets(mutator: Mutator, good: dict[str, list[Conversation]], num_frames: int) -> int:
-    """Send at least so many hostile frames to a scheduler and a server over loopback; return how many.
+    """Send at least so many hostile frames to a scheduler and a server; return how many.
+
+    To the scheduler over TCP; to the server over TCP and, where there is some, through shared memory.
 
     Raises:
         Finding: one of them does not answer any more, or has logged more than one line, or a traceback.
     """
     sent = 0
-    names = itertools.cycle(("server", "scheduler"))
+    ways = itertools.cycle(SOCKET_WAYS if not unix.why_not() else SOCKET_WAYS[:2])
     with _logged() as records:
         while sent < num_frames:
             records.clear()
-            target = SocketTarget(next(names))
+            name, shared = next(ways)
+            target = SocketTarget(name, shared)
+            conversations = good[name]
+            if shared:  # half of all
+                conversations = conversations + shared_conversations(CHECK) * (len(conversations) // 2)
             try:
-                sent += _fuzz_one(target, mutator, good[target.name], num_frames - sent, records)
+                sent += _fuzz_one(target, mutator, conversations, num_frames - sent, records)
             finally:
                 target.stop()
     return sent
@@ -379,18 +399,25 @@ def _fuzz_one(
             break
         conversation = mutator.random.choice(good)
         frames = list(mutator.connection([entry.frame for entry in conversation]))
-        _send_all(connection, frames)
+        _send_all(connection, frames, mutator)
         sent += len(frames)
         _check_after(target, connection, frames, records)
     return sent
 
 
-def _send_all(connection: Connection, frames: Sequence[bytes]) -> None:
+def _send_all(connection: Connection, frames: Sequence[bytes], mutator: Mutator) -> None:
     tick = deadline_tick(DEADLINE_S, "sending")
-    with suppress(ConnectionError):  # it was ended before all was sent
+    descriptors = Descriptors(mutator.random)
+    try:
         for frame in frames:
+            if is_shared(connection):
+                frame = with_descriptor(frame, descriptors, mutator.random)
             connection.send(frame, (), tick)
         connection.send(bytes(64), (), tick)  # no frame: whoever is still listening ends the connection
+    except ConnectionError:
+        pass  # it was ended before all was sent
+    finally:
+        descriptors.close()
 
 
 def _check_after(
@@ -416,8 +443,10 @@ def _check_log(name: str, records: list[logging.LogRecord], so_far: Conversation
     about = [
         line.split(": ")[:2] for line in lines
     ]  # "server 0: worker 5: ...", "scheduler: refused HOST:PORT: ..."
+    unnamed = ["server 0", f"refused process {os.getpid()} of this host"]  # strangers of one process
     for record, subject in zip(records, about, strict=True):
-        if about.count(subject) > 1 or record.exc_info or record.levelno > logging.WARNING:
+        repeated = about.count(subject) > 1 and subject != unnamed
+        if repeated or record.exc_info or record.levelno > logging.WARNING:
             raise Finding(name, f"it has logged {lines}", so_far)
 
 
