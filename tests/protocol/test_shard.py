@@ -10,6 +10,7 @@ import torch
 from tensorkv.errors import CommitMismatch, InvalidOption, KeyDeleted, ProtocolError, UpdaterError
 from tensorkv.protocol import shard as shard_module
 from tensorkv.protocol.shard import SCHEDULER
+from tensorkv.protocol.slots import Slot
 from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.wire import messages as m
 
@@ -282,6 +283,27 @@ def test_what_is_lent_is_never_written(t: Any, spec: UpdaterSpec, num_elems: int
     bench.push(0, plan, ones(num_elems))
     assert bench.shard._slices[0].slot.tensor.data_ptr() == where  # not lent: in place
     bench.check_empty()
+
+
+def test_assign_does_not_copy_a_lent_value_that_it_replaces(t: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = t.Bench(1, is_async=True)
+    (w,) = bench.init("w", torch.zeros(40_000))
+    plan = bench.define(0, t.dense([w], [40_000]))
+    (out,) = bench.pull(0, plan)
+    monkeypatch.setattr(Slot, "make_writable", lambda slot: pytest.fail("it was copied"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_module, "add_up", refuse)
+        bench.push(0, plan, ones(40_000, 5.0))
+        assert float(bench.shard._slices[0].value[0]) == 0.0  # a sum that fails leaves the value as it was
+    bench.push(0, plan, ones(40_000, 7.0))
+    assert bench.shard._slices[0].value.unique().tolist() == [7.0]
+    assert bool((out.payload[0].tensor == 0).all())
+    t.settle([out])
+    bench.check_empty()
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise RuntimeError("no")
 
 
 def test_many_slices_outgrow_the_first_tables(t: Any) -> None:

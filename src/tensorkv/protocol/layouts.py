@@ -108,6 +108,11 @@ class Run:
         return self.offset + self.high - self.low
 
     @property
+    def is_whole_slot(self) -> bool:
+        """Whether nothing else lies in the slot."""
+        return self.offset == 0 and self.stop_offset == self.slot.tensor.numel()
+
+    @property
     def stored(self) -> Memory:
         """The stored elements of the run, flat."""
         if self._stored is None or self._whole is not self.slot.tensor:

@@ -628,9 +628,13 @@ class StoreShard:
         dtype = layout.slices[0].dtype
         may_overwrite = not parts[0][1].borrowed
         for run in layout.runs:
-            if run.slot.lease.readers:
-                run.slot.make_writable()
             found = [memory.elements(pushed.dtype, run.low, run.high) for pushed, memory in parts]
+            if run.slot.lease.readers:
+                if run.is_whole_slot:  # nothing of the old value is needed
+                    total = add_up(found, dtype, divisor, run.slot.fresh(), may_overwrite=may_overwrite)
+                    run.slot.replace(total)
+                    continue
+                run.slot.make_writable()
             add_up(found, dtype, divisor, run.stored.tensor, may_overwrite=may_overwrite)
         return 1
 

@@ -54,9 +54,16 @@ class Slot:
     def make_writable(self) -> None:
         """Move to fresh memory if somebody still reads the present one."""
         if self.lease.readers:
-            fresh = self._allocate(self.tensor.nbytes).view(self.tensor.dtype)
-            self.tensor = fresh.copy_(self.tensor)
-            self.lease = Lease()
+            self.replace(self.fresh().copy_(self.tensor))
+
+    def fresh(self) -> torch.Tensor:
+        """Return memory like this slot's, of any content."""
+        return self._allocate(self.tensor.nbytes).view(self.tensor.dtype)
+
+    def replace(self, tensor: torch.Tensor) -> None:
+        """Let the slot be this memory. Whoever reads the old one has it for as long as that takes."""
+        self.tensor = tensor
+        self.lease = Lease()
 
 
 @final
