@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from tensorkv.arrays import dtype_name
+from tensorkv.errors import MemoryLimitReached
 from tensorkv.runtime import lending, sharing
 from tensorkv.runtime.lending import empty_tensors, spans_of
 from tensorkv.runtime.plans import KeyState, build_plan
@@ -130,6 +133,23 @@ def test_a_tensor_in_another_order_or_pushed_twice_does_not_stay_where_it_cannot
     spans = spans_of(window, plan, [value, value])
     assert len(spans) == 2
     assert spans[0] == spans[1] is not None
+
+
+def test_a_sparse_tensor_lies_nowhere(window: Window) -> None:
+    (value,) = empty_tensors(window, STATES[:1])
+    assert lending._origins(window, [torch.eye(3).to_sparse()]) is None
+    assert lending._origins(window, [value, torch.eye(3).to_sparse()]) == (lending.APART_BYTES, 0)
+
+
+def test_a_system_without_memory_is_told_of_with_the_size(
+    window: Window, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, flags: int) -> int:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with pytest.raises(MemoryLimitReached, match="no shared memory of 40000 bytes: .*no memory"):
+        empty_tensors(window, STATES[:1])
 
 
 def test_origins_do_not_depend_on_where_in_the_window_tensors_lie(window: Window) -> None:

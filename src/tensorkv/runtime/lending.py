@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tensorkv.errors import MemoryLimitReached
 from tensorkv.runtime.plancache import PlanCache
 from tensorkv.runtime.plans import KeyState, Origins, Plan, PlanChunk, Span
 from tensorkv.runtime.window import Window
@@ -37,7 +38,11 @@ def empty_tensors(window: Window, states: Sequence[KeyState]) -> list[torch.Tens
     for places in groups.values():
         sizes = [states[place].num_elems for place in places]
         dtype = states[places[0]].dtype
-        flat = window.hand_out(sum(sizes) * dtype.itemsize).view(dtype)
+        size_bytes = sum(sizes) * dtype.itemsize
+        try:
+            flat = window.hand_out(size_bytes).view(dtype)
+        except OSError as exc:
+            raise MemoryLimitReached(f"empty_like: no shared memory of {size_bytes} bytes: {exc}") from exc
         for place, part in zip(places, torch.split(flat, sizes), strict=True):
             found[place] = part.view(states[place].shape)
     return [found[place] for place in range(len(states))]
@@ -57,7 +62,10 @@ def spans_of(window: Window, plan: Plan, values: Sequence[torch.Tensor]) -> list
 
 def _origins(window: Window, values: Sequence[torch.Tensor]) -> Origins:
     """Return how values lie to each other in the window, see `Origins`: the same wherever that is."""
-    places = [window.where(_address(value), value.nbytes) for value in values]
+    places = [
+        window.where(address, value.nbytes) if address else None  # a sparse tensor has no nbytes
+        for address, value in zip(map(_address, values), values, strict=True)
+    ]
     if not any(places):
         return None
     origins, free, end = [0] * len(values), 0, (0, 0)
