@@ -51,6 +51,7 @@ def test_a_store_in_one_process(tmp_path: Path) -> None:
     assert "local, 1 worker, adam, bfloat16" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(170)
 def test_in_a_job_every_worker_measures_and_rank_0_reports() -> None:
@@ -70,6 +71,7 @@ def test_a_bad_option_is_status_2(arguments: list[str], text: str) -> None:
     assert (done.returncode, text in done.stderr) == (2, True), done.stderr
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_is_status_1_and_says_why() -> None:
     done = run(*BENCH, *QUICK, "--transport=tcp", "--workers=1", "--servers=1", "--sizes=900GB")
     assert done.returncode == 1

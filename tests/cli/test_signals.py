@@ -86,6 +86,7 @@ def wait_until_asleep(pid: int) -> None:
         assert time.monotonic() < deadline, "it does not go on"
 
 
+@pytest.mark.slow
 def test_the_log_and_a_report_say_who_waits_for_whom(tmp_path: Path) -> None:
     with started(tmp_path, ONE_SLEEPS) as job:
         os.kill(job.pids[1], signal.SIGSTOP)  # it is waited for, not lost

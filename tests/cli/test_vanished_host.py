@@ -70,6 +70,7 @@ def namespace() -> Iterator[str]:
         ip("netns", "del", name)
 
 
+@pytest.mark.slow
 def test_both_sides_notice_within_the_timeout_asked_for(namespace: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(WORKER)

@@ -228,6 +228,7 @@ def test_a_killed_process_ends_the_job(tmp_path: Path, role: str, rank: int, exp
     assert status == expected
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_takes_all_with_it(tmp_path: Path) -> None:
     with started("run", "plain", tmp_path) as job:
         assert len(job.processes()) >= 4  # itself, two workers, a server

@@ -118,6 +118,7 @@ def run(tmp_path: Path, text: str, *arguments: str) -> tuple[int, list[str], str
     return process.returncode, out.splitlines(), err
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(120)
 def test_workers_share_a_value_and_an_updater_of_the_script(tmp_path: Path) -> None:

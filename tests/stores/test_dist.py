@@ -933,6 +933,7 @@ def run_script(tmp_path: Path, script: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_worker_leaves_when_its_interpreter_exits(tmp_path: Path) -> None:
     status, out, err = run_script(tmp_path, LEAVES_AT_EXIT)

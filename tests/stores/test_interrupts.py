@@ -169,7 +169,9 @@ LONG_CALLS: dict[str, Callable[[Bench], Any]] = {
 
 # Between `open` and its `with` Python itself has only the count of references to close a file.
 @pytest.mark.filterwarnings("ignore:.*<_io.FileIO:pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("way", ["inproc", pytest.param("tcp", marks=pytest.mark.slow), "shm"])
+@pytest.mark.parametrize(
+    "way", ["inproc", *(pytest.param(way, marks=pytest.mark.slow) for way in ["tcp", "shm"])]
+)
 @pytest.mark.parametrize("name", [*CALLS, *LONG_CALLS])
 def test_a_call_that_is_broken_off_leaves_no_torn_value(
     name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

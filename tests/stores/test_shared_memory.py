@@ -213,6 +213,7 @@ def test_lent_tensors_in_every_arrangement_are_pushed_right() -> None:
     run(work, 2)
 
 
+@pytest.mark.slow
 def test_a_lent_tensor_is_kept_until_the_servers_have_read_it_and_then_free() -> None:
     def work(kv: KVStore) -> None:
         kv.init("w", torch.zeros(30_000_000))
@@ -281,6 +282,7 @@ def test_a_pull_that_is_not_waited_for_keeps_its_value_and_stops_nobody() -> Non
     run(work, 2, kind="dist_async")
 
 
+@pytest.mark.slow
 def test_stores_that_come_and_go_leave_no_segments() -> None:
     def work(kv: KVStore) -> int:
         assert isinstance(kv, DistStore)
