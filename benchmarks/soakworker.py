@@ -159,6 +159,7 @@ class Trial:
         self.kv.barrier()
         if "in use" in self.kv:
             raise WrongValue(f"{self.kv!r}: a key is there after it was deleted")
+        self.kv.barrier()  # others might make it again, in their next step, before all have looked
         self.counts["keys deleted in use"] += 1
 
     # ---- values ----------------------------------------------------------------------------------

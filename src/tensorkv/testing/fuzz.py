@@ -119,6 +119,8 @@ class ServerTarget:
             ProtocolError: it was refused.
         """
         message = _to_server.decode(message_of(entry.frame))
+        if isinstance(message, (m.ShareSegment, m.DropSegment)):  # the loop keeps these from the state
+            raise ProtocolError("shared memory, over a connection that cannot hand it over")
         size_bytes = self._state.payload_bytes(entry.rank, message)
         if size_bytes > MAX_PAYLOAD_BYTES:
             raise MemoryError(f"{type(message).__name__} may have a payload of {size_bytes} bytes")
