@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensorkv.errors import ProtocolError
-from tensorkv.transport.sharedmemory import ALIGN_BYTES, SEGMENT_BYTES, Arena, FreeRanges, Segment
+from tensorkv.transport.sharedmemory import (
+    ALIGN_BYTES,
+    PURGE_BYTES,
+    SEGMENT_BYTES,
+    SWEEP_TAKES,
+    Arena,
+    FreeRanges,
+    Segment,
+)
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -118,23 +127,32 @@ def test_a_segment_lives_as_long_as_a_tensor_over_it() -> None:
     assert tensor.item() == 3
 
 
-@given(st.lists(st.tuples(st.integers(0, 7), st.integers(1, 5)), max_size=60))
+@given(st.lists(st.tuples(st.integers(-1, 7), st.integers(1, 5)), max_size=60))
 def test_ranges_never_overlap_and_join_again(steps: list[tuple[int, int]]) -> None:
-    """Against a list of bytes as the model. A step takes a size, or gives back what an earlier one took."""
+    """Against a list of bytes as the model. A step takes a size, gives back what one took, or sweeps."""
     ranges, model = FreeRanges(16), [False] * 16
+    idle = [True] * 16  # since the last sweep
     taken: list[tuple[int, int]] = []
     for which, size in steps:
-        if which and taken:
+        if which < 0:
+            swept = [False] * 16
+            for start, stop in ranges.sweep():
+                assert 0 <= start < stop
+                swept[start:stop] = [True] * (stop - start)
+            assert swept == idle
+            idle = [not byte for byte in model]
+        elif which and taken:
             start, length = taken.pop(which % len(taken))
             ranges.give(start, length)
             model[start : start + length] = [False] * length
-            continue
-        start = ranges.take(size)
-        fits = [at for at in range(17 - size) if not any(model[at : at + size])]
-        assert start == (fits[0] if fits else -1)
-        if start >= 0:
-            model[start : start + size] = [True] * size
-            taken.append((start, size))
+        else:
+            start = ranges.take(size)
+            fits = [at for at in range(17 - size) if not any(model[at : at + size])]
+            assert start == (fits[0] if fits else -1)
+            if start >= 0:
+                model[start : start + size] = [True] * size
+                idle[start : start + size] = [False] * size
+                taken.append((start, size))
         assert ranges.all_free == (not any(model))
 
 
@@ -176,6 +194,65 @@ def test_a_place_is_free_when_its_last_view_is_gone() -> None:
     del tensor
     gc.collect()
     assert log.arena.take(1000).ctypes.data == address
+
+
+@pytest.fixture
+def kept() -> Iterator[tuple[Arena, list[int]]]:
+    """An arena, and descriptors of its segments."""
+    descriptors: list[int] = []
+    arena = Arena(
+        others_may_write=False,
+        on_segment=lambda segment, descriptor: descriptors.append(descriptor),
+        on_drop=lambda number: None,
+    )
+    yield arena, descriptors
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _resident_bytes(descriptor: int) -> int:
+    return os.fstat(descriptor).st_blocks * 512
+
+
+def test_memory_that_nobody_needs_any_more_goes_back_to_the_system(kept: tuple[Arena, list[int]]) -> None:
+    arena, descriptors = kept
+    stays, large = arena.take(PURGE_BYTES), arena.take(32 << 20)
+    stays[:], large[:] = 1, 2
+    peer = Segment.attach(1, SEGMENT_BYTES, os.dup(descriptors[0]), writable=False)
+    assert _resident_bytes(descriptors[0]) >= 32 << 20
+    del large
+    for _ in range(2 * SWEEP_TAKES):  # a whole time between two sweeps is in there
+        arena.take(10)
+    assert _resident_bytes(descriptors[0]) < 4 << 20  # a page may have 2 MB
+    assert stays.tolist() == [1] * PURGE_BYTES
+    assert peer.bytes[0] == 1
+    again = arena.take(32 << 20)
+    again[:] = 3
+    assert peer.bytes[PURGE_BYTES] == 3
+
+
+def test_memory_that_is_used_again_and_again_stays(kept: tuple[Arena, list[int]]) -> None:
+    arena, descriptors = kept
+    for _ in range(2 * SWEEP_TAKES):
+        place = arena.take(4 << 20)
+        place[::PAGE] = 1
+        del place
+        assert _resident_bytes(descriptors[0]) >= 4 << 20
+
+
+def test_without_proc_memory_is_sealed_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_proc(path: str, flags: int) -> int:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "open", no_proc)
+    segment, descriptor = Segment.create(1, PAGE, others_may_write=False)
+    monkeypatch.undo()
+    with pytest.raises(ProtocolError, match="cannot be mapped"):
+        Segment.attach(1, PAGE, os.dup(descriptor), writable=True)
+    segment.bytes[0] = 7
+    segment.purge(0, PAGE)
+    other = Segment.attach(1, PAGE, descriptor, writable=False)
+    assert other.bytes[0] == 7
 
 
 def test_large_places_get_segments_of_their_own_which_go_with_them() -> None:

@@ -3,7 +3,8 @@
 A segment is a memfd: it has no name that could be left behind, is handed over as a descriptor (see `unix`),
 and lives for as long as somebody maps it. Its size is sealed, for who maps memory that another process then
 cuts off dies of SIGBUS. Segments are large and never resized; an `Arena` is a list of them, out of which
-places are handed.
+places are handed. Its pages are the system's until they are touched, and again when nobody has needed them
+for long.
 
 A place is a NumPy array. It is given back by nobody: when the last view of its memory is gone, it is free.
 So a tensor over it is as safe as any other.
@@ -35,6 +36,12 @@ ALIGN_BYTES = 64
 MAX_SEGMENTS = 1 << 16
 """So many segments of a peer are mapped at most."""
 
+SWEEP_TAKES = 1024
+"""So often places are taken until the memory goes back to the system that nobody has needed meanwhile."""
+
+PURGE_BYTES = 256 << 10
+"""Less than this in one piece does not go back: the calls would cost more than the memory is worth."""
+
 _SEAL_FUTURE_WRITE = 0x10  # F_SEAL_FUTURE_WRITE: existing mappings may write, new ones may not
 _SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _PAGE_BYTES = mmap.PAGESIZE
@@ -50,6 +57,7 @@ class Segment:
         self.number = number
         self.size_bytes = len(mapped)
         self.bytes = _bytes_of(mapped)
+        self._mapped = mapped
         self.address = self.bytes.ctypes.data
 
     @classmethod
@@ -67,14 +75,15 @@ class Segment:
             mapped = mmap.mmap(descriptor, 0)
             with contextlib.suppress(OSError, AttributeError):  # it is faster with huge pages
                 mapped.madvise(mmap.MADV_HUGEPAGE)
-            if not others_may_write:
-                with contextlib.suppress(OSError):  # Linux before 5.1 does not know it
-                    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALED | fcntl.F_SEAL_SEAL)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALED)
+            shared = descriptor if others_may_write else _read_only(descriptor)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
         except BaseException:
             os.close(descriptor)
             raise
-        return cls(number, mapped), descriptor
+        if shared != descriptor:
+            os.close(descriptor)
+        return cls(number, mapped), shared
 
     @classmethod
     def attach(cls, number: int, size_bytes: int, descriptor: int, *, writable: bool) -> Segment:
@@ -102,6 +111,16 @@ class Segment:
             os.close(descriptor)
         return cls(number, mapped)
 
+    def purge(self, start: int, stop: int) -> None:
+        """Give the memory of a part back to the system, whole pages; it is zero then, for all who map it.
+
+        Only for who made the segment. Nothing happens where the system does not allow it.
+        """
+        start, stop = -start // _PAGE_BYTES * -_PAGE_BYTES, stop // _PAGE_BYTES * _PAGE_BYTES
+        if start < stop:
+            with contextlib.suppress(OSError):
+                self._mapped.madvise(mmap.MADV_REMOVE, start, stop - start)
+
     def place(self, offset_bytes: int, size_bytes: int) -> Bytes:
         """Return a part of it.
 
@@ -114,6 +133,21 @@ class Segment:
                 f"which has {self.size_bytes}"
             )
         return self.bytes[offset_bytes : offset_bytes + size_bytes]
+
+
+def _read_only(descriptor: int) -> int:
+    """Return another descriptor of memory, for those who may only read it; the same, sealed, without /proc.
+
+    Where it is sealed against writing, no part of it can be given back to the system either.
+    """
+    os.fchmod(descriptor, 0o400)  # so that it is not opened for writing once more
+    try:
+        readable = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        with contextlib.suppress(OSError):  # Linux before 5.1 does not know it
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
+        return descriptor
+    return readable
 
 
 def _bytes_of(mapped: mmap.mmap) -> Bytes:
@@ -133,12 +167,16 @@ def _bytes_of(mapped: mmap.mmap) -> Bytes:
 class FreeRanges:
     """Which parts of a segment are free. Whoever asks gets the first that is large enough.
 
-    Each change is one step of the interpreter: Ctrl-C may lose a part, but takes nothing apart.
+    It also knows which parts nobody has taken since the last `sweep`. Each change is one step of the
+    interpreter: Ctrl-C may lose a part, but takes nothing apart.
     """
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
         self._ranges = [(0, size_bytes)]  # start and stop, in order
+        self._idle = list(
+            self._ranges
+        )  # those parts of them that were free all the time since the last sweep
 
     @property
     def all_free(self) -> bool:
@@ -150,9 +188,25 @@ class FreeRanges:
         for index, (start, stop) in enumerate(self._ranges):
             if stop - start >= size_bytes:
                 rest = [(start + size_bytes, stop)] if stop - start > size_bytes else []
+                self._not_idle(start, start + size_bytes)
                 self._ranges[index : index + 1] = rest
                 return start
         return -1
+
+    def sweep(self) -> list[tuple[int, int]]:
+        """Return start and stop of the parts that were free since the last sweep, in order."""
+        idle, self._idle = self._idle, list(self._ranges)
+        return idle
+
+    def _not_idle(self, start: int, stop: int) -> None:
+        first = bisect.bisect(self._idle, (start,))
+        if first > 0 and self._idle[first - 1][1] > start:
+            first -= 1
+        last = bisect.bisect_left(self._idle, (stop,))
+        cut = self._idle[first:last]
+        if cut:
+            ends = ((cut[0][0], start), (stop, cut[-1][1]))
+            self._idle[first:last] = [(low, high) for low, high in ends if low < high]
 
     def give(self, start: int, size_bytes: int) -> None:
         """Free a part that was taken."""
@@ -191,6 +245,7 @@ class Arena:
         self._segments: dict[int, Segment] = {}
         self._free: dict[int, FreeRanges] = {}
         self._next_number = 1
+        self._takes = 0  # since the last sweep
         self._given: list[tuple[int, int, int]] = []  # segment, start, size; by whoever let a view go
 
     def take(self, size_bytes: int) -> Bytes:
@@ -202,6 +257,7 @@ class Arena:
         taken_bytes = max(1, -(-size_bytes // ALIGN_BYTES)) * ALIGN_BYTES
         with self._lock:
             self._settle()
+            self._sweep_at_times()
             number, start = self._find(taken_bytes)
             array: Bytes = self._segments[number].bytes[start : start + size_bytes]
             weakref.finalize(array, self._given.append, (number, start, taken_bytes)).atexit = False
@@ -229,6 +285,17 @@ class Arena:
         self._free[number] = FreeRanges(segment.size_bytes)
         self._on_segment(segment, descriptor)
         return number, self._free[number].take(size_bytes)
+
+    def _sweep_at_times(self) -> None:
+        """Give the memory that nobody has needed for long back to the system."""
+        self._takes += 1
+        if self._takes < SWEEP_TAKES:
+            return
+        self._takes = 0
+        for number, free in self._free.items():
+            for start, stop in free.sweep():
+                if stop - start >= PURGE_BYTES:
+                    self._segments[number].purge(start, stop)
 
     def _settle(self) -> None:
         """Take in what was given back; of segments that are not in use at all only one is kept."""
