@@ -30,6 +30,9 @@ MAX_SLICE_BYTES = 4 << 20
 SLICE_BOUND_BYTES = 1 << 20
 """Values larger than this are sliced over all servers where their updater allows it."""
 
+STREAM_BYTES = 512 << 10
+"""Copies of long lists of values go past the caches where a piece has at least this size."""
+
 ENV_ROLE = "TENSORKV_ROLE"
 ENV_RANK = "TENSORKV_RANK"
 ENV_NUM_WORKERS = "TENSORKV_NUM_WORKERS"

@@ -142,6 +142,13 @@ class TestPlan:
         specs = plan(config(), ("train",), {"OMP_NUM_THREADS": "5"})
         assert [spec.env["OMP_NUM_THREADS"] for spec in specs] == ["1", "1", "5", "5", "5"]
 
+    def test_large_copies_of_workers_go_past_the_caches_unless_the_user_says_how(self) -> None:
+        def tunables(environ: dict[str, str]) -> list[str | None]:
+            return [spec.env.get("GLIBC_TUNABLES") for spec in plan(config(), ("train",), environ)]
+
+        assert tunables({}) == [None, None, *["glibc.cpu.x86_non_temporal_threshold=524288"] * 3]
+        assert tunables({"GLIBC_TUNABLES": "glibc.malloc.check=1"}) == ["glibc.malloc.check=1"] * 5
+
     def test_an_outer_job_does_not_leak_in(self) -> None:
         outer = config(num_workers=9).to_env()
         told = settings.from_env(plan(config(), ("train",), outer)[-1].env)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tensorkv.config import (
+    STREAM_BYTES,
     JobConfig,
     Role,
     Transport,
@@ -24,6 +25,9 @@ from tensorkv.errors import InvalidArgument
 from tensorkv.launch.job import Job, ProcessSpec
 from tensorkv.launch.output import FileSink, Output, Sink, Stream, prefix_text
 from tensorkv.launch.supervisor import Node, status_text
+
+STREAMING = f"glibc.cpu.x86_non_temporal_threshold={STREAM_BYTES}"
+"""From which size on the C library's copies go past the caches; see `tensorkv.runtime.streaming`."""
 
 
 class CommandNotFound(Exception):
@@ -130,7 +134,8 @@ def _peer_timeout_s(options: JobOptions, environ: Mapping[str, str]) -> float:
 def plan(config: JobConfig, command: Sequence[str], environ: Mapping[str, str]) -> list[ProcessSpec]:
     """Return the processes of a job, servers first; workers run `command`.
 
-    All inherit `environ`. Workers share out the cores, unless OMP_NUM_THREADS is set in there.
+    All inherit `environ`. Workers share out the cores, unless OMP_NUM_THREADS is set in there, and their C
+    library copies as `STREAMING` says, unless GLIBC_TUNABLES is.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // config.num_workers)
     inherited = {"OMP_NUM_THREADS": str(threads), **environ, "PYTHONUNBUFFERED": "1"}
@@ -150,7 +155,7 @@ def plan(config: JobConfig, command: Sequence[str], environ: Mapping[str, str]) 
         ProcessSpec(
             node=Node("worker", rank),
             argv=tuple(command),
-            env=env("worker", rank),
+            env={"GLIBC_TUNABLES": STREAMING, **env("worker", rank)},
             inherit_stdin=config.num_workers == 1,
         )
         for rank in range(config.num_workers)

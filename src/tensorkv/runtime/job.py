@@ -26,6 +26,7 @@ from tensorkv.errors import (
     TensorKVError,
     TransportUnavailable,
 )
+from tensorkv.runtime import inturn
 from tensorkv.runtime.code import CodeTable
 from tensorkv.runtime.control import ControlClient
 from tensorkv.runtime.handshake import connect_to_server
@@ -192,9 +193,17 @@ class Job:
         return [exchange.message for _, _, exchange in asked]
 
     def await_replies(
-        self, numbers: list[tuple[ServerLink, int]], what: str, timeout_s: float, store: int
+        self,
+        numbers: list[tuple[ServerLink, int]],
+        what: str,
+        timeout_s: float,
+        store: int,
+        size_bytes: int = 0,
     ) -> None:
-        """Wait until these exchanges have ended; after an error they are given up. One deadline for all."""
+        """Wait until these exchanges have ended; after an error they are given up. One deadline for all.
+
+        `size_bytes` is what is to come, about; that of many bytes comes from all servers at once.
+        """
         current = 0
 
         def ask() -> None:
@@ -204,7 +213,14 @@ class Job:
             return numbers[current][0].name
 
         wait = self.wait(what, timeout_s, ask if store else None, store, whom)
+
+        def turn_to(place: int) -> None:
+            nonlocal current
+            current = place
+
         try:
+            if inturn.pays(numbers, size_bytes):
+                inturn.receive_in_turn(numbers, wait, turn_to)
             for current in range(len(numbers)):
                 link, number = numbers[current]
                 link.wait(number, wait)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, final
 
 import torch
@@ -29,6 +30,7 @@ from tensorkv.runtime.sender import Sender, Sent
 from tensorkv.runtime.waits import Wait, broken_off_error
 from tensorkv.runtime.window import Window, WindowEnd
 from tensorkv.transport.base import TICK_S, Connection, Tick, no_tick
+from tensorkv.transport.stream import StreamConnection
 from tensorkv.transport.unix import UnixConnection
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
@@ -204,14 +206,45 @@ class ServerLink:
         Raises:
             WaitTimeout, PeerLostError: it has not.
         """
+        with self.answering(number, wait):
+            self._lead_until(lambda: number not in self._exchanges, wait.tick)
+
+    @contextmanager
+    def answering(self, number: int, wait: Wait) -> Iterator[None]:
+        """Hand the server's word on whom this exchange waits for to `wait`, as long as the block lasts."""
         self._waits[number] = wait
         try:
-            self._lead_until(lambda: number not in self._exchanges, wait.tick)
+            yield
         finally:
             del self._waits[number]
 
+    def is_open(self, number: int) -> bool:
+        """Whether the exchange with this number has not ended."""
+        return number in self._exchanges
+
+    @property
+    def carries_values(self) -> bool:
+        """Whether values travel through a socket, and not through memory."""
+        return self.shared is None and isinstance(self._connection, StreamConnection)
+
+    def fileno(self) -> int:
+        """Return a descriptor that polls as readable when something has come, or the end."""
+        return self._connection.fileno()
+
+    def readable(self) -> bool:
+        """Whether something has come that nobody has received."""
+        return self._connection.readable()
+
+    def take_one(self, tick: Tick) -> bool:
+        """Receive one frame, which has begun to come; False, at once, if somebody else leads."""
+        return self._receive_some(1, tick)
+
     def poll(self) -> None:
         """Receive what has come already, without waiting, unless somebody else leads."""
+        self._receive_some(None, self._check_failure)
+
+    def _receive_some(self, max_frames: int | None, tick: Tick) -> bool:
+        """Receive frames that have come already; False if somebody else leads."""
         try:
             leads = self._reading.acquire(blocking=False)
         except BaseException as exc:  # Ctrl-C: it may lead, and nobody would give the lead back
@@ -219,13 +252,16 @@ class ServerLink:
             raise
         if leads:
             try:
-                self._tick, self._stalled = self._check_failure, 0
-                while self._connection.readable():
+                self._tick, self._stalled = tick, 0
+                left = max_frames
+                while left != 0 and self._connection.readable():
                     self._receive()
+                    left = left and left - 1
             finally:
                 self._reading.release()
                 if self._waiting:
                     self._tell()
+        return leads
 
     def watch(self, number: int, wait: Wait | None = None) -> None:
         """See to it that this exchange ends although nobody waits for it.

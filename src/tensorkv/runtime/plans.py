@@ -19,7 +19,7 @@ import torch
 
 from tensorkv.arrays import Key, bytes_of, dtype_from_name, dtype_name
 from tensorkv.config import MAX_SLICE_BYTES
-from tensorkv.runtime import sharing
+from tensorkv.runtime import sharing, streaming
 from tensorkv.wire import messages as m
 
 SMALL_BYTES = 32 << 10
@@ -105,7 +105,8 @@ class PlanChunk:
     """A chunk: its pieces in order, in the dtype that is pushed (and, pulled, in the stored dtype).
 
     Where all pieces are small and whole, `pick` takes their values out of those of the plan. `one_dim`
-    tells whether those all have one dimension, `lends` whether a piece travels from the caller's memory.
+    tells whether those all have one dimension, `lends` whether a piece travels from the caller's memory,
+    `streams` whether its copies from and to shared memory go past the caches (see `streaming`).
     `stagings` are free to be used, again and again. `sources` are its pieces in shared memory of the server,
     beside the places that it told.
     """
@@ -118,6 +119,7 @@ class PlanChunk:
     pick: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...] | list[torch.Tensor]] | None = None
     one_dim: bool = False
     lends: bool = False
+    streams: bool = False
     stagings: list[Staging] = field(default_factory=list)
     sources: tuple[list[tuple[int, int, int]], list[torch.Tensor]] | None = None
 
@@ -162,6 +164,7 @@ class Plan:
     key_ids: frozenset[int]
     num_lending: int  # chunks that lend the caller's memory
     sizes_bytes: np.ndarray[Any, Any]  # of the stored values
+    total_bytes: int  # of them all
     sent_bytes: dict[int, int]  # of a push, by server
     known_to: set[int] = field(default_factory=set)  # servers that have been told
     origins: Origins = None  # by which its chunks are cut
@@ -211,6 +214,7 @@ def build_plan(
 
     With `origins` what lies together in the window makes chunks of its own.
     """
+    sizes_bytes = np.array([state.num_elems * state.dtype.itemsize for state in states], np.int64)
     slices: list[list[_SliceOf]] = [[] for _ in range(num_servers)]
     for value, state in enumerate(states):
         for entry in state.entry.slices:
@@ -223,7 +227,7 @@ def build_plan(
             for value, entry in group:
                 builder.add(value, states[value], entry, dtypes[value], counts[value])
         if found:
-            parts.append(builder.finish(states))
+            parts.append(builder.finish(states, int(sizes_bytes.sum())))
     frames = [(part.server, place, chunk) for part in parts for place, chunk in enumerate(part.chunks)]
     return Plan(
         number=number,
@@ -236,7 +240,8 @@ def build_plan(
         key_ids=frozenset(state.key_id for state in states),
         num_lending=sum(chunk.lends for _, _, chunk in frames),
         sent_bytes={part.server: sum(chunk.size_bytes for chunk in part.chunks) for part in parts},
-        sizes_bytes=np.array([state.num_elems * state.dtype.itemsize for state in states], np.int64),
+        sizes_bytes=sizes_bytes,
+        total_bytes=int(sizes_bytes.sum()),
         origins=origins,
     )
 
@@ -314,8 +319,10 @@ class _PartBuilder:
             return False
         return last.num_elems * max(dtype.itemsize, stored.itemsize) + size_bytes <= MAX_SLICE_BYTES
 
-    def finish(self, states: Sequence[KeyState]) -> ServerPart:
+    def finish(self, states: Sequence[KeyState], list_bytes: int) -> ServerPart:
         for chunk in self.chunks:
+            longest_bytes = max(piece.stop - piece.start for piece in chunk.pieces) * chunk.dtype.itemsize
+            chunk.streams = streaming.pays(list_bytes, (chunk.dtype, chunk.stored_dtype), longest_bytes)
             chunk.lends = not chunk.absent and not all(piece.small for piece in chunk.pieces)
             if all(piece.small and piece.whole for piece in chunk.pieces):
                 values = [piece.value for piece in chunk.pieces]

@@ -16,6 +16,7 @@ from tensorkv.arrays import bytes_of
 from tensorkv.errors import ProtocolError, TensorKVError, from_wire
 from tensorkv.runtime.link import Exchange
 from tensorkv.runtime.plans import KeyState, Piece, PlanChunk, ServerPart, Staging
+from tensorkv.runtime.streaming import stream
 from tensorkv.wire import messages as m
 
 
@@ -55,7 +56,11 @@ def gather_into(target: torch.Tensor, chunk: PlanChunk, values: Sequence[torch.T
             pieces = chunk.pick(values)
         else:
             pieces = [_flat_piece(piece, values) for piece in chunk.pieces]
-        if len(pieces) == 1:
+        if chunk.streams and torch.get_num_threads() == 1:
+            for piece in pieces:
+                stream(target[: piece.numel()], piece)
+                target = target[piece.numel() :]
+        elif len(pieces) == 1:
             target.copy_(pieces[0])
         else:
             torch.cat(pieces, out=target)
@@ -149,7 +154,12 @@ class Destinations:
             self._firsts[piece.value] if piece.whole and self.plain else self._target_of(piece)
             for piece in chunk.pieces
         ]
-        _copy_each(targets, sources)
+        if chunk.streams and torch.get_num_threads() == 1:
+            with torch.no_grad():
+                for target, source in zip(targets, sources, strict=True):
+                    stream(target, source)
+        else:
+            _copy_each(targets, sources)
 
     def _target_of(self, piece: Piece) -> torch.Tensor:
         flat = self.flat(piece.value)

@@ -477,7 +477,7 @@ class DistStore(KVStore):
         return self._await_call(call, what)
 
     def _await_call(self, call: PullCall, what: str) -> Any:
-        self._job.await_replies(call.numbers, what, self._timeout_s, self._store)
+        self._job.await_replies(call.numbers, what, self._timeout_s, self._store, call.plan.total_bytes)
         return call.result()
 
     def _prepare_pull(self, batch: PullBatch) -> PullCall:

@@ -1,0 +1,62 @@
+"""Receiving long answers from several servers at once, by the one thread that waits for them.
+
+One after the other would be slower over a network: while the answers of the first server come, those of
+the second fill what the system holds of them and stop, and the link carries only half of what it could.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from tensorkv.runtime.link import ServerLink
+from tensorkv.runtime.waits import Wait
+from tensorkv.transport.base import TICK_S
+
+MIN_BYTES = 1 << 20
+"""Answers under this size are not stopped: the system holds them until they are asked for."""
+
+
+def pays(numbers: Sequence[tuple[ServerLink, int]], size_bytes: int) -> bool:
+    """Whether answers of so many bytes come quicker in turn. Those in shared memory do not travel."""
+    return size_bytes >= MIN_BYTES and len(numbers) > 1 and all(link.carries_values for link, _ in numbers)
+
+
+def receive_in_turn(
+    numbers: Sequence[tuple[ServerLink, int]], wait: Wait, turn_to: Callable[[int], None]
+) -> None:
+    """Take in the frames of several servers, one of each in turn, until only one still has to answer.
+
+    Returns before that where another thread receives from one of them: then it takes in all.
+
+    Args:
+        numbers: links and the exchanges that are waited for there.
+        wait: the deadline.
+        turn_to: hears the place of the first exchange that has not ended.
+
+    Raises:
+        What `wait.tick` and `ServerLink.take_one` raise.
+    """
+    with ExitStack() as stack:
+        for link, number in numbers:
+            stack.enter_context(link.answering(number, wait))
+        while True:
+            missing = [place for place, (link, number) in enumerate(numbers) if link.is_open(number)]
+            links = list(dict.fromkeys(numbers[place][0] for place in missing))
+            if len(links) < 2:
+                return
+            turn_to(missing[0])
+            ready = [link for link in links if link.readable()]
+            if not ready:
+                _sleep_until_readable(links)
+            elif not all(link.take_one(wait.tick) for link in ready):
+                return
+            wait.tick()
+
+
+def _sleep_until_readable(links: Sequence[ServerLink]) -> None:
+    poll = select.poll()
+    for link in links:
+        poll.register(link.fileno(), select.POLLIN | select.POLLRDHUP)
+    poll.poll(TICK_S * 1000)
