@@ -1,6 +1,7 @@
 # Everything a developer runs. Each target makes the virtual environment first, once.
 #   make demo      train a small network on real images, 4 workers and 2 servers on this machine
 #   make test      run the tests but those marked slow, within six minutes on two cores
+#   make bench     measure TensorKV, its peers and the floor, and write docs/benchmarks.md (25 minutes)
 #   make check     what must pass before a change is merged
 # PIP_ARGS is passed on to pip, for an index or a cache of your own: make test PIP_ARGS="--index-url ..."
 
@@ -52,7 +53,7 @@ coverage: setup
 	$(BIN)/coverage report
 
 bench: setup
-	$(BIN)/python benchmarks/pushpull.py
+	$(BIN)/python benchmarks/measureall.py
 
 clean:
 	rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -157,6 +157,10 @@ def _wait_for(wanted: Sequence[_Running], watched: Sequence[_Running], timeout_s
 # ---- figures -------------------------------------------------------------------------------------
 
 
+Times = dict[str, list[list[float]]]
+"""Of one system: the name of a way to a list of seconds per round."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
     """What the steps of one way took over all rounds, in milliseconds, and against TensorKV.

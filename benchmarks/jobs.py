@@ -16,10 +16,7 @@ from tensorkv.bench.steps import Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One situation in which all systems are measured.
-
-    `required` is how many times as fast as MXNet TensorKV has to be, None if nothing is asked.
-    """
+    """One situation in which all systems are measured."""
 
     name: str
     title: str
@@ -27,7 +24,6 @@ class Case:
     plan: Plan
     num_workers: int = 1
     num_servers: int = 0
-    required: float | None = None
 
     @property
     def is_dist(self) -> bool:
@@ -35,9 +31,12 @@ class Case:
         return self.num_servers > 0
 
 
-def tensorkv_job(case: Case, transport: str = "tcp") -> list[Process]:
-    """Return TensorKV's job: the launcher starts the rest, in one process the script itself is all."""
-    module = [sys.executable, "-m", "tensorkv.bench.worker"]
+def tensorkv_job(case: Case, transport: str = "tcp", lent: bool = False) -> list[Process]:
+    """Return TensorKV's job: the launcher starts the rest, in one process the script itself is all.
+
+    With `lent` it pushes from tensors of `empty_like`.
+    """
+    module = [sys.executable, "-m", "tensorkv.bench.worker", *(["--lent"] if lent else [])]
     script = [*module, f"--kind={case.kind}", *case.plan.arguments()]
     env = _checkout_first() | threads_env(case.num_workers)
     if not case.is_dist:
@@ -88,6 +87,13 @@ def gloo_job(case: Case, folder: Path) -> list[Process]:
     ]
 
 
+def ray_job(case: Case, python: str) -> list[Process]:
+    """Return the driver of Ray actors, run by the interpreter `python`, which has Ray; it starts the rest."""
+    sizes = [f"--workers={case.num_workers}", f"--servers={case.num_servers}"]
+    script = python_script("raysteps.py", *sizes, *case.plan.arguments(), python=python)
+    return [Process(name="ray", command=script, env=_checkout_first() | threads_env(case.num_workers))]
+
+
 def floor_job(case: Case) -> list[Process]:
     """Return the floor: one process, which forks the others."""
     ways = ["--way=shm", "--way=tcp"] if case.is_dist else ["--way=local"]
@@ -95,16 +101,6 @@ def floor_job(case: Case) -> list[Process]:
     script = python_script("floor.py", *ways, *sizes, *case.plan.arguments())
     env = _checkout_first() | threads_env(case.num_workers)
     return [Process(name="floor", command=script, env=env)]
-
-
-def has_gloo(case: Case) -> bool:
-    """Whether an all-reduce can do what the case asks for."""
-    return case.is_dist and case.plan.updater == "assign"
-
-
-def has_floor(case: Case) -> bool:
-    """Whether there is a floor for the case: none of several processes with an optimizer."""
-    return not case.is_dist or case.plan.updater == "assign"
 
 
 JobMaker = Callable[[Case], list[Process]]

@@ -39,6 +39,7 @@ class MXNetSystem:
         self._is_dist = kind.startswith("dist")
         # MXNet ranks workers in the order of their ports. Here any order will do.
         self.rank = self._kv.rank
+        self._grad_rank = 0 if plan.pushes else self.rank
         self.num_workers = self._kv.num_workers
         self._scale = 0.0
         self._keys = key_names(plan.shapes)
@@ -51,10 +52,13 @@ class MXNetSystem:
         if plan.updater == "sgd":
             sgd = mx.optimizer.create("sgd", learning_rate=LEARNING_RATE, momentum=MOMENTUM)
             self._kv.set_optimizer(sgd)
-        self.ways: dict[str, Callable[[], None]] = {
-            "push+pull": self._push_pull,
-            "pushpull": self._pushpull,
-        }
+        elif plan.updater == "adam":
+            self._kv.set_optimizer(mx.optimizer.create("adam", learning_rate=LEARNING_RATE))
+        self.ways: dict[str, Callable[[], None]] = (
+            {"pushes": self._push_often}
+            if plan.pushes
+            else {"push+pull": self._push_pull, "pushpull": self._pushpull}
+        )
 
     def _tensors(self) -> list[list[Any]]:
         devices = [mx.cpu(index) for index in range(self._plan.num_devices)]
@@ -63,6 +67,15 @@ class MXNetSystem:
 
     def _push_pull(self) -> None:
         self._kv.push(self._keys, self._pushed)
+        self.pull()
+
+    def _push_often(self) -> None:
+        for _ in range(self._plan.pushes):
+            self._kv.push(self._keys, self._pushed)
+        self.pull()
+
+    def pull(self) -> None:
+        """Pull all values, and wait for them."""
         self._kv.pull(self._keys, out=self._pulled)
         self._wait()
 
@@ -85,7 +98,7 @@ class MXNetSystem:
         self._scale = scale
         for grads in self._grads:
             for device, grad in enumerate(grads):
-                grad[:] = gradient_value(self.rank, device, len(grads), scale)
+                grad[:] = gradient_value(self._grad_rank, device, len(grads), scale)
         mx.nd.waitall()
 
     def clear_results(self) -> None:
@@ -105,7 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     plan = parse_plan(arguments)
     system = MXNetSystem(arguments.kind, plan)
-    times_s = run(system, plan)
+    times_s = run(system, plan, pull=system.pull)
     if system.rank == 0:
         print_result(times_s)
 

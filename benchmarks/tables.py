@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import goals
+from goals import Verdict
 from harness import Figures
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -13,7 +15,7 @@ from rich.table import Table
 from tensorkv.bench.machine import Machine
 from tensorkv.bench.report import three_digits
 
-COLUMNS = ("system", "step", "ms", "min", "p99", "ratio", "of min", "goal", "reached")
+COLUMNS = ("system", "step", "ms", "min", "p99", "ratio", "of min")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,19 +26,10 @@ class Row:
     system: str
     way: str
     figures: Figures
-    required: float | None
-
-    @property
-    def reached(self) -> bool | None:
-        """Whether TensorKV is as many times as fast as required; None if nothing is."""
-        if self.required is None or self.figures.ratio is None:
-            return None
-        return self.figures.ratio >= self.required
 
     def cells(self) -> list[str]:
         """Return the texts of the row, one per column."""
         found = self.figures
-        reached = {True: "yes", False: "NO", None: ""}[self.reached]
         return [
             self.system,
             self.way,
@@ -45,8 +38,6 @@ class Row:
             three_digits(found.p99_ms),
             "" if found.ratio is None else three_digits(found.ratio),
             "" if found.ratio_of_min is None else three_digits(found.ratio_of_min),
-            "" if self.required is None else f"{self.required:g}",
-            reached,
         ]
 
 
@@ -55,29 +46,46 @@ def terminal_table(title: str, rows: Sequence[Row]) -> Table:
     table = Table(*COLUMNS, title=title, title_justify="left", box=SIMPLE_HEAD)
     for column in table.columns:
         column.no_wrap = True
-    for column in table.columns[2:8]:
+    for column in table.columns[2:]:
         column.justify = "right"
     for row in rows:
-        table.add_row(*row.cells(), style={False: "red", True: "green", None: ""}[row.reached])
+        table.add_row(*row.cells())
     return table
 
 
-def markdown(tables: Sequence[tuple[str, Sequence[Row]]], machine: Machine, command: str) -> str:
+def goals_table(verdicts: Sequence[Verdict]) -> Table:
+    """Return what was asked and what was found as a table for rich."""
+    table = Table(*goals.COLUMNS, title="Goals", title_justify="left", box=SIMPLE_HEAD)
+    for verdict in verdicts:
+        table.add_row(*verdict.cells(), style="green" if verdict.reached else "red")
+    return table
+
+
+def markdown(
+    tables: Sequence[tuple[str, Sequence[Row]]], verdicts: Sequence[Verdict], machine: Machine, command: str
+) -> str:
     """Return all tables, with machine, date and command, as markdown."""
     lines = [machine.text() + ".", "", f"    {command}", ""]
+    if verdicts:
+        lines += [_line(goals.COLUMNS), _line(["---"] * 3 + ["--:", "---"])]
+        lines += [_line(verdict.cells()) for verdict in verdicts]
+        lines.append("")
     for title, rows in tables:
-        lines += [f"**{title}**", "", _line(COLUMNS), _line(["---", "---", *["--:"] * 6, "---"])]
+        lines += [f"**{title}**", "", _line(COLUMNS), _line(["---", "---", *["--:"] * 5])]
         lines += [_line(row.cells()) for row in rows]
         lines.append("")
     return "\n".join(lines)
 
 
-def as_json(rows: Sequence[Row], machine: Machine, command: str) -> dict[str, Any]:
+def as_json(
+    rows: Sequence[Row], verdicts: Sequence[Verdict], machine: Machine, command: str
+) -> dict[str, Any]:
     """Return everything as plain data."""
     return {
         "machine": asdict(machine),
         "command": command,
-        "rows": [{**asdict(row), "reached": row.reached} for row in rows],
+        "rows": [asdict(row) for row in rows],
+        "goals": [asdict(verdict) for verdict in verdicts],
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -18,15 +19,21 @@ import tensorkv
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import cases  # noqa: E402
 import harness  # noqa: E402
 import jobs  # noqa: E402
 import link  # noqa: E402
-import mxnetenv  # noqa: E402
+import measureall  # noqa: E402
+import peerenv  # noqa: E402
+import pictures  # noqa: E402
 import pushpull  # noqa: E402
 import soak  # noqa: E402
 import soakworker  # noqa: E402
 import startup  # noqa: E402
+import sweeps  # noqa: E402
+import systems  # noqa: E402
 import tables  # noqa: E402
+from goals import Goal, judge  # noqa: E402
 from harness import JobFailed, Process, run_job  # noqa: E402
 
 from tensorkv.bench import steps  # noqa: E402
@@ -105,7 +112,7 @@ def test_command_writes_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_dist_is_measured() -> None:
-    case = next(pushpull.quick(case) for case in pushpull.CASES if case.name == "dist-sgd")
+    case = next(cases.quick(case) for case in cases.CASES if case.name == "dist-sgd")
     times_s = run_job(jobs.tensorkv_job(case), timeout_s=50)
     assert {way: len(found) for way, found in times_s.items()} == {"push+pull": 3, "pushpull": 3}
 
@@ -118,8 +125,8 @@ def test_gloo_is_measured(tmp_path: Path) -> None:
 
 
 def test_interpreter_without_mxnet_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(mxnetenv.NoMXNet, match="has no MXNet"):
-        mxnetenv.mxnet_python(sys.executable, tmp_path)
+    with pytest.raises(peerenv.NoPeer, match="has no mxnet 1.9.1"):
+        peerenv.peer_python(peerenv.MXNET, sys.executable, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,17 +145,89 @@ def test_ratio_is_taken_round_by_round() -> None:
     assert harness.figures(ours, None).ratio is None
 
 
-@pytest.mark.parametrize(("theirs", "reached"), [(1.4, False), (1.5, True)])
-def test_required_ratio_is_judged_for_mxnet(theirs: float, reached: bool) -> None:
-    case = next(case for case in pushpull.CASES if case.name == "dist-resnet50")
-    times = {"tensorkv": {"pushpull": [[1.0]]}, "mxnet": {"pushpull": [[theirs]]}, "floor": {"tcp": [[0.5]]}}
-    rows = {row.system: row for row in pushpull.rows_of(case, times)}
-    assert rows["mxnet"].reached is reached
-    assert rows["floor"].reached is None
-    assert rows["floor"].figures.ratio == 0.5
-    text = tables.markdown([(case.title, list(rows.values()))], this_machine(), "a command")
+def test_a_goal_is_judged_round_by_round_and_told_with_its_case() -> None:
+    case = next(case for case in cases.CASES if case.name == "dist-resnet50")
+    asked = [
+        Goal.faster(case.name, "tensorkv", "pushpull", "mxnet", "pushpull", 1.5),
+        Goal.faster(case.name, "tensorkv", "pushpull", "mxnet", "pushpull", 1.6),
+        Goal.within(case.name, "tensorkv", "pushpull", "floor", "tcp", 2.5),
+        Goal.within(case.name, "tensorkv", "pushpull", "floor", "tcp", 1.9),
+        Goal.time(case.name, "tensorkv", "pushpull", median_ms=1000, p99_ms=9000),
+        Goal.time(case.name, "tensorkv", "pushpull", median_ms=1000, p99_ms=8999),
+        Goal.time(case.name, "gloo", "flat", median_ms=1000),  # not measured
+    ]
+    times = {
+        "tensorkv": {"pushpull": [[1.0], [9.0], [1.0]]},
+        "mxnet": {"pushpull": [[1.5], [90.0], [1.2]]},
+        "floor": {"tcp": [[0.5], [4.5], [0.4]]},
+    }
+    verdicts = judge(asked, {case.name: times})
+    assert [verdict.reached for verdict in verdicts] == [True, False, True, False, True, False]
+    assert [verdict.found for verdict in verdicts[1:4:2]] == ["1.5", "2"]
+    text = tables.markdown(
+        [(case.title, systems.rows_of(case, times))], verdicts, this_machine(), "a command"
+    )
     assert case.title in text
     assert "    a command\n" in text
+    assert "| dist-resnet50 | tensorkv, pushpull | ≥ 1.6 times as fast as mxnet pushpull | 1.5 | NO |" in text
+    assert "| floor | tcp | 500 |" in text
+
+
+def test_every_goal_is_of_a_case_and_of_systems_that_can_do_it() -> None:
+    by_name = {case.name: case for case in cases.CASES}
+    for goal in cases.GOALS:
+        assert systems.can_do(goal.step[0], by_name[goal.case])
+        assert goal.peer is None or systems.can_do(goal.peer[0], by_name[goal.case])
+
+
+# ---- how the cost grows --------------------------------------------------------------------------
+
+
+def test_one_thing_changes_in_a_sweep() -> None:
+    for sweep in sweeps.SWEEPS:
+        changed = [
+            {
+                name
+                for name, value in dataclasses.asdict(case).items()
+                if name != "name" and value != dataclasses.asdict(sweeps.AROUND)[name]
+            }
+            for _, case in sweep.points
+        ]
+        assert len(set().union(*changed)) == 1
+
+
+def test_what_takes_over_half_of_the_memory_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = next(sweep for sweep in sweeps.SWEEPS if sweep.name == "bytes")
+    monkeypatch.setattr(sweeps, "memory_bytes", lambda: 6 << 30)
+    fits, skipped = sweep.fitting()
+    assert [value for value, _ in fits] == ["1MB", "4MB", "16MB", "64MB", "256MB"]
+    assert skipped == ["1GB"]
+    found = {value: {"tensorkv": {"push+pull": [[0.001]]}} for value, _ in fits}
+    text = sweeps.sweep_markdown(sweep, found, skipped)
+    assert "| tensorkv | 1 | 1 | 1 | 1 | 1 |" in text
+    assert "half of this machine's memory: 1GB." in text
+
+
+def test_sweeps_are_drawn(tmp_path: Path) -> None:
+    found = {
+        sweep.name: {value: {"tensorkv": {"push+pull": [[0.001, 0.002]]}} for value, _ in sweep.points}
+        for sweep in sweeps.SWEEPS
+    }
+    pictures.plot_sweeps(sweeps.SWEEPS, found, tmp_path / "growth.png")
+    content = (tmp_path / "growth.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert int.from_bytes(content[16:20]) == 920  # the width
+
+
+def test_figures_replace_those_before_them_and_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{measureall.START}old\n{measureall.END}below\n")
+    for figures in ("new", "newer\n"):
+        measureall.put_figures(page, figures)
+    assert page.read_text() == f"above\n{measureall.START}\nnewer\n\n{measureall.END}below\n"
+    page.write_text("above\n")
+    with pytest.raises(measureall.NoPlace, match="has no lines"):
+        measureall.put_figures(page, "new")
 
 
 # ---- starting a job ------------------------------------------------------------------------------

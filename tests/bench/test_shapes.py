@@ -40,6 +40,7 @@ def test_a_size_is_one_vector_of_so_many_bytes() -> None:
     assert shapes_of("1MB", 2) == [(1 << 19,)]
     assert shapes_of("1B") == [(1,)]
     assert shapes_of("one") == [(64,)]
+    assert shapes_of("3x4KB") == [(1024,)] * 3
     assert key_names(shapes_of("quick")) == ["p0", "p1", "p2", "p3"]
 
 

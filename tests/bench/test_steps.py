@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,21 +16,75 @@ from tensorkv.bench.steps import Plan
 
 def test_a_plan_survives_the_command_line() -> None:
     plan = Plan(
-        tensors="tiny", updater="sgd", dtype="bfloat16", num_devices=3, warmup=2, steps=7, seconds=0.5
+        tensors="tiny",
+        updater="sgd",
+        dtype="bfloat16",
+        num_devices=3,
+        warmup=2,
+        steps=7,
+        seconds=0.5,
+        one_way=True,
+        pushes=4,
     )
+    assert steps.parse_plan(steps.plan_parser(None).parse_args([])) == Plan()
     assert steps.parse_plan(steps.plan_parser(None).parse_args(plan.arguments())) == plan
 
 
-def test_expected_is_what_torch_computes() -> None:
+@pytest.mark.parametrize(
+    ("name", "optimizer", "options"),
+    [("sgd", torch.optim.SGD, {"momentum": steps.MOMENTUM}), ("adam", torch.optim.Adam, {})],
+)
+def test_expected_is_what_torch_computes(name: str, optimizer: Any, options: dict[str, float]) -> None:
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    sgd = torch.optim.SGD([parameter], lr=steps.LEARNING_RATE, momentum=steps.MOMENTUM)
-    expected = steps.Expected("sgd", num_tensors=3)
+    optimizer = optimizer([parameter], lr=steps.LEARNING_RATE, **options)
+    expected = steps.Expected(name, num_tensors=3)
     for scale in (2.0, 1.0, 1.0, 3.0):
         parameter.grad = torch.tensor(
             [sum(steps.gradient_value(0, device, 3, scale) for device in range(3))], dtype=torch.float64
         )
-        sgd.step()
+        optimizer.step()
         assert expected.step(scale) == pytest.approx(parameter.item(), abs=1e-12)
+
+
+def test_where_each_push_is_applied_by_itself_a_step_is_all_pushes_of_all_workers() -> None:
+    of_one = steps.Expected("sgd", num_tensors=1)
+    expected = steps.expectation(Plan(updater="sgd", pushes=3), num_workers=2)
+    for scale in (2.0, 1.0):
+        assert expected.step(scale) == [of_one.step(scale) for _ in range(6)][-1]
+
+
+@pytest.mark.parametrize("one_way", [False, True])
+def test_one_way_is_the_first(one_way: bool) -> None:
+    plan = Plan(warmup=1, steps=2, one_way=one_way)
+    times_s = steps.run(Doubling(), plan)
+    assert {way: len(found) for way, found in times_s.items()} == (
+        {"first": 2} if one_way else {"first": 2, "second": 2}
+    )
+
+
+class Doubling:
+    """Two workers' gradients, summed up here."""
+
+    rank, num_workers = 0, 2
+
+    def __init__(self) -> None:
+        self._scale, self._result = 0.0, np.zeros(3)
+        self.ways = {"first": self._step, "second": self._step}
+
+    def _step(self) -> None:
+        self._result[:] = sum(steps.gradient_value(rank, 0, 1, self._scale) for rank in range(2))
+
+    def barrier(self) -> None:
+        pass
+
+    def set_gradients(self, scale: float) -> None:
+        self._scale = scale
+
+    def clear_results(self) -> None:
+        self._result[:] = math.nan
+
+    def results(self) -> list[np.ndarray[Any, Any]]:
+        return [self._result]
 
 
 @pytest.mark.parametrize("wrong", [math.nan, 2.5, -2.0])

@@ -42,6 +42,17 @@ def test_workers_of_a_job_agree_on_how_many_steps_fill_a_time(dtype: str, lent: 
     assert told[-1] == ("pushpull", steps.MIN_STEPS - 1, steps.MIN_STEPS)
 
 
+@pytest.mark.parametrize("updater", ["sgd", "adam"])
+def test_pushes_that_are_applied_one_by_one_are_measured_and_checked(updater: str) -> None:
+    plan = Plan(updater=updater, pushes=3, warmup=1, steps=2)
+
+    def work(kv: KVStore) -> dict[str, int]:
+        return {way: len(found) for way, found in measure(kv, plan).items()}
+
+    found = run_job(work, kind="dist_async", num_workers=2, num_servers=2, host="127.0.0.1")
+    assert found == [{"pushes": 2}] * 2
+
+
 def test_a_step_that_does_nothing_is_caught() -> None:
     with tensorkv.create("local") as kv:
         system = TensorKVSystem(kv, QUICK)

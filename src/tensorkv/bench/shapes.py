@@ -98,13 +98,17 @@ divide by nothing."""
 
 
 def shapes_of(name: str, itemsize: int = FLOAT_BYTES) -> list[Shape]:
-    """Return the shapes of a set, or one vector of so many bytes for a size as "4MB".
+    """Return the shapes of a set; or a vector of so many bytes for a size like "4MB", 100 for "100x4MB".
 
     Raises:
         ValueError: there is no such set, and it is no size.
     """
     found = SETS.get(name)
-    return [(max(1, parse_size(name) // itemsize),)] if found is None else found
+    if found is not None:
+        return found
+    match = re.fullmatch(r"(\d{1,6})x(.+)", name)
+    number, size = (int(match[1]), match[2]) if match else (1, name)
+    return [(max(1, parse_size(size) // itemsize),)] * number
 
 
 def parse_size(text: str) -> int:

@@ -26,6 +26,8 @@ MARK = "BENCH_RESULT "
 
 LEARNING_RATE = 0.01
 MOMENTUM = 0.9
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPSILON = 1e-8
 
 ITEMSIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 TOLERANCES = {"float32": 1e-4, "float64": 1e-9, "float16": 4e-3, "bfloat16": 3e-2}
@@ -41,6 +43,8 @@ class Plan:
 
     `tensors` is the name of a set, or a size. `updater` is "assign", or an optimizer of torch run by the
     store; "sgd" is SGD with momentum. `steps` are measured, or, where that is 0, as many as fill `seconds`.
+    With `one_way` only the first of a system's ways is. With `pushes` a step is so many pushes and a pull,
+    for stores that apply each push by itself; all workers push the same gradients then.
     """
 
     tensors: str = "quick"
@@ -50,6 +54,8 @@ class Plan:
     warmup: int = 3
     steps: int = 10
     seconds: float = 2.0
+    one_way: bool = False
+    pushes: int = 0
 
     @property
     def shapes(self) -> list[Shape]:
@@ -66,6 +72,8 @@ class Plan:
             f"--warmup={self.warmup}",
             f"--steps={self.steps}",
             f"--seconds={self.seconds}",
+            *(["--one-way"] if self.one_way else []),
+            f"--pushes={self.pushes}",
         ]
 
 
@@ -82,6 +90,8 @@ def plan_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=default.warmup)
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--seconds", type=float, default=default.seconds)
+    parser.add_argument("--one-way", action="store_true")
+    parser.add_argument("--pushes", type=int, default=default.pushes)
     return parser
 
 
@@ -95,6 +105,8 @@ def parse_plan(arguments: argparse.Namespace) -> Plan:
         warmup=arguments.warmup,
         steps=arguments.steps,
         seconds=arguments.seconds,
+        one_way=arguments.one_way,
+        pushes=arguments.pushes,
     )
 
 
@@ -119,7 +131,10 @@ class System(Protocol):
 
 
 def gradient_value(rank: int, device: int, num_devices: int, scale: float) -> float:
-    """Return what every element of a gradient is, different for each device of each worker."""
+    """Return what every element of a gradient is, different for each device of each worker.
+
+    Where each push is applied by itself the order counts, and every worker takes rank 0's.
+    """
     return scale * (rank * num_devices + device + 1)
 
 
@@ -131,23 +146,54 @@ class Expectation(Protocol):
 
 
 class Expected:
-    """What every element of every result must be after each step: the rules, worked out on scalars."""
+    """What every element of every result must be after each step: the rules, worked out on scalars.
+
+    Args:
+        updater: "assign", "sgd" (with momentum) or "adam".
+        num_tensors: how many gradients a step adds up.
+        initial: the value before the first step.
+    """
 
     def __init__(self, updater: str, num_tensors: int, initial: float = 0.0) -> None:
-        self._updater = updater
+        self._rule = {"assign": self._assign, "sgd": self._sgd, "adam": self._adam}[updater]
         self._sum_at_scale_1 = num_tensors * (num_tensors + 1) / 2
         self._value = initial
-        self._momentum = 0.0
+        self._moments = (0.0, 0.0)
+        self._num_steps = 0
 
     def step(self, scale: float) -> float:
         """Return the value after one more step with gradients of this scale."""
-        total = self._sum_at_scale_1 * scale
-        if self._updater == "assign":
-            self._value = total
-        else:
-            self._momentum = MOMENTUM * self._momentum + total
-            self._value -= LEARNING_RATE * self._momentum
+        self._num_steps += 1
+        self._rule(self._sum_at_scale_1 * scale)
         return self._value
+
+    def _assign(self, total: float) -> None:
+        self._value = total
+
+    def _sgd(self, total: float) -> None:
+        self._moments = (MOMENTUM * self._moments[0] + total, 0.0)
+        self._value -= LEARNING_RATE * self._moments[0]
+
+    def _adam(self, total: float) -> None:
+        beta1, beta2 = ADAM_BETAS
+        first = beta1 * self._moments[0] + (1 - beta1) * total
+        second = beta2 * self._moments[1] + (1 - beta2) * total**2
+        self._moments = (first, second)
+        first /= 1 - beta1**self._num_steps
+        second /= 1 - beta2**self._num_steps
+        self._value -= LEARNING_RATE * first / (math.sqrt(second) + ADAM_EPSILON)
+
+
+class EachPush:
+    """What results must be where each push of each worker is a step by itself; all push the same."""
+
+    def __init__(self, of_one: Expectation, num_pushes: int) -> None:
+        self._of_one = of_one
+        self._num_pushes = num_pushes
+
+    def step(self, scale: float) -> float:
+        """Return the value after the pushes of one more step."""
+        return [self._of_one.step(scale) for _ in range(self._num_pushes)][-1]
 
 
 class WrongResult(Exception):
@@ -195,6 +241,7 @@ def run(
     expected: Expectation | None = None,
     agree: Callable[[int], int] | None = None,
     tell: Tell = lambda way, number, num_steps: None,
+    pull: Callable[[], None] | None = None,
 ) -> dict[str, list[float]]:
     """Measure every way of the system and return the seconds per step, by the way's name.
 
@@ -206,14 +253,15 @@ def run(
         expected: what comes out; worked out here for "assign" and "sgd" if not given.
         agree: returns rank 0's number, to every worker; where the plan gives a time and no steps.
         tell: hears of the progress.
+        pull: pulls all values, after other workers' pushes; where the plan has pushes.
 
     Raises:
         WrongResult: the results were not what they should be.
     """
-    expected = expected or Expected(plan.updater, system.num_workers * plan.num_devices)
+    expected = expected or expectation(plan, system.num_workers)
     times_s: dict[str, list[float]] = {}
-    for name, step in system.ways.items():
-        _checked_step(system, plan, name, expected, scale=2.0)
+    for name, step in list(system.ways.items())[: 1 if plan.one_way else None]:
+        _checked_step(system, plan, name, expected, pull, scale=2.0)
         system.set_gradients(1.0)
         found = time_steps(step, system.barrier, plan.warmup)
         num_steps = plan.steps
@@ -227,8 +275,21 @@ def run(
         times_s[name] = time_steps(step, system.barrier, num_steps, tell_step)
         for _ in range(plan.warmup + num_steps):
             expected.step(1.0)
-        _checked_step(system, plan, name, expected, scale=3.0)
+        _checked_step(system, plan, name, expected, pull, scale=3.0)
     return times_s
+
+
+def expectation(plan: Plan, num_workers: int, of_one: Expectation | None = None) -> Expectation:
+    """Return what comes out of a plan's steps.
+
+    Args:
+        plan: what the workers do.
+        num_workers: how many there are.
+        of_one: what an update makes of one gradient; worked out here for those that `Expected` knows.
+    """
+    if plan.pushes:
+        return EachPush(of_one or Expected(plan.updater, 1), plan.pushes * num_workers)
+    return of_one or Expected(plan.updater, num_workers * plan.num_devices)
 
 
 def steps_within(seconds: float, times_s: Sequence[float]) -> int:
@@ -236,11 +297,23 @@ def steps_within(seconds: float, times_s: Sequence[float]) -> int:
     return max(MIN_STEPS, min(MAX_STEPS, int(seconds / statistics.median(times_s))))
 
 
-def _checked_step(system: System, plan: Plan, way: str, expected: Expectation, *, scale: float) -> None:
+def _checked_step(
+    system: System,
+    plan: Plan,
+    way: str,
+    expected: Expectation,
+    pull: Callable[[], None] | None,
+    *,
+    scale: float,
+) -> None:
     system.set_gradients(scale)
     system.clear_results()
     system.barrier()
     system.ways[way]()
+    if plan.pushes:
+        assert pull is not None
+        system.barrier()
+        pull()
     try:
         check_results(system.results(), expected.step(scale), TOLERANCES[plan.dtype])
     except WrongResult as exc:

@@ -19,6 +19,7 @@ from tensorkv.bench.steps import (
     LEARNING_RATE,
     MOMENTUM,
     Plan,
+    expectation,
     gradient_value,
     parse_plan,
     plan_parser,
@@ -42,6 +43,7 @@ class TensorKVSystem:
 
     def __init__(self, kv: KVStore, plan: Plan, lent: bool = False) -> None:
         self._kv = kv
+        self._pushes = plan.pushes
         self.rank = kv.rank
         self.num_workers = kv.num_workers
         self._keys = key_names(plan.shapes)
@@ -62,13 +64,23 @@ class TensorKVSystem:
         one = plan.num_devices == 1
         self._pushed = [grads[0] for grads in self._grads] if one else self._grads
         self._pulled = [outs[0] for outs in self._outs] if one else self._outs
-        self.ways: dict[str, Callable[[], None]] = {
-            "push+pull": self._push_pull,
-            "pushpull": self._pushpull,
-        }
+        self.ways: dict[str, Callable[[], None]] = (
+            {"pushes": self._push_often}
+            if plan.pushes
+            else {"push+pull": self._push_pull, "pushpull": self._pushpull}
+        )
 
     def _push_pull(self) -> None:
         self._kv.push(self._keys, self._pushed)
+        self.pull()
+
+    def _push_often(self) -> None:
+        for _ in range(self._pushes):
+            self._kv.push(self._keys, self._pushed)
+        self.pull()
+
+    def pull(self) -> None:
+        """Pull all values."""
         self._kv.pull(self._keys, out=self._pulled)
 
     def _pushpull(self) -> None:
@@ -82,7 +94,7 @@ class TensorKVSystem:
         """Fill what is pushed."""
         for grads in self._grads:
             for device, grad in enumerate(grads):
-                grad.fill_(gradient_value(self.rank, device, len(grads), scale))
+                grad.fill_(gradient_value(0 if self._pushes else self.rank, device, len(grads), scale))
 
     def clear_results(self) -> None:
         """Overwrite what is pulled into."""
@@ -159,9 +171,9 @@ def measure(
         WrongResult: a result was not what it should be.
     """
     system = TensorKVSystem(kv, plan, lent)
-    num_tensors = kv.num_workers * plan.num_devices
-    expected = None if plan.updater == "assign" else TorchExpected(plan, num_tensors)
-    return run(system, plan, expected, system.agree, tell)
+    num_tensors = 1 if plan.pushes else kv.num_workers * plan.num_devices
+    of_one = None if plan.updater == "assign" else TorchExpected(plan, num_tensors)
+    return run(system, plan, expectation(plan, kv.num_workers, of_one), system.agree, tell, system.pull)
 
 
 def _as_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

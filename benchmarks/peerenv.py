@@ -1,0 +1,141 @@
+"""Other systems in environments of their own: MXNet needs a NumPy that nothing else here would run with."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_PYTHONS = ("python3.11", "python3.10", "python3.9", "python3.8")  # those numpy 1.23.5 was built for
+
+_INSTALL_S = 900.0
+_CHECK_S = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A system that is installed by itself: the module `name` in a version, and what pip is asked for."""
+
+    name: str
+    version: str
+    requirements: tuple[str, ...]
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that names an interpreter which has it."""
+        return f"TENSORKV_BENCH_{self.name.upper()}_PYTHON"
+
+    @property
+    def option(self) -> str:
+        """The option of the command line that does."""
+        return f"--{self.name}-python"
+
+
+MXNET = Peer(name="mxnet", version="1.9.1", requirements=("numpy==1.23.5", "mxnet==1.9.1"))
+RAY = Peer(name="ray", version="2.60.0", requirements=("numpy==2.4.6", "ray==2.60.0"))
+PEERS = (MXNET, RAY)
+
+
+class NoPeer(Exception):
+    """A peer cannot be run here; the text says why and what to do."""
+
+
+def default_cache() -> Path:
+    """Return the folder in which environments are made unless another is given."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tensorkv-benchmarks"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give a command line the options that `peer_pythons` reads."""
+    for peer in PEERS:
+        parser.add_argument(
+            peer.option,
+            metavar="PYTHON",
+            help=f"an interpreter that has {peer.name} {peer.version} (or {peer.variable})",
+        )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=default_cache(),
+        metavar="FOLDER",
+        help="where an environment for each is made if none is named (%(default)s)",
+    )
+
+
+def peer_pythons(systems: Sequence[str], arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the interpreters of those peers that are among `systems`, by name.
+
+    Raises:
+        NoPeer: one cannot be had.
+    """
+    return {
+        peer.name: peer_python(peer, getattr(arguments, f"{peer.name}_python"), arguments.cache)
+        for peer in PEERS
+        if peer.name in systems
+    }
+
+
+def peer_python(peer: Peer, given: str | None, cache: Path) -> str:
+    """Return the path of an interpreter that can import the peer, making an environment if need be.
+
+    Args:
+        peer: which one.
+        given: the interpreter to use; None means what the peer's variable says, or else one in an
+            environment under `cache`, which is made if it is not there.
+        cache: a folder; PIP_ARGS in the environment is passed on to pip.
+
+    Raises:
+        NoPeer: it cannot be imported, or not be installed.
+    """
+    given = given or os.environ.get(peer.variable)
+    if given:
+        return _checked(peer, given)
+    folder = cache / f"{peer.name}-{peer.version}"
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        _make(peer, folder, python)
+        _checked(peer, str(python))
+        (folder / "complete").touch()
+    return _checked(peer, str(python))
+
+
+def _checked(peer: Peer, python: str) -> str:
+    code = f"import {peer.name}; print({peer.name}.__version__)"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("DMLC_")}
+    env.pop("PYTHONPATH", None)
+    try:
+        done = subprocess.run([python, "-c", code], env=env, capture_output=True, text=True, timeout=_CHECK_S)
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise NoPeer(f"{python} cannot be run: {exc}") from exc
+    if done.returncode != 0 or done.stdout.strip() != peer.version:
+        text = f"{done.stdout[-500:]}{done.stderr[-1500:]}"
+        raise NoPeer(f"{python} has no {peer.name} {peer.version}:\n{text}")
+    return python
+
+
+def _make(peer: Peer, folder: Path, python: Path) -> None:
+    base = next((found for name in _PYTHONS if (found := shutil.which(name))), None)
+    if base is None:
+        raise NoPeer(
+            f"{peer.name} {peer.version} needs one of {', '.join(_PYTHONS)}; install one, or name an "
+            f"interpreter that has it with {peer.option} or {peer.variable}"
+        )
+    pip_args = shlex.split(os.environ.get("PIP_ARGS", ""))
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *pip_args]
+    _run(peer, [base, "-m", "venv", "--clear", str(folder)])
+    _run(peer, [*pip, *peer.requirements])
+
+
+def _run(peer: Peer, command: list[str]) -> None:
+    print("+", shlex.join(command), file=sys.stderr)
+    try:
+        subprocess.run(command, check=True, timeout=_INSTALL_S, stdout=sys.stderr)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as exc:
+        raise NoPeer(f"an environment for {peer.name} could not be made: {exc}") from exc

@@ -1,0 +1,88 @@
+"""The systems that are measured, which of them can do a case, and measuring them in turn."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from harness import Times, figures, run_job
+from jobs import Case, JobMaker, floor_job, gloo_job, mxnet_job, ray_job, tensorkv_job
+from rich.console import Console
+from tables import Row
+
+SYSTEMS = ("tensorkv", "tensorkv-shm", "tensorkv-lent", "mxnet", "gloo", "ray", "floor")
+"""In the order in which they are measured. TensorKV goes over TCP, as MXNet and gloo do, "tensorkv-shm"
+through shared memory, and "tensorkv-lent" too, from tensors of `empty_like`."""
+
+OURS = ("tensorkv", "tensorkv-shm", "tensorkv-lent", "floor")
+JOB_TIMEOUT_S = 300.0
+
+
+def job_makers(
+    case: Case, systems: Sequence[str], pythons: Mapping[str, str], folder: Path
+) -> dict[str, JobMaker]:
+    """Return the systems that can do the case, in order, with what makes their jobs.
+
+    Args:
+        case: what they are to do.
+        systems: names out of SYSTEMS.
+        pythons: the interpreters that have MXNet and Ray, if they are among them.
+        folder: an empty folder that lasts as long as the jobs.
+    """
+    makers: dict[str, JobMaker] = {
+        "tensorkv": tensorkv_job,
+        "tensorkv-shm": lambda case: tensorkv_job(case, "shm"),
+        "tensorkv-lent": lambda case: tensorkv_job(case, "shm", lent=True),
+        "mxnet": lambda case: mxnet_job(case, pythons["mxnet"]),
+        "gloo": lambda case: gloo_job(case, Path(tempfile.mkdtemp(dir=folder))),
+        "ray": lambda case: ray_job(case, pythons["ray"]),
+        "floor": floor_job,
+    }
+    return {system: makers[system] for system in systems if can_do(system, case)}
+
+
+def can_do(system: str, case: Case) -> bool:
+    """Whether a system can do what a case asks for."""
+    plan, of_float32 = case.plan, case.plan.dtype == "float32"
+    if system == "tensorkv":
+        return True
+    if system == "tensorkv-shm":
+        return case.is_dist
+    if system == "tensorkv-lent":
+        return case.is_dist and plan.updater == "assign" and not plan.pushes and of_float32
+    if system == "mxnet":
+        return of_float32
+    if system == "gloo":  # an all-reduce has no updater
+        return case.is_dist and plan.updater == "assign" and not plan.pushes
+    if system == "ray":
+        return case.kind == "dist_sync" and plan.updater in ("assign", "sgd") and of_float32
+    # There is no floor of several processes with an optimizer.
+    return of_float32 and not plan.pushes and (not case.is_dist or plan.updater == "assign")
+
+
+def measure(case: Case, makers: Mapping[str, JobMaker], rounds: int, console: Console) -> dict[str, Times]:
+    """Run every system once per round, in turn, and return what each step took.
+
+    Raises:
+        JobFailed: a job failed; nothing of it is left running.
+    """
+    times: dict[str, Times] = {system: {} for system in makers}
+    for number in range(1, rounds + 1):
+        for system, make in makers.items():
+            with console.status(f"{case.name}, round {number} of {rounds}: {system}"):
+                result = run_job(make(case), timeout_s=JOB_TIMEOUT_S)
+            for way, times_s in result.items():
+                times[system].setdefault(way, []).append(times_s)
+    return times
+
+
+def rows_of(case: Case, times: Mapping[str, Times]) -> list[Row]:
+    """Return the table's rows for what `measure` returned."""
+    ours = times.get("tensorkv", {})
+    rows = []
+    for system, ways in times.items():
+        for way, rounds in ways.items():
+            baseline = None if system == "tensorkv" else ours.get(way, ours.get("pushpull"))
+            rows.append(Row(case=case.name, system=system, way=way, figures=figures(rounds, baseline)))
+    return rows
