@@ -16,12 +16,12 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from cases import CASES, GOALS, quick
-from goals import judge
+from goals import Verdict, judge
 from harness import HERE, Times
 from jobs import Case
 from peerenv import add_options, peer_pythons
@@ -32,7 +32,7 @@ from sweeps import SYSTEMS as SWEPT
 from systems import SYSTEMS, job_makers, measure, rows_of
 from tables import Row, goals_table, markdown, terminal_table
 
-from tensorkv.bench.machine import this_machine
+from tensorkv.bench.machine import Machine, this_machine
 
 START, END = "<!-- written by benchmarks/measureall.py -->\n", "<!-- end of what it writes -->\n"
 PICTURE = "benchmarks-growth.png"
@@ -43,17 +43,40 @@ class NoPlace(Exception):
     """The page has no place for the figures."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Measuring:
-    """What is the same for everything that is measured."""
+@dataclasses.dataclass(slots=True)
+class Measured:
+    """All that was measured so far, as markdown."""
 
-    pythons: dict[str, str]
-    folder: Path
-    console: Console
+    machine: Machine
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    tables: list[tuple[str, list[Row]]] = dataclasses.field(default_factory=list)
+    times: dict[str, dict[str, Times]] = dataclasses.field(default_factory=dict)  # of the cases, by name
+    found: dict[str, Found] = dataclasses.field(default_factory=dict)  # of the sweeps, by name
+    failed: list[str] = dataclasses.field(default_factory=list)
 
-    def times(self, case: Case, systems: Sequence[str], rounds: int) -> dict[str, Times]:
-        """Measure the systems that can do a case, in turn."""
-        return measure(case, job_makers(case, systems, self.pythons, self.folder), rounds, self.console)
+    def verdicts(self) -> list[Verdict]:
+        """Return what of the goals can be judged."""
+        return judge(GOALS, self.times)
+
+    def note_failed(self, case: Case, times: Mapping[str, Times]) -> None:
+        """Note which systems have failed in a case."""
+        self.failed += [f"{system} ({case.name})" for system, ways in times.items() if not ways]
+
+    def markdown(self) -> str:
+        """Return all tables."""
+        minutes = (time.monotonic() - self.started) / 60
+        command = f"make bench (took {minutes:.0f} minutes)"
+        parts = [markdown(self.tables, self.verdicts(), self.machine, command)]
+        if self.failed:
+            parts.append(f"Left out, as their jobs failed: {', '.join(self.failed)}.\n")
+        if self.found:
+            parts.append(
+                f"## How the cost grows\n\n![A panel each: workers, servers, keys, bytes]({PICTURE})\n"
+            )
+        for sweep in SWEEPS:
+            if sweep.name in self.found:
+                parts.append(sweep_markdown(sweep, self.found[sweep.name], sweep.fitting()[1]))
+        return "\n".join(parts)
 
 
 def put_figures(page: Path, figures: str) -> None:
@@ -80,49 +103,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_options(parser)
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _leave)  # so that jobs are ended on the way out
-    started, machine, page = time.monotonic(), this_machine(), arguments.docs / "benchmarks.md"
-    put_figures(page, "Being measured.")
+    page, console = arguments.docs / "benchmarks.md", Console()
+    pythons = peer_pythons(SYSTEMS, arguments)
+    measured = Measured(this_machine())
+    console.print(measured.machine.text(), highlight=False)
     with tempfile.TemporaryDirectory() as folder:
-        measuring = Measuring(peer_pythons(SYSTEMS, arguments), Path(folder), Console())
-        measuring.console.print(machine.text(), highlight=False)
-        tables, times = _cases(measuring, arguments.quick)
-        found, skipped = _sweeps(measuring, arguments.quick)
-    verdicts = judge(GOALS, times)
-    measuring.console.print(goals_table(verdicts))
-    plot_sweeps(SWEEPS, found, arguments.docs / PICTURE)
-    minutes = (time.monotonic() - started) / 60
-    growth = [sweep_markdown(sweep, found[sweep.name], skipped[sweep.name]) for sweep in SWEEPS]
-    figures = [
-        markdown(tables, verdicts, machine, f"make bench (took {minutes:.0f} minutes)"),
-        f"## How the cost grows\n\n![Four panels: workers, servers, keys, bytes]({PICTURE})\n",
-        *growth,
-    ]
-    put_figures(page, "\n".join(figures))
-    measuring.console.print(f"{minutes:.1f} minutes; written: {page}", highlight=False)
 
+        def times_of(case: Case, systems: Sequence[str], rounds: int) -> dict[str, Times]:
+            case = quick(case) if arguments.quick else case
+            times = measure(case, job_makers(case, systems, pythons, Path(folder)), rounds, console)
+            measured.note_failed(case, times)
+            return times
 
-def _cases(
-    measuring: Measuring, tiny: bool
-) -> tuple[list[tuple[str, list[Row]]], dict[str, dict[str, Times]]]:
-    tables, times = [], {}
-    for case in map(quick, CASES) if tiny else CASES:
-        times[case.name] = measuring.times(case, SYSTEMS, 1 if tiny else ROUNDS)
-        rows = rows_of(case, times[case.name])
-        tables.append((case.title, rows))
-        measuring.console.print(terminal_table(case.title, rows))
-    return tables, times
-
-
-def _sweeps(measuring: Measuring, tiny: bool) -> tuple[dict[str, Found], dict[str, list[str]]]:
-    found: dict[str, Found] = {}
-    skipped = {}
-    for sweep in SWEEPS:
-        points, skipped[sweep.name] = sweep.fitting()
-        found[sweep.name] = {
-            value: measuring.times(quick(case) if tiny else case, SWEPT, 1) for value, case in points
-        }
-        measuring.console.print(sweep_markdown(sweep, found[sweep.name], skipped[sweep.name]), markup=False)
-    return found, skipped
+        for case in CASES:
+            times = measured.times[case.name] = times_of(case, SYSTEMS, 1 if arguments.quick else ROUNDS)
+            measured.tables.append((case.title, rows_of(case, times)))
+            console.print(terminal_table(*measured.tables[-1]))
+            put_figures(page, measured.markdown())  # what was measured stays, whatever happens next
+        for sweep in SWEEPS:
+            fits, skipped = sweep.fitting()
+            found = {value: times_of(case, SWEPT, 1) for value, case in fits}
+            measured.found[sweep.name] = found
+            console.print(sweep_markdown(sweep, found, skipped), markup=False)
+            put_figures(page, measured.markdown())
+    plot_sweeps(SWEEPS, measured.found, arguments.docs / PICTURE)
+    console.print(goals_table(measured.verdicts()))
+    console.print(
+        f"{(time.monotonic() - measured.started) / 60:.1f} minutes; written: {page}", highlight=False
+    )
 
 
 def _leave(number: int, frame: object) -> NoReturn:

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from harness import Times, figures, run_job
+from harness import JobFailed, Times, figures, run_job
 from jobs import Case, JobMaker, floor_job, gloo_job, mxnet_job, ray_job, tensorkv_job
 from rich.console import Console
 from tables import Row
@@ -64,14 +64,27 @@ def can_do(system: str, case: Case) -> bool:
 def measure(case: Case, makers: Mapping[str, JobMaker], rounds: int, console: Console) -> dict[str, Times]:
     """Run every system once per round, in turn, and return what each step took.
 
+    A peer of which a job fails is left out: it has no times then.
+
     Raises:
-        JobFailed: a job failed; nothing of it is left running.
+        JobFailed: a job of ours failed; nothing of it is left running.
     """
     times: dict[str, Times] = {system: {} for system in makers}
+    failed: set[str] = set()
     for number in range(1, rounds + 1):
         for system, make in makers.items():
-            with console.status(f"{case.name}, round {number} of {rounds}: {system}"):
-                result = run_job(make(case), timeout_s=JOB_TIMEOUT_S)
+            if system in failed:
+                continue
+            try:
+                with console.status(f"{case.name}, round {number} of {rounds}: {system}"):
+                    result = run_job(make(case), timeout_s=JOB_TIMEOUT_S)
+            except JobFailed as error:
+                if system in OURS:
+                    raise
+                failed.add(system)
+                times[system] = {}
+                console.print(f"{case.name}: {system} is left out: {error}", markup=False, highlight=False)
+                continue
             for way, times_s in result.items():
                 times[system].setdefault(way, []).append(times_s)
     return times

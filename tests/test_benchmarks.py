@@ -5,14 +5,17 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import random
 import select
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 import tensorkv
 
@@ -217,6 +220,53 @@ def test_sweeps_are_drawn(tmp_path: Path) -> None:
     content = (tmp_path / "growth.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert int.from_bytes(content[16:20]) == 920  # the width
+
+
+def test_a_peer_that_fails_is_left_out_and_one_of_ours_is_an_error() -> None:
+    case = next(case for case in cases.CASES if case.name == "dist-resnet50")
+    good = f"echo '{steps.MARK}{json.dumps({'pushpull': [0.25]})}'"
+    makers = {"tensorkv": lambda case: _shell(good), "mxnet": lambda case: _shell("exit 3")}
+    output = io.StringIO()
+    times = systems.measure(case, makers, 2, Console(file=output))
+    assert times == {"tensorkv": {"pushpull": [[0.25], [0.25]]}, "mxnet": {}}
+    assert "dist-resnet50: mxnet is left out: shell ended with status 3" in output.getvalue()
+    measured = measureall.Measured(this_machine())
+    measured.times[case.name] = times
+    measured.note_failed(case, times)
+    assert "Left out, as their jobs failed: mxnet (dist-resnet50)." in measured.markdown()
+    with pytest.raises(JobFailed):
+        systems.measure(case, {"tensorkv": makers["mxnet"]}, 1, Console(file=output))
+
+
+def test_everything_is_measured_and_written_as_it_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With times that stand for real ones; what the jobs do is tested above."""
+    looked: list[str] = []
+
+    def measured(case: jobs.Case, makers: dict[str, Any], rounds: int, console: Any) -> dict[str, Any]:
+        looked.append((tmp_path / "benchmarks.md").read_text())
+        ways = {"tensorkv": ["push+pull", "pushpull", "pushes"], "mxnet": ["push+pull", "pushpull", "pushes"]}
+        return {
+            system: {way: [[0.001, 0.002]] * rounds for way in ways.get(system, ["flat"])}
+            for system in makers
+            if system in ("tensorkv", "mxnet", "gloo")
+        }
+
+    monkeypatch.setattr(measureall, "measure", measured)
+    monkeypatch.setattr(measureall, "peer_pythons", lambda systems, arguments: {"mxnet": "m", "ray": "r"})
+    (tmp_path / "benchmarks.md").write_text(f"above\n{measureall.START}{measureall.END}below\n")
+    measureall.main([f"--docs={tmp_path}"])
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert text.startswith("above\n")
+    assert text.endswith("below\n")
+    assert all(f"**{case.title}**" in text for case in cases.CASES)
+    assert all(f"**{sweep.title}** (ms)" in text for sweep in sweeps.SWEEPS)
+    assert "| dist-resnet50 | tensorkv, pushpull | ≥ 1.8 times as fast as mxnet pushpull | 1 | NO |" in text
+    assert cases.CASES[0].title not in looked[0]
+    assert cases.CASES[0].title in looked[1]
+    assert (tmp_path / measureall.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert "minutes; written: " in capsys.readouterr().out
 
 
 def test_figures_replace_those_before_them_and_nothing_else(tmp_path: Path) -> None:
