@@ -36,7 +36,7 @@ ALIGN_BYTES = 64
 MAX_SEGMENTS = 1 << 16
 """So many segments of a peer are mapped at most."""
 
-SWEEP_TAKES = 1024
+SWEEP_TAKES = 256
 """So often places are taken until the memory goes back to the system that nobody has needed meanwhile."""
 
 PURGE_BYTES = 256 << 10
