@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured.found[sweep.name] = found
             console.print(sweep_markdown(sweep, found, skipped), markup=False)
             put_figures(page, measured.markdown())
-    plot_sweeps(SWEEPS, measured.found, arguments.docs / PICTURE)
+            plot_sweeps(SWEEPS, measured.found, arguments.docs / PICTURE)
     console.print(goals_table(measured.verdicts()))
     console.print(
         f"{(time.monotonic() - measured.started) / 60:.1f} minutes; written: {page}", highlight=False

@@ -23,8 +23,8 @@ PANEL_INCHES = (4.6, 3.6)
 
 
 def plot_sweeps(sweeps: Sequence[Sweep], found: Mapping[str, Found], path: Path) -> None:
-    """Draw the sweeps whose values are numbers or sizes, two panels a row, on logarithmic axes."""
-    drawn = [sweep for sweep in sweeps if sweep.name != "updates"]
+    """Draw the sweeps that were measured and have numbers, two panels a row, on logarithmic axes."""
+    drawn = [sweep for sweep in sweeps if sweep.name in found and sweep.name != "updates"]
     rows = (len(drawn) + 1) // 2
     width, height = PANEL_INCHES
     figure = matplotlib.figure.Figure(figsize=(2 * width, rows * height), layout="constrained")
