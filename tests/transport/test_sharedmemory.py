@@ -21,7 +21,7 @@ from tensorkv.transport.sharedmemory import (
     ALIGN_BYTES,
     PURGE_BYTES,
     SEGMENT_BYTES,
-    SWEEP_TAKES,
+    SWEEP_TIMES,
     Arena,
     FreeRanges,
     Segment,
@@ -221,8 +221,8 @@ def test_memory_that_nobody_needs_any_more_goes_back_to_the_system(kept: tuple[A
     peer = Segment.attach(1, SEGMENT_BYTES, os.dup(descriptors[0]), writable=False)
     assert _resident_bytes(descriptors[0]) >= 32 << 20
     del large
-    for _ in range(2 * SWEEP_TAKES):  # a whole time between two sweeps is in there
-        arena.take(10)
+    for _ in range(2 * SWEEP_TIMES * SEGMENT_BYTES // PURGE_BYTES + 2):  # from one sweep to the next, and it
+        arena.take(PURGE_BYTES)
     assert _resident_bytes(descriptors[0]) < 4 << 20  # a page may have 2 MB
     assert stays.tolist() == [1] * PURGE_BYTES
     assert peer.bytes[0] == 1
@@ -231,13 +231,19 @@ def test_memory_that_nobody_needs_any_more_goes_back_to_the_system(kept: tuple[A
     assert peer.bytes[PURGE_BYTES] == 3
 
 
-def test_memory_that_is_used_again_and_again_stays(kept: tuple[Arena, list[int]]) -> None:
+def test_memory_that_is_used_again_and_again_stays(
+    kept: tuple[Arena, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a step takes so much in so many places that the first is long ago when the last is taken."""
     arena, descriptors = kept
-    for _ in range(2 * SWEEP_TAKES):
-        place = arena.take(4 << 20)
-        place[::PAGE] = 1
-        del place
-        assert _resident_bytes(descriptors[0]) >= 4 << 20
+    purged: list[tuple[int, int]] = []
+    monkeypatch.setattr(Segment, "purge", lambda segment, start, stop: purged.append((start, stop)))
+    needed_bytes = 200 * PURGE_BYTES
+    for _ in range(10 * SWEEP_TIMES):
+        places = [arena.take(PURGE_BYTES) for _ in range(200)]
+        del places
+    assert len(descriptors) == 1
+    assert set(purged) == {(needed_bytes, SEGMENT_BYTES)}  # what no step needs
 
 
 def test_without_proc_memory_is_sealed_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,9 @@ ALIGN_BYTES = 64
 MAX_SEGMENTS = 1 << 16
 """So many segments of a peer are mapped at most."""
 
-SWEEP_TAKES = 256
-"""So often places are taken until the memory goes back to the system that nobody has needed meanwhile."""
+SWEEP_TIMES = 2
+"""When places are taken of so many times the size of all segments, the memory goes back to the system that
+nobody has needed meanwhile. What a step needs, however much, is needed again within less."""
 
 PURGE_BYTES = 256 << 10
 """Less than this in one piece does not go back: the calls would cost more than the memory is worth."""
@@ -245,7 +246,7 @@ class Arena:
         self._segments: dict[int, Segment] = {}
         self._free: dict[int, FreeRanges] = {}
         self._next_number = 1
-        self._takes = 0  # since the last sweep
+        self._taken_bytes = 0  # since the last sweep
         self._given: list[tuple[int, int, int]] = []  # segment, start, size; by whoever let a view go
 
     def take(self, size_bytes: int) -> Bytes:
@@ -259,6 +260,7 @@ class Arena:
             self._settle()
             self._sweep_at_times()
             number, start = self._find(taken_bytes)
+            self._taken_bytes += taken_bytes
             array: Bytes = self._segments[number].bytes[start : start + size_bytes]
             weakref.finalize(array, self._given.append, (number, start, taken_bytes)).atexit = False
             return array
@@ -288,10 +290,9 @@ class Arena:
 
     def _sweep_at_times(self) -> None:
         """Give the memory that nobody has needed for long back to the system."""
-        self._takes += 1
-        if self._takes < SWEEP_TAKES:
+        if self._taken_bytes < SWEEP_TIMES * sum(free.size_bytes for free in self._free.values()):
             return
-        self._takes = 0
+        self._taken_bytes = 0
         for number, free in self._free.items():
             for start, stop in free.sweep():
                 if stop - start >= PURGE_BYTES:
