@@ -146,6 +146,32 @@ def test_where_another_thread_receives_it_is_left_to_that(servers: list[Server],
         other.result(DEADLINE_S)
 
 
+def test_two_threads_receive_from_the_same_servers(servers: list[Server], heard: Heard) -> None:
+    """One of them takes in what both wait for, or they take turns: none is in the other's way."""
+    rounds = 50
+    links = [server.link for server in servers]
+    for _ in range(rounds):
+        answers = [[link.open(Answer("x", heard)) for link in links] for _ in range(2)]
+
+        def pull(numbers: list[int]) -> None:
+            wait = Wait("a pull", DEADLINE_S, lambda: None)
+            pairs = list(zip(links, numbers, strict=True))
+            receive_in_turn(pairs, wait, lambda place: None)
+            for link, number in pairs:
+                link.wait(number, wait)
+
+        with ThreadPoolExecutor(3) as pool:
+            done = [pool.submit(pull, numbers) for numbers in answers]
+            for chunk in range(NUM_CHUNKS):
+                for place, server in enumerate(servers):
+                    for numbers in answers:
+                        server.number = numbers[place]
+                        server.say(chunk)
+            for each in done:
+                each.result(DEADLINE_S)
+    assert len(heard) == rounds * 2 * 2 * NUM_CHUNKS
+
+
 def test_a_deadline_ends_it_between_frames(servers: list[Server]) -> None:
     with pytest.raises(WaitTimeout, match="a pull did not finish within 0 s"):
         in_turn(servers, timeout_s=0.0)

@@ -28,7 +28,7 @@ def receive_in_turn(
 ) -> None:
     """Take in the frames of several servers, one of each in turn, until only one still has to answer.
 
-    Returns before that where another thread receives from one of them: then it takes in all.
+    Meanwhile this thread leads all their links. Where another thread leads one of them nothing is done.
 
     Args:
         numbers: links and the exchanges that are waited for there.
@@ -36,27 +36,34 @@ def receive_in_turn(
         turn_to: hears the place of the first exchange that has not ended.
 
     Raises:
-        What `wait.tick` and `ServerLink.take_one` raise.
+        What `wait.tick` and `ServerLink.receive_one` raise.
     """
+    links = list(dict.fromkeys(link for link, _ in numbers))
     with ExitStack() as stack:
+        for link in links:
+            if not link.begin_to_lead(wait.tick):
+                return
+            stack.callback(link.end_leading)
         for link, number in numbers:
             stack.enter_context(link.answering(number, wait))
         while True:
             missing = [place for place, (link, number) in enumerate(numbers) if link.is_open(number)]
-            links = list(dict.fromkeys(numbers[place][0] for place in missing))
-            if len(links) < 2:
+            if len({numbers[place][0] for place in missing}) < 2:
                 return
             turn_to(missing[0])
-            ready = [link for link in links if link.readable()]
+            ready = [link for link in links if link.readable()]  # also those that others wait for
             if not ready:
                 _sleep_until_readable(links)
-            elif not all(link.take_one(wait.tick) for link in ready):
-                return
+            for link in ready:
+                link.receive_one()
             wait.tick()
 
 
 def _sleep_until_readable(links: Sequence[ServerLink]) -> None:
     poll = select.poll()
     for link in links:
-        poll.register(link.fileno(), select.POLLIN | select.POLLRDHUP)
+        descriptor = link.fileno()
+        if descriptor < 0:  # another thread has closed it: the next look tells
+            return
+        poll.register(descriptor, select.POLLIN | select.POLLRDHUP)
     poll.poll(TICK_S * 1000)

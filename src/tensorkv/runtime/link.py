@@ -232,36 +232,38 @@ class ServerLink:
         return self._connection.fileno()
 
     def readable(self) -> bool:
-        """Whether something has come that nobody has received."""
+        """Whether something has come that nobody has received. By whoever leads."""
         return self._connection.readable()
 
-    def take_one(self, tick: Tick) -> bool:
-        """Receive one frame, which has begun to come; False, at once, if somebody else leads."""
-        return self._receive_some(1, tick)
-
-    def poll(self) -> None:
-        """Receive what has come already, without waiting, unless somebody else leads."""
-        self._receive_some(None, self._check_failure)
-
-    def _receive_some(self, max_frames: int | None, tick: Tick) -> bool:
-        """Receive frames that have come already; False if somebody else leads."""
+    def begin_to_lead(self, tick: Tick) -> bool:
+        """Take the lead, if nobody has it: until `end_leading` only this thread receives here."""
         try:
             leads = self._reading.acquire(blocking=False)
         except BaseException as exc:  # Ctrl-C: it may lead, and nobody would give the lead back
             self._broken_off(exc)
             raise
         if leads:
-            try:
-                self._tick, self._stalled = tick, 0
-                left = max_frames
-                while left != 0 and self._connection.readable():
-                    self._receive()
-                    left = left and left - 1
-            finally:
-                self._reading.release()
-                if self._waiting:
-                    self._tell()
+            self._tick, self._stalled = tick, 0
         return leads
+
+    def end_leading(self) -> None:
+        """Give the lead back."""
+        self._reading.release()
+        if self._waiting:
+            self._tell()
+
+    def receive_one(self) -> None:
+        """Receive one frame and hand it on. By whoever leads."""
+        self._receive()
+
+    def poll(self) -> None:
+        """Receive what has come already, without waiting, unless somebody else leads."""
+        if self.begin_to_lead(self._check_failure):
+            try:
+                while self._connection.readable():
+                    self._receive()
+            finally:
+                self.end_leading()
 
     def watch(self, number: int, wait: Wait | None = None) -> None:
         """See to it that this exchange ends although nobody waits for it.
