@@ -103,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_options(parser)
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _leave)  # so that jobs are ended on the way out
+    if arguments.quick and arguments.docs == HERE.parent / "docs":
+        parser.error("--quick measures nothing worth a page: name another folder with --docs")
     page, console = arguments.docs / "benchmarks.md", Console()
     pythons = peer_pythons(SYSTEMS, arguments)
     measured = Measured(this_machine())

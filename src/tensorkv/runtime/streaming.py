@@ -52,7 +52,8 @@ def stream(target: torch.Tensor, source: torch.Tensor) -> None:
 
 def _is_bare(tensor: torch.Tensor) -> bool:
     """Whether the memory of the tensor holds its elements one after the other, just as they are."""
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg()
+    bare = tensor.device.type == "cpu" and tensor.is_contiguous()
+    return bare and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 def _differ(target: torch.Tensor, source: torch.Tensor) -> bool:

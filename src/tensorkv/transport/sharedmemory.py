@@ -71,16 +71,19 @@ class Segment:
         """
         check_room(size_bytes)
         descriptor = os.memfd_create("tensorkv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        shared = descriptor
         try:
             os.ftruncate(descriptor, -size_bytes // _PAGE_BYTES * -_PAGE_BYTES)
             mapped = mmap.mmap(descriptor, 0)
             with contextlib.suppress(OSError, AttributeError):  # it is faster with huge pages
                 mapped.madvise(mmap.MADV_HUGEPAGE)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALED)
-            shared = descriptor if others_may_write else _read_only(descriptor)
+            if not others_may_write:
+                shared = _read_only(descriptor)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
         except BaseException:
-            os.close(descriptor)
+            for each in {descriptor, shared}:
+                os.close(each)
             raise
         if shared != descriptor:
             os.close(descriptor)
