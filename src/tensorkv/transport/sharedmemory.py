@@ -178,9 +178,7 @@ class FreeRanges:
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
         self._ranges = [(0, size_bytes)]  # start and stop, in order
-        self._idle = list(
-            self._ranges
-        )  # those parts of them that were free all the time since the last sweep
+        self._idle = list(self._ranges)  # parts of them that were free ever since the last sweep
 
     @property
     def all_free(self) -> bool:
