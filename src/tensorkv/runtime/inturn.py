@@ -39,11 +39,29 @@ def receive_in_turn(
         What `wait.tick` and `ServerLink.receive_one` raise.
     """
     links = list(dict.fromkeys(link for link, _ in numbers))
-    with ExitStack() as stack:
+    led: list[ServerLink] = []
+    try:
         for link in links:
             if not link.begin_to_lead(wait.tick):
                 return
-            stack.callback(link.end_leading)
+            led += [link]  # no call, in which Ctrl-C could come between the two
+        _receive_leading(links, numbers, wait, turn_to)
+    finally:
+        try:
+            for link in led:
+                link.end_leading()
+        except BaseException as exc:  # Ctrl-C: nobody would give the others back
+            links[0].broken_off(exc)
+            raise
+
+
+def _receive_leading(
+    links: Sequence[ServerLink],
+    numbers: Sequence[tuple[ServerLink, int]],
+    wait: Wait,
+    turn_to: Callable[[int], None],
+) -> None:
+    with ExitStack() as stack:
         for link, number in numbers:
             stack.enter_context(link.answering(number, wait))
         while True:

@@ -246,6 +246,10 @@ class ServerLink:
             self._tick, self._stalled = tick, 0
         return leads
 
+    def broken_off(self, exc: BaseException) -> None:
+        """Ctrl-C, say, came where the lead may not have been given back: the worker leaves the job."""
+        self._broken_off(exc)
+
     def end_leading(self) -> None:
         """Give the lead back."""
         self._reading.release()
@@ -262,8 +266,10 @@ class ServerLink:
             try:
                 while self._connection.readable():
                     self._receive()
-            finally:
-                self.end_leading()
+            finally:  # not `end_leading`: Ctrl-C may end a call of ours before it has begun
+                self._reading.release()
+                if self._waiting:
+                    self._tell()
 
     def watch(self, number: int, wait: Wait | None = None) -> None:
         """See to it that this exchange ends although nobody waits for it.
