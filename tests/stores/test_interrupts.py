@@ -23,7 +23,7 @@ import torch
 
 import tensorkv
 from tensorkv.errors import PeerLostError, TensorKVError
-from tensorkv.runtime import sharing
+from tensorkv.runtime import inturn, sharing
 from tensorkv.runtime.embedded import EmbeddedJob
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
@@ -177,6 +177,7 @@ def test_a_call_that_is_broken_off_leaves_no_torn_value(
     name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sharing, "PLACED_BYTES", 1)
+    monkeypatch.setattr(inturn, "MIN_BYTES", 1)
     call = (CALLS | LONG_CALLS)[name]
     stride = STRIDE if name in CALLS else LONG_STRIDE
     went_on = left = 0
