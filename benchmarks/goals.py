@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from harness import Times
+from harness import Times, ratio_of_rounds
 
 from tensorkv.bench.report import three_digits
 
@@ -43,12 +43,12 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """A goal, and what was found."""
+    """A goal, and what was found. `reached` is None where a job failed that it needs."""
 
     goal: Goal
     asked: str
     found: str
-    reached: bool
+    reached: bool | None
 
     def cells(self) -> list[str]:
         """Return the texts of a row, one per column."""
@@ -57,63 +57,59 @@ class Verdict:
             ", ".join(self.goal.step),
             self.asked,
             self.found,
-            "yes" if self.reached else "NO",
+            "?" if self.reached is None else "yes" if self.reached else "NO",
         ]
 
 
 def judge(goals: Sequence[Goal], times: Mapping[str, Mapping[str, Times]]) -> list[Verdict]:
-    """Return a verdict for each goal whose systems were measured.
+    """Return a verdict for each goal whose systems were to be measured.
 
     Args:
         goals: what is asked.
-        times: what `measure` returned, by case.
+        times: what `measure` returned, by case. A system without times is one that failed.
     """
     found = []
     for goal in goals:
         systems = times.get(goal.case, {})
-        ours = _rounds(systems, goal.step)
-        theirs = None if goal.peer is None else _rounds(systems, goal.peer)
-        if ours and (goal.peer is None or theirs):
-            found.append(_in_time(goal, ours) if theirs is None else _against(goal, ours, theirs))
+        steps = [goal.step] if goal.peer is None else [goal.step, goal.peer]
+        if all(system in systems for system, _ in steps):
+            found.append(_judge(goal, [systems[system].get(way, []) for system, way in steps]))
     return found
 
 
-def _rounds(systems: Mapping[str, Times], step: tuple[str, str]) -> list[list[float]] | None:
-    system, way = step
-    return systems.get(system, {}).get(way)
+def _judge(goal: Goal, rounds: list[list[list[float]]]) -> Verdict:
+    if not all(rounds):
+        return Verdict(goal=goal, asked=_asked(goal), found="not measured", reached=None)
+    return _in_time(goal, rounds[0]) if goal.peer is None else _against(goal, rounds[0], rounds[1])
+
+
+def _asked(goal: Goal) -> str:
+    peer = " ".join(goal.peer or ())
+    if goal.at_least is not None:
+        return f"≥ {goal.at_least:g} times as fast as {peer}"
+    if goal.at_most is not None:
+        return f"≤ {goal.at_most:g} times as long as {peer}"
+    p99 = "" if goal.p99_ms is None else f", p99 ≤ {goal.p99_ms:g} ms"
+    return f"≤ {goal.median_ms:g} ms{p99}"
 
 
 def _against(goal: Goal, ours: list[list[float]], theirs: list[list[float]]) -> Verdict:
-    """Compare round by round: a round's jobs have run within a minute, on a machine that drifts."""
-    assert goal.peer is not None
-    peer = " ".join(goal.peer)
-    times = statistics.median(
-        statistics.median(each) / statistics.median(base) for each, base in zip(theirs, ours, strict=True)
-    )
     if goal.at_least is not None:
-        return Verdict(
-            goal=goal,
-            asked=f"≥ {goal.at_least:g} times as fast as {peer}",
-            found=three_digits(times),
-            reached=times >= goal.at_least,
-        )
-    assert goal.at_most is not None
-    return Verdict(
-        goal=goal,
-        asked=f"≤ {goal.at_most:g} times as long as {peer}",
-        found=three_digits(1 / times),
-        reached=1 / times <= goal.at_most,
-    )
+        times = ratio_of_rounds(theirs, ours)
+        reached = times >= goal.at_least
+    else:
+        assert goal.at_most is not None
+        times = ratio_of_rounds(ours, theirs)
+        reached = times <= goal.at_most
+    return Verdict(goal=goal, asked=_asked(goal), found=three_digits(times), reached=reached)
 
 
 def _in_time(goal: Goal, ours: list[list[float]]) -> Verdict:
     assert goal.median_ms is not None
     all_ms = sorted(time_s * 1e3 for times_s in ours for time_s in times_s)
     median_ms, p99_ms = statistics.median(all_ms), all_ms[min(len(all_ms) - 1, int(len(all_ms) * 0.99))]
-    asked, found = f"≤ {goal.median_ms:g} ms", f"{three_digits(median_ms)} ms"
-    reached = median_ms <= goal.median_ms
+    found, reached = f"{three_digits(median_ms)} ms", median_ms <= goal.median_ms
     if goal.p99_ms is not None:
-        asked += f", p99 ≤ {goal.p99_ms:g} ms"
         found += f", p99 {three_digits(p99_ms)} ms"
         reached = reached and p99_ms <= goal.p99_ms
-    return Verdict(goal=goal, asked=asked, found=found, reached=reached)
+    return Verdict(goal=goal, asked=_asked(goal), found=found, reached=reached)

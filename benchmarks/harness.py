@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import statistics
@@ -166,9 +167,7 @@ class Figures:
     """What the steps of one way took over all rounds, in milliseconds, and against TensorKV.
 
     `ratio` is how many times as long as TensorKV's a step took, None for TensorKV itself or without it.
-    It is the median of the rounds' ratios: a round's jobs run one after another within a minute, so that
-    what else the machine does weighs on both sides alike. `ratio_of_min` compares the quickest steps,
-    which other load disturbs least.
+    See `ratio_of_rounds`. `ratio_of_min` compares the quickest steps, which other load disturbs least.
     """
 
     median_ms: float
@@ -177,6 +176,21 @@ class Figures:
     num_steps: int
     ratio: float | None
     ratio_of_min: float | None
+
+
+def ratio_of_rounds(rounds: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]]) -> float:
+    """Return how many times as long as those of `baseline` steps took: the median of the rounds' ratios.
+
+    A round's jobs run one after another within a minute, so that what else the machine does weighs on
+    both sides alike. Of an even number of rounds it is the geometric mean of the two in the middle, so that
+    it does not matter which side is called the baseline.
+    """
+    return math.exp(
+        statistics.median(
+            math.log(statistics.median(times_s) / statistics.median(base_s))
+            for times_s, base_s in zip(rounds, baseline, strict=True)
+        )
+    )
 
 
 def figures(rounds: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]] | None) -> Figures:
@@ -190,10 +204,7 @@ def figures(rounds: Sequence[Sequence[float]], baseline: Sequence[Sequence[float
     ratio = ratio_of_min = None
     if baseline is not None:
         ratio_of_min = all_s[0] / min(map(min, baseline))
-        ratio = statistics.median(
-            statistics.median(times_s) / statistics.median(base_s)
-            for times_s, base_s in zip(rounds, baseline, strict=True)
-        )
+        ratio = ratio_of_rounds(rounds, baseline)
     return Figures(
         median_ms=statistics.median(all_s) * 1e3,
         min_ms=all_s[0] * 1e3,

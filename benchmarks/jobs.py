@@ -93,11 +93,16 @@ def gloo_job(case: Case, folder: Path) -> list[Process]:
     ]
 
 
-def ray_job(case: Case, python: str) -> list[Process]:
-    """Return the driver of Ray actors, run by the interpreter `python`, which has Ray; it starts the rest."""
+def ray_job(case: Case, python: str, folder: Path) -> list[Process]:
+    """Return the driver of Ray actors, run by the interpreter `python`, which has Ray; it starts the rest.
+
+    Ray's logs and sockets go to the empty folder `folder`, whose path is to be short.
+    """
     sizes = [f"--workers={case.num_workers}", f"--servers={case.num_servers}"]
-    script = python_script("raysteps.py", *sizes, *case.plan.arguments(), python=python)
-    return [Process(name="ray", command=script, env=_checkout_first() | threads_env(case.num_workers))]
+    options = [f"--folder={folder}", *sizes, *case.plan.arguments()]
+    script = python_script("raysteps.py", *options, python=python)
+    env = _checkout_first() | threads_env(case.num_workers) | {"RAY_USAGE_STATS_ENABLED": "0"}
+    return [Process(name="ray", command=script, env=env)]
 
 
 def floor_job(case: Case) -> list[Process]:

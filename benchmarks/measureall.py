@@ -24,19 +24,19 @@ from cases import CASES, GOALS, quick
 from goals import Verdict, judge
 from harness import HERE, Times
 from jobs import Case
-from peerenv import add_options, peer_pythons
+from peerenv import NoPeer, Peer, add_options, peer_pythons
 from pictures import plot_sweeps
 from rich.console import Console
 from sweeps import SWEEPS, Found, sweep_markdown
 from sweeps import SYSTEMS as SWEPT
-from systems import SYSTEMS, job_makers, measure, rows_of
+from systems import SYSTEMS, can_do, job_makers, measure, rows_of
 from tables import Row, goals_table, markdown, terminal_table
 
 from tensorkv.bench.machine import Machine, this_machine
 
 START, END = "<!-- written by benchmarks/measureall.py -->\n", "<!-- end of what it writes -->\n"
 PICTURE = "benchmarks-growth.png"
-ROUNDS = 2
+ROUNDS = 3
 
 
 class NoPlace(Exception):
@@ -48,15 +48,17 @@ class Measured:
     """All that was measured so far, as markdown."""
 
     machine: Machine
-    started: float = dataclasses.field(default_factory=time.monotonic)
     tables: list[tuple[str, list[Row]]] = dataclasses.field(default_factory=list)
     times: dict[str, dict[str, Times]] = dataclasses.field(default_factory=dict)  # of the cases, by name
     found: dict[str, Found] = dataclasses.field(default_factory=dict)  # of the sweeps, by name
-    failed: list[str] = dataclasses.field(default_factory=list)
+    failed: list[str] = dataclasses.field(default_factory=list)  # systems, and in which case
+    missing: list[str] = dataclasses.field(default_factory=list)  # peers that could not be installed
+    quick: bool = False
+    minutes: float | None = None  # all of it took; None as long as it is not done
 
     def verdicts(self) -> list[Verdict]:
-        """Return what of the goals can be judged."""
-        return judge(GOALS, self.times)
+        """Return what of the goals can be judged; nothing is asked of tiny sizes."""
+        return [] if self.quick else judge(GOALS, self.times)
 
     def note_failed(self, case: Case, times: Mapping[str, Times]) -> None:
         """Note which systems have failed in a case."""
@@ -64,9 +66,12 @@ class Measured:
 
     def markdown(self) -> str:
         """Return all tables."""
-        minutes = (time.monotonic() - self.started) / 60
-        command = f"make bench (took {minutes:.0f} minutes)"
+        command = "make bench" if self.minutes is None else f"make bench (took {self.minutes:.0f} minutes)"
         parts = [markdown(self.tables, self.verdicts(), self.machine, command)]
+        if self.minutes is None:
+            parts.insert(0, "**Unfinished**: what follows was measured before the run was ended.\n")
+        if self.missing:
+            parts.append(f"Not measured, as it could not be installed: {', '.join(self.missing)}.\n")
         if self.failed:
             parts.append(f"Left out, as their jobs failed: {', '.join(self.failed)}.\n")
         if self.found:
@@ -85,16 +90,80 @@ def put_figures(page: Path, figures: str) -> None:
     Raises:
         NoPlace: it has no marks.
     """
-    text = page.read_text()
+    before, after = around_figures(page)
+    new = page.with_suffix(".new")
+    new.write_text(before + "\n" + figures.strip() + "\n\n" + after)
+    new.replace(page)  # so that there is no moment at which the page is cut off
+
+
+def around_figures(page: Path) -> tuple[str, str]:
+    """Return what stands before and after the figures of a page, marks and all.
+
+    Raises:
+        NoPlace: there is no such page, or it has no marks.
+    """
+    try:
+        text = page.read_text()
+    except OSError as exc:
+        raise NoPlace(f"the figures have no place: {exc}") from exc
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
         raise NoPlace(f"{page} has no lines {START.strip()} and {END.strip()}")
-    page.write_text(before + start + "\n" + figures.strip() + "\n\n" + end + after)
+    return before + start, end + after
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and write the page."""
+    started = time.monotonic()
+    arguments = _parse(argv)
+    signal.signal(signal.SIGTERM, _leave)  # so that jobs are ended on the way out
+    page, console = arguments.docs / "benchmarks.md", Console()
+    around_figures(page)  # now, not when the first of them are there
+    measured = Measured(this_machine(), quick=arguments.quick)
+
+    def note_missing(peer: Peer, reason: NoPeer) -> None:
+        measured.missing.append(peer.name)
+        console.print(f"{peer.name} is left out: {reason}", markup=False, highlight=False)
+
+    pythons = peer_pythons(SYSTEMS, arguments, note_missing)
+    console.print(measured.machine.text(), highlight=False)
+    with tempfile.TemporaryDirectory() as folder:
+        _measure_all(measured, page, pythons, Path(folder), console)
+    measured.minutes = (time.monotonic() - started) / 60
+    put_figures(page, measured.markdown())
+    if measured.verdicts():
+        console.print(goals_table(measured.verdicts()))
+    console.print(f"{measured.minutes:.1f} minutes; written: {page}", highlight=False)
+
+
+def _measure_all(
+    measured: Measured, page: Path, pythons: Mapping[str, str], folder: Path, console: Console
+) -> None:
+    """Measure everything. What was measured stays on the page, whatever happens next."""
+
+    def times_of(case: Case, systems: Sequence[str], rounds: int) -> dict[str, Times]:
+        case = quick(case) if measured.quick else case
+        times = measure(case, job_makers(case, systems, pythons, folder), rounds, console)
+        measured.note_failed(case, times)
+        return times | {peer: {} for peer in measured.missing if peer in systems and can_do(peer, case)}
+
+    for case in CASES:
+        times = measured.times[case.name] = times_of(case, SYSTEMS, 1 if measured.quick else ROUNDS)
+        title = f"tiny sizes instead of: {case.title}" if measured.quick else case.title
+        measured.tables.append((title, rows_of(case, times)))
+        console.print(terminal_table(*measured.tables[-1]))
+        put_figures(page, measured.markdown())
+    for sweep in SWEEPS:
+        fits, skipped = sweep.fitting()
+        found = {value: times_of(case, SWEPT, 1) for value, case in fits}
+        measured.found[sweep.name] = found
+        console.print(sweep_markdown(sweep, found, skipped), markup=False)
+        put_figures(page, measured.markdown())
+        plot_sweeps(SWEEPS, measured.found, page.with_name(PICTURE))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,37 +171,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="where benchmarks.md is")
     add_options(parser)
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _leave)  # so that jobs are ended on the way out
-    if arguments.quick and arguments.docs == HERE.parent / "docs":
+    if arguments.quick and arguments.docs.resolve() == HERE.parent / "docs":
         parser.error("--quick measures nothing worth a page: name another folder with --docs")
-    page, console = arguments.docs / "benchmarks.md", Console()
-    pythons = peer_pythons(SYSTEMS, arguments)
-    measured = Measured(this_machine())
-    console.print(measured.machine.text(), highlight=False)
-    with tempfile.TemporaryDirectory() as folder:
-
-        def times_of(case: Case, systems: Sequence[str], rounds: int) -> dict[str, Times]:
-            case = quick(case) if arguments.quick else case
-            times = measure(case, job_makers(case, systems, pythons, Path(folder)), rounds, console)
-            measured.note_failed(case, times)
-            return times
-
-        for case in CASES:
-            times = measured.times[case.name] = times_of(case, SYSTEMS, 1 if arguments.quick else ROUNDS)
-            measured.tables.append((case.title, rows_of(case, times)))
-            console.print(terminal_table(*measured.tables[-1]))
-            put_figures(page, measured.markdown())  # what was measured stays, whatever happens next
-        for sweep in SWEEPS:
-            fits, skipped = sweep.fitting()
-            found = {value: times_of(case, SWEPT, 1) for value, case in fits}
-            measured.found[sweep.name] = found
-            console.print(sweep_markdown(sweep, found, skipped), markup=False)
-            put_figures(page, measured.markdown())
-            plot_sweeps(SWEEPS, measured.found, arguments.docs / PICTURE)
-    console.print(goals_table(measured.verdicts()))
-    console.print(
-        f"{(time.monotonic() - measured.started) / 60:.1f} minutes; written: {page}", highlight=False
-    )
+    return arguments
 
 
 def _leave(number: int, frame: object) -> NoReturn:

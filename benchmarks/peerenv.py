@@ -8,11 +8,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-_PYTHONS = ("python3.11", "python3.10", "python3.9", "python3.8")  # those numpy 1.23.5 was built for
 
 _INSTALL_S = 900.0
 _CHECK_S = 120.0
@@ -20,11 +18,15 @@ _CHECK_S = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """A system that is installed by itself: the module `name` in a version, and what pip is asked for."""
+    """A system that is installed by itself: the module `name` in a version, and what pip is asked for.
+
+    `pythons` are the interpreters that `requirements` have been built for, the first choice first.
+    """
 
     name: str
     version: str
     requirements: tuple[str, ...]
+    pythons: tuple[str, ...]
 
     @property
     def variable(self) -> str:
@@ -37,8 +39,18 @@ class Peer:
         return f"--{self.name}-python"
 
 
-MXNET = Peer(name="mxnet", version="1.9.1", requirements=("numpy==1.23.5", "mxnet==1.9.1"))
-RAY = Peer(name="ray", version="2.60.0", requirements=("numpy==2.4.6", "ray==2.60.0"))
+MXNET = Peer(
+    name="mxnet",
+    version="1.9.1",
+    requirements=("numpy==1.23.5", "mxnet==1.9.1"),
+    pythons=("python3.11", "python3.10", "python3.9", "python3.8"),
+)
+RAY = Peer(
+    name="ray",
+    version="2.60.0",
+    requirements=("numpy==2.4.6", "ray==2.60.0"),
+    pythons=("python3.11", "python3.12", "python3.13"),
+)
 PEERS = (MXNET, RAY)
 
 
@@ -69,17 +81,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def peer_pythons(systems: Sequence[str], arguments: argparse.Namespace) -> dict[str, str]:
+def peer_pythons(
+    systems: Sequence[str], arguments: argparse.Namespace, on_missing: Callable[[Peer, NoPeer], None]
+) -> dict[str, str]:
     """Return the interpreters of those peers that are among `systems`, by name.
 
-    Raises:
-        NoPeer: one cannot be had.
+    A peer that cannot be had is left out; `on_missing` is called with it and the reason.
     """
-    return {
-        peer.name: peer_python(peer, getattr(arguments, f"{peer.name}_python"), arguments.cache)
-        for peer in PEERS
-        if peer.name in systems
-    }
+    pythons: dict[str, str] = {}
+    for peer in PEERS:
+        if peer.name in systems:
+            given = getattr(arguments, f"{peer.name}_python")
+            try:
+                pythons[peer.name] = peer_python(peer, given, arguments.cache)
+            except NoPeer as missing:
+                on_missing(peer, missing)
+    return pythons
 
 
 def peer_python(peer: Peer, given: str | None, cache: Path) -> str:
@@ -121,10 +138,10 @@ def _checked(peer: Peer, python: str) -> str:
 
 
 def _make(peer: Peer, folder: Path, python: Path) -> None:
-    base = next((found for name in _PYTHONS if (found := shutil.which(name))), None)
+    base = next((found for name in peer.pythons if (found := shutil.which(name))), None)
     if base is None:
         raise NoPeer(
-            f"{peer.name} {peer.version} needs one of {', '.join(_PYTHONS)}; install one, or name an "
+            f"{peer.name} {peer.version} needs one of {', '.join(peer.pythons)}; install one, or name an "
             f"interpreter that has it with {peer.option} or {peer.variable}"
         )
     pip_args = shlex.split(os.environ.get("PIP_ARGS", ""))

@@ -31,7 +31,7 @@ from cases import CASES, GOALS, quick
 from goals import judge
 from harness import Times
 from jobs import Case
-from peerenv import add_options, peer_pythons
+from peerenv import NoPeer, Peer, add_options, peer_pythons
 from rich.console import Console
 from systems import OURS, SYSTEMS, job_makers, measure, rows_of
 from tables import as_json, goals_table, markdown, terminal_table
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _leave)  # so that jobs are ended on the way out
     console, machine = Console(), this_machine()
     systems = arguments.system or (SYSTEMS if arguments.peers else OURS)
-    pythons = peer_pythons(systems, arguments)
+    pythons = peer_pythons(systems, arguments, _refuse)
     goals = [] if arguments.quick else GOALS
     tables, times, command = [], dict[str, dict[str, Times]](), _command(arguments)
     console.print(machine.text(), highlight=False)
@@ -104,6 +104,10 @@ def _command(arguments: argparse.Namespace) -> str:
     words += [f"--case={name}" for name in arguments.case or ()]
     words.append(f"--rounds={arguments.rounds}")
     return shlex.join(words)
+
+
+def _refuse(peer: Peer, missing: NoPeer) -> NoReturn:
+    raise missing  # who asks for a peer wants it
 
 
 def _leave(number: int, frame: object) -> NoReturn:

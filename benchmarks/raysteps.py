@@ -139,10 +139,16 @@ def main() -> None:
     parser = plan_parser(__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--servers", type=int, default=2)
+    parser.add_argument("--folder", help="for the logs and sockets of Ray (its own choice)")
     arguments: argparse.Namespace = parser.parse_args()
     plan = parse_plan(arguments)
     # An actor reserves a core; there are to be enough of them, as there are for everybody else's processes.
-    ray.init(num_cpus=arguments.workers + arguments.servers, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        num_cpus=arguments.workers + arguments.servers,
+        include_dashboard=False,
+        log_to_driver=False,
+        _temp_dir=arguments.folder,
+    )
     try:
         print_result(run(RaySystem(plan, arguments.workers, arguments.servers), plan))
     finally:

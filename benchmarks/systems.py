@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness import JobFailed, Times, figures, run_job
 from jobs import Case, JobMaker, floor_job, gloo_job, mxnet_job, ray_job, tensorkv_job
+from peerenv import PEERS
 from rich.console import Console
 from tables import Row
 
@@ -16,6 +17,7 @@ SYSTEMS = ("tensorkv", "tensorkv-shm", "tensorkv-lent", "mxnet", "gloo", "ray", 
 through shared memory, and "tensorkv-lent" too, from tensors of `empty_like`."""
 
 OURS = ("tensorkv", "tensorkv-shm", "tensorkv-lent", "floor")
+NEED_A_PYTHON = tuple(peer.name for peer in PEERS)
 JOB_TIMEOUT_S = 300.0
 
 
@@ -27,7 +29,7 @@ def job_makers(
     Args:
         case: what they are to do.
         systems: names out of SYSTEMS.
-        pythons: the interpreters that have MXNet and Ray, if they are among them.
+        pythons: the interpreters that have MXNet and Ray; without its own a system cannot do anything.
         folder: an empty folder that lasts as long as the jobs.
     """
     makers: dict[str, JobMaker] = {
@@ -36,10 +38,14 @@ def job_makers(
         "tensorkv-lent": lambda case: tensorkv_job(case, "shm", lent=True),
         "mxnet": lambda case: mxnet_job(case, pythons["mxnet"]),
         "gloo": lambda case: gloo_job(case, Path(tempfile.mkdtemp(dir=folder))),
-        "ray": lambda case: ray_job(case, pythons["ray"]),
+        "ray": lambda case: ray_job(case, pythons["ray"], Path(tempfile.mkdtemp(dir=folder))),
         "floor": floor_job,
     }
-    return {system: makers[system] for system in systems if can_do(system, case)}
+    return {
+        system: makers[system]
+        for system in systems
+        if can_do(system, case) and (system in pythons or system not in NEED_A_PYTHON)
+    }
 
 
 def can_do(system: str, case: Case) -> bool:

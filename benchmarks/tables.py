@@ -57,7 +57,8 @@ def goals_table(verdicts: Sequence[Verdict]) -> Table:
     """Return what was asked and what was found as a table for rich."""
     table = Table(*goals.COLUMNS, title="Goals", title_justify="left", box=SIMPLE_HEAD)
     for verdict in verdicts:
-        table.add_row(*verdict.cells(), style="green" if verdict.reached else "red")
+        style = "yellow" if verdict.reached is None else "green" if verdict.reached else "red"
+        table.add_row(*verdict.cells(), style=style)
     return table
 
 

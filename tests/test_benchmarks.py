@@ -140,12 +140,14 @@ def test_ratio_is_taken_round_by_round() -> None:
     ours = [[1.0, 2.0, 3.0], [10.0, 20.0, 30.0], [1.0, 1.0, 1.0]]
     theirs = [[4.0, 6.0, 8.0], [30.0, 40.0, 90.0], [1.5, 9.0, 9.5]]
     found = harness.figures(theirs, ours)
-    assert found.ratio == 3.0  # of 3, 2 and 9
+    assert found.ratio == pytest.approx(3.0)  # of 3, 2 and 9
     assert found.ratio_of_min == 1.5
     assert found.median_ms == 9000.0
     assert found.min_ms == 1500.0
     assert found.p99_ms == 90_000.0
     assert harness.figures(ours, None).ratio is None
+    assert harness.ratio_of_rounds([[8.0], [2.0]], [[1.0], [1.0]]) == pytest.approx(4.0)  # not 5
+    assert harness.ratio_of_rounds([[1.0], [1.0]], [[8.0], [2.0]]) == pytest.approx(1 / 4)
 
 
 def test_a_goal_is_judged_round_by_round_and_told_with_its_case() -> None:
@@ -157,15 +159,17 @@ def test_a_goal_is_judged_round_by_round_and_told_with_its_case() -> None:
         Goal.within(case.name, "tensorkv", "pushpull", "floor", "tcp", 1.9),
         Goal.time(case.name, "tensorkv", "pushpull", median_ms=1000, p99_ms=9000),
         Goal.time(case.name, "tensorkv", "pushpull", median_ms=1000, p99_ms=8999),
-        Goal.time(case.name, "gloo", "flat", median_ms=1000),  # not measured
+        Goal.time(case.name, "gloo", "flat", median_ms=1000),  # nobody asked for gloo
+        Goal.faster(case.name, "tensorkv", "pushpull", "ray", "actors", 2),  # which has failed
     ]
     times = {
         "tensorkv": {"pushpull": [[1.0], [9.0], [1.0]]},
         "mxnet": {"pushpull": [[1.5], [90.0], [1.2]]},
         "floor": {"tcp": [[0.5], [4.5], [0.4]]},
+        "ray": {},
     }
     verdicts = judge(asked, {case.name: times})
-    assert [verdict.reached for verdict in verdicts] == [True, False, True, False, True, False]
+    assert [verdict.reached for verdict in verdicts] == [True, False, True, False, True, False, None]
     assert [verdict.found for verdict in verdicts[1:4:2]] == ["1.5", "2"]
     text = tables.markdown(
         [(case.title, systems.rows_of(case, times))], verdicts, this_machine(), "a command"
@@ -173,6 +177,7 @@ def test_a_goal_is_judged_round_by_round_and_told_with_its_case() -> None:
     assert case.title in text
     assert "    a command\n" in text
     assert "| dist-resnet50 | tensorkv, pushpull | ≥ 1.6 times as fast as mxnet pushpull | 1.5 | NO |" in text
+    assert "| ≥ 2 times as fast as ray actors | not measured | ? |" in text
     assert "| floor | tcp | 500 |" in text
 
 
@@ -234,8 +239,38 @@ def test_a_peer_that_fails_is_left_out_and_one_of_ours_is_an_error() -> None:
     measured.times[case.name] = times
     measured.note_failed(case, times)
     assert "Left out, as their jobs failed: mxnet (dist-resnet50)." in measured.markdown()
+    assert "mxnet pushpull | not measured | ? |" in measured.markdown()
     with pytest.raises(JobFailed):
         systems.measure(case, {"tensorkv": makers["mxnet"]}, 1, Console(file=output))
+
+
+def test_a_peer_that_cannot_be_had_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, list[str]] = {}
+
+    def measured(case: jobs.Case, makers: dict[str, Any], rounds: int, console: Any) -> dict[str, Any]:
+        asked[case.name] = list(makers)
+        return {"tensorkv": {"push+pull": [[0.001]], "pushpull": [[0.001]]}}
+
+    monkeypatch.setattr(measureall, "measure", measured)
+    (tmp_path / "benchmarks.md").write_text(f"{measureall.START}{measureall.END}")
+    nowhere = [f"--{peer.name}-python={tmp_path / 'none'}" for peer in peerenv.PEERS]
+    measureall.main([f"--docs={tmp_path}", *nowhere])
+    assert asked["dist-resnet50"] == ["tensorkv", "tensorkv-shm", "tensorkv-lent", "gloo", "floor"]
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "Not measured, as it could not be installed: mxnet, ray." in text
+    assert "≥ 1.8 times as fast as mxnet pushpull | not measured | ? |" in text
+    assert str(tmp_path) not in text
+    assert "mxnet is left out: " in capsys.readouterr().out
+
+
+def test_nothing_is_asked_of_tiny_sizes() -> None:
+    case = next(case for case in cases.CASES if case.name == "dist-one")
+    for quick, number in ((False, 1), (True, 0)):
+        measured = measureall.Measured(this_machine(), quick=quick)
+        measured.times[case.name] = {"tensorkv": {"pushpull": [[0.001]]}}
+        assert len(measured.verdicts()) == number
 
 
 def test_everything_is_measured_and_written_as_it_is_found(
@@ -254,7 +289,7 @@ def test_everything_is_measured_and_written_as_it_is_found(
         }
 
     monkeypatch.setattr(measureall, "measure", measured)
-    monkeypatch.setattr(measureall, "peer_pythons", lambda systems, arguments: {"mxnet": "m", "ray": "r"})
+    monkeypatch.setattr(measureall, "peer_pythons", lambda *arguments: {"mxnet": "m", "ray": "r"})
     (tmp_path / "benchmarks.md").write_text(f"above\n{measureall.START}{measureall.END}below\n")
     measureall.main([f"--docs={tmp_path}"])
     text = (tmp_path / "benchmarks.md").read_text()
@@ -265,6 +300,9 @@ def test_everything_is_measured_and_written_as_it_is_found(
     assert "| dist-resnet50 | tensorkv, pushpull | ≥ 1.8 times as fast as mxnet pushpull | 1 | NO |" in text
     assert cases.CASES[0].title not in looked[0]
     assert cases.CASES[0].title in looked[1]
+    assert "**Unfinished**" in looked[-1]
+    assert "**Unfinished**" not in text
+    assert "    make bench (took 0 minutes)\n" in text
     assert (tmp_path / measureall.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert "minutes; written: " in capsys.readouterr().out
 
@@ -278,6 +316,13 @@ def test_figures_replace_those_before_them_and_nothing_else(tmp_path: Path) -> N
     page.write_text("above\n")
     with pytest.raises(measureall.NoPlace, match="has no lines"):
         measureall.put_figures(page, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
+
+
+def test_a_page_without_a_place_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measureall, "peer_pythons", lambda *arguments: pytest.fail("too late"))
+    with pytest.raises(measureall.NoPlace, match="no place: .*benchmarks.md"):
+        measureall.main([f"--docs={tmp_path}"])
 
 
 # ---- starting a job ------------------------------------------------------------------------------
