@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import pytest
 from tensorkv.config import JobConfig
 from tensorkv.errors import NotInJob, PeerLostError, ProtocolError, StoreClosed, UpdaterError, WaitTimeout
 from tensorkv.runtime import job as job_module
+from tensorkv.runtime import waits
 from tensorkv.runtime.embedded import EmbeddedJob
 from tensorkv.runtime.job import Job, join, leave
 from tensorkv.wire import messages as m
@@ -103,6 +105,29 @@ def test_joining_that_fails_half_way_leaves_nothing(
         cluster.join(0)
     for server in cluster.servers:
         assert "it could not connect to all servers" in str(server.wait())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_who_cannot_reach_a_server_hears_from_the_scheduler_who_was_lost(
+    cluster: EmbeddedJob, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Else it would itself be named as the first that was lost: so the chaos run found it."""
+    real = job_module.connect_to_server
+
+    def connect(config: JobConfig, rank: int, address: m.ServerAddress) -> object:
+        if (config.rank, rank) == (0, 1):
+            if known:
+                cluster.join(1).close(m.Abandon("it fell over"))
+            raise PeerLostError("server 1 cannot be reached")
+        return real(config, rank, address)
+
+    monkeypatch.setattr(job_module, "connect_to_server", connect)
+    monkeypatch.setattr(waits, "LOST_GRACE_S", DEADLINE_S if known else 0.0)
+    with pytest.raises(PeerLostError, match="worker 1 .*it fell over" if known else "server 1 cannot"):
+        cluster.join(0)
+    lost = "it fell over" if known else "worker 0 .*it could not connect to all servers"
+    for server in cluster.servers:
+        assert re.search(lost, str(server.wait()))
 
 
 def test_a_loss_wakes_a_call_that_waits(cluster: EmbeddedJob, job: Job) -> None:

@@ -21,7 +21,7 @@ from tensorkv.errors import (
 from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.slots import Slot
 from tensorkv.runtime import link as link_module
-from tensorkv.runtime import sharing
+from tensorkv.runtime import sharing, waits
 from tensorkv.runtime.link import Exchange, ServerLink, SingleReply
 from tensorkv.runtime.sharing import SharedValues
 from tensorkv.runtime.waits import Wait
@@ -285,7 +285,7 @@ def test_a_deadline_inside_a_frame_waits_for_the_rest_of_it(tcp_bench: Bench) ->
 
 def test_a_frame_whose_end_never_comes(tcp_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "STALL_S", 0.3)
-    monkeypatch.setattr(link_module, "LOST_GRACE_S", 0.0)
+    monkeypatch.setattr(waits, "LOST_GRACE_S", 0.0)
     bench = tcp_bench
     number = bench.link.open(SingleReply())
     bench.server.send(encode(m.Done(number))[:-1])
@@ -300,7 +300,7 @@ def test_the_end_of_the_connection_ends_every_call(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
     """Calls that wait, calls nobody waits for, and later ones; the scheduler's word is the cause."""
-    monkeypatch.setattr(link_module, "LOST_GRACE_S", 0.0 if not known else 3.0)
+    monkeypatch.setattr(waits, "LOST_GRACE_S", 0.0 if not known else 3.0)
     bench.failure = PeerLostError("worker 1 was lost") if known else None
     watched = [Values(1), Values(1)]
     reply = SingleReply()

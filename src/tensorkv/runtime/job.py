@@ -25,6 +25,7 @@ from tensorkv.errors import (
     StoreClosed,
     TensorKVError,
     TransportUnavailable,
+    again,
 )
 from tensorkv.runtime import inturn
 from tensorkv.runtime.code import CodeTable
@@ -32,7 +33,7 @@ from tensorkv.runtime.control import ControlClient
 from tensorkv.runtime.handshake import connect_to_server
 from tensorkv.runtime.link import ServerLink
 from tensorkv.runtime.signals import WorkerSignals
-from tensorkv.runtime.waits import Wait, broken_off_error
+from tensorkv.runtime.waits import Wait, broken_off_error, schedulers_word
 from tensorkv.runtime.window import Window
 from tensorkv.transport.base import Connection
 from tensorkv.transport.tcp import hostname
@@ -87,8 +88,14 @@ class Job:
             for rank, address in enumerate(self.control.servers()):
                 connection = connect_to_server(config, rank, address)
                 self.links.append(self._link(connection, f"server {rank}"))
-        except BaseException:
-            self.close(m.Abandon("it could not connect to all servers"))
+        except BaseException as exc:
+            try:
+                lost_server = isinstance(exc, (PeerLostError, TransportUnavailable))
+                cause = schedulers_word(self.failure) if lost_server else None
+            finally:  # Ctrl-C too
+                self.close(m.Abandon("it could not connect to all servers"))
+            if cause is not None:
+                raise again(cause) from None
             raise
 
     def _link(self, connection: Connection, name: str) -> ServerLink:

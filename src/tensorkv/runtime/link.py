@@ -27,7 +27,7 @@ from tensorkv.errors import (
     to_wire,
 )
 from tensorkv.runtime.sender import Sender, Sent
-from tensorkv.runtime.waits import Wait, broken_off_error
+from tensorkv.runtime.waits import Wait, broken_off_error, schedulers_word
 from tensorkv.runtime.window import Window, WindowEnd
 from tensorkv.transport.base import TICK_S, Connection, Tick, no_tick
 from tensorkv.transport.stream import StreamConnection
@@ -36,9 +36,6 @@ from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 
 JOIN_TIMEOUT_S = 5.0
-LOST_GRACE_S = 2.0
-"""How long the scheduler has to tell who was lost, once a connection to a server has ended."""
-
 STALL_S = 10.0
 """How long a frame whose end does not come is waited for beyond the deadline of whoever receives it."""
 
@@ -216,7 +213,7 @@ class ServerLink:
         try:
             yield
         finally:
-            del self._waits[number]
+            self._waits.pop(number, None)  # who watches it may have been sooner
 
     def is_open(self, number: int) -> bool:
         """Whether the exchange with this number has not ended."""
@@ -495,13 +492,7 @@ class ServerLink:
         """Return why the connection ended: the scheduler's word counts, if it comes soon."""
         if isinstance(exc, TensorKVError):
             return exc
-        event = threading.Event()
-        for _ in range(int(LOST_GRACE_S / TICK_S)):
-            failure = self._failure()
-            if failure is not None:
-                return failure
-            event.wait(TICK_S)
-        return PeerLostError(f"{self.name} was lost: {exc}")
+        return schedulers_word(self._failure) or PeerLostError(f"{self.name} was lost: {exc}")
 
     def _end_all(self, error: TensorKVError) -> None:
         """Nothing more will come: tell every exchange."""

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 _SILENT = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 LOG_EVERY_S = 10.0
 ASK_GRACE_S = 2.0
+LOST_GRACE_S = 2.0
+"""How long the scheduler has to tell who was lost, once a server cannot be reached any more."""
+
 RECENT_S = 2.0
 """A call that waits ticks several times in this time."""
 
@@ -160,6 +163,20 @@ def waiting_calls() -> list[Wait]:
 def lost_error(lost: m.Lost) -> PeerLostError:
     """Return the error that a lost process is reported with."""
     return PeerLostError(lost_text(lost.role, lost))
+
+
+def schedulers_word(failure: Callable[[], TensorKVError | None]) -> TensorKVError | None:
+    """Return why the job is broken, for somebody who has lost a server; None if nobody tells soon.
+
+    Several may lose each other when one has died. The scheduler, who hears of all, knows which it was.
+    """
+    pause = threading.Event()
+    for _ in range(int(LOST_GRACE_S / TICK_S)):
+        found = failure()
+        if found is not None:
+            return found
+        pause.wait(TICK_S)
+    return None
 
 
 def lost_text(role: str, lost: m.Lost | m.WorkerLost) -> str:
