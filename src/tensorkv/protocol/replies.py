@@ -13,6 +13,7 @@ from tensorkv.errors import LoadError, ProtocolError
 from tensorkv.protocol.layouts import sent_dtype, sent_size
 from tensorkv.savedstate import VALUE, Plain, SavedSettings, TensorRecord, check_settings
 from tensorkv.slicestate import packed_bytes
+from tensorkv.updaterspec import MAX_INT
 from tensorkv.wire import messages as m
 
 MAX_STATE_TENSORS = 64
@@ -95,7 +96,9 @@ def check_slice(
     """
     if not 0 <= start <= stop <= sent_size(shape):
         raise ProtocolError(f"slice [{start}, {stop}) of shape {shape}")
-    if not tensors or tensors[0].name != VALUE or not tensors[0].elementwise or version < 0:
+    if not 0 <= version <= MAX_INT:
+        raise ProtocolError(f"a slice came with version {version}")
+    if not tensors or tensors[0].name != VALUE or not tensors[0].elementwise:
         raise ProtocolError("a slice came without its value")
     names = [each.name for each in tensors]
     if len({*names, *plain}) < len(names) + len(plain):
