@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from tensorkv.errors import ProtocolError
+from tensorkv.errors import ProtocolError, UpdaterError
 from tensorkv.protocol.layouts import Layout
 from tensorkv.protocol.lockstep import is_at_rest
 from tensorkv.protocol.rounds import Rounds
 from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.wire import messages as m
+
+SGD = UpdaterSpec(type="optimizer", name="torch.optim:SGD", options={"lr": 0.5, "momentum": 0.5})
 
 
 def pair(t: Any, num_workers: int = 2, **store: Any) -> tuple[Any, list[int], list[int]]:
@@ -39,6 +41,56 @@ def test_rounds_and_versions_are_counted(t: Any) -> None:
         assert bench.value(0, plans[0]).tolist() == [3.0 * (number + 1)] * 4
     assert bench.shard._locksteps
     assert (bench.info(0, ids).rounds, bench.info(0, ids).versions) == ([5, 5], [5, 5])
+    bench.check_empty()
+
+
+def test_optimizers_step_in_it(t: Any) -> None:
+    bench, ids, plans = pair(t)
+    bench.set_updater(0, SGD)
+    values = [torch.nn.Parameter(torch.zeros(2)) for _ in ids]
+    optimizer = torch.optim.SGD(values, lr=0.5, momentum=0.5)
+    for number in range(5):
+        grads = [torch.full((4,), number + each) for each in (1.0, 2.0)]
+        out = bench.push(1, plans[1], grads[1], reply=51) + bench.push(0, plans[0], grads[0], reply=50)
+        for each in values:
+            each.grad = grads[0][:2] + grads[1][:2]
+        optimizer.step()
+        assert all(torch.equal(each.payload[0].tensor, torch.cat(values)) for each in out)
+        assert sorted(each.message.request for each in out) == [50, 51]
+        t.settle(out)
+    assert bench.shard._locksteps
+    assert (bench.info(0, ids).rounds, bench.info(0, ids).versions) == ([5, 5], [5, 5])
+    bench.check_empty()
+
+
+def test_an_update_that_fails_ends_it(t: Any) -> None:
+    """The other slices go on, who pushed is told, and who waits has the values that there are."""
+
+    def careful(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+        if key == "b" and pushed[0] == 9.0:
+            raise RuntimeError("nine")
+        stored += pushed
+
+    bench, ids, plans = pair(t, functions={"careful": careful})
+    bench.set_updater(0, UpdaterSpec(type="function", name="careful"))
+    for rank in range(2):
+        bench.push(rank, plans[rank], torch.ones(4))
+    assert bench.shard._locksteps
+    bench.push(0, plans[0], torch.full((4,), 4.0))
+    assert bench.pull(0, plans[0]) == []
+    out = bench.push(1, plans[1], torch.full((4,), 5.0), reply=60)
+    assert not bench.shard._locksteps
+    for worker, each in enumerate(out[:2]):
+        assert (each.worker, each.message.slice_ids, each.message.round) == (worker, ids[1:], 2)
+        assert isinstance(t.error_of(each.message), UpdaterError)
+    for worker, each in enumerate(out[2:]):
+        assert (each.worker, each.payload[0].tensor.tolist()) == (worker, [11.0, 11.0, 2.0, 2.0])
+    t.settle(out)
+    assert (bench.info(0, ids).rounds, bench.info(0, ids).versions) == ([2, 2], [2, 1])
+    for rank in range(2):
+        assert bench.push(rank, plans[rank], torch.ones(4)) == []
+    assert bench.value(0, plans[0]).tolist() == [13.0, 13.0, 4.0, 4.0]
+    assert (bench.info(0, ids).rounds, bench.info(0, ids).versions) == ([3, 3], [3, 2])
     bench.check_empty()
 
 

@@ -969,13 +969,16 @@ def test_a_put_says_whom_it_waits_for_and_needs_values(t: Any) -> None:
 # ---- what is not foreseen ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rounds", [0, 12])  # the general way, and in lockstep
+@pytest.mark.parametrize("rounds", [0, 12])
+@pytest.mark.parametrize("lockstep", [False, True])
 @pytest.mark.parametrize("optimizer", [False, True])
 def test_what_torch_refuses_is_the_fault_of_the_round(
-    t: Any, monkeypatch: pytest.MonkeyPatch, rounds: int, optimizer: bool
+    t: Any, monkeypatch: pytest.MonkeyPatch, rounds: int, lockstep: bool, optimizer: bool
 ) -> None:
     """Whoever contributed is told; the round counts, the version does not, and the server goes on."""
     bench = t.Bench(2)
+    if not lockstep:
+        monkeypatch.setattr(bench.shard, "_begin_lockstep", lambda layout: None)
     (w,) = bench.init("w", torch.zeros(2))
     if optimizer:
         bench.set_updater(0, UpdaterSpec(type="named", name="add"))

@@ -139,6 +139,7 @@ class Layout:
         self.may_lockstep = True
         self._settings_epoch = -1
         self._all_assign = False
+        self._only_setting: Setting | None = None
 
     def bounds(self, position: int) -> tuple[int, int]:
         """Return where the slice at `position` begins and ends in the chunk, in elements."""
@@ -148,9 +149,20 @@ class Layout:
     def all_assign(self, settings_epoch: int) -> bool:
         """Whether ASSIGN holds for every slice; looked up anew when `settings_epoch` has changed."""
         if self._settings_epoch != settings_epoch:
-            self._all_assign = all(isinstance(each.setting.updater, Assign) for each in self.slices)
-            self._settings_epoch = settings_epoch
+            self._look_up_settings(settings_epoch)
         return self._all_assign
+
+    def only_setting(self, settings_epoch: int) -> Setting | None:
+        """Return the setting that holds for every slice, None if there are several; as `all_assign`."""
+        if self._settings_epoch != settings_epoch:
+            self._look_up_settings(settings_epoch)
+        return self._only_setting
+
+    def _look_up_settings(self, settings_epoch: int) -> None:
+        settings = {id(each.setting): each.setting for each in self.slices}
+        self._all_assign = all(isinstance(each.updater, Assign) for each in settings.values())
+        self._only_setting = next(iter(settings.values())) if len(settings) == 1 else None
+        self._settings_epoch = settings_epoch
 
     def _find_runs(self) -> list[Run]:
         runs: list[Run] = []

@@ -8,7 +8,7 @@ is open) and ends it, writing everything back to the arrays, before anything els
 RULES
 1. While it lasts, each worker has pushed `round` times, or once more if `open[worker]` is there.
 2. `round` counts merged and applied rounds alike. No slice is held for a commit, nobody has left.
-3. Every push has apply=True, every updater is ASSIGN, and no setting waits for its round.
+3. Every push has apply=True, no setting waits for its round, and no update has failed.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ class Lockstep:
         self.arrived += 1
         return self.arrived == len(self.open)
 
-    def take(self) -> list[tuple[Chunk, Memory]]:
-        """The round is complete: return what was pushed in rank order, and begin the next."""
+    def take(self) -> tuple[list[tuple[Chunk, Memory]], list[tuple[int, int, int]]]:
+        """The round is complete: return what was pushed in rank order and who waits, and begin the next."""
         pushed, self.open = self.open, [None] * len(self.open)
+        pulls, self.pulls = self.pulls, []
         self.arrived = 0
         self.round += 1
-        return pushed  # type: ignore[return-value]  # complete: nobody's is missing
+        return pushed, pulls  # type: ignore[return-value]  # complete: nobody's is missing
 
     def write_back(self, rounds: Rounds) -> None:
         """Write the counters of whole rounds to the arrays they stand for. Open pushes are the caller's."""

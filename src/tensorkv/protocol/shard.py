@@ -75,6 +75,9 @@ class Outgoing:
 
 SCHEDULER = -1
 
+_Part = tuple[Chunk | Contribution, Memory]
+"""What somebody has pushed, not absent: what knows its dtype and counts, and its memory."""
+
 
 @final
 @dataclass(slots=True)
@@ -478,7 +481,7 @@ class StoreShard:
                 f"round {self.rounds.applied[index] + 1} of key {each.key!r}: some workers pushed with "
                 "apply=False and some without; the round is dropped"
             )
-            self._blame(index, error)
+            self._blame_holders(index, error)
         self.rounds.apply(slices)
         self._release(slices)
         self._answer_pulls()
@@ -486,14 +489,13 @@ class StoreShard:
     # ---- lockstep --------------------------------------------------------------------------------
 
     def _begin_lockstep(self, layout: Layout) -> Lockstep | None:
-        """Take up lockstep for a layout that is at rest and whose slices are all ASSIGN, if it may."""
+        """Take up lockstep for a layout that is at rest, if it may."""
         if (
             self.is_async
             or not layout.may_lockstep
             or not layout.slices
             or self.schedule.has_pending
             or self._locksteps.keys() & layout.position.keys()
-            or not layout.all_assign(self._settings_epoch)
             or not is_at_rest(layout, self.rounds)
         ):
             self._end_locksteps_of(layout)
@@ -503,21 +505,27 @@ class StoreShard:
         return lockstep
 
     def _finish_in_lockstep(self, lockstep: Lockstep, layout: Layout) -> None:
-        """All have pushed: add it up, and answer those who wait for the round."""
-        pushed = lockstep.take()
+        """All have pushed: update, and answer those who wait for the round."""
+        pushed, pulls = lockstep.take()
+        workers = range(len(pushed))
+        round_number = int(self.rounds.applied[layout.index[0]]) + lockstep.round
         try:
             present = [each for each in pushed if not each[0].absent]
-            divisor = sum(chunk.counts[0] for chunk, _ in present) if self.mean else 1
-            lockstep.version += self._assign_runs(layout, present, divisor)
+            failed = self._update_layout(layout, present) if present else {}
+            lockstep.version += bool(present)
         except Exception as exc:  # noqa: BLE001  # as in `_apply`
-            round_number = int(self.rounds.applied[layout.index[0]]) + lockstep.round
             ids = [each.slice_id for each in layout.slices]
-            for worker in range(len(pushed)):
+            for worker in workers:
                 self._reply(worker, self._sum_fault(ids, round_number, exc))
+        else:
+            if failed:
+                self._end_lockstep(lockstep)
+                for index, error in failed.items():
+                    self.rounds.version[index] -= 1
+                    self._blame(index, round_number, workers, error)
         for _, memory in pushed:
             self._pool.give(memory)
-        if lockstep.pulls:
-            pulls, lockstep.pulls = lockstep.pulls, []
+        if pulls:
             self._send_chunks(pulls, layout)
 
     def _end_lockstep(self, lockstep: Lockstep) -> None:
@@ -595,36 +603,33 @@ class StoreShard:
         return found[0].layout, found
 
     def _apply_chunk(self, layout: Layout, contributions: list[Contribution]) -> None:
-        """The common case: whole runs of memory are added, and all slices updated in one call."""
-        present = [each for each in contributions if not each.absent]
-        divisor = sum(each.counts[0] for each in present) if self.mean else 1
-        if layout.all_assign(self._settings_epoch):
-            parts = [(each, each.buffer) for each in present]
-            self.rounds.version[layout.index] += self._assign_runs(layout, parts, divisor)
-            return
-        if not present:
-            return
-        stop = layout.bounds(len(layout.slices) - 1)[1]
-        pushed = [each.elements(0, stop) for each in present]
-        borrowed = present[0].buffer.borrowed
-        total = add_up(pushed, layout.slices[0].dtype, divisor, may_overwrite=not borrowed)
-        borrowed = borrowed and total is pushed[0]
-        self._update(
-            [
-                (each, total[low : low + each.num_elems], borrowed)
-                for low, each in zip(layout.lows, layout.slices, strict=True)
-            ]
-        )
+        """The common case: all slices of a layout together."""
+        parts = [(each, each.buffer) for each in contributions if not each.absent]
+        if parts:
+            self._count_updates(layout.index, self._update_layout(layout, parts))
 
-    def _assign_runs(
-        self, layout: Layout, parts: Sequence[tuple[Chunk | Contribution, Memory]], divisor: int
-    ) -> int:
-        """Add whole runs straight into the stored values; return the updates, 0 if all are absent.
+    def _update_layout(self, layout: Layout, parts: Sequence[_Part]) -> dict[int, Exception]:
+        """Add up whole runs of memory, and update all slices in one call; return by index what failed.
 
-        `parts` are the contributions that are not, in rank order: what has their dtype, and their memory.
+        `parts` are the contributions that are not absent, at least one, in rank order.
         """
-        if not parts:
-            return 0
+        divisor = sum(pushed.counts[0] for pushed, _ in parts) if self.mean else 1
+        if layout.all_assign(self._settings_epoch):
+            self._assign_runs(layout, parts, divisor)
+            return {}
+        stop = layout.bounds(len(layout.slices) - 1)[1]
+        found = [memory.elements(pushed.dtype, 0, stop) for pushed, memory in parts]
+        borrowed = parts[0][1].borrowed
+        total = add_up(found, layout.slices[0].dtype, divisor, may_overwrite=not borrowed)
+        borrowed = borrowed and total is found[0]
+        sums = [
+            (each, total[low : low + each.num_elems], borrowed)
+            for low, each in zip(layout.lows, layout.slices, strict=True)
+        ]
+        return self._run_updaters(sums, layout.only_setting(self._settings_epoch))
+
+    def _assign_runs(self, layout: Layout, parts: Sequence[_Part], divisor: int) -> None:
+        """Add whole runs straight into the stored values."""
         dtype = layout.slices[0].dtype
         may_overwrite = not parts[0][1].borrowed
         for run in layout.runs:
@@ -636,7 +641,6 @@ class StoreShard:
                     continue
                 run.slot.make_writable()
             add_up(found, dtype, divisor, run.stored.tensor, may_overwrite=may_overwrite)
-        return 1
 
     def _apply_each(self, slices: Index, workers: Sequence[int]) -> None:
         """The general case: every slice on its own, whatever chunks its contributions came in."""
@@ -666,28 +670,49 @@ class StoreShard:
         return total, borrowed and total is parts[0]
 
     def _update(self, sums: list[tuple[Slice, torch.Tensor, bool]]) -> None:
-        """Run the updater of each slice on its sum; a failed one keeps its value and blames its pushers.
+        """Run the updater of each slice on its sum; a failed one keeps its value and blames its pushers."""
+        self._count_updates([each.index for each, *_ in sums], self._run_updaters(sums))
 
-        The last of each tells whether the sum is borrowed.
+    def _count_updates(self, indices: Index | list[int], failed: dict[int, Exception]) -> None:
+        self.rounds.version[indices] += 1
+        for index, error in failed.items():
+            self.rounds.version[index] -= 1
+            self._blame_holders(index, error)
+
+    def _run_updaters(
+        self, sums: list[tuple[Slice, torch.Tensor, bool]], only: Setting | None = None
+    ) -> dict[int, Exception]:
+        """Run the updater of each slice on its sum; return by index what failed, and kept its value.
+
+        The last of each tells whether the sum is borrowed. `only` is the setting of them all, if known.
         """
-        updates: list[tuple[Setting, Update]] = []
         for each, _, _ in sums:
             each.slot.make_writable()
-        for each, total, borrowed in sums:
-            update = Update(each.slice_id, each.key, total.view(each.shape), each.value, borrowed)
-            updates.append((each.setting, update))
-        failures = apply_all(updates)
-        changed = [each.index for (each, *_), failure in zip(sums, failures, strict=True) if failure is None]
-        self.rounds.version[changed] += 1
-        for (each, *_), failure in zip(sums, failures, strict=True):
-            if failure is not None:
-                self._blame(each.index, failure)
+        updates = [
+            Update(each.slice_id, each.key, total.view(each.shape), each.value, borrowed)
+            for each, total, borrowed in sums
+        ]
+        if only is not None:
+            failures = only.updater.apply(updates, only.options)
+        else:
+            failures = apply_all(
+                [(each.setting, update) for (each, *_), update in zip(sums, updates, strict=True)]
+            )
+        return {
+            each.index: failure
+            for (each, *_), failure in zip(sums, failures, strict=True)
+            if failure is not None
+        }
 
-    def _blame(self, index: int, error: Exception) -> None:
-        """Tell every contributor to the round of a slice that it failed."""
-        each = self._slices[index]
-        for worker in np.flatnonzero(self._holder[:, index]).tolist():
-            fault = m.Fault(self.store, [each.slice_id], int(self.rounds.applied[index]) + 1, *to_wire(error))
+    def _blame_holders(self, index: int, error: Exception) -> None:
+        """The round of a slice that is being applied failed: tell every contributor."""
+        workers = np.flatnonzero(self._holder[:, index]).tolist()
+        self._blame(index, int(self.rounds.applied[index]) + 1, workers, error)
+
+    def _blame(self, index: int, round_number: int, workers: Iterable[int], error: Exception) -> None:
+        """Tell workers that a round of a slice failed."""
+        for worker in workers:
+            fault = m.Fault(self.store, [self._slices[index].slice_id], round_number, *to_wire(error))
             self._reply(worker, fault)
 
     def _blame_all(self, slices: Index, exc: Exception) -> None:

@@ -24,10 +24,10 @@ def allocate_private(size_bytes: int) -> torch.Tensor:
     return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
 
 
-SMALL_BYTES = 64 << 10
+SMALL_BYTES = 32 << 10
 """Slices up to this size share slots, so that a list of small keys is one run of memory."""
 
-SHARED_SLOT_BYTES = 1 << 20
+SHARED_SLOT_BYTES = 128 << 10
 
 
 @final
