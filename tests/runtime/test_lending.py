@@ -98,6 +98,34 @@ def test_every_chunk_of_tensors_that_were_handed_out_together_stays(window: Wind
         assert span == (*window.where(start, chunk.size_bytes), chunk.size_bytes)
 
 
+def test_the_tensors_of_the_last_push_are_known(window: Window, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only if they are the very same, where they were, in the same order of elements."""
+    square = KeyState.of(
+        m.KeyEntry("s", 1, 1, (64, 64), "float32", m.EPOCH, [m.SliceEntry(100, 0, 0, 64 * 64)])
+    )
+    looked: list[int] = []
+    real = lending._address
+    monkeypatch.setattr(lending, "_address", lambda value: looked.append(1) or real(value))
+    (value,) = empty_tensors(window, [square])
+    plan = plan_of([value], window, [square])
+    spans = spans_of(window, plan, [value])
+    looked.clear()
+    assert spans_of(window, plan, [value]) == spans != [None]
+    assert lending.arranged(window, None, plan, [value]) is plan  # type: ignore[arg-type]
+    assert not looked
+    alias = value.view(64, 64)
+    assert spans_of(window, plan, [alias]) == spans
+    assert looked
+    alias.t_()  # the same object, at the same place
+    assert spans_of(window, plan, [alias]) == [None]
+    (other,) = empty_tensors(window, [square])
+    value.set_(other)  # type: ignore[no-untyped-call]
+    assert spans_of(window, plan, [value]) != spans
+    spans_of(window, plan, [value])
+    assert lending._known_spans(plan, [value]) is not None
+    assert lending._known_spans(plan, [other]) is None
+
+
 def test_tensors_that_lie_apart_make_chunks_of_their_own_if_they_are_large(window: Window) -> None:
     values = [empty_tensors(window, [each])[0] for each in STATES]
     plan = plan_of(values, window)

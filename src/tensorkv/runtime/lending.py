@@ -12,7 +12,7 @@ import torch
 
 from tensorkv.errors import MemoryLimitReached
 from tensorkv.runtime.plancache import PlanCache
-from tensorkv.runtime.plans import KeyState, Origins, Plan, PlanChunk, Span
+from tensorkv.runtime.plans import KeyState, Known, Lent, Origins, Plan, PlanChunk, Span
 from tensorkv.runtime.window import Window
 
 APART_BYTES = 1 << 48
@@ -50,14 +50,31 @@ def empty_tensors(window: Window, states: Sequence[KeyState]) -> list[torch.Tens
 
 def arranged(window: Window, plans: PlanCache, plan: Plan, values: Sequence[torch.Tensor]) -> Plan:
     """Return a plan of the same push whose chunks are cut as the values lie; mostly `plan` itself."""
+    if _known_spans(plan, values) is not None:
+        return plan
     origins = _origins(window, values)
     return plan if origins == plan.origins else plans.arrange(plan, origins)
 
 
 def spans_of(window: Window, plan: Plan, values: Sequence[torch.Tensor]) -> list[Span | None]:
-    """Return where each frame of a push lies in the window; None for one that has to be copied."""
-    addresses = [_address(value) for value in values]
-    return [_span(window, chunk, addresses) for _, _, chunk in plan.frames]
+    """Return where each frame of a push lies in the window; None for one that has to be copied.
+
+    Steps push the same tensors: they are looked at one by one only in the first.
+    """
+    spans = _known_spans(plan, values)
+    if spans is None:
+        addresses = [_address(value) for value in values]
+        spans = [_span(window, chunk, addresses) for _, _, chunk in plan.frames]
+        plan.lent = Lent(Known.of(values), spans) if all(addresses) else None
+    return spans
+
+
+def _known_spans(plan: Plan, values: Sequence[torch.Tensor]) -> list[Span | None] | None:
+    """Return where the frames lie if these are the tensors of the last push, as they were."""
+    lent = plan.lent  # another thread may replace it
+    if lent is None or not lent.values.are(values) or not all(map(torch.Tensor.is_contiguous, values)):
+        return None
+    return lent.spans
 
 
 def _origins(window: Window, values: Sequence[torch.Tensor]) -> Origins:

@@ -142,11 +142,33 @@ class ServerPart:
 
 @final
 @dataclass(slots=True, eq=False)
-class Outs:
-    """Where a pull has written. Nothing of it is kept alive."""
+class Known:
+    """Tensors that were looked at one by one in an earlier call, and where they were. None is kept alive."""
 
     tensors: list[weakref.ref[torch.Tensor]]
     addresses: list[int]
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor]) -> Known:
+        """Remember these, which have memory."""
+        return cls(list(map(weakref.ref, tensors)), list(map(torch.Tensor.data_ptr, tensors)))
+
+    def are(self, tensors: Sequence[Any]) -> bool:
+        """Whether these are the very same, where they were."""
+        return (
+            len(tensors) == len(self.tensors)
+            and all(map(operator.is_, map(operator.call, self.tensors), tensors))
+            and list(map(torch.Tensor.data_ptr, tensors)) == self.addresses
+        )
+
+
+@final
+@dataclass(slots=True, eq=False)
+class Lent:
+    """Values that were pushed, and where each frame lies in the window; None if it has to be copied."""
+
+    values: Known
+    spans: list[Span | None]
 
 
 @final
@@ -170,7 +192,8 @@ class Plan:
     origins: Origins = None  # by which its chunks are cut
     dropped: bool = False  # from the cache: it may still be sent, but is not to be remembered
 
-    outs: Outs | None = None  # of the last pull
+    outs: Known | None = None  # of the last pull
+    lent: Lent | None = None  # in the last push
 
     def fits(self, values: Sequence[Any]) -> bool:
         """Whether these are tensors, one per key, of the very dtypes and shapes of the plan.
@@ -190,16 +213,12 @@ class Plan:
         """Whether these are the tensors of the last pull, where they were, and as they were."""
         known = self.outs
         return (
-            known is not None
-            and len(outs) == len(known.tensors)
-            and all(map(operator.is_, map(operator.call, known.tensors), outs))
-            and list(map(torch.Tensor.data_ptr, outs)) == known.addresses
-            and all(map(operator.eq, map(_shape_of, outs), self.shapes))
+            known is not None and known.are(outs) and all(map(operator.eq, map(_shape_of, outs), self.shapes))
         )
 
     def remember_outs(self, outs: Sequence[torch.Tensor]) -> None:
         """These, one for each key, were looked at one by one: they may be written, and none shares memory."""
-        self.outs = Outs(list(map(weakref.ref, outs)), list(map(torch.Tensor.data_ptr, outs)))
+        self.outs = Known.of(outs)
 
 
 def build_plan(
