@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from tensorkv.runtime import window
 from tensorkv.runtime.control import ControlClient
 from tensorkv.runtime.link import ServerLink
+from tensorkv.runtime.sharing import Sharing
 from tensorkv.runtime.transfers import Destinations
 from tensorkv.testing import hostile
 from tensorkv.testing.frames import load
 from tensorkv.testing.hostile import WorkerFault, fuzz_worker, meet
+from tensorkv.transport import unix
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 POOL = [entry.frame for conversation in load(CORPUS, "worker").values() for entry in conversation]
@@ -54,6 +57,33 @@ def test_a_thread_that_dies_and_a_call_that_hangs_are_found(monkeypatch: pytest.
     with pytest.raises(WorkerFault, match="joining waited to its deadline") as caught:
         meet(1, POOL)
     assert "thread tensorkv-control ended with IndexError: list index out of range" in str(caught.value)
+
+
+@pytest.mark.skipif(bool(unix.why_not()), reason=unix.why_not())
+def test_servers_share_memory_and_tell_places_that_there_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Honest values come through shared memory; a worker that believed every place is found."""
+    placed: list[bool] = []
+    real = Sharing.reply
+
+    def reply(self: Sharing, *arguments: Any) -> bool:
+        placed.append(real(self, *arguments))
+        return placed[-1]
+
+    monkeypatch.setattr(Sharing, "reply", reply)
+    assert sum(meet(seed, POOL) for seed in range(1, 41, 2)) > 0
+    assert any(placed)
+
+    def believe(segments: Any, segment: int, offset: int, size_bytes: int) -> torch.Tensor:
+        return torch.from_numpy(segments[segment].bytes[offset : offset + size_bytes])
+
+    monkeypatch.setattr(window, "tensor_at", believe)
+
+    def meet_many() -> None:
+        for seed in range(1, 401, 2):
+            meet(seed, POOL)
+
+    with pytest.raises(WorkerFault, match="KeyError"):
+        meet_many()
 
 
 def test_memory_that_grows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,9 @@
 A job of one worker in this process. What the worker is told comes from the real state machines, and is
 changed on its way: `meet` runs a program of many calls against that. Each call must end, with a result or
 with an error of the package; no byte outside of the tensors asked for is written; no thread dies.
+
+The servers may share memory with the worker. Then they also hand over descriptors of wrong kinds and
+sizes, tell places that there are not, and take back what is in use.
 """
 
 from __future__ import annotations
@@ -27,20 +30,26 @@ from tensorkv.protocol.memory import EMPTY, BufferPool, Memory
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import SCHEDULER, Outgoing
 from tensorkv.runtime.code import updater_loader
-from tensorkv.runtime.handshake import accept
+from tensorkv.runtime.handshake import accept, deadline_tick
 from tensorkv.runtime.job import Job
+from tensorkv.runtime.sharing import CONTROL_BYTES, SharedValues, Sharing
 from tensorkv.runtime.statefiles import FolderFiles
 from tensorkv.savedstate import FileRecord, SavedSettings
 from tensorkv.store import KVStore
 from tensorkv.stores.dist import DistStore
 from tensorkv.testing.frames import Mutator, framed
+from tensorkv.testing.hostilesharing import SEGMENT_BYTES, Descriptors
+from tensorkv.transport import unix
+from tensorkv.transport.base import Connection, Listener
 from tensorkv.transport.endpoint import listen
 from tensorkv.transport.inproc import InprocConnection
+from tensorkv.transport.sharedmemory import MAX_SEGMENTS
+from tensorkv.transport.unix import DescriptorHead, UnixConnection, UnixListener
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import PREFIX, Decoder, encode
 
 NUM_SERVERS = 2
-SLICE_BOUND_BYTES = 1 << 10
+SLICE_BOUND_BYTES = 1 << 12
 DEADLINE_S = 30.0
 READ_S = 0.02
 """So long hostile frames are left to be read before the connections end."""
@@ -79,9 +88,10 @@ class HostilePeers:
 
     Args:
         mutator: makes the frames, and decides when.
+        shared: the servers share memory with the worker, over Unix sockets.
     """
 
-    def __init__(self, mutator: Mutator) -> None:
+    def __init__(self, mutator: Mutator, shared: bool = False) -> None:
         self.num_hostile = 0
         self.faults: list[str] = []
         self._mutator = mutator
@@ -90,16 +100,21 @@ class HostilePeers:
         self._lock = threading.Lock()  # guards the state machines, and all that is sent
         self._pool = BufferPool()
         self._membership = Membership(1, NUM_SERVERS, SLICE_BOUND_BYTES)
-        self._servers = [
-            ServerState(1, self._pool, updater_loader(()), FolderFiles()) for _ in range(NUM_SERVERS)
-        ]
-        self._connections: dict[int, InprocConnection] = {}
+        self._shared = [SharedValues() for _ in range(NUM_SERVERS if shared else 0)]
+        self._sharings: dict[int, Sharing] = {}  # by server, once the worker is there
+        self._descriptors = Descriptors(mutator.random)
+        self._servers = [self._server(rank) for rank in range(NUM_SERVERS)]
+        self._connections: dict[int, Connection] = {}
         self._sent: dict[int, list[tuple[bytes, bytes]]] = {}
         self._stores = {1}  # those that the worker has joined, and the one that it will
         self._ended = False
-        self._listeners = [listen("inproc") for _ in range(1 + NUM_SERVERS)]
-        for rank, listener in enumerate(self._listeners[1:]):
-            self._membership.handle("server", rank, m.Register(*listener.address, "a host", 1))
+        self._listeners: list[Listener] = [listen("inproc")]
+        for rank in range(NUM_SERVERS):
+            listener = UnixListener() if shared else listen("inproc")
+            self._listeners.append(listener)
+            address = ("127.0.0.1", 1) if shared else listener.address
+            name = listener.address[0] if shared else ""
+            self._membership.handle("server", rank, m.Register(*address, "a host", 1, name))
         self._membership.out.clear()
         self._threads = [
             threading.Thread(target=self._serve, args=(number - 1,), name=f"hostile-{number}", daemon=True)
@@ -107,6 +122,12 @@ class HostilePeers:
         ]
         for thread in self._threads:
             thread.start()
+
+    def _server(self, rank: int) -> ServerState:
+        ends = (1, self._pool, updater_loader(()), FolderFiles())
+        return (
+            ServerState(*ends, allocate=self._shared[rank].allocate) if self._shared else ServerState(*ends)
+        )
 
     def config(self) -> JobConfig:
         """Return the place of the worker."""
@@ -120,6 +141,7 @@ class HostilePeers:
             scheduler_port=port,
             token=self._token,
             timeout_s=DEADLINE_S,
+            transport="shm" if self._shared else "auto",
         )
 
     def stop(self) -> None:
@@ -131,14 +153,21 @@ class HostilePeers:
             thread.join()
         for connection in self._connections.values():
             connection.close()
+        for values in self._shared:
+            values.close()
+        self._descriptors.close()
 
     def _serve(self, server: int) -> None:
         """Serve the worker, as the server with this rank or as the scheduler."""
         try:
             connection = self._listeners[server + 1].accept()
-            assert isinstance(connection, InprocConnection)
             self._connections[server] = connection
             accept(connection, self._token, lambda role, rank: None)
+            if isinstance(connection, UnixConnection):
+                values = self._shared[server]
+                self._sharings[server] = values.share_with(
+                    connection, lambda frame: self._send(server, frame, b"")
+                )
             while True:
                 self._receive(server, connection)
         except (EOFError, ConnectionError):
@@ -147,7 +176,7 @@ class HostilePeers:
             self.faults.append(f"its peer {server} failed: {type(exc).__name__}: {exc}")
             self._end()
 
-    def _receive(self, server: int, connection: InprocConnection) -> None:
+    def _receive(self, server: int, connection: Connection) -> None:
         messages: list[Any] = []
         payload = EMPTY
 
@@ -158,6 +187,10 @@ class HostilePeers:
             if server != SCHEDULER:
                 with self._lock:
                     expected = self._servers[server].payload_bytes(0, messages[0])
+            placed = messages[0].placed if isinstance(messages[0], m.Push) else None
+            if placed is not None:
+                payload = self._sharings[server].borrow(placed, expected)
+                return []
             if payload_bytes != expected:
                 raise ProtocolError(f"{payload_bytes} bytes, not {expected}")
             payload = self._pool.take(payload_bytes)
@@ -172,7 +205,13 @@ class HostilePeers:
                     raise ProtocolError("it believes in a store that there is not: nobody would answer")
                 self._membership.handle("worker", 0, messages[0])
                 self._flush_scheduler()
+            elif isinstance(messages[0], m.ShareSegment):
+                self._sharings[server].attach(messages[0])
+            elif isinstance(messages[0], m.DropSegment):
+                self._sharings[server].drop(messages[0])
             else:
+                for values in self._shared:
+                    values.settle()
                 self._answer(server, self._servers[server].handle(0, messages[0], payload))
 
     def _flush_scheduler(self) -> None:
@@ -188,6 +227,8 @@ class HostilePeers:
 
     def _answer(self, server: int, out: list[Outgoing]) -> None:
         for each in out:
+            if self._reply_in_place(server, each):
+                continue
             payload = b"".join(bytes(memory.bytes) for memory in each.payload)
             for lease in each.leases:
                 lease.readers -= 1
@@ -196,6 +237,12 @@ class HostilePeers:
                 self._flush_scheduler()
             else:
                 self._send(server, encode(each.message, len(payload)), payload)
+
+    def _reply_in_place(self, server: int, reply: Outgoing) -> bool:
+        sharing = self._sharings.get(server)
+        if sharing is None or not isinstance(reply.message, m.Data):
+            return False
+        return sharing.reply(reply.message, reply.payload, reply.leases)
 
     # ---- hostility -------------------------------------------------------------------------------
 
@@ -214,16 +261,24 @@ class HostilePeers:
             if not ends:
                 frames.insert(self._mutator.random.choice((0, len(frames))), (head, payload))
         self._sent.setdefault(server, []).append((head, payload))
+        tick = deadline_tick(DEADLINE_S, "a worker that does not read")
         with contextlib.suppress(ConnectionError):  # it was ended
             for frame in frames:
-                connection.send_rest(frame)
+                connection.send_rest([part for part in frame if part], tick)
         if ends:
+            self._end_when_read(connection)
+
+    def _end_when_read(self, connection: Connection) -> None:
+        """End all when the worker has read what was sent, or after a moment. A socket keeps it anyway."""
+        if isinstance(connection, InprocConnection):
             deadline = time.monotonic() + READ_S
             while not connection._outgoing.empty() and time.monotonic() < deadline:
                 time.sleep(READ_S / 50)
-            self._end()
+        self._end()
 
     def _changed(self, server: int, head: bytes, payload: bytes) -> list[tuple[bytes, bytes]]:
+        if server in self._sharings and self._mutator.random.random() < 0.5:
+            return [(self._false_sharing(head), b"")]
         chance, choose = self._mutator.random.random(), self._mutator.random.choice
         message = head[PREFIX.size :]
         before = self._sent.get(server) or [(head, payload)]
@@ -244,6 +299,34 @@ class HostilePeers:
         if chance < 0.9:
             return [choose(before) for _ in range(choose((1, 3)))]
         return [(self._mutator.frame(head), choose((b"", payload)))]
+
+    def _false_sharing(self, head: bytes) -> bytes:
+        """Return the head of a frame about memory that is not as it says."""
+        choose, below = self._mutator.random.choice, self._mutator.random.randrange
+        number = choose((0, 1, 2, 3, MAX_SEGMENTS, -1, 1 << 40))
+        size_bytes = choose((0, 1, 4096, CONTROL_BYTES, SEGMENT_BYTES, 1 << 40, -1))
+        message = msgspec.msgpack.decode(head[PREFIX.size :])
+        offsets = (0, 64, 1 << 15, below(1 << 26), -1)
+        lengths = (0, 1 << 14, below(1 << 16), 1 << 40)
+        spans = [
+            (choose((0, 1, 1, 1, 2)), choose(offsets), choose(lengths))
+            for _ in range(choose((0, 1, 1, 2, 3)))
+        ]
+        placed = m.Placed(choose((0, 1, 2, 3, below(20), -1)), spans)
+        request = message[1] if len(message) > 1 and isinstance(message[1], int) else 1
+        made = choose(
+            (
+                m.ShareSegment(number, size_bytes),
+                m.DropSegment(number),
+                m.Data(request, choose((0, 0, 1)), placed),
+            )
+        )
+        frame = encode(made)
+        if isinstance(made, m.ShareSegment) and self._mutator.random.random() < 0.5:
+            return DescriptorHead.of(frame, self._descriptors.honest(made))
+        if self._mutator.random.random() < 0.4:
+            return DescriptorHead.of(frame, self._descriptors.any())
+        return frame
 
     def _changed_message(self, server: int, message: bytes) -> bytes:
         """Return a message that mostly still is one, so that what it says is believed."""
@@ -286,7 +369,8 @@ class _Guarded:
         )
 
 
-BIG = 1 << 12
+BIG = 1 << 14
+"""Elements of a value that each server has enough of to place it in shared memory."""
 
 
 def _calls(kv: KVStore, guarded: _Guarded, folder: str) -> list[Callable[[], object]]:
@@ -330,14 +414,14 @@ def meet(seed: int, pool: Sequence[bytes]) -> int:
     """Let one worker meet hostile peers; return how many hostile frames they sent.
 
     Args:
-        seed: decides what is sent, and when.
+        seed: decides what is sent, and when. With an odd one the servers share memory with the worker.
         pool: frames to take parts from.
 
     Raises:
         WorkerFault: it did not withstand.
     """
     faults: list[str] = []
-    peers = HostilePeers(Mutator(seed, pool))
+    peers = HostilePeers(Mutator(seed, pool), shared=seed % 2 == 1 and not unix.why_not())
     guarded = _Guarded()
     with _thread_faults(faults), tempfile.TemporaryDirectory() as folder:
         try:
