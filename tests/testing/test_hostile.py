@@ -18,6 +18,8 @@ from tensorkv.testing import hostile
 from tensorkv.testing.frames import load
 from tensorkv.testing.hostile import WorkerFault, fuzz_worker, meet
 from tensorkv.transport import unix
+from tensorkv.wire import messages as m
+from tensorkv.wire.codec import encode
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 POOL = [entry.frame for conversation in load(CORPUS, "worker").values() for entry in conversation]
@@ -84,6 +86,17 @@ def test_servers_share_memory_and_tell_places_that_there_are_not(monkeypatch: py
 
     with pytest.raises(WorkerFault, match="KeyError"):
         meet_many()
+
+
+def test_a_false_leader_is_noticed() -> None:
+    """A worker waits for whom it is told, to the deadline if need be: so the connection is to end then."""
+    lead, follow = encode(m.TogetherReply(3, True, None)), encode(m.TogetherReply(3, False, None))
+    assert hostile._tells_false_lead(lead, follow)
+    assert hostile._tells_false_lead(follow, lead)
+    assert not hostile._tells_false_lead(lead, lead)
+    assert not hostile._tells_false_lead(lead, encode(m.Done(3)))
+    assert not hostile._tells_false_lead(encode(m.Done(3)), encode(m.Done(4)))
+    assert not hostile._tells_false_lead(lead, lead[:-1])
 
 
 def test_memory_that_grows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

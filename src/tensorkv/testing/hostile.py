@@ -258,6 +258,8 @@ class HostilePeers:
             frames = self._changed(server, head, payload)
             self.num_hostile += len(frames)
             ends = chance() < 0.5
+            if server == SCHEDULER:
+                ends = ends or any(_tells_false_lead(head, changed) for changed, _ in frames)
             if not ends:
                 frames.insert(self._mutator.random.choice((0, len(frames))), (head, payload))
         self._sent.setdefault(server, []).append((head, payload))
@@ -344,6 +346,17 @@ class HostilePeers:
         self._ended = True
         for connection in list(self._connections.values()):
             connection.shutdown()
+
+
+def _tells_false_lead(honest: bytes, frame: bytes) -> bool:
+    """Whether a worker is told that another leads a call, or it itself, and that is not so.
+
+    It cannot know. Where nobody leads, all wait to their deadlines, unless the connection ends.
+    """
+    lead = getattr(_from_scheduler.decode(honest[PREFIX.size :]), "lead", None)
+    with contextlib.suppress(ProtocolError):
+        return getattr(_from_scheduler.decode(frame[PREFIX.size :]), "lead", lead) is not lead
+    return False
 
 
 # ---- the worker ------------------------------------------------------------------------------------
