@@ -29,6 +29,7 @@ from tensorkv.protocol.membership import Membership
 from tensorkv.protocol.memory import EMPTY, BufferPool, Memory
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import SCHEDULER, Outgoing
+from tensorkv.protocol.slots import allocate_private
 from tensorkv.runtime.code import updater_loader
 from tensorkv.runtime.handshake import accept, deadline_tick
 from tensorkv.runtime.job import Job
@@ -124,10 +125,8 @@ class HostilePeers:
             thread.start()
 
     def _server(self, rank: int) -> ServerState:
-        ends = (1, self._pool, updater_loader(()), FolderFiles())
-        return (
-            ServerState(*ends, allocate=self._shared[rank].allocate) if self._shared else ServerState(*ends)
-        )
+        allocate = self._shared[rank].allocate if self._shared else allocate_private
+        return ServerState(1, self._pool, updater_loader(()), FolderFiles(), allocate=allocate)
 
     def config(self) -> JobConfig:
         """Return the place of the worker."""
@@ -310,10 +309,8 @@ class HostilePeers:
         message = msgspec.msgpack.decode(head[PREFIX.size :])
         offsets = (0, 64, 1 << 15, below(1 << 26), -1)
         lengths = (0, 1 << 14, below(1 << 16), 1 << 40)
-        spans = [
-            (choose((0, 1, 1, 1, 2)), choose(offsets), choose(lengths))
-            for _ in range(choose((0, 1, 1, 2, 3)))
-        ]
+        num_spans = choose((0, 1, 1, 2, 3))
+        spans = [(choose((0, 1, 1, 1, 2)), choose(offsets), choose(lengths)) for _ in range(num_spans)]
         placed = m.Placed(choose((0, 1, 2, 3, below(20), -1)), spans)
         request = message[1] if len(message) > 1 and isinstance(message[1], int) else 1
         made = choose(
