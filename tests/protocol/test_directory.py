@@ -445,6 +445,33 @@ def test_who_leaves_holds_no_setting_back() -> None:
 # ---- waiting ---------------------------------------------------------------------------------------
 
 
+def given_up(request: int, where: str) -> m.Failed:
+    return m.Failed(request, "WaitTimeout", f"{where} was given up")
+
+
+def test_who_gives_up_what_was_made_meanwhile_is_told_nothing_but_its_reply() -> None:
+    desk = Desk()
+    assert desk.ask("barrier", 1, m.Barrier) == []
+    assert desk.ask("barrier", 0, m.Barrier) == [(0, m.Done(2)), (1, m.Done(1))]
+    desk.directory.give_up(1, 1)
+    desk.set(1, named())
+    ((_, reply),) = desk.set(0, named())
+    assert (1, m.SettingReply(3, reply.number, False)) in desk.conclude_set(0, reply.number)
+    desk.directory.give_up(1, 3)
+    assert desk.taken() == []
+
+
+def test_a_call_under_way_is_not_taken_back_by_its_leader() -> None:
+    desk = Desk()
+    for rank in (1, 0):
+        told = desk.ask("together", rank, m.Together, "save('x')", False)
+    assert told == [(0, m.TogetherReply(2, True, None))]
+    desk.directory.give_up(0, 2)
+    assert desk.taken() == []
+    desk.directory.give_up(1, 1)
+    assert desk.taken() == [(1, given_up(1, "save('x')"))]
+
+
 def test_a_barrier_needs_all_that_have_not_left() -> None:
     desk = Desk(3)
     assert desk.ask("barrier", 2, m.Barrier) == []
@@ -460,13 +487,15 @@ def test_who_leaves_or_gives_up_is_not_at_the_barrier() -> None:
     for rank in (0, 1):
         desk.ask("barrier", rank, m.Barrier)
     desk.directory.give_up(0, 99)
+    assert desk.taken() == []
     desk.directory.give_up(0, 1)
+    assert desk.taken() == [(0, given_up(1, "a barrier"))]
     desk.directory.leave(1)
     assert desk.ask("barrier", 2, m.Barrier) == []
     assert desk.ask("barrier", 0, m.Barrier) == [(0, m.Done(4)), (2, m.Done(3))]
 
 
-def test_who_gives_up_is_not_answered_any_more() -> None:
+def test_who_gives_up_is_told_so_and_not_answered_any_more() -> None:
     desk = Desk()
     desk.init(1, spec("w", 3))
     desk.set(1, named())
@@ -474,6 +503,7 @@ def test_who_gives_up_is_not_answered_any_more() -> None:
     assert desk.directory.waiting(1, 2) == m.Waiting(2, [0], "setting number 1")
     desk.directory.give_up(1, 1)
     desk.directory.give_up(1, 2)
+    assert desk.taken() == [(1, given_up(1, "init of 'w'")), (1, given_up(2, "setting number 1"))]
     desk.create(spec("w", 3))
     ((_, reply),) = desk.set(0, named())
     assert [rank for rank, _ in desk.conclude_set(0, reply.number)] == [0]

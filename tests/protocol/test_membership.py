@@ -119,6 +119,8 @@ def test_keys_settings_and_barriers_go_to_the_store() -> None:
     assert tell(made, 1, m.Barrier(6, store)) == []
     assert tell(made, 0, m.AskWaiting(6, store)) == [("worker", 0, m.Waiting(6, [], ""))]
     assert tell(made, 1, m.AskWaiting(6, store)) == [("worker", 1, m.Waiting(6, [0], "a barrier"))]
+    given_up = m.Failed(6, "WaitTimeout", "a barrier was given up")
+    assert tell(made, 1, m.GiveUp(store, 6)) == [("worker", 1, given_up)]
     assert tell(made, 1, m.GiveUp(store, 6)) == []
     (entry,) = entries.entries
     assert tell(made, 1, m.DeleteKeys(7, store, [("w", entry.key_id)])) == [

@@ -6,12 +6,14 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
 from tensorkv.config import JobConfig
 from tensorkv.errors import KeyNotInitialized, PeerLostError, TensorKVError, WaitTimeout, to_wire
+from tensorkv.runtime import control
 from tensorkv.runtime.control import ControlClient
 from tensorkv.runtime.handshake import accept
 from tensorkv.transport.base import Connection
@@ -128,9 +130,41 @@ def test_a_deadline_names_who_is_missing_and_gives_up(
     number = call.number  # type: ignore[attr-defined]
     assert scheduler.hear() == m.AskWaiting(number, 1)
     scheduler.say(m.Waiting(number, [1], "a barrier"))
+    assert scheduler.hear() == m.GiveUp(1, number)
+    scheduler.say(m.Failed(number, *to_wire(WaitTimeout("a barrier was given up"))))
     with pytest.raises(WaitTimeout, match="barrier .* waiting for worker 1, a barrier"):
         call.result(DEADLINE_S)
+    after = asked()
+    scheduler.say(m.Done(after.number))  # type: ignore[attr-defined]
+    after.result(DEADLINE_S)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_reply_that_meets_the_deadline_counts(
+    scheduler: Scheduler, asked: Callable[..., Future[Any]], refused: bool
+) -> None:
+    call = asked(0.05)
+    number = call.number  # type: ignore[attr-defined]
+    assert scheduler.hear() == m.AskWaiting(number, 1)
+    scheduler.say(m.Waiting(number, [1], "a barrier"))
     assert scheduler.hear() == m.GiveUp(1, number)
+    reply = m.Failed(number, *to_wire(KeyNotInitialized("key 'w'"))) if refused else m.Done(number)
+    scheduler.say(reply)  # it was on its way before the scheduler heard of the deadline
+    with pytest.raises(KeyNotInitialized, match="key 'w'") if refused else nullcontext():
+        assert call.result(DEADLINE_S) == reply
+
+
+def test_a_scheduler_that_does_not_say_whether_a_call_was_made(
+    scheduler: Scheduler, asked: Callable[..., Future[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "ASK_GRACE_S", 0.05)
+    call = asked(0.05)
+    number = call.number  # type: ignore[attr-defined]
+    assert scheduler.hear() == m.AskWaiting(number, 1)
+    scheduler.say(m.Waiting(number, [], ""))
+    assert scheduler.hear() == m.GiveUp(1, number)
+    with pytest.raises(WaitTimeout, match="barrier did not finish"):
+        call.result(DEADLINE_S)
     scheduler.say(m.Done(number))  # too late, and nobody minds
     after = asked()
     scheduler.say(m.Done(after.number))  # type: ignore[attr-defined]

@@ -27,6 +27,7 @@ from tensorkv.errors import (
     ProtocolError,
     SettingMismatch,
     TensorKVError,
+    WaitTimeout,
     already_initialized,
     not_initialized,
     to_wire,
@@ -470,7 +471,11 @@ class Directory:
         self._retry()
 
     def give_up(self, rank: int, request: int) -> None:
-        """The rank's call has reached its deadline: it waits no more."""
+        """The rank's call has reached its deadline: it waits no more, and is told so.
+
+        A request that does not wait here has its reply on the way: that call was made, and counts.
+        """
+        waiting = self.waiting(rank, request)
         self._gathering.give_up(rank, request)
         if self._barrier.get(rank) == request:
             del self._barrier[rank]
@@ -478,6 +483,8 @@ class Directory:
         self._waiting_settings = [
             (r, w) for r, w in self._waiting_settings if (r, w.request) != (rank, request)
         ]
+        if waiting is not None and self.waiting(rank, request) is None:
+            self._refuse(rank, request, WaitTimeout(f"{waiting.where} was given up"))
 
     def unfinished(self, rank: int) -> list[tuple[Key, list[int]]]:
         """Return the keys that a rank is about to create or delete on the servers, each with its slices."""

@@ -10,11 +10,18 @@ from collections.abc import Callable
 from typing import Any, final
 
 from tensorkv.config import JobConfig
-from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, again, from_wire
+from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, WaitTimeout, again, from_wire
 from tensorkv.protocol.replies import check_reply
 from tensorkv.runtime.handshake import connect_to_scheduler, receive_message
 from tensorkv.runtime.sender import Sender
-from tensorkv.runtime.waits import Wait, broken_off_error, lost_error, lost_text, scheduler_lost_error
+from tensorkv.runtime.waits import (
+    ASK_GRACE_S,
+    Wait,
+    broken_off_error,
+    lost_error,
+    lost_text,
+    scheduler_lost_error,
+)
 from tensorkv.transport.base import TICK_S
 from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
@@ -111,6 +118,10 @@ class ControlClient:
         self.notify(message)
         try:
             self._await(reply)
+        except WaitTimeout as timeout:
+            if not store or not self._was_made(reply, store, number):
+                raise
+            logger.debug("made after all, its reply and its deadline have met: %s", timeout)
         except BaseException:  # Ctrl-C too
             if self.failure is None and store:
                 self.notify(m.GiveUp(store, number))
@@ -120,6 +131,19 @@ class ControlClient:
         if isinstance(reply.message, m.Failed):
             raise from_wire(reply.message.name, reply.message.text)
         return reply.message
+
+    def _was_made(self, reply: _Reply, store: int, number: int) -> bool:
+        """Give up a request whose deadline has passed; return whether its reply was on the way already.
+
+        It has then happened for the others: to say here that it has not would make this rank count wrongly.
+        """
+        unanswered = reply.wait.open_question
+        self.notify(m.GiveUp(store, number))
+        if unanswered:  # the scheduler does not answer at all
+            return False
+        answered = reply.ready.wait(ASK_GRACE_S) and reply.message is not None
+        withdrawn = isinstance(reply.message, m.Failed) and reply.message.name == WaitTimeout.__name__
+        return answered and not withdrawn
 
     def close(self, last_words: m.Message) -> None:
         """Send a Goodbye or Abandon and end the connection. Requests that wait raise PeerLostError."""

@@ -512,7 +512,10 @@ class Barrier(Message, tag=64):
 
 
 class GiveUp(Message, tag=72):
-    """The deadline of a request has passed: do not answer it any more."""
+    """The deadline of a request has passed. If it waits still it is taken back, and answered by Failed.
+
+    Else its reply is on the way. So worker and scheduler agree on which calls were made.
+    """
 
     store: int
     request: int
