@@ -17,10 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensorkv.errors import ProtocolError
+from tensorkv.transport import sharedmemory
 from tensorkv.transport.sharedmemory import (
     ALIGN_BYTES,
     PURGE_BYTES,
     SEGMENT_BYTES,
+    SWEEP_S,
     SWEEP_TIMES,
     Arena,
     FreeRanges,
@@ -159,10 +161,12 @@ def test_ranges_never_overlap_and_join_again(steps: list[tuple[int, int]]) -> No
 class Log:
     """What an arena tells."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, for_long: bool = False) -> None:
         self.new: list[Segment] = []
         self.dropped: list[int] = []
-        self.arena = Arena(others_may_write=False, on_segment=self._new, on_drop=self.dropped.append)
+        self.arena = Arena(
+            others_may_write=False, for_long=for_long, on_segment=self._new, on_drop=self.dropped.append
+        )
 
     def _new(self, segment: Segment, descriptor: int) -> None:
         self.new.append(segment)
@@ -202,6 +206,7 @@ def kept() -> Iterator[tuple[Arena, list[int]]]:
     descriptors: list[int] = []
     arena = Arena(
         others_may_write=False,
+        for_long=False,
         on_segment=lambda segment, descriptor: descriptors.append(descriptor),
         on_drop=lambda number: None,
     )
@@ -261,8 +266,8 @@ def test_without_proc_memory_is_sealed_and_stays(monkeypatch: pytest.MonkeyPatch
     assert other.bytes[0] == 7
 
 
-def test_large_places_get_segments_of_their_own_which_go_with_them() -> None:
-    log = Log()
+def test_large_places_get_segments_of_their_own_which_go_with_what_was_kept_there() -> None:
+    log = Log(for_long=True)
     small = log.arena.take(10)
     large = [log.arena.take(SEGMENT_BYTES + 1) for _ in range(3)]
     assert [segment.number for segment in log.new] == [1, 2, 3, 4]
@@ -277,3 +282,26 @@ def test_large_places_get_segments_of_their_own_which_go_with_them() -> None:
     again = log.arena.take(SEGMENT_BYTES + 1)
     assert log.new == []
     assert len(small) + len(again) == SEGMENT_BYTES + 11
+
+
+def test_segments_that_every_step_needs_stay_and_go_when_none_does() -> None:
+    log = Log()
+    for _ in range(3 * SWEEP_TIMES):
+        large = [log.arena.take(SEGMENT_BYTES) for _ in range(3)]
+        del large
+    assert (len(log.new), log.dropped) == (3, [])
+    for _ in range(2 * SWEEP_TIMES * 3 + 1):
+        log.arena.take(SEGMENT_BYTES)
+    assert log.dropped == [3]  # one that is not in use is kept
+
+
+def test_what_was_needed_long_ago_goes_however_little_is_taken_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(sharedmemory.time, "monotonic", lambda: now)
+    log = Log()
+    large = [log.arena.take(SEGMENT_BYTES) for _ in range(4)]
+    del large
+    for passed_s, dropped in ((SWEEP_S - 1, []), (2, []), (SWEEP_S - 1, []), (2, [3, 4])):
+        now += passed_s
+        log.arena.take(10)
+        assert log.dropped == dropped

@@ -46,7 +46,7 @@ class SharedValues:
     """
 
     def __init__(self) -> None:
-        self._arena = Arena(others_may_write=False, on_segment=self._keep, on_drop=self._drop)
+        self._arena = Arena(others_may_write=False, for_long=True, on_segment=self._keep, on_drop=self._drop)
         self._segments: dict[int, tuple[Segment, int]] = {}  # with their descriptors
         self._sharings: list[Sharing] = []
 

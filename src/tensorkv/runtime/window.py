@@ -49,7 +49,9 @@ class Window:
 
     def __init__(self) -> None:
         self._ends: list[WindowEnd] = []
-        self._arena = Arena(others_may_write=False, on_segment=self._share, on_drop=self._drop)
+        self._arena = Arena(
+            others_may_write=False, for_long=False, on_segment=self._share, on_drop=self._drop
+        )
         self.lends = False  # whether memory was ever handed out
 
     @property

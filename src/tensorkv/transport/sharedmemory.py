@@ -19,6 +19,7 @@ import fcntl
 import mmap
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, final
@@ -39,6 +40,9 @@ MAX_SEGMENTS = 1 << 16
 SWEEP_TIMES = 2
 """When places are taken of so many times the size of all segments, the memory goes back to the system that
 nobody has needed meanwhile. What a step needs, however much, is needed again within less."""
+
+SWEEP_S = 10.0
+"""And with the first place that is taken so long after: who takes little may have taken much before."""
 
 PURGE_BYTES = 256 << 10
 """Less than this in one piece does not go back: the calls would cost more than the memory is worth."""
@@ -229,6 +233,8 @@ class Arena:
 
     Args:
         others_may_write: whether those who map a segment later may write to it.
+        for_long: whether places are taken to be kept. Then a segment that is not in use is not needed again,
+            and is dropped at once; else it is when a sweep finds that nobody has needed it.
         on_segment: called with every new segment and its descriptor, which the callee closes.
         on_drop: called with the number of a segment of which nothing is in use any more.
     """
@@ -237,10 +243,12 @@ class Arena:
         self,
         *,
         others_may_write: bool,
+        for_long: bool,
         on_segment: Callable[[Segment, int], None],
         on_drop: Callable[[int], None],
     ) -> None:
         self._others_may_write = others_may_write
+        self._for_long = for_long
         self._on_segment = on_segment
         self._on_drop = on_drop
         self._lock = threading.Lock()  # not needed for `_given`, to which the garbage collector may append
@@ -248,6 +256,7 @@ class Arena:
         self._free: dict[int, FreeRanges] = {}
         self._next_number = 1
         self._taken_bytes = 0  # since the last sweep
+        self._swept = time.monotonic()
         self._given: list[tuple[int, int, int]] = []  # segment, start, size; by whoever let a view go
 
     def take(self, size_bytes: int) -> Bytes:
@@ -291,22 +300,33 @@ class Arena:
 
     def _sweep_at_times(self) -> None:
         """Give the memory that nobody has needed for long back to the system."""
-        if self._taken_bytes < SWEEP_TIMES * sum(free.size_bytes for free in self._free.values()):
+        now = time.monotonic()
+        much = SWEEP_TIMES * sum(free.size_bytes for free in self._free.values())
+        if self._taken_bytes < much and now < self._swept + SWEEP_S:
             return
-        self._taken_bytes = 0
+        self._taken_bytes, self._swept = 0, now
+        unused: list[int] = []
         for number, free in self._free.items():
-            for start, stop in free.sweep():
+            idle = free.sweep()
+            if idle == [(0, free.size_bytes)]:
+                unused.append(number)
+            for start, stop in idle:
                 if stop - start >= PURGE_BYTES:
                     self._segments[number].purge(start, stop)
+        self._drop_all_but_one(unused)
 
     def _settle(self) -> None:
-        """Take in what was given back; of segments that are not in use at all only one is kept."""
+        """Take in what was given back."""
         if not self._given:
             return
         while self._given:
             number, start, size_bytes = self._given.pop()
             self._free[number].give(start, size_bytes)
-        unused = [number for number, free in self._free.items() if free.all_free]
+        if self._for_long:
+            self._drop_all_but_one([number for number, free in self._free.items() if free.all_free])
+
+    def _drop_all_but_one(self, unused: list[int]) -> None:
+        """Drop segments of which nothing is in use. One is kept: making a new one takes long."""
         for number in unused[1:]:
             del self._free[number], self._segments[number]
             self._on_drop(number)
