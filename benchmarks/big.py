@@ -2,13 +2,14 @@
 
     python benchmarks/big.py --gb 6
 
-Each worker has memory for one key only, and goes through the keys one after the other. Rank 0 tells what
-every process takes beside what it took before (PSS: shared pages are shared out).
+Each worker has memory for one key only, and goes through the keys one after the other. At the end each
+process tells what it takes beside what it took before (PSS: shared pages are shared out).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ import torch
 
 import tensorkv
 from tensorkv.bench.machine import memory_bytes, this_machine
-from tensorkv.bench.memory import pss_of_job
+from tensorkv.bench.memory import pss_bytes, pss_of_job
 
 KEY_BYTES = 256 << 20
 FLOAT_BYTES = 4
@@ -32,11 +33,17 @@ def pushed(rank: int, key: int, step: int) -> float:
     return float(1000 * step + 10 * key + rank)
 
 
+def taken(rank: int) -> dict[str, int]:
+    """Return the bytes of this worker by PSS; on rank 0 those of all servers, too."""
+    servers = pss_of_job() if rank == 0 else {}
+    return servers | {f"worker {rank}": pss_bytes(os.getpid())}
+
+
 def work(rank: int, num_keys: int, num_steps: int) -> None:
     """Make the keys, and go through the steps as one worker."""
     with tensorkv.create("dist_sync") as kv:
         kv.barrier()
-        before = pss_of_job() if rank == 0 else {}
+        before = taken(rank)
         kv.barrier()
         grad = torch.zeros(KEY_BYTES // FLOAT_BYTES)
         for key in range(num_keys):
@@ -58,9 +65,8 @@ def work(rank: int, num_keys: int, num_steps: int) -> None:
                 print(
                     f"step {step + 1}: {time.perf_counter() - start:.1f} s since the start, all values right"
                 )
-        if rank == 0:
-            for process, after in pss_of_job().items():
-                print(f"{process}: {(after - before[process]) / 1e9:.2f} GB more than before the first init")
+        for process, after in taken(rank).items():
+            print(f"{process}: {(after - before[process]) / 1e9:.2f} GB more than before the first init")
         kv.barrier()
 
 

@@ -2,13 +2,14 @@
 
     python benchmarks/soak.py --minutes 20 --plot docs/soak.png
 
-4 workers and 2 servers make and delete keys and open and close stores at random (`soakworker.py`, which also
-says how each value is checked).
+4 workers and 2 servers make and delete keys and open and close stores at random, and rest now and then with
+no key and no store but the main one (`soakworker.py`, which also says how each value is checked).
 Printed is, for each process, what each figure was at least, early and late: what nine of ten looks from 20 %
 to 40 % of the time, and of its last 20 %, do not fall below. What the job holds varies by chance, by more
-than a tenth within a minute, but what is lost is never given back, and so raises the least. A figure is
-flat if that has not grown in between; resident memory may by 5 %. The status is 1 if one is not flat, or
-the job failed. The scheduler is a thread of the launcher, so both are watched as one process.
+than a tenth within a minute, but in the rests it holds the same, and what is lost is never given back, and so
+raises the least. A figure is flat if that has not grown in between; resident memory may by 5 %, and how much
+of it is shared is only told. The status is 1 if one is not flat, or the job failed. The scheduler is a thread
+of the launcher, so both are watched as one process.
 
 It needs Linux (/proc), and for --plot the extra `bench`: pip install -c constraints.txt -e '.[bench]'
 """
@@ -19,6 +20,7 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -35,7 +37,8 @@ END_S = 120.0
 """Time that a job has to end after its time is over."""
 
 MEMORY = "resident memory, MB"
-MAY_GROW = {MEMORY: 0.05}
+SHARED = "of it shared, MB"
+MAY_GROW = {MEMORY: 0.05, SHARED: math.inf}
 """By what part of itself a figure may grow and is still flat."""
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
@@ -77,11 +80,12 @@ def is_flat(name: str, early: float, late: float) -> bool:
 
 
 def look(pid: int) -> dict[str, float]:
-    """Return resident memory, threads and open files of a process."""
+    """Return resident memory, how much of it is shared, threads and open files of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     lines = dict(line.split(":", 1) for line in status.splitlines())
     return {
         MEMORY: int(lines["VmRSS"].split()[0]) * 1024 / 1e6,
+        SHARED: int(lines["RssShmem"].split()[0]) * 1024 / 1e6,
         "threads": float(lines["Threads"]),
         "open files": float(len(os.listdir(f"/proc/{pid}/fd"))),
     }
@@ -162,7 +166,9 @@ def plot(tracks: dict[str, Track], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     names = list(next(iter(tracks.values())).figures)
-    figure, all_axes = pyplot.subplots(len(names), 1, sharex=True, figsize=(9, 8.5), height_ratios=[2, 1, 1])
+    figure, all_axes = pyplot.subplots(
+        len(names), 1, sharex=True, figsize=(9, 10), height_ratios=[2, 1, 1, 1]
+    )
     for axes, name in zip(all_axes, names, strict=True):
         for number, (process, track) in enumerate(sorted(tracks.items())):
             minutes = [time_s / 60 for time_s in track.times_s]

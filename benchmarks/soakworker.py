@@ -2,13 +2,16 @@
 
 All workers draw the same calls from the same seed, so each knows what every value must be: seven elements of
 it are kept beside the store and updated in torch by the same rule, and the value repeats them to its size.
-Every element of every pull is compared with them. Rank 0 says through a key when the time is over.
+Every element of every pull is compared with them. Rank 0 says through a key when the time is over, and when
+all are to rest: then every key is deleted, and nobody does anything for a while, so that what the processes
+still hold can be compared with what they held in other rests.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import gc
 import os
 import random
 import time
@@ -28,6 +31,10 @@ SIZES = [1, 64, 1000, 40_000, 600_000, 1_500_000]
 
 SIZE_WEIGHTS = [4, 4, 4, 4, 1, 1]
 MAX_KEYS = 30
+BUSY_S = 12.0
+REST_S = 4.0
+"""All rest for so long, once they have been busy for so long. That is more than `soak.LEAST` of the time."""
+
 TIMEOUT_S = 120.0
 
 
@@ -342,6 +349,15 @@ class Trial:
         self.counts["saves loaded"] += 1
 
 
+def rest(trial: Trial) -> None:
+    """Delete all keys of a store, and do nothing for a while."""
+    trial.delete(sorted(trial.keys))
+    gc.collect()
+    time.sleep(REST_S)
+    trial.kv.barrier()
+    trial.counts["rests"] += 1
+
+
 def open_store(chance: random.Random, number: int) -> tensorkv.KVStore:
     """Open a store by chance, of a new name or of one that others have had before."""
     kind = chance.choices(["dist_sync", "dist_async", "local", "embedded"], [4, 4, 1, 1])[0]
@@ -361,12 +377,12 @@ def main() -> None:
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     counts: collections.Counter[str] = collections.Counter()
-    end = time.monotonic() + arguments.seconds
+    begin = rested = time.monotonic()
     with (
         tensorkv.create("dist_sync", store="time", timeout_s=TIMEOUT_S) as clock,
         tensorkv.create("dist_sync", store="main", timeout_s=TIMEOUT_S) as kv,
     ):
-        clock.init("goes on", torch.ones(1))
+        clock.init("what next", torch.zeros(2))
         main_trial = Trial(kv, chance, counts)
         while True:
             main_trial.step()
@@ -379,9 +395,14 @@ def main() -> None:
                 if trial.keys and chance.random() < 0.3:
                     trial.save_and_load(folder)
             counts["stores opened"] += 1
-            goes_on = torch.tensor([float(kv.rank == 0 and time.monotonic() < end)])
-            if not clock.pushpull("goes on", goes_on).item():
+            now = time.monotonic()
+            tells = [now < begin + arguments.seconds, now > rested + BUSY_S]
+            goes_on, rests = clock.pushpull("what next", torch.tensor(tells) * float(kv.rank == 0))
+            if not goes_on:
                 break
+            if rests:
+                rest(main_trial)
+                rested = time.monotonic()
     if kv.rank == 0:
         print(", ".join(f"{number} {what}" for what, number in sorted(counts.items())), flush=True)
 

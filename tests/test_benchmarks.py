@@ -383,14 +383,16 @@ def tracks(**ends_mb: float) -> dict[str, soak.Track]:
         track = found[process] = soak.Track()
         for second in range(101):
             memory_mb = 100.0 + (end_mb - 100.0) * second / 100
-            track.add(float(second), {soak.MEMORY: memory_mb, "threads": 5.0, "open files": 7.0})
+            track.add(
+                float(second), {soak.MEMORY: memory_mb, soak.SHARED: 1.0, "threads": 5.0, "open files": 7.0}
+            )
     return found
 
 
 def test_a_figure_is_judged_by_what_its_least_grew() -> None:
     lines, all_flat = soak.table(tracks(launcher=100.0, worker=107.0))
-    assert lines[2] == "| launcher | 100 → 100 | 5 → 5 | 7 → 7 | yes |"
-    assert lines[3] == "| worker | 101.5 → 105.7 | 5 → 5 | 7 → 7 | yes |"
+    assert lines[2] == "| launcher | 100 → 100 | 1 → 1 | 5 → 5 | 7 → 7 | yes |"
+    assert lines[3] == "| worker | 101.5 → 105.7 | 1 → 1 | 5 → 5 | 7 → 7 | yes |"
     assert all_flat
     lines, all_flat = soak.table(tracks(launcher=100.0, worker=110.0))
     assert lines[3].endswith("| NO: resident memory |")
@@ -446,6 +448,19 @@ def test_a_soak_sees_one_wrong_element() -> None:
         value[-1] += 1
         with pytest.raises(soakworker.WrongValue, match=key):
             trial.check([key], [value])
+
+
+def test_nothing_is_held_in_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soakworker, "REST_S", 0.0)
+    counts: collections.Counter[str] = collections.Counter()
+    with tensorkv.create("local") as kv:
+        trial = soakworker.Trial(kv, random.Random(0), counts)
+        for _ in range(2):
+            trial.step()
+        soakworker.rest(trial)
+        assert kv.keys() == []
+        assert counts["rests"] == 1
+        trial.step()
 
 
 @pytest.mark.slow

@@ -183,6 +183,24 @@ def test_without_memory_nothing_is_lent_and_one_line_says_so(
     assert pair.lend(1000).number == 0
 
 
+def test_places_that_every_step_pushes_from_stay_known_and_others_do_not(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "MAX_KNOWN_PLACES", 4)
+    loan = pair.lend()
+
+    def borrow(offset: int) -> Memory:
+        return pair.server.borrow(m.Placed(loan.number, [(1, offset, 64)]), 64)
+
+    first = borrow(0)
+    gone = borrow(64)
+    for step in range(2, 20):
+        borrow(64 * step)
+        assert borrow(0) is first
+        assert len(pair.server._known) + len(pair.server._known_before) <= 8
+    assert borrow(64) is not gone
+
+
 def test_a_large_window_that_is_not_in_use_any_more_is_dropped(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +216,17 @@ def test_a_large_window_that_is_not_in_use_any_more_is_dropped(
     for _ in range(2):
         pair.lend(10)
     assert set(pair.server._segments) == {0, 1, 2}
+
+
+def test_places_of_a_segment_go_with_it(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "MAX_KNOWN_PLACES", 1)
+    loan = pair.lend()
+    for offset in (0, 64):
+        pair.server.borrow(m.Placed(loan.number, [(1, offset, 64)]), 64)
+    pair.server.drop(m.DropSegment(1))
+    for offset in (0, 64):
+        with pytest.raises(ProtocolError, match="segment 1"):
+            pair.server.borrow(m.Placed(loan.number, [(1, offset, 64)]), 64)
 
 
 @pytest.mark.parametrize(

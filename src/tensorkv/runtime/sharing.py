@@ -32,7 +32,9 @@ each loan, 1 when it is returned."""
 
 FLAGS_AT = 64
 MAX_LOANS = CONTROL_BYTES - FLAGS_AT
-MAX_KNOWN_PLACES = 4096
+MAX_KNOWN_PLACES = 256
+"""So many places of a worker's pushes are kept as tensors, and as many older ones: a step that pushes up to a
+gigabyte to one server finds all its places again. Each takes 2 KB."""
 
 PLACED_BYTES = 16 << 10
 """Payloads from this size on stay where they are; smaller ones travel in the frame."""
@@ -113,7 +115,8 @@ class Sharing:
         self._segments: dict[int, Segment] = {}
         self._control: memoryview | None = None
         self._copied: memoryview | None = None
-        self._known: dict[tuple[int, int, int, int], Memory] = {}
+        self._known: dict[tuple[int, int, int, int], Memory] = {}  # places of pushes, those of late
+        self._known_before: dict[tuple[int, int, int, int], Memory] = {}
         self._lent: deque[tuple[list[Lease], list[Memory]]] = deque()  # replies that are not copied yet
         self._settled = 0  # how many were, when we last looked
 
@@ -135,7 +138,9 @@ class Sharing:
         """The worker does not use a segment any more."""
         if message.segment == 0 or self._segments.pop(message.segment, None) is None:
             raise ProtocolError(f"segment {message.segment} was dropped, which there is not")
-        self._known = {name: memory for name, memory in self._known.items() if name[1] != message.segment}
+        for known in (self._known, self._known_before):
+            for name in [name for name in known if name[1] == message.segment]:
+                del known[name]
 
     # ---- pushes ------------------------------------------------------------------------------------
 
@@ -153,11 +158,12 @@ class Sharing:
         name = (placed.number, segment, offset, length)
         memory = self._known.get(name)
         if memory is None:
-            memory = Memory(
-                tensor_at(self._segments, segment, offset, length), self._return_of(placed.number)
-            )
-            if len(self._known) >= MAX_KNOWN_PLACES:
-                self._known.clear()
+            memory = self._known_before.pop(name, None)
+            if memory is None:
+                give_back = self._return_of(placed.number)
+                memory = Memory(tensor_at(self._segments, segment, offset, length), give_back)
+            if len(self._known) >= MAX_KNOWN_PLACES:  # what steps use comes over from there again
+                self._known_before, self._known = self._known, {}
             self._known[name] = memory
         return memory
 
@@ -211,6 +217,7 @@ class Sharing:
                 lease.readers -= 1
         self._segments.clear()  # what was pushed stays mapped until it is used up
         self._known.clear()
+        self._known_before.clear()
 
 
 def take_segment(
