@@ -20,8 +20,8 @@ from tensorkv.arrays import REFUSED_DTYPES, Key, to_out, to_tensor
 from tensorkv.errors import InvalidArgument, InvalidKey, InvalidValue, LengthMismatch
 from tensorkv.updaterspec import may_travel
 
-_traits = attrgetter("is_cpu", "requires_grad", "layout", "dtype")
-_PLAIN = (True, False, torch.strided)
+_traits = attrgetter("dtype", "is_cpu", "is_cuda", "requires_grad", "layout")
+_PLAIN = {(True, False, False, torch.strided), (False, True, False, torch.strided)}
 _TENSORS = {torch.Tensor}
 _plain_seen: set[tuple[Any, ...]] = set()  # traits of tensors that need no preparation
 _plain_outs_seen: set[tuple[Any, ...]] = set()  # and of outs; complex ones may be conjugated as they are read
@@ -56,7 +56,7 @@ class PushBatch:
 
     `tensors[i]` are the values of `keys[i]`, devices in list order, the same key twice one after the
     other; an empty list stands for ABSENT. `counts[i]` is what the key counts in a mean.
-    `singles`, where it is not None, has one CPU tensor for each key, and says it all: a list for each of
+    `singles`, where it is not None, has one tensor for each key, and says it all: a list for each of
     a thousand keys would keep Python's garbage collector busy. With `known` they are tensors of the dtypes
     and shapes of an earlier call, and whether they need to be prepared was not looked at; `checked` does so.
     """
@@ -310,22 +310,22 @@ def _each_alone(singles: list[torch.Tensor] | None) -> list[list[torch.Tensor]]:
 
 
 def _singles(tensors: list[list[torch.Tensor]]) -> list[torch.Tensor] | None:
-    if all(len(each) == 1 and each[0].is_cpu for each in tensors):
+    if all(len(each) == 1 for each in tensors):
         return [each[0] for each in tensors]
     return None
 
 
 def _are_plain(values: list[Any], outs: bool = False) -> bool:
-    """Whether all are CPU tensors that need no preparation. A few vector operations, for a list of many."""
+    """Whether all are tensors that need no preparation. A few vector operations, for a list of many."""
     if set(map(type, values)) != _TENSORS:
         return False
     seen = _plain_outs_seen if outs else _plain_seen
     if seen.issuperset(map(_traits, values)):
         return True
     found = set(map(_traits, values))
-    if any(traits[:3] != _PLAIN or traits[3] in REFUSED_DTYPES for traits in found):
+    if any(traits[1:] not in _PLAIN or traits[0] in REFUSED_DTYPES for traits in found):
         return False
-    if outs and any(traits[3].is_complex for traits in found):
+    if outs and any(traits[0].is_complex for traits in found):
         return False
     seen.update(found)  # as many as there are dtypes
     return True

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tensorkv.arrays import dtype_name
 from tensorkv.errors import KeyDeleted, ProtocolError, TensorKVError, to_wire
-from tensorkv.runtime.plans import SMALL_BYTES, KeyState, Plan, build_plan
+from tensorkv.runtime.plans import SMALL_BYTES, KeyState, Piece, Plan, build_plan
 from tensorkv.runtime.transfers import Destinations, PullExchange, _share_memory, gather, gather_into
 from tensorkv.wire import messages as m
 
@@ -275,6 +275,7 @@ def test_the_end_by_an_error(message: TensorKVError | m.Failed) -> None:
 def test_two_links_that_receive_parts_of_one_value_at_once() -> None:
     """Whichever asks first makes the memory; the other writes into the same."""
     keys = states([(LARGE * 2,)], num_servers=2, cut=LARGE)
+    piece = Piece(0, 0, LARGE * 2, 0, True, False)
     for _ in range(200):
         out = torch.empty(LARGE * 2, dtype=torch.float64)
         destinations = Destinations.per_device(keys, [[out]])
@@ -287,14 +288,14 @@ def test_two_links_that_receive_parts_of_one_value_at_once() -> None:
             found: list[torch.Tensor] = found,
         ) -> None:
             start.wait(20)
-            found.append(destinations.flat(0))
+            found.append(destinations.memory_for(piece))
 
         threads = [threading.Thread(target=ask) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(20)
-        assert found[0].data_ptr() == found[1].data_ptr() == destinations.flat(0).data_ptr()
+        assert found[0].data_ptr() == found[1].data_ptr() == destinations.memory_for(piece).data_ptr()
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,9 @@ def _origins(window: Window, values: Sequence[torch.Tensor]) -> Origins:
 
 def _address(value: torch.Tensor) -> int:
     """Return where a value begins; 0 where its memory does not show its elements one after the other."""
-    if value.layout != torch.strided or not value.is_contiguous() or value.is_neg() or value.is_conj():
+    if not value.is_cpu or value.layout != torch.strided:
+        return 0
+    if not value.is_contiguous() or value.is_neg() or value.is_conj():
         return 0
     return value.data_ptr()
 

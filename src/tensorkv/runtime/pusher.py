@@ -164,7 +164,7 @@ class Pusher:
 
         Args:
             plan: what to push.
-            values: per key of the plan, on the CPU.
+            values: per key of the plan, on any device.
             apply: as in `push`.
             asks: send back the values after the round, too; gets the number of the push.
 

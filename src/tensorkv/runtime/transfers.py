@@ -14,6 +14,7 @@ import torch
 
 from tensorkv.arrays import bytes_of
 from tensorkv.errors import ProtocolError, TensorKVError, from_wire
+from tensorkv.runtime.devices import Tensors, copy_each, join_into, joined, on, streams_of
 from tensorkv.runtime.link import Exchange
 from tensorkv.runtime.plans import KeyState, Piece, PlanChunk, ServerPart, Staging
 from tensorkv.runtime.streaming import stream
@@ -31,7 +32,7 @@ def gather(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]
         picked = chunk.pick(values)
         if len(picked) == 1:
             return [memoryview(bytes_of(_plain(picked[0])).tobytes())]
-        return [bytes_of(torch.cat(picked if chunk.one_dim else [each.reshape(-1) for each in picked]))]
+        return [bytes_of(joined(picked if chunk.one_dim else [each.reshape(-1) for each in picked]))]
     parts: list[memoryview] = []
     small: list[torch.Tensor] = []
     for piece in chunk.pieces:
@@ -40,11 +41,11 @@ def gather(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]
             small.append(flat)
             continue
         if small:
-            parts.append(bytes_of(torch.cat(small)))
+            parts.append(bytes_of(joined(small)))
             small = []
         parts.append(bytes_of(_plain(flat)))
     if small:
-        parts.append(bytes_of(torch.cat(small)))
+        parts.append(bytes_of(joined(small)))
     return parts
 
 
@@ -56,14 +57,12 @@ def gather_into(target: torch.Tensor, chunk: PlanChunk, values: Sequence[torch.T
             pieces = chunk.pick(values)
         else:
             pieces = [_flat_piece(piece, values) for piece in chunk.pieces]
-        if chunk.streams and torch.get_num_threads() == 1:
+        if chunk.streams and pieces[0].is_cpu and torch.get_num_threads() == 1:
             for piece in pieces:
                 stream(target[: piece.numel()], piece)
                 target = target[piece.numel() :]
-        elif len(pieces) == 1:
-            target.copy_(pieces[0])
         else:
-            torch.cat(pieces, out=target)
+            join_into(target, pieces)
 
 
 def _flat_piece(piece: Piece, values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -73,10 +72,10 @@ def _flat_piece(piece: Piece, values: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor whose memory holds its elements one after the other, just as they are."""
+    """Return a tensor on the CPU whose memory holds its elements one after the other, just as they are."""
     if tensor.is_neg() or tensor.is_conj():
         tensor = tensor.resolve_conj().resolve_neg()
-    return tensor.contiguous()
+    return tensor.contiguous().cpu()
 
 
 @final
@@ -85,7 +84,8 @@ class Destinations:
 
     `firsts[i]` is the caller's tensor for value i, and `others[i]` are further ones for it; `sizes_bytes` are
     those of `firsts`, if all of them are contiguous, `plain` tells what is known of them. A value whose
-    large pieces cannot be received straight into the first goes through memory of its own.
+    large pieces cannot be received straight into the first goes through memory of its own. What lies in
+    shared memory, or was received with others, is copied from there to a device.
     """
 
     def __init__(
@@ -101,6 +101,8 @@ class Destinations:
         self._others = others
         self._flat: dict[int, torch.Tensor] = {}
         self._direct: set[int] = set()
+        self._of_device: dict[int, list[Piece]] = {}  # with those that were received in memory of their own
+        self._streams = streams_of(out for each in [firsts, *(others or ())] for out in each)
         self._aliased: bool | None = None
         # One tensor for each value, and none shares memory with another.
         self.plain = plain or (
@@ -113,28 +115,35 @@ class Destinations:
         others = [each[1:] for each in outs]
         return cls(states, [each[0] for each in outs], others if any(others) else None)
 
-    def flat(self, value: int) -> torch.Tensor:
-        """Return contiguous memory, flat and in the stored dtype, for value number `value`."""
+    def memory_for(self, piece: Piece) -> torch.Tensor:
+        """Return memory on the CPU that a piece is to be received in, flat and in the stored dtype."""
+        if not self._firsts[piece.value].is_cpu and self._takes_pieces(piece.value):
+            self._of_device.setdefault(piece.value, []).append(piece)
+        return self._flat_of(piece.value)[piece.start : piece.stop]
+
+    def _flat_of(self, value: int) -> torch.Tensor:
+        """Return the memory on the CPU of value number `value`: the caller's if it can be."""
         found = self._flat.get(value)
         if found is None:
             out, state = self._firsts[value], self.states[value]
-            if (
-                out.dtype == state.dtype
-                and out.is_contiguous()
-                and out.device.type == "cpu"
-                and (self.plain or not self._is_aliased())
-            ):
-                found = (out.detach() if out.requires_grad else out).view(-1)
+            if out.is_cpu and self._takes_pieces(value):
+                found = _flattened(out)
                 self._direct.add(value)
             else:
                 found = torch.empty(state.num_elems, dtype=state.dtype, device="cpu")
             found = self._flat.setdefault(value, found)  # two links may receive parts of it at once
         return found
 
+    def _takes_pieces(self, value: int) -> bool:
+        """Whether what has been pulled can go to the caller's tensor piece by piece."""
+        out = self._firsts[value]
+        alike = out.dtype == self.states[value].dtype and out.is_contiguous()
+        return alike and (self.plain or not self._is_aliased())
+
     def spread(self, chunk: PlanChunk, staging: list[torch.Tensor]) -> None:
         """Copy the small pieces of a chunk from where they were received."""
         if self.plain and chunk.pick is not None:
-            _copy_each(chunk.pick(self._firsts), staging)
+            self._copy_each(chunk.pick(self._firsts), staging)
             return
         targets: list[torch.Tensor] = []
         for piece in chunk.pieces:
@@ -143,26 +152,35 @@ class Destinations:
                     targets.append(self._firsts[piece.value])
                 else:
                     targets.append(self._target_of(piece))
-        _copy_each(targets, staging)
+        self._copy_each(targets, staging)
 
     def copy_from(self, chunk: PlanChunk, sources: list[torch.Tensor]) -> None:
         """Copy the pieces of a chunk from where they lie: whole ones in the shape of their value."""
         if self.plain and chunk.pick is not None:
-            _copy_each(chunk.pick(self._firsts), sources)
+            self._copy_each(chunk.pick(self._firsts), sources)
             return
         targets = [
             self._firsts[piece.value] if piece.whole and self.plain else self._target_of(piece)
             for piece in chunk.pieces
         ]
-        if chunk.streams and torch.get_num_threads() == 1:
-            with torch.no_grad():
+        if chunk.streams and targets[0].is_cpu and torch.get_num_threads() == 1:
+            with torch.no_grad(), on(self._streams):
                 for target, source in zip(targets, sources, strict=True):
                     stream(target, source)
         else:
-            _copy_each(targets, sources)
+            self._copy_each(targets, sources)
+
+    def _copy_each(self, targets: Tensors, sources: Tensors) -> None:
+        with on(self._streams):
+            copy_each(targets, sources)
 
     def _target_of(self, piece: Piece) -> torch.Tensor:
-        flat = self.flat(piece.value)
+        """Return where a piece is to be copied: the caller's tensor if it can be, on any device."""
+        if not self._firsts[piece.value].is_cpu and self._takes_pieces(piece.value):
+            self._of_device.setdefault(piece.value, [])
+            flat = _flattened(self._firsts[piece.value])
+        else:
+            flat = self._flat_of(piece.value)
         return flat.view(self.states[piece.value].shape) if piece.whole else flat[piece.start : piece.stop]
 
     def _is_aliased(self) -> bool:
@@ -174,27 +192,34 @@ class Destinations:
 
     def finish(self) -> None:
         """All has been received: fill what was not received in place, and tell autograd what was."""
-        if not self._flat:
+        if not self._flat and not self._of_device:
             return
-        with torch.no_grad():
-            for value, flat in sorted(self._flat.items()):
-                first = self._firsts[value]
-                shaped = flat.view(self.states[value].shape)
-                if value in self._direct:
-                    torch.autograd.graph.increment_version(first)
-                else:
-                    first.copy_(shaped)
+        with torch.no_grad(), on(self._streams):
+            for value in sorted(self._flat.keys() | self._of_device.keys()):
+                whole = self._fill(value)
                 for other in self._others[value] if self._others else ():
-                    other.copy_(shaped)
+                    other.copy_(whole)
+
+    def _fill(self, value: int) -> torch.Tensor:
+        """Fill the caller's first tensor for a value, and return all of the value as it came."""
+        first, flat = self._firsts[value], self._flat.get(value)
+        if value in self._direct:
+            torch.autograd.graph.increment_version(first)
+            return first
+        if value in self._of_device:
+            for piece in self._of_device[value]:
+                assert flat is not None
+                first.view(-1)[piece.start : piece.stop].copy_(flat[piece.start : piece.stop])
+            return first
+        assert flat is not None
+        whole = flat.view(self.states[value].shape)
+        first.copy_(whole)
+        return whole
 
 
-def _copy_each(targets: list[torch.Tensor] | tuple[torch.Tensor, ...], sources: list[torch.Tensor]) -> None:
-    """Copy each source to its target, also to one that has come to require a gradient since it was known."""
-    with torch.no_grad():
-        if len(targets) == 1:
-            targets[0].copy_(sources[0])
-        else:
-            torch._foreach_copy_(targets, sources)
+def _flattened(out: torch.Tensor) -> torch.Tensor:
+    """Return the memory of a contiguous tensor, of which autograd is not told."""
+    return (out.detach() if out.requires_grad else out).view(-1)
 
 
 @final
@@ -238,8 +263,7 @@ class PullExchange(Exchange):
             if used > run:
                 buffers.append(staged[run:used])
                 run = used
-            flat = self._destinations.flat(piece.value)
-            buffers.append(bytes_of(flat[piece.start : piece.stop]))
+            buffers.append(bytes_of(self._destinations.memory_for(piece)))
         if used > run:
             buffers.append(staged[run:used])
         return buffers

@@ -326,6 +326,7 @@ class DistStore(KVStore):
         what: str,
     ) -> Work | None:
         """Push the free keys of a list at once, and each other one when its last push is merged."""
+        values = [_on_cpu(value) for value in values]
         sent, late = self._pusher.push_around(plan, values, apply)
         states = [plan.states[place] for place in late]
 
@@ -341,7 +342,7 @@ class DistStore(KVStore):
         return None
 
     def _check_push(self, batch: PushBatch) -> tuple[Plan, list[torch.Tensor]]:
-        """Check a push wholly, sum over devices, and return its plan and one tensor per key."""
+        """Check a push wholly, sum over devices, and return its plan and a tensor per key, on any device."""
         if self._is_async:  # in sync mode a pull, or the wait for a merge, brings the faults
             self._job.poll()
         if self._table.faults:
@@ -444,8 +445,10 @@ class DistStore(KVStore):
             if pushed.known:  # as in `_push_batch`
                 plan, values = self._check_push(pushed.checked())
 
+            late = [_on_cpu(value) for value in values]
+
             def push_and_pull() -> Any:
-                self._pusher.push_late(plan, range(len(plan.states)), values, True, what)
+                self._pusher.push_late(plan, range(len(plan.states)), late, True, what)
                 return self._run_pull(call, what)
 
             return self._after_deferred(plan, push_and_pull, async_op, what)
@@ -878,8 +881,8 @@ _Pushed = TypeVar("_Pushed")
 def _gathered(batch: PushBatch, push: Callable[[PushBatch], _Pushed]) -> _Pushed:
     """Push a batch that may be known; where torch refuses its tensors as they are, with each looked at.
 
-    Those of a known batch have the right dtypes and shapes. That one of them requires a gradient, or lies on
-    a GPU, torch finds itself, sooner than a look at each would.
+    Those of a known batch have the right dtypes and shapes. That one of them requires a gradient torch finds
+    itself, sooner than a look at each would.
     """
     try:
         return push(batch)
@@ -894,4 +897,4 @@ def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _summed(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return _on_cpu(sum_devices(tensors)) if tensors else torch.empty(0, device="cpu")
+    return sum_devices(tensors) if tensors else torch.empty(0, device="cpu")
