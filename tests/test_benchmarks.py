@@ -384,15 +384,15 @@ def tracks(**ends_mb: float) -> dict[str, soak.Track]:
         for second in range(101):
             memory_mb = 100.0 + (end_mb - 100.0) * second / 100
             track.add(
-                float(second), {soak.MEMORY: memory_mb, soak.SHARED: 1.0, "threads": 5.0, "open files": 7.0}
+                float(second), {soak.MEMORY: memory_mb, soak.SHARED: second / 100, "threads": 5.0, "open files": 7.0}
             )
     return found
 
 
 def test_a_figure_is_judged_by_what_its_least_grew() -> None:
     lines, all_flat = soak.table(tracks(launcher=100.0, worker=107.0))
-    assert lines[2] == "| launcher | 100 → 100 | 1 → 1 | 5 → 5 | 7 → 7 | yes |"
-    assert lines[3] == "| worker | 101.5 → 105.7 | 1 → 1 | 5 → 5 | 7 → 7 | yes |"
+    assert lines[2] == "| launcher | 100 → 100 | 0.22 → 0.82 | 5 → 5 | 7 → 7 | yes |"
+    assert lines[3] == "| worker | 101.5 → 105.7 | 0.22 → 0.82 | 5 → 5 | 7 → 7 | yes |"
     assert all_flat
     lines, all_flat = soak.table(tracks(launcher=100.0, worker=110.0))
     assert lines[3].endswith("| NO: resident memory |")
@@ -411,6 +411,7 @@ def test_what_comes_and_goes_is_not_growth() -> None:
 def test_one_thread_more_is_not_flat_and_one_less_is() -> None:
     assert soak.is_flat("threads", 5.0, 4.0)
     assert not soak.is_flat("threads", 5.0, 6.0)
+    assert soak.is_flat(soak.SHARED, 0.0, 0.0)
 
 
 def test_a_long_run_is_drawn(tmp_path: Path) -> None:
