@@ -383,9 +383,8 @@ def tracks(**ends_mb: float) -> dict[str, soak.Track]:
         track = found[process] = soak.Track()
         for second in range(101):
             memory_mb = 100.0 + (end_mb - 100.0) * second / 100
-            track.add(
-                float(second), {soak.MEMORY: memory_mb, soak.SHARED: second / 100, "threads": 5.0, "open files": 7.0}
-            )
+            figures = {soak.MEMORY: memory_mb, soak.SHARED: second / 100, "threads": 5.0, "open files": 7.0}
+            track.add(float(second), figures)
     return found
 
 
