@@ -42,7 +42,9 @@ def plot_sweeps(sweeps: Sequence[Sweep], found: Mapping[str, Found], path: Path)
             if is_bytes
             else matplotlib.ticker.FormatStrFormatter("%d")
         )
-        panel.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        panel.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))
+        for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            set_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         panel.set_xlabel(sweep.axis)
         panel.set_ylabel("ms a step")
         panel.set_title(sweep.title, fontsize=10)

@@ -21,6 +21,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -242,4 +243,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the job is ended on the way out
     sys.exit(main())

@@ -59,8 +59,9 @@ def can_do(system: str, case: Case) -> bool:
         return case.is_dist and plan.updater == "assign" and not plan.pushes and of_float32
     if system == "mxnet":
         return of_float32
-    if system == "gloo":  # an all-reduce has no updater
-        return case.is_dist and plan.updater == "assign" and not plan.pushes
+    if system == "gloo":  # an all-reduce has no updater, and with one worker nothing to do
+        reduces = case.is_dist and case.num_workers > 1
+        return reduces and plan.updater == "assign" and not plan.pushes
     if system == "ray":
         return case.kind == "dist_sync" and plan.updater in ("assign", "sgd") and of_float32
     # There is no floor of several processes with an optimizer.
