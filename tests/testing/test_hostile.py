@@ -15,7 +15,7 @@ from tensorkv.runtime.link import ServerLink
 from tensorkv.runtime.sharing import Sharing
 from tensorkv.runtime.transfers import Destinations
 from tensorkv.testing import hostile
-from tensorkv.testing.frames import load
+from tensorkv.testing.frames import Mutator, load
 from tensorkv.testing.hostile import WorkerFault, fuzz_worker, meet
 from tensorkv.transport import unix
 from tensorkv.wire import messages as m
@@ -28,6 +28,11 @@ POOL = [entry.frame for conversation in load(CORPUS, "worker").values() for entr
 def test_a_hundred_hostile_frames() -> None:
     """New ones in every run. A failure tells the seed of the job: `meet` runs it again."""
     assert fuzz_worker(random.Random(random.SystemRandom().randrange(1 << 32)), POOL, 100) >= 100
+
+
+def test_a_frame_may_be_cut_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mutator, "frame", lambda self, frame: b"")
+    assert fuzz_worker(random.Random(1), POOL, 100) >= 100
 
 
 def test_a_write_outside_of_what_was_asked_for_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

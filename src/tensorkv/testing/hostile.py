@@ -265,7 +265,9 @@ class HostilePeers:
         tick = deadline_tick(DEADLINE_S, "a worker that does not read")
         with contextlib.suppress(ConnectionError):  # it was ended
             for frame in frames:
-                connection.send_rest([part for part in frame if part], tick)
+                parts = [part for part in frame if part]
+                if parts:  # it may have been cut to nothing
+                    connection.send_rest(parts, tick)
         if ends:
             self._end_when_read(connection)
 
