@@ -210,6 +210,12 @@ def already_initialized(key: object, shape: tuple[int, ...]) -> KeyAlreadyInitia
     )
 
 
+def closed_meanwhile(what: str = "") -> StoreClosed:
+    """Return the error of a call, `what` if it is known, whose store another thread has closed."""
+    text = "the store was closed by another thread during the call"
+    return StoreClosed(f"{what}: {text}" if what else text)
+
+
 _BY_NAME: dict[str, type[TensorKVError]] = {
     cls.__name__: cls
     for cls in list(globals().values())

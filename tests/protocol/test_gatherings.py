@@ -78,6 +78,28 @@ def test_one_that_gives_up_may_ask_again() -> None:
     assert gathering.waiting(0, 10, {0, 1}) is None
 
 
+def test_one_that_gave_up_waits_for_the_next_call() -> None:
+    gathering = Gathering()
+    ask(gathering, 0, "load('x')")
+    ask(gathering, 1, "load('x')")
+    assert gathering.begin({0, 1}) == [(0, m.TogetherReply(10, True, None))]
+    gathering.give_up(1, 11)
+    ask(gathering, 1, "save('y')")
+    assert gathering.waiting(1, 11, {0, 1}) == m.Waiting(11, [0], "save('y')")
+    assert gathering.waiters() == [(1, 11)]
+    assert gathering.conclude(None, SETTINGS) == []
+    assert gathering.waiting(1, 11, {0, 1}) == m.Waiting(11, [0], "save('y')")
+    ask(gathering, 0, "save('y')")
+    assert gathering.begin({0, 1}) == [(0, m.TogetherReply(10, True, None))]
+    gathering.give_up(1, 11)
+    ask(gathering, 1)
+    gathering.give_up(1, 11)
+    assert gathering.waiters() == []
+    ask(gathering, 1)
+    assert gathering.leave(1) == []
+    assert gathering.waiters() == []
+
+
 def meet(gathering: Gathering, rank: int) -> None:
     gathering.add(rank, m.Together(20 + rank, 1, "save('x')", only_meet=True))
 

@@ -100,7 +100,7 @@ def test_a_name_is_free_when_all_have_left() -> None:
     tell(made, 1, m.LeaveStore(2, first.store))
     again = join(made, 0, kind="async")
     assert again.store != first.store
-    assert tell(made, 1, m.Barrier(3, first.store)) == []  # it has ended
+    assert tell(made, 1, m.Barrier(3, first.store)) == [closed(1, 3)]
 
 
 def test_keys_settings_and_barriers_go_to_the_store() -> None:
@@ -386,10 +386,33 @@ def test_who_has_left_a_store_is_not_heard_there() -> None:
     store = join(made, 0).store
     tell(made, 1, m.LeaveStore(1, store))
     spec = m.KeySpec("w", (2,), "float32", 4, False)
-    for number in range(3):
-        assert tell(made, 1, m.ProposeInit(number, store, [spec])) == []
+    for number in range(2, 5):
+        assert tell(made, 1, m.ProposeInit(number, store, [spec])) == [closed(1, number)]
     assert made._stores[store]._waiting_inits == []
+    assert tell(made, 1, m.GiveUp(store, 4)) == []
     assert tell(made, 1, m.LeaveStore(9, store)) == [("worker", 1, m.Done(9))]
+    tell(made, 0, m.LeaveStore(1, store))
+    assert tell(made, 0, m.Barrier(2, store)) == [closed(0, 2)]
+
+
+def closed(rank: int, request: int) -> tuple[str, int, m.Failed]:
+    text = "the store was closed by another thread during the call"
+    return "worker", rank, m.Failed(request, "StoreClosed", text)
+
+
+def test_calls_that_wait_end_when_another_thread_closes_the_store() -> None:
+    made = job()
+    store = join(made, 0).store
+    for waiting in (
+        m.ProposeInit(2, store, [m.KeySpec("w", (2,), "float32", 4, False)]),
+        m.ProposeSetting(3, store, m.SettingRecord(None, options={"lr": 1})),
+        m.Barrier(4, store),
+        m.Together(5, store, "save('x')", only_meet=True),
+    ):
+        assert tell(made, 1, waiting) == []
+    told = tell(made, 1, m.LeaveStore(6, store))
+    assert sorted(told[:-1], key=lambda each: each[2].request) == [closed(1, each) for each in range(2, 6)]
+    assert told[-1] == ("worker", 1, m.Done(6))
 
 
 def test_stores_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

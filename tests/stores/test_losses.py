@@ -7,12 +7,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tensorkv.errors import PeerLostError
+from tensorkv.errors import PeerLostError, StoreClosed
 from tensorkv.runtime import waits
 from tensorkv.runtime.embedded import EmbeddedJob
 from tensorkv.runtime.job import Job
@@ -155,3 +156,20 @@ def test_a_loss_ends_what_waits_and_what_comes_later(pair: Pair, call: str, loss
     shown = "".join(traceback.format_exception(caught.value))
     assert "During handling" not in shown
     assert "direct cause" not in shown
+
+
+# ---- closing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["barrier", "init", "setting", "save"])
+def test_a_close_ends_what_another_thread_waits_for(pair: Pair, call: str, tmp_path: Path) -> None:
+    kv = pair.stores[1]
+    with ThreadPoolExecutor(1) as pool:
+        if call == "save":
+            waiting = pool.submit(kv.save, str(tmp_path / "save"))
+        else:
+            waiting = pool.submit(CALLS[call], kv)
+        until_it_waits()
+        kv.close()
+        with pytest.raises(StoreClosed, match="during the call"):
+            waiting.result(DEADLINE_S)

@@ -295,6 +295,14 @@ def test_segments_that_every_step_needs_stay_and_go_when_none_does() -> None:
     assert log.dropped == [3]  # one that is not in use is kept
 
 
+def test_what_is_too_small_makes_room_for_what_is_needed() -> None:
+    log = Log()
+    for number in range(20):
+        log.arena.take(SEGMENT_BYTES + (number << 20))
+    assert len(log.dropped) == 19
+    assert len(log.arena._segments) == 1
+
+
 def test_what_was_needed_long_ago_goes_however_little_is_taken_now(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(sharedmemory.time, "monotonic", lambda: now)

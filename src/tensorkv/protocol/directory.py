@@ -29,6 +29,7 @@ from tensorkv.errors import (
     TensorKVError,
     WaitTimeout,
     already_initialized,
+    closed_meanwhile,
     not_initialized,
     to_wire,
 )
@@ -496,6 +497,14 @@ class Directory:
                 entries += removed
         return [(entry.key, [each.slice_id for each in entry.slices]) for entry in entries]
 
+    def close_for(self, rank: int, message: m.LeaveStore) -> None:
+        """A rank leaves in good order. Other threads of it may be in calls that wait here."""
+        for waiter, request in self._waits():
+            if waiter == rank:
+                self._refuse(rank, request, closed_meanwhile())
+        self.leave(rank)
+        self.out.append((rank, m.Done(message.request)))
+
     def leave(self, rank: int) -> None:
         """A rank has left. What it was about to create or set is withdrawn."""
         self.left.add(rank)
@@ -537,14 +546,17 @@ class Directory:
                 return m.Waiting(request, [self.setting_rank], f"setting number {number}")
         return None
 
-    def report(self) -> list[str]:
-        """Say which calls wait here, and for which workers."""
+    def _waits(self) -> list[tuple[int, int]]:
+        """Return rank and request of every call that waits here."""
         calls = [*self._barrier.items()]
         calls += [(rank, each.request) for rank, each in self._waiting_inits]
         calls += [(rank, each.request) for rank, each in self._waiting_settings]
-        calls += self._gathering.waiters()
+        return calls + self._gathering.waiters()
+
+    def report(self) -> list[str]:
+        """Say which calls wait here, and for which workers."""
         lines: list[str] = []
-        for rank, request in calls:
+        for rank, request in self._waits():
             waiting = self.waiting(rank, request)
             if waiting is not None:
                 missing = ", ".join(map(str, waiting.ranks))

@@ -9,6 +9,7 @@ RULES
 2. The lowest rank leads: it is told so, does what is to be done, and concludes. Then all others are told.
 3. If the leader leaves before that, the others get an error.
 4. If they have come only to meet, nobody leads, and all are told at once.
+5. Who comes while another leads has given up its part in that call: it waits for the next.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ class Gathering:
     def __init__(self) -> None:
         self.leader: int | None = None
         self._asked: dict[int, m.Together] = {}
+        self._next: dict[int, m.Together] = {}
 
     def add(self, rank: int, message: m.Together) -> None:
         """A rank has arrived."""
-        self._asked[rank] = message
+        asked = self._asked if self.leader is None else self._next
+        asked[rank] = message
 
     def begin(self, members: set[int]) -> Answers:
         """If all have arrived, let the lowest rank lead, or refuse all."""
@@ -61,12 +64,16 @@ class Gathering:
             if rank != self.leader:
                 failed = None if error is None else m.Failed(each.request, *error)
                 answers.append((rank, failed or m.TogetherReply(each.request, False, settings)))
-        self.leader = None
-        self._asked.clear()
+        self._end()
         return answers
+
+    def _end(self) -> None:
+        self.leader = None
+        self._asked, self._next = self._next, {}
 
     def leave(self, rank: int) -> Answers:
         """A rank has left. If it was to lead, the others learn that it will not."""
+        self._next.pop(rank, None)
         asked = self._asked.pop(rank, None)
         if asked is None or rank != self.leader:
             return []
@@ -76,24 +83,27 @@ class Gathering:
 
     def give_up(self, rank: int, request: int) -> None:
         """A rank's call has reached its deadline."""
-        if rank != self.leader and rank in self._asked and self._asked[rank].request == request:
+        if rank in self._next and self._next[rank].request == request:
+            del self._next[rank]
+        elif rank != self.leader and rank in self._asked and self._asked[rank].request == request:
             del self._asked[rank]
 
     def waiting(self, rank: int, request: int, members: set[int]) -> m.Waiting | None:
         """Return whom a request waits for, None if it is not this call."""
-        if rank not in self._asked or self._asked[rank].request != request:
-            return None
-        missing = sorted(members - set(self._asked)) if self.leader is None else [self.leader]
-        return m.Waiting(request, missing, self._asked[rank].call)
+        for asked in (self._asked, self._next):
+            if rank in asked and asked[rank].request == request:
+                missing = sorted(members - set(asked)) if self.leader is None else [self.leader]
+                return m.Waiting(request, missing, asked[rank].call)
+        return None
 
     def waiters(self) -> list[tuple[int, int]]:
         """Return rank and request of those that wait: all but the leader."""
-        return [(rank, each.request) for rank, each in sorted(self._asked.items()) if rank != self.leader]
+        led = [(rank, each.request) for rank, each in sorted(self._asked.items()) if rank != self.leader]
+        return led + [(rank, each.request) for rank, each in sorted(self._next.items())]
 
     def _refuse(self, error: Exception) -> Answers:
         answers: Answers = [
             (rank, m.Failed(each.request, *to_wire(error))) for rank, each in sorted(self._asked.items())
         ]
-        self.leader = None
-        self._asked.clear()
+        self._end()
         return answers

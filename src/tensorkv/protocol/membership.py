@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from tensorkv.config import MAX_SLICE_BYTES, Role
-from tensorkv.errors import ProtocolError, StoreMismatch, to_wire
+from tensorkv.errors import ProtocolError, StoreMismatch, closed_meanwhile, to_wire
 from tensorkv.protocol.directory import CommitReduction, Directory, Placement
 from tensorkv.wire import messages as m
 
@@ -119,10 +119,11 @@ class Membership:
 
     def _handle_store(self, rank: int, message: Any) -> None:
         directory = self._stores.get(message.store)
-        if directory is None:
-            return  # ended meanwhile: whoever asked has left it
-        if rank in directory.left and not isinstance(message, m.LeaveStore):
-            return  # another of its threads was in a call
+        left = directory is not None and rank in directory.left and not isinstance(message, m.LeaveStore)
+        if directory is None or left:  # another of its threads has closed the store meanwhile
+            if type(message) in m.REPLIES:
+                self.out.append(("worker", rank, m.Failed(message.request, *to_wire(closed_meanwhile()))))
+            return
         match message:
             case m.ProposeInit():
                 directory.propose_init(rank, message)
@@ -149,8 +150,7 @@ class Membership:
             case m.GiveUp():
                 directory.give_up(rank, message.request)
             case m.LeaveStore():
-                directory.leave(rank)
-                self.out.append(("worker", rank, m.Done(message.request)))
+                directory.close_for(rank, message)
         self._collect(directory)
 
     def _register(self, role: Role, rank: int, message: m.Register) -> None:

@@ -118,30 +118,26 @@ class ControlClient:
         self.notify(message)
         try:
             self._await(reply)
-        except WaitTimeout as timeout:
-            if not store or not self._was_made(reply, store, number):
-                raise
-            logger.debug("made after all, its reply and its deadline have met: %s", timeout)
-        except BaseException:  # Ctrl-C too
+        except BaseException as exc:  # Ctrl-C too
             if self.failure is None and store:
                 self.notify(m.GiveUp(store, number))
-            raise
+            if not isinstance(exc, WaitTimeout) or not store or not self._was_made(reply):
+                raise
         finally:
             del self._replies[number]
         if isinstance(reply.message, m.Failed):
             raise from_wire(reply.message.name, reply.message.text)
         return reply.message
 
-    def _was_made(self, reply: _Reply, store: int, number: int) -> bool:
-        """Give up a request whose deadline has passed; return whether its reply was on the way already.
+    def _was_made(self, reply: _Reply) -> bool:
+        """Return whether the reply of a request was on the way when that was given up.
 
         It has then happened for the others: to say here that it has not would make this rank count wrongly.
         """
-        unanswered = reply.wait.open_question
-        self.notify(m.GiveUp(store, number))
-        if unanswered:  # the scheduler does not answer at all
-            return False
-        answered = reply.ready.wait(ASK_GRACE_S) and reply.message is not None
+        grace_s = (
+            0.0 if reply.wait.open_question else ASK_GRACE_S
+        )  # else the scheduler does not answer at all
+        answered = reply.ready.wait(grace_s) and reply.message is not None
         withdrawn = isinstance(reply.message, m.Failed) and reply.message.name == WaitTimeout.__name__
         return answered and not withdrawn
 

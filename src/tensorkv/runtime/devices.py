@@ -49,7 +49,7 @@ def join_into(target: torch.Tensor, pieces: Tensors) -> None:
 def copy_each(targets: Tensors, sources: Tensors) -> None:
     """Copy each source, on the CPU, to its target on any device, of the same shape. Without gradients.
 
-    The sources have one dtype. They may be changed when it returns.
+    The sources have one dtype. When it returns the targets are written, and the sources may be changed.
     """
     with torch.no_grad():
         if len(targets) == 1:
@@ -81,6 +81,8 @@ def _copy_across(targets: Tensors, sources: Tensors) -> None:
             for part, each in zip(parts, found, strict=True)
         ]
         torch._foreach_copy_([targets[number] for number in numbers], shaped)
+        if device.type == "cuda":  # who reads them may do so in another stream
+            torch.cuda.current_stream(device).synchronize()
 
 
 def _on_several(tensors: Iterable[torch.Tensor]) -> bool:

@@ -22,10 +22,10 @@ from tensorkv.errors import (
     MemoryLimitReached,
     NotInJob,
     PeerLostError,
-    StoreClosed,
     TensorKVError,
     TransportUnavailable,
     again,
+    closed_meanwhile,
 )
 from tensorkv.runtime import inturn
 from tensorkv.runtime.code import CodeTable
@@ -147,7 +147,7 @@ class Job:
     def check_open(self, store: int) -> None:
         """Raise StoreClosed if another thread has closed the store meanwhile. With the order held."""
         if store in self._left:
-            raise _closed_meanwhile("a call")
+            raise closed_meanwhile("a call")
 
     def leave_store(self, store: int) -> None:
         """Nothing more may be queued for this store; calls that wait in it end. With the order held."""
@@ -164,7 +164,7 @@ class Job:
         """Return a deadline for one call. It ends, too, when another thread closes the store."""
 
         def failure() -> TensorKVError | None:
-            return self.failure() or (_closed_meanwhile(what) if store in self._left else None)
+            return self.failure() or (closed_meanwhile(what) if store in self._left else None)
 
         return Wait(what, timeout_s, failure, ask, whom)
 
@@ -290,10 +290,6 @@ class _Whole:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: object) -> None:
         if exc is not None and not isinstance(exc, TensorKVError):
             self._job.broken_off(exc)
-
-
-def _closed_meanwhile(what: str) -> StoreClosed:
-    return StoreClosed(f"{what}: the store was closed by another thread during the call")
 
 
 def _forked(config: JobConfig, parent: int) -> NotInJob:

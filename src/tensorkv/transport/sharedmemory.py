@@ -42,7 +42,8 @@ SWEEP_TIMES = 2
 nobody has needed meanwhile. What a step needs, however much, is needed again within less."""
 
 SWEEP_S = 10.0
-"""And with the first place that is taken so long after: who takes little may have taken much before."""
+"""And with the first place that is taken so long after: who takes little may have taken much before. Who takes
+nothing any more keeps what he had."""
 
 PURGE_BYTES = 256 << 10
 """Less than this in one piece does not go back: the calls would cost more than the memory is worth."""
@@ -288,6 +289,7 @@ class Arena:
             start = free.take(size_bytes)
             if start >= 0:
                 return number, start
+        self._drop([number for number, free in self._free.items() if free.all_free])  # they are too small
         number = self._next_number
         segment, descriptor = Segment.create(
             number, max(size_bytes, SEGMENT_BYTES), others_may_write=self._others_may_write
@@ -313,7 +315,7 @@ class Arena:
             for start, stop in idle:
                 if stop - start >= PURGE_BYTES:
                     self._segments[number].purge(start, stop)
-        self._drop_all_but_one(unused)
+        self._drop(unused[1:])
 
     def _settle(self) -> None:
         """Take in what was given back."""
@@ -323,10 +325,10 @@ class Arena:
             number, start, size_bytes = self._given.pop()
             self._free[number].give(start, size_bytes)
         if self._for_long:
-            self._drop_all_but_one([number for number, free in self._free.items() if free.all_free])
+            self._drop([number for number, free in self._free.items() if free.all_free][1:])
 
-    def _drop_all_but_one(self, unused: list[int]) -> None:
-        """Drop segments of which nothing is in use. One is kept: making a new one takes long."""
-        for number in unused[1:]:
+    def _drop(self, unused: list[int]) -> None:
+        """Drop segments of which nothing is in use. One is kept, mostly: making a new one takes long."""
+        for number in unused:
             del self._free[number], self._segments[number]
             self._on_drop(number)
