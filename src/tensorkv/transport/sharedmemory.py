@@ -42,8 +42,8 @@ SWEEP_TIMES = 2
 nobody has needed meanwhile. What a step needs, however much, is needed again within less."""
 
 SWEEP_S = 10.0
-"""And with the first place that is taken so long after: who takes little may have taken much before. Who takes
-nothing any more keeps what he had."""
+"""And with the first place that is taken so long after: who takes little may have taken much before. Without
+one nothing goes back."""
 
 PURGE_BYTES = 256 << 10
 """Less than this in one piece does not go back: the calls would cost more than the memory is worth."""
