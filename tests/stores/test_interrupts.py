@@ -205,10 +205,14 @@ def test_others_are_told_at_once_that_a_worker_was_broken_off() -> None:
     cluster = EmbeddedJob(2, 1, timeout_s=TIMEOUT_S)
     jobs = [cluster.join(rank) for rank in range(2)]
     try:
+        for job in jobs:
+            store = job.control.request(
+                lambda n: m.JoinStore(n, "shared", "sync", "sum", "fail"), "opening", TIMEOUT_S
+            ).store
         with pytest.raises(Interrupt), jobs[0].order, jobs[0].whole:
             raise Interrupt
         with pytest.raises(PeerLostError, match="worker 0 .*a call was broken off by Interrupt"):
-            jobs[1].control.request(lambda n: m.Barrier(n, 1), "barrier", TIMEOUT_S)
+            jobs[1].control.request(lambda n: m.Barrier(n, store), "barrier", TIMEOUT_S, store)
     finally:
         for job in jobs:
             job.close(m.Goodbye())
