@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ipaddress
 import os
 import shutil
 import socket
@@ -28,7 +29,10 @@ from rich.console import Console
 from tensorkv.bench.machine import this_machine
 from tensorkv.bench.shapes import FLOAT_BYTES, num_elems, shapes_of
 
-HERE, THERE = "198.18.78.1", "198.18.78.2"  # of the range for tests between networks
+_NETWORK = ipaddress.ip_address("198.18.0.0") + 4 * (os.getpid() % (1 << 15))
+HERE, THERE = str(_NETWORK + 1), str(_NETWORK + 2)
+"""Of the range for tests between networks (RFC 2544); each process its own, as several may run at once."""
+
 QUEUE = "burst 128kb latency 20ms"
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = 300.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shutil
 import subprocess
@@ -20,7 +21,8 @@ from tensorkv.wire import messages as m
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
-HERE, THERE = "198.18.77.1", "198.18.77.2"  # of the range for tests between networks
+NETWORK = ipaddress.ip_address("198.18.0.0") + 4 * (os.getpid() % (1 << 15))  # RFC 2544; each run its own
+HERE, THERE = str(NETWORK + 1), str(NETWORK + 2)
 PEER_TIMEOUT_S = 3.0
 SLACK_S = 3.0  # one more probe, and the 3 s in which every call is told
 
