@@ -14,34 +14,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cases
+import harness
+import jobs
+import link
+import measureall
+import peerenv
+import pictures
+import pushpull
 import pytest
+import soak
+import soakworker
+import startup
+import sweeps
+import systems
+import tables
+from goals import Goal, judge
+from harness import JobFailed, Process, run_job
 from rich.console import Console
 
 import tensorkv
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import cases  # noqa: E402
-import harness  # noqa: E402
-import jobs  # noqa: E402
-import link  # noqa: E402
-import measureall  # noqa: E402
-import peerenv  # noqa: E402
-import pictures  # noqa: E402
-import pushpull  # noqa: E402
-import soak  # noqa: E402
-import soakworker  # noqa: E402
-import startup  # noqa: E402
-import sweeps  # noqa: E402
-import systems  # noqa: E402
-import tables  # noqa: E402
-from goals import Goal, judge  # noqa: E402
-from harness import JobFailed, Process, run_job  # noqa: E402
-
-from tensorkv.bench import steps  # noqa: E402
-from tensorkv.bench.machine import this_machine  # noqa: E402
-from tensorkv.bench.steps import Plan  # noqa: E402
+from tensorkv.bench import steps
+from tensorkv.bench.machine import this_machine
+from tensorkv.bench.steps import Plan
 
 QUICK = Plan(warmup=1, steps=3)
 DEADLINE_S = 50.0

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from pathlib import Path
 
+import chaos
+import chaosworker
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import chaos  # noqa: E402
-import chaosworker  # noqa: E402
 
 GOING_ON = chaos.Draw(
     number=1,

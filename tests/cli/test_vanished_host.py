@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from link import HERE, THERE, NoLink, limited_link
 
 from tensorkv.errors import PeerLostError
 from tensorkv.runtime.embedded import EmbeddedJob
@@ -21,8 +20,6 @@ from tensorkv.wire import messages as m
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
-NETWORK = ipaddress.ip_address("198.18.0.0") + 4 * (os.getpid() % (1 << 15))  # RFC 2544; each run its own
-HERE, THERE = str(NETWORK + 1), str(NETWORK + 2)
 PEER_TIMEOUT_S = 3.0
 SLACK_S = 3.0  # one more probe, and the 3 s in which every call is told
 
@@ -39,37 +36,14 @@ except tensorkv.PeerLostError as error:
 """
 
 
-def ip(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=20, check=False)
-
-
 @pytest.fixture
 def namespace() -> Iterator[str]:
     """A network namespace at THERE, joined to HERE by a link named like itself."""
-    if os.geteuid() != 0:
-        pytest.skip("making a network namespace needs root")
-    if shutil.which("ip") is None:
-        pytest.skip("making a network namespace needs `ip` (of iproute2)")
-    name = f"tkv{os.getpid() % 100_000}"
-    made = ip("netns", "add", name)
-    if made.returncode:
-        pytest.skip(f"no network namespace can be made here: {made.stderr.strip()}")
     try:
-        for command in (
-            f"link add {name} type veth peer name inner netns {name}",
-            f"addr add {HERE}/30 dev {name}",
-            f"link set {name} up",
-            f"-n {name} addr add {THERE}/30 dev inner",
-            f"-n {name} link set inner up",
-            f"-n {name} link set lo up",
-        ):
-            done = ip(*command.split())
-            if done.returncode:
-                pytest.skip(f"no link between namespaces can be made here: {done.stderr.strip()}")
-        yield name
-    finally:
-        ip("link", "del", name)
-        ip("netns", "del", name)
+        with limited_link(mbit=1000) as link:
+            yield link.namespace
+    except NoLink as exc:
+        pytest.skip(str(exc))
 
 
 @pytest.mark.slow
@@ -86,7 +60,7 @@ def test_both_sides_notice_within_the_timeout_asked_for(namespace: str, tmp_path
         kv.init("w", torch.zeros(4))
         assert there.stdout.readline() == "joined\n"
 
-        assert ip("link", "set", namespace, "down").returncode == 0
+        subprocess.run(["ip", "link", "set", namespace, "down"], timeout=20, check=True)
         began = time.monotonic()
         with pytest.raises(PeerLostError, match=r"worker 1 on host .* was lost: its host does not answer"):
             kv.barrier()
