@@ -622,6 +622,7 @@ def test_a_deleted_key_may_be_initialised_again() -> None:
         kv.barrier()
         with pytest.raises(KeyNotInitialized):
             kv.push("w", ones())
+        kv.barrier()  # else rank 0's next init is there before rank 1 has looked
         kv.init("w", torch.ones(2, 3))
         kv.push("w", torch.ones(2, 3))
         assert torch.equal(kv.pull("w"), torch.full((2, 3), 2.0))
