@@ -19,7 +19,7 @@ from tensorkv.testing.frames import Mutator, load
 from tensorkv.testing.hostile import WorkerFault, fuzz_worker, meet
 from tensorkv.transport import unix
 from tensorkv.wire import messages as m
-from tensorkv.wire.codec import encode
+from tensorkv.wire.codec import PREFIX, encode
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 POOL = [entry.frame for conversation in load(CORPUS, "worker").values() for entry in conversation]
@@ -32,6 +32,17 @@ def test_a_hundred_hostile_frames() -> None:
 
 def test_a_frame_may_be_cut_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Mutator, "frame", lambda self, frame: b"")
+    assert fuzz_worker(random.Random(1), POOL, 100) >= 100
+
+
+def test_a_frame_may_claim_more_than_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody could tell it from one that comes slowly, so the connection ends; else a call would wait."""
+
+    def longer(self: Mutator, frame: bytes) -> bytes:
+        magic, version, message_bytes, payload_bytes = PREFIX.unpack_from(frame)
+        return PREFIX.pack(magic, version, message_bytes + (1 << 15), payload_bytes) + frame[PREFIX.size :]
+
+    monkeypatch.setattr(Mutator, "frame", longer)
     assert fuzz_worker(random.Random(1), POOL, 100) >= 100
 
 

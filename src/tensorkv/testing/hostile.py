@@ -47,7 +47,7 @@ from tensorkv.transport.inproc import InprocConnection
 from tensorkv.transport.sharedmemory import MAX_SEGMENTS
 from tensorkv.transport.unix import DescriptorHead, UnixConnection, UnixListener
 from tensorkv.wire import messages as m
-from tensorkv.wire.codec import PREFIX, Decoder, encode
+from tensorkv.wire.codec import MAX_HEADER_BYTES, PREFIX, PREFIX_BYTES, Decoder, decode_prefix, encode
 
 NUM_SERVERS = 2
 SLICE_BOUND_BYTES = 1 << 12
@@ -257,6 +257,7 @@ class HostilePeers:
             frames = self._changed(server, head, payload)
             self.num_hostile += len(frames)
             ends = chance() < 0.5
+            ends = ends or any(_falls_short(*changed) for changed in frames)
             if server == SCHEDULER:
                 ends = ends or any(_tells_false_lead(head, changed) for changed, _ in frames)
             if not ends:
@@ -345,6 +346,19 @@ class HostilePeers:
         self._ended = True
         for connection in list(self._connections.values()):
             connection.shutdown()
+
+
+def _falls_short(head: bytes, payload: bytes) -> bool:
+    """Whether a frame has fewer bytes than its prefix claims, or no whole prefix.
+
+    The worker waits for the rest. It cannot know that none comes, unless the connection ends.
+    """
+    if len(head) < PREFIX_BYTES:
+        return True
+    with contextlib.suppress(ProtocolError):
+        message_bytes, payload_bytes = decode_prefix(head, MAX_HEADER_BYTES)
+        return PREFIX_BYTES + message_bytes + payload_bytes > len(head) + len(payload)
+    return False
 
 
 def _tells_false_lead(honest: bytes, frame: bytes) -> bool:
