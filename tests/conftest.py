@@ -13,7 +13,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported, here or in a process that a test starts: whole jobs run on few cores.
@@ -75,6 +75,13 @@ def nothing_left() -> Iterator[None]:
     ]
     if left:
         pytest.fail("the test left behind: " + "; ".join(left), pytrace=False)
+
+
+@pytest.fixture
+def count_descriptors() -> Callable[[], int]:
+    """Counts the open descriptors of this process; garbage of other tests holds none of them any more."""
+    gc.collect()
+    return lambda: len(os.listdir("/proc/self/fd"))
 
 
 def _threads() -> set[threading.Thread]:

@@ -33,7 +33,8 @@ specs = [
     for role, rank, argv in arguments["specs"]
 ]
 output = Output({"stdout": FileSink(sys.stdout), "stderr": FileSink(sys.stderr)})
-sys.exit(Job(specs, output, stop_servers=lambda: [], grace_s=arguments["grace_s"]).run())
+grace_s = arguments["grace_s"]
+sys.exit(Job(specs, output, absent_servers=list, stop_servers=lambda: None, grace_s=grace_s).run())
 """
 
 WAIT = "import signal; signal.pause()"
@@ -45,7 +46,7 @@ signal.pause()
 """
 STUBBORN = """
 import os, signal, sys
-signal.signal(signal.SIGTERM, lambda *_: print("not yet", flush=True))
+signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"not yet\\n"))
 print("pids", os.getpid(), flush=True)
 while True:
     signal.pause()
@@ -61,7 +62,8 @@ def python(role: str, rank: int, code: str, *arguments: str) -> ProcessSpec:
 
 def job(
     *specs: ProcessSpec,
-    stop_servers: Callable[[], Iterable[Node]] = list,
+    absent_servers: Callable[[], Iterable[Node]] = list,
+    stop_servers: Callable[[], None] = lambda: None,
     first_lost: Callable[[], Node | None] = lambda: None,
     goes_on: Callable[[Node, int], bool] = lambda node, returncode: False,
     **seconds: float,
@@ -69,7 +71,13 @@ def job(
     """Run a job in this process."""
     output = Output({"stdout": FileSink(sys.stdout), "stderr": FileSink(sys.stderr)})
     return Job(
-        specs, output, stop_servers=stop_servers, first_lost=first_lost, goes_on=goes_on, **seconds
+        specs,
+        output,
+        absent_servers=absent_servers,
+        stop_servers=stop_servers,
+        first_lost=first_lost,
+        goes_on=goes_on,
+        **seconds,
     ).run()
 
 
@@ -138,15 +146,12 @@ def release(path: str) -> None:
 def test_a_job_without_faults(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = fifo(tmp_path)
 
-    def stop() -> list[Node]:
-        release(path)
-        return []
-
     status = job(
         python("server", 0, "import sys; open(sys.argv[1]).read(); print('server ends', end='')", path),
         python("worker", 0, "import sys; print('one\\ntwo'); print('warned', file=sys.stderr)"),
         python("worker", 1, "import sys; sys.stdout.buffer.write(b'\\xff half')"),
-        stop_servers=stop,
+        stop_servers=lambda: release(path),
+        server_stop_s=DEADLINE_S,
     )
     out, err = capfd.readouterr()
     assert status == 0
@@ -170,9 +175,12 @@ def test_the_first_failure_is_named_and_ends_the_others(
         "open(sys.argv[1], 'w').close()\n"
         "signal.pause()"
     )
-    fail = "import sys; open(sys.argv[1]).read(); sys.stderr.write('Traceback\\nno luck'); sys.exit(3)"
+    fail = "import sys; open(sys.argv[1]).read(); sys.stderr.write('Traceback\\nno luck\\n'); sys.exit(3)"
     status = job(
-        python("server", 0, WAIT), python("worker", 0, last_words, path), python("worker", 1, fail, path)
+        python("server", 0, WAIT),
+        python("worker", 0, last_words, path),
+        python("worker", 1, fail, path),
+        grace_s=DEADLINE_S,
     )
     assert status == 3
     assert capfd.readouterr().err.splitlines() == [
@@ -224,6 +232,7 @@ def test_the_status_of_the_process_that_was_lost_first(
         python("worker", 0, "raise SystemExit(1)"),
         python("worker", 1, "import sys; open(sys.argv[1]).read(); sys.exit(9)", path),
         first_lost=first_lost,
+        grace_s=DEADLINE_S,
     )
     assert status == 9
     assert "worker 1 failed with status 9" in capfd.readouterr().err
@@ -296,7 +305,7 @@ def test_servers_that_have_not_started_yet_are_not_waited_for(capfd: pytest.Capt
     servers = [python("server", rank, WAIT) for rank in range(2)]
     nodes = [spec.node for spec in servers]
     worker = python("worker", 0, "pass")
-    assert job(*servers, worker, stop_servers=lambda: nodes, server_stop_s=1000.0) == 0
+    assert job(*servers, worker, absent_servers=lambda: nodes, server_stop_s=1000.0) == 0
     assert capfd.readouterr().err == ""
 
 

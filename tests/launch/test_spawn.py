@@ -31,8 +31,7 @@ def double(key, pushed, stored):
     stored += 2 * pushed
 
 def children(pid):
-    return [int(word) for task in os.listdir(f"/proc/{pid}/task")
-            for word in open(f"/proc/{pid}/task/{task}/children").read().split()]
+    return [int(word) for word in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 """
 
 SHARED = """

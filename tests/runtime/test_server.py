@@ -536,9 +536,12 @@ def test_a_lost_worker_is_let_in_no_more(registered: EmbeddedJob, worker: Callab
 
 def test_a_server_ends_in_good_order_with_the_job() -> None:
     cluster = EmbeddedJob(1, 1, timeout_s=DEADLINE_S)
-    cluster.scheduler.stop()
-    assert cluster.servers[0].wait() is None
-    cluster.stop()
+    try:
+        cluster.join(0).close(m.Goodbye())  # by then the server has registered, so that `stop` reaches it
+        cluster.scheduler.stop()
+        assert cluster.servers[0].wait() is None
+    finally:
+        cluster.stop()
 
 
 def test_a_fault_while_the_scheduler_speaks_ends_the_server(

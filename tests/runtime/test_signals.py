@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,7 +78,8 @@ def spin_until(done: threading.Event) -> None:
 def test_a_report_asks_and_names_whom_each_call_waits_for(waiting: Waiting) -> None:
     lines = report("worker 3")
     assert lines[0] == "tensorkv: worker 3: 1 call waits"
-    assert lines[1] == "  loader: pull of 'w', since 0 s: waiting for worker 3, round 812 of 'w'"
+    line = r"  loader: pull of 'w', since \d+ s: waiting for worker 3, round 812 of 'w'"
+    assert re.fullmatch(line, lines[1])
     assert lines[2].startswith(f"  MainThread is at {__file__}:")
     assert lines[2].endswith("in test_a_report_asks_and_names_whom_each_call_waits_for")
 
@@ -199,6 +201,36 @@ def test_afterwards_term_kills_and_usr1_does_nothing() -> None:
     made.stop()
     made.stop()
     assert [signal.getsignal(each) for each in SIGNALS] == [signal.SIG_IGN, signal.SIG_DFL]
+
+
+def test_a_nudge_that_comes_late_finds_a_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread sees a call that goes on, and nudges only when the process has left it and all else."""
+    nudge = signal.pthread_kill
+
+    def leave(made: WorkerSignals) -> None:
+        asked = threading.Event()
+
+        def late(thread: int, signum: int) -> None:
+            asked.set()
+            while not made._stopping:
+                time.sleep(0.001)
+            nudge(thread, signum)
+
+        monkeypatch.setattr(signal, "pthread_kill", late)
+        store_call("os.kill(os.getpid(), signal.SIGTERM); event.wait()")(asked)  # type: ignore[operator]
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+        made.stop()
+
+    pid = os.fork()  # a process of its own, for the wrong action ends it
+    if pid == 0:
+        status = 1
+        try:
+            leave(WorkerSignals("worker 3"))
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_a_forked_child_has_the_default(installed: WorkerSignals) -> None:

@@ -7,7 +7,7 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,6 @@ from tensorkv.transport.sharedmemory import (
 )
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
-def _open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.mark.parametrize("writable", [False, True])
@@ -83,24 +79,24 @@ def test_its_size_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize("seals", [0, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW])
-def test_memory_that_could_be_cut_off_is_refused(seals: int) -> None:
+def test_memory_that_could_be_cut_off_is_refused(seals: int, count_descriptors: Callable[[], int]) -> None:
     """A peer that shrinks it would end us by SIGBUS."""
     descriptor = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, PAGE)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-    before = _open_descriptors()
+    before = count_descriptors()
     with pytest.raises(ProtocolError, match="could be cut off"):
         Segment.attach(1, PAGE, descriptor, writable=False)
-    assert _open_descriptors() == before - 1
+    assert count_descriptors() == before - 1
 
 
-def test_what_is_no_memory_is_refused(tmp_path: Path) -> None:
-    before = _open_descriptors()
+def test_what_is_no_memory_is_refused(tmp_path: Path, count_descriptors: Callable[[], int]) -> None:
+    before = count_descriptors()
     (tmp_path / "file").write_bytes(bytes(PAGE))
     for descriptor in (os.open(tmp_path / "file", os.O_RDWR), os.open(tmp_path, os.O_RDONLY)):
         with pytest.raises(ProtocolError, match="segment 1 cannot be mapped"):
             Segment.attach(1, PAGE, descriptor, writable=False)
-    assert _open_descriptors() == before
+    assert count_descriptors() == before
 
 
 @pytest.mark.parametrize("announced", [0, 1, PAGE - 1, PAGE + 1, 2 * PAGE, -PAGE])
@@ -266,19 +262,20 @@ def test_without_proc_memory_is_sealed_and_stays(monkeypatch: pytest.MonkeyPatch
     assert other.bytes[0] == 7
 
 
-def test_large_places_get_segments_of_their_own_which_go_with_what_was_kept_there() -> None:
+def test_large_places_get_segments_of_their_own_which_go_with_what_was_kept_there(
+    count_descriptors: Callable[[], int],
+) -> None:
     log = Log(for_long=True)
     small = log.arena.take(10)
     large = [log.arena.take(SEGMENT_BYTES + 1) for _ in range(3)]
     assert [segment.number for segment in log.new] == [1, 2, 3, 4]
     log.new.clear()
-    gc.collect()
-    before = _open_descriptors()
+    before = count_descriptors()
     del large
     gc.collect()
     log.arena.take(10)
     assert len(log.dropped) == 2  # one that is not in use is kept
-    assert _open_descriptors() == before - 2
+    assert count_descriptors() == before - 2
     again = log.arena.take(SEGMENT_BYTES + 1)
     assert log.new == []
     assert len(small) + len(again) == SEGMENT_BYTES + 11

@@ -6,7 +6,7 @@ import array
 import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -87,16 +87,16 @@ def test_a_frame_that_is_sent_in_pieces_hands_its_descriptor_over_once(
 
 
 def test_what_nobody_claims_is_closed_with_the_connection(
-    pair: tuple[UnixConnection, UnixConnection], tmp_path: Path
+    pair: tuple[UnixConnection, UnixConnection], tmp_path: Path, count_descriptors: Callable[[], int]
 ) -> None:
     one, other = pair
     descriptor = _file(tmp_path, "unclaimed")
-    before = len(os.listdir("/proc/self/fd"))
+    before = count_descriptors()
     one.send(DescriptorHead.of(encode(1), descriptor))
     other.receive(_skip)
-    assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert count_descriptors() == before + 1
     other.close()
-    assert len(os.listdir("/proc/self/fd")) == before - 1  # the socket is closed, too
+    assert count_descriptors() == before - 1  # the socket is closed, too
     os.close(descriptor)
 
 
@@ -115,27 +115,32 @@ def test_a_peer_that_sends_many_descriptors_is_cut_off(
     os.close(descriptor)
 
 
-def test_several_descriptors_at_once_are_not_taken(listener: UnixListener, tmp_path: Path) -> None:
+def test_several_descriptors_at_once_are_not_taken(
+    listener: UnixListener, tmp_path: Path, count_descriptors: Callable[[], int]
+) -> None:
     """There is room for one; the system closes the others."""
     bare = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     bare.connect("\0" + listener.address[0][1:])
     other = listener.accept()
     assert isinstance(other, UnixConnection)
     descriptor = _file(tmp_path, "several")
-    before = len(os.listdir("/proc/self/fd"))
+    before = count_descriptors()
     rights = array.array("i", [descriptor] * 50)
     bare.sendmsg([encode(1)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     other.receive(_skip)
-    assert len(os.listdir("/proc/self/fd")) <= before + 2  # room is rounded up
+    assert count_descriptors() <= before + 2  # room is rounded up
     for each in (bare, other):
         each.close()
     os.close(descriptor)
 
 
 def test_another_user_is_refused_on_both_sides(
-    listener: UnixListener, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    listener: UnixListener,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    count_descriptors: Callable[[], int],
 ) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = count_descriptors()
     stranger = os.geteuid() + 1
     with monkeypatch.context() as patch:
         patch.setattr(unix.os, "geteuid", lambda: stranger)
@@ -152,7 +157,7 @@ def test_another_user_is_refused_on_both_sides(
         one.receive(_skip)
     for each in (one, another, other):
         each.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert count_descriptors() == before
 
 
 def test_nobody_listens_there() -> None:

@@ -107,8 +107,9 @@ class Job:
     Args:
         specs: what to start, in this order.
         output: where the lines go.
-        stop_servers: called when the last worker has ended with 0. It tells the servers to end, and
-            returns those that it does not reach since they are still starting: they get a SIGTERM.
+        absent_servers: returns the servers that are still starting. Called when the last worker has ended
+            with 0: they get a SIGTERM.
+        stop_servers: called then. It tells the other servers to end.
         first_lost: which process the scheduler lost first, where it knows.
         on_worker_done: called with the rank of each worker that has ended with 0.
         report: returns lines for SIGUSR1; every process that handles this signal gets it, too.
@@ -122,7 +123,8 @@ class Job:
         specs: Sequence[ProcessSpec],
         output: Output,
         *,
-        stop_servers: Callable[[], Iterable[Node]],
+        absent_servers: Callable[[], Iterable[Node]],
+        stop_servers: Callable[[], None],
         first_lost: Callable[[], Node | None] = lambda: None,
         on_worker_done: Callable[[int], None] = lambda rank: None,
         report: Callable[[], Iterable[str]] = tuple,
@@ -132,6 +134,7 @@ class Job:
     ) -> None:
         self._specs = specs
         self._output = output
+        self._absent_servers = absent_servers
         self._stop_servers = stop_servers
         self._first_lost = first_lost
         self._on_worker_done = on_worker_done
@@ -246,8 +249,10 @@ class Job:
             case Kill(nodes):
                 self._signal(nodes, signal.SIGKILL)
             case StopServers():
-                for further in self._supervisor.dismiss(self._stop_servers()):
+                # The absent ones first: else one may find that the scheduler has gone, and say so.
+                for further in self._supervisor.dismiss(self._absent_servers()):
                     self._perform(further)
+                self._stop_servers()
             case Report(text):
                 self._reports.append(text)
 

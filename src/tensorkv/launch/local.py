@@ -193,11 +193,9 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
     def goes_on(node: Node, returncode: int) -> bool:
         return scheduler.worker_failed(node.rank, f"it ended with {status_text(returncode)}")
 
-    def stop_servers() -> list[Node]:
+    def absent_servers() -> list[Node]:
         servers = [Node("server", rank) for rank in range(options.num_servers)]
-        absent = [node for node in servers if not scheduler.has_joined(node.role, node.rank)]
-        scheduler.stop()
-        return absent
+        return [node for node in servers if not scheduler.has_joined(node.role, node.rank)]
 
     scheduler.start()
     try:
@@ -209,7 +207,8 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
         return Job(
             specs,
             output,
-            stop_servers=stop_servers,
+            absent_servers=absent_servers,
+            stop_servers=scheduler.stop,
             first_lost=first_lost,
             on_worker_done=scheduler.worker_exited,
             goes_on=goes_on,

@@ -256,9 +256,10 @@ class _Job:
                 absent = [
                     node for node in self._servers if not self._scheduler.has_joined("server", node.rank)
                 ]
-                self._scheduler.stop()
+                # These first: else one may find that the scheduler has gone, and say so.
                 for further in self._supervisor.dismiss(absent):
                     self._perform(further)
+                self._scheduler.stop()
 
     def _signal(self, node: Node, signum: signal.Signals) -> None:
         """Signal a process that has not been waited for; a server's number is that of its group."""

@@ -502,11 +502,13 @@ def main() -> int:
             _handle_signals(server)
             server.start()
             failure = server.wait()
+        except TensorKVError as error:
+            failure = error
         finally:
             _end_signals()
             server.stop()
         if server.terminated:
-            signal.raise_signal(signal.SIGTERM)  # so that the status tells
+            signal.raise_signal(signal.SIGTERM)  # so that the status tells; the job may have ended before it
     except TensorKVError as error:
         sys.stderr.write(f"tensorkv server: {error}\n")
         return 1

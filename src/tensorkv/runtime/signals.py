@@ -66,10 +66,10 @@ class WorkerSignals:
         """
         if not self.taken:
             return
-        self._give_back(signal.SIG_IGN)
         self._stopping = True
         os.eventfd_write(self._wake, 1)
-        self._thread.join()
+        self._thread.join()  # first, for it may be about to nudge: that must find our handler
+        self._give_back(signal.SIG_IGN)
         os.close(self._wake)
 
     def forget(self) -> None:
