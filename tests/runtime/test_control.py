@@ -13,7 +13,7 @@ import pytest
 
 from tensorkv.config import JobConfig
 from tensorkv.errors import KeyNotInitialized, PeerLostError, TensorKVError, WaitTimeout, to_wire
-from tensorkv.runtime import control
+from tensorkv.runtime import control, waits
 from tensorkv.runtime.control import ControlClient
 from tensorkv.runtime.handshake import accept
 from tensorkv.transport.base import Connection
@@ -121,6 +121,15 @@ def test_servers_are_waited_for(scheduler: Scheduler) -> None:
         servers = pool.submit(scheduler.client.servers)
         scheduler.say(m.Welcome([m.ServerAddress("a", 1), m.ServerAddress("b", 2)]))
         assert servers.result(DEADLINE_S) == [m.ServerAddress("a", 1), m.ServerAddress("b", 2)]
+
+
+def test_joining_is_not_listed_once_it_is_done(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waits, "_noted", type(waits._noted)())
+    scheduler.client._welcome.wait.tick()  # it has waited for a while
+    assert [wait.what for wait in waits.waiting_calls()] == ["joining the job"]
+    scheduler.say(m.Welcome([m.ServerAddress("a", 1), m.ServerAddress("b", 2)]))
+    scheduler.client.servers()
+    assert waits.waiting_calls() == []
 
 
 def test_a_deadline_names_who_is_missing_and_gives_up(

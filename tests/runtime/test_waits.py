@@ -187,7 +187,9 @@ def test_calls_that_wait_are_listed_until_they_end(clock: Clock) -> None:
     assert [wait.open_question for wait in waits.waiting_calls()] == [False, True]
     assert call.wait.describe() == "pull of 'w', since 2 s: waiting for workers 3, 5, round 812 of 'w'"
     assert other.describe() == "pull of 'w', since 1 s: waiting for server 1, which does not answer"
-    clock.now += waits.RECENT_S  # neither has ticked since: both have ended
+    other.end()
+    assert waits.waiting_calls() == [call.wait]
+    clock.now += waits.RECENT_S  # it has not ticked since: it has ended
     assert waits.waiting_calls() == []
 
 

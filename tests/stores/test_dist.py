@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -880,6 +881,10 @@ def test_a_worker_that_comes_after_a_loss_is_told() -> None:
     cluster = EmbeddedJob(2, 1, timeout_s=DEADLINE_S)
     try:
         cluster.join(0).close(m.Abandon("it fell over"))
+        end = time.monotonic() + DEADLINE_S
+        while cluster.scheduler.lost is None:  # what it said last may be read later than what the next says
+            assert time.monotonic() < end
+            time.sleep(0.01)
         with pytest.raises(PeerLostError, match="worker 0 .* was lost: it fell over"):  # noqa: PT012
             late = cluster.join(1)
             try:

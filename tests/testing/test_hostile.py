@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tensorkv.errors import KeyNotInitialized, to_wire
 from tensorkv.runtime import window
 from tensorkv.runtime.control import ControlClient
 from tensorkv.runtime.link import ServerLink
@@ -109,6 +110,9 @@ def test_a_false_leader_is_noticed() -> None:
     lead, follow = encode(m.TogetherReply(3, True, None)), encode(m.TogetherReply(3, False, None))
     assert hostile._tells_false_lead(lead, follow)
     assert hostile._tells_false_lead(follow, lead)
+    failed = encode(m.Failed(3, *to_wire(KeyNotInitialized("key 'w'"))))
+    assert hostile._tells_false_lead(lead, failed)
+    assert not hostile._tells_false_lead(encode(m.Done(3)), failed)
     assert not hostile._tells_false_lead(lead, lead)
     assert not hostile._tells_false_lead(lead, encode(m.Done(3)))
     assert not hostile._tells_false_lead(encode(m.Done(3)), encode(m.Done(4)))

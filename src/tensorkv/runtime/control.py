@@ -80,6 +80,7 @@ class ControlClient:
     def servers(self) -> list[m.ServerAddress]:
         """Wait until all servers are there, and return their addresses."""
         self._await(self._welcome)
+        self._welcome.wait.end()
         servers: list[m.ServerAddress] = self._welcome.message.servers
         return servers
 

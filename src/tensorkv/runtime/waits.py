@@ -117,6 +117,10 @@ class Wait:
         with _lock:
             _noted.add(self)
 
+    def end(self) -> None:
+        """The call has ended: list it no more. For a Wait that somebody keeps; else it goes by itself."""
+        self._ticked = None
+
     def order(self) -> tuple[str, float]:
         """Sort key: thread, then who has waited longest."""
         return self.thread, self._begin

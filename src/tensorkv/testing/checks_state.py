@@ -559,4 +559,4 @@ def check_put_waits_for_own_round(maker: StoreMaker, workers: int) -> None:
         if kv.rank == 1:
             kv.push("w", full(3))
 
-    in_workers(maker, workers, work, timeout_s=0.5)
+    in_workers(maker, workers, work, timeout_s=3.0)  # time enough for joining and `init`, too

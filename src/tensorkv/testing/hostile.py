@@ -368,7 +368,10 @@ def _tells_false_lead(honest: bytes, frame: bytes) -> bool:
     """
     lead = getattr(_from_scheduler.decode(honest[PREFIX.size :]), "lead", None)
     with contextlib.suppress(ProtocolError):
-        return getattr(_from_scheduler.decode(frame[PREFIX.size :]), "lead", lead) is not lead
+        told = _from_scheduler.decode(frame[PREFIX.size :])
+        if isinstance(told, m.Failed):  # then it does not lead, and others may wait for it
+            return lead is not None
+        return getattr(told, "lead", lead) is not lead
     return False
 
 
