@@ -309,6 +309,36 @@ def test_servers_that_have_not_started_yet_are_not_waited_for(capfd: pytest.Capt
     assert capfd.readouterr().err == ""
 
 
+def test_servers_that_have_not_started_yet_end_before_the_others_are_told(tmp_path: Path) -> None:
+    """The scheduler goes when it has told the others; a server that starts must not look for it then."""
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    for path in (started, ended):
+        os.mkfifo(path)
+    code = (
+        "import signal, sys\n"
+        "def end(*_):\n    open(sys.argv[2], 'w').close()\n    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "open(sys.argv[1], 'w').close()\n"
+        "signal.pause()\n"
+    )
+
+    def absent() -> list[Node]:
+        started.read_text()
+        return [Node("server", 0)]
+
+    def stop() -> None:
+        ended.read_text()
+
+    status = job(
+        python("server", 0, code, str(started), str(ended)),
+        python("worker", 0, "pass"),
+        absent_servers=absent,
+        stop_servers=stop,
+        server_stop_s=DEADLINE_S,
+    )
+    assert status == 0
+
+
 def test_a_process_that_cannot_be_started_leaves_no_other() -> None:
     huge = ProcessSpec(node=Node("worker", 1), argv=("true",), env={"PATH": os.defpath, "X": "x" * (1 << 20)})
     with pytest.raises(OSError, match="too long"):
