@@ -119,3 +119,50 @@ def test_the_launcher_says_a_line_meanwhile() -> None:
     pump.finish()
     assert over.wait(DEADLINE_S)
     pump.close()
+
+
+def test_it_notifies_before_it_is_closed_or_never() -> None:
+    """What `notify` writes to is gone after `close`: a descriptor of that number may be another's."""
+    closed, notified = threading.Event(), list[bool]()
+    pump = Pump(Output({"stdout": Paper(), "stderr": Paper()}), lambda: notified.append(closed.is_set()))
+    told = threading.Event()
+
+    class Done(threading.Event):
+        def set(self) -> None:
+            super().set()
+            told.set()
+            closed.wait(0.2)  # time enough for the launcher, which has seen it, to close
+
+    pump._done = Done()
+    pump.start()
+    pump.finish()
+    assert told.wait(DEADLINE_S)
+    pump.close()
+    closed.set()
+    pump._thread.join(DEADLINE_S)
+    assert notified == [False]
+
+
+def test_one_that_is_stuck_in_a_write_notifies_nobody_later() -> None:
+    stuck, free = threading.Event(), threading.Event()
+
+    class Full(Paper):
+        def write(self, text: str) -> None:
+            stuck.set()
+            assert free.wait(DEADLINE_S)
+
+    notified = list[int]()
+    pump = Pump(Output({"stdout": Full(), "stderr": Paper()}), lambda: notified.append(1))
+    read, write = pipe()
+    pump.add(W0, "stdout", read)
+    pump.start()
+    with write:
+        write.write(b"line\n")
+    assert stuck.wait(DEADLINE_S)
+    pump.finish()
+    pump.close()
+    free.set()
+    pump._thread.join(DEADLINE_S)
+    assert pump.done
+    assert notified == []
+    pump.close()  # now it is free

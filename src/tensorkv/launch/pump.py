@@ -27,7 +27,8 @@ class Pump:
 
     Args:
         output: belongs to the thread from `start` until `done`.
-        notify: called by the thread when it is through, whatever the reason. Must not block.
+        notify: called by the thread when it is through, whatever the reason, but never after `close`. Must
+            not block.
     """
 
     def __init__(self, output: Output, notify: Callable[[], None]) -> None:
@@ -39,6 +40,7 @@ class Pump:
         self._wake_read, self._wake_write = os.pipe()
         self._finishing = threading.Event()
         self._done = threading.Event()
+        self._ending = threading.Lock()  # held to notify: what `notify` uses may be gone after `close`
         self._thread = threading.Thread(target=self._run, name="tensorkv-output", daemon=True)
         self.error: OSError | None = None
 
@@ -74,8 +76,10 @@ class Pump:
 
     def close(self) -> None:
         """Free what the pump holds, unless its thread is stuck in a write: then the thread keeps it."""
-        if self._thread.ident is not None and not self.done:
-            return
+        with self._ending:
+            self._notify = lambda: None
+            if self._thread.ident is not None and not self.done:
+                return
         for pipe in self._pipes.values():
             pipe.close()
         self._selector.close()
@@ -93,8 +97,9 @@ class Pump:
         except OSError as exc:
             self.error = exc
         finally:
-            self._done.set()
-            self._notify()
+            with self._ending:
+                self._done.set()
+                self._notify()
 
     def _read_ready(self, timeout_s: float | None) -> bool:
         """Pass on what the pipes hold; return whether there was anything."""
