@@ -34,14 +34,16 @@ class Case:
         return self.num_servers > 0
 
 
-def tensorkv_job(case: Case, transport: str = "tcp", lent: bool = False) -> list[Process]:
+def tensorkv_job(
+    case: Case, transport: str = "tcp", lent: bool = False, source: Path = SOURCE
+) -> list[Process]:
     """Return TensorKV's job: the launcher starts the rest, in one process the script itself is all.
 
-    With `lent` it pushes from tensors of `empty_like`.
+    With `lent` it pushes from tensors of `empty_like`. `source` is the `src` folder of a checkout.
     """
     module = [sys.executable, "-m", "tensorkv.bench.worker", *(["--lent"] if lent else [])]
     script = [*module, f"--kind={case.kind}", *case.plan.arguments()]
-    env = _checkout_first() | threads_env(case.num_workers)
+    env = _checkout_first(source) | threads_env(case.num_workers)
     if not case.is_dist:
         return [Process(name="tensorkv", command=script, env=env)]
     launcher = [sys.executable, "-m", "tensorkv", "run"]
@@ -117,10 +119,10 @@ def floor_job(case: Case) -> list[Process]:
 JobMaker = Callable[[Case], list[Process]]
 
 
-def _checkout_first() -> dict[str, str]:
-    """Measure the source beside this folder, whatever is installed."""
+def _checkout_first(source: Path = SOURCE) -> dict[str, str]:
+    """Measure this source, by default the one beside this folder, whatever is installed."""
     inherited = os.environ.get("PYTHONPATH")
-    paths = [str(SOURCE), *([inherited] if inherited else [])]
+    paths = [str(source.resolve()), *([inherited] if inherited else [])]
     return {"PYTHONPATH": os.pathsep.join(paths)}
 
 

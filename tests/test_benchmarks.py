@@ -23,6 +23,7 @@ import peerenv
 import pictures
 import pushpull
 import pytest
+import sidebyside
 import soak
 import soakworker
 import startup
@@ -120,6 +121,22 @@ def test_gloo_is_measured(tmp_path: Path) -> None:
     case = jobs.Case(name="c", title="", kind="dist_sync", plan=QUICK, num_workers=2, num_servers=2)
     times_s = run_job(jobs.gloo_job(case, tmp_path), timeout_s=50)
     assert {way: len(found) for way, found in times_s.items()} == {"flat": 3, "per tensor": 3}
+
+
+def test_a_checkout_is_measured_beside_another(capsys: pytest.CaptureFixture[str]) -> None:
+    here = harness.SOURCE.parent
+    with pytest.raises(SystemExit, match="1"):  # nothing is as fast as is allowed
+        sidebyside.main([str(here), "--quick", "--rounds=1", "--case=local-assign", "--allowed=0"])
+    printed = capsys.readouterr().out
+    rows = [line.split()[:2] for line in printed.splitlines() if "tensorkv," in line]
+    assert rows[:2] == [["tensorkv,", "push+pull"], ["tensorkv,", "pushpull"]]
+    assert "slower than 0.0: local-assign tensorkv, pus" in printed
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        sidebyside.main([str(tmp_path)])
+    assert "has no src/tensorkv" in capsys.readouterr().err
 
 
 def test_interpreter_without_mxnet_is_refused(tmp_path: Path) -> None:
