@@ -79,3 +79,12 @@ def test_an_error_that_nobody_saw_is_logged(caplog: pytest.LogCaptureFixture) ->
     seen.set_exception(WaitTimeout("waiting for worker 3"))
     assert isinstance(Work(seen, "push of 'w'").exception(), WaitTimeout)
     assert len(caplog.messages) == 2
+
+
+def test_at_its_own_deadline_a_work_says_whom_it_waits_for() -> None:
+    """Not at a shorter one: asking takes a moment."""
+    work = Work(Future(), "pull of 'w'", 0.01, lambda: "waiting for worker 3")
+    with pytest.raises(WaitTimeout, match="^pull of 'w' is not complete after 0.01 s: waiting for worker 3$"):
+        work.wait()
+    with pytest.raises(WaitTimeout, match="^pull of 'w' is not complete after 0.02 s$"):
+        work.wait(0.02)

@@ -19,7 +19,7 @@ TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
 _Number = TypeVar("_Number", int, float)
 
 DEFAULT_TIMEOUT_S = 1800.0
-"""Deadline of a waiting call, as in torch.distributed."""
+"""Deadline of a waiting call where nothing says another, as in torch.distributed."""
 
 DEFAULT_PEER_TIMEOUT_S = 10.0
 """How long a host may be silent before its processes count as lost."""
@@ -110,9 +110,9 @@ def read_number(
     return number
 
 
-def read_timeout_s(environ: Mapping[str, str]) -> float:
+def read_timeout_s(environ: Mapping[str, str] | None = None) -> float:
     """Return the deadline of a waiting call. Raises InvalidArgument if it is not a positive number."""
-    return _read_seconds(environ, ENV_TIMEOUT_S, DEFAULT_TIMEOUT_S)
+    return _read_seconds(os.environ if environ is None else environ, ENV_TIMEOUT_S, DEFAULT_TIMEOUT_S)
 
 
 def read_peer_timeout_s(environ: Mapping[str, str]) -> float:

@@ -6,6 +6,7 @@ import concurrent.futures
 import functools
 import logging
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, final
 
@@ -25,11 +26,16 @@ class Work:
     """A call that may still be going on. It is complete when the blocking call would have returned."""
 
     def __init__(
-        self, future: concurrent.futures.Future[Any], what: str, timeout_s: float | None = None
+        self,
+        future: concurrent.futures.Future[Any],
+        what: str,
+        timeout_s: float | None = None,
+        whom: Callable[[], str] | None = None,
     ) -> None:
         self._future = future
         self._what = what
         self._timeout_s = timeout_s  # how long the blocking call would wait
+        self._whom = whom  # finds out whom the call waits for; may take a moment
         self._seen = False  # whether somebody has asked how it ended
 
     @classmethod
@@ -67,8 +73,9 @@ class Work:
 
     def _result(self, timeout: float | timedelta | None) -> Any:
         timeout_s = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-        if timeout_s is None:
-            timeout_s = self._timeout_s
+        whom = None
+        if timeout_s is None:  # nobody is asked at the end of a shorter wait: those may come by the thousand
+            timeout_s, whom = self._timeout_s, self._whom
         self._seen = True
         try:
             return self._future.result(timeout_s)
@@ -76,7 +83,9 @@ class Work:
             self._seen = self._future.done()
             if self._seen:  # the call itself ended with a timeout of its own
                 raise
-            raise WaitTimeout(f"{self._what} is not complete after {timeout_s} s") from exc
+            text = f"{self._what} is not complete after {timeout_s:g} s"
+            missing = whom and whom()
+            raise WaitTimeout(f"{text}: {missing}" if missing else text) from exc
 
     def __del__(self) -> None:
         """A call whose error nobody has seen is told of in the log: nothing else would."""

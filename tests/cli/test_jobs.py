@@ -87,6 +87,25 @@ def test_a_lost_server_is_status_1(tmp_path: Path) -> None:
     assert status == 1
 
 
+WAITS = """
+import signal
+import torch
+import tensorkv
+
+tensorkv.create("dist_sync", store="first", timeout_s=100)  # servers take their time to start
+kv = tensorkv.create("dist_sync", store="second")
+if kv.rank == 1:
+    signal.pause()
+kv.barrier()
+"""
+
+
+def test_the_timeout_of_the_launcher_bounds_a_call(tmp_path: Path) -> None:
+    status, _, err = run(tmp_path, WAITS, "-n", "2", "--timeout", "2")
+    assert "WaitTimeout: barrier did not finish within 2 s: waiting for worker 1, a barrier" in err
+    assert status == 1
+
+
 KILLED = """
 import os
 import signal

@@ -65,7 +65,6 @@ def test_options_of_a_job_are_refused_by_a_local_kind(option: dict[str, Any]) ->
         {"timeout_s": 0},
         {"timeout_s": -1},
         {"timeout_s": "x"},
-        {"timeout_s": None},
         {"timeout_s": 10**400},
         {"num_servers": "2"},
         {"num_servers": 1.5},

@@ -236,6 +236,16 @@ class Job:
                 link.drop(number)
             raise
 
+    def whom(self, numbers: list[tuple[ServerLink, int]], what: str, store: int) -> str:
+        """Return whom these exchanges, which somebody else receives, wait for; "" if for nobody."""
+        open_ones = ((link, number) for link, number in numbers if link.is_open(number))
+        link, number = next(open_ones, (None, 0))
+        if link is None:
+            return ""
+        wait = self.wait(what, 0.0, lambda: self.ask_waiting(link, number, store), store, lambda: link.name)
+        with link.answering(number, wait):
+            return wait.find_out()
+
     def ask_waiting(self, link: ServerLink, number: int, store: int) -> None:
         """Ask a server whom a request waits for; the link hands the answer to its Wait."""
         with self.order:

@@ -26,6 +26,7 @@ from tensorkv.runtime.mergewatch import MergeWatch
 from tensorkv.runtime.plancache import PlanCache
 from tensorkv.runtime.plans import KeyState, Plan, PlanChunk, Span
 from tensorkv.runtime.transfers import gather, gather_into
+from tensorkv.runtime.waits import ASK_GRACE_S
 from tensorkv.runtime.window import Loan, WindowEnd
 from tensorkv.transport.base import TICK_S
 from tensorkv.wire import messages as m
@@ -37,6 +38,11 @@ MAX_LENT_BYTES = 64 << 20
 In sync there is one push of each key at most. What is more goes through the connection, which holds a
 worker back that pushes faster than the server applies.
 """
+
+LAST_WORD_S = ASK_GRACE_S + 1.0
+"""Time beyond its deadline that a call which runs later has to say for whom it waited."""
+
+_NOT_TAKEN = "a server, which does not take it in"
 
 
 class CannotGather(Exception):
@@ -209,9 +215,7 @@ class Pusher:
     def await_sent(self, sent: Latch, what: str) -> None:
         """Wait until a push has been handed to the system. Raises WaitTimeout, PeerLostError."""
         if not sent.open:
-            wait = self._job.wait(
-                what, self._timeout_s, store=self._store, whom=lambda: "a server, which does not take it in"
-            )
+            wait = self._job.wait(what, self._timeout_s, store=self._store, whom=lambda: _NOT_TAKEN)
             while not sent.wait(TICK_S):
                 wait.tick()
         failure = self._job.failure()
@@ -232,7 +236,7 @@ class Pusher:
                 done.set_exception(again(error))
 
         sent.then(settle)
-        return Work(done, what, self._timeout_s)
+        return Work(done, what, self._timeout_s, lambda: f"waiting for {_NOT_TAKEN}")
 
     @property
     def settled(self) -> bool:
@@ -313,6 +317,13 @@ class Pusher:
         for future in dict.fromkeys(futures):
             while not concurrent.futures.wait([future], TICK_S).done:
                 wait.tick()
+
+    def later_work(self, states: Sequence[KeyState], call: Callable[[], Any], what: str) -> Work:
+        """Return the work of a call that must wait; see `run_later`.
+
+        Such a call has deadlines of its own, and is given the time to say for whom it waited.
+        """
+        return Work(self.run_later(states, call, what), what, self._timeout_s + LAST_WORD_S)
 
     def run_later(
         self, states: Sequence[KeyState], call: Callable[[], Any], what: str

@@ -100,6 +100,16 @@ class Wait:
             self._to_log = False
             self._log(waited_s)
 
+    def find_out(self) -> str:
+        """Ask whom this call waits for, and return that; "" if nobody says. Takes a moment, not long."""
+        self.ask()
+        pause = threading.Event()
+        for _ in range(int(ASK_GRACE_S / TICK_S)):
+            if not self._unanswered:
+                break
+            pause.wait(TICK_S)
+        return self._missing()
+
     @property
     def open_question(self) -> bool:
         """Whether it was asked whom this call waits for, and the answer has not come."""

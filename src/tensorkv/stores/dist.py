@@ -336,7 +336,7 @@ class DistStore(KVStore):
                 self._pusher.await_sent(latch, what)
 
         if async_op:
-            return Work(self._pusher.run_later(states, push_rest, what), what, self._timeout_s)
+            return self._pusher.later_work(states, push_rest, what)
         self._pusher.await_deferred(states, what)
         push_rest()
         return None
@@ -431,7 +431,7 @@ class DistStore(KVStore):
             return self._after_deferred(call.plan, lambda: self._run_pull(call, what), async_op, what)
         call.ask(self._job, self._plans, self._pusher)
         if async_op:
-            return Work(call.watch(), what, self._timeout_s)
+            return self._pull_work(call, what)
         return self._await_call(call, what)
 
     def _pushpull(self, pushed: PushBatch, pulled: PullBatch, async_op: bool) -> Any:
@@ -453,7 +453,7 @@ class DistStore(KVStore):
 
             return self._after_deferred(plan, push_and_pull, async_op, what)
         if async_op:
-            return Work(call.watch(), what, self._timeout_s)
+            return self._pull_work(call, what)
         return self._await_call(call, what)
 
     def _send_pushpull(
@@ -471,9 +471,13 @@ class DistStore(KVStore):
     def _after_deferred(self, plan: Plan, call: Callable[[], Any], async_op: bool, what: str) -> Any:
         """Run a call that must wait before it can even be sent."""
         if async_op:
-            return Work(self._pusher.run_later(plan.states, call, what), what, self._timeout_s)
+            return self._pusher.later_work(plan.states, call, what)
         self._pusher.await_deferred(plan.states, what)
         return call()
+
+    def _pull_work(self, call: PullCall, what: str) -> Work:
+        job, numbers, store = self._job, call.numbers, self._store  # not the call: it holds memory
+        return Work(call.watch(), what, self._timeout_s, lambda: job.whom(numbers, what, store))
 
     def _run_pull(self, call: PullCall, what: str) -> Any:
         call.ask(self._job, self._plans, self._pusher)
@@ -804,7 +808,7 @@ def open_dist(
         )
     return DistStore(
         kind,
-        _join(config, transport),
+        _join(dataclasses.replace(config, timeout_s=timeout_s), transport),
         store=store,
         reduction=reduction,
         timeout_s=timeout_s,

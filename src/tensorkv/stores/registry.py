@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from tensorkv.config import DEFAULT_TIMEOUT_S, Transport, check_transport
+from tensorkv.config import Transport, check_transport, read_timeout_s
 from tensorkv.errors import InvalidArgument, NotSupported, UnknownKind
 from tensorkv.store import KVStore, Reduction, flag, seconds
 from tensorkv.stores.local import LOCAL_KINDS, LocalStore
 
 Factory = Callable[..., KVStore]
-"""Called as `factory(kind, **options)` with every option of `create`, as given or by default."""
+"""Called as `factory(kind, **options)` with every option of `create`, as given or by default.
+
+`timeout_s` is a number always: without one, what the environment says."""
 
 
 def create(
@@ -19,7 +21,7 @@ def create(
     *,
     store: str = "default",
     reduction: Reduction = "sum",
-    timeout_s: float = DEFAULT_TIMEOUT_S,
+    timeout_s: float | None = None,
     embedded: bool = False,
     num_servers: int = 1,
     on_worker_loss: Literal["fail", "continue"] | None = None,
@@ -32,7 +34,8 @@ def create(
             servers. The error for an unknown kind lists all.
         store: the name of the store within its job; workers that use the same name share it.
         reduction: "sum", or "mean" over all tensors that go into a round.
-        timeout_s: seconds after which a waiting call gives up.
+        timeout_s: seconds after which a waiting call gives up, joining the job included; None for what
+            the launcher was told (`tensorkv run --timeout`) or TENSORKV_TIMEOUT_S says, 1800 if nothing.
         embedded: make a job of one worker in this process, servers and all; for distributed kinds.
         num_servers: how many servers an embedded job has.
         on_worker_loss: what a lost worker (killed, or ended by an exception) does to the others. "fail",
@@ -67,7 +70,7 @@ def create(
         kind,
         store=store,
         reduction=reduction,
-        timeout_s=seconds("timeout_s", timeout_s),
+        timeout_s=seconds("timeout_s", read_timeout_s() if timeout_s is None else timeout_s),
         embedded=flag("embedded", embedded),
         num_servers=num_servers,
         on_worker_loss=on_worker_loss,
