@@ -67,7 +67,7 @@ def test_what_is_not_said_has_a_default() -> None:
     assert config is not None
     assert config.role == "worker"
     assert config.token == ""
-    assert config.host == "127.0.0.1"
+    assert config.host == "localhost"
     assert config.timeout_s == DEFAULT_TIMEOUT_S
     assert config.peer_timeout_s == DEFAULT_PEER_TIMEOUT_S
     assert config.slice_bound_bytes == SLICE_BOUND_BYTES
@@ -143,3 +143,21 @@ def test_variables_without_a_job_are_told_of() -> None:
     assert stray_variables({}) == stray_variables(CONFIG.to_env()) == ""
     assert stray_variables({"TENSORKV_HOST": "10.0.0.8", "TENSORKV_TOKEN": "s3cret"}) == ""  # a user's own
     assert stray_variables({"TENSORKV_ROLE": "banana"}).startswith("TENSORKV_ROLE=banana is set, but")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "fe80::1%eth0", "node-3"])
+def test_hosts_of_every_kind_survive_the_environment(host: str) -> None:
+    config = dataclasses.replace(CONFIG, scheduler_host=host, host=host)
+    assert from_env(config.to_env()) == config
+
+
+def test_brackets_around_a_host_are_taken_off() -> None:
+    config = from_env({**CONFIG.to_env(), "TENSORKV_HOST": "[::1]", "TENSORKV_SCHEDULER": "[::1]:4321"})
+    assert config is not None
+    assert (config.host, config.scheduler_host, config.scheduler_port) == ("::1", "::1", 4321)
+
+
+@pytest.mark.parametrize("address", ["::1:4321", "[::1]", "host", "host:http"])
+def test_an_address_that_is_none(address: str) -> None:
+    with pytest.raises(NotInJob, match="the address .* (needs brackets|does not end with the number)"):
+        from_env({**CONFIG.to_env(), "TENSORKV_SCHEDULER": address})

@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "tensorkv"
 
 LAYERS = {
-    **dict.fromkeys(("errors", "config", "work"), 0),
+    **dict.fromkeys(("errors", "addresses", "config", "work"), 0),
     **dict.fromkeys(("store", "keys", "arrays", "reduce", "updater", "updaterspec", "partition"), 1),
     **dict.fromkeys(("functions", "definitions", "savedstate", "slicestate", "saveio"), 1),
     "wire": 2,
@@ -45,6 +45,7 @@ TENSOR_MAKERS = (
 TORCH_FREE = [
     "tensorkv",
     "tensorkv.errors",
+    "tensorkv.addresses",
     "tensorkv.config",
     "tensorkv.work",
     "tensorkv.updaterspec",

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorkv import errors
 from tensorkv.errors import (
+    AddressUnavailable,
     AuthenticationError,
     CommitMismatch,
     DtypeMismatch,
@@ -50,6 +51,7 @@ from tensorkv.errors import (
     PeerLostError,
     ProtocolError,
     ProtocolVersionError,
+    RankTaken,
     SaveError,
     SettingMismatch,
     ShapeMismatch,
@@ -76,6 +78,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "ABSENT",
+    "AddressUnavailable",
     "AuthenticationError",
     "CommitMismatch",
     "CommitResult",
@@ -102,6 +105,7 @@ __all__ = [
     "PeerLostError",
     "ProtocolError",
     "ProtocolVersionError",
+    "RankTaken",
     "SaveError",
     "SettingMismatch",
     "ShapeMismatch",

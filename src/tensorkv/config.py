@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
+from tensorkv.addresses import LOOPBACK, bare_host, join_address, split_address
 from tensorkv.errors import InvalidArgument, NotInJob
 
 Role = Literal["worker", "server", "scheduler"]
@@ -66,7 +67,7 @@ class JobConfig:
     scheduler_host: str
     scheduler_port: int
     token: str = field(repr=False)
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     timeout_s: float = DEFAULT_TIMEOUT_S
     peer_timeout_s: float = DEFAULT_PEER_TIMEOUT_S
     slice_bound_bytes: int = SLICE_BOUND_BYTES
@@ -80,7 +81,7 @@ class JobConfig:
             ENV_RANK: str(self.rank),
             ENV_NUM_WORKERS: str(self.num_workers),
             ENV_NUM_SERVERS: str(self.num_servers),
-            ENV_SCHEDULER: f"{self.scheduler_host}:{self.scheduler_port}",
+            ENV_SCHEDULER: join_address(self.scheduler_host, self.scheduler_port),
             ENV_TOKEN: self.token,
             ENV_HOST: self.host,
             ENV_TIMEOUT_S: repr(self.timeout_s),
@@ -135,6 +136,11 @@ def check_transport(name: str, transport: object) -> Transport:
     )
 
 
+def read_host(environ: Mapping[str, str]) -> str:
+    """Return the host that this process listens at, without the brackets that an IPv6 address may have."""
+    return bare_host(environ.get(ENV_HOST, "")) or LOOPBACK
+
+
 def read_transport(environ: Mapping[str, str]) -> Transport:
     """Return how workers reach servers. Raises InvalidArgument if the environment names no such way."""
     return check_transport(f"the environment says {ENV_TRANSPORT}", environ.get(ENV_TRANSPORT, "auto"))
@@ -168,7 +174,7 @@ def from_env(environ: Mapping[str, str] | None = None) -> JobConfig | None:
     if ENV_SCHEDULER not in environ:
         return None
     try:
-        host, _, port = environ[ENV_SCHEDULER].rpartition(":")
+        scheduler_host, scheduler_port = split_address(environ[ENV_SCHEDULER])
         role = environ.get(ENV_ROLE, "worker")
         if role not in ("worker", "server", "scheduler"):
             raise ValueError(f"{ENV_ROLE}={role!r} is not worker, server or scheduler")
@@ -177,10 +183,10 @@ def from_env(environ: Mapping[str, str] | None = None) -> JobConfig | None:
             rank=int(environ[ENV_RANK]),
             num_workers=int(environ[ENV_NUM_WORKERS]),
             num_servers=int(environ[ENV_NUM_SERVERS]),
-            scheduler_host=host,
-            scheduler_port=int(port),
+            scheduler_host=scheduler_host,
+            scheduler_port=scheduler_port,
             token=environ.get(ENV_TOKEN, ""),
-            host=environ.get(ENV_HOST, "127.0.0.1"),
+            host=read_host(environ),
             timeout_s=read_timeout_s(environ),
             peer_timeout_s=read_peer_timeout_s(environ),
             slice_bound_bytes=read_slice_bound_bytes(environ),

@@ -25,6 +25,8 @@
     │   ├── CommitMismatch (ValueError)       ranks disagree on what to commit
     │   ├── StoreClosed (RuntimeError)        the store was closed, or belongs to the parent process
     │   ├── NotInJob (RuntimeError)           a distributed store outside a job
+    │   ├── RankTaken (RuntimeError)          another process has this rank of the job
+    │   ├── AddressUnavailable (OSError)      an address to listen at that this host does not have
     │   └── NotSupported (NotImplementedError)
     ├── JobFailed (RuntimeError)              a process of a job that `spawn` started has failed
     ├── UpdaterError (RuntimeError)           the updater raised; its traceback is in the text
@@ -143,6 +145,14 @@ class StoreClosed(TensorKVError, RuntimeError):
 
 class NotInJob(TensorKVError, RuntimeError):
     """A distributed store was created outside a job."""
+
+
+class RankTaken(TensorKVError, RuntimeError):
+    """Another process has this rank of the job, and keeps it; the text says which, if that is known."""
+
+
+class AddressUnavailable(TensorKVError, OSError):
+    """This host cannot listen at the address it was told; the text names it and says what to set."""
 
 
 class NotSupported(TensorKVError, NotImplementedError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tensorkv.errors import ProtocolError, ProtocolVersionError
+from tensorkv.errors import AddressUnavailable, ProtocolError, ProtocolVersionError
 from tensorkv.transport import unix
 from tensorkv.transport.base import Connection, Listener
 from tensorkv.transport.endpoint import connect, listen
@@ -43,9 +43,14 @@ def stop() -> None:
     raise StopWaiting
 
 
-@pytest.fixture(params=["inproc", "127.0.0.1", "unix"])
+@pytest.fixture(params=["inproc", "127.0.0.1", "::1", "unix"])
 def listener(request: pytest.FixtureRequest) -> Iterator[Listener]:
-    listening = UnixListener() if request.param == "unix" else listen(request.param)
+    try:
+        listening = UnixListener() if request.param == "unix" else listen(request.param)
+    except AddressUnavailable:
+        if request.param != "::1":
+            raise
+        pytest.skip("this system has no ::1")
     yield listening
     listening.close()
 

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import socket
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tensorkv.errors import AddressUnavailable
 from tensorkv.transport import tcp
 
 DEADLINE_S = 20.0
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this system has no ::1")
 
 
 @pytest.fixture
@@ -60,3 +75,144 @@ def test_an_address_that_cannot_be_one(host: str, port: int) -> None:
     """A server's address comes from another process."""
     with pytest.raises(ConnectionError, match="cannot connect"):
         tcp.connect(host, port, DEADLINE_S)
+
+
+class Resolver:
+    """A name service that knows some names, and what asked it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **names: list[str]) -> None:
+        self.asked: list[str] = []
+        real = socket.getaddrinfo
+
+        def look_up(host: str, port: int, **more: Any) -> list[Any]:
+            self.asked.append(host)
+            if host in names:
+                return [found for address in names[host] for found in real(address, port, **more)]
+            return real(host, port, flags=socket.AI_NUMERICHOST, **more)
+
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+
+
+@pytest.mark.parametrize(
+    ("asked", "host"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("localhost", "127.0.0.1"),
+        pytest.param("::1", "::1", marks=needs_ipv6),
+        pytest.param("[::1]", "::1", marks=needs_ipv6),
+        ("0.0.0.0", "0.0.0.0"),
+        pytest.param("::", "::", marks=needs_ipv6),
+        ("v4", "127.0.0.1"),
+        pytest.param("v6", "::1", marks=needs_ipv6),
+        ("elsewhere-first", "127.0.0.1"),
+    ],
+)
+def test_a_listener_can_be_reached_where_it_says(
+    monkeypatch: pytest.MonkeyPatch, asked: str, host: str
+) -> None:
+    names = {"v4": ["127.0.0.1"], "v6": ["::1"], "elsewhere-first": ["192.0.2.1", "127.0.0.1"]}
+    Resolver(monkeypatch, **names)
+    listener = tcp.TcpListener(asked)
+    assert listener.address[0] == host
+    one = tcp.connect(*listener.address, DEADLINE_S)
+    other = listener.accept()
+    assert one.peer == tcp.join_address(*listener.address)
+    assert other.peer.rpartition(":")[0] in ("127.0.0.1", "[::1]")
+    for each in (one, other, listener):
+        each.close()
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_the_wildcard_of_ipv6_takes_connections_of_both_kinds(host: str) -> None:
+    listener = tcp.TcpListener("::")
+    one = tcp.connect(host, listener.address[1], DEADLINE_S)
+    for each in (one, listener.accept(), listener):
+        each.close()
+
+
+@pytest.mark.parametrize("missing", ["127.0.0.1", "::1"])
+def test_localhost_is_the_loopback_that_there_is(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """And no name service is asked what that is."""
+    there = "::1" if missing == "127.0.0.1" else "127.0.0.1"
+    if there == "::1" and not has_ipv6():
+        pytest.skip("this system has no ::1")
+    resolver = Resolver(monkeypatch)
+    real = socket.create_server
+
+    def create(address: Any, **more: Any) -> socket.socket:
+        if address[0] == missing:
+            raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+        return real(address, **more)
+
+    monkeypatch.setattr(socket, "create_server", create)
+    listener = tcp.TcpListener("localhost")
+    assert listener.address[0] == there
+    one = tcp.connect("localhost", listener.address[1], DEADLINE_S)
+    for each in (one, listener.accept(), listener):
+        each.close()
+    assert set(resolver.asked) == {"127.0.0.1", "::1"}
+
+
+@needs_ipv6
+def test_a_link_local_address_is_told_with_its_interface() -> None:
+    found = [
+        (f"{address}%{name}")
+        for address, _, _, scope, _, name in (
+            line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()
+        )
+        if scope == "20"
+    ]
+    if not found:
+        pytest.skip("no interface of this system has a link-local address")
+    digits, _, name = found[0].partition("%")
+    host = ":".join(digits[low : low + 4] for low in range(0, 32, 4))
+    listener = tcp.TcpListener(f"{host}%{name}")
+    assert listener.address[0].endswith(f"%{name}")
+    one = tcp.connect(*listener.address, DEADLINE_S)
+    for each in (one, listener.accept(), listener):
+        each.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [
+        ("192.0.2.1", "'192.0.2.1': none of its interfaces has that address"),
+        pytest.param("2001:db8::1", "'2001:db8::1': none of its interfaces has", marks=needs_ipv6),
+        ("nowhere", "'nowhere': that is neither an address nor a name"),
+        ("fe80::1%nothing", "'fe80::1%nothing': that is neither an address nor a name"),
+        ("", "'': that is neither an address nor a name"),
+        ("a" * 80, "that is neither an address nor a name"),
+        ("a..b", "that is neither an address nor a name"),
+    ],
+)
+def test_an_address_where_this_host_cannot_listen(
+    monkeypatch: pytest.MonkeyPatch, host: str, why: str
+) -> None:
+    Resolver(monkeypatch)
+    with pytest.raises(AddressUnavailable, match=f"cannot listen at .*{why}.*; set TENSORKV_HOST, or --host"):
+        tcp.TcpListener(host)
+    with pytest.raises(OSError, match="cannot listen at"):
+        tcp.TcpListener(host)
+
+
+def test_a_system_without_ipv6_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(address: Any, **more: Any) -> socket.socket:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr(socket, "create_server", create)
+    with pytest.raises(AddressUnavailable, match="'::1': its system does not do IPv6"):
+        tcp.TcpListener("::1")
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    listener = tcp.TcpListener("127.0.0.1")
+    with pytest.raises(AddressUnavailable, match=f"at 127.0.0.1:{listener.address[1]}: .*in use"):
+        tcp.TcpListener(*listener.address)
+    listener.close()
+
+
+def test_what_to_set_where_an_address_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    Resolver(monkeypatch)
+    with pytest.raises(ConnectionError, match="cannot connect to nowhere:1: .*; TENSORKV_HOST, or --host"):
+        tcp.connect("nowhere", 1, DEADLINE_S)

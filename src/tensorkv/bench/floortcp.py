@@ -12,9 +12,11 @@ from multiprocessing.synchronize import Barrier
 
 import numpy as np
 
+from tensorkv.addresses import LOOPBACK
 from tensorkv.bench.floorjob import Floor, FloorError, run_job, set_deadline, take, timed
 from tensorkv.bench.shapes import FLOAT_BYTES
 from tensorkv.bench.steps import check_results, gradient_value
+from tensorkv.transport.tcp import listening_socket
 
 CHUNK_BYTES = 1 << 20
 _INDEX = struct.Struct("q")
@@ -27,10 +29,10 @@ def measure_tcp(floor: Floor) -> list[float]:
         FloorError: as for `measure_shm`.
     """
     with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in floor.cuts()]
+        listeners = [stack.enter_context(listening_socket(LOOPBACK)) for _ in floor.cuts()]
         for listener in listeners:
             listener.settimeout(floor.timeout_s)
-        addresses = [listener.getsockname() for listener in listeners]
+        addresses = [listener.getsockname()[:2] for listener in listeners]
         servers = [
             functools.partial(_tcp_server, listener, cut, floor)
             for listener, cut in zip(listeners, floor.cuts(), strict=True)

@@ -46,7 +46,13 @@ def run(
     command: Annotated[list[str], typer.Argument(metavar="COMMAND", help="What each worker runs.")],
     num_workers: Annotated[int, typer.Option("--num-workers", "-n", help="Number of workers.")] = 1,
     num_servers: Annotated[int, typer.Option("--num-servers", "-s", help="Number of servers.")] = 1,
-    host: Annotated[str, typer.Option(help="Address that all processes bind to.")] = "127.0.0.1",
+    host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST",
+            help="Address that all processes bind to: IPv4, IPv6 (::1) or a name; localhost if not given.",
+        ),
+    ] = None,
     timeout: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="Deadline of a waiting call; 1800 if not given."),

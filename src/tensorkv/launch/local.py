@@ -10,12 +10,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tensorkv.addresses import bare_host
 from tensorkv.config import (
     STREAM_BYTES,
     JobConfig,
     Role,
     Transport,
     check_transport,
+    read_host,
     read_peer_timeout_s,
     read_slice_bound_bytes,
     read_timeout_s,
@@ -61,7 +63,7 @@ def find_command(command: Sequence[str], environ: Mapping[str, str]) -> tuple[st
 class JobOptions:
     """What `run_local` is told: W workers that run `command`, and S servers.
 
-    `host` is the address everything binds to; `timeout_s` the deadline of a waiting call and
+    `host` is the address everything binds to, `timeout_s` the deadline of a waiting call and
     `peer_timeout_s` how long a host may be silent, None for what the environment says; `allow_import`
     the modules servers may import; `prefix` whether lines are named.
 
@@ -72,7 +74,7 @@ class JobOptions:
     command: tuple[str, ...]
     num_workers: int
     num_servers: int
-    host: str = "127.0.0.1"
+    host: str | None = None
     timeout_s: float | None = None
     peer_timeout_s: float | None = None
     allow_import: tuple[str, ...] = ()
@@ -100,7 +102,7 @@ def job_config(
 ) -> JobConfig:
     """Return the config of worker 0, from which those of all others differ by role and rank.
 
-    A timeout and a transport that `options` leave open and the slice bound are taken from `environ`.
+    A host, a timeout and a transport that `options` leave open and the slice bound are taken from `environ`.
 
     Raises:
         InvalidArgument: a number in `environ` is not one.
@@ -116,13 +118,17 @@ def job_config(
         scheduler_host=scheduler[0],
         scheduler_port=scheduler[1],
         token=token,
-        host=options.host,
+        host=_host(options, environ),
         timeout_s=timeout_s,
         peer_timeout_s=_peer_timeout_s(options, environ),
         slice_bound_bytes=read_slice_bound_bytes(environ),
         allow_import=options.allow_import,
         transport=read_transport(environ) if options.transport is None else options.transport,
     )
+
+
+def _host(options: JobOptions, environ: Mapping[str, str]) -> str:
+    return read_host(environ) if options.host is None else bare_host(options.host)
 
 
 def _peer_timeout_s(options: JobOptions, environ: Mapping[str, str]) -> float:
@@ -171,7 +177,8 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
     Raises:
         CommandNotFound: the command cannot be run; nothing was started.
         InvalidArgument: a number in `environ` is not one.
-        OSError: the scheduler cannot listen on `host`, or a process cannot be started.
+        AddressUnavailable: the scheduler cannot listen at `host`.
+        OSError: a process cannot be started.
     """
     command = find_command(options.command, environ)
     from tensorkv.runtime.scheduler import SchedulerServer
@@ -181,7 +188,7 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
         num_workers=options.num_workers,
         num_servers=options.num_servers,
         token=token,
-        host=options.host,
+        host=_host(options, environ),
         slice_bound_bytes=read_slice_bound_bytes(environ),
         peer_timeout_s=_peer_timeout_s(options, environ),
     )

@@ -123,6 +123,7 @@ class _Job:
             num_workers=options.num_workers,
             num_servers=options.num_servers,
             token=token,
+            host=self._config.host,
             slice_bound_bytes=self._config.slice_bound_bytes,
         )
         host, port = self._scheduler.address

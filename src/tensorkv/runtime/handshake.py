@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from tensorkv.addresses import join_address
 from tensorkv.config import JobConfig, Role
 from tensorkv.errors import (
     AuthenticationError,
@@ -126,7 +127,7 @@ def connect_as(config: JobConfig, name: str, host: str, port: int) -> Connection
         PeerLostError: it cannot be reached, does not answer in time, or has ended the connection.
         AuthenticationError, ProtocolVersionError, ProtocolError.
     """
-    where = f"{name} at {host}:{port}"
+    where = f"{name} at {join_address(host, port)}"
     try:
         connection = connect(host, port, CONNECT_TIMEOUT_S)
     except ConnectionError as exc:
@@ -166,8 +167,8 @@ def connect_to_server(config: JobConfig, rank: int, address: m.ServerAddress) ->
     except ConnectionError as exc:
         if config.transport == "shm":
             raise TransportUnavailable(
-                f"transport='shm': {name} at {address.host}:{address.port} shares no memory with this "
-                f"process: {exc}; transport='auto' goes over TCP there"
+                f"transport='shm': {name} at {join_address(address.host, address.port)} shares no memory "
+                f"with this process: {exc}; transport='auto' goes over TCP there"
             ) from None
         logger.debug("%s is reached by TCP: %s", name, exc)
         return connect_as(config, name, address.host, address.port)

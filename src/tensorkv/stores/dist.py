@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import torch
 
+from tensorkv.addresses import LOOPBACK
 from tensorkv.arrays import Key, check_has_mean, check_matches, dtype_name
 from tensorkv.config import DEFAULT_TIMEOUT_S, ENV_ROLE, JobConfig, Transport, from_env, stray_variables
 from tensorkv.errors import (
@@ -792,7 +793,7 @@ def open_dist(
             raise InvalidArgument(f"num_servers={num_servers} is too few; a job needs at least one server")
         from tensorkv.runtime.embedded import EmbeddedJob
 
-        host = "inproc" if transport is None else "127.0.0.1"
+        host = "inproc" if transport is None else LOOPBACK
         cluster = EmbeddedJob(1, num_servers, timeout_s=timeout_s, host=host, transport=transport or "auto")
         return _open_embedded(kind, cluster, store, reduction, timeout_s, on_worker_loss)
     config = from_env() or _job_of_launcher(timeout_s)
