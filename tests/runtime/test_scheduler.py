@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tensorkv.config import JobConfig
-from tensorkv.errors import AuthenticationError
+from tensorkv.errors import NotInJob, RankTaken
 from tensorkv.runtime import scheduler as scheduler_module
 from tensorkv.runtime.scheduler import SchedulerServer
 from tensorkv.transport.endpoint import connect
@@ -71,14 +71,18 @@ def test_workers_are_welcome_once_all_servers_are_there(
 @pytest.mark.parametrize("register", [True, False])
 def test_a_place_is_given_away_once(member: Callable[..., Any], register: bool) -> None:
     """Also before its process has registered."""
-    member("worker", 0, register)
-    with pytest.raises(AuthenticationError, match="worker 0 of this job is taken by another process"):
+    first = member("worker", 0, register)
+    if register:
+        member("server", 0)
+        first.hear()  # the scheduler has taken in that it is there
+    whom = "process 1 on host node" if register else "another process"
+    with pytest.raises(RankTaken, match=f"worker 0 of this job is taken by {whom}; .* a rank of its own"):
         member("worker", 0)
 
 
 @pytest.mark.parametrize(("role", "rank"), [("worker", 2), ("worker", -1), ("server", 1), ("scheduler", 0)])
 def test_places_that_are_not_there(member: Callable[..., Any], role: str, rank: int) -> None:
-    with pytest.raises(AuthenticationError, match=f"there is no {role} {rank} in this job"):
+    with pytest.raises(NotInJob, match=f"there is no {role} {rank} in this job"):
         member(role, rank)
 
 
@@ -182,7 +186,7 @@ def test_a_worker_that_can_be_done_without_is_lost_to_the_others_only(
     other.connection.shutdown()
     assert scheduler.worker_failed(1, "it ended with status 1")
     assert scheduler.lost is None
-    with pytest.raises(AuthenticationError, match="worker 1 of this job is taken"):
+    with pytest.raises(RankTaken, match="worker 1 of this job is taken by .*, which is lost"):
         member("worker", 1)  # it cannot come back
 
 

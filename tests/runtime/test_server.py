@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tensorkv.config import JobConfig
-from tensorkv.errors import AuthenticationError, PeerLostError
+from tensorkv.errors import AuthenticationError, PeerLostError, RankTaken
 from tensorkv.runtime import server as server_module
 from tensorkv.runtime.embedded import EmbeddedJob
 from tensorkv.runtime.handshake import introduce
@@ -331,7 +331,7 @@ def test_places_that_are_not_there(
 
 def test_a_place_is_given_away_once(worker: Callable[[int], Any]) -> None:
     first = worker(2)
-    with pytest.raises(AuthenticationError, match="worker 2 is connected already"):
+    with pytest.raises(RankTaken, match="worker 2 is connected already"):
         worker(2)
     open_store(first)
 
@@ -582,7 +582,7 @@ def test_a_loop_that_ends_in_any_way_ends_the_server(
 def test_a_server_that_cannot_join_leaves_nothing() -> None:
     cluster = EmbeddedJob(1, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
     taken = Server(cluster.config("server", 0), lambda record: None)  # type: ignore[arg-type, return-value]
-    with pytest.raises(AuthenticationError, match="server 0 of this job is taken"):
+    with pytest.raises(RankTaken, match="server 0 of this job is taken"):
         taken.start()
     taken.stop()
     cluster.stop()

@@ -37,6 +37,7 @@ _OF_BOTH = (m.Register, m.Goodbye, m.Abandon)
 class _Process:
     address: m.ServerAddress
     hostname: str
+    pid: int
     gone: bool = False
     said_goodbye: bool = False
 
@@ -75,6 +76,14 @@ class Membership:
     def has_joined(self, role: Role, rank: int) -> bool:
         """Whether a process has registered in this place of the job."""
         return (role, rank) in self._processes
+
+    def holder(self, role: Role, rank: int) -> str:
+        """Return which process has this place of the job, for a text."""
+        process = self._processes.get((role, rank))
+        if process is None:
+            return "another process"
+        gone = ", which has left" if process.said_goodbye else ", which is lost" if process.gone else ""
+        return f"process {process.pid} on host {process.hostname or '?'}{gone}"
 
     def count_workers(self) -> tuple[int, int]:
         """Return how many workers have ever joined, and how many of those are still there."""
@@ -158,7 +167,7 @@ class Membership:
         if not 0 <= message.port < 1 << 16 or max(map(len, names)) > MAX_NAME_CHARS:
             raise ProtocolError(f"an address of {role} {rank} that cannot be one")
         address = m.ServerAddress(message.host, message.port, message.socket_name)
-        self._processes[role, rank] = _Process(address, message.hostname)
+        self._processes[role, rank] = _Process(address, message.hostname, message.pid)
         if self.lost is not None:  # it comes too late
             self.out.append((role, rank, self.lost))
             return

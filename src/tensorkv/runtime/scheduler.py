@@ -7,8 +7,9 @@ import threading
 from dataclasses import dataclass
 from typing import Any, final
 
+from tensorkv.addresses import LOOPBACK
 from tensorkv.config import DEFAULT_PEER_TIMEOUT_S, SLICE_BOUND_BYTES, Role
-from tensorkv.errors import AuthenticationError, ProtocolError, TensorKVError
+from tensorkv.errors import NotInJob, ProtocolError, RankTaken, TensorKVError
 from tensorkv.protocol.membership import Membership
 from tensorkv.runtime.handshake import accept, receive_message
 from tensorkv.runtime.newcomers import SPARE_NEWCOMERS, Newcomers
@@ -53,7 +54,7 @@ class SchedulerServer:
         num_workers: int,
         num_servers: int,
         token: str,
-        host: str = "127.0.0.1",
+        host: str = LOOPBACK,
         port: int = 0,
         slice_bound_bytes: int = SLICE_BOUND_BYTES,
         peer_timeout_s: float = DEFAULT_PEER_TIMEOUT_S,
@@ -226,11 +227,15 @@ class SchedulerServer:
         size = self._size.get(role, 0)
         with self._lock:
             if not 0 <= rank < size:
-                return AuthenticationError(f"there is no {role} {rank} in this job, which has {size}")
+                return NotInJob(
+                    f"there is no {role} {rank} in this job, which has {size}, counted from 0; "
+                    "whoever started this process told it a wrong rank, or a wrong job"
+                )
             if (role, rank) in self._taken:
-                return AuthenticationError(
-                    f"{role} {rank} of this job is taken by another process; "
-                    "one that a worker has started itself (of a DataLoader, say) has no place of its own"
+                return RankTaken(
+                    f"{role} {rank} of this job is taken by {self._membership.holder(role, rank)}; start "
+                    f"each {role} with a rank of its own (a process that a worker has started itself, of a "
+                    "DataLoader say, has no place: use the store in the worker)"
                 )
             self._taken.add((role, rank))
         return None

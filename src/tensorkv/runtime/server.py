@@ -28,7 +28,7 @@ if __name__ == "__main__":  # a server process; nothing that imports make is gar
 import torch
 
 from tensorkv.config import JobConfig, Role, from_env
-from tensorkv.errors import AuthenticationError, NotInJob, ProtocolError, TensorKVError
+from tensorkv.errors import AuthenticationError, NotInJob, ProtocolError, RankTaken, TensorKVError
 from tensorkv.protocol.memory import EMPTY, BufferPool, fresh
 from tensorkv.protocol.schedule import LoadUpdater
 from tensorkv.protocol.serverstate import ServerState
@@ -233,7 +233,7 @@ class Server:
             return AuthenticationError(f"there is no {role} {rank} that this server serves")
         with self._lock:
             if rank in self._taken:
-                return AuthenticationError(f"worker {rank} is connected already")
+                return RankTaken(f"worker {rank} is connected already")
             self._taken.add(rank)
         return None
 
