@@ -36,8 +36,20 @@ def test_cause_and_traceback_are_kept() -> None:
     assert "fail" in [entry.name for entry in info.traceback]
 
 
+@pytest.mark.parametrize(
+    "error_class",
+    [IndexError, KeyError, OverflowError, TypeError, ValueError, RuntimeError, ZeroDivisionError],
+)
+def test_errors_of_python_are_mxnet_errors_of_their_kind(error_class: type[Exception]) -> None:
+    with pytest.raises(MXNetError) as info, mxnet_errors():
+        raise error_class("the text")
+    assert isinstance(info.value, error_class) or error_class is ZeroDivisionError
+    again = pickle.loads(pickle.dumps(info.value))
+    assert (type(again), str(again)) == (type(info.value), "the text")
+
+
 def test_other_errors_pass_as_they_are() -> None:
-    for error in (ValueError("mine"), MXNetError("mine"), translate(errors.StoreClosed("mine"))):
+    for error in (AssertionError("mine"), MXNetError("mine"), translate(errors.StoreClosed("mine"))):
         with pytest.raises(type(error)) as info, mxnet_errors():
             raise error
         assert info.value is error

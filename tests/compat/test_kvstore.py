@@ -118,6 +118,40 @@ def test_optimizers_run_in_the_store_and_keep_their_state(kv: KVStore) -> None:
     assert pulled(kv, 3) == -0.5
 
 
+def kinds() -> list[Any]:
+    return [
+        pytest.param("local", {}, id="local"),
+        pytest.param("device", {}, id="device"),
+        pytest.param("dist_sync", {"embedded": True, "num_servers": 2}, id="dist_sync"),
+        pytest.param("dist_async", {"embedded": True, "num_servers": 2}, id="dist_async"),
+    ]
+
+
+@pytest.mark.parametrize(("kind", "options"), kinds())
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: mx.optimizer.SGD(learning_rate=1.0, momentum=0.5), [-1.0, -3.5, -6.5, -12.0, -17.0]),
+        (lambda: mx.optimizer.Adam(learning_rate=1.0), [-1.0, -1.9652, -2.9652, -3.9625, -4.9625]),
+        (lambda: mx.optimizer.Test(), [1.0, 3.0, 6.0, 10.0, 15.0]),
+    ],
+)
+def test_an_optimizer_that_is_set_again_starts_afresh(
+    kind: str, options: dict[str, Any], make: Any, expected: list[float]
+) -> None:
+    """The values are those of MXNet 1.9.1, whose optimizer is set before the first, third and fifth push."""
+    store = mx.kv.create(kind, **options)
+    store.init(3, mx.nd.zeros(SHAPE))
+    got = []
+    for number in range(1, 6):
+        if number % 2:
+            store.set_optimizer(make())
+        store.push(3, mx.nd.ones(SHAPE) * number)
+        got.append(pulled(store, 3))
+    store.close()
+    assert got == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("call", "error"),
     [
@@ -132,7 +166,18 @@ def test_optimizers_run_in_the_store_and_keep_their_state(kv: KVStore) -> None:
         (lambda kv: kv.push(["w"], []), errors.LengthMismatch),
         (lambda kv: kv.push("w", None), errors.InvalidValue),
         (lambda kv: kv.push("w", "text"), errors.InvalidValue),
+        (lambda kv: kv.push(None, mx.nd.zeros(SHAPE)), errors.InvalidKey),
+        (lambda kv: kv.init("v", 3), errors.InvalidValue),
+        (lambda kv: kv.init(["v", "x"], [mx.nd.zeros(SHAPE)]), errors.LengthMismatch),
+        (lambda kv: kv.init(["v", "v"], [mx.nd.zeros(SHAPE)] * 2), errors.DuplicateKey),
+        (lambda kv: kv.pull("w", out=3), errors.InvalidValue),
+        (lambda kv: kv.pushpull("w", mx.nd.zeros((3,))), errors.ShapeMismatch),
+        (lambda kv: kv.pushpull("w", mx.nd.zeros(SHAPE), out=mx.nd.zeros((3,))), errors.ShapeMismatch),
         (lambda kv: kv.set_optimizer(3), errors.UnknownUpdater),
+        (lambda kv: kv._set_updater(3), errors.UnknownUpdater),
+        (lambda kv: mx.kv.create(3), TypeError),
+        (lambda kv: mx.optimizer.create(3), TypeError),
+        (lambda kv: mx.optimizer.create("nope"), ValueError),
         (lambda kv: mx.kv.create("nope"), errors.UnknownKind),
     ],
 )

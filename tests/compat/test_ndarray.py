@@ -73,7 +73,7 @@ def test_properties() -> None:
     array = nd.ones((2, 3))
     assert (array.shape, array.size, array.ndim, array.stype, len(array)) == ((2, 3), 6, 2, "default", 2)
     assert values(nd.array([[1, 2, 3], [4, 5, 6]]).T) == [[1.0, 4.0], [2.0, 5.0], [3.0, 6.0]]
-    with pytest.raises(TypeError):
+    with pytest.raises(IndexError):
         len(nd.array(3.0))
 
 
@@ -105,6 +105,9 @@ def test_reductions() -> None:
     assert values(array.sum()) == [7.0]
     assert values(array.mean()) == [3.5]
     assert values(array.norm()) == [5.0]
+    for dtype in ("int8", "int32", "int64", "uint8"):
+        ints = nd.array([3, 4, 6], dtype=dtype)
+        assert [values(each)[0] for each in (ints.sum(), ints.mean(), ints.norm())] == [13, 4, 7]
     array.wait_to_read()
     nd.waitall()
 
@@ -191,6 +194,7 @@ def test_setting_parts() -> None:
 
 OPERATORS = [operator.add, operator.sub, operator.mul, operator.truediv, operator.mod, operator.pow]
 COMPARISONS = [operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge]
+ALL = slice(None)
 LEFT, RIGHT = np.array([[1.0, 2.0], [3.0, 4.0]], "float32"), np.array([[2.0, 2.0], [4.0, 3.0]], "float32")
 
 
@@ -231,10 +235,85 @@ def test_unary_operators() -> None:
 def test_numbers_are_taken_in_the_dtype_of_the_array() -> None:
     array = nd.array([3, 4], dtype="int32")
     assert values(array / 2) == [1, 2]
-    assert values(array * 1.5) == [4, 6]
+    assert values(array * 1.5) == [3, 4]
     assert (array / 2).dtype is np.int32
     array /= 2
     assert values(array) == [1, 2]
+
+
+SIGNED: dict[str, list[list[int]]] = {
+    "add": [[8, -6, 4], [8, -6, 4], [5, -9, 1], [5, -9, 1]],
+    "sub": [[6, -8, 2], [-6, 8, -2], [9, -5, 5], [-9, 5, -5]],
+    "mul": [[7, -7, 3], [7, -7, 3], [-14, 14, -6], [-14, 14, -6]],
+    "truediv": [[7, -7, 3], [0, 0, 0], [-3, 3, -1], [0, 0, 0]],
+    "mod": [[0, 0, 0], [1, -6, 1], [-1, -1, -1], [5, -2, 1]],
+    "pow": [[7, -7, 3], [1, 1, 1], [0, 0, 0], [-128, 0, -8]],
+    "eq": [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]],
+    "ne": [[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]],
+    "lt": [[0, 1, 0], [1, 0, 1], [0, 1, 0], [1, 0, 1]],
+    "le": [[0, 1, 0], [1, 0, 1], [0, 1, 0], [1, 0, 1]],
+    "gt": [[1, 0, 1], [0, 1, 0], [1, 0, 1], [0, 1, 0]],
+    "ge": [[1, 0, 1], [0, 1, 0], [1, 0, 1], [0, 1, 0]],
+}
+"""What MXNet 1.9.1 gives for a = [7, -7, 3] of int8, int32, int64: a and 1.7, 1.7 and a; then with -2.6."""
+
+UNSIGNED: dict[str, list[list[int]]] = {
+    "add": [[8, 10, 4], [8, 10, 4], [5, 7, 1], [5, 7, 1]],
+    "sub": [[6, 8, 2], [250, 248, 254], [9, 11, 5], [247, 245, 251]],
+    "mul": [[7, 9, 3], [7, 9, 3], [242, 238, 250], [242, 238, 250]],
+    "truediv": [[7, 9, 3], [0, 0, 0], [0, 0, 0], [36, 28, 84]],
+    "mod": [[0, 0, 0], [1, 1, 1], [7, 9, 3], [2, 2, 2]],
+    "pow": [[7, 9, 3], [1, 1, 1], [0, 0, 0], [0, 0, 248]],
+    "eq": [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]],
+    "ne": [[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]],
+    "lt": [[0, 0, 0], [1, 1, 1], [1, 1, 1], [0, 0, 0]],
+    "le": [[0, 0, 0], [1, 1, 1], [1, 1, 1], [0, 0, 0]],
+    "gt": [[1, 1, 1], [0, 0, 0], [0, 0, 0], [1, 1, 1]],
+    "ge": [[1, 1, 1], [0, 0, 0], [0, 0, 0], [1, 1, 1]],
+}
+"""The same for [7, 9, 3] of uint8."""
+
+
+@pytest.mark.parametrize("name", SIGNED)
+@pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8"])
+def test_ints_beside_a_number_with_a_fraction(dtype: str, name: str) -> None:
+    numbers, table = ([7, 9, 3], UNSIGNED) if dtype == "uint8" else ([7, -7, 3], SIGNED)
+    function = getattr(operator, name)
+    in_place = getattr(operator, f"i{name}", None)
+    for number, forward, reflected in ((1.7, *table[name][:2]), (-2.6, *table[name][2:])):
+        array = nd.array(numbers, dtype=dtype)
+        for other in (number, np.float32(number), np.float64(number)):
+            assert values(function(array, other)) == forward
+            assert values(function(other, array)) == reflected
+        assert function(array, number).dtype is array.dtype
+        if in_place is not None:
+            assert values(in_place(array, number)) == forward
+
+
+def test_ints_beside_ints() -> None:
+    left, right = nd.array([7, -7, 3], dtype="int32"), nd.array([2, 2, -2], dtype="int32")
+    assert values(left / right) == [3, -3, -1]
+    assert values(left % right) == [1, 1, -1]
+    assert values(left**right) == [49, 49, 0]
+    assert values(nd.array([7, 3], dtype="int64") ** 19) == [11398894743191552, 1162261504]  # float32's
+    with pytest.raises(MXNetError):
+        left / 0.5  # 0, as an int
+
+
+def test_a_number_out_of_range_wraps_around() -> None:
+    assert values(nd.array([0, 1], dtype="uint8") + 300) == [44, 45]
+    assert values(nd.array([0, 1], dtype="int8") + 300) == [44, 45]
+    with pytest.raises(MXNetError) as info:
+        nd.array([0, 1], dtype="int64") + 10**400
+    assert isinstance(info.value, OverflowError)
+
+
+def test_bools_beside_a_number_are_int64() -> None:
+    array = nd.array([1, 0], dtype="bool")
+    assert (values(array + 2), (array + 2).dtype) == ([3, 2], np.int64)
+    assert values(array * 1.7) == [1, 0]
+    with pytest.raises(MXNetError, match="int64, the array of shape"):
+        array += 1
 
 
 def test_arrays_broadcast_and_the_left_context_stays() -> None:
@@ -246,13 +325,49 @@ def test_what_does_not_fit_is_an_mxnet_error() -> None:
     array = nd.ones((2, 3))
     with pytest.raises(MXNetError, match=r"\(2, 3\) and \(3, 2\)"):
         array + nd.ones((3, 2))
-    with pytest.raises(MXNetError, match=r"shape \(2, 3\), not \(1, 3\)"):
+    with pytest.raises(MXNetError, match=r"of shape \(2, 3\) and float32, the array of shape \(1, 3\)"):
         operator.iadd(nd.ones((1, 3)), array)
     with pytest.raises(MXNetError, match="use astype"):
         array + nd.ones((2, 3), dtype="float64")
-    for other in ("a", None, np.ones(2), [1, 2]):
-        with pytest.raises(TypeError, match="not supported"):
-            array + other
+    for other in ("a", None, np.ones(2), [1, 2], 1j):
+        for use in (operator.add, operator.iadd, operator.pow, operator.eq, lambda a, b: b + a):
+            with pytest.raises(MXNetError, match="not supported") as info:
+                use(array, other)
+            assert isinstance(info.value, TypeError)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda: nd.array("abc"), TypeError),
+        (lambda: nd.array([[1], [1, 2]]), TypeError),
+        (lambda: nd.array(1j), TypeError),
+        (lambda: nd.array(None), TypeError),
+        (lambda: nd.zeros((-1,)), RuntimeError),
+        (lambda: nd.zeros("a"), TypeError),
+        (lambda: nd.zeros((2,), dtype="foo"), TypeError),
+        (lambda: nd.full((2,), "a"), TypeError),
+        (lambda: nd.arange(3, 1), RuntimeError),
+        (lambda: nd.arange(0, 3, 0), RuntimeError),
+        (lambda: nd.arange("a"), TypeError),
+        (lambda: nd.ones((2,)).astype("foo"), TypeError),
+        (lambda: nd.ones((2,)).copyto(3), TypeError),
+        (lambda: nd.ones((2,)).copyto(nd.ones((3,))), RuntimeError),
+        (lambda: nd.ones((2,)).asscalar(), ValueError),
+        (lambda: bool(nd.ones((2,))), ValueError),
+        (lambda: len(nd.array(3.0)), IndexError),
+        (lambda: Context("abc"), KeyError),
+        (lambda: nd.ones((2,)).__setitem__(0, "abc"), TypeError),
+        (lambda: nd.ones((2,)).__setitem__(0, [[1], [1, 2]]), TypeError),
+        (lambda: nd.ones((2,)).__setitem__(ALL, nd.ones((3,))), ValueError),
+    ],
+)
+def test_mistakes_are_mxnet_errors_and_those_of_python(
+    call: Callable[[], Any], kind: type[Exception]
+) -> None:
+    with pytest.raises(MXNetError) as info:
+        call()
+    assert isinstance(info.value, kind)
 
 
 # ---- updaters --------------------------------------------------------------------------------------

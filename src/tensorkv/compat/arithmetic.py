@@ -2,6 +2,9 @@
 
 They differ from torch's in where weight decay and clipping come in, and in Adam's epsilon. `w` is the
 weight, `g` the gradient; `clip` limits each element and does nothing unless `clip_gradient` > 0.
+
+`set_number` changes nothing of it. A store keeps the state when it is given the optimizer that it has, and
+MXNet does not: a number of its own makes each `set_optimizer` another one.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ class SGD(_MXNetOptimizer):
         wd: float = 0.0,
         rescale_grad: float = 1.0,
         clip_gradient: float | None = None,
+        set_number: int = 0,
     ) -> None:
         _check_numbers(learning_rate, momentum, wd, rescale_grad, clip_gradient or 0)
         defaults = {
@@ -52,6 +56,7 @@ class SGD(_MXNetOptimizer):
             "wd": wd,
             "rescale_grad": rescale_grad,
             "clip_gradient": clip_gradient,
+            "set_number": set_number,
         }
         super().__init__(params, defaults)
 
@@ -84,6 +89,7 @@ class Adam(_MXNetOptimizer):
         rescale_grad: float = 1.0,
         clip_gradient: float | None = None,
         begin_num_update: int = 0,
+        set_number: int = 0,
     ) -> None:
         _check_numbers(learning_rate, beta1, beta2, epsilon, wd, rescale_grad, clip_gradient or 0)
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
@@ -99,6 +105,7 @@ class Adam(_MXNetOptimizer):
             "rescale_grad": rescale_grad,
             "clip_gradient": clip_gradient,
             "begin_num_update": begin_num_update,
+            "set_number": set_number,
         }
         super().__init__(params, defaults)
 
@@ -120,9 +127,9 @@ class Adam(_MXNetOptimizer):
 class Test(_MXNetOptimizer):
     """w += rescale_grad * g: what MXNet's tests use."""
 
-    def __init__(self, params: Parameters, rescale_grad: float = 1.0) -> None:
+    def __init__(self, params: Parameters, rescale_grad: float = 1.0, set_number: int = 0) -> None:
         _check_numbers(rescale_grad)
-        super().__init__(params, {"rescale_grad": rescale_grad})
+        super().__init__(params, {"rescale_grad": rescale_grad, "set_number": set_number})
 
     def _update(self, w: torch.Tensor, g: torch.Tensor, state: Any, group: dict[str, Any]) -> None:
         w.add_(g, alpha=group["rescale_grad"])

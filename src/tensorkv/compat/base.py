@@ -1,7 +1,8 @@
-"""MXNetError, and the errors of TensorKV as ones of its kind.
+"""MXNetError, and the errors of TensorKV and of Python as ones of its kind.
 
-What a store raises under MXNet's names is caught by `except MXNetError` as well as by the error's own
-class: `tensorkv.compat.base.KeyNotInitialized` is both `tensorkv.errors.KeyNotInitialized` and MXNetError.
+What is raised under MXNet's names is caught by `except MXNetError` as well as by the error's own class:
+`tensorkv.compat.base.KeyNotInitialized` is both `tensorkv.errors.KeyNotInitialized` and MXNetError, and
+`MXNetIndexError` both IndexError and MXNetError.
 """
 
 from __future__ import annotations
@@ -29,20 +30,61 @@ _CLASSES: dict[type[errors.TensorKVError], type[errors.TensorKVError]] = {
 globals().update({each.__name__: each for each in _CLASSES.values()})  # where pickle looks for them
 
 
-def translate(error: errors.TensorKVError) -> errors.TensorKVError:
+class MXNetIndexError(MXNetError, IndexError):
+    """An element that is not there."""
+
+
+class MXNetKeyError(MXNetError, KeyError):
+    """A name that is not known."""
+
+    __str__ = Exception.__str__  # KeyError shows its text in quotes
+
+
+class MXNetOverflowError(MXNetError, OverflowError):
+    """A number too large."""
+
+
+class MXNetTypeError(MXNetError, TypeError):
+    """A value of a type that is not taken."""
+
+
+class MXNetValueError(MXNetError, ValueError):
+    """A value that is not taken."""
+
+
+_STANDARD: dict[type[Exception], type[MXNetError]] = {
+    IndexError: MXNetIndexError,
+    KeyError: MXNetKeyError,
+    OverflowError: MXNetOverflowError,
+    TypeError: MXNetTypeError,
+    ValueError: MXNetValueError,
+    RuntimeError: MXNetError,
+    ArithmeticError: MXNetError,
+}
+"""Python's errors, and what stands for them. RuntimeError is torch's, ArithmeticError a division by zero."""
+
+_TRANSLATED: tuple[type[Exception], ...] = (errors.TensorKVError, *_STANDARD)
+
+
+def translate(error: Exception) -> Exception:
     """Return `error` as one that is an MXNetError too, with the same text, cause and traceback."""
     if isinstance(error, MXNetError):
         return error
-    translated = _CLASSES.get(type(error), _CLASSES[errors.TensorKVError])(*error.args)
+    translated: Exception
+    if isinstance(error, errors.TensorKVError):
+        translated = _CLASSES.get(type(error), _CLASSES[errors.TensorKVError])(*error.args)
+    else:
+        of_its_kind = next(each for base, each in _STANDARD.items() if isinstance(error, base))
+        translated = of_its_kind(*error.args)
     translated.__cause__ = error.__cause__
     return translated.with_traceback(error.__traceback__)
 
 
 @contextmanager
 def mxnet_errors() -> Iterator[None]:
-    """Let errors of TensorKV leave the `with` as MXNetErrors."""
+    """Let errors leave the `with`, or the function that this decorates, as MXNetErrors."""
     try:
         yield
-    except errors.TensorKVError as exc:
+    except _TRANSLATED as exc:
         translated = translate(exc)
         raise translated from translated.__cause__

@@ -12,7 +12,7 @@ from typing import ClassVar, final
 
 import torch
 
-from tensorkv.compat.base import MXNetError
+from tensorkv.compat.base import MXNetError, MXNetKeyError
 
 
 @final
@@ -27,7 +27,7 @@ class Context:
         self.device_type: str = same.device_type if same else str(device_type)
         self.device_id: int = same.device_id if same else device_id
         if self.device_type not in self.devtype2num:
-            raise KeyError(device_type)
+            raise MXNetKeyError(f"there is no type of device {device_type!r}")
 
     @classmethod
     def default_ctx(cls) -> Context:

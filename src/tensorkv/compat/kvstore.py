@@ -27,6 +27,7 @@ class KVStore:
 
     def __init__(self, store: TensorKVStore) -> None:
         self.store = store
+        self._optimizers_set = 0
 
     @property
     def type(self) -> str:
@@ -73,16 +74,24 @@ class KVStore:
     def _set_updater(self, updater: Callable[[Any, NDArray, NDArray], Any]) -> None:
         """Let `updater(key, input, stored)` combine what is pushed with what is stored, in place."""
         with mxnet_errors():
+            if not callable(updater):
+                raise UnknownUpdater(f"{updater!r} is not a function of a key and two arrays")
             self.store.set_updater(MXNetUpdater(updater))
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
-        """Let an optimizer of `tensorkv.compat.optimizer` be the updater, where the values live."""
+        """Let an optimizer of `tensorkv.compat.optimizer` be the updater, where the values live.
+
+        Each call starts afresh, without the momentum so far, also if the optimizer is the same.
+        """
         with mxnet_errors():
             if not isinstance(optimizer, Optimizer):
                 raise UnknownUpdater(
                     f"{optimizer!r} is not an optimizer of MXNet's; use mx.optimizer.create(name, ...)"
                 )
-            self.store.set_optimizer(optimizer.torch_class, **optimizer.options)
+            self._optimizers_set += 1
+            self.store.set_optimizer(
+                optimizer.torch_class, set_number=self._optimizers_set, **optimizer.options
+            )
 
     def _barrier(self) -> None:
         """Wait until all workers have called it."""
@@ -106,9 +115,9 @@ def create(name: str = "local", **options: Any) -> KVStore:
         TypeError: `name` is not a str.
         UnknownKind, NotInJob, and what else `tensorkv.create` raises, each an MXNetError.
     """
-    if not isinstance(name, str):
-        raise TypeError("name must be a string")
     with mxnet_errors():
+        if not isinstance(name, str):
+            raise TypeError("name must be a string")
         return KVStore(create_store(name, **options))
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import Key
-from tensorkv.compat.base import MXNetError
+from tensorkv.compat.base import MXNetError, mxnet_errors
 from tensorkv.compat.context import Context, context_of, current_context
+from tensorkv.compat.indexing import reshaped, torch_index
 
 Shape = int | tuple[int, ...] | list[int]
 
@@ -22,8 +23,15 @@ Shape = int | tuple[int, ...] | list[int]
 class NDArray:
     """An array of MXNet, which holds a torch tensor.
 
-    Arithmetic is element by element and broadcasts; both arrays need the same dtype. A number is taken
-    in the array's dtype, and comparisons give 0 and 1 in it. `a[i]` and `a[i:j]` share the memory of `a`.
+    Arithmetic is element by element and broadcasts; both arrays need the same dtype. As in MXNet a number is
+    first cast to the array's dtype, so that 1.7 beside an array of ints is 1. Quotients of ints are rounded
+    towards 0, and their powers computed in float32. Comparisons give 0 and 1 in the array's dtype. Beside a
+    number an array of bools is one of int64.
+
+    A part that lies in one piece in memory, `a[i]`, `a[i:j]` or `a[i, j:k]` say, shares the memory of `a`.
+    Any other part is a copy: a column, every second row, what an array of indices selects.
+
+    What is raised is an MXNetError, and the error of Python that MXNet raises there as well.
     """
 
     def __init__(self, tensor: torch.Tensor, ctx: Context) -> None:
@@ -70,14 +78,18 @@ class NDArray:
     @property
     def T(self) -> NDArray:
         """The array with its dimensions in reverse order."""
-        return self._new(self.tensor.permute(*range(self.ndim - 1, -1, -1)).contiguous())
+        return self._new(
+            self.tensor.permute(*range(self.ndim - 1, -1, -1)).clone(memory_format=torch.contiguous_format)
+        )
 
     # ---- to somewhere else -----------------------------------------------------------------------
 
+    @mxnet_errors()
     def asnumpy(self) -> np.ndarray[Any, Any]:
         """Return a copy as a NumPy array."""
         return np.array(self.tensor.cpu().numpy())
 
+    @mxnet_errors()
     def asscalar(self) -> Any:
         """Return the one element as a number of NumPy's.
 
@@ -92,6 +104,7 @@ class NDArray:
         """Return a copy in the same context."""
         return self._new(self.tensor.clone())
 
+    @mxnet_errors()
     def copyto(self, other: NDArray | Context) -> NDArray:
         """Copy into the array `other` and return it, or return a copy in the context `other`.
 
@@ -107,67 +120,89 @@ class NDArray:
         other.tensor.copy_(self.tensor)
         return other
 
+    @mxnet_errors()
     def as_in_context(self, context: Context) -> NDArray:
         """Return this array if it lives in `context`, else a copy that does."""
         return self if context == self._ctx else self.copyto(context)
 
+    @mxnet_errors()
     def astype(self, dtype: Any, copy: bool = True) -> NDArray:
         """Return the array in another dtype: a copy, unless `copy` is False and nothing changes."""
         return self._new(self.tensor.to(_torch_dtype(dtype), copy=copy))
 
-    def reshape(self, *shape: Any) -> NDArray:
-        """Return the same elements in another shape; -1 stands for what is left. Shares the memory.
+    @mxnet_errors()
+    def reshape(self, *shape: Any, **options: Any) -> NDArray:
+        """Return the same elements, in the same memory, in another shape: `a.reshape(3, 2)` or `((3, 2))`.
+
+        Besides lengths it takes 0 (this dimension as it is), -1 (once: whatever is left), -2 (all dimensions
+        that are left), -3 (the product of the next two) and -4 (the next one as the two lengths that follow);
+        with `reverse=True` they are read from the right.
 
         Raises:
-            ValueError: the number of elements differs.
+            MXNetValueError: the number of elements differs.
         """
-        wanted = _shape(shape[0] if len(shape) == 1 else shape)
-        try:
-            return self._new(self.tensor.reshape(wanted))
-        except RuntimeError as exc:
-            raise ValueError(f"an array of shape {self.shape} cannot take shape {wanted}") from exc
+        wanted: Any = shape[0] if len(shape) == 1 and not _is_int(shape[0]) else shape
+        wanted = wanted if shape else options.pop("shape", ())
+        reverse = bool(options.pop("reverse", False))
+        options.pop("shape", None)  # MXNet, too, prefers the one that came without a name
+        if options:
+            raise TypeError(f"reshape takes shape and reverse, and no {', '.join(options)}")
+        return self._new(self.tensor.reshape(reshaped(self.shape, _shape(wanted), reverse)))
 
     def wait_to_read(self) -> None:
         """Return when the array can be read."""
         waitall()
 
+    @mxnet_errors()
     def sum(self) -> NDArray:
         """Return the sum of all elements, in an array of shape (1,)."""
         return self._new(self.tensor.sum(dtype=self.tensor.dtype).reshape(1))
 
+    @mxnet_errors()
     def mean(self) -> NDArray:
         """Return the mean of all elements, in an array of shape (1,)."""
         return self._new((self.tensor.sum() / self.size).to(self.tensor.dtype).reshape(1))
 
+    @mxnet_errors()
     def norm(self) -> NDArray:
         """Return the Euclidean norm over all elements, in an array of shape (1,)."""
-        return self._new(self.tensor.norm().reshape(1))
+        numbers = self.tensor if self.tensor.is_floating_point() else self.tensor.double()
+        return self._new(numbers.norm().to(self.tensor.dtype).reshape(1))
 
     # ---- parts of it -----------------------------------------------------------------------------
 
+    @mxnet_errors()
     def __len__(self) -> int:
         if not self.shape:
-            raise TypeError("an array without dimensions has no length")
+            raise IndexError("an array without dimensions has no length")
         return self.shape[0]
 
     def __iter__(self) -> Iterator[NDArray]:
         return (self[index] for index in range(len(self)))
 
+    @mxnet_errors()
     def __getitem__(self, key: Any) -> NDArray:
-        part = self.tensor[_index(key)]
+        index, is_view = torch_index(_plain(key), self.shape)
+        if not index:
+            return self
+        part = self.tensor[index]
+        if is_view and not part.is_contiguous():
+            part = part.clone(memory_format=torch.contiguous_format)
         return self._new(part if part.dim() else part.reshape(1))
 
+    @mxnet_errors()
     def __setitem__(self, key: Any, value: Any) -> None:
+        index, _ = torch_index(_plain(key), self.shape)
+        shape = self.tensor[index].shape
         if isinstance(value, NDArray):
             value = value.tensor
-        elif not isinstance(value, (bool, int, float, torch.Tensor)):
-            value = torch.as_tensor(np.asarray(value), device="cpu")
-        part = self.tensor[_index(key)]
-        if isinstance(value, torch.Tensor) and not _broadcasts(value.shape, part.shape):
-            raise ValueError(f"cannot set a part of shape {tuple(part.shape)} to shape {tuple(value.shape)}")
-        if isinstance(value, torch.Tensor):
-            value = value.to(self.tensor.device, self.tensor.dtype)
-        self.tensor[_index(key)] = value
+        elif _is_number(value):
+            value = _scalar(value, self.tensor.dtype)
+        elif not isinstance(value, torch.Tensor):
+            value = _from_host(value)
+        if not _broadcasts(value.shape, shape):
+            raise ValueError(f"cannot set a part of shape {tuple(shape)} to shape {tuple(value.shape)}")
+        self.tensor[index] = value.to(self.tensor.device, self.tensor.dtype)
 
     # ---- arithmetic ------------------------------------------------------------------------------
 
@@ -181,13 +216,13 @@ class NDArray:
         return self._binary(operator.mul, other)
 
     def __truediv__(self, other: Any) -> NDArray:
-        return self._binary(operator.truediv, other)
+        return self._binary(_quotient, other)
 
     def __mod__(self, other: Any) -> NDArray:
-        return self._binary(operator.mod, other)
+        return self._binary(torch.remainder, other)
 
     def __pow__(self, other: Any) -> NDArray:
-        return self._binary(operator.pow, other)
+        return self._binary(_power, other)
 
     def __radd__(self, other: Any) -> NDArray:
         return self._binary(operator.add, other, reflected=True)
@@ -199,13 +234,13 @@ class NDArray:
         return self._binary(operator.mul, other, reflected=True)
 
     def __rtruediv__(self, other: Any) -> NDArray:
-        return self._binary(operator.truediv, other, reflected=True)
+        return self._binary(_quotient, other, reflected=True)
 
     def __rmod__(self, other: Any) -> NDArray:
-        return self._binary(operator.mod, other, reflected=True)
+        return self._binary(torch.remainder, other, reflected=True)
 
     def __rpow__(self, other: Any) -> NDArray:
-        return self._binary(operator.pow, other, reflected=True)
+        return self._binary(_power, other, reflected=True)
 
     def __iadd__(self, other: Any) -> NDArray:
         return self._in_place(operator.add, other)
@@ -217,14 +252,16 @@ class NDArray:
         return self._in_place(operator.mul, other)
 
     def __itruediv__(self, other: Any) -> NDArray:
-        return self._in_place(operator.truediv, other)
+        return self._in_place(_quotient, other)
 
     def __imod__(self, other: Any) -> NDArray:
-        return self._in_place(operator.mod, other)
+        return self._in_place(torch.remainder, other)
 
+    @mxnet_errors()
     def __neg__(self) -> NDArray:
         return self._new(-self.tensor)
 
+    @mxnet_errors()
     def __abs__(self) -> NDArray:
         return self._new(self.tensor.abs())
 
@@ -249,6 +286,7 @@ class NDArray:
     __hash__ = object.__hash__
     __array_priority__ = 1000.0  # NumPy leaves `number * array` to this class
 
+    @mxnet_errors()
     def __bool__(self) -> bool:
         if self.size > 1:
             raise ValueError("the truth value of an NDArray with several elements is ambiguous")
@@ -258,31 +296,35 @@ class NDArray:
         sizes = "x".join(str(length) for length in self.shape)
         return f"\n{self.asnumpy()}\n<NDArray {sizes} @{self._ctx}>"
 
+    @mxnet_errors()
     def _binary(self, function: Callable[..., Any], other: Any, reflected: bool = False) -> NDArray:
-        pair = (self._operand(other), self.tensor) if reflected else (self.tensor, self._operand(other))
-        try:
-            result = function(*pair)
-        except RuntimeError as exc:  # shapes that do not broadcast, devices that differ
-            raise MXNetError(f"{function.__name__} of {self.shape} and {_shape_of(other)}: {exc}") from exc
-        return self._new(result.to(self.tensor.dtype))
-
-    def _in_place(self, function: Callable[..., Any], other: Any) -> NDArray:
-        result = self._binary(function, other).tensor
-        if result.shape != self.tensor.shape:
-            raise MXNetError(
-                f"{function.__name__} in place: the result has shape {tuple(result.shape)}, not {self.shape}"
-            )
-        self.tensor.copy_(result)
-        return self
-
-    def _operand(self, other: Any) -> Any:
+        mine = self.tensor
         if isinstance(other, NDArray):
-            if other.tensor.dtype != self.tensor.dtype:
-                raise MXNetError(f"dtypes {self.tensor.dtype} and {other.tensor.dtype} differ; use astype")
-            return other.tensor
-        if isinstance(other, (bool, int, float, np.number, np.bool_)):
-            return other.item() if isinstance(other, np.generic) else other
-        raise TypeError(f"type {type(other)} is not supported beside an NDArray")
+            its = other.tensor
+            if its.dtype != mine.dtype:
+                raise MXNetError(f"dtypes {mine.dtype} and {its.dtype} differ; use astype")
+        elif _is_number(other):
+            mine = mine.long() if mine.dtype == torch.bool else mine
+            its = _scalar(other, mine.dtype)
+        else:
+            raise TypeError(f"type {type(other)} is not supported beside an NDArray")
+        try:
+            result = function(its, mine) if reflected else function(mine, its)
+        except RuntimeError as exc:  # shapes that do not broadcast, devices that differ
+            name = function.__name__.strip("_")
+            raise MXNetError(f"{name} of {self.shape} and {_shape_of(other)}: {exc}") from exc
+        return self._new(result.to(mine.dtype))
+
+    @mxnet_errors()
+    def _in_place(self, function: Callable[..., Any], other: Any) -> NDArray:
+        result = self._binary(function, other)
+        if (result.shape, result.dtype) != (self.shape, self.dtype):
+            raise MXNetError(
+                f"{function.__name__.strip('_')} in place: the result is of shape {result.shape} and "
+                f"{result.dtype.__name__}, the array of shape {self.shape} and {self.dtype.__name__}"
+            )
+        self.tensor.copy_(result.tensor)
+        return self
 
     def _new(self, tensor: torch.Tensor) -> NDArray:
         return NDArray(tensor, self._ctx)
@@ -291,41 +333,48 @@ class NDArray:
 # ---- functions that make arrays ------------------------------------------------------------------
 
 
+@mxnet_errors()
 def array(source_array: Any, ctx: Context | None = None, dtype: Any = None) -> NDArray:
     """Return a copy of an array, number or nested list; float32 unless it is an NDArray or `dtype` says."""
     if isinstance(source_array, NDArray):
         source = source_array.tensor
     else:
-        source = torch.as_tensor(np.asarray(source_array), device="cpu")
+        source = _from_host(source_array)
         dtype = np.float32 if dtype is None else dtype
     ctx = current_context() if ctx is None else ctx
     torch_dtype = source.dtype if dtype is None else _torch_dtype(dtype)
     return NDArray(source.to(ctx.torch_device(), torch_dtype, copy=True), ctx)
 
 
+@mxnet_errors()
 def full(shape: Shape, val: Any, ctx: Context | None = None, dtype: Any = np.float32) -> NDArray:
     """Return an array filled with the number `val`."""
     ctx = current_context() if ctx is None else ctx
-    made = torch.full(_shape(shape), val, device=ctx.torch_device(), dtype=_torch_dtype(dtype))
+    made = torch.empty(_shape(shape), device=ctx.torch_device(), dtype=_torch_dtype(dtype))
+    made.copy_(_scalar(val, made.dtype))
     return NDArray(made, ctx)
 
 
+@mxnet_errors()
 def zeros(shape: Shape, ctx: Context | None = None, dtype: Any = None) -> NDArray:
     """Return an array of zeros."""
     return full(shape, 0, ctx, dtype)
 
 
+@mxnet_errors()
 def ones(shape: Shape, ctx: Context | None = None, dtype: Any = None) -> NDArray:
     """Return an array of ones."""
     return full(shape, 1, ctx, dtype)
 
 
+@mxnet_errors()
 def empty(shape: Shape, ctx: Context | None = None, dtype: Any = None) -> NDArray:
     """Return an array whose elements may be anything."""
     ctx = current_context() if ctx is None else ctx
     return NDArray(torch.empty(_shape(shape), device=ctx.torch_device(), dtype=_torch_dtype(dtype)), ctx)
 
 
+@mxnet_errors()
 def arange(
     start: float,
     stop: float | None = None,
@@ -374,20 +423,57 @@ class MXNetUpdater:
         self.function(key, NDArray(pushed, context_of(pushed)), NDArray(stored, context_of(stored)))
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, np.bool_, np.integer, np.floating))
+
+
 def _shape(shape: Any) -> tuple[int, ...]:
-    return (shape,) if isinstance(shape, int) else tuple(int(length) for length in shape)
+    return (int(shape),) if _is_int(shape) else tuple(operator.index(length) for length in shape)
 
 
 def _shape_of(value: Any) -> str:
     return str(value.shape) if isinstance(value, NDArray) else repr(value)
 
 
-def _index(key: Any) -> Any:
+def _scalar(value: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return a number as MXNet takes it: a double that is cast to the dtype, whatever number it was."""
+    if not _is_number(value):
+        raise TypeError(f"{value!r} is not a number")
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu").to(dtype)
+
+
+def _from_host(value: Any) -> torch.Tensor:
+    """Return an array of NumPy, or what becomes one, as a tensor."""
+    try:
+        numbers = np.asarray(value)
+    except ValueError as exc:  # lists of several lengths
+        raise TypeError(f"{value!r} is no array: {exc}") from exc
+    if numbers.dtype.kind not in "biuf":
+        raise TypeError(f"{value!r} is no array of numbers")
+    return torch.as_tensor(numbers, device="cpu")
+
+
+def _quotient(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if left.is_floating_point():
+        return left / right
+    return torch.div(left, right, rounding_mode="trunc")
+
+
+def _power(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if left.is_floating_point():
+        return torch.pow(left, right)
+    return torch.pow(left.float(), right.float()).to(left.dtype)
+
+
+def _plain(key: Any) -> Any:
+    """Return an index without NDArrays in it."""
     if isinstance(key, NDArray):
-        return key.tensor.long()
-    if isinstance(key, tuple):
-        return tuple(_index(each) for each in key)
-    return key
+        return key.tensor
+    return tuple(_plain(each) for each in key) if isinstance(key, tuple) else key
 
 
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:

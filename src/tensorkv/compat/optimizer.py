@@ -105,13 +105,16 @@ def create(name: str, **kwargs: Any) -> Optimizer:
     """Return the optimizer called `name`, in any case, with MXNet's arguments.
 
     Raises:
-        ValueError: there is no optimizer of this name here.
+        MXNetValueError: there is no optimizer of this name here.
         InvalidOption, NotSupported: as of the class.
     """
-    if name.lower() not in _KNOWN:
-        known = ", ".join(repr(each) for each in sorted(_KNOWN))
-        raise ValueError(f"there is no optimizer {name!r} of MXNet's here; known are {known}")
-    return _KNOWN[name.lower()](**kwargs)
+    with mxnet_errors():
+        if not isinstance(name, str):
+            raise TypeError(f"{name!r} is not the name of an optimizer")
+        if name.lower() not in _KNOWN:
+            known = ", ".join(repr(each) for each in sorted(_KNOWN))
+            raise ValueError(f"there is no optimizer {name!r} of MXNet's here; known are {known}")
+        return _KNOWN[name.lower()](**kwargs)
 
 
 def _without_neutral(optimizer: str, options: dict[str, Any]) -> dict[str, Any]:
