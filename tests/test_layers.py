@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tensorkv"
 LAYERS = {
     **dict.fromkeys(("errors", "addresses", "config", "work"), 0),
     **dict.fromkeys(("store", "keys", "arrays", "reduce", "updater", "updaterspec", "partition"), 1),
-    **dict.fromkeys(("functions", "definitions", "savedstate", "slicestate", "saveio"), 1),
+    **dict.fromkeys(("functions", "definitions", "savedstate", "slicestate", "saveio", "tracers"), 1),
     "wire": 2,
     "protocol": 3,
     "transport": 4,

@@ -33,12 +33,15 @@ from tensorkv.keys import (
     pull_batch_of,
     push_batch,
 )
+from tensorkv.tracers import check_traced, opaque, opaque_methods
 from tensorkv.updaterspec import may_travel
 from tensorkv.work import Work
 
 Reduction = Literal["sum", "mean"]
 UpdaterFunction = Callable[[Key, torch.Tensor, torch.Tensor], None]
 Names = Key | Iterable[Key] | None
+
+opaque_methods(Work)  # from here: work.py does without torch
 
 MAX_TIMEOUT_S = 1e9
 """A deadline that is further away, infinitely far say, counts as this: 31 years. The system takes no more."""
@@ -76,6 +79,7 @@ class CommitResult:
     norm: float | None
 
 
+@opaque_methods
 class KVStore(ABC):
     """A place to share tensors across devices and machines.
 
@@ -158,7 +162,7 @@ class KVStore(ABC):
 
         Blocks until the values are stored.
         """
-        self._check_usable("init")
+        self._check_usable("init", key)
         whole = flag("whole", whole)
         batch = self._init_batch(key, value)
         self._init(batch.keys, [each[0] for each in batch.tensors], whole)
@@ -189,7 +193,7 @@ class KVStore(ABC):
         Returns when the caller may change its tensors. Waits for other workers only where an earlier
         push of the same key is not merged yet.
         """
-        self._check_usable("push")
+        self._check_usable("push", key)
         if apply is not True or async_op is not False:  # mostly neither
             apply, async_op = flag("apply", apply), flag("async_op", async_op)
         return self._push(push_batch(key, value, self._key_type, self._knows_values), apply, async_op)
@@ -218,7 +222,7 @@ class KVStore(ABC):
 
         Blocks until `out` is written.
         """
-        self._check_usable("pull")
+        self._check_usable("pull", key)
         if async_op is not False:
             async_op = flag("async_op", async_op)
         return self._pull(pull_batch(key, out, self._key_type, self._knows_outs), async_op)
@@ -240,7 +244,7 @@ class KVStore(ABC):
 
         Blocks until the round of each key is applied.
         """
-        self._check_usable("pushpull")
+        self._check_usable("pushpull", key)
         if async_op is not False:
             async_op = flag("async_op", async_op)
         pushed = push_batch(key, value, self._key_type, self._knows_values)
@@ -265,7 +269,7 @@ class KVStore(ABC):
             KeyNotInitialized, InvalidKey, LengthMismatch.
             MemoryLimitReached: the system has no memory for them.
         """
-        self._check_usable("empty_like")
+        self._check_usable("empty_like", key)
         is_list = isinstance(key, (list, tuple))
         found = self._empty_like(check_keys(key if is_list else [key], self._key_type))
         return found if is_list else found[0]
@@ -275,7 +279,7 @@ class KVStore(ABC):
 
         Args, returns and errors are those of `init` and `pull`. `key` must be a key or a list of keys.
         """
-        self._check_usable("broadcast")
+        self._check_usable("broadcast", key)
         asked = pull_batch(key, out, self._key_type)  # refuse a bad out before anything is created
         values = self._init_batch(key, value)
         for name, (item,), outs in zip(values.keys, values.tensors, asked.outs, strict=True):
@@ -304,7 +308,7 @@ class KVStore(ABC):
 
         Blocks until every server has replaced what it holds.
         """
-        self._check_usable("put")
+        self._check_usable("put", key)
         batch = push_batch(key, value, self._key_type)
         _check_one_each("put", batch)
         self._put(batch.keys, [each[0] for each in batch.tensors])
@@ -533,7 +537,7 @@ class KVStore(ABC):
         Raises:
             KeyNotInitialized, InvalidKey.
         """
-        self._check_usable("info")
+        self._check_usable("info", key)
         check_keys([key], self._key_type)
         return self._info(key)
 
@@ -547,7 +551,7 @@ class KVStore(ABC):
             KeyNotInitialized: a key never existed; nothing is deleted.
             InvalidKey, LengthMismatch.
         """
-        self._check_usable("delete")
+        self._check_usable("delete", key)
         names = key if isinstance(key, (list, tuple)) else [key]
         self._delete(check_keys(names, self._key_type))
 
@@ -562,6 +566,7 @@ class KVStore(ABC):
     # ---- the end ---------------------------------------------------------------------------------
 
     @property
+    @opaque
     def closed(self) -> bool:
         """Whether the store was closed, or belongs to the process this one was forked from."""
         return self._closed or self._pid != os.getpid()
@@ -682,7 +687,8 @@ class KVStore(ABC):
 
     # ---- checks ----------------------------------------------------------------------------------
 
-    def _check_usable(self, call: str) -> None:
+    def _check_usable(self, call: str, key: Any = None) -> None:
+        check_traced(call, key)
         if self._closed:
             raise StoreClosed(f"{call}: store {self._name!r} is closed; create it again")
         if self._pid != os.getpid():

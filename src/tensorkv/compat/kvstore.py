@@ -11,9 +11,11 @@ from tensorkv.compat.optimizer import Optimizer
 from tensorkv.errors import InvalidOut, UnknownUpdater
 from tensorkv.store import KVStore as TensorKVStore
 from tensorkv.stores.registry import create as create_store
+from tensorkv.tracers import opaque_methods
 
 
 @final
+@opaque_methods
 class KVStore:
     """A store with the methods of MXNet's.
 

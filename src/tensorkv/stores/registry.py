@@ -9,6 +9,7 @@ from tensorkv.config import Transport, check_transport, read_timeout_s
 from tensorkv.errors import InvalidArgument, NotSupported, UnknownKind
 from tensorkv.store import KVStore, Reduction, flag, seconds
 from tensorkv.stores.local import LOCAL_KINDS, LocalStore
+from tensorkv.tracers import opaque
 
 Factory = Callable[..., KVStore]
 """Called as `factory(kind, **options)` with every option of `create`, as given or by default.
@@ -16,6 +17,7 @@ Factory = Callable[..., KVStore]
 `timeout_s` is a number always: without one, what the environment says."""
 
 
+@opaque
 def create(
     kind: str = "local",
     *,
