@@ -129,7 +129,7 @@ print("sum", int(kv.pull("w")[0]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "policy"), [("dist_async", ""), ("dist_sync", "continue")])
-def test_where_stores_say_so_the_others_go_on_and_the_job_fails_at_its_end(
+def test_where_stores_say_so_the_others_go_on_and_the_job_succeeds(
     tmp_path: Path, kind: str, policy: str
 ) -> None:
     """Each rank counts in a digit place of its own: 10 steps, but 3 of the worker that was lost."""
@@ -140,7 +140,7 @@ def test_where_stores_say_so_the_others_go_on_and_the_job_fails_at_its_end(
     told = [line for line in err.splitlines() if "was lost" in line]
     assert sorted(line[:10] for line in told) == ["[worker 0]", "[worker 2]"]
     assert all("worker 1 on host" in line and "the job goes on without it" in line for line in told)
-    assert status == 137
+    assert status == 0
 
 
 LEFT = """

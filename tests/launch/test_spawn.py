@@ -80,10 +80,7 @@ def work(rank):
     kv.close()
 
 if __name__ == "__main__":
-    try:
-        tensorkv.spawn(work, num_workers=2)
-    except tensorkv.JobFailed as error:
-        print(error)
+    tensorkv.spawn(work, num_workers=2)
 """
 
 WAITS = """
@@ -150,10 +147,10 @@ def test_the_first_failure_is_raised(tmp_path: Path, how: str, first: str, last:
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(120)
-def test_a_job_that_survives_a_failure_ends_first(tmp_path: Path) -> None:
+def test_a_job_that_survives_a_failure_has_succeeded(tmp_path: Path) -> None:
     status, out, err = run(tmp_path, GOES_ON)
     text = "worker 1 failed with status 137 (SIGKILL); the job went on without it"
-    assert (status, out) == (0, ["0: [1.0, 1.0]", text]), err
+    assert (status, out, err.splitlines()[-1]) == (0, ["0: [1.0, 1.0]"], text)
 
 
 @pytest.mark.slow

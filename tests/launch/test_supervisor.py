@@ -233,22 +233,30 @@ class TestSuspect:
 class TestSpared:
     """A worker fails, and the job goes on without it."""
 
-    def test_the_others_come_to_their_end_and_then_the_job_has_failed(self) -> None:
+    def test_the_others_come_to_their_end_and_the_job_has_succeeded(self) -> None:
         core = new()
         assert core.exited({W1: -9}, 1.0, spared=[W1]) == []
         assert core.running
         assert core.deadline is None
         assert core.exited({W0: 0, W2: 0}, 2.0) == [StopServers()]
-        finish = Finish(137, "worker 1 failed with status 137 (SIGKILL)", W1, went_on=True)
+        finish = Finish(0, "worker 1 failed with status 137 (SIGKILL)", W1, went_on=True)
         assert core.exited({S0: 0}, 3.0) == [finish]
 
-    def test_the_first_gives_the_status_and_the_others_are_reported(self) -> None:
+    def test_the_first_is_named_last_and_the_others_are_reported(self) -> None:
         core = new()
         core.exited({W1: 3}, 1.0, spared=[W1])
         assert core.exited({W0: 4}, 2.0, spared=[W0]) == [Report("worker 0 failed with status 4, too")]
         assert core.exited({W2: 0}, 2.0) == [StopServers()]
         [finish] = core.exited({S0: 0}, 3.0)
-        assert finish == Finish(3, "worker 1 failed with status 3", W1, went_on=True)
+        assert finish == Finish(0, "worker 1 failed with status 3", W1, went_on=True)
+
+    def test_a_job_of_which_no_worker_is_left_has_failed(self) -> None:
+        core = new()
+        for now, (node, status) in enumerate({W1: -9, W0: 4}.items()):
+            core.exited({node: status}, float(now), spared=[node])
+        core.exited({W2: 3}, 2.0, spared=[W2])
+        [finish] = core.exited({S0: 0}, 3.0)
+        assert finish == Finish(137, "worker 1 failed with status 137 (SIGKILL)", W1, went_on=True)
 
     def test_a_failure_that_ends_the_job_is_what_the_job_ends_with(self) -> None:
         core = new()

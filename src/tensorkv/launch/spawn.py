@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import multiprocessing
 import os
 import secrets
@@ -42,6 +43,7 @@ from tensorkv.launch.supervisor import (
 )
 from tensorkv.runtime.scheduler import SchedulerServer
 
+logger = logging.getLogger(__name__)
 _MAX_REPORT_BYTES = 1 << 20
 
 
@@ -71,7 +73,8 @@ def spawn(
 
     Raises:
         JobFailed: a worker raised, or a process ended with another status than 0. The text names the
-            first that failed, and ends with the worker's traceback. All others were ended.
+            first that failed, and ends with the worker's traceback. All others were ended. A worker whose
+            stores say on_worker_loss="continue" is told of in the log instead, if others return.
         InvalidArgument: a number is out of its range, or `fn` or `args` cannot be handed to a worker.
 
     Blocks. When it ends, by KeyboardInterrupt too, no process of the job is left.
@@ -282,7 +285,10 @@ class _Job:
             culprit, text = first, f"{first} failed with {status_text(1)}"
         words = self._tracebacks.get(culprit) if culprit is not None else None
         outcome = "the job went on without it" if finish.went_on else "the job was ended"
-        raise JobFailed(f"{text}; {outcome}" + (f"\n\n{words.rstrip()}" if words else ""))
+        text = f"{text}; {outcome}" + (f"\n\n{words.rstrip()}" if words else "")
+        if finish.status != 0:
+            raise JobFailed(text)
+        logger.warning("%s", text)
 
 
 def _work(

@@ -13,7 +13,7 @@ Where that is 0 (a script that calls `os._exit`, say), or does not come, the pro
 with the status of one that followed it.
 
 A worker whose stores all say on_worker_loss="continue" may fail without an end of the job: it is *spared*.
-The job goes on to its end, and then has failed all the same.
+The job goes on to its end, and has succeeded if any other worker has.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The job is over. `culprit` failed first; `text` is None after a success.
+    """The job is over. `culprit` failed first; `text` is None if nobody failed.
 
-    `went_on` tells that the failure did not end the job.
+    `went_on` tells that the failure did not end the job; `status` is 0 then if another worker ended with 0.
     """
 
     status: int
@@ -197,7 +197,7 @@ class Supervisor:
         return actions + self._advance(now)
 
     def _spare(self, failed: Sequence[tuple[Node, int]]) -> list[Action]:
-        """Note failures that do not end the job: the first gives the status, others are reported."""
+        """Note failures that do not end the job: the first is what it ends with, others are reported."""
         actions: list[Action] = []
         for node, returncode in failed if self.running else ():
             failure = dataclasses.replace(_failure(node, returncode), went_on=True)
@@ -267,6 +267,8 @@ class Supervisor:
 
     def _finish(self) -> list[Action]:
         self._phase, self.deadline = _Phase.FINISHED, None
+        if self._verdict.went_on and any(node.role == "worker" for node in self._ended_well):
+            self._verdict = dataclasses.replace(self._verdict, status=0)
         return [self._verdict]
 
     def _advance(self, now: float) -> list[Action]:
