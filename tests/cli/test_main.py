@@ -167,3 +167,51 @@ def test_the_command_line_does_without_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+WRITES = "run -n 1 sh -c 'echo hi; echo ho >&2; exit 3'"
+FULL = "tensorkv: the output cannot be written: No space left on device; the job was ended\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize(
+    ("arguments", "status", "out", "err"),
+    [
+        (
+            f"{WRITES} >&-",
+            3,
+            "",
+            "[worker 0] ho\ntensorkv: worker 0 failed with status 3; the job was ended\n",
+        ),
+        (f"{WRITES} 2>&-", 3, "[worker 0] hi\n", ""),
+        (f"{WRITES} >&- 2>&- <&-", 3, "", ""),
+        ("run sh -c 'cat; ls -l /proc/self/fd/0 | grep -c null' <&-", 0, "[worker 0] 1\n", ""),
+        ("run sh -c 'echo hi' >/dev/full", 1, "", FULL),
+        ("run sh -c 'echo hi >&2; exec sleep 1000' 2>/dev/full", 1, "", ""),
+        ("run nosuch 2>/dev/full", 127, "", ""),
+        ("--version >&-", 0, "", ""),
+        ("--version >/dev/full", 1, "", "tensorkv: [Errno 28] No space left on device\n"),
+        ("bench --steps -1 >&- 2>&-", 2, "", ""),
+    ],
+)
+def test_streams_that_are_closed_or_full(arguments: str, status: int, out: str, err: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -m tensorkv {arguments}'],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
+
+
+def test_a_reader_that_has_gone_ends_the_job() -> None:
+    command = [sys.executable, "-m", "tensorkv", "run", "sh", "-c", "echo hi; while echo ho; do :; done"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "[worker 0] hi\n"
+        process.stdout.close()
+        process.stdout = None
+        _, err = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 128 + signal.SIGPIPE
+    assert err == "tensorkv: nobody reads the output; the job was ended\n"

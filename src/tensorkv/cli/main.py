@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Annotated
@@ -21,7 +22,24 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line of this process; ends by SystemExit."""
-    app(prog_name="tensorkv")
+    _open_closed_streams()
+    try:
+        app(prog_name="tensorkv")
+    except OSError as exc:  # of a disk that is full, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to write is dropped, not tried again
+        sys.exit(_fail(str(exc), 1))
+
+
+def _open_closed_streams() -> None:
+    """Have streams that the caller has closed (`>&-`) lead nowhere.
+
+    Their numbers would be given to the next files that are opened.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(null, True)
+            setattr(sys, name, open(null, mode))  # noqa: SIM115  # for as long as this process
 
 
 def _print_version(wanted: bool) -> None:
@@ -189,5 +207,6 @@ def bench(
 
 
 def _fail(text: str, status: int) -> int:
-    typer.echo(f"tensorkv: {text}", err=True)
+    with contextlib.suppress(OSError):  # nothing can be told
+        typer.echo(f"tensorkv: {text}", err=True)
     return status

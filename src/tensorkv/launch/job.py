@@ -162,8 +162,9 @@ class Job:
             finally:
                 self._end_groups(guard)
                 pump.close()
-        if written:
-            self._conclude(finish)
+        if written or pump.error is not None:
+            with contextlib.suppress(OSError):  # that very error, mostly
+                self._conclude(finish)
         return finish.status
 
     def _start(self, pump: Pump, guard: Guard) -> None:
@@ -322,4 +323,4 @@ def _spawn(spec: ProcessSpec) -> subprocess.Popen[bytes]:
 def _lost_output(error: OSError | None) -> tuple[int, str]:
     if isinstance(error, BrokenPipeError):
         return 128 + signal.SIGPIPE, "nobody reads the output"
-    return 1, f"the output cannot be written: {error}"
+    return 1, f"the output cannot be written: {error.strerror if error else 'its thread has ended'}"
