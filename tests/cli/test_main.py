@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -53,9 +55,85 @@ def test_main_is_the_installed_command(
 def test_help_names_the_options(capfd: pytest.CaptureFixture[str]) -> None:
     assert tensorkv_command("run", "--help") == 0
     out = capfd.readouterr().out
-    options = ["--num-workers", "-n", "--num-servers", "-s", "--host", "--timeout", "--peer-timeout"]
+    options = ["--workers", "-n", "--servers", "-s", "--host", "--timeout", "--peer-timeout"]
     for option in (*options, "--allow-import"):
         assert option in out
+
+
+def long_options(command: str) -> dict[str, str]:
+    """Return the options of a command and the line of each, as its help tells them."""
+    found = re.findall(r"^  (-[^-], )?(--[a-z-]+)(.*)$", help_of(command, 120), re.MULTILINE)
+    return {long: (short + long + rest).split("  ")[0] for short, long, rest in found}
+
+
+def help_of(command: str, columns: int) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "tensorkv", *command.split(), "--help"],
+        env={**os.environ, "COLUMNS": str(columns)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_commands_call_the_same_thing_the_same() -> None:
+    run, bench = long_options("run"), long_options("bench")
+    assert run["--workers"] == bench["--workers"] == "-n, --workers <int>"
+    assert run["--servers"] == bench["--servers"] == "-s, --servers <int>"
+    parameters = inspect.signature(tensorkv.spawn).parameters
+    for long in run.keys() - {"--host", "--prefix", "--help", "--peer-timeout"}:
+        name = long[2:].replace("-", "_")
+        assert {name, f"num_{name}", f"{name}_s"} & parameters.keys(), f"spawn has no name for {long}"
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize(
+    ("command", "examples"),
+    [
+        ("run", ["tensorkv run -n 4 -s 2 python train.py --epochs 3"]),
+        (
+            "bench",
+            [
+                "tensorkv bench --model bert-base --optimizer adam",
+                "tensorkv bench --sizes 4KB..256MB --plot bandwidth.png",
+                "tensorkv run -n 4 -s 2 tensorkv bench --model resnet50",
+            ],
+        ),
+    ],
+)
+def test_help_keeps_the_lines_of_its_examples(columns: int, command: str, examples: list[str]) -> None:
+    text = help_of(command, columns)
+    lines = text.splitlines()
+    for example in examples:
+        assert f"      {example}" in lines
+    assert max(map(len, lines)) <= columns
+    assert "\b" not in text
+
+
+@pytest.mark.parametrize(
+    ("given", "command", "warned_of"),
+    [
+        ([], ["x.py", "-n", "2"], ["-n 2"]),
+        ([], ["x.py", "--epochs", "3", "-n2", "--servers=3"], ["-n2", "--servers=3"]),
+        ([], ["x.py", "--num-workers", "2", "-s", "1"], ["--num-workers 2", "-s 1"]),
+        (["-n", "1"], ["x.py", "-n", "2"], []),
+        (["--workers", "1"], ["x.py", "-n", "2", "-s", "4"], ["-s 4"]),
+        (["--"], ["x.py", "-n", "2"], []),
+        (["-s", "1"], ["x.py", "-n", "two", "-n", "-name", "-s"], []),
+    ],
+)
+def test_options_behind_the_command_go_to_it_and_are_warned_of(
+    given: list[str], command: list[str], warned_of: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert tensorkv_command("run", "--no-prefix", *given, "echo", *command) == 0
+    out, err = capfd.readouterr()
+    assert out == " ".join(command) + "\n"
+    assert len(err.splitlines()) == len(warned_of)
+    for written, line in zip(warned_of, err.splitlines(), strict=True):
+        assert line.startswith(f"tensorkv: {written} stands after 'echo' and goes to that; ")
+        assert line.endswith(f"put it before the command: tensorkv run {written} echo ...")
 
 
 @pytest.mark.parametrize("separator", [[], ["--"]])
@@ -79,21 +157,22 @@ def test_options_reach_the_processes(capfd: pytest.CaptureFixture[str]) -> None:
     assert (config.timeout_s, config.allow_import, config.host) == (12.5, ("a.b", "c"), "127.0.0.1")
 
 
-def test_long_names_of_the_numbers(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("prefix", ["--", "--num-"])
+def test_long_names_of_the_numbers(prefix: str, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["sh", "-c", "echo $TENSORKV_NUM_WORKERS $TENSORKV_NUM_SERVERS"]
-    assert tensorkv_command("run", "--num-workers", "2", "--num-servers", "3", *command) == 0
+    assert tensorkv_command("run", f"{prefix}workers", "2", f"{prefix}servers", "3", *command) == 0
     assert sorted(capfd.readouterr().out.splitlines()) == ["[worker 0] 2 3", "[worker 1] 2 3"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["-n", "0", "true"], "at least one of its workers, but 0"),
-        (["-s", "0", "true"], "at least one of its servers, but 0"),
-        (["--timeout", "-1", "true"], "more than 0 seconds"),
-        (["--peer-timeout", "0", "true"], "more than 0 seconds"),
+        (["-n", "0", "true"], "'--workers' / '-n': 0 is too few"),
+        (["-s", "0", "true"], "'--servers' / '-s': 0 is too few"),
+        (["--timeout", "-1", "true"], "'--timeout': -1 is no time to wait; more than 0 seconds"),
+        (["--peer-timeout", "0", "true"], "'--peer-timeout': 0 is no time to wait"),
         (["--allow-import", "not a module", "true"], "is not the name of a"),
-        (["-n", "two", "true"], "'--num-workers' / '-n'"),
+        (["-n", "two", "true"], "'--workers' / '-n'"),
         ([], "Missing argument"),
         (["--nosuch", "true"], "No such option"),
     ],

@@ -65,8 +65,8 @@ class TestJobOptions:
     @pytest.mark.parametrize(
         ("changes", "text"),
         [
-            ({"num_workers": 0}, "at least one of its workers, but 0"),
-            ({"num_servers": -1}, "at least one of its servers, but -1"),
+            ({"num_workers": 0}, "num_workers=0 is too few"),
+            ({"num_servers": -1}, "num_servers=-1 is too few"),
             ({"timeout_s": 0.0}, "more than 0 seconds, but is 0"),
             ({"timeout_s": float("nan")}, "more than 0 seconds"),
             ({"peer_timeout_s": 0.0}, "peer timeout must be more than 0 seconds"),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from tensorkv.errors import InvalidArgument
 
@@ -42,6 +45,71 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(null, mode))  # noqa: SIM115  # for as long as this process
 
 
+def _count(number: int) -> int:
+    """Check a number of processes; the parser puts the option before what is raised."""
+    if number < 1:
+        raise typer.BadParameter(f"{number} is too few; at least one is needed.")
+    return number
+
+
+def _seconds(number: float | None) -> float | None:
+    if number is not None and not number > 0:
+        raise typer.BadParameter(f"{number:g} is no time to wait; more than 0 seconds are needed.")
+    return number
+
+
+NumWorkers = Annotated[int, typer.Option("--workers", "-n", callback=_count, help="Number of workers.")]
+NumServers = Annotated[int, typer.Option("--servers", "-s", callback=_count, help="Number of servers.")]
+"""The same options in every command; by the names they have in `tensorkv.spawn` (`_known`), too."""
+
+_OPTION_NAMES = {
+    "num_workers": ("-n", "--workers", "--num-workers"),
+    "num_servers": ("-s", "--servers", "--num-servers"),
+}
+
+
+def _known(name: str) -> str:
+    """Return the name by which an option is known: --num-workers is --workers."""
+    return {"num-workers": "workers", "num-servers": "servers"}.get(name, name)
+
+
+class _Run(TyperCommand):
+    """Keeps the words of the command line as they were written."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["tensorkv.words"] = list(args)
+        return super().parse_args(ctx, args)
+
+
+def misplaced(command: Sequence[str]) -> list[tuple[str, str]]:
+    """Return what in `command` looks like a number of workers or servers: parameter, option as written."""
+    found = []
+    for name, options in _OPTION_NAMES.items():
+        for place, word in enumerate(command[1:], 1):
+            option, equals, value = word.partition("=")
+            if not equals:
+                value = command[place + 1] if place + 1 < len(command) else ""
+            if option in options and value.isdecimal():
+                found.append((name, word if equals else f"{word} {value}"))
+            elif re.fullmatch(f"{options[0]}[0-9]+", word):
+                found.append((name, word))
+    return found
+
+
+def _warn_of_misplaced(ctx: typer.Context, command: Sequence[str]) -> None:
+    """Options that stand after the command are its own; who meant them for the launcher does not see why."""
+    words: list[str] = ctx.meta["tensorkv.words"]
+    if words[: -len(command)][-1:] == ["--"]:
+        return  # it was said where the command begins
+    for name, written in misplaced(command):
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "DEFAULT":
+            _tell(
+                f"{written} stands after {command[0]!r} and goes to that; if it is meant for the launcher, "
+                f"put it before the command: tensorkv run {written} {command[0]} ..."
+            )
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from tensorkv import __version__
@@ -59,11 +127,16 @@ def _root(
     """A parameter server for PyTorch."""
 
 
-@app.command(context_settings={"allow_interspersed_args": False})
+@app.command(
+    cls=_Run,
+    context_settings={"allow_interspersed_args": False, "token_normalize_func": _known},
+    short_help="Run a job: a scheduler, servers, and a command as each worker.",
+)
 def run(
+    ctx: typer.Context,
     command: Annotated[list[str], typer.Argument(metavar="COMMAND", help="What each worker runs.")],
-    num_workers: Annotated[int, typer.Option("--num-workers", "-n", help="Number of workers.")] = 1,
-    num_servers: Annotated[int, typer.Option("--num-servers", "-s", help="Number of servers.")] = 1,
+    num_workers: NumWorkers = 1,
+    num_servers: NumServers = 1,
     host: Annotated[
         str | None,
         typer.Option(
@@ -73,12 +146,16 @@ def run(
     ] = None,
     timeout: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Deadline of a waiting call; 1800 if not given."),
+        typer.Option(
+            metavar="SECONDS", callback=_seconds, help="Deadline of a waiting call; 1800 if not given."
+        ),
     ] = None,
     peer_timeout: Annotated[
         float | None,
         typer.Option(
-            metavar="SECONDS", help="A host that is silent so long counts as lost; 10 if not given."
+            metavar="SECONDS",
+            callback=_seconds,
+            help="A host that is silent so long counts as lost; 10 if not given.",
         ),
     ] = None,
     allow_import: Annotated[
@@ -100,14 +177,17 @@ def run(
 
     Options go before the command; what follows belongs to it:
 
+    \b
         tensorkv run -n 4 -s 2 python train.py --epochs 3
 
     Ends with the status of the first process that failed (128 + signal number for a signal, 1 for a
-    server), or 0. Ctrl-C ends the whole job, a second one at once.
+    server), or 0. A worker that fails where stores say on_worker_loss="continue" does not count if others
+    succeed. Ctrl-C ends the whole job, a second one at once.
     """
     from tensorkv.config import check_transport
     from tensorkv.launch.local import CommandNotFound, JobOptions, run_local
 
+    _warn_of_misplaced(ctx, command)
     try:
         options = JobOptions(
             command=tuple(command),
@@ -133,7 +213,7 @@ def run(
     raise typer.Exit(status)
 
 
-@app.command()
+@app.command(context_settings={"token_normalize_func": _known}, short_help="Measure what a step costs.")
 def bench(
     model: Annotated[
         list[str] | None,
@@ -152,8 +232,8 @@ def bench(
         list[str] | None,
         typer.Option(metavar="shm|tcp", help="shm and tcp if not given. May be repeated."),
     ] = None,
-    num_workers: Annotated[int, typer.Option("--workers", "-n", help="Number of workers.")] = 2,
-    num_servers: Annotated[int, typer.Option("--servers", "-s", help="Number of servers.")] = 2,
+    num_workers: NumWorkers = 2,
+    num_servers: NumServers = 2,
     optimizer: Annotated[
         str,
         typer.Option(help="assign, or one of torch on the servers: sgd (with momentum), adam..."),
@@ -171,11 +251,13 @@ def bench(
 ) -> None:
     """Measure what a step costs: every worker pushes and pulls all values.
 
+    \b
         tensorkv bench --model bert-base --optimizer adam
         tensorkv bench --sizes 4KB..256MB --plot bandwidth.png
 
     Starts jobs of its own on this machine. In a job that is there it measures that one, as each worker:
 
+    \b
         tensorkv run -n 4 -s 2 tensorkv bench --model resnet50
 
     Every result is checked.
@@ -207,6 +289,10 @@ def bench(
 
 
 def _fail(text: str, status: int) -> int:
+    _tell(text)
+    return status
+
+
+def _tell(text: str) -> None:
     with contextlib.suppress(OSError):  # nothing can be told
         typer.echo(f"tensorkv: {text}", err=True)
-    return status

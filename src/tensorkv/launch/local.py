@@ -84,7 +84,9 @@ class JobOptions:
     def __post_init__(self) -> None:
         for name, number in (("workers", self.num_workers), ("servers", self.num_servers)):
             if number < 1:
-                raise InvalidArgument(f"a job needs at least one of its {name}, but {number} were asked for")
+                raise InvalidArgument(
+                    f"num_{name}={number} is too few; a job needs at least one of its {name}"
+                )
         for name, timeout_s in (("timeout", self.timeout_s), ("peer timeout", self.peer_timeout_s)):
             if timeout_s is not None and not timeout_s > 0:
                 raise InvalidArgument(f"the {name} must be more than 0 seconds, but is {timeout_s:g}")
