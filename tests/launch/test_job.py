@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tensorkv.launch.job import Job, ProcessSpec
+from tensorkv.launch import job as module
+from tensorkv.launch.job import Guard, Job, ProcessSpec
 from tensorkv.launch.output import FileSink, Output
 from tensorkv.launch.supervisor import Node
 
@@ -452,6 +454,74 @@ def test_a_killed_launcher_leaves_nothing() -> None:
         process.kill()
         assert process.wait(DEADLINE_S) == -signal.SIGKILL
         assert_ended(handles + helpers)
+
+
+GUARD_KILLED = (
+    r"tensorkv: the guard of this job \(process (\d+)\) ended with status 137 \(SIGKILL\); "
+    r"process (\d+) has taken its place\n"
+)
+
+
+def test_a_killed_guard_is_replaced_and_the_next_one_knows_whom_to_kill() -> None:
+    """Grandchildren are what it is for: the kernel kills the children of a launcher that is killed."""
+    with launcher(python("server", 0, FAMILY), python("worker", 0, FAMILY)) as process:
+        handles = watch_pids(process, 4)
+        guard = next(pid for pid in children(process.pid) if b"guard.py" in cmdline(pid))
+        for _ in range(2):
+            os.kill(guard, signal.SIGKILL)
+            assert process.stderr is not None
+            told = re.fullmatch(GUARD_KILLED, process.stderr.readline())
+            assert told is not None
+            assert int(told[1]) == guard
+            guard = int(told[2])
+            assert guard in children(process.pid)
+        handles.append(os.pidfd_open(guard))
+        process.kill()
+        assert process.wait(DEADLINE_S) == -signal.SIGKILL
+        assert_ended(handles)
+
+
+class TestGuard:
+    def test_one_that_lives_is_left_alone(self) -> None:
+        with Guard() as guard:
+            assert guard.check() is None
+
+    def kill(self, guard: Guard) -> None:
+        guard._process.kill()
+        os.waitid(os.P_PID, guard._process.pid, os.WEXITED | os.WNOWAIT)
+
+    def test_a_job_does_not_start_guards_without_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "_MAX_GUARDS", 2)
+        with Guard() as guard:
+            self.kill(guard)
+            told = guard.check()
+            assert told is not None
+            assert "has taken its place" in told
+            self.kill(guard)
+            told = guard.check()
+            assert told is not None
+            assert told.endswith("as those before it; the job goes on without one")
+            assert guard.check() is None
+            guard.add(os.getpid())
+            guard.remove(os.getpid())
+
+    def test_a_system_without_room_for_another(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_process(*args: object, **options: object) -> None:
+            raise BlockingIOError("no process to be had")
+
+        with Guard() as guard:
+            self.kill(guard)
+            monkeypatch.setattr(module.subprocess, "Popen", no_process)
+            told = guard.check()
+            assert told is not None
+            assert "no other can be started (no process to be had)" in told
+            assert guard.check() is None
+            guard.add(os.getpid())
+            guard.remove(os.getpid())
+
+
+def cmdline(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def children(pid: int) -> list[int]:

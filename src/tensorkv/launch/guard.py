@@ -4,7 +4,8 @@
 
 The launcher writes "+PID" for each process group it starts and "-PID" when it has ended it. It holds
 the only writing end of the pipe: at end of file it is gone, and the groups still listed are killed.
-A launcher that ends in an orderly way has taken all of them back before.
+A launcher that ends in an orderly way has taken all of them back before, and one whose guard is killed
+starts another.
 """
 
 from __future__ import annotations

@@ -36,12 +36,16 @@ from tensorkv.launch.supervisor import (
     StopServers,
     Supervisor,
     Terminate,
+    status_text,
 )
 from tensorkv.runtime.signals import handles
 
 _CHILD = Path(__file__).with_name("child.py")
 _GUARD = Path(__file__).with_name("guard.py")
 _GUARD_EXIT_S = 5.0
+
+_MAX_GUARDS = 10
+"""Maximum number of guards that one job uses up."""
 
 _LAST_OUTPUT_S = 2.0
 """So long a reader that does not read keeps an interrupted launcher."""
@@ -62,16 +66,17 @@ class ProcessSpec:
 
 @final
 class Guard:
-    """The process that kills what a killed launcher leaves; see `guard.py`. A context manager."""
+    """The process that kills what a killed launcher leaves; see `guard.py`. A context manager.
+
+    One that somebody kills (a system short of memory, say) is replaced by `check`.
+    """
+
+    def __init__(self) -> None:
+        self._groups: set[int] = set()
+        self._replacements_left = _MAX_GUARDS - 1
 
     def __enter__(self) -> Guard:
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_GUARD)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self._process = self._start()
         return self
 
     def __exit__(
@@ -87,17 +92,48 @@ class Guard:
 
     def add(self, group: int) -> None:
         """Have `group` killed if this process dies."""
+        self._groups.add(group)
         self._send(f"+{group}\n")
 
     def remove(self, group: int) -> None:
         """Forget `group`: it has ended, and its number may come back as another's."""
+        self._groups.discard(group)
         self._send(f"-{group}\n")
+
+    def check(self) -> str | None:
+        """Replace the process if it has ended; return a line that tells so. Once per SIGCHLD is enough."""
+        status = self._process.poll()
+        if status is None or self._replacements_left < 0:
+            return None
+        ended = f"the guard of this job (process {self._process.pid}) ended with {status_text(status)}"
+        self._replacements_left -= 1
+        if self._replacements_left < 0:
+            return f"{ended}, as those before it; the job goes on without one"
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process = self._start()
+        except OSError as exc:
+            self._replacements_left = -1
+            return f"{ended}, and no other can be started ({exc}); the job goes on without one"
+        for group in sorted(self._groups):
+            self._send(f"+{group}\n")
+        return f"{ended}; process {self._process.pid} has taken its place"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_GUARD)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None
-        # A guard that somebody killed leaves the job without this protection, and otherwise whole.
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self._process.stdin.fileno(), line.encode())
+        if not self._process.stdin.closed:
+            with contextlib.suppress(BrokenPipeError):  # somebody killed it, as `check` will find
+                os.write(self._process.stdin.fileno(), line.encode())
 
 
 @final
@@ -156,7 +192,7 @@ class Job:
             pump = Pump(self._output, inbox.wake)
             try:
                 self._start(pump, guard)
-                finish = self._supervise(pump, inbox)
+                finish = self._supervise(pump, inbox, guard)
                 self._end_groups(guard)
                 written = self._flush(pump, inbox, finish)
             finally:
@@ -177,7 +213,7 @@ class Job:
                 pump.add(spec.node, stream, pipe)
         pump.start()
 
-    def _supervise(self, pump: Pump, inbox: SignalInbox) -> Finish:
+    def _supervise(self, pump: Pump, inbox: SignalInbox, guard: Guard) -> Finish:
         """Feed the supervisor and do what it says, until it says that the job is over."""
         supervisor = self._supervisor
         while True:
@@ -188,6 +224,8 @@ class Job:
             actions: list[Action] = []
             if inbox.take_report():
                 self._tell(pump)
+            if line := guard.check():
+                pump.say(line)
             for signum in signals:
                 actions += supervisor.signalled(signum, now)
             if pump.done:
