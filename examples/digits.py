@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich import get_console
 from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -74,7 +75,8 @@ def train_epoch(kv: tensorkv.KVStore, net: nn.Module, data: Digits, indices: tup
     weights = dict(net.named_parameters())
     kv.barrier()
     start = time.perf_counter()
-    for chosen in track(indices, "training", transient=True, disable=kv.rank != 0):
+    shown = kv.rank == 0 and get_console().is_terminal  # elsewhere a bar would leave a blank line
+    for chosen in track(indices, "training", transient=True, disable=not shown):
         mine = chosen[kv.rank :: kv.num_workers]
         pushed = gradients(net, data.train_images[mine], data.train_labels[mine], len(chosen))
         kv.pushpull(pushed, out=weights)  # push the gradients, pull the new weights

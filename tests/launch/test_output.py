@@ -110,6 +110,35 @@ class TestLineAssembler:
         lines.feed(b"\r 50%\r     \r")
         assert lines.feed(b"", final=True) == []
 
+    @pytest.mark.parametrize(
+        "erased",
+        [
+            b"50%\r   \r\n",
+            b"\r50%\r\x1b[2K\n",
+            b"50%\r\x1b[K\r\n",
+            b"\r50%\r\x1b[0K\n",
+            b"50%\x1b[2K\n",
+            b"\r50%\r\x1b[0m   \x1b[0m\n",
+        ],
+    )
+    def test_a_bar_that_clears_itself_and_ends_its_line_leaves_none(self, erased: bytes) -> None:
+        for pieces in ([erased], [erased[i : i + 1] for i in range(len(erased))]):
+            lines = LineAssembler()
+            assert [line for piece in pieces for line in lines.feed(piece)] == []
+            assert lines.feed(b"ready\n\nnext\n") == ["ready", "", "next"], "blank lines of its own stay"
+            lines.feed(erased.rstrip(b"\n"))
+            assert lines.feed(b"", final=True) == []
+
+    def test_rows_that_are_erased_leave_no_lines(self) -> None:
+        lines = LineAssembler()
+        written = lines.feed(b"a 1\nb 1\r\x1b[Aa 2\nb 2")
+        written += (
+            lines.feed(b"\r\x1b[2K\x1b[A\x1b[2K")
+            + lines.feed(b"ready\n\n\n\n\n")
+            + lines.feed(b"", final=True)
+        )
+        assert [line for line in written if line] == ["a 1", "ready"]
+
     def test_only_what_was_rewritten_is_a_bar(self) -> None:
         lines = LineAssembler()
         lines.feed(b"loading ...")

@@ -5,6 +5,8 @@ rewrites (by a carriage return, as progress bars do) is a *bar* until it is fini
 
 - on a terminal, bars stand below all finished lines, one line each, and are redrawn in place;
 - elsewhere, only its last state is written, and what stood there at most every second.
+
+A bar that clears itself leaves no line.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import os
 import re
 import select
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TextIO, final
 
@@ -74,7 +76,7 @@ class LineAssembler:
         if len(self._rows[self._row]) > MAX_LINE_CHARS:
             self._down(lines)
         if final:
-            lines += [line for line in map(_visible, self._rows) if line]
+            lines += _not_blank(self._rows)
             self._rows, self._row = [""], 0
         return lines
 
@@ -83,7 +85,7 @@ class LineAssembler:
         """The unfinished lines that their process rewrites, without blank ones."""
         if self._height == 0 and "\r" not in self._rows[0]:
             return []
-        return [line for line in map(_visible, self._rows) if line]
+        return _not_blank(self._rows)
 
     @property
     def partial(self) -> str:
@@ -102,7 +104,8 @@ class LineAssembler:
             case "A" | "F":
                 self._up(count)
             case "K":
-                if move[1] == "2":
+                at_begin = self._rows[self._row].endswith("\r")
+                if move[1] == "2" or (at_begin and move[1] in ("", "0", None)):
                     self._rows[self._row] = "\r"
             case "J":
                 del self._rows[self._row + 1 :]
@@ -129,7 +132,8 @@ class LineAssembler:
             self._height = 0
         excess = self._row - self._height
         if excess > 0:
-            lines += map(_visible, self._rows[:excess])
+            for row in self._rows[:excess]:  # a bar that has cleared itself is no line
+                lines += _not_blank([row]) if "\r" in row else [row]
             del self._rows[:excess]
             self._row -= excess
 
@@ -137,6 +141,10 @@ class LineAssembler:
 def _last_state(line: str) -> str:
     """Return what was written after the last carriage return that something follows."""
     return line.rstrip("\r").rpartition("\r")[2]
+
+
+def _not_blank(rows: Iterable[str]) -> list[str]:
+    return [line for line in map(_visible, rows) if _ESCAPE.sub("", line).strip()]
 
 
 def _visible(line: str) -> str:
