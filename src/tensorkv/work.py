@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import logging
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Generator
 from datetime import timedelta
 from typing import Any, final
 
@@ -15,15 +15,21 @@ from tensorkv.errors import PeerLostError, WaitTimeout
 logger = logging.getLogger(__name__)
 
 
-def _tell_unseen(what: str, future: concurrent.futures.Future[Any]) -> None:
-    error = future.exception()
+def _tell_unseen(what: str, error: BaseException | None) -> None:
     if error is not None and not isinstance(error, PeerLostError):  # that one every later call raises
         logger.warning("%s with async_op, whose Work nobody waited for: %s", what, error)
 
 
 @final
-class Work:
-    """A call that may still be going on. It is complete when the blocking call would have returned."""
+class Work(concurrent.futures.Future[Any]):
+    """A call that may still be going on. It is complete when the blocking call would have returned.
+
+    In a coroutine it can be awaited: `weight = await kv.pull("w", async_op=True)`. It is a
+    `concurrent.futures.Future` too, so `asyncio.wrap_future`, `concurrent.futures.wait` and
+    `add_done_callback` take it; callbacks run in the thread that completes the call, and must not block.
+    A call that is under way cannot be cancelled: `cancel` returns False, and a coroutine that stops to wait,
+    by `asyncio.wait_for` say, stops nothing else.
+    """
 
     def __init__(
         self,
@@ -32,11 +38,14 @@ class Work:
         timeout_s: float | None = None,
         whom: Callable[[], str] | None = None,
     ) -> None:
-        self._future = future
+        super().__init__()
+        self.set_running_or_notify_cancel()  # from now on it cannot be cancelled
         self._what = what
         self._timeout_s = timeout_s  # how long the blocking call would wait
         self._whom = whom  # finds out whom the call waits for; may take a moment
         self._seen = False  # whether somebody has asked how it ended
+        self._end = _Completes(self)
+        future.add_done_callback(self._end)
 
     @classmethod
     def completed(cls, value: Any, what: str) -> Work:
@@ -55,32 +64,53 @@ class Work:
             WaitTimeout: `timeout` passed; the call goes on and may be waited for again.
             TensorKVError: what the blocking call would have raised.
         """
-        self._result(timeout)
+        self._outcome(timeout)
         return True
 
     def is_completed(self) -> bool:
         """Return whether the call is complete, also if it failed. Never blocks."""
-        return self._future.done()
+        return self.done()
 
-    def result(self) -> Any:
-        """Block until complete and return what the blocking call would have returned."""
-        return self._result(None)
+    def result(self, timeout: float | None = None) -> Any:
+        """Block until complete and return what the blocking call would have returned. Otherwise as `wait`."""
+        return self._outcome(timeout)
 
-    def exception(self) -> BaseException | None:
-        """Return the error of a complete call, None if it succeeded. Blocks until complete."""
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return the error of a complete call, None if it succeeded. Blocks until complete, or `timeout`."""
         self._seen = True
-        return self._future.exception()
+        return super().exception(timeout)
 
-    def _result(self, timeout: float | timedelta | None) -> Any:
+    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        """Call `fn(work)` when the call is complete: at once, or later in the thread that completes it."""
+        if not self.done():
+            self._end.kept = self
+        super().add_done_callback(fn)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """Wait in a coroutine, as long as the call itself would, and return what it would have returned."""
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> Any:
+        import asyncio  # most programs do without
+
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await asyncio.wrap_future(self)
+        except TimeoutError as exc:
+            if self.done():  # it is the call's own, or has come at the last moment
+                return self._outcome(None)
+            raise WaitTimeout(f"{self._what} is not complete after {self._timeout_s:g} s") from exc
+
+    def _outcome(self, timeout: float | timedelta | None) -> Any:
         timeout_s = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
         whom = None
         if timeout_s is None:  # nobody is asked at the end of a shorter wait: those may come by the thousand
             timeout_s, whom = self._timeout_s, self._whom
         self._seen = True
         try:
-            return self._future.result(timeout_s)
+            return super().result(timeout_s)
         except concurrent.futures.TimeoutError as exc:
-            self._seen = self._future.done()
+            self._seen = self.done()
             if self._seen:  # the call itself ended with a timeout of its own
                 raise
             text = f"{self._what} is not complete after {timeout_s:g} s"
@@ -89,8 +119,32 @@ class Work:
 
     def __del__(self) -> None:
         """A call whose error nobody has seen is told of in the log: nothing else would."""
-        if not self._seen and not sys.is_finalizing():
-            self._future.add_done_callback(functools.partial(_tell_unseen, self._what))
+        if not self._seen and self.done() and not sys.is_finalizing():
+            _tell_unseen(self._what, super().exception())
 
     def __repr__(self) -> str:
         return f"Work({self._what}, {'completed' if self.is_completed() else 'pending'})"
+
+
+@final
+class _Completes:
+    """Completes a work when its call is; of one that is gone by then it tells the log.
+
+    It keeps the work, as `kept`, only if somebody is to be called.
+    """
+
+    kept: Work | None = None
+
+    def __init__(self, work: Work) -> None:
+        self._work = weakref.ref(work)
+        self._what = work._what
+
+    def __call__(self, call: concurrent.futures.Future[Any]) -> None:
+        work, error = self._work(), call.exception()
+        if work is None:
+            _tell_unseen(self._what, error)
+        elif error is not None:
+            work.set_exception(error)
+        else:
+            work.set_result(call.result())
+        self.kept = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -238,6 +239,37 @@ def check_work_handles(maker: StoreMaker) -> None:
         last = kv.pull("a", async_op=True)
         same(last.result(), 19.0, "calls of one thread take effect in order")
         assert all(each is not None and each.wait() for each in pending)
+
+    in_one(maker, work)
+
+
+@check()
+def check_work_in_coroutines(maker: StoreMaker) -> None:
+    """A Work is awaited, alone or with others, and wrapped as a future of asyncio."""
+
+    def work(kv: KVStore) -> None:
+        kv.init(["a", "b"], [full(1), full(2)])
+
+        async def several() -> None:
+            assert await kv.push("a", full(5), async_op=True) is None  # type: ignore[misc]
+            same(await kv.pull("a", async_op=True), 5.0)
+            same(await asyncio.wrap_future(kv.pushpull("b", full(6), async_op=True)), 6.0)
+            works = [kv.pull(key, async_op=True) for key in ("a", "b", "a")]
+            first, second, third = await asyncio.gather(*map(asyncio.wrap_future, works))
+            same(first, 5.0)
+            same(second, 6.0)
+            same(third, 5.0)
+            kv.set_updater(refuse_negative)
+            failing = kv.pushpull("a", full(-1), async_op=True)
+            try:
+                await failing
+            except UpdaterError as exc:
+                assert "negative gradient" in str(exc)
+            else:
+                raise AssertionError("the error did not travel")
+
+        asyncio.run(several())
+        same(kv.pull("a"), 5.0)
 
     in_one(maker, work)
 

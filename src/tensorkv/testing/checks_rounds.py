@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 
 import torch
@@ -260,6 +261,35 @@ def check_leaving_drops_uncommitted(maker: StoreMaker, workers: int) -> None:
         meeting.wait_for("left")
         assert kv.commit().applied
         same(kv.pull("w"), 100.0 + workers - 2, "what the workers that stayed committed")
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=(2,), only="sync")
+def check_who_stops_to_await_a_pull(maker: StoreMaker, workers: int) -> None:
+    """A coroutine that waits no longer leaves the pull, and the store, as they were."""
+
+    async def give_up(pulled: Work) -> None:
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(pulled), IN_TIME_S)
+        except TimeoutError:
+            return
+        raise AssertionError("the pull is complete before the other worker has contributed")
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(0))
+        meeting.everybody()
+        if kv.rank == 0:
+            kv.push("w", full(1))
+            pulled = kv.pull("w", async_op=True)
+            asyncio.run(give_up(pulled))
+            assert not pulled.is_completed() and not pulled.cancel()
+            meeting.signal("gave up")
+            same(pulled.result(), 2.0, "the pull goes on")
+        else:
+            meeting.wait_for("gave up")
+            kv.push("w", full(1))
+        same(kv.pull("w"), 2.0)
 
     in_workers(maker, workers, work)
 
