@@ -8,6 +8,7 @@ vector unit never sees a tail inside a value.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,8 @@ def place(
     """
     num_servers = len(load_bytes)
     load = list(load_bytes)
+    lightest = [(size_bytes, server) for server, size_bytes in enumerate(load)]
+    heapq.heapify(lightest)  # of each server one pair is right; those that are not are passed over
     parts: list[list[Part]] = [[] for _ in sizes]
     largest_first = sorted(range(len(sizes)), key=lambda index: -sizes[index].size_bytes)
     for index in largest_first:
@@ -58,10 +61,13 @@ def place(
         if size.sliceable and size.size_bytes > bound_bytes and num_servers > 1:
             ranges = _cut_evenly(size.num_elems, num_servers)
         else:
-            server = min(range(num_servers), key=lambda each: (load[each], each))
+            while lightest[0][0] != load[lightest[0][1]]:
+                heapq.heappop(lightest)
+            server = lightest[0][1]
             ranges = [(server, 0, size.num_elems)]
         for server, start, stop in ranges:
             load[server] += (stop - start) * size.itemsize_bytes
+            heapq.heappush(lightest, (load[server], server))
             parts[index] += _slices(server, start, stop, size, max_slice_bytes)
     return parts
 

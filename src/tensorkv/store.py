@@ -556,12 +556,16 @@ class KVStore(ABC):
         self._delete(check_keys(names, self._key_type))
 
     def __contains__(self, key: object) -> bool:
-        """Whether `key` is initialised."""
-        return key in self.keys()
+        """Whether `key` is initialised. Costs the same however many keys there are."""
+        self._check_usable("in")
+        if isinstance(key, (int, str)) and type(key) in (int, str):
+            return self._has(key)
+        return False  # a bool, say, is no key
 
     def __len__(self) -> int:
-        """The number of keys."""
-        return len(self.keys())
+        """The number of keys. Costs the same however many there are."""
+        self._check_usable("len")
+        return self._num_keys()
 
     # ---- the end ---------------------------------------------------------------------------------
 
@@ -672,6 +676,12 @@ class KVStore(ABC):
 
     @abstractmethod
     def _keys(self) -> list[Key]: ...
+
+    @abstractmethod
+    def _has(self, key: Key) -> bool: ...
+
+    @abstractmethod
+    def _num_keys(self) -> int: ...
 
     @abstractmethod
     def _info(self, key: Key) -> KeyInfo: ...

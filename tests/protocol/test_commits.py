@@ -26,24 +26,24 @@ def gather(*asked: tuple[dict[str, Any], set[int]]) -> CommitGather:
 
 def test_equal_commits_agree_and_one_skip_is_enough() -> None:
     made = gather(({"max_norm": 2.0}, {0, 1}), ({"max_norm": 2.0, "skip": True}, {1, 0}))
-    assert made.disagreement(NAMES) is None
+    assert made.disagreement(NAMES.__getitem__) is None
     assert (made.skip, made.max_norm, made.check_finite, made.wants_norm) == (True, 2.0, False, True)
     made = gather(({}, set()))
-    assert made.disagreement(NAMES) is None
+    assert made.disagreement(NAMES.__getitem__) is None
     assert (made.skip, made.wants_norm) == (False, False)
     assert gather(({"check_finite": True}, set())).wants_norm
 
 
 @pytest.mark.parametrize("other", [{"max_norm": 3.0}, {"check_finite": True}])
 def test_other_arguments_are_a_mismatch(other: dict[str, Any]) -> None:
-    error = gather(({}, {0}), ({}, {0}), (other, {0})).disagreement(NAMES)
+    error = gather(({}, {0}), ({}, {0}), (other, {0})).disagreement(NAMES.__getitem__)
     assert isinstance(error, CommitMismatch)
     assert "rank 2" in str(error)
     assert str(next(iter(other.values()))) in str(error)
 
 
 def test_other_keys_are_a_mismatch_that_names_them() -> None:
-    error = gather(({}, {0, 1}), ({}, {1, 2})).disagreement(NAMES)
+    error = gather(({}, {0, 1}), ({}, {1, 2})).disagreement(NAMES.__getitem__)
     assert isinstance(error, CommitMismatch)
     assert "only one of them has pushed 'a', 'c'" in str(error)
 
@@ -55,7 +55,7 @@ def test_what_was_dropped_since_is_left_out() -> None:
     holder[0, 1] = 99  # the index belongs to another slice now
     made.forget_dropped(holder)
     assert made.pushes == {0: {0: 1}, 1: {0: 11}}
-    assert made.disagreement(NAMES) is None
+    assert made.disagreement(NAMES.__getitem__) is None
 
 
 def test_norms_are_taken_of_every_dtype() -> None:

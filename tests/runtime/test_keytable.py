@@ -27,7 +27,7 @@ class Bench:
         self.lookups: list[list[Any]] = []
         self.forgotten: list[KeyState] = []
         job: Any = SimpleNamespace(control=SimpleNamespace(request=self._request))
-        self.table = KeyTable(job, 1, 20.0, self.forgotten.append)
+        self.table = KeyTable(job, 1, 20.0, self.forgotten.extend)
 
     def _request(self, make: Any, what: str, timeout_s: float, store: int) -> m.Entries:
         keys = make(1).keys

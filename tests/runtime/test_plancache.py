@@ -94,7 +94,7 @@ def test_a_plan_that_is_still_used_after_its_drop_is_defined_anew() -> None:
     bench = Bench()
     plan = bench.plan(A)
     bench.cache.tell(plan)
-    bench.cache.forget(A)
+    bench.cache.forget([A])
     bench.cache.tell(plan)
     numbers = [(type(each), each.plan) for each in bench.told[0]]
     assert numbers == [
@@ -107,7 +107,7 @@ def test_a_plan_that_is_still_used_after_its_drop_is_defined_anew() -> None:
 def test_plans_of_a_forgotten_key_go() -> None:
     bench = Bench()
     plans = [bench.plan(A), bench.plan(A, B), bench.plan(B)]
-    bench.cache.forget(A)
+    bench.cache.forget([A])
     assert bench.plan(B) is plans[2]
     assert bench.plan(A, B) is not plans[1]
 

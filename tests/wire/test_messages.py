@@ -39,7 +39,7 @@ TAGS = {
     56: "ConcludeInit", 57: "ProposeSetting", 58: "SettingReply", 59: "ConcludeSetting", 60: "Lookup",
     61: "Entries", 62: "DeleteKeys", 63: "Deleted", 64: "Barrier", 65: "LeaveStore", 66: "Goodbye",
     67: "Abandon", 68: "CommitReady", 69: "CommitDecision", 70: "Lost", 71: "Stop", 72: "GiveUp", 73: "Gone",
-    74: "WorkerLost", 75: "ConcludeDelete", 79: "KeysGone",
+    74: "WorkerLost", 75: "ConcludeDelete", 76: "CountKeys", 77: "NumKeys", 79: "KeysGone",
     80: "SaveSlices", 81: "AskSlice", 82: "AskSettings", 83: "PrepareRestore", 84: "LoadSlices",
     85: "RestoreSlice", 86: "FinishRestore", 90: "SavedFile", 91: "SliceRecord", 92: "Settings",
     100: "Together", 101: "TogetherReply", 102: "ConcludeTogether", 103: "ProposeLoad", 104: "LoadReply",

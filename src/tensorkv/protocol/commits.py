@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import final
 
@@ -46,8 +46,8 @@ class CommitGather:
         for worker, pushes in self.pushes.items():
             self.pushes[worker] = {i: number for i, number in pushes.items() if holder[worker, i] == number}
 
-    def disagreement(self, names: dict[int, str]) -> TensorKVError | None:
-        """Return why the workers do not agree, or None. `names` tells the key of a slice."""
+    def disagreement(self, name_of: Callable[[int], str]) -> TensorKVError | None:
+        """Return why the workers do not agree, or None. `name_of` tells the key of a slice."""
         first_worker = min(self.asked)
         first = self.asked[first_worker]
         for worker, commit in sorted(self.asked.items()):
@@ -59,7 +59,7 @@ class CommitGather:
                 )
             different = self.pushes[worker].keys() ^ self.pushes[first_worker].keys()
             if different:
-                keys = sorted({names[index] for index in different})
+                keys = sorted({name_of(index) for index in different})
                 return CommitMismatch(
                     f"commit: ranks {first_worker} and {worker} have not pushed the same keys with "
                     f"apply=False: only one of them has pushed {', '.join(keys)}"

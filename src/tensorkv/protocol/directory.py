@@ -16,7 +16,7 @@ tried again after every change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -79,6 +79,16 @@ class _KeyHistory:
 
 
 @final
+@dataclass(slots=True)
+class _WaitingInit:
+    """An init that waits; `missing` is the first key that the setting rank has yet to create."""
+
+    rank: int
+    message: m.ProposeInit
+    missing: KeySpec | None = None
+
+
+@final
 class Directory:
     """One store, as the scheduler sees it."""
 
@@ -90,12 +100,13 @@ class Directory:
         self.out: list[tuple[int, m.Message]] = []
         self._placement = placement
         self._keys: dict[Key, _KeyHistory] = {}
+        self._num_alive = 0
         self._deleted: dict[Key, None] = {}  # those of `_keys` that have no key now, oldest first
         self._creating: dict[int, tuple[int, _KeyHistory, KeySpec, KeyEntry]] = {}  # by key id; first is rank
         self._settings = SettingLog()
         self._gathering = Gathering()
         self._loading: list[tuple[_KeyHistory, KeySpec, KeyEntry]] = []
-        self._waiting_inits: list[tuple[int, m.ProposeInit]] = []
+        self._waiting_inits: list[_WaitingInit] = []
         self._waiting_settings: list[tuple[int, m.ProposeSetting]] = []
         self._barrier: dict[int, int] = {}  # rank -> request
         self._deleting: dict[tuple[int, int], list[KeyEntry]] = {}  # by rank and request
@@ -119,17 +130,21 @@ class Directory:
             ProtocolError: the list has a key twice, a shape that no value has, or the rank waits too often.
         """
         _check_specs(message.keys)
-        self._check_waits(rank, self._waiting_inits)
-        self._waiting_inits.append((rank, message))
+        self._check_waits(rank, (each.rank for each in self._waiting_inits))
+        self._waiting_inits.append(_WaitingInit(rank, message))
         self._retry()
 
-    def _try_init(self, rank: int, message: m.ProposeInit) -> bool:
+    def _try_init(self, waiting: _WaitingInit) -> bool:
+        rank, message = waiting.rank, waiting.message
+        if waiting.missing is not None and self._still_missing(rank, waiting.missing):
+            return False
         histories = [self._history(spec.key) for spec in message.keys]
         lead: list[bool] = []
         try:
             for spec, history in zip(message.keys, histories, strict=True):
                 leads = self._leads(rank, spec, history)
                 if leads is None:
+                    waiting.missing = spec
                     return False
                 lead.append(leads)
         except TensorKVError as error:
@@ -153,10 +168,15 @@ class Directory:
         self.out.append((rank, m.InitReply(message.request, entries, lead)))
         return True
 
-    def _check_waits(
-        self, rank: int, waits: Sequence[tuple[int, m.ProposeInit]] | Sequence[tuple[int, m.ProposeSetting]]
-    ) -> None:
-        if sum(waiter == rank for waiter, _ in waits) >= MAX_WAITS:
+    def _still_missing(self, rank: int, spec: KeySpec) -> bool:
+        """Whether a rank waits on for this key: then its whole list need not be looked at again."""
+        try:
+            return self._leads(rank, spec, self._history(spec.key)) is None
+        except TensorKVError:
+            return False
+
+    def _check_waits(self, rank: int, waiters: Iterable[int]) -> None:
+        if sum(waiter == rank for waiter in waiters) >= MAX_WAITS:
             raise ProtocolError(f"rank {rank} waits for {MAX_WAITS} answers already")
 
     def _leads(self, rank: int, spec: KeySpec, history: _KeyHistory) -> bool | None:
@@ -266,6 +286,7 @@ class Directory:
                 raise ProtocolError(f"rank {rank} concludes an init that rank {leader} makes")
             del self._creating[key_id]
             if message.error is None:
+                self._num_alive += history.alive is None
                 history.generation = entry.generation
                 history.alive = entry
                 history.specs[entry.generation] = (spec, entry)
@@ -294,6 +315,10 @@ class Directory:
             entries.append(history.alive)
         self.out.append((rank, m.Entries(message.request, entries)))
 
+    def count_keys(self, rank: int, message: m.CountKeys) -> None:
+        """Answer with the number of keys that are initialised."""
+        self.out.append((rank, m.NumKeys(message.request, self._num_alive)))
+
     def delete(self, rank: int, message: m.DeleteKeys) -> None:
         """Remove the named generations; those that are gone are passed over."""
         removed: list[KeyEntry] = []
@@ -305,6 +330,7 @@ class Directory:
             spec = history.specs[history.generation][0]
             self._add_load(history.alive, -spec.itemsize_bytes)
             history.alive = None
+            self._num_alive -= 1
             if history.generation == history.loaded:  # nobody need have initialised it
                 history.inits = {r: max(n, history.loaded) for r, n in history.inits.items()}
             self._end(key, history)
@@ -328,7 +354,7 @@ class Directory:
         Raises:
             ProtocolError: the rank waits too often.
         """
-        self._check_waits(rank, self._waiting_settings)
+        self._check_waits(rank, (waiter for waiter, _ in self._waiting_settings))
         self._waiting_settings.append((rank, message))
         self._retry()
 
@@ -362,8 +388,9 @@ class Directory:
         """Return why an updater that needs whole values cannot be set: a key it is for is sliced."""
         if record.updater is None or record.updater.elementwise:
             return None
-        for key, history in self._keys.items():
-            if history.alive is None or (record.keys is not None and key not in record.keys):
+        for key in self._keys if record.keys is None else record.keys:
+            history = self._history(key)
+            if history.alive is None:
                 continue
             if len(history.alive.slices) > 1:
                 return NotElementwise(
@@ -453,6 +480,7 @@ class Directory:
                 continue
             if history.alive is not None:
                 self._add_load(history.alive, -history.specs[history.generation][0].itemsize_bytes)
+            self._num_alive += history.alive is None
             history.generation = history.loaded = entry.generation
             history.alive = entry
             history.specs[entry.generation] = (spec, entry)
@@ -480,7 +508,9 @@ class Directory:
         self._gathering.give_up(rank, request)
         if self._barrier.get(rank) == request:
             del self._barrier[rank]
-        self._waiting_inits = [(r, w) for r, w in self._waiting_inits if (r, w.request) != (rank, request)]
+        self._waiting_inits = [
+            each for each in self._waiting_inits if (each.rank, each.message.request) != (rank, request)
+        ]
         self._waiting_settings = [
             (r, w) for r, w in self._waiting_settings if (r, w.request) != (rank, request)
         ]
@@ -513,7 +543,7 @@ class Directory:
         if rank == self._gathering.leader:
             self._end_load(None)
         self.out += self._gathering.leave(rank)
-        self._waiting_inits = [each for each in self._waiting_inits if each[0] != rank]
+        self._waiting_inits = [each for each in self._waiting_inits if each.rank != rank]
         self._waiting_settings = [each for each in self._waiting_settings if each[0] != rank]
         for key_id, (leader, history, spec, entry) in list(self._creating.items()):
             if leader == rank:
@@ -537,9 +567,9 @@ class Directory:
         gathering = self._gathering.waiting(rank, request, self.members)
         if gathering is not None:
             return gathering
-        for waiter, init in self._waiting_inits:
-            if (waiter, init.request) == (rank, request):
-                return m.Waiting(request, [self.setting_rank], f"init of {init.keys[0].key!r}")
+        for init in self._waiting_inits:
+            if (init.rank, init.message.request) == (rank, request):
+                return m.Waiting(request, [self.setting_rank], f"init of {init.message.keys[0].key!r}")
         for waiter, setting in self._waiting_settings:
             if (waiter, setting.request) == (rank, request):
                 number = self._settings.num_made(rank) + 1
@@ -549,7 +579,7 @@ class Directory:
     def _waits(self) -> list[tuple[int, int]]:
         """Return rank and request of every call that waits here."""
         calls = [*self._barrier.items()]
-        calls += [(rank, each.request) for rank, each in self._waiting_inits]
+        calls += [(each.rank, each.message.request) for each in self._waiting_inits]
         calls += [(rank, each.request) for rank, each in self._waiting_settings]
         return calls + self._gathering.waiters()
 
@@ -568,7 +598,7 @@ class Directory:
         again = True
         while again:
             inits, self._waiting_inits = self._waiting_inits, []
-            self._waiting_inits = [w for w in inits if not self._try_init(*w)]
+            self._waiting_inits = [w for w in inits if not self._try_init(w)]
             settings, self._waiting_settings = self._waiting_settings, []
             self._waiting_settings = [w for w in settings if not self._try_setting(*w)]
             again = len(inits) + len(settings) > len(self._waiting_inits) + len(self._waiting_settings)

@@ -144,6 +144,8 @@ class Membership:
                 directory.conclude_setting(rank, message)
             case m.Lookup():
                 directory.lookup(rank, message)
+            case m.CountKeys():
+                directory.count_keys(rank, message)
             case m.DeleteKeys():
                 directory.delete(rank, message)
             case m.ConcludeDelete():

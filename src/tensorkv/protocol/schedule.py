@@ -36,7 +36,7 @@ class SettingSchedule:
     def __init__(self, load: LoadUpdater) -> None:
         self._load = load
         self._latest = SettingsTable()
-        self._prepared: dict[int, SettingsTable] = {}
+        self._prepared: dict[int, tuple[SettingsTable, tuple[Key, ...] | None]] = {}
         self._pending: list[_Pending] = []
         self._restored: SettingsTable | None = None
 
@@ -55,14 +55,18 @@ class SettingSchedule:
             table.set_updater(self._load(record), record.keys)
         if record.options is not None:
             table.set_options(record.options, record.keys)
-        self._prepared = {number: table}
+        self._prepared = {number: (table, record.keys)}
+
+    def keys_of(self, number: int) -> tuple[Key, ...] | None:
+        """Return the keys that a prepared setting is for, None if it is for all, or not prepared."""
+        return self._prepared[number][1] if number in self._prepared else None
 
     def activate(self, number: int, from_round: dict[int, int], keys: dict[int, Key]) -> None:
         """Make the prepared setting the newest; slices get it from these rounds on, if it is for them.
 
         Args:
             number: of the setting.
-            from_round: by slice index.
+            from_round: by slice index, of those it may be for.
             keys: what each slice belongs to, by slice index.
 
         Raises:
@@ -70,7 +74,7 @@ class SettingSchedule:
         """
         if number not in self._prepared:
             raise ProtocolError(f"setting {number} was activated but not prepared")
-        before, self._latest = self._latest, self._prepared.pop(number)
+        before, (self._latest, _) = self._latest, self._prepared.pop(number)
         changed = {
             index: first
             for index, first in from_round.items()

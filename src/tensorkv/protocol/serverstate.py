@@ -154,6 +154,7 @@ class ServerState:
             case m.ActivateSetting():
                 shard.activate_setting(worker, message)
             case m.DeleteSlices():
+                self._asked = None  # the chunk asked for last may have to be laid out anew
                 shard.delete_slices(worker, message)
             case m.Flush():
                 shard.flush(worker, message)
@@ -184,6 +185,7 @@ class ServerState:
 
         What it was about to create or delete is dropped.
         """
+        self._asked = None  # as for DeleteSlices
         out = self.worker_gone(lost.rank)
         for store, keys in lost.dropped:
             shard = self._stores.get(store)
@@ -209,12 +211,8 @@ class ServerState:
         return out
 
     def _leave(self, shard: StoreShard, worker: int) -> None:
-        shard.leave(worker)
-        self._store_of_plan = {
-            name: owner
-            for name, owner in self._store_of_plan.items()
-            if name[0] != worker or owner is not shard
-        }
+        for name in shard.leave(worker):
+            del self._store_of_plan[name]
         if shard.rounds.left.all():
             shard.end()
             del self._stores[shard.store]

@@ -30,6 +30,7 @@ class Attempt:
     record: SettingRecord
     leader: int
     done: bool = False
+    names: frozenset[Key] | None = None  # `record.keys`
     error: tuple[str, str] | None = None
 
 
@@ -54,7 +55,8 @@ class SettingLog:
 
     def begin(self, rank: int, record: SettingRecord) -> int:
         """The setting rank makes a new setting; return its number."""
-        self._kept.append(Attempt(record, rank))
+        names = None if record.keys is None else frozenset(record.keys)
+        self._kept.append(Attempt(record, rank, names=names))
         self._made[rank] = self.num_begun
         return self.num_begun - 1
 
@@ -106,7 +108,7 @@ class SettingLog:
     def is_elementwise(self, key: Key) -> bool:
         """Whether the updater that holds for a key allows it to be sliced. ASSIGN does."""
         for attempt in reversed(self._kept):
-            updater, keys = attempt.record.updater, attempt.record.keys
+            updater, keys = attempt.record.updater, attempt.names
             if updater is not None and attempt.error is None and (keys is None or key in keys):
                 return updater.elementwise
         return self._elementwise.get(key, self._elementwise[None])

@@ -13,9 +13,9 @@ counted in `rounds.py`; from which round a setting holds stands in `schedule.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Protocol, final
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -37,6 +37,7 @@ from tensorkv.protocol.lockstep import MIN_ROUNDS, Lockstep, is_at_rest
 from tensorkv.protocol.memory import BufferPool, Memory
 from tensorkv.protocol.norms import clip_factor
 from tensorkv.protocol.rounds import Index, Rounds
+from tensorkv.protocol.roundwaits import RoundWaits
 from tensorkv.protocol.schedule import LoadUpdater, SettingSchedule
 from tensorkv.protocol.slots import Allocate, Lease, Slot, SlotAllocator, allocate_private
 from tensorkv.protocol.sums import add_up
@@ -116,6 +117,14 @@ class _PendingMerge:
     need: Index
 
 
+class _Waits(Protocol):
+    """Calls that wait, each with the worker that made it."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 @final
 class StoreShard:
     """The slices that one server holds of one store."""
@@ -141,17 +150,20 @@ class StoreShard:
         self._slots = SlotAllocator(allocate)
         self._slices: dict[int, Slice] = {}  # by index
         self._index_of: dict[int, int] = {}  # slice id -> index
+        self._indices_of: dict[Key, set[int]] = {}
         self._tombstones: dict[int, str] = {}
         self._plans: dict[tuple[int, int], list[Chunk]] = {}
+        self._outdated: set[tuple[int, int]] = set()  # plans to be laid out anew: slices were deleted
         self._planned: dict[int, int] = {}  # by worker: how many slices its plans name
         self._layouts: WeakValueDictionary[tuple[tuple[int, ...], tuple[int, ...]], Layout] = (
             WeakValueDictionary()
         )
         self._contributions: dict[int, Contribution] = {}
+        self._to_commit: dict[int, Contribution] = {}  # those of them with apply=False
         self._next_contribution = 1
         self._holder: Index = np.zeros((num_workers, 0), np.int64)  # which contribution, 0 for none
         self._held: set[int] = set()  # merged, but to be applied by a commit
-        self._pulls: list[_PendingPull] = []
+        self._pulls: RoundWaits[_PendingPull] = RoundWaits()
         self._puts: list[_PendingPut] = []
         self._merge_waits: list[_PendingMerge] = []
         self._commit: CommitGather = CommitGather(1)
@@ -165,7 +177,7 @@ class StoreShard:
         """Create slices with the values in `payload`, which is uint8."""
         dtype = sent_dtype(message.dtype)
         ids = {entry.slice_id for entry in message.slices}
-        if len(ids) < len(message.slices) or not ids.isdisjoint(self._index_of):
+        if len(ids) < len(message.slices) or any(each in self._index_of for each in ids):
             raise ProtocolError(f"a slice of key {message.key!r} exists already")
         values, low = payload.tensor.view(dtype), 0
         places = self._allocate(message.key, message.slices, dtype)
@@ -220,6 +232,7 @@ class StoreShard:
         shape = shape if length == math.prod(shape) else (length,)
         setting = self.schedule.newest(key)
         self._index_of[entry.slice_id] = index
+        self._indices_of.setdefault(key, set()).add(index)
         self._slices[index] = Slice(
             entry.slice_id, index, key, entry.start, entry.stop, shape, slot, offset, setting
         )
@@ -262,13 +275,18 @@ class StoreShard:
             del self._tombstones[next(iter(self._tombstones))]
         if gone:
             self._end_waits_for(gone)
-            for chunks in self._plans.values():
-                for chunk in chunks:
-                    if not gone.keys().isdisjoint(chunk.layout.position):
-                        self._lay_out(chunk, chunk.layout.position)
+            for name, chunks in self._plans.items():
+                if name not in self._outdated and not all(
+                    gone.keys().isdisjoint(chunk.layout.position.keys()) for chunk in chunks
+                ):
+                    self._outdated.add(name)
 
     def _remove_slice(self, index: int) -> None:
         each = self._slices.pop(index)
+        others = self._indices_of[each.key]
+        others.discard(index)
+        if not others:
+            del self._indices_of[each.key]
         each.setting.updater.forget(each.slice_id)
         self.schedule.forget(index)
         self._held.discard(index)
@@ -285,7 +303,7 @@ class StoreShard:
             text = next((gone[each] for each in index.tolist() if each in gone), None)
             if text is not None:
                 ended.setdefault((worker, request), text)
-        self._pulls = [pull for pull in self._pulls if (pull.worker, pull.request) not in ended]
+        self._pulls.drop(lambda pull: (pull.worker, pull.request) in ended)
         self._puts = [put for put in self._puts if (put.worker, put.request) not in ended]
         self._merge_waits = [w for w in self._merge_waits if (w.worker, w.request) not in ended]
         for (worker, request), text in sorted(ended.items()):
@@ -313,6 +331,19 @@ class StoreShard:
         self._plans[worker, message.plan] = chunks
         self._planned[worker] = planned
 
+    def _chunks(self, worker: int, plan: int) -> list[Chunk] | None:
+        """Return the chunks of a plan, None if there is none."""
+        if self._outdated and (worker, plan) in self._outdated:
+            self._lay_out_anew((worker, plan))
+        return self._plans.get((worker, plan))
+
+    def _lay_out_anew(self, name: tuple[int, int]) -> None:
+        """Take out of a plan what has been deleted. Only when it is used: many deletes cost it once."""
+        self._outdated.discard(name)
+        for chunk in self._plans[name]:
+            if any(each.slice_id not in self._index_of for each in chunk.layout.slices):
+                self._lay_out(chunk, {each.slice_id for each in chunk.layout.slices})
+
     def _check_chunk(self, entry: m.ChunkEntry, dtype: torch.dtype) -> None:
         """Everything about a chunk that a push of it need not look at any more."""
         if not 0 < len(entry.slice_ids) == len(entry.lengths) == len(entry.counts):
@@ -328,14 +359,14 @@ class StoreShard:
             )
 
     def _lay_out(self, chunk: Chunk, among: Container[int] | None = None) -> None:
-        """Find where the chunk's slices are; those that are gone, or not in `among`, leave a gap."""
+        """Find where the chunk's slices are; those that are gone, or not in `among` (ids), leave a gap."""
         slices: list[Slice] = []
         lows: list[int] = []
         chunk.counts, chunk.numbers = [], []
         low = 0
         for number, (slice_id, length) in enumerate(zip(chunk.slice_ids, chunk.lengths, strict=True)):
             index = self._index_of.get(slice_id)
-            if index is not None and (among is None or index in among):
+            if index is not None and (among is None or slice_id in among):
                 each = self._slices[index]
                 if each.num_elems != length:
                     raise ProtocolError(f"slice {slice_id} has {each.num_elems} elements, not {length}")
@@ -356,6 +387,7 @@ class StoreShard:
     def drop_plan(self, worker: int, message: m.DropPlan) -> None:
         """Forget a plan."""
         chunks = self._plans.pop((worker, message.plan))
+        self._outdated.discard((worker, message.plan))
         self._planned[worker] -= _weight(chunk.slice_ids for chunk in chunks)
 
     def chunk(self, worker: int, plan: int, number: int) -> Chunk:
@@ -364,7 +396,7 @@ class StoreShard:
         Raises:
             ProtocolError: there is none.
         """
-        chunks = self._plans.get((worker, plan))
+        chunks = self._chunks(worker, plan) if self._outdated else self._plans.get((worker, plan))
         if chunks is None or not 0 <= number < len(chunks):
             raise ProtocolError(f"there is no chunk {number} of plan {plan}")
         return chunks[number]
@@ -417,6 +449,8 @@ class StoreShard:
             live=len(chunk.layout.slices),
         )
         self._contributions[contribution.number] = contribution
+        if not apply:
+            self._to_commit[contribution.number] = contribution
         self._holder[worker, chunk.layout.index] = contribution.number
 
     def _check_may_push(self, worker: int, layout: Layout) -> None:
@@ -459,7 +493,7 @@ class StoreShard:
     def _sort_by_commit(self, slices: Index) -> tuple[Index, Index, Index]:
         """Split slices into those to apply now, those to hold, and those where workers disagree."""
         none = slices[:0]
-        if all(each.apply for each in self._contributions.values()):  # nothing at all waits for a commit
+        if not self._to_commit:  # nothing at all waits for a commit
             return slices, none, none
         numbers = np.unique(self._holder[:, slices])
         flags = {number: self._contributions[number].apply for number in numbers.tolist() if number}
@@ -484,7 +518,7 @@ class StoreShard:
             self._blame_holders(index, error)
         self.rounds.apply(slices)
         self._release(slices)
-        self._answer_pulls()
+        self._answer_pulls(slices)
 
     # ---- lockstep --------------------------------------------------------------------------------
 
@@ -541,7 +575,7 @@ class StoreShard:
                 self._contribute(worker, *pushed, apply=True)
         for worker, request, number in lockstep.pulls:
             need = self.rounds.pushed[worker, layout.index]
-            self._pulls.append(_PendingPull(worker, request, number, layout, need))
+            self._pulls.add(_PendingPull(worker, request, number, layout, need), self.rounds.applied)
 
     def _end_locksteps_of(self, layout: Layout) -> None:
         """End the locksteps that share slices with a layout: another list of keys has come."""
@@ -579,7 +613,7 @@ class StoreShard:
         else:
             self.rounds.apply(slices)
             self._release(slices, workers)
-        self._answer_pulls()
+        self._answer_pulls(slices)
 
     def _common_layout(
         self, slices: Index, workers: Sequence[int]
@@ -744,13 +778,14 @@ class StoreShard:
         contribution.live -= count
         if not contribution.live:
             del self._contributions[contribution.number]
+            self._to_commit.pop(contribution.number, None)
             self._pool.give(contribution.buffer)
 
     # ---- pull ------------------------------------------------------------------------------------
 
     def pull(self, worker: int, message: m.Pull) -> None:
         """Answer chunk by chunk, each as soon as this worker's last round of its slices is applied."""
-        chunks = self._plans.get((worker, message.plan))
+        chunks = self._chunks(worker, message.plan)
         if chunks is None:
             raise ProtocolError(f"there is no plan {message.plan}")
         if self._refuse_gone(worker, message.request, chunks):
@@ -775,23 +810,20 @@ class StoreShard:
             self._send_chunks([(worker, request, number)], layout)
         else:
             self._check_waits(worker, self._pulls)
-            self._pulls.append(pull)
+            self._pulls.add(pull, self.rounds.applied)
 
-    def _check_waits(self, worker: int, waits: Sequence[_PendingPull | _PendingPut | _PendingMerge]) -> None:
+    def _check_waits(self, worker: int, waits: _Waits) -> None:
         if len(waits) >= MAX_WAITS and sum(each.worker == worker for each in waits) >= MAX_WAITS:
             raise ProtocolError(f"worker {worker} waits for {MAX_WAITS} chunks already")
 
     def _is_ready(self, pull: _PendingPull) -> bool:
         return bool((self.rounds.applied[pull.layout.index] >= pull.need).all())
 
-    def _answer_pulls(self) -> None:
-        """Rounds were applied: answer the pulls that waited for them, then make the puts that did."""
+    def _answer_pulls(self, slices: Index) -> None:
+        """Rounds of these were applied: answer the pulls that waited for them, and make the puts that did."""
         if self._pulls:
-            ready = [pull for pull in self._pulls if self._is_ready(pull)]
-            if ready:
-                self._pulls = [pull for pull in self._pulls if not self._is_ready(pull)]
-                for pull in ready:
-                    self._send_chunks([(pull.worker, pull.request, pull.chunk)], pull.layout)
+            for pull in self._pulls.take_ready(slices, self.rounds.applied):
+                self._send_chunks([(pull.worker, pull.request, pull.chunk)], pull.layout)
         if self._puts:
             self._make_puts()
 
@@ -838,7 +870,7 @@ class StoreShard:
     def wait_merged(self, worker: int, message: m.WaitMerged) -> None:
         """Tell, as it happens, which slices of a plan have this worker's last push merged."""
         self.general()
-        chunks = self._plans.get((worker, message.plan), [])
+        chunks = self._chunks(worker, message.plan) or []
         if self._refuse_gone(worker, message.request, chunks):
             return
         for chunk in chunks:
@@ -874,12 +906,14 @@ class StoreShard:
         """From this worker's next push of each key on the prepared setting holds."""
         self.general()
         pushed = self.rounds.applied if self.is_async else self.rounds.pushed[worker]
+        keys = self.schedule.keys_of(message.number)
+        found = self._slices if keys is None else [i for key in keys for i in self._indices_of.get(key, ())]
         self.schedule.activate(
             message.number,
-            {index: int(pushed[index]) + 1 for index in self._slices},
-            {index: each.key for index, each in self._slices.items()},
+            {index: int(pushed[index]) + 1 for index in found},
+            {index: self._slices[index].key for index in found},
         )
-        idle = [i for i in self._slices if self.is_async or self.rounds.applied[i] == pushed[i]]
+        idle = [i for i in found if self.is_async or self.rounds.applied[i] == pushed[i]]
         self._take_due_settings(np.array(idle, np.int64))
 
     def install_settings(self, table: SettingsTable) -> None:
@@ -911,13 +945,18 @@ class StoreShard:
     def commit(self, worker: int, message: m.Commit) -> None:
         """A worker asks to commit what it pushed with apply=False."""
         self.general()
-        mine = [index for index in self._slices if self._uncommitted(worker, index)]
-        self._commit.add(worker, message, {index: int(self._holder[worker, index]) for index in mine})
+        self._commit.add(worker, message, self._uncommitted(worker))
         self._check_commit()
 
-    def _uncommitted(self, worker: int, index: int) -> bool:
-        number = int(self._holder[worker, index])
-        return number != 0 and not self._contributions[number].apply
+    def _uncommitted(self, worker: int) -> dict[int, int]:
+        """Return what a worker has pushed for a commit: by slice index the number of the contribution."""
+        found: dict[int, int] = {}
+        for each in self._to_commit.values():
+            if each.worker == worker:
+                index = each.layout.index
+                mine = index[self._holder[worker, index] == each.number]
+                found.update(dict.fromkeys(mine.tolist(), each.number))
+        return found
 
     def _check_commit(self) -> None:
         """When every member has asked, tell the scheduler what this server has."""
@@ -927,7 +966,7 @@ class StoreShard:
             return
         gather.reported = True
         gather.forget_dropped(self._holder)
-        error = gather.disagreement({index: repr(each.key) for index, each in self._slices.items()})
+        error = gather.disagreement(lambda index: repr(self._slices[index].key))
         norms: list[float] = []
         if error is None:
             try:
@@ -998,7 +1037,7 @@ class StoreShard:
         norm = decision.norm if gather.wants_norm else None
         for worker, asked in sorted(gather.asked.items()):
             self._reply(worker, m.Committed(asked.request, decision.apply, norm))
-        self._answer_pulls()
+        self._answer_pulls(slices)
         self._answer_flushes()
 
     def flush(self, worker: int, message: m.Flush) -> None:
@@ -1032,14 +1071,20 @@ class StoreShard:
         name = self.schedule.newest(alive[0].key).updater.spec.name if alive else ""
         self._reply(worker, m.Info(message.request, rounds, versions, name))
 
-    def leave(self, worker: int) -> None:
-        """A worker is gone for good: its pushes count, but what it has not asked to commit is dropped."""
+    def leave(self, worker: int) -> list[tuple[int, int]]:
+        """A worker is gone for good: its pushes count, but what it has not asked to commit is dropped.
+
+        Returns its plans, each by worker and number, which are no more.
+        """
         self.general()
-        self._pulls = [pull for pull in self._pulls if pull.worker != worker]
+        self._pulls.drop(lambda pull: pull.worker == worker)
         self._puts = [put for put in self._puts if put.worker != worker]
         self._merge_waits = [wait for wait in self._merge_waits if wait.worker != worker]
         self._flushes = [flush for flush in self._flushes if flush[0] != worker]
-        self._plans = {name: plan for name, plan in self._plans.items() if name[0] != worker}
+        plans = [name for name in self._plans if name[0] == worker]
+        for name in plans:
+            del self._plans[name]
+            self._outdated.discard(name)
         self._planned.pop(worker, None)
         self._drop_uncommitted(worker)
         self.rounds.left[worker] = True
@@ -1048,11 +1093,11 @@ class StoreShard:
             waiting = everything[(self.rounds.applied == self.rounds.merged)[everything]]
             self._merge(self.rounds.mergeable(waiting))
         self._check_commit()
+        return plans
 
     def _drop_uncommitted(self, worker: int) -> None:
         asked = self._commit.pushes.get(worker, {})
-        found = [i for i in self._slices if i not in asked and self._uncommitted(worker, i)]
-        dropped = np.array(found, np.int64)
+        dropped = np.array([i for i in self._uncommitted(worker) if i not in asked], np.int64)
         if len(dropped):
             unmerged = dropped[[i not in self._held for i in dropped.tolist()]]
             self.rounds.withdraw(worker, unmerged)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
 from tensorkv.arrays import Key
@@ -28,11 +29,13 @@ MAX_GONE = 4096
 class KeyTable:
     """Keys by name, each in the generation this worker knows. Safe from any thread.
 
-    `on_forget` is called with each generation that is forgotten, with the lock held.
+    `on_forget` is called with the generations that are forgotten, with the lock held.
     `uncommitted` are the ids of keys that were pushed with apply=False.
     """
 
-    def __init__(self, job: Job, store: int, timeout_s: float, on_forget: Callable[[KeyState], None]) -> None:
+    def __init__(
+        self, job: Job, store: int, timeout_s: float, on_forget: Callable[[Sequence[KeyState]], None]
+    ) -> None:
         self.lock = threading.Lock()
         self.states: dict[Key, KeyState] = {}
         self.uncommitted: set[int] = set()
@@ -69,6 +72,7 @@ class KeyTable:
 
     def learn(self, entries: Sequence[m.KeyEntry]) -> None:
         """Remember keys; a generation older than the known one, or long gone, is passed over."""
+        replaced: list[KeyState] = []
         with self.lock:
             for entry in entries:
                 if not entry.slices:
@@ -77,11 +81,13 @@ class KeyTable:
                 if known is not None:
                     if known.key_id >= entry.key_id:  # ids only grow; generations may begin anew
                         continue
-                    self._forget(known)
+                    replaced.append(known)
+                    self._remove(known)
                 state = KeyState.of(entry)
                 self.states[entry.key] = self._of_id[entry.key_id] = state
                 for each in entry.slices:
                     self._of_slice[each.slice_id] = state
+            self._tell_forgotten(replaced)
 
     def gone(self, key_ids: Sequence[int]) -> list[KeyState]:
         """Others have deleted these generations; return those that were known.
@@ -91,17 +97,37 @@ class KeyTable:
         with self.lock:
             found = [self._of_id[key_id] for key_id in key_ids if key_id in self._of_id]
             self._gone.update(dict.fromkeys(found))
-            while len(self._gone) > MAX_GONE:
-                self._forget(next(iter(self._gone)))
+            oldest = list(itertools.islice(self._gone, max(0, len(self._gone) - MAX_GONE)))
+            self._forget(oldest)
         return found
+
+    def those_known(self, keys: Sequence[Key] | None) -> list[KeyState]:
+        """Return what is known of these keys, of all for None, without asking anybody."""
+        with self.lock:
+            if keys is None:
+                return list(self.states.values())
+            return [self.states[key] for key in keys if key in self.states]
+
+    def names_of(self, key_ids: Iterable[int]) -> list[Key]:
+        """Return the keys of generations, as far as they are known."""
+        with self.lock:
+            return [self._of_id[key_id].key for key_id in key_ids if key_id in self._of_id]
 
     def forget(self, states: Sequence[KeyState]) -> None:
         """Forget generations of keys: the next call asks the scheduler anew."""
         with self.lock:
-            for state in states:
-                self._forget(state)
+            self._forget(states)
 
-    def _forget(self, state: KeyState) -> None:
+    def _forget(self, states: Sequence[KeyState]) -> None:
+        for state in states:
+            self._remove(state)
+        self._tell_forgotten(states)
+
+    def _tell_forgotten(self, states: Sequence[KeyState]) -> None:
+        if states:
+            self._on_forget(states)
+
+    def _remove(self, state: KeyState) -> None:
         if self.states.get(state.key) is state:
             del self.states[state.key]
         for each in state.entry.slices:
@@ -110,7 +136,6 @@ class KeyTable:
         self._gone.pop(state, None)
         self.uncommitted.discard(state.key_id)
         self._raised.pop(state.key_id, None)
-        self._on_forget(state)
 
     def check_committed(self, states: Sequence[KeyState], call: str) -> None:
         """Raise UncommittedPush if one of the keys waits for this worker's commit."""
@@ -130,7 +155,7 @@ class KeyTable:
                 if state is None:
                     continue
                 if isinstance(error, KeyDeleted):
-                    self._forget(state)
+                    self._forget([state])
                 elif self._raised.get(state.key_id, 0) >= fault.round:
                     continue  # another slice of the same round has reported it
                 else:

@@ -86,16 +86,23 @@ class PlanCache:
 
     def remember_push(self, keys: tuple[Key, ...], plan: Plan) -> None:
         """Let `last_push` name this plan by the keys of a call."""
-        self._remember(self.last_push, keys, plan)
+        self._remember(self.last_push, plan.pushed_as, keys, plan)
 
     def remember_pull(self, keys: tuple[Key, ...], plan: Plan) -> None:
         """Let `last_pull` name this plan by the keys of a call."""
-        self._remember(self.last_pull, keys, plan)
+        self._remember(self.last_pull, plan.pulled_as, keys, plan)
 
-    def _remember(self, last: dict[tuple[Key, ...], Plan], keys: tuple[Key, ...], plan: Plan) -> None:
+    def _remember(
+        self,
+        last: dict[tuple[Key, ...], Plan],
+        names: set[tuple[Key, ...]],
+        keys: tuple[Key, ...],
+        plan: Plan,
+    ) -> None:
         with self._lock:
             if not plan.dropped:  # another thread may have deleted a key since the plan was found
                 last[keys] = plan
+                names.add(keys)
 
     def tell(self, plan: Plan) -> None:
         """Queue its definition to the servers that do not know a plan. The job's order is held.
@@ -116,10 +123,11 @@ class PlanCache:
                 plan.known_to.add(part.server)
                 self._job.links[part.server].put(m.DefinePlan(self._store, plan.number, part.entries))
 
-    def forget(self, state: KeyState) -> None:
-        """A generation of a key is gone, and with it the plans it is in."""
+    def forget(self, states: Sequence[KeyState]) -> None:
+        """Generations of keys are gone, and with them the plans they are in."""
+        gone = {state.key_id for state in states}
         with self._lock:
-            for name in [name for name, plan in self._plans.items() if state.key_id in plan.key_ids]:
+            for name in [name for name, plan in self._plans.items() if not plan.key_ids.isdisjoint(gone)]:
                 self._drop(self._plans.pop(name))
 
     def _drop(self, plan: Plan) -> None:
@@ -127,6 +135,7 @@ class PlanCache:
         plan.dropped = True
         self._origins.pop(tuple(state.key_id for state in plan.states), None)
         self._dropped.append(plan)
-        for last in (self.last_push, self.last_pull):
-            for keys in [keys for keys, each in last.items() if each is plan]:
-                del last[keys]
+        for last, names in ((self.last_push, plan.pushed_as), (self.last_pull, plan.pulled_as)):
+            for keys in names:
+                if last.get(keys) is plan:
+                    del last[keys]

@@ -190,6 +190,8 @@ class Plan:
     sent_bytes: dict[int, int]  # of a push, by server
     known_to: set[int] = field(default_factory=set)  # servers that have been told
     origins: Origins = None  # by which its chunks are cut
+    pushed_as: set[tuple[Key, ...]] = field(default_factory=set)  # keys by which the cache names it
+    pulled_as: set[tuple[Key, ...]] = field(default_factory=set)
     dropped: bool = False  # from the cache: it may still be sent, but is not to be remembered
 
     outs: Known | None = None  # of the last pull

@@ -270,32 +270,35 @@ class Pusher:
                 if self._unmerged.get(key_id, up_to + 1) <= up_to:
                     del self._unmerged[key_id]
 
-    def forget(self, state: KeyState) -> None:
-        """A generation of a key is gone."""
-        self.merged({state.key_id}, self.count)
+    def forget(self, states: Sequence[KeyState]) -> None:
+        """Generations of keys are gone."""
+        self.merged({state.key_id for state in states}, self.count)
 
     def deferred(self, states: Sequence[KeyState]) -> bool:
         """Whether an earlier call with `async_op` on one of these keys is still to go."""
         return bool(self._deferred) and any(state.key_id in self._deferred for state in states)
 
     def await_deferred(
-        self, states: Sequence[KeyState], what: str, timeout_s: float | None = None
+        self, states: Sequence[KeyState] | None, what: str, timeout_s: float | None = None
     ) -> list[concurrent.futures.Future[Any]]:
-        """Wait until earlier calls with `async_op` on these keys have gone, and return them."""
+        """Wait until earlier calls with `async_op` on these keys have gone, and return them; None: on any."""
         if not self._deferred:
             return []
         with self._lock:
-            found = [f for state in states if (f := self._deferred.get(state.key_id)) is not None]
+            if states is None:
+                found = list(self._deferred.values())
+            else:
+                found = [f for state in states if (f := self._deferred.get(state.key_id)) is not None]
         self._await_futures(found, what, timeout_s)
         return found
 
-    def await_all_deferred(self, states: Sequence[KeyState], what: str, timeout_s: float) -> None:
+    def await_all_deferred(self, what: str, timeout_s: float) -> None:
         """Wait as `await_deferred`; one that gave up meanwhile has pushed nothing, and ends this call, too.
 
         Raises:
             WaitTimeout: also that of such a call, whose text names who is missing.
         """
-        for future in self.await_deferred(states, what, timeout_s):
+        for future in self.await_deferred(None, what, timeout_s):
             error = future.exception()
             if isinstance(error, WaitTimeout):
                 raise WaitTimeout(f"{what}: an earlier {error}")

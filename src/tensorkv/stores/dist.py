@@ -24,6 +24,7 @@ from tensorkv.config import DEFAULT_TIMEOUT_S, ENV_ROLE, JobConfig, Transport, f
 from tensorkv.errors import (
     InvalidArgument,
     KeyDeleted,
+    KeyNotInitialized,
     NotInJob,
     NotSupported,
     ProtocolError,
@@ -57,6 +58,7 @@ from tensorkv.updater import (
     optimizer_spec,
     restored_settings,
 )
+from tensorkv.updaterspec import may_travel
 from tensorkv.wire import messages as m
 from tensorkv.work import Work
 
@@ -136,14 +138,13 @@ class DistStore(KVStore):
         """The number of workers in the job."""
         return self._job.config.num_workers
 
-    def _forget(self, state: KeyState) -> None:
-        self._plans.forget(state)
-        self._pusher.forget(state)
+    def _forget(self, states: Sequence[KeyState]) -> None:
+        self._plans.forget(states)
+        self._pusher.forget(states)
 
     def on_gone(self, gone: m.KeysGone) -> None:
         """Other workers have deleted keys: what is kept to push and pull them again is of no more use."""
-        for state in self._table.gone(gone.key_ids):
-            self._forget(state)
+        self._forget(self._table.gone(gone.key_ids))
 
     def on_fault(self, fault: m.Fault) -> None:
         """A round that this worker contributed to has failed; its next call on the key raises it."""
@@ -242,6 +243,24 @@ class DistStore(KVStore):
         )
         return [entry.key for entry in reply.entries]
 
+    def _has(self, key: Key) -> bool:
+        if not may_travel(key):  # so it cannot be asked about, and nobody can have initialised it
+            return False
+        try:
+            self._job.control.request(
+                lambda n: m.Lookup(n, self._store, [key]), f"{key!r} in", self._timeout_s, self._store
+            )
+        except KeyNotInitialized:
+            return False
+        return True
+
+    def _num_keys(self) -> int:
+        reply = self._job.control.request(
+            lambda n: m.CountKeys(n, self._store), "len", self._timeout_s, self._store
+        )
+        number: int = reply.number
+        return number
+
     def _info(self, key: Key) -> KeyInfo:
         state = self._table.known([key])[0]
         replies = self._ask_info(state)
@@ -262,8 +281,11 @@ class DistStore(KVStore):
 
     def _ask_info(self, state: KeyState) -> list[m.Info]:
         entries = state.entry.slices
-        servers = sorted({each.server for each in entries})
-        slices = iter([[each.slice_id for each in entries if each.server == server] for server in servers])
+        by_server: dict[int, list[int]] = {}
+        for each in entries:
+            by_server.setdefault(each.server, []).append(each.slice_id)
+        servers = sorted(by_server)
+        slices = iter([by_server[server] for server in servers])
         replies: list[m.Info] = self._job.ask_all(
             lambda n: m.AskInfo(n, self._store, next(slices)),
             f"info of {state.key!r}",
@@ -272,7 +294,7 @@ class DistStore(KVStore):
             servers,
         )
         for rank, reply in zip(servers, replies, strict=True):
-            number = sum(each.server == rank for each in entries)
+            number = len(by_server[rank])
             if (len(reply.rounds), len(reply.versions)) != (number, number):
                 raise ProtocolError(f"server {rank} told of {len(reply.rounds)} slices, not of {number}")
         return replies
@@ -549,7 +571,7 @@ class DistStore(KVStore):
     def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
         if self._is_async:
             raise NotSupported("commit: dist_async has no rounds to commit")
-        self._pusher.await_deferred(list(self._table.states.values()), "commit")
+        self._pusher.await_deferred(None, "commit")
         committed: set[int] = set()
         keys: list[Key] = []
         up_to = 0
@@ -562,9 +584,7 @@ class DistStore(KVStore):
                 up_to = self._pusher.count
                 with self._table.lock:
                     committed.update(self._table.uncommitted)
-                keys.extend(
-                    state.key for state in list(self._table.states.values()) if state.key_id in committed
-                )
+                keys.extend(self._table.names_of(committed))
                 yield
 
         replies = self._job.ask_all(
@@ -595,9 +615,8 @@ class DistStore(KVStore):
     ) -> None:
         optimizer_class = find_optimizer(optimizer)
         built = build(optimizer_spec(optimizer_class, options), optimizer_class)
-        for state in list(self._table.states.values()):
-            if keys is None or state.key in keys:
-                built.check_value(state.key, state.shape, state.dtype)
+        for state in self._table.those_known(keys):
+            built.check_value(state.key, state.shape, state.dtype)
         code = describe_code(optimizer_class, self._job.code_table)
         self._make_setting(m.SettingRecord(keys=keys, updater=built.spec, code=code), built)
 
@@ -680,7 +699,7 @@ class DistStore(KVStore):
         earlier calls, and so its arrival, may need what others push meanwhile.
         """
         with self._hold.one_call(call):
-            self._pusher.await_deferred(list(self._table.states.values()), call)
+            self._pusher.await_deferred(None, call)
             self._job.control.request(
                 lambda n: m.Together(n, self._store, call, only_meet=True), call, self._timeout_s, self._store
             )
@@ -692,7 +711,7 @@ class DistStore(KVStore):
     def _together(self, call: str, lead: Callable[[], SavedSettings | None]) -> None:
         """Let all workers arrive, the lowest rank do it, and all know what came of it."""
         with self._hold.one_call(call):
-            self._pusher.await_deferred(list(self._table.states.values()), call)
+            self._pusher.await_deferred(None, call)
             self._flush(self._timeout_s)  # what this worker has pushed has arrived
             with self._job.whole:  # Ctrl-C too: it may come when some servers have changed, and some have not
                 led = self._lead_or_follow(call, lead, Exception)
@@ -724,7 +743,7 @@ class DistStore(KVStore):
     # ---- together --------------------------------------------------------------------------------
 
     def _barrier(self, timeout_s: float) -> None:
-        self._pusher.await_all_deferred(list(self._table.states.values()), "barrier", timeout_s)
+        self._pusher.await_all_deferred("barrier", timeout_s)
         settled = self._pusher.settled  # then no server has anything to add
         if not settled:
             self._flush(timeout_s)
@@ -739,7 +758,7 @@ class DistStore(KVStore):
 
     def _close(self) -> None:
         try:
-            self._pusher.await_all_deferred(list(self._table.states.values()), "close", self._timeout_s)
+            self._pusher.await_all_deferred("close", self._timeout_s)
             self._job.ask_all(
                 lambda n: m.Leave(n, self._store),
                 "close",
@@ -864,7 +883,7 @@ def _open_embedded(
         raise
 
 
-def _held_weakly(method: Callable[[KeyState], None]) -> Callable[[KeyState], None]:
+def _held_weakly(method: Callable[[Sequence[KeyState]], None]) -> Callable[[Sequence[KeyState]], None]:
     """Return a call of a bound method that does not keep its object alive.
 
     Nothing that a store owns refers back to it, so that its plans, with the memory they receive in, are freed
@@ -872,10 +891,10 @@ def _held_weakly(method: Callable[[KeyState], None]) -> Callable[[KeyState], Non
     """
     found = weakref.WeakMethod(method)
 
-    def call(state: KeyState) -> None:
+    def call(states: Sequence[KeyState]) -> None:
         bound = found()
         if bound is not None:
-            bound(state)
+            bound(states)
 
     return call
 

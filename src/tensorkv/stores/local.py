@@ -125,6 +125,7 @@ class LocalStore(KVStore):
         self._slots: dict[Key, _Slot] = {}
         self._settings = SettingsTable()
         self._generations: dict[Key, int] = {}
+        self._uncommitted: dict[int, _Slot] = {}  # by number: those with an `uncommitted` round
         self._load_bytes: dict[torch.device, int] = {}
         self._next_number = 0
 
@@ -199,7 +200,8 @@ class LocalStore(KVStore):
 
     def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
         with self._writing():
-            waiting = [(slot, slot.uncommitted) for slot in self._slots.values() if slot.uncommitted]
+            slots = [self._uncommitted[number] for number in sorted(self._uncommitted)]
+            waiting = [(slot, slot.uncommitted) for slot in slots if slot.uncommitted]
             merged = [(slot, each.merged) for slot, each in waiting if each.merged is not None]
             norm, finite = None, True
             if max_norm is not None or check_finite:
@@ -214,6 +216,7 @@ class LocalStore(KVStore):
             for slot, _ in waiting:
                 slot.uncommitted = None
                 slot.round += 1
+            self._uncommitted.clear()
             updates = [(slot, each.setting, each.merged) for slot, each in waiting]
             try:
                 if applied:
@@ -232,7 +235,7 @@ class LocalStore(KVStore):
         built = build_from_argument(updater, elementwise)
         with self._lock:
             self._settings.set_updater(built, None)
-            self._settings_changed()
+            self._settings_changed(None)
 
     def _set_optimizer(
         self,
@@ -248,15 +251,17 @@ class LocalStore(KVStore):
                     value = self._slots[key].value
                     built.check_value(key, value.shape, value.dtype)
             self._settings.set_updater(built, keys)
-            self._settings_changed()
+            self._settings_changed(keys)
 
     def _set_optimizer_options(self, keys: tuple[Key, ...] | None, options: dict[str, Any]) -> None:
         with self._lock:
             self._settings.set_options(options, keys)
-            self._settings_changed()
+            self._settings_changed(keys)
 
-    def _settings_changed(self) -> None:
-        for slot in self._slots.values():
+    def _settings_changed(self, keys: tuple[Key, ...] | None) -> None:
+        """A setting was made for these keys, or for all."""
+        names = self._slots if keys is None else [key for key in keys if key in self._slots]
+        for slot in map(self._slots.__getitem__, names):
             old, slot.setting = slot.setting, self._settings.setting(slot.key)
             if old.updater is slot.setting.updater:
                 continue
@@ -334,7 +339,7 @@ class LocalStore(KVStore):
         table = restored_settings(settings, self._settings)
         found = [(record, load(record)) for record, load in loads]
         self._settings = table
-        self._settings_changed()
+        self._settings_changed(None)
         for record, each in found:
             old = self._slots.get(record.key)
             if old is not None:
@@ -352,6 +357,14 @@ class LocalStore(KVStore):
     def _keys(self) -> list[Key]:
         with self._lock:
             return list(self._slots)
+
+    def _has(self, key: Key) -> bool:
+        with self._lock:
+            return key in self._slots
+
+    def _num_keys(self) -> int:
+        with self._lock:
+            return len(self._slots)
 
     def _info(self, key: Key) -> KeyInfo:
         with self._lock:
@@ -376,6 +389,7 @@ class LocalStore(KVStore):
         slot.setting.updater.forget(slot.number)
         if slot.uncommitted is not None:
             slot.uncommitted.setting.updater.forget(slot.number)
+            del self._uncommitted[slot.number]
         if slot.placed:
             self._load_bytes[slot.value.device] -= _num_bytes(slot.value)
 
@@ -384,6 +398,7 @@ class LocalStore(KVStore):
     def _close(self) -> None:
         with self._lock:
             self._slots.clear()
+            self._uncommitted.clear()
             self._settings = SettingsTable()
 
     def _abandon(self, why: str) -> None:
@@ -464,6 +479,7 @@ class LocalStore(KVStore):
             if not apply:
                 merged = self._merge(slot, tensors, count) if tensors else None
                 slot.uncommitted = _Uncommitted(merged, setting)
+                self._uncommitted[slot.number] = slot
                 continue
             slot.round += 1
             if not tensors:

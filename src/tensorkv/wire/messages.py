@@ -475,6 +475,20 @@ class Entries(Message, tag=61):
     entries: list[KeyEntry]
 
 
+class CountKeys(Message, tag=76):
+    """Ask how many keys are initialised."""
+
+    request: int
+    store: int
+
+
+class NumKeys(Message, tag=77):
+    """How many keys are initialised."""
+
+    request: int
+    number: int
+
+
 class DeleteKeys(Message, tag=62):
     """A rank deletes these generations (key ids) of keys."""
 
@@ -791,6 +805,7 @@ ToScheduler = (
     | ProposeSetting
     | ConcludeSetting
     | Lookup
+    | CountKeys
     | DeleteKeys
     | ConcludeDelete
     | Barrier
@@ -810,6 +825,7 @@ FromScheduler = (
     | InitReply
     | SettingReply
     | Entries
+    | NumKeys
     | Deleted
     | KeysGone
     | Done
@@ -845,6 +861,7 @@ REPLIES: dict[type[Message], type[Message]] = {
     ProposeSetting: SettingReply,
     ConcludeSetting: Done,
     Lookup: Entries,
+    CountKeys: NumKeys,
     DeleteKeys: Deleted,
     Barrier: Done,
     LeaveStore: Done,
