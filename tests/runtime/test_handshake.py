@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hmac
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -274,6 +275,34 @@ def test_connect_as_the_process_of_a_config(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["inproc", "127.0.0.1"])
+def test_a_peer_that_is_stopped_in_the_handshake_is_waited_for_up_to_the_jobs_timeout(host: str) -> None:
+    listener = listen(host)
+    hurried = dataclasses.replace(config(listener.address), timeout_s=0.1)
+    where = re.escape(f"server 1 at {host}:{listener.address[1]}")
+    with pytest.raises(
+        WaitTimeout, match=f"joining the job did not .*: waiting for {where}, which does not answer"
+    ):
+        connect_as(hurried, "server 1", *listener.address)
+    listener.close()
+
+
+def test_the_end_of_the_job_ends_a_handshake() -> None:
+    listener = listen("127.0.0.1")
+    with pytest.raises(PeerLostError, match="server 1 on host there was lost"):
+        connect_as(
+            config(listener.address),
+            "server 1",
+            *listener.address,
+            failure=lambda: PeerLostError("server 1 on host there was lost"),
+        )
+    listener.close()
+
+
+def test_a_stopped_process_has_more_than_a_minute_for_its_handshake() -> None:
+    assert handshake.HANDSHAKE_TIMEOUT_S > 60
+
+
+@pytest.mark.parametrize("host", ["inproc", "127.0.0.1"])
 def test_a_peer_that_ends_the_connection_in_the_handshake(host: str) -> None:
     listener = listen(host)
     with ThreadPoolExecutor(1) as pool:
@@ -315,7 +344,7 @@ def reached(cluster: EmbeddedJob, transport: Transport, **changes: Any) -> str:
     (host, port), (socket_name, _) = server.addresses
     address = msgspec.structs.replace(m.ServerAddress(host, port, socket_name), **changes)
     config = dataclasses.replace(cluster.config("worker", 0), transport=transport)
-    connection = connect_to_server(config, 0, address)
+    connection = connect_to_server(config, 0, address, lambda: None)
     connection.shutdown()
     connection.close()
     return type(connection).__name__
@@ -350,4 +379,4 @@ def test_a_wrong_token_does_not_make_it_go_another_way(cluster: EmbeddedJob) -> 
     (host, port), (socket_name, _) = cluster.servers[0].addresses
     config = dataclasses.replace(cluster.config("worker", 0), token="another")
     with pytest.raises(AuthenticationError, match="does not hold the token"):
-        connect_to_server(config, 0, m.ServerAddress(host, port, socket_name))
+        connect_to_server(config, 0, m.ServerAddress(host, port, socket_name), lambda: None)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import os
 import socket
+import struct
+import termios
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tensorkv.errors import AddressUnavailable
+from tensorkv.errors import AddressUnavailable, WaitTimeout
 from tensorkv.transport import tcp
 
 DEADLINE_S = 20.0
@@ -28,17 +34,22 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this system has no ::1")
 
 
 @pytest.fixture
-def connection() -> Iterator[tcp.TcpConnection]:
-    """A connection to a bare socket."""
+def ends() -> Iterator[tuple[tcp.TcpConnection, socket.socket]]:
+    """A connection and the bare socket at its other end."""
     listener = tcp.TcpListener("127.0.0.1")
     bare = socket.create_connection(listener.address, timeout=DEADLINE_S)
     accepted = listener.accept()
     assert isinstance(accepted, tcp.TcpConnection)
-    yield accepted
+    yield accepted, bare
     listener.close()
     accepted.shutdown()
     accepted.close()
     bare.close()
+
+
+@pytest.fixture
+def connection(ends: tuple[tcp.TcpConnection, socket.socket]) -> tcp.TcpConnection:
+    return ends[0]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +65,82 @@ def test_the_kernel_is_told_how_long_a_peer_may_be_silent(
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_USER_TIMEOUT)
     assert [sock.getsockopt(socket.IPPROTO_TCP, name) for name in names] == [idle_s, 1, user_ms]
+
+
+def unanswered_bytes(connection: tcp.TcpConnection) -> int:
+    """What was handed to the kernel and the peer's has not answered for."""
+    (found,) = struct.unpack("=i", fcntl.ioctl(connection._sock, termios.TIOCOUTQ, bytes(4)))
+    return int(found)
+
+
+@pytest.mark.parametrize("frame_bytes", [20, 1000, 100_000])
+def test_the_kernel_is_given_no_more_than_a_stopped_peer_has_room_for(
+    ends: tuple[tcp.TcpConnection, socket.socket], frame_bytes: int
+) -> None:
+    """With more it would ask for room, and end the connection when the timeout has passed."""
+    connection, bare = ends
+    connection.notice_silence(10.0)
+    frame, sent = os.urandom(frame_bytes), 0
+    rest: list[Any] = []
+    while not rest:
+        rest = connection.send_now([frame[: frame_bytes // 2], frame[frame_bytes // 2 :]])
+        sent += 1
+    until = time.monotonic() + DEADLINE_S
+    while unanswered_bytes(connection):  # all of it is answered for, although the peer reads nothing
+        assert time.monotonic() < until
+
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(connection.send_rest, rest)
+        received = b""
+        while len(received) < sent * frame_bytes:
+            received += bare.recv(1 << 20)
+        sending.result(DEADLINE_S)
+    assert received == frame * sent
+
+
+def test_a_peer_that_ends_while_it_has_no_room_is_noticed(
+    ends: tuple[tcp.TcpConnection, socket.socket],
+) -> None:
+    connection, bare = ends
+    connection.notice_silence(10.0)
+    while not (rest := connection.send_now([bytes(100_000)])):
+        pass
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(connection.send_rest, rest)
+        bare.close()
+        with pytest.raises(ConnectionError, match="is gone"):
+            sending.result(DEADLINE_S)
+
+
+def test_what_this_side_ends_or_closes_is_a_connection_error(
+    ends: tuple[tcp.TcpConnection, socket.socket],
+) -> None:
+    connection, _ = ends
+    connection.notice_silence(10.0)
+    while not (rest := connection.send_now([bytes(100_000)])):
+        pass
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(connection.send_rest, rest)
+        connection.shutdown()
+        with pytest.raises(ConnectionError, match="is gone"):
+            sending.result(DEADLINE_S)
+    connection.close()
+    with pytest.raises(ConnectionError, match="is gone"):
+        connection.send_now([b"more"])
+
+
+def test_waiting_for_room_looks_up(ends: tuple[tcp.TcpConnection, socket.socket]) -> None:
+    connection, _ = ends
+    connection.notice_silence(10.0)
+    while not (rest := connection.send_now([bytes(100_000)])):
+        pass
+
+    def tick() -> None:
+        raise WaitTimeout("no more")
+
+    with pytest.raises(WaitTimeout):
+        connection.send_rest(rest, tick)
+    assert connection.broken
 
 
 def test_nobody_listens() -> None:

@@ -29,6 +29,7 @@ from tensorkv.errors import (
     from_wire,
     to_wire,
 )
+from tensorkv.runtime.waits import Wait
 from tensorkv.transport import unix
 from tensorkv.transport.base import Connection, Tick, no_tick
 from tensorkv.transport.endpoint import connect
@@ -37,10 +38,13 @@ from tensorkv.wire.codec import MAX_HEADER_BYTES, Decoder, encode
 
 logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 10.0
-HANDSHAKE_TIMEOUT_S = 10.0
+HANDSHAKE_TIMEOUT_S = 120.0
+"""Timeout of the accepting side: a process of the job that is stopped meanwhile is not lost by that."""
+
 _NONCE_BYTES = 32
 _decoder: Decoder[m.HandshakeMessage] = Decoder(m.HandshakeMessage)
 T = TypeVar("T")
+Failure = Callable[[], TensorKVError | None]
 
 
 def receive_message(connection: Connection, decoder: Decoder[T], tick: Tick = no_tick) -> T:
@@ -90,17 +94,16 @@ def accept(
     return hello.role, hello.rank
 
 
-def introduce(connection: Connection, token: str, role: Role, rank: int) -> None:
+def introduce(connection: Connection, token: str, role: Role, rank: int, tick: Tick = no_tick) -> None:
     """Prove to the accepting side that we know the token, and check that it does.
 
     Raises:
         AuthenticationError: one of the two does not.
         ProtocolVersionError: it speaks another version.
-        ProtocolError, EOFError, ConnectionError, WaitTimeout.
+        ProtocolError, EOFError, ConnectionError, and what `tick` raises.
     """
     if not token:
         raise AuthenticationError("this process has no token of a job: TENSORKV_TOKEN is not set or empty")
-    tick = deadline_tick(HANDSHAKE_TIMEOUT_S, f"the handshake with {connection.peer}")
     challenge = receive_message(connection, _decoder, tick)
     if not isinstance(challenge, m.Challenge):
         raise ProtocolError(f"{connection.peer} began with {type(challenge).__name__} instead of Challenge")
@@ -117,14 +120,26 @@ def introduce(connection: Connection, token: str, role: Role, rank: int) -> None
     connection.max_header_bytes = MAX_HEADER_BYTES
 
 
-def connect_as(config: JobConfig, name: str, host: str, port: int) -> Connection:
+def connect_as(
+    config: JobConfig,
+    name: str,
+    host: str,
+    port: int,
+    failure: Failure = lambda: None,
+    silence_s: float | None = None,
+) -> Connection:
     """Connect to a process of the job, introduced as the process that `config` describes.
+
+    One that is stopped, or busy, is waited for up to the job's timeout; every ten seconds a line says so.
 
     Args:
         name: "server 1", for texts.
+        failure: returns why the job is broken, None while it is not.
+        silence_s: end the connection, from the handshake on, when its host has not answered for so long.
 
     Raises:
-        PeerLostError: it cannot be reached, does not answer in time, or has ended the connection.
+        PeerLostError: it cannot be reached, or has ended the connection.
+        WaitTimeout: it does not answer in time.
         AuthenticationError, ProtocolVersionError, ProtocolError.
     """
     where = f"{name} at {join_address(host, port)}"
@@ -132,24 +147,29 @@ def connect_as(config: JobConfig, name: str, host: str, port: int) -> Connection
         connection = connect(host, port, CONNECT_TIMEOUT_S)
     except ConnectionError as exc:
         raise PeerLostError(f"{where} cannot be reached: {exc}") from None
-    return _introduced(connection, config, where)
+    if silence_s is not None:
+        connection.notice_silence(silence_s)
+    return _introduced(connection, config, where, failure)
 
 
-def _introduced(connection: Connection, config: JobConfig, where: str) -> Connection:
+def _introduced(connection: Connection, config: JobConfig, where: str, failure: Failure) -> Connection:
     """Return the connection after the handshake; it is closed if that fails."""
+    wait = Wait("joining the job", config.timeout_s, failure, whom=lambda: f"{where}, which does not answer")
     try:
-        introduce(connection, config.token, config.role, config.rank)
+        introduce(connection, config.token, config.role, config.rank, wait.tick)
     except BaseException as exc:
         connection.shutdown()
         connection.close()
-        if isinstance(exc, (EOFError, ConnectionError, WaitTimeout)) and not _tells_why(exc):
+        if isinstance(exc, (EOFError, ConnectionError)) and not isinstance(exc, TensorKVError):
             raise PeerLostError(f"{where} cannot be joined: {exc}") from None
         raise
     return connection
 
 
-def connect_to_server(config: JobConfig, rank: int, address: m.ServerAddress) -> Connection:
+def connect_to_server(config: JobConfig, rank: int, address: m.ServerAddress, failure: Failure) -> Connection:
     """Connect a worker to a server of its job: by its Unix socket where that can be reached, else by TCP.
+
+    `failure` returns why the job is broken, None while it is not.
 
     Raises:
         TransportUnavailable: `config.transport` asks for shared memory, and there is none between the two.
@@ -157,7 +177,7 @@ def connect_to_server(config: JobConfig, rank: int, address: m.ServerAddress) ->
     """
     name = f"server {rank}"
     if config.transport == "tcp" or address.host == "inproc":
-        return connect_as(config, name, address.host, address.port)
+        return connect_as(config, name, address.host, address.port, failure)
     try:
         if not address.socket_name:
             raise ConnectionError("it offers none (its own transport is 'tcp', or its system has none)")
@@ -171,8 +191,8 @@ def connect_to_server(config: JobConfig, rank: int, address: m.ServerAddress) ->
                 f"with this process: {exc}; transport='auto' goes over TCP there"
             ) from None
         logger.debug("%s is reached by TCP: %s", name, exc)
-        return connect_as(config, name, address.host, address.port)
-    return _introduced(connection, config, f"{name} at {address.socket_name}")
+        return connect_as(config, name, address.host, address.port, failure)
+    return _introduced(connection, config, f"{name} at {address.socket_name}", failure)
 
 
 def connect_to_scheduler(config: JobConfig) -> Connection:
@@ -181,13 +201,8 @@ def connect_to_scheduler(config: JobConfig) -> Connection:
     Raises:
         As `connect_as`.
     """
-    connection = connect_as(config, "the scheduler", config.scheduler_host, config.scheduler_port)
-    connection.notice_silence(config.peer_timeout_s)
-    return connection
-
-
-def _tells_why(exc: BaseException) -> bool:
-    return isinstance(exc, TensorKVError) and not isinstance(exc, WaitTimeout)
+    host, port = config.scheduler_host, config.scheduler_port
+    return connect_as(config, "the scheduler", host, port, silence_s=config.peer_timeout_s)
 
 
 def deadline_tick(timeout_s: float, what: str) -> Tick:

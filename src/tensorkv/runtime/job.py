@@ -86,7 +86,7 @@ class Job:
         self.control = ControlClient(config, self._on_failure, self._on_gone)
         try:
             for rank, address in enumerate(self.control.servers()):
-                connection = connect_to_server(config, rank, address)
+                connection = connect_to_server(config, rank, address, self.failure)
                 self.links.append(self._link(connection, f"server {rank}"))
         except BaseException as exc:
             try:

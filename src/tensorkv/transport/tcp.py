@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
+import select
 import socket
+import struct
+import sys
+import termios
+import time
+from collections.abc import Sequence
 from typing import Any, final
 
 from tensorkv.addresses import LOOPBACK, bare_host, is_wildcard, join_address
 from tensorkv.errors import AddressUnavailable
-from tensorkv.transport.base import Connection
+from tensorkv.transport.base import TICK_S, Buffer, Connection, Tick, no_tick
 from tensorkv.transport.stream import StreamConnection, StreamListener
 
 _MAX_KEEPALIVE_S = 32767  # what Linux takes for TCP_KEEPIDLE
@@ -18,15 +26,82 @@ _NOT_OF_THIS_HOST = (errno.EADDRNOTAVAIL, errno.EINVAL)  # the second: a link-lo
 _NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 
 
+_INFO_BYTES = 232
+_SND_WND_AT = 228  # in what TCP_INFO answers, `struct tcp_info`; Linux before 5.4 ends sooner
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
+
+
 @final
 class TcpConnection(StreamConnection):
-    """A connected TCP socket."""
+    """A connected TCP socket.
+
+    Where the kernel watches for a silent peer, it is given no more than the peer has room for. With more it
+    would ask for room, and end the connection when it has asked for the timeout's time (TCP_USER_TIMEOUT): a
+    peer that is stopped, or busy, has no room, but answers. With nothing left to send the kernel asks by
+    itself whether the peer's host is there, which is all that shall be asked.
+    """
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().__init__(sock, peer)
+        self._within_room = False
+        self._end = select.poll()
+        self._end.register(sock, select.POLLRDHUP)
+
+    def send_now(self, buffers: Sequence[Buffer]) -> list[Buffer]:
+        if not self._within_room:
+            return super().send_now(buffers)
+        rest = list(buffers)
+        while rest:
+            fits, rest = _split(rest, self._room_bytes())
+            if not fits:
+                break
+            if left := super().send_now(fits):
+                return [*left, *rest]
+        return rest
+
+    def send_rest(self, buffers: Sequence[Buffer], tick: Tick = no_tick) -> None:
+        rest = list(buffers)
+        pause_s, next_tick = _FIRST_PAUSE_S, time.monotonic() + TICK_S
+        while self._within_room and rest:
+            fits, rest = _split(rest, self._room_bytes())
+            if fits:
+                super().send_rest(fits, tick)
+                pause_s = _FIRST_PAUSE_S
+            elif self._end.poll(pause_s * 1000):
+                break  # the connection has ended: sending tells why
+            else:
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            if time.monotonic() >= next_tick:
+                next_tick += TICK_S
+                self._tick(tick)
+        super().send_rest(rest, tick)
+
+    def _tick(self, tick: Tick) -> None:
+        try:
+            tick()
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _room_bytes(self) -> int:
+        """Return how much more the peer has room for; without end where the system does not tell."""
+        try:
+            unanswered = fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(4))  # first: it may but shrink
+            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+        except (OSError, ValueError) as exc:  # the latter: it is closed
+            self._broken = True
+            cause = exc if isinstance(exc, OSError) else OSError(errno.EBADF, os.strerror(errno.EBADF))
+            raise self._gone(cause) from cause
+        if len(info) < _INFO_BYTES:
+            return sys.maxsize
+        (window,) = struct.unpack_from("=I", info, _SND_WND_AT)
+        (unanswered_bytes,) = struct.unpack("=i", unanswered)
+        room_bytes: int = window - unanswered_bytes
+        return room_bytes
 
     def notice_silence(self, timeout_s: float) -> None:
+        self._within_room = True
         # The first probe after half the time, then one a second, the shortest the kernel knows; each is
         # also when the kernel looks how long the peer has been silent.
         timeout_s = min(_MAX_KEEPALIVE_S, timeout_s)
@@ -35,6 +110,23 @@ class TcpConnection(StreamConnection):
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000)))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _split(buffers: list[Buffer], size_bytes: int) -> tuple[list[Buffer], list[Buffer]]:
+    """Return the first `size_bytes` bytes of buffers, at most, and what is left."""
+    if sum(map(len, buffers)) <= size_bytes:
+        return buffers, []
+    first: list[Buffer] = []
+    for place, buffer in enumerate(buffers):
+        if len(buffer) > size_bytes:
+            view = memoryview(buffer)
+            if size_bytes > 0:
+                first.append(view[:size_bytes])
+                view = view[size_bytes:]
+            return first, [view, *buffers[place + 1 :]]
+        first.append(buffer)
+        size_bytes -= len(buffer)
+    return first, []
 
 
 @final
