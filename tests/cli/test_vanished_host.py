@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +45,41 @@ def namespace() -> Iterator[str]:
             yield link.namespace
     except NoLink as exc:
         pytest.skip(str(exc))
+
+
+@pytest.mark.slow
+def test_a_host_that_vanishes_while_it_does_not_read_is_noticed_as_soon(
+    namespace: str, tmp_path: Path
+) -> None:
+    """More is to be sent to the process there than it takes: it is stopped, which alone is no loss."""
+    names = [f"key number {number}" for number in range(5000)]
+    script = tmp_path / "train.py"
+    script.write_text(
+        WORKER.replace('"never", torch.zeros(1)', f"{names!r}, [torch.zeros(1)] * {len(names)}")
+    )
+    cluster = EmbeddedJob(2, 1, host=HERE, timeout_s=100.0, peer_timeout_s=PEER_TIMEOUT_S)
+    command = ["ip", "netns", "exec", namespace, sys.executable, str(script)]
+    env = {**os.environ, **cluster.config("worker", 1).to_env(), "TENSORKV_HOST": THERE}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as there:
+        assert there.stdout is not None
+        job = cluster.join(0)
+        kv = DistStore("dist_sync", job, store="default", reduction="sum", timeout_s=100.0)
+        assert there.stdout.readline() == "joined\n"
+        while "worker 1, in init" not in "".join(cluster.scheduler.report()):
+            time.sleep(0.01)
+        there.send_signal(signal.SIGSTOP)
+        kv.init(names, [torch.zeros(1)] * len(names))
+        time.sleep(2 * PEER_TIMEOUT_S)
+        assert cluster.scheduler.lost is None
+
+        subprocess.run(["ip", "link", "set", namespace, "down"], timeout=20, check=True)
+        began = time.monotonic()
+        with pytest.raises(PeerLostError, match=r"worker 1 on host .* was lost: its host does not answer"):
+            kv.barrier()
+        assert time.monotonic() - began < PEER_TIMEOUT_S + SLACK_S
+        there.kill()
+    job.close(m.Abandon("the test is over"))
+    cluster.stop()
 
 
 @pytest.mark.slow

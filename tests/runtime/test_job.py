@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -95,10 +96,10 @@ def test_joining_that_fails_half_way_leaves_nothing(
     """The second server does not let the worker in; the scheduler is told, and no socket is left."""
     real = job_module.connect_to_server
 
-    def connect(config: JobConfig, rank: int, address: m.ServerAddress) -> object:
+    def connect(config: JobConfig, rank: int, *args: Any) -> object:
         if rank == 1:
             raise ProtocolError("not today")
-        return real(config, rank, address)
+        return real(config, rank, *args)
 
     monkeypatch.setattr(job_module, "connect_to_server", connect)
     with pytest.raises(ProtocolError, match="not today"):
@@ -114,12 +115,12 @@ def test_who_cannot_reach_a_server_hears_from_the_scheduler_who_was_lost(
     """Else it would itself be named as the first that was lost: so the chaos run found it."""
     real = job_module.connect_to_server
 
-    def connect(config: JobConfig, rank: int, address: m.ServerAddress) -> object:
+    def connect(config: JobConfig, rank: int, *args: Any) -> object:
         if (config.rank, rank) == (0, 1):
             if known:
                 cluster.join(1).close(m.Abandon("it fell over"))
             raise PeerLostError("server 1 cannot be reached")
-        return real(config, rank, address)
+        return real(config, rank, *args)
 
     monkeypatch.setattr(job_module, "connect_to_server", connect)
     monkeypatch.setattr(waits, "LOST_GRACE_S", DEADLINE_S if known else 0.0)

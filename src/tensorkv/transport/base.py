@@ -115,8 +115,8 @@ class Connection(ABC):
     def notice_silence(self, timeout_s: float) -> None:
         """Have the connection break when its peer's host has not answered for `timeout_s` seconds.
 
-        The system asks by itself, also when nobody sends. A peer that lives but does not read may be cut
-        off, so this is only for connections that carry little. Does nothing within a process.
+        The system asks by itself, also when nobody sends. A peer that lives but does not read stays. What is
+        sent goes in pieces, so this is for connections that carry little. Does nothing within a process.
         """
 
     @abstractmethod
