@@ -5,14 +5,14 @@ What the records mean stands in `tensorkv.savedstate`; `tensorkv.saveio` has the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import torch
 
-from tensorkv.arrays import Key, bytes_of, dtype_from_name, dtype_name
+from tensorkv.arrays import Key, bytes_of, dtype_from_name, dtype_name, size_bytes
 from tensorkv.errors import LoadError, SaveError
 from tensorkv.savedstate import (
     FORMAT,
@@ -57,6 +57,13 @@ class SliceState:
             name: each.view(tuple(shape)) if name in self.elementwise else each
             for name, each in self.state.items()
         }
+
+
+def state_bytes(state: Mapping[str, Any]) -> int:
+    """Return the bytes of the tensors in an optimizer's state."""
+    return sum(
+        size_bytes(tuple(each.shape), each.dtype) for each in state.values() if isinstance(each, torch.Tensor)
+    )
 
 
 def slice_state(key: Key, value: torch.Tensor, version: int, state: dict[str, Any]) -> SliceState:

@@ -22,7 +22,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
-from tensorkv.arrays import Key, check_matches, check_summable, shape_of
+from tensorkv.arrays import Key, check_matches, check_summable, shape_of, size_bytes
 from tensorkv.errors import DuplicateKey, InvalidArgument, StoreClosed
 from tensorkv.keys import (
     PullBatch,
@@ -53,7 +53,8 @@ class KeyInfo:
 
     `version` counts updates applied, `round` rounds, also empty ones; of a sliced value both are those
     of its slice that is least far. `num_slices` is 1 for a whole value. `generation` counts the
-    initialisations of this name, from 1.
+    initialisations of this name, from 1. `state_bytes` is the size of what the optimizer keeps for the key
+    where its value lives, momentum say, over all slices; `value_bytes` that of the value itself.
     """
 
     key: Key
@@ -64,6 +65,12 @@ class KeyInfo:
     updater: str
     num_slices: int = 1
     generation: int = 1
+    state_bytes: int = 0
+
+    @property
+    def value_bytes(self) -> int:
+        """The size of the value."""
+        return size_bytes(self.shape, self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -532,7 +539,7 @@ class KVStore(ABC):
         return self._keys()
 
     def info(self, key: Key) -> KeyInfo:
-        """Return shape, dtype, version and more of a key.
+        """Return shape, dtype, version, bytes held and more of a key.
 
         Raises:
             KeyNotInitialized, InvalidKey.

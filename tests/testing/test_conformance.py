@@ -30,6 +30,7 @@ from tensorkv.slicestate import (
     assemble,
     from_state_dict,
     slice_state,
+    state_bytes,
     to_state_dict,
 )
 from tensorkv.store import CommitResult, KeyInfo, KVStore
@@ -502,7 +503,13 @@ class ModelStore(KVStore):
                 round=entry.round,
                 updater=self.job.table.setting(key).updater.spec.name,
                 generation=entry.generation,
+                state_bytes=self._state_bytes(key, entry),
             )
+
+    def _state_bytes(self, key: Any, entry: Any) -> int:
+        if self.job.broken == "state is not counted":
+            return 0
+        return state_bytes(self.job.table.setting(key).updater.state(hash((key, entry.generation))))
 
     def _delete(self, keys: Any) -> None:
         with self.job.changed:
@@ -643,6 +650,7 @@ CAUGHT_BY = {
     "versions start anew": ["saved_state_as_dict", "save_and_load-1", "load_into_a_store_in_use"],
     "state is lost": ["saved_state_as_dict", "save_and_load-2", "settings_are_saved"],
     "init overwrites": ["save_and_load-3", "load_into_a_store_in_use"],
+    "state is not counted": ["bytes_held", "bytes_held_of_workers-2"],
     "put is a round": ["put", "put_in_an_open_round-2"],
     "put does not wait": ["put_waits_for_own_round-2", "put_of_large_values"],
     "keeps memory": ["pushed_memory_is_free_at_once-2"],

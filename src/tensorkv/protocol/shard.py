@@ -41,6 +41,7 @@ from tensorkv.protocol.roundwaits import RoundWaits
 from tensorkv.protocol.schedule import LoadUpdater, SettingSchedule
 from tensorkv.protocol.slots import Allocate, Lease, Slot, SlotAllocator, allocate_private
 from tensorkv.protocol.sums import add_up
+from tensorkv.slicestate import state_bytes
 from tensorkv.updater import Setting, SettingsTable, Update, apply_all
 from tensorkv.wire import messages as m
 
@@ -1062,14 +1063,19 @@ class StoreShard:
     # ---- the rest --------------------------------------------------------------------------------
 
     def info(self, worker: int, message: m.AskInfo) -> None:
-        """Tell rounds and versions."""
+        """Tell rounds, versions, and the size of what optimizers keep."""
         self.general()
         found = [self._index_of.get(slice_id, -1) for slice_id in message.slice_ids]
         rounds = [int(self.rounds.applied[i]) if i >= 0 else -1 for i in found]
         versions = [int(self.rounds.version[i]) if i >= 0 else -1 for i in found]
         alive = [self._slices[i] for i in found if i >= 0]
         name = self.schedule.newest(alive[0].key).updater.spec.name if alive else ""
-        self._reply(worker, m.Info(message.request, rounds, versions, name))
+        sizes = [self._state_bytes(i) if i >= 0 else 0 for i in found]
+        self._reply(worker, m.Info(message.request, rounds, versions, sizes, name))
+
+    def _state_bytes(self, index: int) -> int:
+        each = self._slices[index]
+        return state_bytes(each.setting.updater.state(each.slice_id))
 
     def leave(self, worker: int) -> list[tuple[int, int]]:
         """A worker is gone for good: its pushes count, but what it has not asked to commit is dropped.

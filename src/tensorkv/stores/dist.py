@@ -277,6 +277,7 @@ class DistStore(KVStore):
             updater=replies[0].updater,
             num_slices=len(state.entry.slices),
             generation=state.entry.generation,
+            state_bytes=sum(number for reply in replies for number in reply.state_bytes),
         )
 
     def _ask_info(self, state: KeyState) -> list[m.Info]:
@@ -295,8 +296,9 @@ class DistStore(KVStore):
         )
         for rank, reply in zip(servers, replies, strict=True):
             number = len(by_server[rank])
-            if (len(reply.rounds), len(reply.versions)) != (number, number):
-                raise ProtocolError(f"server {rank} told of {len(reply.rounds)} slices, not of {number}")
+            told = (reply.rounds, reply.versions, reply.state_bytes)
+            if any(len(each) != number for each in told) or min(reply.state_bytes, default=0) < 0:
+                raise ProtocolError(f"server {rank} told {told} of {number} slices")
         return replies
 
     def _delete(self, keys: tuple[Key, ...]) -> None:

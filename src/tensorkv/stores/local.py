@@ -62,6 +62,7 @@ from tensorkv.slicestate import (
     assemble,
     from_state_dict,
     slice_state,
+    state_bytes,
     to_state_dict,
 )
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
@@ -377,6 +378,7 @@ class LocalStore(KVStore):
                 round=slot.round,
                 updater=slot.setting.updater.spec.name,
                 generation=slot.generation,
+                state_bytes=state_bytes(slot.setting.updater.state(slot.number)),
             )
 
     def _delete(self, keys: tuple[Key, ...]) -> None:

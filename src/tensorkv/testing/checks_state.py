@@ -199,6 +199,57 @@ def _folder() -> Iterator[str]:
 
 
 @check()
+def check_bytes_held(maker: StoreMaker) -> None:
+    """info tells the bytes of a value and of what its optimizer keeps: nothing, a copy, two and a number."""
+
+    def run(kv: KVStore) -> None:
+        kv.init(
+            {"w": torch.zeros(2, 3), "h": torch.zeros(5, dtype=torch.float16), "large": torch.zeros(600_000)}
+        )
+        names = ["w", "h", "large"]
+
+        def held() -> list[tuple[int, int]]:
+            return [(kv.info(name).value_bytes, kv.info(name).state_bytes) for name in names]
+
+        def push() -> None:
+            kv.push({name: torch.ones(kv.info(name).shape, dtype=kv.info(name).dtype) for name in names})
+            kv.pull("w")
+
+        sizes = [24, 10, 2_400_000]
+        assert held() == [(size, 0) for size in sizes], held()
+        kv.set_optimizer("sgd", lr=0.1, momentum=0.9)
+        push()
+        assert held() == [(size, size) for size in sizes], held()
+        kv.set_optimizer("sgd", lr=0.1, momentum=0.9)
+        assert held() == [(size, size) for size in sizes], held()
+        kv.set_optimizer("adam", lr=0.1, keys=["large"])
+        push()
+        numbers = 4 * kv.info("large").num_slices  # how many steps it was, in each slice
+        assert held() == [(24, 24), (10, 10), (2_400_000, 4_800_000 + numbers)], held()
+        kv.set_updater("add")
+        push()
+        assert held() == [(size, 0) for size in sizes], held()
+
+    in_one(maker, run)
+
+
+@check(workers=(1, 2, 3))
+def check_bytes_held_of_workers(maker: StoreMaker, workers: int) -> None:
+    """Every worker is told the same, however many there are: the state stands where the value does, once."""
+
+    def run(kv: KVStore, meeting: Meeting) -> tuple[int, int]:
+        kv.init("w", torch.zeros(600_000))
+        kv.set_optimizer("sgd", lr=0.1, momentum=0.9)
+        kv.push("w", torch.ones(600_000))
+        kv.pull("w")
+        meeting.everybody()
+        info = kv.info("w")
+        return info.value_bytes, info.state_bytes
+
+    assert in_workers(maker, workers, run) == [(2_400_000, 2_400_000)] * workers
+
+
+@check()
 def check_saved_state_as_dict(maker: StoreMaker) -> None:
     """state_dict is what torch.save writes; another store that loads it goes on bit for bit."""
 

@@ -345,11 +345,15 @@ class Committed(Message, tag=42):
 
 
 class Info(Message, tag=43):
-    """Rounds, versions and the updater's name, in the order asked; -1 for a slice that is gone."""
+    """Rounds, versions, bytes of the optimizer's state, in the order asked, and the updater's name.
+
+    A slice that is gone has -1 as round and version, and no bytes.
+    """
 
     request: int
     rounds: list[int]
     versions: list[int]
+    state_bytes: list[int]
     updater: str
 
 
