@@ -1,4 +1,5 @@
-# Everything a developer runs. Each target makes the virtual environment first, once.
+# Everything a developer runs. Each target makes the virtual environment first, once: `make demo` with what
+# TensorKV needs, torch and 120 MB, and the others with the tools of its developers on top.
 #   make demo      train a small network on real images, 4 workers and 2 servers on this machine
 #   make test      run the tests but those marked slow, within six minutes on two cores
 #   make bench     measure TensorKV, its peers and the floor, and write docs/benchmarks.md (25 minutes)
@@ -9,6 +10,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/.demo
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -17,13 +19,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 setup: $(STAMP)
 
 # The build backend is installed first, pinned like the rest, so that pip fetches no other for the build.
-$(STAMP): pyproject.toml constraints.txt
+$(DEMO): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(PIP_ARGS) -c constraints.txt setuptools
-	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev,examples,bench]'
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e .
+	touch $(DEMO)
+
+$(STAMP): $(DEMO)
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev,bench]'
 	touch $(STAMP)
 
-demo: setup
+demo: $(DEMO)
 	$(BIN)/tensorkv run -n 4 -s 2 -- $(BIN)/python examples/digits.py
 
 # Two at a time: many tests wait for processes of their own. TESTS=path runs some.
