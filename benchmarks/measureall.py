@@ -30,7 +30,7 @@ from rich.console import Console
 from sweeps import SWEEPS, Found, sweep_markdown
 from sweeps import SYSTEMS as SWEPT
 from systems import SYSTEMS, can_do, job_makers, measure, rows_of
-from tables import Row, goals_table, markdown, terminal_table
+from tables import Row, goals_markdown, goals_table, markdown, terminal_table
 
 from tensorkv.bench.machine import Machine, this_machine
 
@@ -67,7 +67,7 @@ class Measured:
     def markdown(self) -> str:
         """Return all tables."""
         command = "make bench" if self.minutes is None else f"make bench (took {self.minutes:.0f} minutes)"
-        parts = [markdown(self.tables, self.verdicts(), self.machine, command)]
+        parts = [markdown(self.tables, self.machine, command)]
         if self.minutes is None:
             parts.insert(0, "**Unfinished**: what follows was measured before the run was ended.\n")
         if self.missing:
@@ -81,6 +81,9 @@ class Measured:
         for sweep in SWEEPS:
             if sweep.name in self.found:
                 parts.append(sweep_markdown(sweep, self.found[sweep.name], sweep.fitting()[1]))
+        if self.verdicts():
+            parts.append("## What was asked, and what was found\n")
+            parts.append(goals_markdown(self.verdicts()))
         return "\n".join(parts)
 
 

@@ -34,7 +34,7 @@ from jobs import Case
 from peerenv import NoPeer, Peer, add_options, peer_pythons
 from rich.console import Console
 from systems import OURS, SYSTEMS, job_makers, measure, rows_of
-from tables import as_json, goals_table, markdown, terminal_table
+from tables import as_json, goals_markdown, goals_table, markdown, terminal_table
 
 from tensorkv.bench.machine import this_machine
 
@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 so_far = as_json(all_rows, verdicts, machine, command)
                 arguments.json.write_text(json.dumps(so_far, indent=1) + "\n")
             if arguments.markdown:
-                arguments.markdown.write_text(markdown(tables, verdicts, machine, command))
+                goals_text = f"\n{goals_markdown(verdicts)}" if verdicts else ""
+                arguments.markdown.write_text(markdown(tables, machine, command) + goals_text)
     if verdicts:
         console.print(goals_table(verdicts))
 

@@ -62,15 +62,16 @@ def goals_table(verdicts: Sequence[Verdict]) -> Table:
     return table
 
 
-def markdown(
-    tables: Sequence[tuple[str, Sequence[Row]]], verdicts: Sequence[Verdict], machine: Machine, command: str
-) -> str:
-    """Return all tables, with machine, date and command, as markdown."""
+def goals_markdown(verdicts: Sequence[Verdict]) -> str:
+    """Return what was asked and what was found as markdown: what was reached first, what falls short last."""
+    ordered = sorted(verdicts, key=lambda verdict: not verdict.reached)
+    lines = [_line(goals.COLUMNS), _line(["---"] * 3 + ["--:", "---"])]
+    return "\n".join([*lines, *(_line(verdict.cells()) for verdict in ordered), ""])
+
+
+def markdown(tables: Sequence[tuple[str, Sequence[Row]]], machine: Machine, command: str) -> str:
+    """Return the tables of all cases, with machine, date and command, as markdown."""
     lines = [machine.text() + ".", "", f"    {command}", ""]
-    if verdicts:
-        lines += [_line(goals.COLUMNS), _line(["---"] * 3 + ["--:", "---"])]
-        lines += [_line(verdict.cells()) for verdict in verdicts]
-        lines.append("")
     for title, rows in tables:
         lines += [f"**{title}**", "", _line(COLUMNS), _line(["---", "---", *["--:"] * 5])]
         lines += [_line(row.cells()) for row in rows]

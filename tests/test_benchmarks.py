@@ -183,14 +183,16 @@ def test_a_goal_is_judged_round_by_round_and_told_with_its_case() -> None:
     verdicts = judge(asked, {case.name: times})
     assert [verdict.reached for verdict in verdicts] == [True, False, True, False, True, False, None]
     assert [verdict.found for verdict in verdicts[1:4:2]] == ["1.5", "2"]
-    text = tables.markdown(
-        [(case.title, systems.rows_of(case, times))], verdicts, this_machine(), "a command"
-    )
+    text = tables.markdown([(case.title, systems.rows_of(case, times))], this_machine(), "a command")
     assert case.title in text
     assert "    a command\n" in text
-    assert "| dist-resnet50 | tensorkv, pushpull | ≥ 1.6 times as fast as mxnet pushpull | 1.5 | NO |" in text
-    assert "| ≥ 2 times as fast as ray actors | not measured | ? |" in text
     assert "| floor | tcp | 500 |" in text
+    asked_and_found = tables.goals_markdown(verdicts)
+    missed = "| dist-resnet50 | tensorkv, pushpull | ≥ 1.6 times as fast as mxnet pushpull | 1.5 | NO |"
+    assert missed in asked_and_found
+    assert "| ≥ 2 times as fast as ray actors | not measured | ? |" in asked_and_found
+    reached = [line.endswith("| yes |") for line in asked_and_found.splitlines()[2:]]
+    assert reached == sorted(reached, reverse=True)  # what falls short stands last
 
 
 def test_every_goal_is_of_a_case_and_of_systems_that_can_do_it() -> None:
