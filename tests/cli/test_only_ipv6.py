@@ -50,6 +50,11 @@ def inside(command: str, script: Path) -> list[str]:
 
 RUN = '"$PYTHON" -m tensorkv run --no-prefix -n 2 -s 2 {} -- "$PYTHON" "$SCRIPT"'
 
+TORCHRUN = (
+    '"$PYTHON" -m torch.distributed.run --nnodes 1 --nproc-per-node 2 --rdzv-backend c10d --rdzv-id job '
+    '--rdzv-endpoint "[::1]:29400" --local-addr ::1 "$SCRIPT"'
+)
+
 
 @pytest.mark.parametrize(
     ("command", "call", "options", "workers"),
@@ -57,10 +62,11 @@ RUN = '"$PYTHON" -m tensorkv run --no-prefix -n 2 -s 2 {} -- "$PYTHON" "$SCRIPT"
         (RUN.format(""), "work()", "", 2),
         (RUN.format("--host ::1 --transport tcp"), "work()", "", 2),
         ("TENSORKV_HOST=[::1] " + RUN.format(""), "work()", "", 2),
+        (TORCHRUN, "work()", "", 2),
         ('"$PYTHON" "$SCRIPT"', "tensorkv.spawn(work, num_workers=2)", "", 2),
         ('"$PYTHON" "$SCRIPT"', "work()", "embedded=True, transport='tcp'", 1),
     ],
-    ids=["run", "run --host", "TENSORKV_HOST", "spawn", "embedded"],
+    ids=["run", "run --host", "TENSORKV_HOST", "torchrun", "spawn", "embedded"],
 )
 def test_a_job_runs(tmp_path: Path, command: str, call: str, options: str, workers: int) -> None:
     script = tmp_path / "train.py"

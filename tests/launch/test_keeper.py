@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 from tensorkv.config import JobConfig
-from tensorkv.errors import PeerLostError
+from tensorkv.errors import PeerLostError, RankTaken
 from tensorkv.launch import keeper as module
 from tensorkv.launch.keeper import JobRecord, Keeper
 from tensorkv.runtime.code import updater_loader
@@ -107,10 +107,12 @@ def test_it_stays_until_all_have_left_although_its_parent_is_gone() -> None:
             first, other = worker(keeper, 0), worker(keeper, 1)
             first.close(m.Goodbye())
             parent.end()
-            while os.path.exists(path):  # removed as soon as both have joined
-                assert other.failure() is None
             assert other.failure() is None, "one has not left yet"
+            with pytest.raises(RankTaken, match="worker 1"):  # who comes too many can still read the token
+                worker(keeper, 1)
+            assert os.path.exists(path)
             other.close(m.Goodbye())
+    assert not os.path.exists(path)
 
 
 def test_a_lost_worker_ends_the_job() -> None:
@@ -121,6 +123,28 @@ def test_a_lost_worker_ends_the_job() -> None:
         with pytest.raises(PeerLostError, match="worker 0"):
             other.control.request(lambda number: m.AskWaiting(number, 1), "a call", DEADLINE_S)
         other.close(m.Abandon("for a test"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nobody_joins_a_job_whose_starter_is_gone(rank: int) -> None:
+    """Not even in the moment before the keeper has noticed: who comes is of the launcher's next attempt."""
+    with Parent() as parent, Keeper(config(), (), {}, parent.pidfd) as keeper, server(keeper):
+        parent.end()
+        with pytest.raises(PeerLostError, match="the job is over: worker 0"):
+            worker(keeper, rank)
+
+
+def test_who_comes_late_may_join_when_worker_0_has_left_until_there_is_another() -> None:
+    with Parent() as parent, Keeper(config(), (), {}, parent.pidfd) as keeper, server(keeper):
+        worker(keeper, 0).close(m.Goodbye())
+        parent.end()
+        late = worker(keeper, 1)
+        with pytest.raises(PeerLostError, match="the job is over: worker 0"):
+            worker(keeper, 0)
+        while late.failure() is None:
+            os.sched_yield()
+        assert "was lost: its process has ended" in str(late.failure())
+        late.close(m.Abandon("for a test"))
 
 
 def test_it_does_not_outlive_a_parent_that_never_joined() -> None:

@@ -8,6 +8,7 @@
 - `local`: scheduler, servers and workers on this machine.
 - `spawn`: the same, with workers that call a function.
 - `torchrun`: the job of workers that torchrun has started; they start the rest.
+- `rounds`: how the workers of one attempt tell each other where their job is.
 - `keeper`: the process that keeps scheduler and servers for those.
 - `child`, `guard`: two small scripts that see to it that nothing outlives the launcher.
 """

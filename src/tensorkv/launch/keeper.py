@@ -50,12 +50,15 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Where a job is found. It passes through torchrun's store, which anybody can read: no token in it.
 
     `token_file` is the path of a file that only this user can read, "" where TENSORKV_TOKEN is set.
+    `keepers` are the ranks of the workers that keep the servers of their hosts, dealt out in turn.
     `error` says why there is no job; nothing else counts then.
     """
 
     host: str = ""
     port: int = 0
+    num_workers: int = 0
     num_servers: int = 0
+    keepers: tuple[int, ...] = ()
     token_file: str = ""
     error: str = ""
 
@@ -68,9 +71,17 @@ class Keeper:
         config: the job; role and rank do not count. Without a token one is made, and written to a file.
         servers: ranks of the servers of this host.
         environ: what they inherit.
+        parent: a pidfd of the worker that started this process.
     """
 
-    def __init__(self, config: JobConfig, servers: Iterable[int], environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        servers: Iterable[int],
+        environ: Mapping[str, str],
+        parent: int | None = None,
+    ) -> None:
+        self._parent = parent
         self._ranks = tuple(servers)
         self._environ = environ
         self._scheduler: SchedulerServer | None = None
@@ -85,6 +96,7 @@ class Keeper:
                 host=config.host,
                 slice_bound_bytes=config.slice_bound_bytes,
                 peer_timeout_s=config.peer_timeout_s,
+                starter_gone=self._parent_gone,
             )
             host, port = self._scheduler.address
             config = dataclasses.replace(config, scheduler_host=host, scheduler_port=port)
@@ -110,7 +122,7 @@ class Keeper:
         os.eventfd_write(self._asked, 1)
 
     def write_token(self) -> None:
-        """Write the token to a new file that only this user can read."""
+        """Write the token to a new file that only this user can read; it is there while the job is."""
         descriptor, self.token_file = tempfile.mkstemp(prefix=TOKEN_PREFIX, suffix=TOKEN_SUFFIX)
         with open(descriptor, "w") as file:
             file.write(self.config.token)
@@ -125,8 +137,12 @@ class Keeper:
                 shielded(argv, environ), env=environ, stdin=subprocess.DEVNULL, start_new_session=True
             )
 
+    def _parent_gone(self) -> bool:
+        return self._parent is not None and bool(select.select([self._parent], [], [], 0)[0])
+
     def run(self, parent: int) -> None:
         """Stay until the job is over. `parent` is a pidfd of the worker that started this process."""
+        self._parent = parent
         with contextlib.ExitStack() as stack:
             poller = select.poll()
             poller.register(parent, select.POLLIN)
@@ -139,8 +155,7 @@ class Keeper:
                 ranks[descriptor] = rank
             gone_at: float | None = None
             while not self._over(gone_at, bool(ranks)):
-                idle = gone_at is None and not self.token_file
-                for descriptor, _ in poller.poll(None if idle else TICK_S * 1000):
+                for descriptor, _ in poller.poll(None if gone_at is None else TICK_S * 1000):
                     if descriptor == self._asked:
                         os.eventfd_read(descriptor)
                         self._report()
@@ -150,7 +165,6 @@ class Keeper:
                         gone_at = time.monotonic()
                     else:
                         self._server_ended(ranks.pop(descriptor))
-                self._perhaps_remove_token()
 
     def _over(self, gone_at: float | None, serving: bool) -> bool:
         """Whether this process has nothing left to do. `gone_at`: when the parent ended."""
@@ -190,13 +204,6 @@ class Keeper:
             connection.shutdown()
             connection.close()
 
-    def _perhaps_remove_token(self) -> None:
-        """Remove the file of the token as soon as nobody needs to read it any more."""
-        if self.token_file and self._scheduler is not None:
-            joined, _ = self._scheduler.count_workers()
-            if joined == self.config.num_workers:
-                self._remove_token()
-
     def _remove_token(self) -> None:
         if self.token_file:
             with contextlib.suppress(FileNotFoundError):
@@ -235,7 +242,7 @@ def main(parent_pid: str, report_fd: str, server_ranks: str) -> int:
     ranks = [int(rank) for rank in server_ranks.split(",") if rank]
     with open(int(report_fd), "wb") as report:
         try:
-            keeper = Keeper(config, ranks, os.environ)
+            keeper = Keeper(config, ranks, os.environ, parent)
         except OSError as exc:
             report.write(msgspec.json.encode(JobRecord(error=str(exc))))
             return 1
@@ -247,7 +254,11 @@ def main(parent_pid: str, report_fd: str, server_ranks: str) -> int:
             keeper.start_servers()
             host, port = keeper.config.scheduler_host, keeper.config.scheduler_port
             record = JobRecord(
-                host=host, port=port, num_servers=config.num_servers, token_file=keeper.token_file
+                host=host,
+                port=port,
+                num_workers=config.num_workers,
+                num_servers=config.num_servers,
+                token_file=keeper.token_file,
             )
             report.write(msgspec.json.encode(record))
             report.close()

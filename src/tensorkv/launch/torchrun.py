@@ -1,33 +1,38 @@
 """A job for the workers that torchrun, or a launcher which sets the same variables, has started.
 
 Nobody starts scheduler and servers then: the workers do, when they open their first distributed store.
-Rank 0 starts a keeper (see `keeper`) with the scheduler and the servers of its host, and tells the others
-through the TCPStore at MASTER_ADDR:MASTER_PORT where the job is; local rank 0 of each other host starts a
-keeper with the servers of that host. torchrun's agent holds that TCPStore; where no agent does, rank 0.
+Rank 0 announces a round (see `rounds`) in the TCPStore at MASTER_ADDR:MASTER_PORT, starts a keeper (see
+`keeper`) with the scheduler and the servers of its host, and tells the others where it is. They join the
+scheduler of that round; where it is gone, or of an attempt before, they look again. The worker that
+stands for another host starts a keeper with the servers of that. torchrun's agent holds the TCPStore;
+where no agent does, rank 0.
 
 The job's token does not pass through the store. On one host it is in a file that only this user can read,
-over several hosts in TENSORKV_TOKEN.
+over several hosts it is made of TENSORKV_TOKEN and the round's name: so that a scheduler of another round,
+or of another job with the same secret, is not taken for this one's.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hmac
+import logging
 import os
 import select
-import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
+from tensorkv.addresses import LOOPBACK, bare_host, is_wildcard, join_address
 from tensorkv.config import (
     DEFAULT_TIMEOUT_S,
     ENV_ALLOW_IMPORT,
@@ -35,39 +40,59 @@ from tensorkv.config import (
     ENV_NUM_SERVERS,
     ENV_TOKEN,
     JobConfig,
+    Transport,
+    read_host,
     read_number,
     read_peer_timeout_s,
     read_slice_bound_bytes,
-    read_timeout_s,
     read_transport,
 )
-from tensorkv.errors import AuthenticationError, NotInJob, PeerLostError
+from tensorkv.errors import AuthenticationError, NotInJob, PeerLostError, RankTaken, TensorKVError
 from tensorkv.launch.keeper import TOKEN_PREFIX, TOKEN_SUFFIX, JobRecord
+from tensorkv.launch.rounds import Board, Enlisted, hosts
+from tensorkv.runtime.handshake import connect_to_scheduler
 from tensorkv.runtime.waits import Wait
+from tensorkv.transport.base import Connection
+from tensorkv.transport.tcp import own_host_towards
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch has no __all__ there
 
+    from tensorkv.runtime.job import Job
+
+logger = logging.getLogger(__name__)
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _KEEPER_START_S = 60.0
 _CONNECT_S = 5.0  # a signal is seen only in between
 _LEAST_CONNECT_S = 1.0  # torch before 2.6 takes whole seconds only
 _POLL_S = 0.02
+_LEAST_PAUSE_S, _MOST_PAUSE_S = 0.1, 2.0
+"""Pause between two attempts to join one round: this at first, twice as long each time, up to that."""
+
 _MAX_TOKEN_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where torchrun has put this process. `host` counts the hosts from 0; `prefix` is of this attempt."""
+    """Where a launcher has put this process. `prefix` is the part of the store that is its job's."""
 
     rank: int
     num_workers: int
     local_rank: int
-    host: int
-    num_hosts: int
+    local_workers: int
     master: tuple[str, int]
     agent_store: bool
     prefix: str
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all workers are on this host."""
+        return self.local_workers == self.num_workers
+
+    @property
+    def store_name(self) -> str:
+        """The store at which the workers meet, for texts."""
+        return f"torch's TCPStore at {join_address(*self.master)}"
 
 
 def read_place(environ: Mapping[str, str]) -> Place | None:
@@ -84,27 +109,22 @@ def read_place(environ: Mapping[str, str]) -> Place | None:
             f"RANK and WORLD_SIZE are set as by torchrun, but {', '.join(missing)} not; "
             "start the job with torchrun or `tensorkv run`, or unset them"
         )
-    numbers = {
-        name: _number(environ, name)
-        for name in (*_NEEDED, "GROUP_RANK", "GROUP_WORLD_SIZE")
-        if name != "MASTER_ADDR" and name in environ
-    }
+    numbers = {name: _number(environ, name) for name in _NEEDED if name != "MASTER_ADDR"}
     rank, num_workers, local_workers = numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_WORLD_SIZE"]
     if not (0 <= rank < num_workers and 0 <= numbers["LOCAL_RANK"] < local_workers <= num_workers):
         told = ", ".join(f"{name}={environ[name]}" for name in _NEEDED[:4])
-        raise NotInJob(f"the environment says {told}, which do not fit together")
-    run_id = environ.get("TORCHELASTIC_RUN_ID", "")
-    restart = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        raise NotInJob(
+            f"the environment says {told}, which do not fit together: ranks count from 0 and are less than "
+            "the size, and no host has more workers than the job"
+        )
     return Place(
         rank=rank,
         num_workers=num_workers,
         local_rank=numbers["LOCAL_RANK"],
-        host=numbers.get("GROUP_RANK", rank // local_workers),
-        num_hosts=numbers.get("GROUP_WORLD_SIZE", -(-num_workers // local_workers)),
-        master=(environ["MASTER_ADDR"], numbers["MASTER_PORT"]),
+        local_workers=local_workers,
+        master=(bare_host(environ["MASTER_ADDR"]), numbers["MASTER_PORT"]),
         agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        # A membership change restarts the workers without counting: the size tells such rounds apart.
-        prefix=f"tensorkv/{run_id}/{restart}/{num_workers}",
+        prefix=f"tensorkv/{environ.get('TORCHELASTIC_RUN_ID', '')}",
     )
 
 
@@ -120,90 +140,285 @@ _found: dict[int, JobConfig] = {}  # by process id: a forked child asks for itse
 _held: list[Any] = []  # a TCPStore that others read from, and keepers: both for as long as this process
 
 
-def find_job(
-    environ: Mapping[str, str] | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
-) -> JobConfig | None:
+def join_job(
+    environ: Mapping[str, str] | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    transport: Transport | None = None,
+) -> Job | None:
     """Return this worker's place in the job of its launcher, None if that was not torchrun or one like it.
 
-    The first call of a process starts what this process has to start, and waits until rank 0 has told
-    where the job is. Safe from any thread.
+    The first call of a process starts what this process has to start, waits until rank 0 has told where
+    the job is, and joins it. Safe from any thread.
+
+    Args:
+        environ: the variables of the process, if not its own.
+        timeout_s: how many seconds all of this may take.
+        transport: how this worker reaches servers; None for what the environment says. The first call counts.
 
     Raises:
-        NotInJob: the variables are incomplete, or a job over several hosts has no TENSORKV_TOKEN.
+        NotInJob: the variables are incomplete, do not fit those of the others, or a job over several hosts
+            has no TENSORKV_TOKEN; or this process was forked from a worker.
         InvalidArgument: a TENSORKV_ variable holds no number, or one out of its range.
-        PeerLostError: rank 0, or a keeper, could not start its part.
+        RankTaken: another process has this rank.
+        PeerLostError: rank 0, or a keeper, could not start its part; the store or the job cannot be reached.
         WaitTimeout: rank 0 has not told where the job is.
-        AuthenticationError: the token's file is not what it should be.
+        AuthenticationError: the tokens differ, or the token's file is not what it should be.
+        What `Job` raises.
     """
     environ = os.environ if environ is None else environ
     place = read_place(environ)
     if place is None:
         return None
+    from tensorkv.runtime.job import check_not_forked, join
+
     with _lock:
         config = _found.get(os.getpid())
-        if config is None:
-            config = _found[os.getpid()] = _find(place, environ, time.monotonic() + timeout_s)
-        return config
+        if config is not None:
+            return join(config)
+        config = _read_config(place, environ, timeout_s, transport)
+        check_not_forked(config)
+        config, connection = _enter(place, config, environ, timeout_s)
+        _found[os.getpid()] = config
+        return join(config, connection)
 
 
-def _find(place: Place, environ: Mapping[str, str], deadline: float) -> JobConfig:
+def _read_config(
+    place: Place, environ: Mapping[str, str], timeout_s: float, transport: Transport | None
+) -> JobConfig:
+    """Return the config of this worker as far as it is known: without the scheduler.
+
+    `num_servers` is 0 where it depends on the number of hosts. The token is the secret of all rounds.
+    """
     token = environ.get(ENV_TOKEN, "")
-    if place.num_hosts > 1 and not token:
+    if not place.one_host and not token:
         raise NotInJob(
-            f"this job runs on {place.num_hosts} hosts: set {ENV_TOKEN} to the same secret on all of them, "
-            "for example the output of `openssl rand -hex 32`"
+            f"this job runs on several hosts ({place.local_workers} of its {place.num_workers} workers on "
+            f"this one): set {ENV_TOKEN} to the same secret on all of them, for example the output of "
+            "`openssl rand -hex 32`"
         )
-    config = JobConfig(
+    asked = ENV_NUM_SERVERS in environ
+    return JobConfig(
         role="worker",
         rank=place.rank,
         num_workers=place.num_workers,
-        num_servers=read_number(environ, ENV_NUM_SERVERS, int, place.num_hosts, least=1),
+        num_servers=read_number(environ, ENV_NUM_SERVERS, int, 1, least=1) if asked else 0,
         scheduler_host=place.master[0],
         scheduler_port=0,
         token=token,
-        host=_own_address(place, environ),
-        timeout_s=read_timeout_s(environ),
+        host=_own_host(place, environ),
+        timeout_s=timeout_s,
         peer_timeout_s=read_peer_timeout_s(environ),
         slice_bound_bytes=read_slice_bound_bytes(environ),
         allow_import=tuple(filter(None, environ.get(ENV_ALLOW_IMPORT, "").split(","))),
-        transport=read_transport(environ),
+        transport=read_transport(environ) if transport is None else transport,
     )
-    store = _open_store(place, deadline)
-    record = _start_job(place, config, store, environ) if place.rank == 0 else None
-    if record is None:
-        record = _read_record(place, store, deadline)
+
+
+@final
+class _Search:
+    """How long this worker looks for its job, and what it waits for, for texts."""
+
+    def __init__(self, place: Place, timeout_s: float) -> None:
+        self.deadline = time.monotonic() + timeout_s
+        self.whom = "worker 0, which has not opened a distributed store; every rank has to"
+        self._last = ""
+        self._wait = Wait("finding the job", timeout_s, lambda: None, whom=self._describe)
+
+    def pause(self) -> None:
+        """Sleep a little. Raises WaitTimeout after the deadline."""
+        self._wait.tick()
+        time.sleep(_POLL_S)
+
+    def failed(self, exc: TensorKVError) -> None:
+        """The job announced last cannot be joined, but another may be announced."""
+        self._last = str(exc)
+        logger.debug("the job announced last cannot be joined: %s", exc)
+
+    def _describe(self) -> str:
+        return f"{self.whom} (of the job announced last: {self._last})" if self._last else self.whom
+
+
+def _enter(
+    place: Place, config: JobConfig, environ: Mapping[str, str], timeout_s: float
+) -> tuple[JobConfig, Connection]:
+    """Find the job; return this worker's config and its connection to the scheduler, already let in."""
+    from torch.distributed import DistError
+
+    search = _Search(place, timeout_s)
+    store, is_anothers = _open_store(place, search)
+    board = Board(store, place.prefix)
+    try:
+        if place.rank == 0:
+            return _lead(place, config, environ, board, search, is_anothers)
+        record, config, connection = _follow(place, config, board, search)
+    except DistError as exc:
+        raise PeerLostError(f"{place.store_name} is gone, with the process that held it: {exc}") from exc
+    try:
+        _keep_servers(place, config, record.keepers, environ)
+    except BaseException:
+        connection.shutdown()  # the scheduler tells the others that this worker is lost
+        connection.close()
+        raise
+    return config, connection
+
+
+def _lead(
+    place: Place,
+    config: JobConfig,
+    environ: Mapping[str, str],
+    board: Board,
+    search: _Search,
+    is_anothers: bool,
+) -> tuple[JobConfig, Connection]:
+    """As rank 0, begin a round and join it; or join one that a parent of this process has just begun.
+
+    `is_anothers`: the store is held by another process, where rank 0 should.
+    """
+    name = ""
+    while not name:
+        last = board.current()
+        record = board.read(last) if last else None
+        try:
+            if record is not None:
+                return _attempt(place, config, last, record)
+        except RankTaken:
+            raise
+        except TensorKVError as exc:
+            logger.debug("round %s was of an attempt before: %s", last, exc)
+        if is_anothers:
+            raise RankTaken(
+                f"{place.store_name} is held by another process, which was started with RANK=0 too or has "
+                "started this one; start each worker with a rank of its own"
+            )
+        name = board.announce(last)
+    keepers = _count_hosts(place, board, name, search)
+    num_servers = config.num_servers or len(keepers)
+    job = dataclasses.replace(config, num_servers=num_servers, token=round_token(config.token, name))
+    record = start_keeper(job, _servers_of(0, keepers, num_servers), environ)
+    record = msgspec.structs.replace(record, keepers=tuple(keepers))
+    board.tell(name, record)
+    return _attempt(place, config, name, record)
+
+
+def _count_hosts(place: Place, board: Board, name: str, search: _Search) -> list[int]:
+    """Wait until all hosts are known; return the rank that keeps the servers of each."""
+    if place.one_host:
+        return [0]
+    board.enlist(name, _enlisted(place))
+    known: dict[int, Enlisted] = {}
+    while True:
+        board.enlisted(name, known)
+        for each in known.values():
+            if each.num_workers != place.num_workers:
+                error = _size_mismatch(place.num_workers, each.num_workers, f"rank {each.rank}")
+                board.tell(name, JobRecord(error=str(error)))
+                raise error
+        found = hosts(list(known.values()), place.num_workers)
+        if found is not None:
+            return found
+        if board.current() != name:
+            raise RankTaken("another process that was started with RANK=0 has begun this job anew")
+        ranks = sorted({each.rank for each in known.values()})
+        search.whom = (
+            f"workers of other hosts; of {place.num_workers} workers only {', '.join(map(str, ranks))} "
+            "have opened a distributed store, and LOCAL_RANK 0 of each host has to"
+        )
+        search.pause()
+
+
+def _follow(
+    place: Place, config: JobConfig, board: Board, search: _Search
+) -> tuple[JobRecord, JobConfig, Connection]:
+    """As another rank, wait until a round is announced that this worker can join, and join it.
+
+    Under an agent the round may be of an attempt before, whose scheduler is gone or about to be: then
+    rank 0 will announce another. Where no agent is, whatever is wrong stays so.
+    """
+    name, again_at, pause_s, doubted_at = "", 0.0, _LEAST_PAUSE_S, None
+    while True:
+        if (current := board.current()) != name:
+            name, again_at, pause_s, doubted_at = current, 0.0, _LEAST_PAUSE_S, None
+            if not place.one_host:
+                board.enlist(name, _enlisted(place))
+        now = time.monotonic()
+        record = board.read(name) if name and now >= again_at else None
+        if record is not None:
+            try:
+                return record, *_attempt(place, config, name, record)
+            except TensorKVError as exc:
+                doubted_at = None if _is_of_the_past(exc) else doubted_at or now
+                in_doubt = doubted_at is None or now < doubted_at + config.peer_timeout_s
+                if not place.agent_store or not in_doubt:
+                    raise
+                search.failed(exc)
+                again_at, pause_s = now + pause_s, min(2 * pause_s, _MOST_PAUSE_S)
+        search.pause()
+
+
+def _is_of_the_past(exc: TensorKVError) -> bool:
+    """Whether a round that fails so is of an attempt before, if there can be one.
+
+    Else it may be that a process of that attempt still counts as there, or that another job has its port.
+    """
+    return isinstance(exc, (PeerLostError, NotInJob)) or isinstance(exc.__cause__, FileNotFoundError)
+
+
+def _attempt(place: Place, config: JobConfig, name: str, record: JobRecord) -> tuple[JobConfig, Connection]:
+    """Join the scheduler of a round.
+
+    Raises:
+        RankTaken: another process has this rank.
+        PeerLostError: the scheduler is not there, or that job is over, or was never started.
+        NotInJob: it is a job of another size.
+        AuthenticationError, ProtocolError, ProtocolVersionError: it is not of this round, or not TensorKV's.
+    """
     if record.error:
         raise PeerLostError(f"rank 0 could not start scheduler and servers: {record.error}")
+    if record.num_workers != place.num_workers:
+        raise _size_mismatch(place.num_workers, record.num_workers, "rank 0")
     config = dataclasses.replace(
         config,
         num_servers=record.num_servers,
         scheduler_host=record.host,
         scheduler_port=record.port,
-        token=token or read_token(record.token_file),
+        token=round_token(config.token, name) or read_token(record.token_file),
     )
-    servers = range(place.host, config.num_servers, place.num_hosts)
-    if place.rank != 0 and place.local_rank == 0 and servers and _first(store, place, f"host {place.host}"):
-        answer = start_keeper(config, servers, environ)
-        if answer.error:
-            raise PeerLostError(f"the servers of host {place.host} could not be started: {answer.error}")
-    return config
+    return config, connect_to_scheduler(config)
 
 
-def _start_job(
-    place: Place, config: JobConfig, store: TCPStore, environ: Mapping[str, str]
-) -> JobRecord | None:
-    """Start scheduler and servers of the first host and tell everybody; None if a parent has done so."""
-    if not _first(store, place, "scheduler"):
-        return None
-    servers = range(0, config.num_servers, place.num_hosts)
-    record = start_keeper(config, servers, environ)
-    store.set(f"{place.prefix}/job", msgspec.json.encode(record).decode())
-    return record
+def _size_mismatch(here: int, there: int, where: str) -> NotInJob:
+    return NotInJob(
+        f"WORLD_SIZE={here} here, but {there} for {where}; it must be the same for all workers of a job"
+    )
 
 
-def _first(store: TCPStore, place: Place, what: str) -> bool:
-    """Whether nobody has asked this before. A child of a worker inherits the variables of its parent."""
-    return bool(store.add(f"{place.prefix}/{what}", 1) == 1)
+def _enlisted(place: Place) -> Enlisted:
+    return Enlisted(
+        rank=place.rank,
+        num_workers=place.num_workers,
+        local_rank=place.local_rank,
+        local_workers=place.local_workers,
+    )
+
+
+def _servers_of(rank: int, keepers: Sequence[int], num_servers: int) -> range:
+    """Return the servers that the keeper of this worker has; they are dealt out over the hosts in turn."""
+    return range(keepers.index(rank), num_servers, len(keepers)) if rank in keepers else range(0)
+
+
+def _keep_servers(
+    place: Place, config: JobConfig, keepers: Sequence[int], environ: Mapping[str, str]
+) -> None:
+    """Start the servers of this host, if this worker stands for it."""
+    servers = _servers_of(place.rank, keepers, config.num_servers)
+    answer = start_keeper(config, servers, environ) if servers else JobRecord()
+    if answer.error:
+        raise PeerLostError(f"the servers of worker {place.rank}'s host could not be started: {answer.error}")
+
+
+def round_token(token: str, name: str) -> str:
+    """Return the token of one round, made of the secret of all; "" where there is none."""
+    return hmac.new(token.encode(), f"round {name}".encode(), "sha256").hexdigest() if token else ""
 
 
 def start_keeper(config: JobConfig, servers: range, environ: Mapping[str, str]) -> JobRecord:
@@ -234,49 +449,37 @@ def start_keeper(config: JobConfig, servers: range, environ: Mapping[str, str]) 
     return msgspec.json.decode(data, type=JobRecord)
 
 
-def _open_store(place: Place, deadline: float) -> TCPStore:
-    """Connect to the TCPStore of the job. Rank 0 holds it where torchrun's agent does not."""
+def _open_store(place: Place, search: _Search) -> tuple[TCPStore, bool]:
+    """Connect to the TCPStore of the job; whether another process holds it where rank 0 should.
+
+    Rank 0 holds it where torchrun's agent does not.
+    """
     from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
     host, port = place.master
     hosting = place.rank == 0 and not place.agent_store
+    refused: DistError | None = None
     while True:
-        patience_s = max(min(_CONNECT_S, deadline - time.monotonic()), _LEAST_CONNECT_S)
+        patience_s = max(min(_CONNECT_S, search.deadline - time.monotonic()), _LEAST_CONNECT_S)
         try:
             # multi_tenant: init_process_group of the same process uses the same port.
             store = TCPStore(
                 host,
                 port,
-                is_master=hosting,
+                is_master=hosting and refused is None,
                 wait_for_workers=False,
                 multi_tenant=True,
                 timeout=timedelta(seconds=patience_s),
             )
         except DistError as exc:
-            if hosting or time.monotonic() > deadline:
-                raise PeerLostError(f"torch's TCPStore at {host}:{port} cannot be used: {exc}") from exc
+            if hosting and refused is None:
+                refused = exc  # somebody else listens there: another rank 0?
+            elif hosting or time.monotonic() > search.deadline:
+                raise PeerLostError(f"{place.store_name} cannot be used: {refused or exc}") from exc
         else:
-            if hosting:
+            if hosting and refused is None:
                 _held.append(store)
-            return store
-
-
-def _read_record(place: Place, store: TCPStore, deadline: float) -> JobRecord:
-    """Wait until rank 0 has told where the job is."""
-    key = f"{place.prefix}/job"
-    wait = Wait(
-        "finding the job",
-        max(deadline - time.monotonic(), 0.0),
-        failure=lambda: None,
-        whom=lambda: "worker 0, which has not opened a distributed store; every rank has to",
-    )
-    while not store.check([key]):
-        wait.tick()
-        time.sleep(_POLL_S)
-    try:
-        return msgspec.json.decode(store.get(key), type=JobRecord)
-    except msgspec.DecodeError as exc:
-        raise PeerLostError(f"what torch's TCPStore holds under {key!r} is not of TensorKV: {exc}") from exc
+            return store, refused is not None
 
 
 def read_token(path: str) -> str:
@@ -306,18 +509,19 @@ def read_token(path: str) -> str:
         return file.read(_MAX_TOKEN_BYTES).decode("ascii", "replace")
 
 
-def _own_address(place: Place, environ: Mapping[str, str]) -> str:
-    """Return the address to bind to: TENSORKV_HOST, or, on several hosts, that on the way to the master."""
-    if environ.get(ENV_HOST):
-        return environ[ENV_HOST]
-    if place.num_hosts == 1:
-        return "127.0.0.1"
+def _own_host(place: Place, environ: Mapping[str, str]) -> str:
+    """Return the host to listen at: TENSORKV_HOST, or, on several hosts, that on the way to the master.
+
+    The second, too, where TENSORKV_HOST is a wildcard: an address that others are told must be one.
+    """
+    told = read_host(environ)
+    if environ.get(ENV_HOST) and (place.one_host or not is_wildcard(told)):
+        return told
+    if place.one_host:
+        return LOOPBACK
     host, port = place.master
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)  # sends nothing: it only asks the routing table
-            own = str(probe.getsockname()[0])
+        own = own_host_towards(host, port)
     except OSError as exc:
         raise NotInJob(f"MASTER_ADDR={host} cannot be reached: {exc}; set {ENV_HOST} on each host") from exc
     if own.startswith("127.") or own == "::1":

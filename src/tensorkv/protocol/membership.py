@@ -77,6 +77,10 @@ class Membership:
         """Whether a process has registered in this place of the job."""
         return (role, rank) in self._processes
 
+    def has_left(self, rank: int) -> bool:
+        """Whether this worker has said Goodbye, or was seen to end in good order."""
+        return rank in self._goodbyes
+
     def holder(self, role: Role, rank: int) -> str:
         """Return which process has this place of the job, for a text."""
         process = self._processes.get((role, rank))

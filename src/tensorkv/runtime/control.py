@@ -22,7 +22,7 @@ from tensorkv.runtime.waits import (
     lost_text,
     scheduler_lost_error,
 )
-from tensorkv.transport.base import TICK_S
+from tensorkv.transport.base import TICK_S, Connection
 from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
@@ -47,7 +47,8 @@ class ControlClient:
     """Requests to the scheduler and what it announces. Safe from any thread.
 
     `on_failure` is called once, from any thread, when the job is declared broken, `on_gone` when other
-    workers have deleted keys. After `close` requests raise PeerLostError.
+    workers have deleted keys. After `close` requests raise PeerLostError. `connection` is that to the
+    scheduler, where it was made already.
 
     Raises:
         PeerLostError, AuthenticationError, ProtocolVersionError, ProtocolError: it cannot be joined.
@@ -58,6 +59,7 @@ class ControlClient:
         config: JobConfig,
         on_failure: Callable[[TensorKVError], None],
         on_gone: Callable[[m.KeysGone], None],
+        connection: Connection | None = None,
     ) -> None:
         self._on_failure = on_failure
         self._on_gone = on_gone
@@ -71,7 +73,7 @@ class ControlClient:
         self._scheduler_host = config.scheduler_host
         self._num_servers = config.num_servers
         self._failing = threading.Lock()  # only one failure counts
-        self._connection = connect_to_scheduler(config)
+        self._connection = connect_to_scheduler(config) if connection is None else connection
         self._sender = Sender(self._connection, "scheduler", self._fail)
         self._thread = threading.Thread(target=self._read, name="tensorkv-control", daemon=True)
         self._thread.start()

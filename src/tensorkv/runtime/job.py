@@ -65,13 +65,19 @@ class Job:
     Args:
         config: the worker's place.
         code_table: where in-process servers find functions; None if servers are other processes.
+        connection: that to the scheduler, where it was made already; it is this job's then.
 
     Raises:
         AuthenticationError, ProtocolVersionError, PeerLostError, TransportUnavailable, WaitTimeout,
         ConnectionError.
     """
 
-    def __init__(self, config: JobConfig, code_table: CodeTable | None = None) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        code_table: CodeTable | None = None,
+        connection: Connection | None = None,
+    ) -> None:
         self.config = config
         self.code_table = code_table
         self.order = threading.Lock()
@@ -83,7 +89,7 @@ class Job:
         self.closed = False
         self._left: set[int] = set()  # stores; guarded by `order`
         self._broken: TensorKVError | None = None
-        self.control = ControlClient(config, self._on_failure, self._on_gone)
+        self.control = ControlClient(config, self._on_failure, self._on_gone, connection)
         try:
             for rank, address in enumerate(self.control.servers()):
                 connection = connect_to_server(config, rank, address, self.failure)
@@ -314,8 +320,16 @@ _lock = threading.Lock()
 _joined: dict[int, Job] = {}  # by process id: a forked child has none
 
 
-def join(config: JobConfig) -> Job:
+def check_not_forked(config: JobConfig) -> None:
+    """Raise NotInJob where a child was forked from a worker, which has joined the job."""
+    if _joined and os.getpid() not in _joined:
+        raise _forked(config, next(iter(_joined)))
+
+
+def join(config: JobConfig, connection: Connection | None = None) -> Job:
     """Return this process's place in its job; the first call joins it.
+
+    `connection` is that to the scheduler, where it was made already.
 
     Raises:
         NotInJob: this process was forked from a worker, which holds the place.
@@ -324,9 +338,8 @@ def join(config: JobConfig) -> Job:
     with _lock:
         job = _joined.get(os.getpid())
         if job is None:
-            if _joined:
-                raise _forked(config, next(iter(_joined)))
-            job = Job(config)
+            check_not_forked(config)
+            job = Job(config, connection=connection)
             _joined[os.getpid()] = job
             who = f"worker {config.rank} (process {os.getpid()} on {hostname()})"
             atexit.register(leave, job, WorkerSignals(who))

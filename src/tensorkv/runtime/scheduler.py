@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
 from tensorkv.addresses import LOOPBACK
 from tensorkv.config import DEFAULT_PEER_TIMEOUT_S, SLICE_BOUND_BYTES, Role
-from tensorkv.errors import NotInJob, ProtocolError, RankTaken, TensorKVError
+from tensorkv.errors import NotInJob, PeerLostError, ProtocolError, RankTaken, TensorKVError
 from tensorkv.protocol.membership import Membership
 from tensorkv.runtime.handshake import accept, receive_message
 from tensorkv.runtime.newcomers import SPARE_NEWCOMERS, Newcomers
 from tensorkv.runtime.sender import MAX_QUEUED_FRAMES, Sender
-from tensorkv.runtime.waits import ended_because
+from tensorkv.runtime.waits import ended_because, lost_text
 from tensorkv.transport.base import Connection
 from tensorkv.transport.endpoint import listen
 from tensorkv.wire import messages as m
@@ -44,6 +45,8 @@ class SchedulerServer:
         port: 0 lets the system choose.
         slice_bound_bytes: values larger than this are sliced where they may be.
         peer_timeout_s: how many seconds the host of a process may be silent before it counts as lost.
+        starter_gone: tells whether worker 0 has ended, where worker 0 has started this scheduler. No
+            worker is let in then, unless worker 0 has left in good order.
 
     `start` it, tell everybody its `address`, and `stop` it when the workers have ended.
     """
@@ -58,11 +61,13 @@ class SchedulerServer:
         port: int = 0,
         slice_bound_bytes: int = SLICE_BOUND_BYTES,
         peer_timeout_s: float = DEFAULT_PEER_TIMEOUT_S,
+        starter_gone: Callable[[], bool] = lambda: False,
     ) -> None:
         if num_workers < 1 or num_servers < 1:
             raise ValueError(f"a job needs workers and servers, not {num_workers} and {num_servers}")
         self._token = token
         self._peer_timeout_s = peer_timeout_s
+        self._starter_gone = starter_gone
         self._listener = listen(host, port)
         self._lock = threading.Lock()  # guards what stands below
         self._membership = Membership(num_workers, num_servers, slice_bound_bytes)
@@ -175,6 +180,7 @@ class SchedulerServer:
             role, rank = accept(connection, self._token, self._check_place)
         except (TensorKVError, EOFError, ConnectionError) as exc:
             logger.warning("scheduler: refused %s: %s", connection.peer, exc)
+            self._pump()
             connection.shutdown()
             connection.close()
             return
@@ -231,6 +237,8 @@ class SchedulerServer:
                     f"there is no {role} {rank} in this job, which has {size}, counted from 0; "
                     "whoever started this process told it a wrong rank, or a wrong job"
                 )
+            if role == "worker" and (over := self._over(rank)):
+                return PeerLostError(f"the job is over: {over}")
             if (role, rank) in self._taken:
                 return RankTaken(
                     f"{role} {rank} of this job is taken by {self._membership.holder(role, rank)}; start "
@@ -239,6 +247,27 @@ class SchedulerServer:
                 )
             self._taken.add((role, rank))
         return None
+
+    def _over(self, rank: int) -> str:
+        """Return why nobody can become worker `rank` any more, "" if the job goes on. With the lock held.
+
+        Where a launcher starts all workers anew, those of the next attempt may come here, and are to look
+        elsewhere: to be let in, or to be told of a taken rank, would be wrong. So it is not waited until
+        the scheduler has heard of a loss.
+        """
+        membership = self._membership
+        if membership.lost is None and self._starter_gone():
+            if rank == 0 or not (membership.has_left(0) or membership.is_dropped(0)):
+                # If this is rank 0 of the next attempt, whoever came late to this one must not stay in it.
+                membership.declare_lost("worker", 0, "its process has ended")
+                self._flush()
+            if rank == 0:
+                return "worker 0, which has started it, has ended"
+        if membership.lost is not None:
+            return lost_text(membership.lost.role, membership.lost)
+        peer = self._peers.get(("worker", rank))
+        stays = membership.has_left(rank) or membership.is_dropped(rank)
+        return f"worker {rank} was lost" if peer is not None and peer.connection.ended and not stays else ""
 
     def _flush(self) -> None:
         """Queue what the state machine wants to be sent. With the lock held, so that the order stays."""

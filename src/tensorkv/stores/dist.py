@@ -20,7 +20,7 @@ import torch
 
 from tensorkv.addresses import LOOPBACK
 from tensorkv.arrays import Key, check_has_mean, check_matches, dtype_name
-from tensorkv.config import DEFAULT_TIMEOUT_S, ENV_ROLE, JobConfig, Transport, from_env, stray_variables
+from tensorkv.config import DEFAULT_TIMEOUT_S, ENV_ROLE, Transport, from_env, stray_variables
 from tensorkv.errors import (
     InvalidArgument,
     KeyDeleted,
@@ -817,8 +817,9 @@ def open_dist(
         host = "inproc" if transport is None else LOOPBACK
         cluster = EmbeddedJob(1, num_servers, timeout_s=timeout_s, host=host, transport=transport or "auto")
         return _open_embedded(kind, cluster, store, reduction, timeout_s, on_worker_loss)
-    config = from_env() or _job_of_launcher(timeout_s)
-    if config is None or config.role != "worker":
+    config = from_env()
+    job = _job_of_launcher(timeout_s, transport) if config is None else None
+    if job is None and (config is None or config.role != "worker"):
         told = stray_variables() if config is None else f"here is {ENV_ROLE}={config.role}"
         why = f" ({told})" if told else ""
         raise NotInJob(
@@ -828,9 +829,18 @@ def open_dist(
             "or with tensorkv.spawn(function, num_workers=..., num_servers=...) from a script; or pass\n"
             "embedded=True for a job of one worker in this process, servers and all"
         )
+    if config is not None:
+        changes = {} if transport is None else {"transport": transport}
+        job = join(dataclasses.replace(config, timeout_s=timeout_s, **changes))  # type: ignore[arg-type]
+    assert job is not None
+    if transport is not None and job.config.transport != transport:
+        raise InvalidArgument(
+            f"transport={transport!r}, but an earlier store of this process has joined the job with "
+            f"transport={job.config.transport!r}; its connections serve all stores"
+        )
     return DistStore(
         kind,
-        _join(dataclasses.replace(config, timeout_s=timeout_s), transport),
+        job,
         store=store,
         reduction=reduction,
         timeout_s=timeout_s,
@@ -838,22 +848,10 @@ def open_dist(
     )
 
 
-def _join(config: JobConfig, transport: Transport | None) -> Job:
-    if transport is None:
-        return join(config)
-    job = join(dataclasses.replace(config, transport=transport))
-    if job.config.transport != transport:
-        raise InvalidArgument(
-            f"transport={transport!r}, but an earlier store of this process has joined the job with "
-            f"transport={job.config.transport!r}; its connections serve all stores"
-        )
-    return job
+def _job_of_launcher(timeout_s: float, transport: Transport | None) -> Job | None:
+    from tensorkv.launch.torchrun import join_job  # most jobs are started otherwise
 
-
-def _job_of_launcher(timeout_s: float) -> JobConfig | None:
-    from tensorkv.launch.torchrun import find_job  # most jobs are started otherwise
-
-    return find_job(timeout_s=timeout_s)
+    return join_job(timeout_s=timeout_s, transport=transport)
 
 
 def _open_embedded(

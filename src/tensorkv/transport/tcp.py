@@ -208,6 +208,18 @@ def hostname() -> str:
     return socket.gethostname()
 
 
+def own_host_towards(host: str, port: int) -> str:
+    """Return the address by which this machine is seen from another one; nothing is sent.
+
+    Raises:
+        OSError: no way leads there.
+    """
+    family, address = _resolve(host, port)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # it only asks the routing table
+        return _address_of(probe)[0]
+
+
 def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
     """Return the addresses of a host, with their families, those to try first first."""
     hosts = _LOOPBACK_ADDRESSES if host == LOOPBACK else (bare_host(host),)
