@@ -46,6 +46,7 @@ ENV_PEER_TIMEOUT_S = "TENSORKV_PEER_TIMEOUT_S"
 ENV_SLICE_BOUND_BYTES = "TENSORKV_SLICE_BOUND_BYTES"
 ENV_ALLOW_IMPORT = "TENSORKV_ALLOW_IMPORT"
 ENV_TRANSPORT = "TENSORKV_TRANSPORT"
+ENV_TRACEBACK = "TENSORKV_TRACEBACK"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +125,11 @@ def read_peer_timeout_s(environ: Mapping[str, str]) -> float:
 def read_slice_bound_bytes(environ: Mapping[str, str]) -> int:
     """Return above which size values are sliced. Raises InvalidArgument if it is no number, or negative."""
     return read_number(environ, ENV_SLICE_BOUND_BYTES, int, SLICE_BOUND_BYTES, least=0)
+
+
+def full_tracebacks(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether uncaught exceptions of workers are shown with all their frames."""
+    return (os.environ if environ is None else environ).get(ENV_TRACEBACK) == "full"
 
 
 def check_transport(name: str, transport: object) -> Transport:

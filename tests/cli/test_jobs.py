@@ -37,6 +37,22 @@ for step in range(100):
     kv.pull("w")
 """
 
+ONE_RAISES = """
+import torch
+import tensorkv
+
+def step(kv, number):
+    if (kv.rank, number) == (1, 2):
+        raise ValueError("no luck")
+    kv.push("w", torch.ones(4))
+    kv.pull("w")
+
+kv = tensorkv.create("dist_sync")
+kv.init("w", torch.zeros(4))
+for number in range(100):
+    step(kv, number)
+"""
+
 SERVER_DIES = """
 import os
 import signal
@@ -78,6 +94,28 @@ def test_the_worker_that_failed_first_is_named_whoever_follows_it(tmp_path: Path
     status, _, err = run(tmp_path, ONE_FAILS, "-n", "3", arguments=("5",))
     assert err.splitlines()[-1] == "tensorkv: worker 1 failed with status 5; the job was ended"
     assert status == 5
+
+
+@pytest.mark.slow
+def test_who_raised_is_told_last_and_whole_and_the_others_in_a_line_each(tmp_path: Path) -> None:
+    status, _, err = run(tmp_path, ONE_RAISES, "-n", "3")
+    assert status == 1
+    lines = err.splitlines()
+    for rank in (0, 2):  # if the launcher lets them say it
+        said = [line for line in lines if line.startswith(f"[worker {rank}]")]
+        assert len(said) <= 1
+        assert all(
+            f"worker 1 on host {socket.gethostname()} was lost: it ended with ValueError: no luck (" in line
+            for line in said
+        )
+    own = [line.removeprefix("[worker 1] ") for line in lines if line.startswith("[worker 1]")]
+    assert own[0] == "Traceback (most recent call last):"
+    assert own[-1] == "ValueError: no luck"
+    assert lines[-1].startswith("tensorkv: worker 1 ")
+    last = [
+        line.removeprefix("[worker 1] ").removeprefix("tensorkv:   ") for line in lines[-1 - len(own) : -1]
+    ]
+    assert last == own
 
 
 def test_a_lost_server_is_status_1(tmp_path: Path) -> None:

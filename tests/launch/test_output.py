@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkv.launch.output import MAX_LINE_CHARS, FileSink, LineAssembler, Output
+from tensorkv.launch.output import MAX_LINE_CHARS, FileSink, LineAssembler, Output, last_lines
 from tensorkv.launch.supervisor import Node
 
 W0, W1, S0 = Node("worker", 0), Node("worker", 1), Node("server", 0)
@@ -62,6 +62,37 @@ def to_files(**options: bool) -> tuple[Output, Paper, Paper]:
 def to_terminal(columns: int = 60, rows: int = 24, **options: bool) -> tuple[Output, Paper]:
     paper = Paper((columns, rows))
     return Output({"stdout": paper, "stderr": paper}, **options), paper
+
+
+DEEP = ["Traceback (most recent call last):", *["  a frame"] * 30, "ValueError: no luck"]
+REMOTE = ["Traceback (most recent call last):", "  a frame", "ValueError: bad"]
+UPDATER = [
+    "Traceback (most recent call last):",
+    "  a frame",
+    "tensorkv.errors.UpdaterError: updater raised",
+    *REMOTE,
+]
+CAUSED = ["", "The above exception was the direct cause of the following exception:", ""]
+HANDLING = ["", "During handling of the above exception, another exception occurred:", ""]
+LOG = [f"step {number}" for number in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("before", "last"),
+    [
+        ([], []),
+        ([], ["no luck"]),
+        (LOG[:10], LOG[10:]),
+        (LOG, DEEP),
+        (LOG, [*DEEP, *LOG[:9]]),
+        ([*LOG, *DEEP, *LOG[:10]], LOG[10:]),
+        (LOG, [*DEEP, *CAUSED, *DEEP, *HANDLING, *DEEP]),
+        ([*DEEP, "caught, and goes on"], DEEP),
+        (LOG, UPDATER),
+    ],
+)
+def test_the_last_lines_have_a_traceback_whole(before: list[str], last: list[str]) -> None:
+    assert last_lines(before + last) == last
 
 
 class TestLineAssembler:
@@ -270,6 +301,15 @@ class TestFiles:
 
 
 class TestTerminal:
+    def test_last_words_that_others_came_between_are_told_again(self) -> None:
+        output, _, _ = to_files()
+        for line in range(3):
+            output.feed(W0, "stderr", b"line %d\n" % line, 0.0)
+        assert output.last_words(W0) == []
+        output.feed(W1, "stderr", b"between\n", 0.0)
+        output.feed(W0, "stderr", b"line 3\n", 0.0)
+        assert output.last_words(W0) == ["line 0", "line 1", "line 2", "line 3"]
+
     def test_prefixes_are_coloured_and_differ(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("NO_COLOR", raising=False)
         monkeypatch.setenv("TERM", "xterm-256color")

@@ -169,7 +169,7 @@ class Store:
 def joined(cluster: EmbeddedJob, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     monkeypatch.setattr(job_module, "_joined", {})
     monkeypatch.setattr("atexit.register", lambda function, *arguments: None)
-    monkeypatch.setattr(job_module, "WorkerSignals", lambda who: None)  # those of pytest stay as they are
+    monkeypatch.setattr(job_module, "_watch_end", lambda who: None)  # those of pytest stay as they are
     config = cluster.config("worker", 0)
     made = join(config)
     assert join(config) is made

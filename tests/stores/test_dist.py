@@ -119,7 +119,7 @@ def job_over_tcp(num_workers: int = 1) -> Iterator[EmbeddedJob]:
 def enter_job(monkeypatch: pytest.MonkeyPatch, config: JobConfig, **changes: str) -> None:
     for name, value in {**config.to_env(), **changes}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(job_module, "WorkerSignals", lambda who: None)  # pytest keeps its own handlers
+    monkeypatch.setattr(job_module, "_watch_end", lambda who: None)  # pytest keeps its own handlers
 
 
 @pytest.mark.parametrize(

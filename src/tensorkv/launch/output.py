@@ -29,7 +29,10 @@ MAX_LINE_CHARS = 1 << 16
 """An unfinished line longer than this is written as if it were finished."""
 
 TAIL_LINES = 10
-"""So many lines of a process's stderr are kept, to be shown if it fails."""
+"""Number of lines of a process's stderr that are shown if it fails, unless a traceback ends there."""
+
+MAX_TRACEBACK_LINES = 400
+"""Maximum number of lines that are kept of a process's stderr, for a traceback at its end."""
 
 BAR_INTERVAL_S = 1.0
 """Time between two states of a bar where there is no terminal."""
@@ -227,6 +230,7 @@ class Output:
         self._tails: dict[Node, deque[str]] = {}
         self._prefixes: dict[tuple[Node, bool], str] = {}
         self._last: tuple[Node, Stream] | None = None
+        self._lines_in_a_row = 0  # that came from there
         self._drawn = 0
 
     def feed(self, node: Node, stream: Stream, data: bytes, now: float) -> None:
@@ -250,12 +254,16 @@ class Output:
         self._write("stderr", f"tensorkv: {text}\n", None)
 
     def last_words(self, node: Node) -> list[str]:
-        """Return the last lines `node` wrote to stderr, or [] if they are the last that was written."""
-        return [] if self._last == (node, "stderr") else list(self._tails.get(node, ()))
+        """Return the last lines `node` wrote to stderr, or [] if they are the last that was written.
+
+        A traceback that ends there is returned whole, with those that led to it.
+        """
+        words = last_lines(list(self._tails.get(node, ())))
+        return [] if self._last == (node, "stderr") and self._lines_in_a_row >= len(words) else words
 
     def _take(self, source: _Source, lines: list[str], now: float) -> None:
         if source.stream == "stderr":
-            self._tails.setdefault(source.node, deque(maxlen=TAIL_LINES)).extend(lines)
+            self._tails.setdefault(source.node, deque(maxlen=MAX_TRACEBACK_LINES)).extend(lines)
         if self._sinks[source.stream].size is None:
             lines = lines + self._due_state(source, now, finished=bool(lines))
         else:
@@ -284,7 +292,9 @@ class Output:
     def _write(self, stream: Stream, text: str, last: tuple[Node, Stream] | None) -> None:
         """Write finished lines, and redraw the bars below them."""
         sink = self._sinks[stream]
-        self._last = last
+        if last != self._last:
+            self._last, self._lines_in_a_row = last, 0
+        self._lines_in_a_row += text.count("\n")
         if sink.size is None:
             sink.write(text)
             return
@@ -311,6 +321,25 @@ class Output:
             text = prefix_text(source.node)
             self._prefixes[key] = _coloured(text, source.node) if key[1] else text
         return self._prefixes[key]
+
+
+_TRACEBACK = "Traceback (most recent call last):"
+_GOES_ON = re.compile(
+    r"During handling of the above exception|The above exception was the direct cause|[\w.]*UpdaterError: "
+)
+
+
+def last_lines(lines: list[str]) -> list[str]:
+    """Return the last of these lines: `TAIL_LINES`, or a traceback near their end with what led to it."""
+    starts = [place for place, line in enumerate(lines) if line.startswith(_TRACEBACK)]
+    if not starts:
+        return lines[-TAIL_LINES:]
+    start = starts.pop()
+    if sum(not line.startswith(" ") for line in lines[start + 1 :]) > TAIL_LINES:  # much has come after it
+        return lines[-TAIL_LINES:]
+    while starts and any(map(_GOES_ON.match, lines[max(start - 2, 0) : start])):
+        start = starts.pop()
+    return lines[start:]
 
 
 def _is_dumb(stream: TextIO) -> bool:

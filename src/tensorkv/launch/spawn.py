@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -42,6 +41,7 @@ from tensorkv.launch.supervisor import (
     status_text,
 )
 from tensorkv.runtime.scheduler import SchedulerServer
+from tensorkv.runtime.uncaught import described
 
 logger = logging.getLogger(__name__)
 _MAX_REPORT_BYTES = 1 << 20
@@ -308,7 +308,7 @@ def _work(
         sys.last_value = exc
         sys.exit(128 + signal.SIGINT)
     except Exception as exc:  # whatever the user's function raises goes to the parent
-        text = "".join(traceback.format_exception(exc)).encode("utf-8", "replace")
+        text = described(exc).encode("utf-8", "replace")
         told.send_bytes(text[-_MAX_REPORT_BYTES:])
         sys.last_value = exc  # as the interpreter does: leaving the job is a loss then, and says why
         raise SystemExit(1) from exc

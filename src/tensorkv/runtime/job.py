@@ -27,7 +27,7 @@ from tensorkv.errors import (
     again,
     closed_meanwhile,
 )
-from tensorkv.runtime import inturn
+from tensorkv.runtime import inturn, uncaught
 from tensorkv.runtime.code import CodeTable
 from tensorkv.runtime.control import ControlClient
 from tensorkv.runtime.handshake import connect_to_server
@@ -342,8 +342,15 @@ def join(config: JobConfig, connection: Connection | None = None) -> Job:
             job = Job(config, connection=connection)
             _joined[os.getpid()] = job
             who = f"worker {config.rank} (process {os.getpid()} on {hostname()})"
-            atexit.register(leave, job, WorkerSignals(who))
+            atexit.register(leave, job, _watch_end(who))
         return job
+
+
+def _watch_end(who: str) -> WorkerSignals:
+    """Handle what may end this process: signals, and an exception that nobody catches."""
+    signals = WorkerSignals(who)
+    uncaught.install(signals.leaving)
+    return signals
 
 
 def leave(job: Job, signals: WorkerSignals | None = None) -> None:
@@ -358,9 +365,9 @@ def leave(job: Job, signals: WorkerSignals | None = None) -> None:
 
 
 def _leave(job: Job) -> None:
-    uncaught = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
-    if uncaught is not None:
-        job.close(m.Abandon(f"it ended with {type(uncaught).__name__}: {uncaught}"))
+    error = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
+    if error is not None:
+        job.close(m.Abandon(f"it ended with {type(error).__name__}: {error}"))
         return
     for store in job.stores():
         try:

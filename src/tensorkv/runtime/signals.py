@@ -72,6 +72,10 @@ class WorkerSignals:
         self._give_back(signal.SIG_IGN)
         os.close(self._wake)
 
+    def leaving(self) -> None:
+        """The process ends already, by an uncaught exception: a SIGTERM has nothing to add."""
+        self._left = True
+
     def forget(self) -> None:
         """In a forked child, which has neither the thread nor a place in the job: give the signals back."""
         self._give_back(signal.SIG_DFL)
@@ -95,7 +99,9 @@ class WorkerSignals:
         now = time.monotonic()
         nudged, self._nudged = self._nudged, False
         if self._left:
-            if not nudged and self._leave_at is not None and now > self._leave_at + LEAVE_CALL_S:
+            if self._leave_at is None:
+                self._leave_at = now
+            elif not nudged and now > self._leave_at + LEAVE_CALL_S:
                 signal.signal(signum, signal.SIG_DFL)  # it hangs while it leaves, and is asked again
                 signal.raise_signal(signum)
             return

@@ -195,7 +195,8 @@ def schedulers_word(failure: Callable[[], TensorKVError | None]) -> TensorKVErro
 
 def lost_text(role: str, lost: m.Lost | m.WorkerLost) -> str:
     """Say which process was lost, and why."""
-    return f"{role} {lost.rank} on host {lost.hostname or '?'} was lost: {lost.cause}"
+    cause, _, rest = lost.cause.partition("\n")  # which may end with a traceback, that its own process shows
+    return f"{role} {lost.rank} on host {lost.hostname or '?'} was lost: {cause}{' ...' if rest else ''}"
 
 
 def scheduler_lost_error(host: str, cause: BaseException) -> PeerLostError:
