@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +179,51 @@ def test_nothing_outlives_a_parent_that_is_ended(tmp_path: Path, signum: signal.
         assert "\nKeyboardInterrupt\n" in err, "a server may tell, too, which worker it lost"
 
 
+HANDED = """
+import torch.multiprocessing
+
+def work(rank, queue, simple, event, lock, conditions, semaphore, barrier, value, array, ends, seen, tensors):
+    barrier.wait(100)
+    with lock, conditions[0], conditions[1], semaphore:
+        value.value += 1
+        array[rank] = rank + 1
+        for tensor in tensors.values():
+            tensor[rank] += 1
+    seen[rank] = "here"
+    if rank == 0:
+        queue.put(torch.full((2,), 7.0))  # has to live until it is taken out
+        ends[1].send("piped")
+        simple.put("put")
+        assert event.wait(100)
+    else:
+        assert torch.equal(queue.get(timeout=100), torch.full((2,), 7.0))
+        assert (ends[0].recv(), simple.get()) == ("piped", "put")
+        event.set()
+
+if __name__ == "__main__":
+    made = torch.multiprocessing.get_context("spawn")
+    value, array = made.Value("i", 0), made.Array("i", 2)
+    dtypes = (torch.float32, torch.bfloat16, torch.int64)
+    tensors = {dtype: torch.zeros(2, dtype=dtype) for dtype in dtypes}
+    locks = made.Lock(), (made.Condition(), made.Condition(made.RLock())), made.BoundedSemaphore(1)
+    with made.Manager() as manager:
+        seen = manager.dict()
+        handed = (made.Queue(), made.SimpleQueue(), made.Event(), *locks, made.Barrier(2), value, array)
+        tensorkv.spawn(work, (*handed, made.Pipe(duplex=False), seen, tensors), num_workers=2)
+        say(f"{value.value} {list(array)} {dict(sorted(seen.items()))}")
+    say([tensor.tolist() for tensor in tensors.values()])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_what_torch_hands_to_new_processes_is_handed_over(tmp_path: Path) -> None:
+    status, out, err = run(tmp_path, HANDED)
+    told = ["2 [1, 2] {0: 'here', 1: 'here'}", "[[1.0, 1.0], [1.0, 1.0], [1, 1]]"]
+    assert (status, out) == (0, told), err
+
+
 def plain(rank: int) -> None:
     """A worker that does nothing."""
 
@@ -196,8 +243,11 @@ class TestBadArguments:
             (plain, [1], "args is a list; pass a tuple"),
             (lambda rank: None, (), "cannot be handed to another process"),
             (plain, (Awkward(),), "cannot be handed to another process: not me"),
+            (plain, (threading.Lock(),), "cannot be handed to another process: cannot pickle"),
+            (plain, (multiprocessing.get_context("fork").Lock(),), "get_context\\('spawn'\\)"),
         ],
     )
+    @pytest.mark.e2e
     def test_what_cannot_be_handed_over(self, fn: Any, args: Any, text: str) -> None:
         with pytest.raises(InvalidArgument, match=text):
             spawn(fn, args, num_workers=1)

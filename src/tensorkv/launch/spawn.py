@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 from typing import Any, final
 
@@ -64,7 +63,9 @@ def spawn(
     Args:
         fn: a function of a module or of the script: every worker is a fresh process that imports it. The
             script has to call `spawn` under `if __name__ == "__main__":`.
-        args: what else it is called with. What cannot be pickled cannot be passed.
+        args: what else it is called with: what can be pickled, and what torch.multiprocessing hands to
+            new processes. Tensors are moved to shared memory; queues, locks and events have to be made by
+            `multiprocessing.get_context("spawn")`.
         num_workers, num_servers: how many processes of each.
         timeout_s: deadline of a waiting call, in seconds; None for what the environment says, or 1800.
         allow_import: modules that servers may import for updaters and optimizers.
@@ -79,7 +80,7 @@ def spawn(
 
     Blocks. When it ends, by KeyboardInterrupt too, no process of the job is left.
     """
-    _check_can_be_handed(fn, args)
+    _check_function(fn, args)
     options = JobOptions(
         command=("a function",),
         num_workers=num_workers,
@@ -93,7 +94,7 @@ def spawn(
         job.supervise()
 
 
-def _check_can_be_handed(fn: Any, args: Any) -> None:
+def _check_function(fn: Any, args: Any) -> None:
     """Refuse early what would fail in every worker, with a text that nobody understands."""
     if not callable(fn):
         raise InvalidArgument(f"fn is {fn!r}, which cannot be called")
@@ -105,12 +106,23 @@ def _check_can_be_handed(fn: Any, args: Any) -> None:
             f"{getattr(fn, '__qualname__', fn)} was defined in a notebook, an interactive session or with "
             "-c, where new processes cannot find it; move it to a module"
         )
+
+
+def _start_worker(worker: SpawnProcess) -> None:
+    """Start a process. Its arguments are pickled then and not before: some can be only once per process.
+
+    Raises:
+        InvalidArgument: they cannot be.
+    """
     try:
-        ForkingPickler.dumps((fn, args))
+        worker.start()
+    except OSError:  # there is no process, or no descriptor, to be had
+        raise
     except Exception as exc:  # objects may raise anything when they are pickled
         raise InvalidArgument(
-            f"fn and args cannot be handed to another process: {exc}; fn has to stand at the top level of "
-            "a module, and args must be picklable"
+            f"fn and args cannot be handed to another process: {exc}; fn has to stand at the top level of a "
+            "module, args must be picklable, and queues, locks and events have to be made by "
+            "multiprocessing.get_context('spawn')"
         ) from exc
 
 
@@ -180,7 +192,7 @@ class _Job:
                     target=_work, args=(fn, args, config, os.getpid(), told), name=f"tensorkv {node}"
                 )
                 with told:
-                    worker.start()
+                    _start_worker(worker)
                 self._workers[node] = worker
                 pid = worker.pid
             assert pid is not None
