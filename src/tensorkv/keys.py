@@ -59,9 +59,10 @@ class PushBatch:
     `singles`, where it is not None, has one tensor for each key, and says it all: a list for each of
     a thousand keys would keep Python's garbage collector busy. With `known` they are tensors of the dtypes
     and shapes of an earlier call, and whether they need to be prepared was not looked at; `checked` does so.
+    In a mean every key counts as `weight` instead, if the caller sets one.
     """
 
-    __slots__ = ("_counts", "_tensors", "keys", "known", "singles")
+    __slots__ = ("_counts", "_tensors", "keys", "known", "singles", "weight")
 
     def __init__(
         self,
@@ -74,12 +75,23 @@ class PushBatch:
         self.keys = keys
         self.singles = singles
         self.known = known
+        self.weight: float | None = None
         self._tensors = tensors
         self._counts = counts
 
     def checked(self) -> PushBatch:
         """Return the same, with every value looked at. Errors as `push_batch`."""
-        return _push_of(self.keys, self.singles or []) if self.known else self
+        if not self.known:
+            return self
+        batch = _push_of(self.keys, self.singles or [])
+        batch.weight = self.weight
+        return batch
+
+    def weighted(self, weight: float) -> PushBatch:
+        """Return the same with a weight; with 0 every key is absent."""
+        batch = self if weight else PushBatch(self.keys, [[] for _ in self.keys])
+        batch.weight = weight or None
+        return batch
 
     @property
     def tensors(self) -> list[list[torch.Tensor]]:

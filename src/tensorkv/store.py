@@ -43,6 +43,9 @@ Names = Key | Iterable[Key] | None
 
 opaque_methods(Work)  # from here: work.py does without torch
 
+MIN_WEIGHT, MAX_WEIGHT = 1e-18, 1e18
+"""Least and greatest weight of a push: its products with values overflow hardly sooner than values do."""
+
 MAX_TIMEOUT_S = 1e9
 """A deadline that is further away, infinitely far say, counts as this: 31 years. The system takes no more."""
 
@@ -175,7 +178,15 @@ class KVStore(ABC):
         self._init(batch.keys, [each[0] for each in batch.tensors], whole)
         self._key_type = type(batch.keys[0])
 
-    def push(self, key: Any, value: Any = None, *, apply: bool = True, async_op: bool = False) -> Work | None:
+    def push(
+        self,
+        key: Any,
+        value: Any = None,
+        *,
+        apply: bool = True,
+        weight: float | None = None,
+        async_op: bool = False,
+    ) -> Work | None:
         """Add values to the current round of their keys.
 
         The values of several devices are summed first, in list order; then the workers' sums, in rank
@@ -187,6 +198,10 @@ class KVStore(ABC):
             value: per key a tensor, a list of tensors (one per device), or `tensorkv.ABSENT` to take
                 part without a value. Shapes as initialised; floats are cast to the stored dtype.
             apply: False only merges; `commit` then applies.
+            weight: with reduction="mean", what each key of this push counts in the mean of its round,
+                whatever the number of its tensors: how many samples it stands for, say. None counts each
+                tensor as one. 0 is as ABSENT. Where nobody else pushes to a round, and so in one process
+                and in `dist_async`, it makes no difference.
             async_op: return a `Work` at once; the tensors must not change until it is complete.
 
         Returns:
@@ -203,7 +218,10 @@ class KVStore(ABC):
         self._check_usable("push", key)
         if apply is not True or async_op is not False:  # mostly neither
             apply, async_op = flag("apply", apply), flag("async_op", async_op)
-        return self._push(push_batch(key, value, self._key_type, self._knows_values), apply, async_op)
+        batch = push_batch(key, value, self._key_type, self._knows_values)
+        if weight is not None:
+            batch = batch.weighted(self._checked_weight("push", batch.keys, weight))
+        return self._push(batch, apply, async_op)
 
     def pull(self, key: Any = None, out: Any = None, *, async_op: bool = False) -> Any:
         """Copy the current values of keys out of the store.
@@ -234,11 +252,19 @@ class KVStore(ABC):
             async_op = flag("async_op", async_op)
         return self._pull(pull_batch(key, out, self._key_type, self._knows_outs), async_op)
 
-    def pushpull(self, key: Any, value: Any = None, out: Any = None, *, async_op: bool = False) -> Any:
+    def pushpull(
+        self,
+        key: Any,
+        value: Any = None,
+        out: Any = None,
+        *,
+        weight: float | None = None,
+        async_op: bool = False,
+    ) -> Any:
         """Push, then pull the same keys, in one exchange with each server.
 
         Args:
-            key, value: as in `push`.
+            key, value, weight: as in `push`.
             out: as in `pull`, a destination per distinct key in the order of their first appearance; a
                 dict if `key` is a dict. Without it new tensors are returned.
             async_op: return a `Work` whose `result()` is the value.
@@ -256,6 +282,8 @@ class KVStore(ABC):
             async_op = flag("async_op", async_op)
         pushed = push_batch(key, value, self._key_type, self._knows_values)
         pulled = pull_batch_of(pushed, key, out, self._key_type, self._knows_outs)
+        if weight is not None:
+            pushed = pushed.weighted(self._checked_weight("pushpull", pushed.keys, weight))
         return self._pushpull(pushed, pulled, async_op)
 
     def empty_like(self, key: Any) -> Any:
@@ -714,6 +742,21 @@ class KVStore(ABC):
                 f"{os.getpid()}; create a store of its own, or start the process by 'spawn'"
             )
 
+    def _checked_weight(self, call: str, keys: tuple[Key, ...], weight: Any) -> float:
+        """Return the weight of a push. Raises InvalidArgument if it is none, or the store takes no mean."""
+        if self._reduction != "mean":
+            raise InvalidArgument(
+                f"{call} of key {keys[0]!r}: weight={weight!r} is for a mean, and this store has "
+                f'reduction={self._reduction!r}; create it with reduction="mean", or multiply the values'
+            )
+        number = weight if type(weight) in (int, float) else _number(weight)
+        if not (number == 0 or MIN_WEIGHT <= number <= MAX_WEIGHT):
+            raise InvalidArgument(
+                f"{call} of key {keys[0]!r}: weight={weight!r} is not a number from {MIN_WEIGHT:g} to "
+                f"{MAX_WEIGHT:g}, nor 0"
+            )
+        return float(number)
+
     def _names(self, keys: Names) -> tuple[Key, ...] | None:
         if keys is None:
             return None
@@ -762,12 +805,17 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def _number(value: Any) -> float:
+    """Return an argument that is a number, NaN if it is none."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # no number, many of them, or 10**400
+        return math.nan
+
+
 def positive(name: str, value: Any) -> float:
     """Return an argument that is a positive number. Raises InvalidArgument if it is not."""
-    try:
-        number = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # no number, many of them, or 10**400
-        number = math.nan
+    number = _number(value)
     if not number > 0:
         raise InvalidArgument(f"{name}={value!r} is not a positive number")
     return number

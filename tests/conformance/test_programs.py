@@ -53,6 +53,7 @@ class Op:
     seeds: tuple[int, ...] = ()
     like: str = ""  # the key whose shape and dtype the tensors have; another than `key` is a mistake
     option: Any = None
+    weight: float | None = None  # of a push
 
     def tensors(self) -> list[torch.Tensor]:
         shape, dtype = KEYS[self.like or self.key]
@@ -93,7 +94,7 @@ def _perform(store: Any, op: Op) -> Any:
     if op.call == "init":
         return store.init(op.key, op.tensors()[0])
     if op.call == "push":
-        return store.push(op.key, op.tensors() or ABSENT, apply=op.option is not False)
+        return store.push(op.key, op.tensors() or ABSENT, apply=op.option is not False, weight=op.weight)
     if op.call == "set_updater":
         return store.set_updater(UPDATERS[op.option])
     if op.call == "commit":
@@ -235,7 +236,9 @@ class Job:
         self.complete_rounds()
         for rank in self.members:
             for key in FLOAT_KEYS:
-                self.add(rank, Op("push", key, tuple(rank * 7 + seed for seed in devices), option=False))
+                seeds = tuple(rank * 7 + seed for seed in devices)
+                weight = 1.5 + rank if self.model.reduction == "mean" else None
+                self.add(rank, Op("push", key, seeds, option=False, weight=weight))
         for rank in self.members:
             self.add(rank, Op("commit", option=(max_norm, rank == skipping)))
         for rank in self.members:  # all have the result that the last one got
@@ -266,6 +269,7 @@ class Job:
             self.add_for_all(Op("info", key))
 
 
+WEIGHTS = st.sampled_from([None, None, 0, 1, 2.5, 1000, 1e-3])
 STEPS = ["push"] * 6 + ["pull"] * 3 + ["absent", "set", "leave", "commit", "new"]
 
 
@@ -281,7 +285,8 @@ def jobs(draw: st.DrawFn, workers: int, reduction: str) -> Job:
         if who not in job.members:
             continue
         if what == "push":
-            job.add(who, Op("push", draw(key), draw(seeds)))
+            weight = draw(WEIGHTS) if reduction == "mean" else None
+            job.add(who, Op("push", draw(key), draw(seeds), weight=weight))
         elif what == "absent":
             job.add(who, Op("push", draw(key)))
         elif what == "pull":

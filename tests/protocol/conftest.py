@@ -166,9 +166,10 @@ class Bench:
         apply: bool = True,
         reply: int = 0,
         chunk: int = 0,
+        weight: float | None = None,
     ) -> list[Outgoing]:
         """Push one chunk of a plan."""
-        return self.send(worker, m.Push(plan, chunk, apply, reply), tensors)
+        return self.send(worker, m.Push(plan, chunk, apply, reply, None, weight), tensors)
 
     def put(self, worker: int, plan: int, *tensors: torch.Tensor) -> list[Outgoing]:
         """Put the first chunk of a plan."""

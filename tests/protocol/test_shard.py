@@ -133,6 +133,91 @@ def test_a_mean_divides_each_slice_by_its_own_counts(t: Any) -> None:
     assert bench.value(0, one).tolist() == [4.0, 4.0, 2.0, 2.0]
 
 
+@pytest.mark.parametrize("same_chunks", [True, False])
+@pytest.mark.parametrize("spec", [ASSIGN, ADD], ids=str)
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_weight_counts_instead_of_the_tensors(t: Any, first: int, spec: Any, same_chunks: bool) -> None:
+    """However the slices come, and whoever is first. The lockstep of unweighted rounds ends and returns."""
+    bench = t.Bench(2, mean=True)
+    bench.set_updater(0, spec)
+    ids = bench.init("w", torch.zeros(4), 2)
+    plans = [bench.define(rank, t.dense(ids, [2, 2], counts=[1 + rank] * 2)) for rank in range(2)]
+    if not same_chunks:
+        plans[1] = bench.define(1, *(t.dense([each], [2], counts=[2]) for each in ids))
+    expected = torch.zeros(4)
+    generator = torch.Generator().manual_seed(5)
+    for weights in ((None, None), (0.3, 7), (None, 7), (0.3, None), (None, None)):
+        values = [torch.randn(4, generator=generator) for _ in range(2)]
+        for rank in (first, 1 - first):
+            if rank == 1 and not same_chunks:
+                for chunk in range(2):
+                    part = values[1][2 * chunk : 2 * chunk + 2]
+                    bench.push(1, plans[1], part, chunk=chunk, weight=weights[1])
+            else:
+                bench.push(rank, plans[rank], values[rank], weight=weights[rank])
+        shares = [rank + 1 if weight is None else weight for rank, weight in enumerate(weights)]
+        products = [
+            value * (share / (rank + 1))
+            for rank, (value, share) in enumerate(zip(values, shares, strict=True))
+        ]
+        mean = (products[0] + products[1]) / sum(shares)
+        expected = mean if spec is ASSIGN else expected + mean
+        assert torch.equal(bench.value(0, plans[0]), expected)
+    bench.check_empty()
+
+
+def test_weights_hold_till_the_commit_and_beyond_a_leave(t: Any) -> None:
+    bench = t.Bench(3, mean=True)
+    (w,) = bench.init("w", torch.zeros(2))
+    plans = [bench.define(rank, t.dense([w], [2])) for rank in range(3)]
+    for rank in range(3):
+        bench.push(rank, plans[rank], ones(2, rank + 1.0), apply=False, weight=[1.0, 2.0, 5.0][rank])
+    for rank in range(3):
+        last = bench.commit(rank)
+    bench.decide(last[0].message)
+    assert bench.value(0, plans[0]).tolist() == [(1 + 4 + 15) / 8] * 2
+    bench.push(0, plans[0], ones(2, 4.0), weight=3.0)
+    bench.push(1, plans[1], ones(2, 8.0), weight=1.0)
+    bench.leave(2)
+    assert bench.value(0, plans[0]).tolist() == [5.0] * 2
+    bench.check_empty()
+
+
+def test_the_weight_of_a_rounds_only_push_cancels(t: Any) -> None:
+    for is_async in (True, False):
+        bench = t.Bench(2, mean=True, is_async=is_async)
+        (w,) = bench.init("w", torch.zeros(1))
+        plans = [bench.define(rank, t.dense([w], [1], counts=[3])) for rank in range(2)]
+        nothing = bench.define(1, t.absent([w], [1]))
+        value = torch.tensor([1 / 3])
+        bench.push(0, plans[0], value, weight=0.7)
+        if not is_async:
+            bench.push(1, nothing, weight=9.0)
+        assert torch.equal(bench.value(0, plans[0]), value / 3)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1e-19, 1e19, float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_none_can_be_ends_its_connection(t: Any, weight: float) -> None:
+    bench = t.Bench(2, mean=True)
+    (w,) = bench.init("w", torch.zeros(2))
+    plans = [bench.define(rank, t.dense([w], [2])) for rank in range(2)]
+    with pytest.raises(ProtocolError, match="weight"):
+        bench.push(0, plans[0], ones(2), weight=weight)
+    assert bench.info(0, [w]).rounds == [0]
+    for rank in range(2):
+        bench.push(rank, plans[rank], ones(2, 2.0), weight=2.0)
+    assert bench.value(0, plans[0]).tolist() == [2.0, 2.0]
+    bench.check_empty()
+
+
+def test_a_weight_without_a_mean_ends_its_connection(t: Any) -> None:
+    bench = t.Bench(1)
+    (w,) = bench.init("w", torch.zeros(2))
+    plan = bench.define(0, t.dense([w], [2]))
+    with pytest.raises(ProtocolError, match="no mean"):
+        bench.push(0, plan, ones(2), weight=1.0)
+
+
 def test_empty_values_and_scalars(t: Any) -> None:
     bench = t.Bench(2)
     (empty,) = bench.init("empty", torch.zeros(0, 3))

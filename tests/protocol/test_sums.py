@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tensorkv.protocol.sums import add_up
+from tensorkv.protocol.sums import add_up, weigh
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -75,3 +75,34 @@ def test_other_dtypes_are_added_as_they_are(dtype: torch.dtype) -> None:
 def test_nothing_at_all_can_be_added() -> None:
     empty = torch.empty(0)
     assert add_up([empty, empty], torch.float32, 2, torch.empty(0)).numel() == 0
+
+
+@pytest.mark.parametrize("has_out", [True, False])
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 31, 33, 1003])
+@pytest.mark.parametrize("pushed", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_products_are_rounded_before_they_are_added(
+    dtype: torch.dtype, pushed: torch.dtype, size: int, has_out: bool
+) -> None:
+    """Each alone, so that neither the size nor the processor shows; and no part is changed."""
+    generator = torch.Generator().manual_seed(2)
+    parts = [torch.randn(size, generator=generator, dtype=torch.float64).to(pushed) for _ in range(3)]
+    before = [part.clone() for part in parts]
+    factors = [0.1, 3.0, 1 / 7]
+    wide = torch.float32 if dtype.itemsize < 4 else dtype
+    elements = []
+    for values in zip(*(part.to(wide) for part in parts), strict=True):  # one at a time
+        products = [value * factor for value, factor in zip(values, factors, strict=True)]
+        elements.append(((products[0] + products[1] + products[2]) / 4.2).to(dtype))
+    out = torch.full((size,), 7.0, dtype=dtype) if has_out else None
+    total = add_up(parts, dtype, 4.2, out, factors=factors)
+    assert bits(total) == bits(torch.stack(elements))
+    assert out is None or total is out
+    assert all(bits(a) == bits(b) for a, b in zip(parts, before, strict=True))
+
+
+def test_what_a_mean_divides_by() -> None:
+    assert weigh([(None, 2), (None, 1)]) == (3, None)
+    assert weigh([(5.0, 2), (None, 3)]) == (8.0, [2.5, 1.0])
+    assert weigh([(5.0, 2)]) == (2, None)
+    assert weigh([(0.1, 1)] * 10) == (1.0, [0.1] * 10)  # not 0.9999999999999999

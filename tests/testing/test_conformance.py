@@ -182,7 +182,7 @@ class ModelStore(KVStore):
         todo = list(zip(batch.keys, copies, batch.counts, strict=True))
 
         def attempt() -> None:
-            left = [each for each in todo if not self._contribute(*each, apply=apply)]
+            left = [each for each in todo if not self._contribute(*each, apply=apply, weight=batch.weight)]
             if len(left) < len(todo):
                 todo[:] = left
                 self.job.changed.notify_all()
@@ -191,13 +191,15 @@ class ModelStore(KVStore):
 
         self._when(attempt, "push")
 
-    def _contribute(self, key: Any, tensors: list[torch.Tensor], count: int, apply: bool) -> bool:
+    def _contribute(
+        self, key: Any, tensors: list[torch.Tensor], count: int, apply: bool, weight: float | None
+    ) -> bool:
         value = self._entry(key).value
         wide = [tensor.to(accumulate_dtype(value.dtype)) for tensor in tensors]
         total = sum(wide[1:], start=wide[0]).to(value.dtype) if wide else None
         self.reference._updater = self._updater()
         try:
-            self.reference.push(self.rank, key, ABSENT if total is None else [total], apply, count)
+            self.reference.push(self.rank, key, ABSENT if total is None else [total], apply, count, weight)
         except WouldWait:
             return False
         last = self.reference.entries[key].pushes[self.rank][-1]
@@ -629,7 +631,21 @@ class ForgetsGenerations(ReferenceStore):
         self.entries[key].generation = 1
 
 
+class IgnoresWeights(ReferenceStore):
+    def push(self, *args: Any, **kwargs: Any) -> None:
+        super().push(*args[:5], **kwargs)
+
+
+class WeighsEachDevice(ReferenceStore):
+    def push(
+        self, rank: int, key: Any, values: Any, apply: bool = True, count: Any = None, weight: Any = None
+    ) -> None:
+        super().push(rank, key, values, apply, count, weight and weight * (count or len(values)))
+
+
 FAULTS = {
+    "ignores weights": IgnoresWeights,
+    "weighs each device": WeighsEachDevice,
     "sums backwards": SumsBackwards,
     "leaving drops": LeavingDrops,
     "never waits": NeverWaits,
@@ -641,6 +657,8 @@ FAULTS = {
 """Faults of the arithmetic; those of the waiting stand in ModelStore."""
 
 CAUGHT_BY = {
+    "ignores weights": ["weighted_mean-2", "weights_of_some-2"],
+    "weighs each device": ["weights_of_some-2"],
     "sums backwards": ["sums_in_rank_order-3", "large_values_of_workers-3"],
     "leaving drops": ["what_a_left_worker_pushed_counts-2"],
     "never waits": ["double_push-2", "free_keys_go_at_once-2", "pull_waits_for_the_round-2"],

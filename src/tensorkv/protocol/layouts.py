@@ -215,7 +215,8 @@ class Chunk:
 class Contribution:
     """What one worker pushed for a chunk, until each of its slices is applied or dropped.
 
-    `live` counts those slices; at 0 the buffer goes back to its pool.
+    In a mean a slice counts as `weight`, or as `counts` says if that is None. `live` counts the slices
+    that are left; at 0 the buffer goes back to its pool.
     """
 
     number: int
@@ -227,6 +228,7 @@ class Contribution:
     buffer: Memory
     apply: bool
     live: int
+    weight: float | None = None
 
     def elements(self, low: int, high: int) -> torch.Tensor:
         """Return elements [low, high) of the chunk as they were pushed, sharing the buffer."""

@@ -40,8 +40,9 @@ from tensorkv.protocol.rounds import Index, Rounds
 from tensorkv.protocol.roundwaits import RoundWaits
 from tensorkv.protocol.schedule import LoadUpdater, SettingSchedule
 from tensorkv.protocol.slots import Allocate, Lease, Slot, SlotAllocator, allocate_private
-from tensorkv.protocol.sums import add_up
+from tensorkv.protocol.sums import add_up, weigh
 from tensorkv.slicestate import state_bytes
+from tensorkv.store import MAX_WEIGHT, MIN_WEIGHT
 from tensorkv.updater import Setting, SettingsTable, Update, apply_all
 from tensorkv.wire import messages as m
 
@@ -410,9 +411,12 @@ class StoreShard:
         `chunk` is the one that the message names.
         """
         layout = chunk.layout
+        weight = message.weight
+        if weight is not None:
+            self._check_weight(worker, weight)
         lockstep = layout.lockstep or self._begin_lockstep(layout)
         if lockstep is not None:
-            if message.apply and chunk.plain and lockstep.open[worker] is None:
+            if message.apply and chunk.plain and weight is None and lockstep.open[worker] is None:
                 if message.reply:
                     lockstep.pulls.append((worker, message.reply, message.chunk))
                 if lockstep.add(worker, chunk, payload):
@@ -427,7 +431,7 @@ class StoreShard:
             self._pool.give(payload)
             self._answer_push(worker, message, chunk)
             return
-        self._contribute(worker, chunk, payload, message.apply)
+        self._contribute(worker, chunk, payload, message.apply, weight)
         if self.is_async:
             self.rounds.push_alone(worker, layout.index)
             self._apply(layout.index, [worker])
@@ -435,7 +439,9 @@ class StoreShard:
             self._merge(self.rounds.push(worker, layout.index))
         self._answer_push(worker, message, chunk)
 
-    def _contribute(self, worker: int, chunk: Chunk, payload: Memory, apply: bool) -> None:
+    def _contribute(
+        self, worker: int, chunk: Chunk, payload: Memory, apply: bool, weight: float | None = None
+    ) -> None:
         """Leave a contribution with each slice of a chunk."""
         self._next_contribution += 1
         contribution = Contribution(
@@ -448,11 +454,18 @@ class StoreShard:
             buffer=payload,
             apply=apply,
             live=len(chunk.layout.slices),
+            weight=weight,
         )
         self._contributions[contribution.number] = contribution
         if not apply:
             self._to_commit[contribution.number] = contribution
         self._holder[worker, chunk.layout.index] = contribution.number
+
+    def _check_weight(self, worker: int, weight: float) -> None:
+        if not self.mean:
+            raise ProtocolError(f"worker {worker} pushed with a weight, and the store takes no mean")
+        if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+            raise ProtocolError(f"worker {worker} pushed with weight {weight}")
 
     def _check_may_push(self, worker: int, layout: Layout) -> None:
         if not self.rounds.may_push(worker, layout.index).all():
@@ -641,21 +654,32 @@ class StoreShard:
         """The common case: all slices of a layout together."""
         parts = [(each, each.buffer) for each in contributions if not each.absent]
         if parts:
-            self._count_updates(layout.index, self._update_layout(layout, parts))
+            mean = weigh([(each.weight, each.counts[0]) for each, _ in parts]) if self.mean else None
+            self._count_updates(layout.index, self._update_layout(layout, parts, mean))
 
-    def _update_layout(self, layout: Layout, parts: Sequence[_Part]) -> dict[int, Exception]:
+    def _update_layout(
+        self,
+        layout: Layout,
+        parts: Sequence[_Part],
+        mean: tuple[float, Sequence[float] | None] | None = None,
+    ) -> dict[int, Exception]:
         """Add up whole runs of memory, and update all slices in one call; return by index what failed.
 
-        `parts` are the contributions that are not absent, at least one, in rank order.
+        `parts` are the contributions that are not absent, at least one, in rank order; `mean` is what `weigh`
+        says of them, None if none has a weight.
         """
-        divisor = sum(pushed.counts[0] for pushed, _ in parts) if self.mean else 1
+        if mean is not None:
+            divisor, factors = mean
+        else:
+            divisor, factors = sum(pushed.counts[0] for pushed, _ in parts) if self.mean else 1, None
         if layout.all_assign(self._settings_epoch):
-            self._assign_runs(layout, parts, divisor)
+            self._assign_runs(layout, parts, divisor, factors)
             return {}
         stop = layout.bounds(len(layout.slices) - 1)[1]
         found = [memory.elements(pushed.dtype, 0, stop) for pushed, memory in parts]
         borrowed = parts[0][1].borrowed
-        total = add_up(found, layout.slices[0].dtype, divisor, may_overwrite=not borrowed)
+        dtype = layout.slices[0].dtype
+        total = add_up(found, dtype, divisor, may_overwrite=not borrowed, factors=factors)
         borrowed = borrowed and total is found[0]
         sums = [
             (each, total[low : low + each.num_elems], borrowed)
@@ -663,7 +687,9 @@ class StoreShard:
         ]
         return self._run_updaters(sums, layout.only_setting(self._settings_epoch))
 
-    def _assign_runs(self, layout: Layout, parts: Sequence[_Part], divisor: int) -> None:
+    def _assign_runs(
+        self, layout: Layout, parts: Sequence[_Part], divisor: float, factors: Sequence[float] | None
+    ) -> None:
         """Add whole runs straight into the stored values."""
         dtype = layout.slices[0].dtype
         may_overwrite = not parts[0][1].borrowed
@@ -671,11 +697,13 @@ class StoreShard:
             found = [memory.elements(pushed.dtype, run.low, run.high) for pushed, memory in parts]
             if run.slot.lease.readers:
                 if run.is_whole_slot:  # nothing of the old value is needed
-                    total = add_up(found, dtype, divisor, run.slot.fresh(), may_overwrite=may_overwrite)
-                    run.slot.replace(total)
+                    fresh = run.slot.fresh()
+                    add_up(found, dtype, divisor, fresh, may_overwrite=may_overwrite, factors=factors)
+                    run.slot.replace(fresh)
                     continue
                 run.slot.make_writable()
-            add_up(found, dtype, divisor, run.stored.tensor, may_overwrite=may_overwrite)
+            stored = run.stored.tensor
+            add_up(found, dtype, divisor, stored, may_overwrite=may_overwrite, factors=factors)
 
     def _apply_each(self, slices: Index, workers: Sequence[int]) -> None:
         """The general case: every slice on its own, whatever chunks its contributions came in."""
@@ -687,8 +715,8 @@ class StoreShard:
     ) -> tuple[torch.Tensor, bool] | None:
         """Return the sum of one slice's contributions, and whether it is borrowed; None if all are absent."""
         parts: list[torch.Tensor] = []
+        shares: list[tuple[float | None, int]] = []
         borrowed = False
-        divisor = 0
         for worker in workers:
             number = int(self._holder[worker, index])
             contribution = self._contributions[number] if number else None
@@ -696,12 +724,13 @@ class StoreShard:
                 position = contribution.layout.position[index]
                 borrowed = borrowed if parts else contribution.buffer.borrowed
                 parts.append(contribution.elements(*contribution.layout.bounds(position)))
-                divisor += contribution.counts[position]
+                shares.append((contribution.weight, contribution.counts[position]))
         if not parts:
             return None
         dtype = self._slices[index].dtype
         may_overwrite = may_overwrite and not borrowed
-        total = add_up(parts, dtype, divisor if self.mean else 1, may_overwrite=may_overwrite)
+        divisor, factors = weigh(shares) if self.mean else (1, None)
+        total = add_up(parts, dtype, divisor, may_overwrite=may_overwrite, factors=factors)
         return total, borrowed and total is parts[0]
 
     def _update(self, sums: list[tuple[Slice, torch.Tensor, bool]]) -> None:

@@ -1,10 +1,12 @@
 """Sums of contributions: in rank order, in the stored dtype, half-width floats in float32.
 
-The order is fixed, ((w0 + w1) + w2), whatever the order of arrival, so runs are bitwise repeatable.
+The order is fixed, ((w0 + w1) + w2), whatever the order of arrival, so runs are bitwise repeatable. So it is
+with weights: each contribution is multiplied by a number first, and every product is rounded once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,10 +17,11 @@ from tensorkv.arrays import accumulate_dtype
 def add_up(
     parts: Sequence[torch.Tensor],
     dtype: torch.dtype,
-    divisor: int = 1,
+    divisor: float = 1,
     out: torch.Tensor | None = None,
     *,
     may_overwrite: bool = True,
+    factors: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """Return ((p0 + p1) + p2 ...) / divisor in `dtype`, all flat and of one length.
 
@@ -28,7 +31,10 @@ def add_up(
         divisor: what a mean divides by.
         out: where the result goes, if given; it must not overlap the parts.
         may_overwrite: the first part may be used as the accumulator.
+        factors: multiply each part by its own first, in the dtype of the sum.
     """
+    if factors is not None:
+        return _add_up_products(parts, dtype, divisor, out, factors)
     if out is not None and len(parts) == 2 and divisor == 1 and _is_plain(parts, dtype):
         return torch.add(parts[0], parts[1], out=out)
     wide = accumulate_dtype(dtype)
@@ -52,6 +58,35 @@ def add_up(
         out.copy_(total)
         return out
     return total
+
+
+def weigh(shares: Sequence[tuple[float | None, int]]) -> tuple[float, list[float] | None]:
+    """Return the divisor of a mean, and the factors of its contributions; None if all of these are 1.
+
+    Args:
+        shares: of each contribution its weight, None if it has none, and how often it counts then. Where
+            only one contributes, its weight cancels.
+    """
+    if len(shares) == 1 or all(weight is None for weight, _ in shares):
+        return sum(count for _, count in shares), None
+    divisor = math.fsum(count if weight is None else weight for weight, count in shares)
+    return divisor, [1.0 if weight is None else weight / count for weight, count in shares]
+
+
+def _add_up_products(
+    parts: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    divisor: float,
+    out: torch.Tensor | None,
+    factors: Sequence[float],
+) -> torch.Tensor:
+    """No `add` with `alpha`: that rounds sum and product together on some processors, and not on others."""
+    wide = accumulate_dtype(dtype)
+    total = parts[0].to(wide) * factors[0]
+    for part, factor in zip(parts[1:], factors[1:], strict=True):
+        total.add_(part.to(wide) * factor)
+    total.div_(divisor)
+    return total.to(dtype) if out is None else out.copy_(total)
 
 
 def _is_plain(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:

@@ -63,7 +63,9 @@ class PullCall:
         for link, _ in self.numbers:
             link.pump()
 
-    def push(self, job: Job, pusher: Pusher, values: Sequence[torch.Tensor]) -> bool:
+    def push(
+        self, job: Job, pusher: Pusher, values: Sequence[torch.Tensor], weight: float | None = None
+    ) -> bool:
         """Push, and have the values after the round sent back chunk by chunk.
 
         Returns False, and has done nothing, if a key is busy. Raises CannotGather.
@@ -71,7 +73,7 @@ class PullCall:
         self._open(job)
         sent = None
         try:
-            sent = pusher.send(self.plan, values, True, self)
+            sent = pusher.send(self.plan, values, True, self, weight)
         finally:
             if sent is None:
                 for link, number in self.numbers:

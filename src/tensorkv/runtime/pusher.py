@@ -162,6 +162,7 @@ class Pusher:
         values: Sequence[torch.Tensor],
         apply: bool,
         asks: Asks | None = None,
+        weight: float | None = None,
     ) -> Latch | None:
         """Queue a push to all its servers; the latch opens when the values may be changed.
 
@@ -171,7 +172,7 @@ class Pusher:
         Args:
             plan: what to push.
             values: per key of the plan, on any device.
-            apply: as in `push`.
+            apply, weight: as in `push`.
             asks: send back the values after the round, too; gets the number of the push.
 
         Raises:
@@ -192,7 +193,7 @@ class Pusher:
                 reply = 0 if asks is None else asks.replies[server]
                 on_sent = sent.down if self._is_async or (chunk.lends and loan is None) else None
                 placed = None if loan is None else loan.placed
-                links[server].put(m.Push(plan.number, number, apply, reply, placed), parts, on_sent)
+                links[server].put(m.Push(plan.number, number, apply, reply, placed, weight), parts, on_sent)
             payloads.pushed = True
             self._note(plan, apply)
             if asks is not None:
@@ -369,7 +370,7 @@ class Pusher:
     # ---- pushing behind an unmerged push ---------------------------------------------------------
 
     def push_around(
-        self, plan: Plan, values: Sequence[torch.Tensor], apply: bool
+        self, plan: Plan, values: Sequence[torch.Tensor], apply: bool, weight: float | None = None
     ) -> tuple[list[Latch], list[int]]:
         """Push the keys of a plan that are not busy; return their latches and the places of the others.
 
@@ -381,13 +382,19 @@ class Pusher:
             late = [place for place, state in enumerate(plan.states) if state.key_id in busy]
             if not free:
                 return [], late
-            sent = self._send_part(plan, free, values, apply)
+            sent = self._send_part(plan, free, values, apply, weight)
             if sent is not None:
                 return [sent], late
         return [], list(range(len(plan.states)))
 
     def push_late(
-        self, plan: Plan, places: Sequence[int], values: Sequence[torch.Tensor], apply: bool, what: str
+        self,
+        plan: Plan,
+        places: Sequence[int],
+        values: Sequence[torch.Tensor],
+        apply: bool,
+        what: str,
+        weight: float | None = None,
     ) -> None:
         """Push these values of a plan key by key, each when its last push is merged and none is held back.
 
@@ -395,10 +402,16 @@ class Pusher:
         """
         while places:
             self._hold.wait(what)
-            places = self._push_merged(plan, places, values, apply, what)
+            places = self._push_merged(plan, places, values, apply, what, weight)
 
     def _push_merged(
-        self, plan: Plan, places: Sequence[int], values: Sequence[torch.Tensor], apply: bool, what: str
+        self,
+        plan: Plan,
+        places: Sequence[int],
+        values: Sequence[torch.Tensor],
+        apply: bool,
+        what: str,
+        weight: float | None,
     ) -> list[int]:
         """Push values when their last push is merged; return those where another thread was quicker."""
         asked = self._plans.plan_to_pull([plan.states[place] for place in places])
@@ -412,7 +425,7 @@ class Pusher:
             for merged in watch.ready():
                 free = [places[number] for number in merged]
                 self.merged({plan.states[place].key_id for place in free}, up_to)
-                sent = self._send_part(plan, free, values, apply)
+                sent = self._send_part(plan, free, values, apply, weight)
                 if sent is None:
                     again += free
                 else:
@@ -422,7 +435,12 @@ class Pusher:
         return again
 
     def _send_part(
-        self, plan: Plan, places: Sequence[int], values: Sequence[torch.Tensor], apply: bool
+        self,
+        plan: Plan,
+        places: Sequence[int],
+        values: Sequence[torch.Tensor],
+        apply: bool,
+        weight: float | None,
     ) -> Latch | None:
         part = self._plans.part_of(plan, places)
-        return self.send(part, [values[place] for place in places], apply)
+        return self.send(part, [values[place] for place in places], apply, weight=weight)

@@ -332,11 +332,12 @@ class DistStore(KVStore):
     def _push_batch(self, batch: PushBatch, apply: bool, async_op: bool) -> Work | None:
         plan, values = self._check_push(batch)
         what = f"push of {batch.keys[0]!r}"
-        sent = None if self._pusher.busy(plan) else self._pusher.send(plan, values, apply)
+        weight = batch.weight
+        sent = None if self._pusher.busy(plan) else self._pusher.send(plan, values, apply, None, weight)
         if sent is None:
             if batch.known:  # part of it may go before torch refuses the rest
                 plan, values = self._check_push(batch.checked())
-            return self._push_busy(plan, values, apply, async_op, what)
+            return self._push_busy(plan, values, apply, weight, async_op, what)
         if not async_op:
             self._pusher.await_sent(sent, what)
             return None
@@ -347,16 +348,17 @@ class DistStore(KVStore):
         plan: Plan,
         values: list[torch.Tensor],
         apply: bool,
+        weight: float | None,
         async_op: bool,
         what: str,
     ) -> Work | None:
         """Push the free keys of a list at once, and each other one when its last push is merged."""
         values = [_on_cpu(value) for value in values]
-        sent, late = self._pusher.push_around(plan, values, apply)
+        sent, late = self._pusher.push_around(plan, values, apply, weight)
         states = [plan.states[place] for place in late]
 
         def push_rest() -> None:
-            self._pusher.push_late(plan, late, values, apply, what)
+            self._pusher.push_late(plan, late, values, apply, what, weight)
             for latch in sent:
                 self._pusher.await_sent(latch, what)
 
@@ -473,7 +475,7 @@ class DistStore(KVStore):
             late = [_on_cpu(value) for value in values]
 
             def push_and_pull() -> Any:
-                self._pusher.push_late(plan, range(len(plan.states)), late, True, what)
+                self._pusher.push_late(plan, range(len(plan.states)), late, True, what, pushed.weight)
                 return self._run_pull(call, what)
 
             return self._after_deferred(plan, push_and_pull, async_op, what)
@@ -487,8 +489,8 @@ class DistStore(KVStore):
         """Send a push and ask for the values after it; False, and nothing is done, if a key is busy."""
         if pushed.keys == pulled.keys and (pushed.singles is not None or 0 not in pushed.counts):
             call.plan = plan
-            return call.push(self._job, self._pusher, values)
-        if self._pusher.send(plan, values, True) is None:
+            return call.push(self._job, self._pusher, values, pushed.weight)
+        if self._pusher.send(plan, values, True, None, pushed.weight) is None:
             return False
         call.ask(self._job, self._plans, self._pusher)
         return True

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 
-from tensorkv.errors import KeyNotInitialized
+from tensorkv.errors import InvalidArgument, KeyNotInitialized
 from tensorkv.keys import ABSENT
 from tensorkv.store import KVStore
 from tensorkv.testing.suite import (
@@ -158,6 +162,70 @@ def check_mean(maker: StoreMaker) -> None:
         assert kv.reduction == "mean"
 
     in_one(maker, work, reduction="mean")
+
+
+@check()
+def check_weight_of_the_only_push(maker: StoreMaker) -> None:
+    """The weight of a round's only push cancels, to the last bit; 0 is as ABSENT."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", full(9))
+        value = noise(1, 2, 3)
+        weights: tuple[Any, ...] = (
+            1,
+            0.3,
+            7,
+            1e18,
+            1e-18,
+            np.int64(3),
+            np.float32(0.1),
+            torch.tensor(5),
+            True,
+        )
+        for weight in weights:
+            kv.push("w", value, weight=weight)
+            same(kv.pull("w"), value, f"weight {weight!r}")
+            same(kv.pushpull("w", [value, value * 3], weight=weight), (value + value * 3) / 2, f"{weight!r}")
+        version = kv.info("w").version
+        kv.push("w", full(float("nan")), weight=0)
+        kv.push({"w": [full(1), full(2)]}, weight=0.0)
+        assert kv.info("w").version == version
+        same(kv.pushpull("w", full(1), weight=0), (value + value * 3) / 2, "weight 0")
+
+    in_one(maker, work, reduction="mean")
+
+
+@check()
+def check_weights_that_are_refused(maker: StoreMaker) -> None:
+    """A weight is a number from 1e-18 to 1e18 or 0, of a store that takes a mean; else nothing is pushed."""
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", full(9))
+        weights: tuple[Any, ...] = (
+            -1,
+            float("nan"),
+            float("inf"),
+            1e-19,
+            1e19,
+            10**400,
+            "3",
+            [1],
+            full(1),
+            1j,
+        )
+        for weight, call in itertools.product(weights, (kv.push, kv.pushpull)):
+            raises(ValueError, partial(call, "w", full(1), weight=weight), "'w'", "weight=")
+        assert kv.info("w").round == 0
+        same(kv.pull("w"), 9.0)
+
+    def work_of_sums(kv: KVStore) -> None:
+        kv.init("w", full(9))
+        for call in (kv.push, kv.pushpull):
+            raises(InvalidArgument, partial(call, "w", full(1), weight=2), "'w'", 'reduction="mean"')
+        assert kv.info("w").round == 0
+
+    in_one(maker, work, reduction="mean")
+    in_one(maker, work_of_sums)
 
 
 @check()

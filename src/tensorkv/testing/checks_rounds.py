@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 
 import torch
 
@@ -294,6 +295,85 @@ def check_who_stops_to_await_a_pull(maker: StoreMaker, workers: int) -> None:
     in_workers(maker, workers, work)
 
 
+def weighted_mean(pushes: list[tuple[torch.Tensor, float]], dtype: torch.dtype) -> torch.Tensor:
+    """Return what a mean is by its definition: of sums over devices, in rank order, each with its factor."""
+    wide = torch.float32 if dtype.itemsize < 4 else dtype
+    products = [value.to(wide) * factor for value, factor in pushes]
+    return sum(products[1:], start=products[0]).to(wide)
+
+
+@check(workers=SEVERAL, only="sync")
+def check_weighted_mean(maker: StoreMaker, workers: int) -> None:
+    """sum(weight * value) / sum(weight) in rank order, to the last bit, whoever comes first."""
+    weights = [300, 1.7, 12345][:workers]
+    dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        for turn, dtype in enumerate(dtypes):
+            key, size = f"w{turn}", 300_011 if turn == 0 else 61
+            kv.init(key, torch.zeros(size, dtype=dtype))
+            values = [noise(10 * turn + rank, size, dtype=dtype) / 256 for rank in range(workers)]
+            for step in range(2):
+                meeting.everybody()
+                if kv.rank == step:  # another comes first each time
+                    kv.push(key, values[kv.rank], weight=weights[kv.rank])
+                    arrived(kv, key)
+                    meeting.signal(f"{key} {step}")
+                else:
+                    meeting.wait_for(f"{key} {step}")
+                    kv.push(key, values[kv.rank], weight=weights[kv.rank])
+                total = weighted_mean(list(zip(values, weights, strict=True)), dtype)
+                same(kv.pull(key), (total / math.fsum(weights)).to(dtype), f"the mean of {dtype}")
+
+    in_workers(maker, workers, work, reduction="mean")
+
+
+@check(workers=SEVERAL, only="sync")
+def check_weights_of_some(maker: StoreMaker, workers: int) -> None:
+    """Beside a weight an unweighted tensor counts one; several devices share their push's weight."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["w", "v"], [full(-1), full(-1)])
+        others = workers - 1
+        first = kv.rank == 0
+
+        kv.push("w", [full(1), full(3)], weight=6) if first else kv.push("w", full(4))
+        same(kv.pull("w"), full(3 * (1 + 3) + 4 * others) / (6 + others), "6 for both devices together")
+        kv.push("w", [full(1), full(3)]) if first else kv.push("w", full(4), weight=10)
+        same(kv.pull("w"), full(1 + 3 + 40 * others) / (2 + 10 * others), "each device counts one")
+        kv.push(["w", "w"], [full(1), full(2)], weight=5) if first else kv.push("w", full(8))
+        same(kv.pull("w"), full(5 * 3 + 8 * others) / (5 + others), "the same key twice is one push")
+        kv.push("w", full(7) / 3, weight=3 if first else 0)
+        same(kv.pull("w"), full(7) / 3, "a weight alone cancels, and 0 is as ABSENT")
+        kv.push("w", ABSENT if first else full(float(kv.rank)), weight=9)
+        if workers == 2:
+            same(kv.pull("w"), 1.0, "absent has no weight")
+        found = (
+            kv.pushpull(["w", "v"], [full(1), full(2)], weight=4)
+            if first
+            else kv.pushpull({"v": full(5), "w": full(4)})
+        )
+        found = found if first else [found["w"], found["v"]]
+        same(found[0], full(4 + 4 * others) / (4 + others), "pushpull, another list on each rank")
+        same(found[1], full(8 + 5 * others) / (4 + others), "pushpull")
+        kv.push("w", full(1), weight=4 if first else None, apply=False)
+        assert kv.commit(max_norm=100).applied
+        same(kv.pull("w"), full(4 + others) / (4 + others), "committed")
+        for _ in range(3):  # ahead: all but the first push wait for the round before
+            last = kv.push("w", full(2), weight=2 if first else 1, async_op=True)
+        assert last is not None and last.wait()
+        same(kv.pull("w"), full(4 + 2 * others) / (2 + others), "pushed ahead")
+        kv.push("w", full(9), weight=3)
+        if not first:
+            kv.close()
+            return
+        same(kv.pull("w"), 9.0)
+        kv.push("w", full(7), weight=3)
+        same(kv.pull("w"), 7.0, "without those that left")
+
+    in_workers(maker, workers, work, reduction="mean")
+
+
 @check(workers=SEVERAL, only="sync")
 def check_mean_over_workers(maker: StoreMaker, workers: int) -> None:
     """A mean divides by every device of every worker; absent workers count none."""
@@ -475,7 +555,6 @@ def check_async_waits_for_nobody(maker: StoreMaker, workers: int) -> None:
     in_workers(maker, workers, work)
 
 
-@check(workers=SEVERAL, only="async")
 def check_async_mean(maker: StoreMaker, workers: int) -> None:
     """In an asynchronous kind a mean is over the devices of one push."""
 
@@ -485,5 +564,9 @@ def check_async_mean(maker: StoreMaker, workers: int) -> None:
         kv.push("w", [full(1), full(3)])
         kv.barrier()
         same(kv.pull("w"), 2.0 * workers)
+        kv.barrier()
+        kv.push("w", [full(1), full(3)], weight=10 + kv.rank)
+        kv.barrier()
+        same(kv.pull("w"), 4.0 * workers, "the weight of a round's only push cancels")
 
     in_workers(maker, workers, work, reduction="mean")

@@ -64,8 +64,20 @@ class _Push:
 
     total: torch.Tensor | None
     count: int
+    weight: float | None
     apply: bool
     updater: UpdaterFunction
+
+
+def _weighted_mean(parts: list[_Push], dtype: torch.dtype) -> torch.Tensor:
+    weights = [part.count if part.weight is None else part.weight for part in parts]
+    products = [
+        _wide(part.total) * (weight / part.count)
+        for part, weight in zip(parts, weights, strict=True)
+        if part.total is not None
+    ]
+    total = sum(products[1:], start=products[0])
+    return (total / math.fsum(weights)).to(dtype)
 
 
 @dataclass
@@ -108,13 +120,14 @@ class ReferenceStore:
         values: Sequence[torch.Tensor] | object,
         apply: bool = True,
         count: int | None = None,
+        weight: float | None = None,
     ) -> None:
         """Contribute to the next round of this rank: one tensor per device, or ABSENT.
 
-        In a mean they count as `count`, by default as many as they are.
+        In a mean they count as `weight`; without one as `count`, by default as many as they are.
         """
         entry = self._entry(key)
-        tensors = [] if values is ABSENT else list(values)  # type: ignore[call-overload]
+        tensors = [] if values is ABSENT or weight == 0 else list(values)  # type: ignore[call-overload]
         for tensor in tensors:
             check_matches("value", tensor, key, tuple(entry.value.shape), entry.value.dtype)
         self._check_free(entry, rank, key)
@@ -123,7 +136,8 @@ class ReferenceStore:
             total = tensor.clone() if total is None else total + tensor
         for other, pushes in enumerate(entry.pushes):
             if other == rank:
-                pushes.append(_Push(total, len(tensors) if count is None else count, apply, self._updater))
+                count = len(tensors) if count is None else count
+                pushes.append(_Push(total, count, weight, apply, self._updater))
             elif self.is_async:  # a round in which nobody else takes part
                 pushes.append(None)
         self._advance(key, entry)
@@ -227,13 +241,15 @@ class ReferenceStore:
             self._apply(key, entry, self._sum(entry))
 
     def _sum(self, entry: _Entry) -> torch.Tensor | None:
-        total = None
-        for part in self._parts(entry).values():  # then workers, in rank order
-            if part.total is not None:
-                total = part.total if total is None else total + part.total
+        total: torch.Tensor | None = None
+        parts = [part for part in self._parts(entry).values() if part.total is not None]
+        if self.reduction == "mean" and len(parts) > 1 and any(part.weight is not None for part in parts):
+            return _weighted_mean(parts, entry.value.dtype)
+        for part in parts:  # then workers, in rank order
+            total = part.total if total is None or part.total is None else total + part.total
         if total is None or self.reduction == "sum":
             return total
-        mean = _wide(total) / sum(part.count for part in self._parts(entry).values())
+        mean = _wide(total) / sum(part.count for part in parts)
         return mean.to(total.dtype)
 
     def _apply(self, key: Key, entry: _Entry, total: torch.Tensor | None) -> None:

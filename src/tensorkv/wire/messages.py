@@ -226,7 +226,8 @@ class DropPlan(Message, tag=23):
 class Push(Message, tag=24):
     """A contribution to the current round of the slices of a chunk. Payload: their elements, or `placed`.
 
-    With `reply` other than 0 the values after that round are sent back as `Data` of that request.
+    With `reply` other than 0 the values after that round are sent back as `Data` of that request. In a mean
+    each slice counts as `weight`, without one as the chunk says.
     """
 
     plan: int
@@ -234,6 +235,7 @@ class Push(Message, tag=24):
     apply: bool
     reply: int
     placed: Placed | None = None
+    weight: float | None = None
 
 
 class Pull(Message, tag=25):
