@@ -135,6 +135,12 @@ def store_call(body: str) -> object:
     return names["call"]
 
 
+def test_term_does_not_interrupt_a_process_that_an_exception_ends(installed: WorkerSignals) -> None:
+    """What runs at its exit, the goodbye to the job among it, would end in the middle."""
+    installed.leaving()
+    signal.raise_signal(signal.SIGTERM)
+
+
 def test_term_lets_a_call_finish(installed: WorkerSignals) -> None:
     """The call returns its value; the exit comes right behind it."""
     call = store_call("os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2); event.append('finished')")
