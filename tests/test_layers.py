@@ -18,7 +18,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tensorkv"
 LAYERS = {
     **dict.fromkeys(("errors", "addresses", "config", "work"), 0),
     **dict.fromkeys(("store", "keys", "arrays", "reduce", "updater", "updaterspec", "partition"), 1),
-    **dict.fromkeys(("functions", "definitions", "savedstate", "slicestate", "saveio", "tracers"), 1),
+    **dict.fromkeys(("functions", "definitions", "savedstate", "slicestate", "tracers"), 1),
+    **dict.fromkeys(("saveio", "savefolder", "tensorfile"), 1),
     "wire": 2,
     "protocol": 3,
     "transport": 4,
@@ -33,7 +34,8 @@ LAYERS = {
 
 PURE_LAYERS = (1, 2, 3)
 IMPURE_MODULES = {"threading", "socket", "time", "asyncio", "selectors", "signal", "subprocess"}
-FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "safetensors", "tensorkv.saveio"}
+FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "fcntl"}
+FILE_MODULES |= {"tensorkv.saveio", "tensorkv.savefolder", "tensorkv.tensorfile"}
 MAY_LOCK = {"functions"}  # executes a script's definitions once per process, as an import does
 SOCKET_FOLDERS = {"transport", "launch", "bench"}
 ENVIRONMENT_PLACES = {"config", "launch", "cli", "bench"}

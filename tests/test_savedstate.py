@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tensorkv.errors import DtypeMismatch, LoadError, ShapeMismatch
 from tensorkv.savedstate import (
     INDEX_NAME,
+    MAX_BATCH_SLICES,
     VALUE,
     FileRecord,
     Index,
@@ -88,6 +89,11 @@ def test_batches_keep_the_order_and_the_bound(sizes: list[int], bound: int) -> N
         assert sum(sizes[number] for number in one) + sizes[other[0]] > bound
 
 
+def test_a_batch_has_a_bound_on_its_slices() -> None:
+    groups = batches([0] * (MAX_BATCH_SLICES + 3))
+    assert [len(group) for group in groups] == [MAX_BATCH_SLICES, 3]
+
+
 def test_an_index_comes_back_from_its_text() -> None:
     written = index()
     assert decode_index(encode_index(written), INDEX_NAME) == written
@@ -101,18 +107,19 @@ def test_numbers_that_json_lacks_come_back() -> None:
     assert decode_index(encode_index(written), INDEX_NAME) == written
 
 
-def _changed(path: list[Any], value: Any) -> str:
-    data = msgspec.to_builtins(index())
+def _changed(path: list[Any], value: Any) -> bytes:
+    """Return an index with a change, of the version that has no checksum."""
+    data = {**msgspec.to_builtins(index()), "version": 1}
     at = data
     for step in path[:-1]:
         at = at[step]
     at[path[-1]] = value
-    return json.dumps(data)
+    return json.dumps(data).encode()
 
 
 PIECE = ["keys", 0, "pieces", 0]
 BAD = {
-    "version": (["version"], 2),
+    "version": (["version"], 3),
     "format": (["format"], "mine"),
     "reduction": (["reduction"], "max"),
     "no settings": (["settings", "entries"], []),
@@ -175,16 +182,44 @@ def test_any_bytes_are_refused_as_an_index(data: bytes) -> None:
 
 @given(st.data())
 def test_any_change_of_the_text_is_read_or_refused(data: st.DataObject) -> None:
-    text = bytearray(encode_index(index()).encode())
+    text = bytearray(_changed(["version"], 1))
     at = data.draw(st.integers(0, len(text) - 1))
     text[at] = data.draw(st.integers(0, 255))
     with contextlib.suppress(LoadError):
         decode_index(bytes(text), INDEX_NAME)
 
 
+@pytest.mark.parametrize("change", [1, 2, 3, 4, 0x20, 0xFF])
+def test_every_changed_byte_is_refused(change: int) -> None:
+    """1 and 2 together make the version that needs no checksum."""
+    text = bytearray(encode_index(index()))
+    for at in range(len(text)):
+        text[at] ^= change
+        with pytest.raises(LoadError, match=INDEX_NAME):
+            decode_index(bytes(text), INDEX_NAME)
+        text[at] ^= change
+    assert decode_index(bytes(text), INDEX_NAME) == index()
+
+
+def test_every_cut_is_refused_and_what_is_added() -> None:
+    text = encode_index(index())
+    assert json.loads(text)["keys"][0]["key"] == "w"  # it is JSON as a whole
+    for changed in [*(text[:end] for end in range(len(text))), text + b" ", text + text, b" " + text]:
+        with pytest.raises(LoadError, match=INDEX_NAME):
+            decode_index(changed, INDEX_NAME)
+
+
+def test_an_index_of_before_there_were_checksums_is_read() -> None:
+    old = index()
+    assert decode_index(_changed(["files"], {FILE: 100}), INDEX_NAME).files == {FILE: FileRecord(100)}
+    assert decode_index(_changed(["files", FILE, "columns"], None), INDEX_NAME).keys == old.keys
+    with pytest.raises(LoadError, match="does not end with its checksum"):
+        decode_index(_changed(["version"], 2), INDEX_NAME)
+
+
 def test_deep_nesting_is_refused() -> None:
     with pytest.raises(LoadError):
-        decode_index("[" * 100_000, INDEX_NAME)
+        decode_index(b"[" * 100_000, INDEX_NAME)
 
 
 def test_pieces_with_and_without_state_cannot_be_joined() -> None:

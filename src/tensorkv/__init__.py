@@ -11,7 +11,8 @@ General layout, from the bottom; an import goes to a lower line or stays on its 
     errors config work                    what everything uses; no torch
     store keys arrays reduce              the contract (KVStore), its arguments, sums over devices
     updater partition functions           what a push does to a value, and where a value lives
-    savedstate slicestate saveio          what is saved of a store: as records, in memory, as files
+    savedstate slicestate                 what is saved of a store: as records, in memory
+    saveio savefolder tensorfile          the same as files, in a folder
     wire/ protocol/                       records and frames; the rounds of a job as pure state machines
     transport/ runtime/                   sockets; the threads of worker, server and scheduler
     launch/                               starting the processes of a job, or finding it

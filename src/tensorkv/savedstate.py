@@ -10,10 +10,14 @@ other number of servers and slices:
 A value is cut into *pieces*, elements [start, stop) of it when flattened. Each piece comes with its
 version and the optimizer's state for it: tensors that go element by element with the value, others that
 belong to the piece as a whole ("step"), and plain data.
+
+The last line of the index has a checksum of all that comes before it. An index of version 1 of the format has
+none; its files may have none either.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -28,15 +32,22 @@ from tensorkv.updaterspec import MAX_INT, UpdaterSpec, may_travel
 
 INDEX_NAME = "tensorkv.json"
 FORMAT: Literal["tensorkv-save"] = "tensorkv-save"
-VERSION = 1
-FILE_NAME = re.compile(r"tensorkv-[0-9a-f]{16}-\d+-\d+\.safetensors")
-"""The name of a file of a save. No other file is ever read or removed."""
+VERSION = 2
+FILE_NAME = re.compile(r"tensorkv-[0-9a-f]{16}-[0-9]+-[0-9]+\.safetensors")
+"""The name of a file of a save. No other is ever read."""
+
+_LAST_LINE = re.compile(rb',\n "checksum": "([0-9a-f]{32})"\n}\n')
+_LAST_LINE_BYTES = 52
+"""How an index ends: with the checksum of all bytes before these."""
 
 VALUE = ""
 """The name of the value itself among the tensors of a piece; all others are the optimizer's."""
 
 MAX_BATCH_BYTES = 256 << 20
-"""Values that a server writes to one file, or reads in one go."""
+"""Maximum size of the values that a server writes to one file, or reads in one go, if they are several."""
+
+MAX_BATCH_SLICES = 50_000
+"""Maximum number of the slices in one file: its header has an entry for each tensor, and is bounded."""
 
 Key = int | str
 Plain = None | bool | int | float | str
@@ -114,10 +125,14 @@ class SavedSettings(msgspec.Struct, frozen=True):
 
 
 class FileRecord(msgspec.Struct, frozen=True):
-    """A file of a save: its size, and what `saveio.checksum` makes of it; None in a save that has none."""
+    """A file of a save: its size, and what `tensorfile.Checksum` makes of its rows and columns.
+
+    Older saves have None for the columns, or for both.
+    """
 
     size_bytes: int
     checksum: int | None = None
+    columns: int | None = None
 
 
 class Index(msgspec.Struct, frozen=True):
@@ -159,23 +174,37 @@ def check_replaces(record: KeyRecord, shape: Sequence[int], dtype: str) -> None:
         raise DtypeMismatch(text)
 
 
-def encode_index(index: Index) -> str:
+def encode_index(index: Index) -> bytes:
     """Return the text of the index file."""
-    return json.dumps(msgspec.to_builtins(index), indent=1)
+    text = json.dumps(msgspec.to_builtins(index), indent=1).encode().removesuffix(b"\n}")
+    return text + b',\n "checksum": "%s"\n}\n' % _checksum(text)
 
 
-def decode_index(text: str | bytes, where: str) -> Index:
+def _checksum(text: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(text, digest_size=16).hexdigest().encode()
+
+
+def decode_index(text: bytes, where: str) -> Index:
     """Return the index, after checking all in it that can be checked without the files.
 
     Raises:
-        LoadError: it is not an index, or says what cannot be.
+        LoadError: it is not an index, is not as it was written, or says what cannot be.
     """
+    end = max(0, len(text) - _LAST_LINE_BYTES)
+    last_line = _LAST_LINE.fullmatch(text, end)
+    if last_line is not None and _checksum(memoryview(text)[:end]) != last_line[1]:
+        raise LoadError(f"{where}: not as it was saved: its last line has another checksum than it has")
     try:
-        index: Index = from_plain(_with_file_records(json.loads(text)), Index)
+        data = json.loads(text)
+        index: Index = from_plain(_with_file_records(data), Index)
     except (ValueError, RecursionError) as exc:
         raise LoadError(f"{where}: not the index of a save: {exc}") from exc
-    if index.version != VERSION:
-        raise LoadError(f"{where}: has version {index.version} of the format; this tensorkv reads {VERSION}")
+    if not 1 <= index.version <= VERSION:
+        raise LoadError(
+            f"{where}: has version {index.version} of the format; this tensorkv reads 1 to {VERSION}"
+        )
+    if last_line is None and (index.version > 1 or "checksum" in data):
+        raise LoadError(f"{where}: not as it was saved: it does not end with its checksum")
     check_settings(index.settings, where)
     for name in index.files:
         if not FILE_NAME.fullmatch(name):
@@ -317,11 +346,14 @@ def version_of(record: KeyRecord, parts: Iterable[Overlap]) -> int:
 
 
 def batches(sizes_bytes: Sequence[int], max_bytes: int = MAX_BATCH_BYTES) -> list[list[int]]:
-    """Return the numbers of things of these sizes in groups of at most `max_bytes`, or of one."""
+    """Return the numbers of things of these sizes in groups of at most `max_bytes`, or of one.
+
+    No group has more than `MAX_BATCH_SLICES`.
+    """
     groups: list[list[int]] = []
     used = 0
     for number, size in enumerate(sizes_bytes):
-        if not groups or used + size > max_bytes:
+        if not groups or used + size > max_bytes or len(groups[-1]) == MAX_BATCH_SLICES:
             groups.append([])
             used = 0
         groups[-1].append(number)

@@ -1,28 +1,20 @@
-"""Saves as safetensors files in a folder.
+"""Saves as files: slices are written to them, and read from them in any other cut.
 
 What the records of a save mean stands in `tensorkv.savedstate`, and `tensorkv.slicestate` has what is
-saved in memory. A save is made so that a crash at any moment leaves the one before it whole: files get
-names of their own, are complete on disk before they have them, and count only when the index, which is
-replaced last and at once, names them.
+saved in memory. `tensorkv.savefolder` has how a save comes to count, `tensorkv.tensorfile` one file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from tensorkv.arrays import Key, dtype_from_name
-from tensorkv.errors import InvalidValue, LoadError, SaveError
+from tensorkv.errors import InvalidValue, LoadError
 from tensorkv.savedstate import (
     FILE_NAME,
     INDEX_NAME,
@@ -32,210 +24,92 @@ from tensorkv.savedstate import (
     PieceRecord,
     TensorRecord,
     decode_index,
-    encode_index,
 )
+from tensorkv.savefolder import MAX_INDEX_BYTES, new_part
 from tensorkv.slicestate import SliceState, assemble, records_of
+from tensorkv.tensorfile import TensorFile, open_regular, write_tensors
 from tensorkv.updater import check_state_names
 
-_AS_REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
-"""How dtypes are written that safetensors does not have, in every version: as pairs of real numbers."""
+_MAX_LABEL = 100
+_MAX_OPEN_FILES = 64
+_MAX_TRIES = 50
 
-_FILE_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-
-_PAGE_BYTES = 4096
-_READ_BYTES = 1 << 20
-"""What is read and added up at a time: little enough to stay in a cache of the processor."""
-
-
-def checksum(path: str) -> int:
-    """Return the checksum of a file: the CRC-32 of the sums of its pages.
-
-    A page is 4096 bytes, the last one filled up with zeros, and its sum is that of its little-endian 64-bit
-    words, modulo 2**64. So any change within one word is found, and pages that are swapped, missing or
-    zeroed. A CRC-32 of all bytes takes longer than a load does: 0.48 s per GB, and 0.41.
-
-    Raises OSError.
-    """
-    found = 0
-    buffer = bytearray(_READ_BYTES)
-    data, words = memoryview(buffer), np.frombuffer(buffer, "<u8")
-    with open(path, "rb", buffering=0) as file:
-        while (size_bytes := _fill(file, data)) > 0:
-            end = -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
-            data[size_bytes:end] = bytes(end - size_bytes)
-            pages = words[: end // 8].reshape(-1, _PAGE_BYTES // 8)
-            found = zlib.crc32(pages.sum(axis=1, dtype="<u8"), found)
-    return found
-
-
-def _fill(file: Any, data: memoryview) -> int:
-    """Read until `data` is full or the file ends; return how much that is."""
-    size_bytes = 0
-    while size_bytes < len(data):
-        more = file.readinto(data[size_bytes:])
-        if not more:
-            break
-        size_bytes += more
-    return size_bytes
-
-
-# ---- writing --------------------------------------------------------------------------------------------
-
-
-def new_save_id() -> str:
-    """Return what distinguishes the files of one save from those of all others."""
-    return secrets.token_hex(8)
-
-
-def file_name(save_id: str, server: int, number: int) -> str:
-    """Return the name of a file of a save."""
-    return f"tensorkv-{save_id}-{server}-{number}.safetensors"
-
-
-def order_of(name: str) -> tuple[int, ...]:
-    """Sort key of the files of a save: server and number."""
-    return tuple(int(part) for part in name.removesuffix(".safetensors").split("-")[2:])
-
-
-def make_folder(folder: str) -> None:
-    """Make the folder of a save, if it is not there. Raises SaveError if that is not possible."""
-    with _writing(folder):
-        os.makedirs(folder, exist_ok=True)
+_T = TypeVar("_T")
 
 
 def write_slices(
     folder: str, name: str, slices: Sequence[tuple[Key, int, int, SliceState]]
 ) -> tuple[FileRecord, list[PieceRecord]]:
-    """Write slices, given as key, start, stop and state, to a file; return its record and theirs.
+    """Write slices, given as key, start, stop and state, to a file of a save; return its record and theirs.
 
     Raises:
-        SaveError: it cannot be written.
+        SaveError: it cannot be written, or nobody makes this save in this folder.
     """
-    if not os.path.isdir(folder):
-        raise SaveError(
-            f"{folder} is not a folder on host {os.uname().nodename}: the servers write the files of a save, "
-            "so the folder has to be on a file system that they all share"
-        )
     tensors: dict[str, torch.Tensor] = {}
     pieces: list[PieceRecord] = []
     for number, (key, start, stop, each) in enumerate(slices):
         records, values, plain = records_of(each)
         stored: list[TensorRecord] = []
         for record, tensor in zip(records, values, strict=True):
-            label = f"{number}/{record.name or 'value'}/{key}[{start}:{stop}]"
-            real = _AS_REAL.get(tensor.dtype)
-            tensors[label] = tensor if real is None else tensor.view(-1).view(real)
+            label = f"{number}/{record.name or 'value'}/{str(key)[:_MAX_LABEL]}[{start}:{stop}]"
+            tensors[label] = tensor
             stored.append(TensorRecord(record.name, record.dtype, record.shape, record.elementwise, label))
         pieces.append(PieceRecord(start, stop, each.version, stored, plain, name))
-    path = os.path.join(folder, name)
-    with _writing(path):
-        save_file(tensors, f"{path}.tmp")
-        _sync(f"{path}.tmp")
-        file = FileRecord(os.path.getsize(f"{path}.tmp"), checksum(f"{path}.tmp"))
-        os.replace(f"{path}.tmp", path)
-        return file, pieces
+    with new_part(folder, name) as descriptor:
+        return write_tensors(descriptor, tensors), pieces
 
 
-def write_index(folder: str, index: Index) -> None:
-    """Let a save count, and remove the files of saves before it. All its files have been written.
+def load_newest(folder: str, load: Callable[[Index], _T]) -> _T:
+    """Call `load` with the index of the save in a folder; again, if another save has come to count meanwhile.
+
+    Each file has been looked into by then, but not at its numbers.
 
     Raises:
-        SaveError: it cannot be written; the save before it is whole.
+        LoadError: there is no save, or it is not whole; or whatever `load` raises.
     """
     path = os.path.join(folder, INDEX_NAME)
-    with _writing(path):
-        _sync(folder)  # the names of the files are on disk before the index that tells of them
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            file.write(encode_index(index))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
-        _sync(folder)
-    remove_files(folder, keep=index.files)
+    text = _read_index(path)
+    for _ in range(_MAX_TRIES):
+        try:
+            index = decode_index(text, path)
+            check_state_names(index.settings, index.keys, path)
+            _look_into_files(folder, index)
+            return load(index)
+        except LoadError as exc:
+            newer = _read_index(path)
+            if newer == text:
+                raise
+            text, error = newer, exc
+    raise error
 
 
-def remove_files(folder: str, keep: Iterable[str] = (), save_id: str = "") -> None:
-    """Remove files of saves from a folder, but not those to keep; with `save_id` only those of one save.
-
-    What cannot be removed stays: it is in nobody's way, and the next save tries again.
-    """
-    kept = set(keep)
-    with contextlib.suppress(OSError):
-        for name in os.listdir(folder):
-            of_save = FILE_NAME.fullmatch(name.removesuffix(".tmp")) and f"tensorkv-{save_id}" in name
-            if of_save and name not in kept:
-                with contextlib.suppress(OSError):
-                    os.remove(os.path.join(folder, name))
-
-
-@contextlib.contextmanager
-def _writing(path: str) -> Any:
+def _read_index(path: str) -> bytes:
     try:
-        yield
-    except (OSError, SafetensorError) as exc:
-        raise SaveError(f"{path} cannot be written on host {os.uname().nodename}: {exc}") from exc
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# ---- reading --------------------------------------------------------------------------------------------
-
-
-def read_index(folder: str) -> Index:
-    """Return the index of the save in a folder, after looking into each of its files, but not at its numbers.
-
-    Raises:
-        LoadError: there is no save, or it is not whole.
-    """
-    path = os.path.join(folder, INDEX_NAME)
-    try:
-        text = Path(path).read_bytes()
+        with open(open_regular(path), "rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes > MAX_INDEX_BYTES:
+                raise LoadError(f"{path} has {size_bytes} bytes, of at most {MAX_INDEX_BYTES}")
+            return file.read()
     except FileNotFoundError as exc:
-        raise LoadError(f"there is no save in {folder}: {INDEX_NAME} is missing") from exc
+        raise LoadError(f"there is no save in {os.path.dirname(path)}: {INDEX_NAME} is missing") from exc
     except OSError as exc:
         raise LoadError(f"{path} cannot be read: {exc}") from exc
-    index = decode_index(text, path)
-    check_state_names(index.settings, index.keys, path)
-    for name, file in index.files.items():
-        _check_size(os.path.join(folder, name), file.size_bytes)
-    with PieceReader(folder, [piece for record in index.keys for piece in record.pieces]) as reader:
-        for record in index.keys:
-            for number, piece in enumerate(record.pieces):
-                for tensor in piece.tensors:
-                    reader.check(record, number, tensor)
-    return index
 
 
-def _check_size(path: str, size_bytes: int) -> None:
-    try:
-        found = os.lstat(path).st_size
-    except OSError as exc:
-        raise LoadError(f"{path} belongs to the save and is missing: {exc}") from exc
-    if found != size_bytes or os.path.islink(path):
-        raise LoadError(f"{path} has {found} bytes and should have {size_bytes}: it is not as it was saved")
+def _look_into_files(folder: str, index: Index) -> None:
+    """Raise LoadError unless each file has the size that it had, and the tensors of its pieces."""
+    inside: dict[str, list[tuple[KeyRecord, TensorRecord]]] = {name: [] for name in index.files}
+    for record in index.keys:
+        for piece in record.pieces:
+            inside[piece.file] += [(record, tensor) for tensor in piece.tensors]
+    for name, tensors in inside.items():
+        file = _open(folder, name)
+        try:
+            file.verify(index.files[name], wholly=False)
+            for record, tensor in tensors:
+                file.check(tensor.stored, _dtype(record, tensor), tensor.shape)
+        finally:
+            file.close()
 
 
 def check_files(folder: str, files: Mapping[str, FileRecord]) -> None:
@@ -244,91 +118,61 @@ def check_files(folder: str, files: Mapping[str, FileRecord]) -> None:
     Raises:
         LoadError: one is not as it was saved.
     """
-    for name, file in files.items():
-        if not FILE_NAME.fullmatch(name):
-            raise LoadError(f"{name!r} is not a file of a save")
-        if file.checksum is None:
-            continue
-        path = os.path.join(folder, name)
-        _check_size(path, file.size_bytes)
+    for name, record in files.items():
+        file = _open(folder, name)
         try:
-            found = checksum(path)
-        except OSError as exc:
-            raise LoadError(f"{path} cannot be read on host {os.uname().nodename}: {exc}") from exc
-        if found != file.checksum:
-            numbers = f"its checksum is {found:08x} and should be {file.checksum:08x}"
-            raise LoadError(f"{path} is not as it was saved: {numbers}")
+            file.verify(record, wholly=True)
+        finally:
+            file.close()
+
+
+def _open(folder: str, name: str) -> TensorFile:
+    if not FILE_NAME.fullmatch(name):
+        raise LoadError(f"{name!r} is not a file of a save")
+    return TensorFile(os.path.join(folder, name))
+
+
+def _dtype(record: KeyRecord, tensor: TensorRecord) -> torch.dtype:
+    try:
+        return dtype_from_name(tensor.dtype)
+    except InvalidValue as exc:
+        raise LoadError(f"{tensor.name or 'value'!r} of key {record.key!r}: {exc}") from exc
 
 
 class PieceReader:
     """Reads pieces from the files of a save. A context manager."""
 
-    def __init__(self, folder: str, pieces: Iterable[PieceRecord]) -> None:
-        self._stack = contextlib.ExitStack()
-        self._files: dict[str, Any] = {}
+    def __init__(self, folder: str) -> None:
         self._folder = folder
-        try:
-            for name in dict.fromkeys(piece.file for piece in pieces):
-                self._files[name] = self._open(name)
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def _open(self, name: str) -> Any:
-        if not FILE_NAME.fullmatch(name):
-            raise LoadError(f"{name!r} is not a file of a save")
-        path = os.path.join(self._folder, name)
-        try:
-            return self._stack.enter_context(safe_open(path, framework="pt"))
-        except (OSError, SafetensorError) as exc:
-            raise LoadError(f"{path} cannot be read on host {os.uname().nodename}: {exc}") from exc
+        self._files: dict[str, TensorFile] = {}
+        self._open: OrderedDict[str, TensorFile] = OrderedDict()  # of these, by when they were used
 
     def __enter__(self) -> PieceReader:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stack.close()
+        for file in self._open.values():
+            file.close()
 
-    def check(self, record: KeyRecord, piece: int, tensor: TensorRecord) -> None:
-        """Raise LoadError unless a tensor is in its file, and is what its record says."""
-        name = record.pieces[piece].file
-        what = f"{os.path.join(self._folder, name)}: {tensor.stored!r} of key {record.key!r}"
-        dtype = self._dtype(tensor, what)
-        try:
-            view = self._files[name].get_slice(tensor.stored)
-        except SafetensorError as exc:
-            raise LoadError(f"{what} is not in the file: {exc}") from exc
-        found = (_FILE_DTYPES.get(view.get_dtype()), tuple(view.get_shape()))
-        real = _AS_REAL.get(dtype)
-        expected = (dtype, tensor.shape) if real is None else (real, (2 * tensor.num_elems,))
-        if found != expected:
-            raise LoadError(f"{what} is {found[0]} of shape {found[1]}, not {expected[0]} of {expected[1]}")
-
-    @staticmethod
-    def _dtype(tensor: TensorRecord, what: str) -> torch.dtype:
-        try:
-            return dtype_from_name(tensor.dtype)
-        except InvalidValue as exc:
-            raise LoadError(f"{what}: {exc}") from exc
+    def _file(self, name: str) -> TensorFile:
+        """Return a file, open: a save may have more than a process may have open."""
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        if len(self._open) == _MAX_OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        if name in self._files:
+            self._files[name].reopen()
+        else:
+            self._files[name] = _open(self._folder, name)
+        self._open[name] = self._files[name]
+        return self._files[name]
 
     def load(self, record: KeyRecord, start: int, stop: int) -> SliceState:
         """Return elements [start, stop) of a key with their state. Raises LoadError."""
 
         def fetch(piece: int, tensor: TensorRecord, low: int, high: int) -> torch.Tensor:
-            self.check(record, piece, tensor)
-            dtype = dtype_from_name(tensor.dtype)
-            step = 2 if dtype in _AS_REAL else 1
-            file = self._files[record.pieces[piece].file]
-            with torch.device("cpu"):  # safetensors puts them where the caller's default is
-                if not tensor.elementwise:
-                    found: torch.Tensor = file.get_tensor(tensor.stored)
-                else:
-                    found = file.get_slice(tensor.stored)[low * step : high * step]
-            if step > 1:  # in memory of its own, for a complex number has to lie at a multiple of its size
-                found = found.clone()
-            return found.reshape(-1).view(dtype)
+            file = self._file(record.pieces[piece].file)
+            return file.read(tensor.stored, _dtype(record, tensor), tensor.shape, low, high)
 
-        try:
-            return assemble(record, start, stop, fetch)
-        except (OSError, SafetensorError) as exc:
-            raise LoadError(f"key {record.key!r} cannot be read from {self._folder}: {exc}") from exc
+        return assemble(record, start, stop, fetch)

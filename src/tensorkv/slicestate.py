@@ -12,12 +12,11 @@ from typing import Any
 import msgspec
 import torch
 
-from tensorkv.arrays import Key, bytes_of, dtype_from_name, dtype_name, size_bytes
-from tensorkv.errors import LoadError, SaveError
+from tensorkv.arrays import Key, bytes_of, dtype_from_name, dtype_name, size_bytes, to_tensor
+from tensorkv.errors import InvalidValue, LoadError, SaveError
 from tensorkv.savedstate import (
     FORMAT,
     VALUE,
-    VERSION,
     KeyRecord,
     Overlap,
     PieceRecord,
@@ -33,6 +32,10 @@ from tensorkv.savedstate import (
     version_of,
 )
 from tensorkv.updater import check_state_names
+from tensorkv.updaterspec import may_travel
+
+DICT_VERSION = 1
+"""The version of the dict that a store is as one."""
 
 Fetch = Callable[[int, TensorRecord, int, int], torch.Tensor]
 """Returns elements [low, high) of a tensor of piece number i, flat; all of them if it is not elementwise."""
@@ -70,25 +73,34 @@ def slice_state(key: Key, value: torch.Tensor, version: int, state: dict[str, An
     """Return a copy of a slice, from what a store and an optimizer have of it.
 
     Raises:
-        SaveError: the state holds something that is neither a tensor nor plain.
+        SaveError: the state holds something that is neither plain nor a tensor that can be copied.
     """
     copied: dict[str, Any] = {}
     elementwise: set[str] = set()
     for name, each in state.items():
-        if isinstance(each, torch.Tensor) and isinstance(name, str) and name:
-            copied[name] = each.detach().to("cpu", copy=True).contiguous()
+        named = type(name) is str and name and may_travel(name)
+        if named and isinstance(each, torch.Tensor):
+            copied[name] = _copied(key, name, each)
             if each.shape == value.shape:
                 elementwise.add(name)
                 copied[name] = copied[name].view(-1)
-        elif isinstance(name, str) and name and (each is None or type(each) in (bool, int, float, str)):
+        elif named and not isinstance(each, (list, tuple)) and may_travel(each):
             copied[name] = each
         else:
             raise SaveError(
                 f"key {key!r}: the optimizer keeps {name!r}, a {type(each).__name__}, which cannot be saved; "
-                "its state may hold tensors, numbers, bools, strings and None"
+                "its state may hold tensors, numbers that fit in 64 bits, bools, strings and None"
             )
     flat = value.detach().to("cpu", copy=True).contiguous().view(-1)
     return SliceState(flat, version, copied, frozenset(elementwise))
+
+
+def _copied(key: Key, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy of a tensor of the state on the CPU. Raises SaveError."""
+    try:
+        return to_tensor(tensor, key).to("cpu", copy=True).contiguous()
+    except (InvalidValue, RuntimeError) as exc:  # torch copies no tensor of int4, say
+        raise SaveError(f"key {key!r}: the optimizer keeps {name!r}, which cannot be saved: {exc}") from exc
 
 
 def records_of(each: SliceState) -> tuple[list[TensorRecord], list[torch.Tensor], dict[str, Plain]]:
@@ -197,7 +209,7 @@ def to_state_dict(reduction: str, settings: SavedSettings, keys: Iterable[Memory
     """Return the dict that `KVStore.state_dict` promises."""
     found: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": DICT_VERSION,
         "reduction": reduction,
         "settings": msgspec.to_builtins(settings),
         "whole": [],
@@ -225,7 +237,10 @@ def from_state_dict(data: Any) -> tuple[str, SavedSettings, list[MemoryPieces]]:
     """
     where = "the state dict"
     try:
-        if (data["format"], data["version"]) != (FORMAT, VERSION) or data["reduction"] not in ("sum", "mean"):
+        if (data["format"], data["version"]) != (FORMAT, DICT_VERSION) or data["reduction"] not in (
+            "sum",
+            "mean",
+        ):
             raise LoadError(f"{where} is not one that state_dict() of this version of tensorkv has made")
         settings: SavedSettings = from_plain(data["settings"], SavedSettings)
         check_settings(settings, where)

@@ -500,15 +500,17 @@ class KVStore(ABC):
 
         Each server writes what it holds, so the folder, which is made if it is not there, has to be on a file
         system that all of them and rank 0 share. A crash at any moment leaves an earlier save in the folder
-        whole; its files are removed when the new one is complete. No other files are touched. Rank 0 shows a
-        progress bar on a terminal if there is much to write.
+        whole; its files are removed when the new one is complete, and what crashes have left too. No other
+        files are touched. Others may save into the folder at the same time: it has the save that came last.
+        Rank 0 shows a progress bar on a terminal if there is much to write.
 
         Every worker that has not left has to call it, with the same folder, as a barrier: what all have
         pushed before is in the save. What sits in a round that waits for somebody, or for a commit, is not.
         Each key is saved as of one moment: what other threads do to the store waits meanwhile.
 
         Raises:
-            SaveError: a file cannot be written; every worker gets this.
+            SaveError: a file cannot be written, a server does not share the folder, or an optimizer keeps
+                what cannot be saved; every worker gets this, and an earlier save is as it was.
             SettingMismatch: the workers name different folders, or make different calls.
             WaitTimeout, PeerLostError.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -68,7 +68,7 @@ class MemoryFiles(StateFiles):
         """A dict is as it was."""
 
     @contextlib.contextmanager
-    def open(self, folder: str, pieces: Iterable[PieceRecord]) -> Iterator[MemoryFiles]:
+    def open(self, folder: str) -> Iterator[MemoryFiles]:
         yield self
 
     def load(self, record: KeyRecord, start: int, stop: int) -> SliceState:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import tensorkv
-from tensorkv import savedstate, saveio
+from tensorkv import savedstate, savefolder, tensorfile
 from tensorkv.errors import LoadError, ProtocolError, SaveError, StoreClosed, TensorKVError
 from tensorkv.protocol import savedslices
 from tensorkv.protocol.serverstate import ServerState
-from tensorkv.runtime import saving
+from tensorkv.runtime import saving, statefiles
 from tensorkv.testing.cluster import run_job
 from tensorkv.wire import messages as m
 
@@ -227,7 +227,9 @@ def test_a_file_that_is_not_as_it_was_saved_is_named_and_nothing_changes(
 
 @pytest.mark.parametrize("num_requests", [[2, 1], [1], [1, 0, 3, 2]])
 def test_each_file_is_checked_once(num_requests: list[int]) -> None:
-    names = [saveio.file_name("0123456789abcdef", server, number) for server in (10, 9) for number in (1, 0)]
+    names = [
+        savefolder.file_name("0123456789abcdef", server, number) for server in (10, 9) for number in (1, 0)
+    ]
     files = {name: savedstate.FileRecord(number, number) for number, name in enumerate(names)}
     shares = saving._shared_out(files, num_requests)
     assert set(shares) == {(server, n) for server, count in enumerate(num_requests) for n in range(count)}
@@ -281,7 +283,7 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: py
         before = sorted(os.listdir(tmp_path))
         kv.barrier()
         if kv.rank == 0:
-            monkeypatch.setattr(saveio, "save_file", no_space)
+            monkeypatch.setattr(tensorfile, "write_all", no_space)
         kv.barrier()
         with pytest.raises(SaveError, match="No space left"):
             kv.save(str(tmp_path))
@@ -295,17 +297,59 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: py
     run_job(work, num_workers=2, num_servers=2)
 
 
-def test_a_server_that_does_not_see_the_folder_says_where(
+def test_a_server_that_does_not_see_the_folder_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "make_folder", lambda folder: None)
+    """Server 1 has one of the same name that it does not share with rank 0; then they do share it."""
+    shared, other = tmp_path / "shared", tmp_path / "other"
+    other.mkdir()
+    write = statefiles.write_slices
+
+    def write_elsewhere(folder: str, name: str, slices: Any) -> Any:
+        return write(str(other) if savefolder.order_of(name)[0] == 1 else folder, name, slices)
 
     def work(kv: tensorkv.KVStore) -> None:
-        kv.init("w", torch.ones(3))
-        with pytest.raises(SaveError, match=f"{os.uname().nodename}.*file system that they all share"):
-            kv.save(str(tmp_path / "nowhere"))
+        kv.init({"w": torch.ones(3), "v": torch.ones(3)})
+        if kv.rank == 0:
+            monkeypatch.setattr(statefiles, "write_slices", write_elsewhere)
+        kv.barrier()
+        where = f"server 1 on host {os.uname().nodename}.*file system that they all share"
+        with pytest.raises(SaveError, match=where):
+            kv.save(shared)
+        kv.barrier()
+        assert not shared.exists()
+        assert list(other.iterdir()) == []
+        if kv.rank == 0:
+            monkeypatch.setattr(statefiles, "write_slices", write)
+        kv.barrier()
+        kv.save(shared)
 
     run_job(work, num_workers=2, num_servers=2)
+    with tensorkv.create("local") as kv:
+        kv.load(shared)
+        assert sorted(kv.keys()) == ["v", "w"]
+
+
+def test_two_jobs_that_save_into_one_folder_at_once(tmp_path: Path) -> None:
+    """Whoever has returned: the folder has the save of one of them, whole, also for those that load it."""
+
+    def work(kv: tensorkv.KVStore, value: float) -> None:
+        kv.init("w", torch.full((300,), value))
+        for _ in range(8):
+            kv.save(tmp_path)
+            kv.load(tmp_path)
+            assert kv.pull("w").unique().numel() == 1
+
+    def job(value: float) -> None:
+        run_job(functools.partial(work, value=value), num_workers=2, num_servers=2, slice_bound_bytes=400)
+
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(job, value) for value in (1.0, 2.0)]:
+            each.result(DEADLINE_S)
+    with tensorkv.create("local") as kv:
+        kv.load(tmp_path)
+        assert kv.pull("w").unique().item() in (1.0, 2.0)
+    assert len(list(tmp_path.iterdir())) == 3  # the index and a file of each server
 
 
 @pytest.mark.parametrize("kind", ["dist_async", "dist_sync"])

@@ -10,29 +10,29 @@ import torch
 from tensorkv.errors import LoadError, SaveError
 from tensorkv.runtime.statefiles import FolderFiles
 from tensorkv.savedstate import FileRecord, KeyRecord
-from tensorkv.saveio import file_name, new_save_id
+from tensorkv.savefolder import Saving, file_name
 from tensorkv.slicestate import slice_state
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    files, folder, name = FolderFiles(), str(tmp_path), file_name(new_save_id(), 0, 0)
+    files, folder = FolderFiles(), str(tmp_path)
     each = slice_state("w", torch.arange(6.0), 2, {"step": torch.tensor(1.0)})
-    file, pieces = files.write(folder, name, [("w", 0, 6, each)])
-    assert [path.stat().st_size for path in tmp_path.iterdir()] == [file.size_bytes]
-    files.check(folder, {name: file})
-    with pytest.raises(LoadError, match="is not as it was saved"):
-        files.check(folder, {name: FileRecord(file.size_bytes, 1)})
-    with files.open(folder, pieces) as saved:
-        found = saved.load(KeyRecord("w", (6,), "float32", False, pieces), 1, 3)
+    with Saving(folder) as save:
+        name = save.file_name(0, 0)
+        file, pieces = files.write(folder, name, [("w", 0, 6, each)])
+        assert (tmp_path / name).stat().st_size == file.size_bytes
+        files.check(folder, {name: file})
+        with pytest.raises(LoadError, match="is not as it was saved"):
+            files.check(folder, {name: FileRecord(file.size_bytes, 1)})
+        with files.open(folder) as saved:
+            found = saved.load(KeyRecord("w", (6,), "float32", False, pieces), 1, 3)
     assert found.value.tolist() == [1.0, 2.0]
     assert (found.version, found.state["step"].item()) == (2, 1.0)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    files, folder, name = FolderFiles(), str(tmp_path / "nowhere"), file_name(new_save_id(), 0, 0)
-    with pytest.raises(SaveError, match="not a folder"):
+    files, folder, name = FolderFiles(), str(tmp_path / "nowhere"), file_name("0123456789abcdef", 3, 0)
+    with pytest.raises(SaveError, match=f"server 3 on host .*{folder}.*they all share"):
         files.write(folder, name, [])
-    each = slice_state("w", torch.zeros(1), 0, {})
-    _, pieces = files.write(str(tmp_path), name, [("w", 0, 1, each)])
-    with pytest.raises(LoadError, match="cannot be read"):
-        files.open(folder, pieces)
+    with pytest.raises(LoadError, match=f"{folder}/{name}.*cannot be read"):
+        files.check(folder, {name: FileRecord(1)})

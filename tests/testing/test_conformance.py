@@ -14,16 +14,9 @@ import torch
 from tensorkv import errors
 from tensorkv.arrays import accumulate_dtype, check_matches, dtype_name
 from tensorkv.keys import ABSENT, PullBatch, PushBatch, answer
-from tensorkv.savedstate import KeyRecord, check_reduction, check_replaces, new_index
-from tensorkv.saveio import (
-    PieceReader,
-    file_name,
-    make_folder,
-    new_save_id,
-    read_index,
-    write_index,
-    write_slices,
-)
+from tensorkv.savedstate import Index, KeyRecord, check_reduction, check_replaces, encode_index, new_index
+from tensorkv.savefolder import Saving
+from tensorkv.saveio import PieceReader, load_newest, write_slices
 from tensorkv.slicestate import (
     MemoryPieces,
     SliceState,
@@ -416,23 +409,26 @@ class ModelStore(KVStore):
 
     def _save(self, folder: str) -> None:
         def lead() -> None:
-            make_folder(folder)
-            name = file_name(new_save_id(), 0, 0)
             slices = self._slices()
-            size, pieces = write_slices(folder, name, slices)
-            keys = []
-            for (key, _, _, each), piece in zip(slices, pieces, strict=True):
-                shape = tuple(self.reference.entries[key].value.shape)
-                keys.append(KeyRecord(key, shape, dtype_name(each.value.dtype), False, [piece]))
-            write_index(folder, new_index(self._reduction, self.job.table.describe(), {name: size}, keys))
+            with Saving(folder) as save:
+                name = save.file_name(0, 0)
+                file, pieces = write_slices(folder, name, slices)
+                keys = []
+                for (key, _, _, each), piece in zip(slices, pieces, strict=True):
+                    shape = tuple(self.reference.entries[key].value.shape)
+                    keys.append(KeyRecord(key, shape, dtype_name(each.value.dtype), False, [piece]))
+                index = new_index(self._reduction, self.job.table.describe(), {name: file}, keys)
+                save.publish(encode_index(index), index.files)
 
         self._together(f"save({folder!r})", lead)
 
     def _load(self, folder: str) -> None:
         def lead() -> None:
-            index = read_index(folder)
-            with PieceReader(folder, [piece for each in index.keys for piece in each.pieces]) as reader:
-                found = [(each, reader.load(each, 0, each.num_elems)) for each in index.keys]
+            def read(index: Index) -> Any:
+                with PieceReader(folder) as reader:
+                    return index, [(each, reader.load(each, 0, each.num_elems)) for each in index.keys]
+
+            index, found = load_newest(folder, read)
             self._take_over(index.reduction, index.settings, found)
 
         self._together(f"load({folder!r})", lead)

@@ -416,12 +416,15 @@ class Directory:
     def propose_load(self, rank: int, message: m.ProposeLoad) -> None:
         """The rank that leads a load asks where the slices are to be.
 
+        If it asks again the load before has failed: another save took the place of what it read.
+
         Raises:
             ProtocolError: it does not lead, or the list cannot be.
         """
-        if rank != self._gathering.leader or self._loading:
+        if rank != self._gathering.leader:
             raise ProtocolError(f"rank {rank} loads keys, but does not lead a load")
         _check_specs(message.keys)
+        self._end_load(None)
         try:
             check_settings(message.settings, "the save")
         except LoadError as exc:

@@ -6,7 +6,7 @@ The files are somebody else's: `StateFiles` is all that is known of them here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -45,8 +45,8 @@ class StateFiles(ABC):
         """Raise LoadError unless these files are as they were saved, where that can be told."""
 
     @abstractmethod
-    def open(self, folder: str, pieces: Iterable[PieceRecord]) -> AbstractContextManager[SavedPieces]:
-        """Open the files in which these pieces lie. Raises LoadError."""
+    def open(self, folder: str) -> AbstractContextManager[SavedPieces]:
+        """Read from the files of the save in a folder."""
 
 
 # ---- out ---------------------------------------------------------------------------------------------
@@ -99,8 +99,7 @@ def prepare_restore(shard: StoreShard, worker: int, message: m.PrepareRestore) -
 def load_slices(shard: StoreShard, files: StateFiles, worker: int, message: m.LoadSlices) -> None:
     """Create slices from files. Raises LoadError; some may be there then."""
     files.check(message.folder, message.check)
-    pieces = [piece for each in message.keys for piece in each.record.pieces]
-    with files.open(message.folder, pieces) as saved:
+    with files.open(message.folder) as saved:
         for each in message.keys:
             record = each.record
             check_record(record, "the save")

@@ -22,23 +22,18 @@ from tensorkv.runtime.job import Job
 from tensorkv.runtime.link import Exchange, ServerLink, SingleReply
 from tensorkv.savedstate import (
     FileRecord,
+    Index,
     KeyRecord,
     PieceRecord,
     SavedSettings,
     batches,
     check_reduction,
     check_replaces,
+    encode_index,
     new_index,
 )
-from tensorkv.saveio import (
-    file_name,
-    make_folder,
-    new_save_id,
-    order_of,
-    read_index,
-    remove_files,
-    write_index,
-)
+from tensorkv.savefolder import Saving, order_of
+from tensorkv.saveio import load_newest
 from tensorkv.slicestate import (
     MemoryPieces,
     SliceState,
@@ -75,9 +70,18 @@ class StateTransfer:
 
     def save(self, folder: str) -> None:
         """Let every server write what it holds, then let the save count."""
-        make_folder(folder)
         entries, settings = self._entries(), self._settings()
-        save_id = new_save_id()
+        with Saving(folder) as save:
+            files, pieces = self._write_files(folder, save, entries)
+            index = new_index(
+                self._reduction, settings, files, [_record_of(each, pieces) for each in entries]
+            )
+            save.publish(encode_index(index), files)
+
+    def _write_files(
+        self, folder: str, save: Saving, entries: Sequence[m.KeyEntry]
+    ) -> tuple[dict[str, FileRecord], dict[int, PieceRecord]]:
+        """Let every server write what it holds; return the files, and the pieces by slice."""
         files: dict[str, FileRecord] = {}
         pieces: dict[int, PieceRecord] = {}
         todo = [
@@ -89,23 +93,18 @@ class StateTransfer:
         per_server = [[line[1:] for line in todo if line[0] == rank] for rank in range(len(self._job.links))]
 
         def make(request: int, *, server: int, number: int, things: list[int]) -> m.Message:
-            name = file_name(save_id, server, number)
-            return m.SaveSlices(request, self._store, folder, name, things)
+            return m.SaveSlices(request, self._store, folder, save.file_name(server, number), things)
 
         def take(server: int, number: int, slice_ids: list[int], reply: m.SavedFile) -> None:
-            files[file_name(save_id, server, number)] = reply.file
+            save.touch()
+            files[save.file_name(server, number)] = reply.file
             told = [(piece.start, piece.stop) for piece in reply.pieces]
             if told != [range_of[slice_id] for slice_id in slice_ids]:
                 raise ProtocolError(f"server {server} has saved others than the {len(slice_ids)} slices")
             pieces.update(zip(slice_ids, reply.pieces, strict=True))
 
-        try:
-            self._in_batches("saving", per_server, make, take)
-            keys = [_record_of(entry, pieces) for entry in entries]
-            write_index(folder, new_index(self._reduction, settings, files, keys))
-        except BaseException:
-            remove_files(folder, save_id=save_id)
-            raise
+        self._in_batches("saving", per_server, make, take)
+        return files, pieces
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `KVStore.state_dict` promises."""
@@ -131,7 +130,9 @@ class StateTransfer:
 
     def load(self, folder: str, current: SettingsTable) -> SavedSettings:
         """Let every server read what it is to hold; return the settings that hold then."""
-        index = read_index(folder)
+        return load_newest(folder, lambda index: self._load(folder, index, current))
+
+    def _load(self, folder: str, index: Index, current: SettingsTable) -> SavedSettings:
         record_of = {record.key: record for record in index.keys}
 
         def send(entries: Sequence[m.KeyEntry]) -> None:

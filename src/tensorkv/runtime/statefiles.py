@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 from tensorkv.arrays import Key
@@ -26,6 +26,6 @@ class FolderFiles(StateFiles):
         """Read files wholly to see whether they are as they were saved. Raises LoadError."""
         check_files(folder, files)
 
-    def open(self, folder: str, pieces: Iterable[PieceRecord]) -> PieceReader:
-        """Open the files in which these pieces lie. Raises LoadError."""
-        return PieceReader(folder, pieces)
+    def open(self, folder: str) -> PieceReader:
+        """Read from the files of the save in a folder."""
+        return PieceReader(folder)

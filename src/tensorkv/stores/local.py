@@ -31,7 +31,6 @@ from tensorkv.arrays import (
     size_bytes,
 )
 from tensorkv.errors import (
-    SaveError,
     SettingMismatch,
     StoreClosed,
     TensorKVError,
@@ -44,18 +43,20 @@ from tensorkv.keys import PullBatch, PushBatch, answer, check_keys
 from tensorkv.protocol.commits import all_finite, norms_of, scale, unscalable
 from tensorkv.protocol.norms import clip_factor, total_norm
 from tensorkv.reduce import broadcast, lightest, sum_devices
-from tensorkv.savedstate import KeyRecord, SavedSettings, check_reduction, check_replaces, new_index
-from tensorkv.saveio import (
-    PieceReader,
-    check_files,
-    file_name,
-    make_folder,
-    new_save_id,
-    read_index,
-    remove_files,
-    write_index,
-    write_slices,
+from tensorkv.savedstate import (
+    FileRecord,
+    Index,
+    KeyRecord,
+    PieceRecord,
+    SavedSettings,
+    batches,
+    check_reduction,
+    check_replaces,
+    encode_index,
+    new_index,
 )
+from tensorkv.savefolder import Saving
+from tensorkv.saveio import PieceReader, check_files, load_newest, write_slices
 from tensorkv.slicestate import (
     MemoryPieces,
     SliceState,
@@ -296,36 +297,38 @@ class LocalStore(KVStore):
             self._take_over(reduction, settings, [(each.record, load) for each in pieces])
 
     def _save(self, folder: str) -> None:
-        make_folder(folder)
-        save_id = new_save_id()
-        name = file_name(save_id, 0, 0)
         with self._writing():
             slots = list(self._slots.values())
             settings = self._settings.describe()
             slices = [(slot.key, 0, slot.value.numel(), self._slot_state(slot)) for slot in slots]
-        try:
-            file, pieces = write_slices(folder, name, slices)
+        files: dict[str, FileRecord] = {}
+        pieces: list[PieceRecord] = []
+        with Saving(folder) as save:
+            for number, group in enumerate(batches([_num_bytes(slot.value) for slot in slots])):
+                name = save.file_name(0, number)
+                files[name], written = write_slices(folder, name, [slices[each] for each in group])
+                pieces += written
+                save.touch()
             keys = [
                 KeyRecord(
                     slot.key, tuple(slot.value.shape), dtype_name(slot.value.dtype), slot.whole, [piece]
                 )
                 for slot, piece in zip(slots, pieces, strict=True)
             ]
-            write_index(folder, new_index(self._reduction, settings, {name: file}, keys))
-        except SaveError:
-            remove_files(folder, save_id=save_id)
-            raise
+            index = new_index(self._reduction, settings, files, keys)
+            save.publish(encode_index(index), files)
 
     def _load(self, folder: str) -> None:
-        index = read_index(folder)
-        check_files(folder, index.files)
-        pieces = [piece for record in index.keys for piece in record.pieces]
-        with PieceReader(folder, pieces) as reader, self._writing():
+        def take_over(index: Index) -> None:
+            check_files(folder, index.files)
+            with PieceReader(folder) as reader, self._writing():
 
-            def load(record: KeyRecord) -> SliceState:
-                return reader.load(record, 0, record.num_elems)
+                def load(record: KeyRecord) -> SliceState:
+                    return reader.load(record, 0, record.num_elems)
 
-            self._take_over(index.reduction, index.settings, [(record, load) for record in index.keys])
+                self._take_over(index.reduction, index.settings, [(record, load) for record in index.keys])
+
+        load_newest(folder, take_over)
 
     def _take_over(self, reduction: str, settings: SavedSettings, loads: Sequence[_Load]) -> None:
         """Make keys and settings those of a save, or change nothing."""
