@@ -18,6 +18,7 @@ from tensorkv.runtime.sender import MAX_QUEUED_FRAMES, Sender
 from tensorkv.runtime.waits import ended_because, lost_text
 from tensorkv.transport.base import Connection
 from tensorkv.transport.endpoint import listen
+from tensorkv.transport.seldomlog import SeldomLog
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 
@@ -77,6 +78,7 @@ class SchedulerServer:
         self._newcomers = Newcomers(num_workers + num_servers + SPARE_NEWCOMERS)
         self._threads: list[threading.Thread] = []
         self._stopped = False
+        self._refusals = SeldomLog(logger, "refused connections")
 
     @property
     def address(self) -> tuple[str, int]:
@@ -154,6 +156,7 @@ class SchedulerServer:
                 thread.join(JOIN_TIMEOUT_S)
         for peer in peers:
             peer.connection.close()
+        self._refusals.end()
 
     def _spawn(self, name: str, target: Any, *args: Any) -> None:
         thread = threading.Thread(target=target, args=args, name=f"tensorkv-scheduler-{name}", daemon=True)
@@ -179,7 +182,7 @@ class SchedulerServer:
         try:
             role, rank = accept(connection, self._token, self._check_place)
         except (TensorKVError, EOFError, ConnectionError) as exc:
-            logger.warning("scheduler: refused %s: %s", connection.peer, exc)
+            self._refusals.warning("scheduler: refused %s: %s", connection.peer, exc)
             self._pump()
             connection.shutdown()
             connection.close()

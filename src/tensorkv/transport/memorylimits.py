@@ -6,6 +6,7 @@ container does not allow is killed. So it is asked beforehand.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections.abc import Iterator
@@ -29,6 +30,26 @@ def check_room(size_bytes: int) -> None:
     for name, used_bytes, limit_bytes in _cgroups():
         if used_bytes + size_bytes > limit_bytes:
             raise _error(size_bytes, f"the control group {name}", used_bytes, limit_bytes)
+
+
+def with_the_way_out(exc: BaseException) -> str:
+    """Return the text of a system's error; where there were no more descriptors, with what to do."""
+    if isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{exc}; raise the limit on open files (ulimit -n)"
+    return str(exc)
+
+
+def limits() -> str:
+    """Say which limits there are and how much is in use, for the text of an error."""
+    found = [(name, used, limit) for name, used, limit in _cgroups()]
+    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit_bytes != resource.RLIM_INFINITY:
+        used_bytes = int((PROC / "statm").read_text().split()[0]) * resource.getpagesize()
+        found.append(("the address space of the process (ulimit -v)", used_bytes, limit_bytes))
+    if not found:
+        pages, free = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_AVPHYS_PAGES")
+        found.append(("the host", (pages - free) * resource.getpagesize(), pages * resource.getpagesize()))
+    return ", ".join(f"{used} of {limit} bytes of {name} are in use" for name, used, limit in found)
 
 
 def _check_descriptors(size_bytes: int) -> None:

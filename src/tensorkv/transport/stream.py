@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tensorkv.transport.base import TICK_S, Buffer, Connection, Listener, Sink, Tick, no_tick
+from tensorkv.transport.memorylimits import with_the_way_out
+from tensorkv.transport.seldomlog import SeldomLog
 from tensorkv.wire.codec import MAX_HANDSHAKE_BYTES, PREFIX_BYTES, decode_prefix
 
 logger = logging.getLogger(__name__)
@@ -288,6 +290,7 @@ class StreamListener(Listener):
         _open_sockets.add(sock)
         self._sock = sock
         self._closed = threading.Event()
+        self._log = SeldomLog(logger, "connections that were not accepted")
 
     @abstractmethod
     def _connection(self, sock: socket.socket, name: Any) -> Connection:
@@ -303,13 +306,13 @@ class StreamListener(Listener):
             except OSError as exc:
                 if self._closed.is_set():
                     raise ConnectionError("the listener is closed") from exc
-                logger.warning("a connection could not be accepted: %s", exc)
+                self._log.warning("a connection could not be accepted: %s", with_the_way_out(exc))
                 self._closed.wait(TICK_S)  # there may be no descriptors left for the moment
                 continue
             try:
                 return self._connection(sock, name)
             except OSError as exc:
-                logger.warning("a connection was refused: %s", exc)
+                self._log.warning("a connection was refused: %s", with_the_way_out(exc))
 
     def close(self) -> None:
         self._closed.set()

@@ -17,6 +17,7 @@ from typing import Any, final
 from tensorkv.addresses import LOOPBACK, bare_host, is_wildcard, join_address
 from tensorkv.errors import AddressUnavailable
 from tensorkv.transport.base import TICK_S, Buffer, Connection, Tick, no_tick
+from tensorkv.transport.memorylimits import with_the_way_out
 from tensorkv.transport.stream import StreamConnection, StreamListener
 
 _MAX_KEEPALIVE_S = 32767  # what Linux takes for TCP_KEEPIDLE
@@ -197,7 +198,7 @@ def connect(host: str, port: int, timeout_s: float) -> Connection:
                 failed = failed or exc
     except (OSError, OverflowError, ValueError) as exc:  # the latter: an address that cannot be one
         failed = exc
-    text = f"cannot connect to {where}: {failed}"
+    text = f"cannot connect to {where}: {with_the_way_out(failed) if failed else failed}"
     if not isinstance(failed, (ConnectionRefusedError, ConnectionResetError)):
         text += "; TENSORKV_HOST, or --host, over there must be an address that this host can reach"
     raise ConnectionError(text) from failed

@@ -17,6 +17,7 @@ from typing import Any, final
 
 from tensorkv.errors import ProtocolError
 from tensorkv.transport.base import Buffer, Connection
+from tensorkv.transport.memorylimits import with_the_way_out
 from tensorkv.transport.stream import MAX_BUFFERS, StreamConnection, StreamListener
 
 NAME_PREFIX = "@tensorkv-"
@@ -134,13 +135,16 @@ def connect(name: str, timeout_s: float) -> UnixConnection:
         ConnectionError: there is none of this name on this host (or none that this network namespace
             reaches), it does not answer within `timeout_s` seconds, or it belongs to another user.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as exc:
+        raise ConnectionError(f"cannot connect to {name}: {with_the_way_out(exc)}") from exc
     try:
         sock.settimeout(timeout_s)
         sock.connect(_abstract(name))
     except OSError as exc:
         sock.close()
-        raise ConnectionError(f"cannot connect to {name}: {exc}") from exc
+        raise ConnectionError(f"cannot connect to {name}: {with_the_way_out(exc)}") from exc
     try:
         return _of_same_user(sock)
     except OSError as exc:
