@@ -184,7 +184,7 @@ class TransportUnavailable(TensorKVError, ConnectionError):
 
 
 class MemoryLimitReached(TensorKVError, MemoryError):
-    """Shared memory would exceed a limit of a process or its container; the text tells the numbers."""
+    """A process has no memory for what a call needs, or a limit forbids it; the text tells the numbers."""
 
 
 class PeerLostError(TensorKVError, ConnectionError):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
-from tensorkv.errors import ProtocolError
-from tensorkv.protocol.memory import EXACT_BYTES, LARGE_BYTES, SWEEP_TAKES, BufferPool, Memory
+from tensorkv.errors import MemoryLimitReached, UpdaterError
+from tensorkv.protocol.memory import (
+    EXACT_BYTES,
+    LARGE_BYTES,
+    SWEEP_TAKES,
+    BufferPool,
+    Memory,
+    is_short_of_memory,
+    no_memory,
+    short_of,
+)
 
 
 def test_bytes_and_elements_are_one_memory() -> None:
@@ -36,7 +47,7 @@ def test_a_buffer_is_large_enough_and_used_again(size_bytes: int) -> None:
 
 def test_memory_that_is_not_there_is_refused() -> None:
     for size_bytes in (1 << 60, (1 << 62) + 1):
-        with pytest.raises(ProtocolError, match=f"no memory for a payload of {size_bytes} bytes"):
+        with pytest.raises(MemoryLimitReached, match=f"no memory for {size_bytes} bytes of what was sent"):
             BufferPool().take(size_bytes)
 
 
@@ -84,3 +95,36 @@ def test_what_is_borrowed_goes_back_to_its_owner_and_not_into_the_pool() -> None
     pool.give(borrowed)
     assert returned == ["back"]
     assert pool.take(4096) is not borrowed
+
+
+def real_errors() -> list[Exception]:
+    """What torch, NumPy and the system raise where there is no memory."""
+    found: list[Exception] = [MemoryError(), OSError(errno.ENOMEM, "no"), OSError(errno.EMFILE, "no")]
+    for make in (
+        lambda: torch.empty(1 << 60, dtype=torch.uint8),
+        lambda: np.empty(1 << 60, np.uint8),
+        lambda: torch.zeros(1).expand(1 << 60).clone(),
+        lambda: bytearray(1 << 62),
+    ):
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            make()
+        found.append(caught.value)
+    return found
+
+
+def test_every_error_of_missing_memory_is_known_as_such() -> None:
+    for error in real_errors():
+        assert is_short_of_memory(error), repr(error)
+        told = UpdaterError("updater 'sgd' raised on key 'w'")
+        told.__cause__ = error
+        assert isinstance(short_of(told, "an update", no_memory), MemoryLimitReached)
+    for other in (RuntimeError("size mismatch"), OSError(errno.EACCES, "no"), ValueError("memory"), None):
+        assert not is_short_of_memory(other)
+
+
+def test_the_error_names_the_bytes_that_torch_has_asked_for() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    error = short_of(caught.value, "a save", no_memory)
+    assert str(error) == f"a server has no memory for {1 << 60} bytes of a save"
+    assert short_of(KeyError("w"), "a save", no_memory) is None

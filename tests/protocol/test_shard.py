@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkv.errors import CommitMismatch, InvalidOption, KeyDeleted, ProtocolError, UpdaterError
+from tensorkv.errors import (
+    CommitMismatch,
+    InvalidOption,
+    KeyDeleted,
+    MemoryLimitReached,
+    ProtocolError,
+    UpdaterError,
+)
 from tensorkv.protocol import shard as shard_module
 from tensorkv.protocol.shard import SCHEDULER
 from tensorkv.protocol.slots import Slot
@@ -1166,6 +1173,119 @@ def test_an_init_without_memory_is_refused_and_changes_nothing(
         patch.setattr(bench.shard._slots, "allocate", fail)
         (out,) = bench.send(0, message, [torch.ones(2)])
     assert isinstance(out.message, m.Failed)
-    assert "init of key 'w': a server has no memory for 8 bytes" in out.message.text
+    assert out.message.name == "MemoryLimitReached"
+    assert "a server has no memory for 8 bytes of key 'w'" in out.message.text
     (out,) = bench.send(0, message, [torch.ones(2)])
     assert isinstance(out.message, m.Done)
+
+
+# ---- a server short of memory ------------------------------------------------------------------------
+
+NO_ROOM = MemoryLimitReached("server 0 has no memory")
+
+
+def push_refused(bench: Any, worker: int, plan: int, *, apply: bool = True, reply: int = 0) -> Any:
+    """A push for whose payload there was no memory."""
+    message = m.Push(plan, 0, apply, reply)
+    bench.state.payload_bytes(worker, message)
+    return bench.state.handle(worker, message, refused=NO_ROOM)
+
+
+def faults(out: Any) -> list[tuple[int, str]]:
+    return [(each.worker, each.message.name) for each in out if isinstance(each.message, m.Fault)]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("rounds_before", [0, 12])
+def test_a_push_without_memory_fails_its_round_for_all_and_the_next_counts(
+    t: Any, first: bool, rounds_before: int
+) -> None:
+    """After twelve rounds the slices are in lockstep."""
+    bench = t.Bench(2)
+    (a,) = bench.init("a", torch.zeros(2))
+    plans = [bench.define(rank, t.dense([a], [2])) for rank in range(2)]
+    for _ in range(rounds_before):
+        for rank in range(2):
+            bench.push(rank, plans[rank], ones(2))
+    before = bench.value(0, plans[0]).tolist()
+    out = push_refused(bench, 0, plans[0]) if first else bench.push(1, plans[1], ones(2))
+    assert faults(out) == []
+    out = bench.push(1, plans[1], ones(2), reply=5) if first else push_refused(bench, 0, plans[0], reply=5)
+    assert faults(out) == [(0, "MemoryLimitReached"), (1, "MemoryLimitReached")]
+    assert [type(each.message) for each in out][-1] is m.Data
+    t.settle(out)
+    assert bench.value(0, plans[0]).tolist() == before
+    for rank in range(2):
+        bench.push(rank, plans[rank], ones(2, 4.0))
+    assert bench.value(0, plans[0]).tolist() == [8.0, 8.0]
+    assert bench.info(0, [a]).rounds == [rounds_before + 2]
+    bench.check_empty()
+
+
+def test_an_async_push_without_memory_is_its_workers_alone(t: Any) -> None:
+    bench = t.Bench(2, is_async=True)
+    (a,) = bench.init("a", torch.zeros(2))
+    plan = bench.define(0, t.dense([a], [2]))
+    assert faults(push_refused(bench, 0, plan)) == [(0, "MemoryLimitReached")]
+    bench.push(0, plan, ones(2))
+    assert bench.value(0, plan).tolist() == [1.0, 1.0]
+    bench.check_empty()
+
+
+def test_other_keys_of_the_round_are_updated(t: Any) -> None:
+    bench = t.Bench(2)
+    (a,), (b,) = bench.init("a", torch.zeros(2)), bench.init("b", torch.zeros(2))
+    only = bench.define(0, t.dense([a], [2]))
+    other = bench.define(0, t.dense([b], [2]))
+    both = bench.define(1, t.dense([a, b], [2, 2]))
+    push_refused(bench, 0, only)
+    bench.push(0, other, ones(2))
+    out = bench.push(1, both, ones(4))
+    assert faults(out) == [(0, "MemoryLimitReached"), (1, "MemoryLimitReached")]
+    assert bench.value(1, both).tolist() == [0.0, 0.0, 2.0, 2.0]
+    bench.check_empty()
+
+
+def short(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.")
+
+
+@pytest.mark.parametrize("where", ["add_up", "updater"])
+def test_a_round_for_which_there_is_no_memory_says_so(
+    t: Any, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def updater(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+        stored += pushed
+        short()
+
+    bench = t.Bench(1, functions={"f": updater})
+    (a,) = bench.init("a", torch.zeros(2))
+    plan = bench.define(0, t.dense([a], [2]))
+    if where == "updater":
+        bench.set_updater(0, UpdaterSpec(type="function", name="f"))
+        out = bench.push(0, plan, ones(2))
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr("tensorkv.protocol.shard.add_up", short)
+            out = bench.push(0, plan, ones(2))
+    assert faults(out) == [(0, "MemoryLimitReached")]
+    assert "64 bytes" in next(each.message.text for each in out if isinstance(each.message, m.Fault))
+    assert bench.value(0, plan).tolist() == [0.0, 0.0]
+
+
+def test_a_put_or_a_save_without_memory_is_refused(t: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = t.Bench(1)
+    (a,) = bench.init("a", torch.zeros(2))
+    plan = bench.define(0, t.dense([a], [2]))
+    with monkeypatch.context() as patch:
+        patch.setattr("tensorkv.protocol.slots.Slot.make_writable", short)
+        (out,) = bench.put(0, plan, ones(2))
+        assert out.message.name == "MemoryLimitReached"
+    with monkeypatch.context() as patch:
+        patch.setattr("tensorkv.protocol.savedslices.slice_state", short)
+        name = f"tensorkv-{'0' * 16}-0-0.safetensors"
+        for message in (m.AskSlice(3, 1, a), m.SaveSlices(4, 1, "/nowhere", name, [a])):
+            (out,) = bench.send(0, message)
+            assert (out.message.request, out.message.name) == (message.request, "MemoryLimitReached")
+    bench.put(0, plan, ones(2))
+    assert bench.value(0, plan).tolist() == [1.0, 1.0]

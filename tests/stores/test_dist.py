@@ -25,6 +25,7 @@ from tensorkv.errors import (
     InvalidArgument,
     KeyDeleted,
     KeyNotInitialized,
+    MemoryLimitReached,
     NotInJob,
     PeerLostError,
     ProtocolVersionError,
@@ -35,7 +36,7 @@ from tensorkv.errors import (
     WaitTimeout,
 )
 from tensorkv.runtime import job as job_module
-from tensorkv.runtime import plancache
+from tensorkv.runtime import plancache, sharing
 from tensorkv.runtime.embedded import EmbeddedJob
 from tensorkv.runtime.link import ServerLink
 from tensorkv.store import KVStore
@@ -997,3 +998,50 @@ def test_threads_that_make_settings_do_so_one_after_the_other() -> None:
         kv.set_optimizer_options(lr=0.25)
         kv.push("w", torch.ones(2))
         assert kv.pull("w").tolist() == [-0.25, -0.25]
+
+
+@pytest.mark.parametrize("call", ["init", "put", "push", "load_state_dict"])
+@pytest.mark.parametrize(
+    ("host", "transport"), [("inproc", "auto"), ("127.0.0.1", "tcp"), ("127.0.0.1", "shm")]
+)
+def test_a_server_without_memory_refuses_the_call_and_the_job_goes_on(
+    host: str, transport: Any, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the server is short of: memory for what is sent, for values, or to map what a worker lends."""
+    size = 100_000
+    large = torch.ones(size)
+    cluster = EmbeddedJob(1, 1, timeout_s=DEADLINE_S, host=host, transport=transport)
+    job = cluster.join(0)
+    kv = DistStore("dist_sync", job, store="s", reduction="sum", timeout_s=DEADLINE_S)
+    kv.init("there", torch.zeros(size))
+    state = kv.state_dict()
+
+    def none(*_: Any, **__: Any) -> Any:
+        raise MemoryLimitReached("no memory")
+
+    map_segment = sharing.map_segment
+
+    def refused_map(message: Any, descriptor: int, *args: Any, **options: Any) -> Any:
+        if "server" not in threading.current_thread().name:  # the worker has memory
+            return map_segment(message, descriptor, *args, **options)
+        os.close(descriptor)
+        return none()
+
+    calls: dict[str, Callable[[], Any]] = {
+        "init": lambda: kv.init("large", large),
+        "put": lambda: kv.put("there", large),
+        "push": lambda: kv.pushpull("there", large),
+        "load_state_dict": lambda: kv.load_state_dict(state),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr("tensorkv.runtime.server.fresh", none)
+        patch.setattr(cluster.servers[0]._pool, "take", none)
+        patch.setattr("tensorkv.runtime.sharing.map_segment", refused_map)
+        with pytest.raises(MemoryLimitReached):
+            calls[call]()
+    assert kv.pull("there").tolist() == [0.0] * size
+    calls[call]()
+    assert (len(kv), "large" in kv) == ((2, True) if call == "init" else (1, False))
+    kv.close()
+    job.close(m.Goodbye())
+    cluster.stop()

@@ -6,18 +6,59 @@ is used again in every step keeps both.
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Callable
 from typing import final
 
 import torch
 
 from tensorkv.arrays import bytes_of
-from tensorkv.errors import ProtocolError
+from tensorkv.errors import MemoryLimitReached
 
 LARGE_BYTES = 1 << 20
 EXACT_BYTES = 8 << 20
 SWEEP_TAKES = 256
 """So often large buffers are taken until those are freed that nobody has needed meanwhile."""
+
+
+NoMemory = Callable[[str, int | None], MemoryLimitReached]
+"""Makes the error of a call for which there is no memory: what for, and how many bytes, if that is known."""
+
+_SHORT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_TORCH_SHORT = re.compile(
+    r"(can.t allocate|not enough|unable to allocate|out of) memory|unable to mmap", re.IGNORECASE
+)
+_TORCH_BYTES = re.compile(r"allocate (\d+) bytes")
+
+
+def no_memory(what: str, size_bytes: int | None = None) -> MemoryLimitReached:
+    """Return the error of a server that knows nothing of its limits."""
+    size = "" if size_bytes is None else f"{size_bytes} bytes of "
+    return MemoryLimitReached(f"a server has no memory for {size}{what}")
+
+
+def is_short_of_memory(exc: BaseException | None) -> bool:
+    """Whether an exception, or its cause, says that the system has no memory, or no descriptor for it."""
+    while exc is not None:
+        if isinstance(exc, (MemoryError, MemoryLimitReached)):
+            return True
+        if isinstance(exc, OSError) and exc.errno in _SHORT:
+            return True
+        if isinstance(exc, RuntimeError) and _TORCH_SHORT.search(str(exc)):
+            return True
+        exc = exc.__cause__
+    return False
+
+
+def short_of(exc: BaseException, what: str, error_of: NoMemory) -> MemoryLimitReached | None:
+    """Return the error to tell if an exception is that of missing memory, else None."""
+    if isinstance(exc, MemoryLimitReached):
+        return exc
+    if not is_short_of_memory(exc):
+        return None
+    found = _TORCH_BYTES.search(f"{exc} {exc.__cause__}")
+    return error_of(what, int(found[1]) if found else None)
 
 
 @final
@@ -60,12 +101,12 @@ def fresh(size_bytes: int) -> Memory:
     """Return new uint8 memory, of any content.
 
     Raises:
-        ProtocolError: the system has none; who announced so many bytes is not served.
+        MemoryLimitReached: the system has none.
     """
     try:
         return Memory(torch.empty(size_bytes, dtype=torch.uint8, device="cpu"))
     except (RuntimeError, MemoryError) as exc:
-        raise ProtocolError(f"there is no memory for a payload of {size_bytes} bytes") from exc
+        raise no_memory("what was sent", size_bytes) from exc
 
 
 @final

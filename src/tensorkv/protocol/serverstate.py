@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, final
 
-from tensorkv.errors import ProtocolError, TensorKVError, to_wire
+from tensorkv.errors import MemoryLimitReached, ProtocolError, TensorKVError, to_wire
 from tensorkv.protocol import savedslices
 from tensorkv.protocol.layouts import Chunk, sent_dtype, sent_size
-from tensorkv.protocol.memory import EMPTY, BufferPool, Memory
+from tensorkv.protocol.memory import EMPTY, BufferPool, Memory, NoMemory, no_memory, short_of
 from tensorkv.protocol.replies import check_slice
 from tensorkv.protocol.savedslices import StateFiles
 from tensorkv.protocol.schedule import LoadUpdater
@@ -17,6 +17,10 @@ from tensorkv.wire import messages as m
 
 MAX_STORES = 4096
 """Stores that are open at one time."""
+
+
+_ANSWERED = (*m.REPLIES, m.AskSlice, m.WaitMerged, m.Pull)
+"""Requests: a refusal of one is told by Failed."""
 
 
 @final
@@ -35,11 +39,13 @@ class ServerState:
         files: StateFiles,
         max_payload_bytes: int = 1 << 62,
         allocate: Allocate = allocate_private,
+        error_of: NoMemory = no_memory,
     ) -> None:
         self._num_workers = num_workers
         self._max_payload_bytes = max_payload_bytes
         self._pool = pool
         self._allocate = allocate
+        self._no_memory = error_of
         self._load_updater = load_updater
         self._files = files
         self._stores: dict[int, StoreShard] = {}
@@ -82,17 +88,24 @@ class ServerState:
             )
         return size_bytes
 
-    def handle(self, worker: int, message: Any, payload: Memory = EMPTY) -> list[Outgoing]:
+    def handle(
+        self,
+        worker: int,
+        message: Any,
+        payload: Memory = EMPTY,
+        refused: MemoryLimitReached | None = None,
+    ) -> list[Outgoing]:
         """Take in a worker's message, and return what is to be sent, in order.
 
-        The payload of a push is the store's from now on, unless the push is refused.
+        The payload of a push is the store's from now on, unless the push is refused. `refused` tells that
+        there was no memory for the payload.
 
         Raises:
             ProtocolError: the worker has broken the rules; nothing of the message has taken effect.
         """
         if type(message) is m.Push:  # the message of every step
             shard, chunk = self._find(worker, message)
-            shard.push(worker, message, chunk, payload)
+            shard.push(worker, message, chunk, payload, refused)
             out, shard.out = shard.out, []
             return out
         if isinstance(message, m.OpenStore):
@@ -100,11 +113,18 @@ class ServerState:
             return []
         shard = self._shard(worker, message)
         try:
+            if refused is not None:
+                raise refused
             self._dispatch(shard, worker, message, payload)
         except ProtocolError:
             raise
         except TensorKVError as error:
             shard.out.append(Outgoing(worker, m.Failed(message.request, *to_wire(error))))
+        except (MemoryError, RuntimeError, OSError) as exc:
+            short = short_of(exc, f"a message {type(message).__name__}", self._no_memory)
+            if short is None or type(message) not in _ANSWERED:
+                raise
+            shard.out.append(Outgoing(worker, m.Failed(message.request, *to_wire(short))))
         out, shard.out = shard.out, []
         return out
 
@@ -123,6 +143,7 @@ class ServerState:
             self._load_updater,
             self._max_payload_bytes,
             self._allocate,
+            self._no_memory,
         )
         for gone in self._gone:
             shard.leave(gone)

@@ -34,7 +34,7 @@ from tensorkv.errors import (
 from tensorkv.protocol.commits import CommitGather, all_finite, norms_of, scale, unscalable
 from tensorkv.protocol.layouts import Chunk, Contribution, Layout, Slice, sent_dtype
 from tensorkv.protocol.lockstep import MIN_ROUNDS, Lockstep, is_at_rest
-from tensorkv.protocol.memory import BufferPool, Memory
+from tensorkv.protocol.memory import BufferPool, Memory, NoMemory, no_memory, short_of
 from tensorkv.protocol.norms import clip_factor
 from tensorkv.protocol.rounds import Index, Rounds
 from tensorkv.protocol.roundwaits import RoundWaits
@@ -139,6 +139,7 @@ class StoreShard:
         load_updater: LoadUpdater,
         max_payload_bytes: int = 1 << 62,
         allocate: Allocate = allocate_private,
+        error_of: NoMemory = no_memory,
     ) -> None:
         self.store = opened.store
         self.name = opened.name
@@ -148,6 +149,7 @@ class StoreShard:
         self.schedule = SettingSchedule(load_updater)
         self.out: list[Outgoing] = []
         self._pool = pool
+        self._no_memory = error_of
         self._max_payload_bytes = max_payload_bytes
         self._slots = SlotAllocator(allocate)
         self._slices: dict[int, Slice] = {}  # by index
@@ -161,6 +163,7 @@ class StoreShard:
             WeakValueDictionary()
         )
         self._contributions: dict[int, Contribution] = {}
+        self._refused: dict[int, MemoryLimitReached] = {}  # by number: those for which there was no memory
         self._to_commit: dict[int, Contribution] = {}  # those of them with apply=False
         self._next_contribution = 1
         self._holder: Index = np.zeros((num_workers, 0), np.int64)  # which contribution, 0 for none
@@ -207,11 +210,7 @@ class StoreShard:
             return [self._slots.allocate(each.stop - each.start, dtype) for each in slices]
         except (RuntimeError, MemoryError, OSError) as exc:
             size_bytes = sum(each.stop - each.start for each in slices) * dtype.itemsize
-            kind = MemoryLimitReached if isinstance(exc, MemoryLimitReached) else TensorKVError
-            raise kind(
-                f"init of key {key!r}: a server has no memory for {size_bytes} bytes; "
-                f"use more servers, or smaller values ({exc})"
-            ) from exc
+            raise self._no_memory(f"key {key!r}", size_bytes) from exc
 
     def _add_slice(
         self,
@@ -405,10 +404,18 @@ class StoreShard:
 
     # ---- push ------------------------------------------------------------------------------------
 
-    def push(self, worker: int, message: m.Push, chunk: Chunk, payload: Memory) -> None:
+    def push(
+        self,
+        worker: int,
+        message: m.Push,
+        chunk: Chunk,
+        payload: Memory,
+        refused: MemoryLimitReached | None = None,
+    ) -> None:
         """Take in a worker's contribution; `payload` is uint8, from the pool, and now the shard's.
 
-        `chunk` is the one that the message names.
+        `chunk` is the one that the message names. `refused` tells that there was no memory for the payload:
+        the round then fails for all who contribute to it.
         """
         layout = chunk.layout
         weight = message.weight
@@ -416,7 +423,8 @@ class StoreShard:
             self._check_weight(worker, weight)
         lockstep = layout.lockstep or self._begin_lockstep(layout)
         if lockstep is not None:
-            if message.apply and chunk.plain and weight is None and lockstep.open[worker] is None:
+            plain = message.apply and chunk.plain and weight is None and refused is None
+            if plain and lockstep.open[worker] is None:
                 if message.reply:
                     lockstep.pulls.append((worker, message.reply, message.chunk))
                 if lockstep.add(worker, chunk, payload):
@@ -428,10 +436,13 @@ class StoreShard:
         if not message.reply:  # else the reply tells
             self._tell_gone(worker, chunk)
         if len(layout.slices) == 0:
-            self._pool.give(payload)
+            if refused is None:
+                self._pool.give(payload)
             self._answer_push(worker, message, chunk)
             return
         self._contribute(worker, chunk, payload, message.apply, weight)
+        if refused is not None:
+            self._refused[self._next_contribution] = refused
         if self.is_async:
             self.rounds.push_alone(worker, layout.index)
             self._apply(layout.index, [worker])
@@ -611,6 +622,10 @@ class StoreShard:
     def _apply(self, slices: Index, workers: Sequence[int]) -> None:
         """Add up the contributions of merged slices, run the updater, and answer who waits."""
         self._take_due_settings(slices)
+        if self._refused:
+            slices = self._drop_refused(slices, workers)
+            if not len(slices):
+                return
         together = self._common_layout(slices, workers)
         try:
             if together is not None:
@@ -628,6 +643,19 @@ class StoreShard:
             self.rounds.apply(slices)
             self._release(slices, workers)
         self._answer_pulls(slices)
+
+    def _drop_refused(self, slices: Index, workers: Sequence[int]) -> Index:
+        """Fail the rounds that lack a contribution for which there was no memory; return the other slices."""
+        lacking = np.isin(self._holder[:, slices], list(self._refused))
+        failed = slices[lacking.any(axis=0)]
+        if not len(failed):
+            return slices
+        number = int(self._holder[:, slices][lacking][0])
+        self._blame_all(failed, self._refused[number])
+        self.rounds.apply(failed)
+        self._release(failed, workers)
+        self._answer_pulls(failed)
+        return slices[~lacking.any(axis=0)]
 
     def _common_layout(
         self, slices: Index, workers: Sequence[int]
@@ -775,6 +803,8 @@ class StoreShard:
 
     def _blame(self, index: int, round_number: int, workers: Iterable[int], error: Exception) -> None:
         """Tell workers that a round of a slice failed."""
+        key = self._slices[index].key
+        error = short_of(error, f"an update of key {key!r}", self._no_memory) or error
         for worker in workers:
             fault = m.Fault(self.store, [self._slices[index].slice_id], round_number, *to_wire(error))
             self._reply(worker, fault)
@@ -791,8 +821,9 @@ class StoreShard:
                 self._reply(worker, self._sum_fault(slice_ids, round_number, exc))
 
     def _sum_fault(self, slice_ids: list[int], round_number: int, exc: Exception) -> m.Fault:
+        short = short_of(exc, "a round of what was pushed", self._no_memory)
         text = f"what was pushed could not be added up or applied: {type(exc).__name__}: {exc}"
-        return m.Fault(self.store, slice_ids, round_number, *to_wire(UpdaterError(text)))
+        return m.Fault(self.store, slice_ids, round_number, *to_wire(short or UpdaterError(text)))
 
     def _release(self, slices: Index, workers: Sequence[int] | None = None) -> None:
         """The contributions to these slices are used up; buffers of which nothing is left go back."""
@@ -809,7 +840,8 @@ class StoreShard:
         if not contribution.live:
             del self._contributions[contribution.number]
             self._to_commit.pop(contribution.number, None)
-            self._pool.give(contribution.buffer)
+            if self._refused.pop(contribution.number, None) is None:
+                self._pool.give(contribution.buffer)
 
     # ---- pull ------------------------------------------------------------------------------------
 
@@ -891,8 +923,16 @@ class StoreShard:
                 self._puts.append(put)
                 continue
             pushed = put.payload.elements(put.chunk.dtype, 0, sum(put.chunk.lengths))
+            try:
+                for run in put.layout.runs:
+                    run.slot.make_writable()
+            except Exception as exc:
+                short = short_of(exc, "a put", self._no_memory)
+                if short is None:
+                    raise
+                self._reply(put.worker, m.Failed(put.request, *to_wire(short)))
+                continue
             for run in put.layout.runs:
-                run.slot.make_writable()
                 run.stored.tensor.copy_(pushed[run.low : run.high])
             self.rounds.version[put.layout.index] += 1
             self._reply(put.worker, m.Done(put.request))
@@ -1006,7 +1046,9 @@ class StoreShard:
                     norms = norms_of(total for _, total in gather.totals)
             except Exception as exc:  # noqa: BLE001  # as in `_apply`: every rank is told
                 gather.totals.clear()
-                error = UpdaterError(f"what was pushed could not be added up: {type(exc).__name__}: {exc}")
+                error = short_of(exc, "the sums of a commit", self._no_memory) or UpdaterError(
+                    f"what was pushed could not be added up: {type(exc).__name__}: {exc}"
+                )
         finite = all(map(math.isfinite, norms)) or all_finite(total for _, total in gather.totals)
         self.out.append(
             Outgoing(
@@ -1034,6 +1076,11 @@ class StoreShard:
         gather.slices = sorted((self._slices[index] for index in agreed), key=lambda each: each.slice_id)
         workers = range(self.rounds.num_workers)
         for each in gather.slices:
+            refused = [self._refused[n] for n in self._holder[:, each.index].tolist() if n in self._refused]
+            if refused and gather.skip:
+                continue  # nothing of it is needed
+            if refused:
+                raise refused[0]
             found = self._sum(each.index, workers, may_overwrite=False)
             if found is not None:
                 total, borrowed = found

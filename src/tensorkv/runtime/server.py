@@ -28,7 +28,14 @@ if __name__ == "__main__":  # a server process; nothing that imports make is gar
 import torch
 
 from tensorkv.config import JobConfig, Role, from_env
-from tensorkv.errors import AuthenticationError, NotInJob, ProtocolError, RankTaken, TensorKVError
+from tensorkv.errors import (
+    AuthenticationError,
+    MemoryLimitReached,
+    NotInJob,
+    ProtocolError,
+    RankTaken,
+    TensorKVError,
+)
 from tensorkv.protocol.memory import EMPTY, BufferPool, fresh
 from tensorkv.protocol.schedule import LoadUpdater
 from tensorkv.protocol.serverstate import ServerState
@@ -44,6 +51,8 @@ from tensorkv.runtime.waits import lost_error, scheduler_lost_error
 from tensorkv.transport import unix
 from tensorkv.transport.base import TICK_S, Connection, Listener
 from tensorkv.transport.endpoint import listen
+from tensorkv.transport.memorylimits import limits, with_the_way_out
+from tensorkv.transport.seldomlog import SeldomLog
 from tensorkv.transport.tcp import hostname
 from tensorkv.transport.unix import UnixConnection
 from tensorkv.wire import messages as m
@@ -53,6 +62,9 @@ logger = logging.getLogger("tensorkv.runtime.server")  # also where this module 
 JOIN_TIMEOUT_S = 5.0
 FRAMES_PER_TURN = 16
 """So many frames of one worker are taken in before others have their turn."""
+
+SCRAP_BYTES = 1 << 20
+"""A payload for which there is no memory is received over and over into so much."""
 
 LAST_WORDS_S = 1.0
 """So long what a lost worker has sent is taken in, while all others wait."""
@@ -70,6 +82,7 @@ class _Peer:
         self.message: Any = None
         self.buffer = EMPTY
         self.ended = False
+        self.no_room: MemoryLimitReached | None = None  # for the payload of the frame that is coming
         self.refused: Exception | None = None  # why nothing more is sent to it, if that is its fault
         self.gone = False  # it does not take what is sent to it
         self.sharing = server._share_with(self)
@@ -103,7 +116,9 @@ class Server:
             FolderFiles(),
             _memory_bytes(),
             allocate_private if self._values is None else self._values.allocate,
+            self._no_memory,
         )
+        self._scrap = memoryview(bytearray(SCRAP_BYTES))  # where a payload goes for which there is no memory
         self._peers: dict[int, _Peer] = {}  # by worker; the loop's alone
         self._worker_decoder: Decoder[m.ToServer] = Decoder(m.ToServer)
         self._scheduler_decoder: Decoder[m.FromScheduler] = Decoder(m.FromScheduler)
@@ -114,6 +129,7 @@ class Server:
         self._arrived: list[_Peer] = []  # workers that the loop is to take over
         self._threads: list[threading.Thread] = []
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._refusals = SeldomLog(logger, "refused connections")
         self._ended = threading.Event()
         self._report_wanted = False
         self.terminated = False
@@ -182,6 +198,7 @@ class Server:
             self._wake = -1
         if self._values is not None:
             self._values.close()
+        self._refusals.end()
 
     def _spawn(self, name: str, target: Callable[..., None], *args: Any) -> None:
         """Start a thread that `stop` joins. With the lock held."""
@@ -215,7 +232,7 @@ class Server:
         try:
             _, worker = accept(connection, self._config.token, self._check_place)
         except (TensorKVError, EOFError, ConnectionError) as exc:
-            logger.warning("server %d: refused %s: %s", self._config.rank, connection.peer, exc)
+            self._refusals.warning("server %d: refused %s: %s", self._config.rank, connection.peer, exc)
             connection.shutdown()
             connection.close()
             return
@@ -380,17 +397,35 @@ class Server:
         if type(message) is m.Push and message.placed is not None:
             if payload_bytes or peer.sharing is None:
                 raise ProtocolError("a push in shared memory, with a payload or where there is none")
-            peer.buffer = peer.sharing.borrow(message.placed, expected)
+            try:
+                peer.buffer = peer.sharing.borrow(message.placed, expected)
+            except MemoryLimitReached as exc:
+                peer.no_room = exc
             return []
         if payload_bytes != expected:
             raise ProtocolError(
                 f"{type(message).__name__} came with {payload_bytes} bytes of payload, not {expected}"
             )
-        if isinstance(message, m.Push):
-            buffer = peer.buffer = self._pool.take(payload_bytes)
-        elif isinstance(message, (m.InitSlices, m.Put, m.RestoreSlice)):  # rare, not for the pool
-            buffer = peer.buffer = fresh(payload_bytes)
+        try:
+            if isinstance(message, m.Push):
+                buffer = peer.buffer = self._pool.take(payload_bytes)
+            elif isinstance(message, (m.InitSlices, m.Put, m.RestoreSlice)):  # rare, not for the pool
+                buffer = peer.buffer = fresh(payload_bytes)
+        except MemoryLimitReached as exc:
+            if payload_bytes > _memory_bytes():
+                raise ProtocolError(f"there is no memory for a payload of {payload_bytes} bytes") from exc
+            peer.no_room = self._no_memory(f"the values of a {type(message).__name__}", payload_bytes)
+            whole, rest = divmod(payload_bytes, SCRAP_BYTES)
+            return [self._scrap] * whole + ([self._scrap[:rest]] if rest else [])
         return [buffer.bytes[:payload_bytes]] if payload_bytes else []
+
+    def _no_memory(self, what: str, size_bytes: int | None) -> MemoryLimitReached:
+        """Return the error of a call for which this server has no memory."""
+        size = "" if size_bytes is None else f"{size_bytes} bytes of "
+        return MemoryLimitReached(
+            f"server {self._config.rank} on host {hostname()} has no memory for {size}{what}: {limits()}; "
+            "use more servers, or smaller values"
+        )
 
     def _take(self, peer: _Peer) -> None:
         """Let the state machine take in a message, and send what it answers."""
@@ -400,7 +435,8 @@ class Server:
             if type(peer.message) in (m.ShareSegment, m.DropSegment):
                 self._share(peer, peer.message)
                 return
-            out = self._state.handle(peer.worker, peer.message, payload)
+            no_room, peer.no_room = peer.no_room, None
+            out = self._state.handle(peer.worker, peer.message, payload, no_room)
             if out:
                 self._queue(out)
             return
@@ -509,8 +545,8 @@ def main() -> int:
             server.stop()
         if server.terminated:
             signal.raise_signal(signal.SIGTERM)  # so that the status tells; the job may have ended before it
-    except TensorKVError as error:
-        sys.stderr.write(f"tensorkv server: {error}\n")
+    except (TensorKVError, OSError) as error:
+        sys.stderr.write(f"tensorkv server: {with_the_way_out(error)}\n")
         return 1
     if failure is not None:
         sys.stderr.write(f"tensorkv server {config.rank}: {failure}\n")

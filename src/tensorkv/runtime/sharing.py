@@ -8,6 +8,7 @@ what it tells.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections import deque
@@ -16,7 +17,7 @@ from typing import final
 
 import torch
 
-from tensorkv.errors import ProtocolError
+from tensorkv.errors import MemoryLimitReached, ProtocolError
 from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.slots import Lease
 from tensorkv.transport.sharedmemory import MAX_SEGMENTS, Arena, Segment
@@ -113,6 +114,7 @@ class Sharing:
         self._values = values
         self._told: set[int] = set()  # segments of the values that the worker maps
         self._segments: dict[int, Segment] = {}
+        self._unmapped: dict[int, tuple[m.ShareSegment, int]] = {}  # for want of memory, with the descriptor
         self._control: memoryview | None = None
         self._copied: memoryview | None = None
         self._known: dict[tuple[int, int, int, int], Memory] = {}  # places of pushes, those of late
@@ -126,7 +128,22 @@ class Sharing:
         Raises:
             ProtocolError: it is none, or not a new one.
         """
-        segment = take_segment(self._connection, message, self._segments, writable=message.segment == 0)
+        descriptor = self._connection.claim_descriptor()
+        with contextlib.suppress(MemoryLimitReached):  # what is pushed there tries again, and is told
+            self._map(message, descriptor)
+
+    def _map(self, message: m.ShareSegment, descriptor: int) -> None:
+        """Map a segment, or keep its descriptor. Raises MemoryLimitReached, ProtocolError."""
+        kept = os.dup(descriptor)
+        try:
+            segment = map_segment(message, descriptor, self._segments, writable=message.segment == 0)
+        except MemoryLimitReached:
+            self._unmapped[message.segment] = (message, kept)
+            raise
+        except BaseException:
+            os.close(kept)
+            raise
+        os.close(kept)
         if segment.number == 0:
             if segment.size_bytes != CONTROL_BYTES:
                 raise ProtocolError(f"a control segment of {segment.size_bytes} bytes, not {CONTROL_BYTES}")
@@ -136,6 +153,9 @@ class Sharing:
 
     def drop(self, message: m.DropSegment) -> None:
         """The worker does not use a segment any more."""
+        if (unmapped := self._unmapped.pop(message.segment, None)) is not None:
+            os.close(unmapped[1])
+            return
         if message.segment == 0 or self._segments.pop(message.segment, None) is None:
             raise ProtocolError(f"segment {message.segment} was dropped, which there is not")
         for known in (self._known, self._known_before):
@@ -149,10 +169,17 @@ class Sharing:
 
         Raises:
             ProtocolError: there is no such place, or it has not `size_bytes` bytes.
+        MemoryLimitReached: there is no memory to map it; the loan is returned.
         """
         if len(placed.spans) != 1:
             raise ProtocolError(f"a push in {len(placed.spans)} places")
         segment, offset, length = placed.spans[0]
+        if segment in self._unmapped:
+            try:
+                self._map(*self._unmapped.pop(segment))
+            except MemoryLimitReached:
+                self._return_of(placed.number)()
+                raise
         if length != size_bytes:
             raise ProtocolError(f"a push of {length} bytes, not of {size_bytes}")
         name = (placed.number, segment, offset, length)
@@ -215,6 +242,8 @@ class Sharing:
         while self._lent:
             for lease in self._lent.popleft()[0]:
                 lease.readers -= 1
+        while self._unmapped:
+            os.close(self._unmapped.popitem()[1][1])
         self._segments.clear()  # what was pushed stays mapped until it is used up
         self._known.clear()
         self._known_before.clear()
@@ -228,7 +257,18 @@ def take_segment(
     Raises:
         ProtocolError: it is none, or `known` has one of this number.
     """
-    descriptor = connection.claim_descriptor()
+    return map_segment(message, connection.claim_descriptor(), known, writable=writable)
+
+
+def map_segment(
+    message: m.ShareSegment, descriptor: int, known: dict[int, Segment], *, writable: bool
+) -> Segment:
+    """Map a segment, and close its descriptor.
+
+    Raises:
+        MemoryLimitReached: there is no memory to map it.
+        ProtocolError: it is none, or `known` has one of this number.
+    """
     segment = Segment.attach(message.segment, message.size_bytes, descriptor, writable=writable)
     if message.segment in known or len(known) >= MAX_SEGMENTS:
         raise ProtocolError(f"segment {message.segment} is there already, or there are too many")

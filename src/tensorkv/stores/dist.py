@@ -184,7 +184,22 @@ class DistStore(KVStore):
     def _lead_init(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> _Led:
         """Store the values of keys this rank creates on the servers, and tell the scheduler."""
         key_ids = [entry.key_id for entry, _ in created]
-        led = self._lead(lambda: self._send_values(created, what))
+
+        def send() -> None:
+            try:
+                self._send_values(created, what)
+            except TensorKVError:
+                if self._job.failure() is None:  # what other servers, or other keys, have got is dropped
+                    gone = [(entry.key, [each.slice_id for each in entry.slices]) for entry, _ in created]
+                    self._job.ask_all(
+                        lambda n: m.DeleteSlices(n, self._store, self.rank, gone),
+                        what,
+                        self._timeout_s,
+                        self._store,
+                    )
+                raise
+
+        led = self._lead(send)
         self._conclude(m.ConcludeInit(0, self._store, key_ids, led.told()), what)
         return led
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -27,8 +28,8 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
-from tensorkv.errors import ProtocolError
-from tensorkv.transport.memorylimits import check_room
+from tensorkv.errors import MemoryLimitReached, ProtocolError
+from tensorkv.transport.memorylimits import check_room, limits
 
 SEGMENT_BYTES = 64 << 20
 """The least size of a segment; larger values get larger ones."""
@@ -115,6 +116,10 @@ class Segment:
         except OSError as exc:  # of F_GET_SEALS, too, where it is no memory
             if isinstance(exc, ProtocolError):
                 raise
+            if exc.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+                raise MemoryLimitReached(
+                    f"no memory to map {size_bytes} bytes of a segment of another process: {limits()}"
+                ) from exc
             raise ProtocolError(f"segment {number} cannot be mapped: {exc}") from exc
         finally:
             os.close(descriptor)
