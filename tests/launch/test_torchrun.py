@@ -717,7 +717,7 @@ def test_each_host_has_servers_however_many_workers(
         ]
         ends = [finish(worker) for worker in workers]
     for rank, (status, out, err) in enumerate(ends):
-        assert (status, out) == (0, [f"{rank} of 3 [-6.0, -6.0]", str(expected)]), err
+        assert (status, out) == (0, sorted([f"{rank} of 3 [-6.0, -6.0]", str(expected)])), err
 
 
 LOST_ONCE = """
