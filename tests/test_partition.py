@@ -1,4 +1,4 @@
-"""Which server holds which part of which value: every element once, bytes balanced, cuts at 16."""
+"""Which server holds which part of which value: every element once, bytes balanced, cuts at 64."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_a_small_value_is_whole_on_the_emptiest_server() -> None:
 
 
 def test_a_value_over_the_bound_is_cut_over_all_servers() -> None:
-    parts = place([floats(101)], [0, 0], bound_bytes=400, max_slice_bytes=4096)
-    assert parts == [[Part(0, 0, 48), Part(1, 48, 101)]]
+    parts = place([floats(301)], [0, 0], bound_bytes=400, max_slice_bytes=4096)
+    assert parts == [[Part(0, 0, 128), Part(1, 128, 301)]]
 
 
 def test_one_that_must_stay_whole_does() -> None:
@@ -59,8 +59,10 @@ def test_one_that_must_stay_whole_does() -> None:
 
 
 def test_slices_have_a_limit_on_a_single_server_too() -> None:
-    parts = place([floats(100)], [0], bound_bytes=4, max_slice_bytes=140)
-    assert parts == [[Part(0, 0, 32), Part(0, 32, 64), Part(0, 64, 96), Part(0, 96, 100)]]
+    parts = place([floats(300)], [0], bound_bytes=4, max_slice_bytes=400)
+    assert parts == [
+        [Part(0, 0, 64), Part(0, 64, 128), Part(0, 128, 192), Part(0, 192, 256), Part(0, 256, 300)]
+    ]
 
 
 def test_bytes_are_balanced_the_largest_first() -> None:

@@ -243,16 +243,16 @@ def test_an_init_that_makes_no_sense_is_refused(specs: list[m.KeySpec]) -> None:
 
 def test_values_are_placed_by_their_updater() -> None:
     desk = Desk()
-    (first,) = desk.create(spec("first", 100))
-    assert [(each.server, each.start, each.stop) for each in first.slices] == [(0, 0, 48), (1, 48, 100)]
-    assert desk.placement.load_bytes == [192, 208]
-    (kept,) = desk.create(spec("kept", 100, whole=True))
-    assert [(each.server, each.start, each.stop) for each in kept.slices] == [(0, 0, 100)]
+    (first,) = desk.create(spec("first", 200))
+    assert [(each.server, each.start, each.stop) for each in first.slices] == [(0, 0, 64), (1, 64, 200)]
+    assert desk.placement.load_bytes == [256, 544]
+    (kept,) = desk.create(spec("kept", 200, whole=True))
+    assert [(each.server, each.start, each.stop) for each in kept.slices] == [(0, 0, 200)]
     desk.delete(0, first)
     for_some = m.SettingRecord(("f",), updater=WHOLE.updater)
     ((_, reply),) = desk.set(0, for_some)
     desk.conclude_set(0, reply.number)
-    entries = desk.create(spec("f", 100), spec("g", 100))
+    entries = desk.create(spec("f", 200), spec("g", 200))
     assert [len(entry.slices) for entry in entries] == [1, 2]
     for entry in [kept, *entries]:
         desk.delete(1, entry)
@@ -265,8 +265,8 @@ def test_an_updater_for_whole_values_keeps_later_values_whole_whoever_leads() ->
     desk.conclude_set(0, reply.number)
     desk.directory.leave(0)
     desk.taken()
-    (entry,) = desk.create(spec("w", 100), rank=1)  # which has made no setting itself
-    assert [(each.start, each.stop) for each in entry.slices] == [(0, 100)]
+    (entry,) = desk.create(spec("w", 200), rank=1)  # which has made no setting itself
+    assert [(each.start, each.stop) for each in entry.slices] == [(0, 200)]
     assert desk.directory.setting_rank == 1
 
 
@@ -274,7 +274,7 @@ def test_a_refused_updater_does_not_keep_values_whole() -> None:
     desk = Desk()
     ((_, reply),) = desk.set(0, WHOLE)
     desk.conclude_set(0, reply.number, ("UnknownUpdater", "no"))
-    (entry,) = desk.create(spec("w", 100))
+    (entry,) = desk.create(spec("w", 200))
     assert len(entry.slices) == 2
 
 
@@ -283,7 +283,7 @@ def test_a_refused_updater_does_not_keep_values_whole() -> None:
 
 def test_what_a_rank_is_about_to_create_or_delete_is_known_until_it_concludes() -> None:
     desk = Desk()
-    (old,) = desk.create(spec("old", 100))
+    (old,) = desk.create(spec("old", 200))
     ((_, reply),) = desk.init(0, spec("new", 3))
     desk.delete(1, old)
     old_ids, new_ids = ([each.slice_id for each in entry.slices] for entry in (old, reply.entries[0]))
@@ -338,7 +338,7 @@ def test_a_lookup_of_what_is_not_there() -> None:
 
 def test_a_store_that_ends_gives_its_place_back() -> None:
     desk = Desk()
-    desk.create(spec("a", 100), spec("b", 3))
+    desk.create(spec("a", 200), spec("b", 3))
     desk.directory.close()
     assert desk.placement.load_bytes == [0, 0]
 
@@ -398,7 +398,7 @@ def test_who_leaves_while_it_makes_a_setting_is_followed_by_the_next() -> None:
 def test_an_updater_for_whole_values_is_refused_to_every_rank_where_a_key_is_sliced() -> None:
     """The ranks that are not the setting rank must not wait for a setting that is never made."""
     desk = Desk()
-    desk.create(spec("big", 100), spec("small", 3))
+    desk.create(spec("big", 200), spec("small", 3))
     for rank in (1, 0):
         error = error_of(desk.set(rank, WHOLE))
         assert isinstance(error, NotElementwise)
