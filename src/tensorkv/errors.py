@@ -47,6 +47,9 @@ Each leaf is also the standard error a caller would expect, and survives pickle 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class TensorKVError(Exception):
     """Base of all errors raised by TensorKV. `str(error)` is the text, also for KeyError leaves."""
@@ -206,6 +209,13 @@ class ProtocolError(TensorKVError, ConnectionError):
 def again(error: TensorKVError) -> TensorKVError:
     """Return a copy of an error that several calls raise: one that is raised twice collects tracebacks."""
     return type(error)(*error.args)
+
+
+def did_you_mean(name: object, known: Iterable[object]) -> str:
+    """Return "; did you mean 'x'?" where a known name is close to one that is not, else nothing."""
+    names = {str(each).lower(): str(each) for each in known}
+    close = difflib.get_close_matches(str(name).lower(), names, n=1)
+    return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
 def not_initialized(key: object) -> KeyNotInitialized:

@@ -15,6 +15,7 @@ import torch
 
 from tensorkv.arrays import Key, dtype_from_name
 from tensorkv.errors import InvalidValue, LoadError
+from tensorkv.optimizers import check_state_names
 from tensorkv.savedstate import (
     FILE_NAME,
     INDEX_NAME,
@@ -28,7 +29,6 @@ from tensorkv.savedstate import (
 from tensorkv.savefolder import MAX_INDEX_BYTES, new_part
 from tensorkv.slicestate import SliceState, assemble, records_of
 from tensorkv.tensorfile import TensorFile, open_regular, write_tensors
-from tensorkv.updater import check_state_names
 
 _MAX_LABEL = 100
 _MAX_OPEN_FILES = 64

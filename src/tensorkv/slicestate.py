@@ -14,6 +14,7 @@ import torch
 
 from tensorkv.arrays import Key, bytes_of, dtype_from_name, dtype_name, size_bytes, to_tensor
 from tensorkv.errors import InvalidValue, LoadError, SaveError
+from tensorkv.optimizers import check_state_names
 from tensorkv.savedstate import (
     FORMAT,
     VALUE,
@@ -31,7 +32,6 @@ from tensorkv.savedstate import (
     overlaps,
     version_of,
 )
-from tensorkv.updater import check_state_names
 from tensorkv.updaterspec import may_travel
 
 DICT_VERSION = 1

@@ -387,9 +387,12 @@ class KVStore(ABC):
         """Choose how a round's sum is combined with the stored value, for all keys.
 
         Args:
-            updater: `fn(key, pushed, stored)`, which changes `stored` in place; or a name: "assign" (also
-                None; the default), "add". A function runs on a copy that is kept only if it succeeds;
-                functions run one at a time, in list order.
+            updater: `fn(key, pushed, stored)`, which changes `stored` in place, by `stored.add_(pushed)` say;
+                or a name: "assign" (also None; the default), "add". A function runs on a copy that is kept
+                only if it succeeds; functions run one at a time, in list order. Both tensors are the
+                function's own to keep: neither changes after the call. To return a new value is an error
+                (UpdaterError, by the push). To bind `stored` anew, `stored = stored + pushed`, changes
+                nothing and cannot be noticed.
             elementwise: the function treats each element on its own, so values may be sliced.
 
         In a distributed store the setting is rank 0's and must agree on all ranks that make it; it

@@ -19,8 +19,9 @@ from tensorkv.protocol.savedslices import StateFiles
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import Outgoing
 from tensorkv.savedstate import FileRecord, KeyRecord, PieceRecord, TensorRecord
+from tensorkv.settings import build
 from tensorkv.slicestate import SliceState, assemble, records_of
-from tensorkv.updater import Updater, build
+from tensorkv.updater import Updater
 from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.wire import messages as m
 

@@ -25,12 +25,12 @@ from tensorkv.protocol.membership import Membership
 from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.serverstate import ServerState
 from tensorkv.protocol.shard import SCHEDULER
-from tensorkv.updater import build
+from tensorkv.settings import build
 from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.wire import messages as m
 
 NUM_SERVERS = 2
-SHAPES = {"a": (5,), "big": (7, 6), "one": (), "none": (0, 3), "held": (3,), "wide": (40,)}
+SHAPES = {"a": (5,), "big": (7, 20), "one": (), "none": (0, 3), "held": (3,), "wide": (150,)}
 HELD = ("held", "wide")  # always pushed with apply=False, the others never
 BOUND_BYTES = 64  # "big" and "wide" are sliced over both servers
 

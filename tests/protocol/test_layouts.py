@@ -9,7 +9,8 @@ from tensorkv.errors import ProtocolError
 from tensorkv.protocol.layouts import Chunk, Contribution, Layout, Slice, sent_dtype, sent_size
 from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.slots import Slot
-from tensorkv.updater import Add, Assign, Setting
+from tensorkv.settings import Setting
+from tensorkv.updater import Add, Assign
 
 
 def a_slice(index: int, slot: Slot, offset: int, length: int, shape: tuple[int, ...] = ()) -> Slice:

@@ -8,7 +8,7 @@ import pytest
 
 from tensorkv.errors import InvalidOption, ProtocolError
 from tensorkv.protocol.schedule import SettingSchedule
-from tensorkv.updater import build
+from tensorkv.settings import build
 from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.wire.messages import SettingRecord
 

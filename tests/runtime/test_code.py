@@ -12,8 +12,10 @@ import torch
 
 from tensorkv.errors import NotShippable, UnknownUpdater
 from tensorkv.functions import CodeRef
+from tensorkv.optimizers import optimizer_spec
 from tensorkv.runtime.code import CodeTable, describe_code, updater_loader
-from tensorkv.updater import Assign, build_from_argument, optimizer_spec
+from tensorkv.settings import build_from_argument
+from tensorkv.updater import Assign
 from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.wire.messages import SettingRecord
 

@@ -14,8 +14,9 @@ from tensorkv.errors import InvalidValue, ProtocolError
 from tensorkv.protocol.memory import Memory
 from tensorkv.protocol.rounds import Index
 from tensorkv.protocol.slots import Slot
+from tensorkv.settings import Setting
 from tensorkv.slicestate import SliceState
-from tensorkv.updater import Assign, Setting
+from tensorkv.updater import Assign
 
 if TYPE_CHECKING:
     from tensorkv.protocol.lockstep import Lockstep

@@ -15,7 +15,8 @@ from tensorkv.arrays import Key
 from tensorkv.errors import ProtocolError
 from tensorkv.functions import CodeRef
 from tensorkv.savedstate import SavedSettings, check_settings
-from tensorkv.updater import Setting, SettingsTable, Updater, build_saved
+from tensorkv.settings import Setting, SettingsTable, build_saved
+from tensorkv.updater import Updater
 from tensorkv.updaterspec import UpdaterSpec
 from tensorkv.wire.messages import SettingRecord
 
@@ -60,6 +61,10 @@ class SettingSchedule:
     def keys_of(self, number: int) -> tuple[Key, ...] | None:
         """Return the keys that a prepared setting is for, None if it is for all, or not prepared."""
         return self._prepared[number][1] if number in self._prepared else None
+
+    def prepared(self, number: int, key: Key) -> Setting:
+        """Return what will hold for `key` when this setting, which was prepared, is activated."""
+        return self._prepared[number][0].setting(key)
 
     def activate(self, number: int, from_round: dict[int, int], keys: dict[int, Key]) -> None:
         """Make the prepared setting the newest; slices get it from these rounds on, if it is for them.

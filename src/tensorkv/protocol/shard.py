@@ -41,9 +41,10 @@ from tensorkv.protocol.roundwaits import RoundWaits
 from tensorkv.protocol.schedule import LoadUpdater, SettingSchedule
 from tensorkv.protocol.slots import Allocate, Lease, Slot, SlotAllocator, allocate_private
 from tensorkv.protocol.sums import add_up, weigh
+from tensorkv.settings import Setting, SettingsTable, apply_all
 from tensorkv.slicestate import state_bytes
 from tensorkv.store import MAX_WEIGHT, MIN_WEIGHT
-from tensorkv.updater import Setting, SettingsTable, Update, apply_all
+from tensorkv.updater import Update
 from tensorkv.wire import messages as m
 
 MAX_TOMBSTONES = 4096
@@ -184,6 +185,7 @@ class StoreShard:
         ids = {entry.slice_id for entry in message.slices}
         if len(ids) < len(message.slices) or any(each in self._index_of for each in ids):
             raise ProtocolError(f"a slice of key {message.key!r} exists already")
+        self.schedule.newest(message.key).check_value(message.key, message.shape, dtype)
         values, low = payload.tensor.view(dtype), 0
         places = self._allocate(message.key, message.slices, dtype)
         for entry, (slot, offset) in zip(message.slices, places, strict=True):
@@ -968,8 +970,14 @@ class StoreShard:
     # ---- settings --------------------------------------------------------------------------------
 
     def prepare_setting(self, worker: int, message: m.PrepareSetting) -> None:
-        """Load a setting; raises what is wrong with it."""
+        """Load a setting; raises what is wrong with it, also for values that other workers have made."""
         self.schedule.prepare(message.number, message.record)
+        keys = self.schedule.keys_of(message.number)
+        found = self._slices if keys is None else [i for key in keys for i in self._indices_of.get(key, ())]
+        for each in map(self._slices.__getitem__, found):
+            setting = self.schedule.prepared(message.number, each.key)
+            if setting is not each.setting:
+                setting.check_value(each.key, each.shape, each.dtype)
         self._reply(worker, m.Done(message.request))
 
     def activate_setting(self, worker: int, message: m.ActivateSetting) -> None:

@@ -8,7 +8,8 @@ from typing import Any, final
 from tensorkv.errors import NotShippable
 from tensorkv.functions import CodeRef, describe, load
 from tensorkv.protocol.schedule import LoadUpdater
-from tensorkv.updater import Updater, build
+from tensorkv.settings import build
+from tensorkv.updater import Updater
 from tensorkv.wire.messages import SettingRecord
 
 _IN_PROCESS = "<this process>"

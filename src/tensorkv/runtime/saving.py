@@ -34,6 +34,7 @@ from tensorkv.savedstate import (
 )
 from tensorkv.savefolder import Saving, order_of
 from tensorkv.saveio import load_newest
+from tensorkv.settings import SettingsTable, restored_settings
 from tensorkv.slicestate import (
     MemoryPieces,
     SliceState,
@@ -44,7 +45,6 @@ from tensorkv.slicestate import (
     to_state_dict,
     unpack,
 )
-from tensorkv.updater import SettingsTable, restored_settings
 from tensorkv.wire import messages as m
 
 if TYPE_CHECKING:

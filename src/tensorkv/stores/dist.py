@@ -32,6 +32,7 @@ from tensorkv.errors import (
     to_wire,
 )
 from tensorkv.keys import PullBatch, PushBatch, answer
+from tensorkv.optimizers import find_optimizer, optimizer_spec
 from tensorkv.protocol.replies import check_init
 from tensorkv.reduce import sum_devices, sum_dtype
 from tensorkv.runtime.code import describe_code
@@ -48,16 +49,9 @@ from tensorkv.runtime.saving import StateTransfer
 from tensorkv.runtime.transfers import Destinations, gather
 from tensorkv.runtime.waits import taken
 from tensorkv.savedstate import SavedSettings
+from tensorkv.settings import SettingsTable, build, build_from_argument, restored_settings
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
-from tensorkv.updater import (
-    SettingsTable,
-    Updater,
-    build,
-    build_from_argument,
-    find_optimizer,
-    optimizer_spec,
-    restored_settings,
-)
+from tensorkv.updater import Updater
 from tensorkv.updaterspec import may_travel
 from tensorkv.wire import messages as m
 from tensorkv.work import Work
@@ -179,7 +173,7 @@ class DistStore(KVStore):
     def _check_new(self, key: Key, value: torch.Tensor) -> None:
         if self._reduction == "mean":
             check_has_mean(key, value.dtype)
-        self._settings.setting(key).updater.check_value(key, value.shape, value.dtype)
+        self._settings.setting(key).check_value(key, value.shape, value.dtype)
 
     def _lead_init(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> _Led:
         """Store the values of keys this rank creates on the servers, and tell the scheduler."""
@@ -635,7 +629,7 @@ class DistStore(KVStore):
         optimizer_class = find_optimizer(optimizer)
         built = build(optimizer_spec(optimizer_class, options), optimizer_class)
         for state in self._table.those_known(keys):
-            built.check_value(state.key, state.shape, state.dtype)
+            built.check_value(state.key, state.shape, state.dtype, options)
         code = describe_code(optimizer_class, self._job.code_table)
         self._make_setting(m.SettingRecord(keys=keys, updater=built.spec, code=code), built)
 
@@ -670,6 +664,11 @@ class DistStore(KVStore):
     def _check_options(self, table: SettingsTable, record: m.SettingRecord) -> None:
         assert record.options is not None
         table.set_options(record.options, record.keys)
+        if record.options.get("fused"):
+            for state in self._table.those_known(record.keys):
+                setting = table.setting(state.key)
+                if setting is not self._settings.setting(state.key):
+                    setting.check_value(state.key, state.shape, state.dtype)
 
     def _lead_setting(self, number: int, record: m.SettingRecord, what: str) -> _Led:
         """Make a setting on all servers, and tell the scheduler."""

@@ -40,6 +40,7 @@ from tensorkv.errors import (
     not_initialized,
 )
 from tensorkv.keys import PullBatch, PushBatch, answer, check_keys
+from tensorkv.optimizers import find_optimizer, optimizer_spec
 from tensorkv.protocol.commits import all_finite, norms_of, scale, unscalable
 from tensorkv.protocol.norms import clip_factor, total_norm
 from tensorkv.reduce import broadcast, lightest, sum_devices
@@ -57,6 +58,7 @@ from tensorkv.savedstate import (
 )
 from tensorkv.savefolder import Saving
 from tensorkv.saveio import PieceReader, check_files, load_newest, write_slices
+from tensorkv.settings import Setting, SettingsTable, apply_all, build, build_from_argument, restored_settings
 from tensorkv.slicestate import (
     MemoryPieces,
     SliceState,
@@ -67,18 +69,7 @@ from tensorkv.slicestate import (
     to_state_dict,
 )
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
-from tensorkv.updater import (
-    Assign,
-    Setting,
-    SettingsTable,
-    Update,
-    apply_all,
-    build,
-    build_from_argument,
-    find_optimizer,
-    optimizer_spec,
-    restored_settings,
-)
+from tensorkv.updater import Assign, Update
 from tensorkv.work import Work
 
 CPU_KINDS = ("local", "local_update_cpu", "local_allreduce_cpu")
@@ -251,14 +242,24 @@ class LocalStore(KVStore):
             for key in self._slots if keys is None else keys:
                 if key in self._slots:
                     value = self._slots[key].value
-                    built.check_value(key, value.shape, value.dtype)
+                    built.check_value(key, value.shape, value.dtype, options, self._device_type())
             self._settings.set_updater(built, keys)
             self._settings_changed(keys)
 
     def _set_optimizer_options(self, keys: tuple[Key, ...] | None, options: dict[str, Any]) -> None:
         with self._lock:
+            if options.get("fused"):
+                self._check_fused(options, keys)
             self._settings.set_options(options, keys)
             self._settings_changed(keys)
+
+    def _check_fused(self, options: dict[str, Any], keys: tuple[Key, ...] | None) -> None:
+        table = self._settings.copy()
+        table.set_options(options, keys)
+        for key in self._slots if keys is None else keys:
+            slot = self._slots.get(key)
+            if slot is not None and table.setting(key) is not self._settings.setting(key):
+                table.setting(key).check_value(key, slot.value.shape, slot.value.dtype, self._device_type())
 
     def _settings_changed(self, keys: tuple[Key, ...] | None) -> None:
         """A setting was made for these keys, or for all."""
@@ -431,7 +432,11 @@ class LocalStore(KVStore):
     def _check_new(self, key: Key, value: torch.Tensor) -> None:
         if self._reduction == "mean":
             check_has_mean(key, value.dtype)
-        self._settings.setting(key).updater.check_value(key, value.shape, value.dtype)
+        self._settings.setting(key).check_value(key, value.shape, value.dtype, self._device_type())
+
+    def _device_type(self) -> str | None:
+        """Return where updates run, None if that is known only when a key is pushed."""
+        return None if self._on_devices and torch.accelerator.is_available() else "cpu"
 
     def _check_push(self, batch: PushBatch) -> list[_Slot]:
         slots = [self._slot(key) for key in batch.keys]
@@ -577,7 +582,7 @@ def _apply(updates: Sequence[tuple[_Slot, Setting, torch.Tensor]]) -> None:
     for (slot, _, _), failure in zip(updates, failures, strict=True):
         if failure is None:
             slot.version += 1
-        elif failure not in failed:  # keys that were updated together fail together
+        else:
             failed.append(failure)
     if failed:
         for other in failed[1:]:

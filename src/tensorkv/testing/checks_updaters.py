@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tensorkv.errors import UpdaterError
+from tensorkv.errors import InvalidValue, UpdaterError
 from tensorkv.store import KVStore
 from tensorkv.testing.suite import (
     StoreMaker,
@@ -314,17 +314,21 @@ def check_updater_errors_of_several_keys(maker: StoreMaker) -> None:
 
 @check()
 def check_optimizer_error(maker: StoreMaker) -> None:
-    """A value that the optimizer refuses is an error of the call, or of the updater, and not a change."""
+    """What an optimizer does not take is refused when it is set; what it fails with is told of the key."""
 
     def work(kv: KVStore) -> None:
         kv.init("n", torch.ones(3, dtype=torch.int64))
-        kv.set_optimizer("sgd", lr=0.5)
+        raises(InvalidValue, lambda: kv.set_optimizer("sgd", lr=0.5), "'n'", "int64", "keys=")
+        kv.set_optimizer("sgd", keys=["w", "h"], lr=1e5)  # float16 has no such number
+        kv.init(["w", "h"], [full(1), torch.ones(3, dtype=torch.float16)])
 
         def push() -> None:
-            kv.push("n", torch.ones(3, dtype=torch.int64))
-            kv.pull("n")
+            kv.push(["w", "h"], [full(1), torch.ones(3)])
+            kv.pull("h")
 
-        raises(UpdaterError, push, "'n'")
+        raises(UpdaterError, push, "'h'")
+        same(kv.pull("h"), torch.ones(3, dtype=torch.float16))
+        same(kv.pull("w"), 1 - 1e5)
         same(kv.pull("n"), torch.ones(3, dtype=torch.int64))
 
     in_one(maker, work)
