@@ -77,3 +77,11 @@ def test_a_subclass_of_the_user_travels_as_what_it_is_called() -> None:
         pass
 
     assert type(from_wire(*to_wire(Mine("x")))) is TensorKVError
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("dist_snyc", "; did you mean 'dist_sync'?"), ("LOCAL", "; did you mean 'local'?"), (3, "")],
+)
+def test_a_typo_is_told_what_was_meant(name: object, text: str) -> None:
+    assert errors.did_you_mean(name, ["dist_sync", "local"]) == text

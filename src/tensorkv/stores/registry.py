@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from tensorkv.config import Transport, check_transport, read_timeout_s
-from tensorkv.errors import InvalidArgument, NotSupported, UnknownKind
+from tensorkv.errors import InvalidArgument, NotSupported, UnknownKind, did_you_mean
 from tensorkv.store import KVStore, Reduction, flag, seconds
 from tensorkv.stores.local import LOCAL_KINDS, LocalStore
 from tensorkv.tracers import opaque
@@ -65,7 +65,9 @@ def create(
     factory = _FACTORIES.get(kind) if isinstance(kind, str) else None
     if factory is None:
         known = ", ".join(repr(name) for name in sorted(_FACTORIES))
-        raise UnknownKind(f"there is no kind of store {kind!r}; known are {known}")
+        raise UnknownKind(
+            f"there is no kind of store {kind!r}{did_you_mean(kind, _FACTORIES)}; known are {known}"
+        )
     if type(num_servers) is not int:
         raise InvalidArgument(f"num_servers={num_servers!r} is not an int")
     return factory(
