@@ -470,6 +470,14 @@ class ModelStore(KVStore):
         with self.job.changed:
             return list(self.reference.entries)
 
+    def _has(self, key: Any) -> bool:
+        with self.job.changed:
+            return key in self.reference.entries
+
+    def _num_keys(self) -> int:
+        with self.job.changed:
+            return len(self.reference.entries)
+
     def _entry(self, key: Any) -> Any:
         """Return the entry of a key in the generation that this worker knows."""
         entry, known = self.reference.entries.get(key), self.known.get(key)
