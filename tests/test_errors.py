@@ -6,11 +6,21 @@ import builtins
 import inspect
 import pickle
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tensorkv import errors
-from tensorkv.errors import KeyNotInitialized, TensorKVError, UpdaterError, from_wire, to_wire
+from tensorkv.errors import (
+    MAX_HINTS,
+    Hints,
+    KeyNotInitialized,
+    TensorKVError,
+    UpdaterError,
+    from_wire,
+    to_wire,
+)
 
 CLASSES = [
     value
@@ -85,3 +95,42 @@ def test_a_subclass_of_the_user_travels_as_what_it_is_called() -> None:
 )
 def test_a_typo_is_told_what_was_meant(name: object, text: str) -> None:
     assert errors.did_you_mean(name, ["dist_sync", "local"]) == text
+
+
+NAMES = [f"layers.{number}.{name}" for number in range(200) for name in ("weight", "bias")]
+
+
+class TestHints:
+    @pytest.mark.parametrize(
+        ("key", "meant"),
+        [
+            ("layers.123.wieght", "layers.123.weight"),
+            ("layers.123.weigh", "layers.123.weight"),
+            ("layer.123.weight", "layers.123.weight"),
+            ("Layers.7.bias", "layers.7.bias"),
+            ("module.layers.7.bias", "layers.7.bias"),
+            ("_orig_mod.layers.7.bias", "layers.7.bias"),
+            ("7.bias", "layers.7.bias"),
+        ],
+    )
+    def test_the_key_that_was_meant_comes_first(self, key: str, meant: str) -> None:
+        assert Hints().near(key, NAMES)[0] == meant
+
+    @pytest.mark.parametrize("key", ["", "x", "optimizer", 7])
+    def test_nothing_is_like_it(self, key: Any) -> None:
+        assert Hints().near(key, NAMES) == []
+        assert Hints().near(key, [1, 2, 3]) == []
+        assert Hints().near(key, []) == []
+
+    def test_a_program_that_asks_for_each_key_first_pays_for_a_few(self) -> None:
+        looks = 0
+
+        def known() -> Iterator[str]:
+            nonlocal looks
+            looks += 1
+            yield from NAMES
+
+        hints = Hints()
+        for number in range(1000):
+            hints.near(f"layers.{number}.scale", known())
+        assert looks == MAX_HINTS

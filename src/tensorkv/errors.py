@@ -27,13 +27,14 @@
     │   ├── NotInJob (RuntimeError)           a distributed store outside a job
     │   ├── RankTaken (RuntimeError)          another process has this rank of the job
     │   ├── AddressUnavailable (OSError)      an address to listen at that this host does not have
+    │   ├── NotPicklable (TypeError)          a store was pickled or copied
     │   └── NotSupported (NotImplementedError)
     ├── JobFailed (RuntimeError)              a process of a job that `spawn` started has failed
     ├── UpdaterError (RuntimeError)           the updater raised; its traceback is in the text
     ├── SaveError (OSError)                   a save could not be written; the one before it is whole
     ├── LoadError (ValueError)                there is no save, or it is corrupt; the store is as before
     ├── WaitTimeout (TimeoutError)            a deadline passed; the text names who is missing
-    ├── MemoryLimitReached (MemoryError)      shared memory would exceed a limit of the system's
+    ├── MemoryLimitReached (MemoryError)      there is no memory, or it would exceed a limit of the system's
     ├── TransportUnavailable (ConnectionError)   the transport that was asked for cannot be had here
     └── the job is broken (ConnectionError)
         ├── PeerLostError                     a process of the job is gone
@@ -48,7 +49,8 @@ Each leaf is also the standard error a caller would expect, and survives pickle 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import final
 
 
 class TensorKVError(Exception):
@@ -158,6 +160,10 @@ class AddressUnavailable(TensorKVError, OSError):
     """This host cannot listen at the address it was told; the text names it and says what to set."""
 
 
+class NotPicklable(TensorKVError, TypeError):
+    """A store was pickled or copied; the text says what to do instead."""
+
+
 class NotSupported(TensorKVError, NotImplementedError):
     """The call is part of the contract but not built, or not for this kind of store."""
 
@@ -218,15 +224,64 @@ def did_you_mean(name: object, known: Iterable[object]) -> str:
     return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
-def not_initialized(key: object) -> KeyNotInitialized:
-    """Return the error of a call on a key that does not exist."""
-    return KeyNotInitialized(f"key {key!r} is not initialised; call init({key!r}, value) first")
+MAX_HINTS = 16
+"""Maximum number of times that a store looks for keys like one that it has not: some programs ask for each
+key before they make it, and a look costs as much as there are keys."""
+
+MAX_LIKELY = 50
+"""Maximum number of keys that are compared with a mistyped one letter by letter."""
+
+
+@final
+class Hints:
+    """Finds the keys of a store that a mistyped one may stand for."""
+
+    def __init__(self) -> None:
+        self._left = MAX_HINTS
+
+    def near(self, key: object, known: Iterable[object]) -> list[str]:
+        """Return the keys among `known` that are most like `key`, best first, at most three."""
+        if not isinstance(key, str) or self._left == 0:
+            return []
+        self._left -= 1
+        names = [name for name in known if isinstance(name, str)]
+        by_head = _sharing(names, key, str.startswith, lambda length: key[:length])
+        by_tail = _sharing(names, key, str.endswith, lambda length: key[-length:])
+        likely = dict.fromkeys([*by_head[:MAX_LIKELY], *by_tail[:MAX_LIKELY]])
+        rated = sorted(((_likeness(key, name), name) for name in likely), key=lambda each: -each[0])
+        return [name for rate, name in rated[:3] if rate >= 0.6]
+
+
+def _sharing(
+    names: list[str], key: str, has: Callable[[str, str], bool], part: Callable[[int], str]
+) -> list[str]:
+    """Return the names that have the longest beginning, or end, in common with a key; [] if none has any."""
+    found: list[str] = []
+    for length in range(1, len(key) + 1):
+        names = [name for name in names if has(name, part(length))]
+        if not names:
+            break
+        found = names
+    return found
+
+
+def _likeness(key: str, name: str) -> float:
+    if key.endswith("." + name) or name.endswith("." + key):  # one of two models is wrapped
+        return 1.0
+    return difflib.SequenceMatcher(None, key, name).ratio()
+
+
+def not_initialized(key: object, near: Sequence[str] = ()) -> KeyNotInitialized:
+    """Return the error of a call on a key that does not exist; `near` are keys that do, and are like it."""
+    meant = f"did you mean {' or '.join(map(repr, near))}? Else " if near else ""
+    return KeyNotInitialized(f"key {key!r} is not initialised; {meant}call init({key!r}, value) first")
 
 
 def already_initialized(key: object, shape: tuple[int, ...]) -> KeyAlreadyInitialized:
     """Return the error of an init of a key that exists, with `shape`."""
     return KeyAlreadyInitialized(
-        f"key {key!r} is already initialised, with shape {tuple(shape)}; delete it first, or use push"
+        f"key {key!r} is already initialised, with shape {tuple(shape)}; call put to replace its value, "
+        "or delete it first"
     )
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from tensorkv.errors import (
+    Hints,
     InvalidValue,
     LoadError,
     NotElementwise,
@@ -110,6 +111,7 @@ class Directory:
         self._waiting_settings: list[tuple[int, m.ProposeSetting]] = []
         self._barrier: dict[int, int] = {}  # rank -> request
         self._deleting: dict[tuple[int, int], list[KeyEntry]] = {}  # by rank and request
+        self._hints = Hints()
 
     @property
     def setting_rank(self) -> int:
@@ -310,7 +312,8 @@ class Directory:
         for key in message.keys:
             history = self._keys.get(key)
             if history is None or history.alive is None:
-                self._refuse(rank, message.request, not_initialized(key))
+                names = (name for name, each in self._keys.items() if each.alive is not None)
+                self._refuse(rank, message.request, not_initialized(key, self._hints.near(key, names)))
                 return
             entries.append(history.alive)
         self.out.append((rank, m.Entries(message.request, entries)))
