@@ -35,6 +35,22 @@ class Foreign:
         return self.tensor.__dlpack_device__()
 
 
+class Exporter:
+    """An array of some other library, over NumPy's; before version 1.0 DLPack has no flags."""
+
+    def __init__(self, array: np.ndarray[Any, Any], versioned: bool) -> None:
+        self.array = array
+        self.versioned = versioned
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        if "max_version" in kwargs and not self.versioned:
+            raise TypeError("unexpected keyword argument 'max_version'")
+        return self.array.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+
 class Broken(Foreign):
     def __dlpack__(self, **kwargs: Any) -> Any:
         raise BufferError("not today")
@@ -86,6 +102,44 @@ class TestToTensor:
         with pytest.raises(InvalidValue, match=r"Broken for key 7.*not today"):
             to_tensor(Broken(torch.zeros(1)), 7)
 
+    @pytest.mark.parametrize(
+        "error", [KeyError("k"), NotImplementedError("no"), AttributeError("a"), OSError()]
+    )
+    def test_dlpack_that_raises_anything(self, error: Exception) -> None:
+        class Raising(Foreign):
+            def __dlpack__(self, **kwargs: Any) -> Any:
+                raise error
+
+        for take in (to_tensor, to_out):
+            with pytest.raises(InvalidValue, match=r"Raising for key 'w' cannot come in by DLPack"):
+                take(Raising(torch.zeros(1)), "w")
+
+    def test_a_class_is_no_array(self) -> None:
+        with pytest.raises(InvalidValue, match="'w'"):
+            to_tensor(torch.Tensor, "w")
+
+    def test_a_masked_array_is_not_read_as_if_it_had_no_mask(self) -> None:
+        masked = np.ma.array([1.0, 2.0], mask=[False, True])
+        for take in (to_tensor, to_out):
+            with pytest.raises(InvalidValue, match=r"'w' is masked.*filled"):
+                take(masked, "w")
+
+    @pytest.mark.parametrize(
+        "array",
+        [
+            np.zeros(2, ">f4"),
+            np.zeros(2, np.longdouble),
+            np.zeros(2, "datetime64[s]"),
+            np.zeros(2, [("a", "f4"), ("b", "i4")]),
+            np.zeros(2, "S3"),
+        ],
+        ids=lambda array: str(array.dtype),
+    )
+    def test_a_dtype_that_torch_has_not(self, array: np.ndarray[Any, Any]) -> None:
+        for take in (to_tensor, to_out):
+            with pytest.raises(InvalidValue, match="'w'"):
+                take(array, "w")
+
     @pytest.mark.parametrize("value", [None, 1.5, "x", object()])
     def test_what_is_no_array(self, value: Any) -> None:
         with pytest.raises(InvalidValue, match="'w'"):
@@ -134,6 +188,42 @@ class TestToOut:
         array.flags.writeable = False
         with pytest.raises(InvalidOut, match="read-only"):
             to_out(array, "w")
+
+    @pytest.mark.parametrize("versioned", [True, False])
+    def test_read_only_memory_by_dlpack_is_refused(self, versioned: bool) -> None:
+        """NumPy sets the flag of DLPack 1.0, and refuses to hand out such memory to who asks for less."""
+        array = np.arange(3.0)
+        array.flags.writeable = False
+        exporter = Exporter(array, versioned)
+        if versioned:
+            assert to_tensor(exporter, "w").tolist() == [0, 1, 2]
+        with pytest.raises((InvalidOut, InvalidValue), match=r"'w'.*(read-only|readonly)"):
+            to_out(exporter, "w")
+        assert array.tolist() == [0, 1, 2]
+
+    @pytest.mark.parametrize("versioned", [True, False])
+    def test_memory_by_dlpack_is_written_with_and_without_a_version(self, versioned: bool) -> None:
+        array = np.zeros(3)
+        to_out(Exporter(array, versioned), "w").fill_(2)
+        assert array.tolist() == [2, 2, 2]
+
+    def test_a_copy_by_dlpack_is_no_out(self) -> None:
+        class Copying(Exporter):
+            def __dlpack__(self, **kwargs: Any) -> Any:
+                return self.array.__dlpack__(**kwargs | {"copy": True})
+
+        with pytest.raises(InvalidOut, match=r"'w'.*copies"):
+            to_out(Copying(np.zeros(3), True), "w")
+
+    def test_dimensions_that_interlace_are_written_and_those_that_overlap_are_not(self) -> None:
+        """0 2 4 and 3 5 7 are six places; 0 1 2 and 1 2 3 are four; 0 2 4 and 4 6 8 are five."""
+        base = torch.zeros(12)
+        to_out(base.as_strided((2, 3), (3, 2)), "w").fill_(1)
+        assert base.sum() == 6
+        for strides in ((1, 1), (4, 2), (2, 4), (0, 1)):
+            with pytest.raises(InvalidOut, match="share memory"):
+                to_out(base.as_strided((2, 3), strides), "w")
+        assert to_out(base.as_strided((2, 0), (1, 1)), "w").numel() == 0
 
     def test_a_jax_array_is_refused(self) -> None:
         with pytest.raises(InvalidOut, match="JAX"):

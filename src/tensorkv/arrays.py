@@ -1,12 +1,15 @@
 """Arrays at the door: whatever a user holds becomes a torch tensor here, and nothing else inside.
 
 Torch tensors pass as they are (without autograd history), NumPy arrays share their memory, JAX and
-CuPy arrays and anything else with `__dlpack__` come in by DLPack. Sparse and quantised tensors are
-refused: a store holds dense values.
+CuPy arrays and anything else with `__dlpack__` come in by DLPack. A store holds dense values that lie in
+memory: sparse, quantised, nested and lazy tensors are refused, and so are subclasses that keep their data
+elsewhere (DTensor, MaskedTensor, FakeTensor), each with what to pass instead. What passes here torch can
+read, or write, without an error of its own; only memory may still run out.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import warnings
@@ -15,8 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils.dlpack
+from torch.nn.parameter import is_lazy
 
-from tensorkv.errors import DtypeMismatch, InvalidOut, InvalidValue, ShapeMismatch
+from tensorkv.errors import (
+    DtypeMismatch,
+    InvalidOut,
+    InvalidValue,
+    MemoryLimitReached,
+    ShapeMismatch,
+    TensorKVError,
+)
 
 Key = int | str
 """The name of a value in a store: an int or a str, one of the two in one store."""
@@ -39,19 +50,38 @@ _NATIVE_DTYPES = frozenset(  # those that Python's memoryview can cast to bytes
 )
 
 
+_NO_MEMORY = "can't allocate memory"
+"""What torch's RuntimeError says when the system has no memory for a tensor on the CPU."""
+
+_WAYS_OUT = {
+    "full_tensor": "full_tensor() for the whole value",
+    "to_local": "to_local() for the part of this rank",
+    "dequantize": "dequantize()",
+    "get_data": "get_data() for what is stored",
+    "to_tensor": "to_tensor(fill) for what is stored with the rest filled in",
+}
+"""Methods of tensor subclasses that return a dense tensor, and what each is for."""
+
+
 def to_tensor(value: Any, key: Key) -> torch.Tensor:
     """Return `value` as a dense tensor that shares its memory and carries no autograd history.
 
     Raises:
-        InvalidValue: `value` is no tensor or array, is sparse, quantised, on the meta device, or has
-            a dtype torch does not know.
+        InvalidValue: `value` is no tensor or array, is sparse, quantised, nested, lazy or on the meta
+            device, keeps its data where it cannot be read, or has a dtype torch does not know.
     """
     if isinstance(value, torch.Tensor):
-        return _checked(value.detach() if value.requires_grad else value, key)
+        tensor = _checked(_unwrapped(value, key), key)
+        return torch.zeros_like(tensor) if tensor._is_zerotensor() else tensor
     if isinstance(value, np.ndarray):
         return _from_numpy(value, key)
     if hasattr(value, "__dlpack__"):
-        return _from_dlpack(value, key)
+        return _from_dlpack(value, key)[0]
+    if value is None:
+        raise InvalidValue(
+            f"the value for key {key!r} is None. A parameter that is frozen or had no part in the loss has "
+            "no gradient: push tensorkv.ABSENT in its place, and this worker adds nothing"
+        )
     raise InvalidValue(
         f"the value for key {key!r} is {_describe(value)}; "
         "pass a torch tensor, a NumPy array or an array with __dlpack__, or a list of them, one per device"
@@ -66,10 +96,16 @@ def to_out(value: Any, key: Key) -> torch.Tensor:
     Raises:
         InvalidValue: as `to_tensor`.
         InvalidOut: the memory cannot be written, or several elements share one place in it; or it is an
-            inference tensor and we are not in inference mode.
+            inference tensor and we are not in inference mode. Memory that cannot be written and whose owner
+            does not say so (a torch tensor over a read-only mapping, DLPack before 1.0) is not noticed.
     """
     if isinstance(value, torch.Tensor):
-        tensor = _checked(value.detach(), key)
+        tensor = _checked(_unwrapped(value, key), key)
+        if tensor._is_zerotensor():
+            raise InvalidOut(
+                f"out for key {key!r} is a tensor of zeros without memory, which torch makes in autograd; "
+                "pass out.clone()"
+            )
         if tensor.is_inference():
             tensor = _of_any_mode(tensor, key)
     elif isinstance(value, np.ndarray):
@@ -80,9 +116,7 @@ def to_out(value: Any, key: Key) -> torch.Tensor:
         tensor = _writable_from_dlpack(value, key)
     else:
         raise InvalidValue(f"out for key {key!r} is {_describe(value)}; pass a tensor or array to be written")
-    if not tensor.is_contiguous() and any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    ):
+    if not tensor.is_contiguous() and _overlaps_itself(tensor):
         raise InvalidOut(
             f"out for key {key!r} is an expanded tensor: several of its elements share memory; "
             "pass out.clone() or torch.empty(shape)"
@@ -93,6 +127,37 @@ def to_out(value: Any, key: Key) -> torch.Tensor:
             "pass out.resolve_conj().resolve_neg()"
         )
     return tensor
+
+
+def unreadable(exc: Exception, key: Key, tensor: torch.Tensor | None = None) -> TensorKVError:
+    """Return the error of a value, or an out, that torch failed to copy: what it raised, with the key.
+
+    Running out of memory is the one failure that no look at a tensor foresees.
+    """
+    said = str(exc).partition("\n")[0]
+    if isinstance(exc, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY in said:
+        size = "" if tensor is None else f" of {tensor.numel() * tensor.dtype.itemsize} bytes"
+        return MemoryLimitReached(
+            f"there is no memory for a copy of the value{size} of key {key!r}; "
+            f"a contiguous tensor on the CPU needs none. It was: {said or type(exc).__name__}"
+        )
+    return InvalidValue(
+        f"torch failed to copy the value of key {key!r}: {type(exc).__name__}: {said}; "
+        "pass a plain dense tensor, value.detach().clone() say"
+    )
+
+
+def new_tensor(
+    key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Return a tensor of any content for a value. Raises MemoryLimitReached if there is no memory for it."""
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except (RuntimeError, MemoryError) as exc:
+        raise MemoryLimitReached(
+            f"there is no memory on {device} for {size_bytes(shape, dtype)} bytes, the value of key {key!r}; "
+            "use smaller values, or servers"
+        ) from exc
 
 
 def _of_any_mode(tensor: torch.Tensor, key: Key) -> torch.Tensor:
@@ -206,6 +271,40 @@ def _nested(key: Key) -> InvalidValue:
     )
 
 
+def _unwrapped(tensor: torch.Tensor, key: Key) -> torch.Tensor:
+    """Return a tensor as one of torch.Tensor itself, with the same memory and without autograd history."""
+    kind = type(tensor)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return tensor.detach() if tensor.requires_grad or kind is not torch.Tensor else tensor
+    if is_lazy(tensor):
+        raise InvalidValue(
+            f"the tensor for key {key!r} is of a lazy module and has no shape yet; call forward once first"
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        if kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+            return tensor.detach().as_subclass(torch.Tensor)
+        if tensor.is_nested:
+            raise _nested(key)
+        if hasattr(kind, "trigger_wait") and kind.__module__.startswith("torch.distributed."):
+            plain: torch.Tensor = tensor.trigger_wait()  # type: ignore[attr-defined]  # of a collective
+            return _unwrapped(plain, key)
+    raise _hidden(kind, key)
+
+
+def _hidden(kind: type[torch.Tensor], key: Key) -> InvalidValue:
+    """Return the error of a subclass whose data may lie anywhere: each operation on it is its own."""
+    named = f"the tensor for key {key!r} is {_describe_type(kind)}"
+    if any(each.__name__ == "FakeTensor" for each in kind.__mro__):
+        return InvalidValue(f"{named}, which has no data; call the store outside of FakeTensorMode")
+    ways = [
+        text
+        for name, text in _WAYS_OUT.items()
+        if getattr(kind, name, None) is not getattr(torch.Tensor, name, None)
+    ]
+    ask = " or ".join(ways) or "the plain tensor that it wraps"
+    return InvalidValue(f"{named}, which keeps its data where a store cannot read it; pass its {ask}")
+
+
 def _checked(tensor: torch.Tensor, key: Key) -> torch.Tensor:
     if tensor.is_nested:
         raise _nested(key)
@@ -215,10 +314,53 @@ def _checked(tensor: torch.Tensor, key: Key) -> torch.Tensor:
         raise InvalidValue(f"the tensor for key {key!r} is quantised; pass tensor.dequantize()")
     if tensor.device.type == "meta":
         raise InvalidValue(f"the tensor for key {key!r} is on the meta device and has no data")
+    if (tensor.is_cpu or tensor.is_cuda) and not _has_memory(tensor):
+        raise InvalidValue(
+            f"the tensor for key {key!r} has no memory of its own: it was freed (sharded modules free the "
+            "parameters they do not need), or stands for a value inside torch.func, torch.vmap or a trace; "
+            "call the store outside, with a plain tensor"
+        )
     return tensor
 
 
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether all elements lie in memory. Torch itself does not look before it reads or writes."""
+    try:
+        if tensor.numel() == 0 or tensor._is_zerotensor():
+            return True
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed_bytes = (tensor.storage_offset() + last + 1) * tensor.dtype.itemsize
+        return tensor.data_ptr() != 0 and tensor.untyped_storage().nbytes() >= needed_bytes
+    except RuntimeError:  # it stands for another: there is no storage
+        return False
+
+
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements of a tensor share a place in memory."""
+    dims = sorted(
+        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+    )
+    last = 0  # the furthest place that the dimensions so far reach
+    for stride, size in dims:
+        if stride <= last or stride == 0:
+            break
+        last += stride * (size - 1)
+    else:
+        return False
+    if dims[0][0] == 0:
+        return True
+    places = torch.zeros(1, dtype=torch.int64, device="cpu")  # rare: dimensions that interlace, or overlap
+    for stride, size in dims:
+        places = (places[:, None] + torch.arange(0, size * stride, stride, device="cpu")).flatten()
+    return len(np.unique(places.numpy())) < tensor.numel()
+
+
 def _from_numpy(array: np.ndarray[Any, Any], key: Key) -> torch.Tensor:
+    if isinstance(array, np.ma.MaskedArray):
+        raise InvalidValue(
+            f"the NumPy array for key {key!r} is masked, and a store knows no masks; pass array.filled(0), "
+            "or array.data for all that is stored"
+        )
     try:
         with warnings.catch_warnings():  # a read-only array is fine to read from
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -227,26 +369,89 @@ def _from_numpy(array: np.ndarray[Any, Any], key: Key) -> torch.Tensor:
         raise InvalidValue(f"the NumPy array for key {key!r} has no torch counterpart: {exc}") from exc
 
 
-def _from_dlpack(value: Any, key: Key) -> torch.Tensor:
+class _VersionedHead(ctypes.Structure):
+    """The beginning of DLPack's DLManagedTensorVersioned, since its version 1.0."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager_ctx", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+    )
+
+
+_READ_ONLY, _COPIED = 1, 2
+"""Flags of a versioned DLPack tensor."""
+
+_is_capsule = ctypes.pythonapi.PyCapsule_IsValid
+_is_capsule.argtypes, _is_capsule.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_int
+_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of.argtypes, _pointer_of.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
+
+
+class _Exporter:
+    """Hands the array of another library to torch, and sees what the library says of its memory."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self.flags = 0  # also where the library speaks a DLPack that has none
+
+    def __dlpack_device__(self) -> Any:
+        return self._value.__dlpack_device__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        capsule = self._value.__dlpack__(**options)
+        name = b"dltensor_versioned"
+        if _is_capsule(capsule, name):
+            self.flags = _VersionedHead.from_address(_pointer_of(capsule, name)).flags
+        return capsule
+
+
+def _from_dlpack(value: Any, key: Key) -> tuple[torch.Tensor, int]:
+    """Return a tensor that shares the memory of an array, and DLPack's flags of it."""
+    exporter = _Exporter(value)
     try:
-        return _checked(torch.utils.dlpack.from_dlpack(value), key)
-    except (RuntimeError, BufferError, TypeError, ValueError) as exc:
+        tensor = torch.utils.dlpack.from_dlpack(exporter)
+    except Exception as exc:  # other people's code runs here, and may raise anything
         raise InvalidValue(f"{_describe(value)} for key {key!r} cannot come in by DLPack: {exc}") from exc
+    return _checked(tensor, key), exporter.flags
 
 
 def _writable_from_dlpack(value: Any, key: Key) -> torch.Tensor:
     # JAX arrays are immutable, and DLPack before 1.0 has no flag to say so.
     if type(value).__module__.partition(".")[0] in ("jax", "jaxlib"):
         raise InvalidOut(f"out for key {key!r} is a JAX array, which cannot be written; pull without out")
-    return _from_dlpack(value, key)
+    tensor, flags = _from_dlpack(value, key)
+    if flags & _READ_ONLY:
+        raise InvalidOut(
+            f"out for key {key!r} is {_describe(value)} in read-only memory; pass a copy of it, "
+            "or pull without out"
+        )
+    if flags & _COPIED:
+        raise InvalidOut(
+            f"out for key {key!r} is {_describe(value)} that gives away only copies of its memory; "
+            "pull without out"
+        )
+    return tensor
 
 
 def _describe(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
+    return "None" if value is None else _describe_type(type(value))
+
+
+def _describe_type(kind: type) -> str:
+    return f"a {kind.__module__}.{kind.__qualname__}"
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor as writable bytes, whatever its dtype. No copy."""
+    """Return the memory of a contiguous CPU tensor as writable bytes, whatever its dtype. No copy.
+
+    Raises:
+        RuntimeError: it has none. NumPy would give out bytes at address 0.
+    """
+    if tensor.data_ptr() == 0 and tensor.numel():
+        raise RuntimeError("a tensor has no memory")
     if tensor.dtype in _NATIVE_DTYPES and tensor.numel():  # a third of the time
         return tensor.numpy().data.cast("B")
     array: np.ndarray[tuple[int], np.dtype[np.uint8]] = tensor.reshape(-1).view(torch.uint8).numpy()

@@ -15,9 +15,9 @@ from tensorkv.errors import (
     InvalidValue,
     KeyAlreadyInitialized,
     KeyNotInitialized,
+    MemoryLimitReached,
     ShapeMismatch,
     StoreClosed,
-    TensorKVError,
     UncommittedPush,
     UpdaterError,
 )
@@ -574,6 +574,6 @@ def test_an_init_without_memory_says_so() -> None:
     num_elems = 1 << 46  # more bytes than a process has addresses for
     with LocalStore("local", store="s", reduction="sum", timeout_s=20) as kv:
         kv.init("w", torch.ones(2))
-        with pytest.raises(TensorKVError, match=f"init of key 'h': .* no memory .* {4 * num_elems} bytes"):
+        with pytest.raises(MemoryLimitReached, match=f"no memory .* {4 * num_elems} bytes, .* 'h'"):
             kv.init(["a", "h"], [torch.ones(2), torch.zeros(1).expand(num_elems)])
         assert kv.keys() == ["w"]

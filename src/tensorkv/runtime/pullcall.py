@@ -68,7 +68,7 @@ class PullCall:
     ) -> bool:
         """Push, and have the values after the round sent back chunk by chunk.
 
-        Returns False, and has done nothing, if a key is busy. Raises CannotGather.
+        Returns False, and has done nothing, if a key is busy. Raises what `Pusher.send` raises.
         """
         self._open(job)
         sent = None

@@ -25,7 +25,7 @@ from tensorkv.runtime.link import ServerLink
 from tensorkv.runtime.mergewatch import MergeWatch
 from tensorkv.runtime.plancache import PlanCache
 from tensorkv.runtime.plans import KeyState, Plan, PlanChunk, Span
-from tensorkv.runtime.transfers import gather, gather_into
+from tensorkv.runtime.transfers import COPY_ERRORS, failed_copy, gather, gather_into
 from tensorkv.runtime.waits import ASK_GRACE_S
 from tensorkv.runtime.window import Loan, WindowEnd
 from tensorkv.transport.base import TICK_S
@@ -43,14 +43,6 @@ LAST_WORD_S = ASK_GRACE_S + 1.0
 """Time beyond its deadline that a call which runs later has to say for whom it waited."""
 
 _NOT_TAKEN = "a server, which does not take it in"
-
-
-class CannotGather(Exception):
-    """Torch refuses to read what was to be pushed: `error`. Nothing was pushed."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class Asks(Protocol):
@@ -94,8 +86,8 @@ class _Payloads:
                 self.num_lending += chunk.lends and loan is None
         except BaseException as exc:
             self.__exit__()
-            if isinstance(exc, (RuntimeError, TypeError)) and not isinstance(exc, TensorKVError):
-                raise CannotGather(exc) from exc
+            if isinstance(exc, COPY_ERRORS) and not isinstance(exc, TensorKVError):
+                raise failed_copy(exc, chunk, plan.states, values) from exc
             raise
 
     def _lend(
@@ -176,7 +168,7 @@ class Pusher:
             asks: send back the values after the round, too; gets the number of the push.
 
         Raises:
-            CannotGather: torch refuses to read the values.
+            InvalidValue, MemoryLimitReached: torch fails to copy a value.
         """
         links = self._job.links
         window = self._job.window

@@ -12,11 +12,11 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from tensorkv.arrays import bytes_of
+from tensorkv.arrays import bytes_of, new_tensor, unreadable
 from tensorkv.errors import ProtocolError, TensorKVError, from_wire
 from tensorkv.runtime.devices import Tensors, copy_each, join_into, joined, on, streams_of
 from tensorkv.runtime.link import Exchange
-from tensorkv.runtime.plans import KeyState, Piece, PlanChunk, ServerPart, Staging
+from tensorkv.runtime.plans import KeyState, Piece, Plan, PlanChunk, ServerPart, Staging
 from tensorkv.runtime.streaming import stream
 from tensorkv.wire import messages as m
 
@@ -47,6 +47,43 @@ def gather(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]
     if small:
         parts.append(bytes_of(joined(small)))
     return parts
+
+
+COPY_ERRORS = (RuntimeError, TypeError, ValueError, MemoryError)
+"""What torch and NumPy raise when they fail to copy a tensor."""
+
+
+def failed_copy(
+    exc: Exception, chunk: PlanChunk, states: Sequence[KeyState], values: Sequence[torch.Tensor]
+) -> TensorKVError:
+    """Return what torch failed at, when it gathered a chunk, as an error that names the key.
+
+    Values were looked at before: mostly there is no memory for a copy.
+    """
+    number = _culprit(chunk, values)
+    return unreadable(exc, states[number].key, values[number])
+
+
+def gathered(plan: Plan, chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]:
+    """Return the payload of a chunk as `gather` does.
+
+    Raises:
+        InvalidValue, MemoryLimitReached: torch fails to copy a value; the text names it.
+    """
+    try:
+        return gather(chunk, values)
+    except COPY_ERRORS as exc:
+        raise failed_copy(exc, chunk, plan.states, values) from exc
+
+
+def _culprit(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> int:
+    """Return which value of a chunk torch fails to copy; the first, if it copies each alone."""
+    for piece in chunk.pieces:
+        try:
+            _plain(_flat_piece(piece, values))
+        except COPY_ERRORS:
+            return piece.value
+    return chunk.pieces[0].value
 
 
 def gather_into(target: torch.Tensor, chunk: PlanChunk, values: Sequence[torch.Tensor]) -> None:
@@ -130,7 +167,7 @@ class Destinations:
                 found = _flattened(out)
                 self._direct.add(value)
             else:
-                found = torch.empty(state.num_elems, dtype=state.dtype, device="cpu")
+                found = new_tensor(state.key, (state.num_elems,), state.dtype)
             found = self._flat.setdefault(value, found)  # two links may receive parts of it at once
         return found
 
@@ -196,9 +233,12 @@ class Destinations:
             return
         with torch.no_grad(), on(self._streams):
             for value in sorted(self._flat.keys() | self._of_device.keys()):
-                whole = self._fill(value)
-                for other in self._others[value] if self._others else ():
-                    other.copy_(whole)
+                try:
+                    whole = self._fill(value)
+                    for other in self._others[value] if self._others else ():
+                        other.copy_(whole)
+                except (RuntimeError, MemoryError) as exc:
+                    raise unreadable(exc, self.states[value].key, self._firsts[value]) from exc
 
     def _fill(self, value: int) -> torch.Tensor:
         """Fill the caller's first tensor for a value, and return all of the value as it came."""

@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 import torch
 
 from tensorkv.addresses import LOOPBACK
-from tensorkv.arrays import Key, check_has_mean, check_matches, dtype_name
+from tensorkv.arrays import Key, check_has_mean, check_matches, dtype_name, new_tensor, unreadable
 from tensorkv.config import DEFAULT_TIMEOUT_S, ENV_ROLE, Transport, from_env, stray_variables
 from tensorkv.errors import (
     InvalidArgument,
+    InvalidValue,
     KeyDeleted,
     KeyNotInitialized,
+    MemoryLimitReached,
     NotInJob,
     NotSupported,
     ProtocolError,
@@ -44,9 +46,9 @@ from tensorkv.runtime.link import ServerLink, SingleReply
 from tensorkv.runtime.plancache import PlanCache
 from tensorkv.runtime.plans import KeyState, Plan, build_plan
 from tensorkv.runtime.pullcall import PullCall
-from tensorkv.runtime.pusher import CannotGather, Pusher
+from tensorkv.runtime.pusher import Pusher
 from tensorkv.runtime.saving import StateTransfer
-from tensorkv.runtime.transfers import Destinations, gather
+from tensorkv.runtime.transfers import Destinations, gathered
 from tensorkv.runtime.waits import taken
 from tensorkv.savedstate import SavedSettings
 from tensorkv.settings import SettingsTable, build, build_from_argument, restored_settings
@@ -223,26 +225,31 @@ class DistStore(KVStore):
     def _send_values(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> None:
         """Send each value as a push of one key would be, one message per key and server."""
         exchanges: list[tuple[ServerLink, int, SingleReply]] = []
+        messages = [each for entry, value in created for each in self._init_messages(entry, value)]
         with self._job.order, self._job.whole:
             self._job.check_open(self._store)
-            for entry, value in created:
-                state = KeyState.of(entry)
-                plan = build_plan(0, [state], [value.dtype], [1], len(self._job.links))
-                flat = [_on_cpu(value)]
-                for part in plan.parts:
-                    link = self._job.links[part.server]
-                    slices = [each for each in entry.slices if each.server == part.server]
-                    payload = [view for chunk in part.chunks for view in gather(chunk, flat)]
-                    make = functools.partial(
-                        m.InitSlices,
-                        store=self._store,
-                        key=entry.key,
-                        shape=entry.shape,
-                        dtype=entry.dtype,
-                        slices=slices,
-                    )
-                    exchanges.append((link, *link.ask(make, payload)))
+            for link, make, payload in messages:
+                exchanges.append((link, *link.ask(make, payload)))
         self._await_single(exchanges, what)
+
+    def _init_messages(
+        self, entry: m.KeyEntry, value: torch.Tensor
+    ) -> Iterator[tuple[ServerLink, Callable[[int], m.Message], list[memoryview]]]:
+        """Yield what each server is told of a new key. Nothing is sent: torch may fail to copy the value."""
+        state = KeyState.of(entry)
+        plan = build_plan(0, [state], [value.dtype], [1], len(self._job.links))
+        flat = [_on_cpu(value, entry.key)]
+        for part in plan.parts:
+            payload = [view for chunk in part.chunks for view in gathered(plan, chunk, flat)]
+            make = functools.partial(
+                m.InitSlices,
+                store=self._store,
+                key=entry.key,
+                shape=entry.shape,
+                dtype=entry.dtype,
+                slices=[each for each in entry.slices if each.server == part.server],
+            )
+            yield self._job.links[part.server], make, payload
 
     # ---- keys ------------------------------------------------------------------------------------
 
@@ -362,7 +369,7 @@ class DistStore(KVStore):
         what: str,
     ) -> Work | None:
         """Push the free keys of a list at once, and each other one when its last push is merged."""
-        values = [_on_cpu(value) for value in values]
+        values = _all_on_cpu(plan, values)
         sent, late = self._pusher.push_around(plan, values, apply, weight)
         states = [plan.states[place] for place in late]
 
@@ -396,7 +403,7 @@ class DistStore(KVStore):
             sum_dtype(tensors) if tensors else state.dtype
             for state, tensors in zip(states, batch.tensors, strict=True)
         ]
-        values = [_summed(tensors) for tensors in batch.tensors]
+        values = [_summed(key, tensors) for key, tensors in zip(batch.keys, batch.tensors, strict=True)]
         plan = self._arranged(self._plans.plan(states, dtypes, batch.counts), values)
         if set(map(len, batch.tensors)) == {1} and set(batch.counts) == {1}:
             self._plans.remember_push(batch.keys, plan)
@@ -423,7 +430,7 @@ class DistStore(KVStore):
         self._pusher.await_deferred(states, what)
         plan = self._plans.plan(states, [value.dtype for value in values], [1] * len(values))
         try:
-            up_to = self._send_put(plan, [_on_cpu(value) for value in values], what)
+            up_to = self._send_put(plan, _all_on_cpu(plan, values), what)
         except KeyDeleted:
             self._forget_deleted(states)
             raise
@@ -432,7 +439,7 @@ class DistStore(KVStore):
 
     def _send_put(self, plan: Plan, values: list[torch.Tensor], what: str) -> int:
         """Put values, wait until that is done, and return how many pushes were made before it."""
-        payloads = [[gather(chunk, values) for chunk in part.chunks] for part in plan.parts]
+        payloads = [[gathered(plan, chunk, values) for chunk in part.chunks] for part in plan.parts]
         exchanges: list[tuple[ServerLink, int, SingleReply]] = []
         with self._hold.turn(what):
             self._plans.tell(plan)
@@ -481,7 +488,7 @@ class DistStore(KVStore):
             if pushed.known:  # as in `_push_batch`
                 plan, values = self._check_push(pushed.checked())
 
-            late = [_on_cpu(value) for value in values]
+            late = _all_on_cpu(plan, values)
 
             def push_and_pull() -> Any:
                 self._pusher.push_late(plan, range(len(plan.states)), late, True, what, pushed.weight)
@@ -545,10 +552,7 @@ class DistStore(KVStore):
             outs_of[key] += outs
         made: list[torch.Tensor] = []
         if batch.given is None:
-            made = [
-                torch.empty(state_of[key].shape, dtype=state_of[key].dtype, device="cpu")
-                for key in batch.keys
-            ]
+            made = [new_tensor(key, state_of[key].shape, state_of[key].dtype) for key in batch.keys]
             for key, tensor in zip(batch.keys, made, strict=True):
                 outs_of[key].append(tensor)
         plan = self._plans.plan_to_pull(states)
@@ -926,15 +930,27 @@ def _gathered(batch: PushBatch, push: Callable[[PushBatch], _Pushed]) -> _Pushed
     """
     try:
         return push(batch)
-    except CannotGather as exc:
+    except (InvalidValue, MemoryLimitReached):
         if not batch.known:
-            raise exc.error from None
+            raise
     return push(batch.checked())
 
 
-def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.is_cpu else tensor.cpu()
+def _on_cpu(tensor: torch.Tensor, key: Key) -> torch.Tensor:
+    if tensor.is_cpu:
+        return tensor
+    try:
+        return tensor.cpu()
+    except (RuntimeError, MemoryError) as exc:
+        raise unreadable(exc, key, tensor) from exc
 
 
-def _summed(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return sum_devices(tensors) if tensors else torch.empty(0, device="cpu")
+def _all_on_cpu(plan: Plan, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [_on_cpu(value, state.key) for state, value in zip(plan.states, values, strict=True)]
+
+
+def _summed(key: Key, tensors: list[torch.Tensor]) -> torch.Tensor:
+    try:
+        return sum_devices(tensors) if tensors else torch.empty(0, device="cpu")
+    except (RuntimeError, MemoryError) as exc:
+        raise unreadable(exc, key, tensors[0]) from exc

@@ -28,12 +28,14 @@ from tensorkv.arrays import (
     check_summable,
     dtype_from_name,
     dtype_name,
+    new_tensor,
     size_bytes,
+    unreadable,
 )
 from tensorkv.errors import (
+    Hints,
     SettingMismatch,
     StoreClosed,
-    TensorKVError,
     UncommittedPush,
     UpdaterError,
     already_initialized,
@@ -121,6 +123,7 @@ class LocalStore(KVStore):
         self._uncommitted: dict[int, _Slot] = {}  # by number: those with an `uncommitted` round
         self._load_bytes: dict[torch.device, int] = {}
         self._next_number = 0
+        self._hints = Hints()
 
     @property
     def rank(self) -> int:
@@ -188,7 +191,10 @@ class LocalStore(KVStore):
             for slot, value in zip(slots, values, strict=True):
                 check_matches("the value", value, slot.key, slot.value.shape, slot.value.dtype)
             for slot, value in zip(slots, values, strict=True):
-                slot.value.copy_(value)
+                try:
+                    slot.value.copy_(value)
+                except (RuntimeError, MemoryError) as exc:
+                    raise unreadable(exc, slot.key, value) from exc
                 slot.version += 1
 
     def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
@@ -427,7 +433,7 @@ class LocalStore(KVStore):
             return slot
         if self._closed:
             raise StoreClosed(f"store {self._name!r} was closed by another thread during the call")
-        raise not_initialized(key)
+        raise not_initialized(key, self._hints.near(key, self._slots))
 
     def _check_new(self, key: Key, value: torch.Tensor) -> None:
         if self._reduction == "mean":
@@ -458,14 +464,11 @@ class LocalStore(KVStore):
 
     def _copy(self, key: Key, value: torch.Tensor) -> torch.Tensor:
         device = value.device if self._on_devices else _CPU
+        copy = new_tensor(key, value.shape, value.dtype, device)
         try:
-            copy = torch.empty(value.shape, dtype=value.dtype, device=device)
+            return copy.copy_(value)
         except (RuntimeError, MemoryError) as exc:
-            raise TensorKVError(
-                f"init of key {key!r}: there is no memory on {device} for {_num_bytes(value)} bytes; "
-                "use smaller values, or servers"
-            ) from exc
-        return copy.copy_(value)
+            raise unreadable(exc, key, value) from exc
 
     def _create_slot(self, key: Key, value: torch.Tensor, given_on: torch.device) -> _Slot:
         self._generations[key] = self._generations.get(key, 0) + 1
@@ -484,25 +487,29 @@ class LocalStore(KVStore):
         if self._on_devices:
             self._place(slots, batch)
         updates: list[tuple[_Slot, Setting, torch.Tensor]] = []
-        for slot, tensors, count in zip(slots, batch.tensors, batch.counts, strict=True):
-            setting = slot.setting
-            if not apply:
-                merged = self._merge(slot, tensors, count) if tensors else None
-                slot.uncommitted = _Uncommitted(merged, setting)
-                self._uncommitted[slot.number] = slot
-                continue
-            slot.round += 1
-            if not tensors:
-                continue
-            if type(setting.updater) is Assign and self._reduction == "sum":
-                sum_devices(tensors, out=slot.value)
-                slot.version += 1
-            elif self._can_be_lent(slot, tensors):
-                updates.append((slot, setting, tensors[0]))
-            else:
-                updates.append((slot, setting, self._merge(slot, tensors, count)))
-        if updates:
-            _apply(updates)
+        try:
+            for slot, tensors, count in zip(slots, batch.tensors, batch.counts, strict=True):
+                setting = slot.setting
+                if not apply:
+                    merged = self._merge(slot, tensors, count) if tensors else None
+                    slot.uncommitted = _Uncommitted(merged, setting)
+                    self._uncommitted[slot.number] = slot
+                    continue
+                if not tensors:
+                    pass
+                elif type(setting.updater) is Assign and self._reduction == "sum":
+                    sum_devices(tensors, out=slot.value)
+                    slot.version += 1
+                elif self._can_be_lent(slot, tensors):
+                    updates.append((slot, setting, tensors[0]))
+                else:
+                    updates.append((slot, setting, self._merge(slot, tensors, count)))
+                slot.round += 1
+        except (RuntimeError, MemoryError) as exc:  # this key and those after it are as before
+            raise unreadable(exc, slot.key, tensors[0]) from exc
+        finally:
+            if updates:
+                _apply(updates)
 
     def _can_be_lent(self, slot: _Slot, tensors: list[torch.Tensor]) -> bool:
         """Whether the updater may work on the caller's tensor itself, and no copy be made.
@@ -551,10 +558,13 @@ class LocalStore(KVStore):
     def _write(self, slots: list[_Slot], batch: PullBatch) -> Any:
         tensors: list[torch.Tensor] = []
         for slot, outs in zip(slots, batch.outs, strict=True):
-            if outs:
-                broadcast(slot.value, outs)
-            else:
-                tensors.append(slot.value.to(slot.pull_device, copy=True))
+            try:
+                if outs:
+                    broadcast(slot.value, outs)
+                else:
+                    tensors.append(slot.value.to(slot.pull_device, copy=True))
+            except (RuntimeError, MemoryError) as exc:
+                raise unreadable(exc, slot.key, slot.value) from exc
         return answer(batch, tensors)
 
 
