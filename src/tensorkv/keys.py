@@ -5,24 +5,31 @@ Every verb takes `key` and `value` in the same three forms; they are understood 
     push("w", grad)                push("w", [grad_gpu0, grad_gpu1])        one key, one value per device
     push(["w", "b"], [gw, gb])     push(["w", "b"], [[gw0, gw1], [gb0, gb1]])
     push({"w": gw, "b": gb})
+
+A dict may also be written as pairs, `model.named_parameters()` say, or as a module, which stands for its
+parameters by name, or for their gradients where gradients are pushed.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from tensorkv.arrays import REFUSED_DTYPES, Key, to_out, to_tensor
 from tensorkv.errors import InvalidArgument, InvalidKey, InvalidValue, LengthMismatch
 from tensorkv.updaterspec import may_travel
 
-_traits = attrgetter("dtype", "is_cpu", "is_cuda", "requires_grad", "layout")
-_PLAIN = {(True, False, False, torch.strided), (False, True, False, torch.strided)}
+_traits = attrgetter("dtype", "requires_grad", "layout")
+_PLAIN = (False, torch.strided)
 _TENSORS = {torch.Tensor}
+_LOWEST_ADDRESS = 1 << 22
+"""Lowest address of memory that a program can have got. Less is a place in a storage that was freed."""
+
 _plain_seen: set[tuple[Any, ...]] = set()  # traits of tensors that need no preparation
 _plain_outs_seen: set[tuple[Any, ...]] = set()  # and of outs; complex ones may be conjugated as they are read
 
@@ -169,7 +176,7 @@ def check_keys(keys: Iterable[Any], known_type: type | None = None) -> tuple[Key
         return checked
     if not types <= {int, str}:
         bad = next(key for key in checked if type(key) not in (int, str))
-        raise InvalidKey(f"key {bad!r} is {with_article(type(bad).__name__)}; a key is an int or a str")
+        raise InvalidKey(_no_key(bad))
     if len(types) > 1:
         raise InvalidKey(f"int and str keys are mixed in one call: {_some(checked)}; use one of the two")
     found = types.pop()
@@ -179,6 +186,18 @@ def check_keys(keys: Iterable[Any], known_type: type | None = None) -> tuple[Key
             f"{known_type.__name__} keys; a store uses one of the two"
         )
     return checked
+
+
+def _no_key(bad: Any) -> str:
+    """Say why something is no key. Neither the weights of a module nor those of a tensor are printed."""
+    if isinstance(bad, (torch.nn.Module, Mapping)):
+        return (
+            f"a key is an int or a str, not {with_article(type(bad).__name__)}; to pull into its tensors "
+            "pass it as out"
+        )
+    text = repr(bad) if isinstance(bad, (bool, float, complex, bytes, type(None))) else ""
+    named = f"key {text} is " if text else "a key is "
+    return f"{named}{with_article(type(bad).__name__)}; a key is an int or a str"
 
 
 def check_new_keys(keys: Iterable[Key]) -> None:
@@ -194,21 +213,62 @@ def check_new_keys(keys: Iterable[Key]) -> None:
         raise InvalidKey(f"key {key!r} is not valid Unicode: it holds half of a surrogate pair")
 
 
-def split_keys(key: Any, value: Any) -> tuple[list[Any], list[Any], Form]:
-    """Return the keys and values of a call in any of the three forms, lengths checked, nothing else.
+def named_values(given: Any, grads: bool = False) -> tuple[list[Any], list[Any]] | None:
+    """Return the names and values that an argument holds: a dict, a module, or pairs. None if it is neither.
+
+    Args:
+        given: the argument. An iterator is used up.
+        grads: a module stands for the gradients of its parameters, not for the parameters.
+
+    Raises:
+        LengthMismatch: a module has no parameters.
+        InvalidValue: an iterator yields tensors alone.
+    """
+    if isinstance(given, Mapping):
+        return list(given), list(given.values())
+    if isinstance(given, torch.nn.Module):
+        names, values = _unzipped(list(given.named_parameters()))
+        if not names:
+            raise LengthMismatch(f"{with_article(type(given).__name__)} has no parameters")
+        return names, [each.grad if grads and not is_lazy(each) else each for each in values]
+    if isinstance(given, (list, tuple)):
+        return _unzipped(given) if given and all(map(_is_pair, given)) else None
+    if not isinstance(given, (Iterator, ItemsView)):
+        return None
+    items = list(given)
+    if all(map(_is_pair, items)):
+        return _unzipped(items)
+    if any(isinstance(item, torch.Tensor) for item in items):
+        raise InvalidValue("an iterator of tensors has no keys; pass module.named_parameters(), or keys, too")
+    return items, [None] * len(items)
+
+
+def _is_pair(item: Any) -> bool:
+    return type(item) is tuple and len(item) == 2 and type(item[0]) in (int, str)
+
+
+def _unzipped(pairs: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    return [name for name, _ in pairs], [value for _, value in pairs]
+
+
+def split_keys(key: Any, value: Any, grads: bool = False) -> tuple[list[Any], list[Any], Form]:
+    """Return the keys and values of a call in any of the forms, lengths checked, nothing else.
 
     Raises:
         LengthMismatch: keys and values differ in number, or there are none.
-        InvalidValue: `value` is missing, or is there beside a dict.
+        InvalidValue: `value` is missing, or is there beside a dict, module or pairs.
     """
     if type(key) in (int, str):
         return [key], [value], Form.SINGLE
     if type(key) is list and type(value) is list and len(key) == len(value) > 0:  # mostly, so at once
         return key.copy(), value.copy(), Form.LIST
-    if isinstance(key, Mapping):
-        if value is not None:
-            raise InvalidValue("a dict of keys already holds the values; leave the second argument away")
-        keys, values, form = list(key), list(key.values()), Form.DICT
+    holds_values = isinstance(key, (Mapping, torch.nn.Module))
+    if holds_values and value is not None:
+        what = "a dict of keys" if isinstance(key, Mapping) else "a module"
+        raise InvalidValue(f"{what} already holds the values; leave the second argument away")
+    named = named_values(key, grads) if value is None else None
+    if named is not None:
+        keys, values, form = *named, Form.DICT
     elif isinstance(key, (list, tuple)):
         if isinstance(value, Mapping) or not isinstance(value, Iterable) or isinstance(value, torch.Tensor):
             raise InvalidValue(
@@ -224,13 +284,17 @@ def split_keys(key: Any, value: Any) -> tuple[list[Any], list[Any], Form]:
     return keys, values, form
 
 
-def push_batch(key: Any, value: Any, known_type: type | None, known: Known | None = None) -> PushBatch:
+def push_batch(
+    key: Any, value: Any, known_type: type | None, known: Known | None = None, *, grads: bool = False
+) -> PushBatch:
     """Check and flatten the arguments of a push. Shapes and dtypes are not looked at here.
+
+    With `grads` a module stands for the gradients of its parameters.
 
     Raises:
         InvalidKey, InvalidValue, LengthMismatch.
     """
-    raw_keys, values, _ = split_keys(key, value)
+    raw_keys, values, _ = split_keys(key, value, grads)
     keys = check_keys(raw_keys, known_type)
     if known is not None and known(keys, values):
         return PushBatch(keys, None, None, values, known=True)
@@ -252,8 +316,10 @@ def pull_batch(key: Any, out: Any, known_type: type | None, known: Known | None 
     Raises:
         InvalidKey, InvalidValue, InvalidOut, LengthMismatch.
     """
-    if key is None and isinstance(out, Mapping):
-        raw_keys, values, form = split_keys(out, None)
+    named = named_values(out) if key is None and out is not None else None
+    if named is not None:
+        raw_keys, values, form = *named, Form.DICT
+        out = dict(zip(*named, strict=True)) if isinstance(out, Iterator) else out
     elif out is None:
         form = Form.LIST if isinstance(key, (list, tuple)) else Form.SINGLE
         raw_keys = list(key) if form is Form.LIST else [key]
@@ -273,15 +339,24 @@ def pull_batch_of(
         InvalidArgument: `out` is a dict with other keys.
         InvalidValue, InvalidOut, LengthMismatch.
     """
-    if type(out) is list and type(key) is list and len(out) == len(pushed.keys):  # mostly, so at once
+    if (
+        type(out) is list
+        and type(key) is list
+        and len(out) == len(pushed.keys)
+        and type(key[0]) in (int, str)
+    ):  # mostly, so at once
         return _batch_of(pushed.keys, out.copy(), Form.LIST, out, known)
-    if isinstance(out, Mapping):
+    is_dict = not isinstance(key, (int, str)) and named_values(key) is not None
+    holds_outs = isinstance(out, (Mapping, torch.nn.Module)) or (
+        is_dict and (isinstance(out, Iterator) or named_values(out) is not None)
+    )
+    if holds_outs:
         batch = pull_batch(None, out, known_type, known)
         if batch.keys != pushed.keys and set(batch.keys) != set(pushed.keys):
-            raise InvalidArgument("pushpull pulls the keys it pushes; out has other keys than value")
+            raise InvalidArgument("what is pulled is what is pushed; out has other keys than value")
         return batch
     batch = pull_batch(key if type(key) in (int, str) else list(pushed.keys), out, known_type, known)
-    if out is None and isinstance(key, Mapping):
+    if is_dict and out is None:
         batch.form = Form.DICT
     return batch
 
@@ -333,14 +408,22 @@ def _are_plain(values: list[Any], outs: bool = False) -> bool:
         return False
     seen = _plain_outs_seen if outs else _plain_seen
     if seen.issuperset(map(_traits, values)):
-        return True
+        return _lie_in_memory(values)
     found = set(map(_traits, values))
-    if any(traits[1:] not in _PLAIN or traits[0] in REFUSED_DTYPES for traits in found):
+    if any(traits[1:] != _PLAIN or traits[0] in REFUSED_DTYPES for traits in found):
         return False
     if outs and any(traits[0].is_complex for traits in found):
         return False
     seen.update(found)  # as many as there are dtypes
-    return True
+    return _lie_in_memory(values)
+
+
+def _lie_in_memory(tensors: list[torch.Tensor]) -> bool:
+    """Whether all have an address. Empty ones have none, and freed, meta, lazily zero and traced ones."""
+    try:
+        return min(map(torch.Tensor.data_ptr, tensors)) >= _LOWEST_ADDRESS
+    except RuntimeError:
+        return False
 
 
 def _device_lists(keys: tuple[Key, ...], values: list[Any]) -> list[list[torch.Tensor]]:

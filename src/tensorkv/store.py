@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import Key, check_matches, check_summable, shape_of, size_bytes
-from tensorkv.errors import DuplicateKey, InvalidArgument, StoreClosed
+from tensorkv.errors import DuplicateKey, InvalidArgument, NotPicklable, StoreClosed
 from tensorkv.keys import (
     PullBatch,
     PushBatch,
@@ -98,6 +98,12 @@ class KVStore(ABC):
     stands, a list of values, one per device, may stand. Torch tensors, NumPy arrays and arrays with
     `__dlpack__` are taken; a store never keeps the caller's memory.
 
+    Where a dict may stand, so may pairs, `model.named_parameters()` say, and a module. A module stands for
+    its parameters under the names of `named_parameters()`, frozen ones included and one that is tied under
+    its first name; where gradients are expected, in `push` and `pushpull`, for the `.grad` of each. Buffers
+    are not among them: most are no floats, and none has a gradient. `kv.init(model.named_buffers())` and
+    `kv.put(model.named_buffers())` share those, `model.state_dict()` both.
+
     A store is a context manager. A call that is refused changes nothing. Methods may be called from
     several threads; calls of one thread on one key take effect in program order.
     """
@@ -158,7 +164,7 @@ class KVStore(ABC):
         dtype. A key can be initialised once, and again after `delete`.
 
         Args:
-            key: a key, a list of keys, or a dict of key to value.
+            key: a key, a list of keys, a dict of key to value, pairs, or a module for its parameters.
             value: a tensor of any shape and device for each key; values stay fixed in shape and dtype.
             whole: keep each value on one server even where its updater would allow to slice it.
 
@@ -167,14 +173,18 @@ class KVStore(ABC):
             DuplicateKey: a key stands twice in the call.
             SettingMismatch: shape, dtype or `whole` differ from rank 0's.
             InvalidKey: also an int of more than 64 bits, and text that is not valid Unicode.
-            InvalidValue: also a dtype that torch cannot add, uint16 say, or not take a mean of.
+            InvalidValue: a tensor that is not dense or keeps its data elsewhere, a DTensor say; a dtype that
+                torch cannot add, uint16 say, or not take a mean of.
+            MemoryLimitReached: there is no memory to make a value contiguous.
             InvalidArgument, LengthMismatch, WaitTimeout, PeerLostError.
 
         Blocks until the values are stored.
         """
         self._check_usable("init", key)
         whole = flag("whole", whole)
-        batch = self._init_batch(key, value)
+        self._create(self._init_batch(key, value), whole)
+
+    def _create(self, batch: PushBatch, whole: bool) -> None:
         self._init(batch.keys, [each[0] for each in batch.tensors], whole)
         self._key_type = type(batch.keys[0])
 
@@ -194,9 +204,11 @@ class KVStore(ABC):
         round of its own.
 
         Args:
-            key: a key, a list of keys, or a dict of key to value. The same key twice is the sum.
+            key: a key, a list of keys, a dict of key to value, pairs, or a module for the gradients of its
+                parameters. The same key twice is the sum.
             value: per key a tensor, a list of tensors (one per device), or `tensorkv.ABSENT` to take
-                part without a value. Shapes as initialised; floats are cast to the stored dtype.
+                part without a value, where a parameter has no gradient say. Shapes as initialised; floats
+                are cast to the stored dtype.
             apply: False only merges; `commit` then applies.
             weight: with reduction="mean", what each key of this push counts in the mean of its round,
                 whatever the number of its tensors: how many samples it stands for, say. None counts each
@@ -218,7 +230,7 @@ class KVStore(ABC):
         self._check_usable("push", key)
         if apply is not True or async_op is not False:  # mostly neither
             apply, async_op = flag("apply", apply), flag("async_op", async_op)
-        batch = push_batch(key, value, self._key_type, self._knows_values)
+        batch = push_batch(key, value, self._key_type, self._knows_values, grads=True)
         if weight is not None:
             batch = batch.weighted(self._checked_weight("push", batch.keys, weight))
         return self._push(batch, apply, async_op)
@@ -230,7 +242,8 @@ class KVStore(ABC):
         call waits for that round. In `dist_async` it gets the newest value, each slice read whole.
 
         Args:
-            key: a key or a list of keys; may be left away if `out` is a dict of key to destination.
+            key: a key or a list of keys; left away if `out` is a dict of key to destination, pairs, or a
+                module whose parameters are to be written.
             out: per key a tensor, or a list of tensors (one per device), of the initialised shape; any
                 float dtype for a float value. Without it new tensors are made, on the CPU.
             async_op: return a `Work` whose `result()` is the value.
@@ -239,7 +252,8 @@ class KVStore(ABC):
             `out` if given; else a tensor, or a list of tensors for a list of keys; or the Work.
 
         Raises:
-            KeyNotInitialized, ShapeMismatch, DtypeMismatch, InvalidOut: nothing was written.
+            KeyNotInitialized, ShapeMismatch, DtypeMismatch, InvalidOut: nothing was written. Memory that is
+                read-only is refused where its owner says so: NumPy's flag, DLPack since 1.0, JAX.
             UncommittedPush: this worker pushed the key with `apply=False` and has not committed.
             UpdaterError: the updater raised in a round this worker contributed to.
             WaitTimeout: the round was not complete in time; `out` may be partly written.
@@ -266,11 +280,11 @@ class KVStore(ABC):
         Args:
             key, value, weight: as in `push`.
             out: as in `pull`, a destination per distinct key in the order of their first appearance; a
-                dict if `key` is a dict. Without it new tensors are returned.
+                dict, pairs or a module if `key` is one of them. Without it new tensors are returned.
             async_op: return a `Work` whose `result()` is the value.
 
         Returns:
-            As `pull`; for a dict of keys without `out` a dict.
+            As `pull`; for a dict, pairs or a module without `out` a dict.
 
         Raises:
             What `push` and `pull` raise.
@@ -280,7 +294,7 @@ class KVStore(ABC):
         self._check_usable("pushpull", key)
         if async_op is not False:
             async_op = flag("async_op", async_op)
-        pushed = push_batch(key, value, self._key_type, self._knows_values)
+        pushed = push_batch(key, value, self._key_type, self._knows_values, grads=True)
         pulled = pull_batch_of(pushed, key, out, self._key_type, self._knows_outs)
         if weight is not None:
             pushed = pushed.weighted(self._checked_weight("pushpull", pushed.keys, weight))
@@ -309,19 +323,22 @@ class KVStore(ABC):
         found = self._empty_like(check_keys(key if is_list else [key], self._key_type))
         return found if is_list else found[0]
 
-    def broadcast(self, key: Any, value: Any, out: Any = None) -> Any:
+    def broadcast(self, key: Any, value: Any = None, out: Any = None) -> Any:
         """Init, then pull into `out`: every worker ends with rank 0's value. Once per key, as `init`.
 
-        Args, returns and errors are those of `init` and `pull`. `key` must be a key or a list of keys.
+        Args, returns and errors are those of `init` and `pull`; `broadcast(model, out=model)` gives every
+        worker rank 0's parameters.
         """
         self._check_usable("broadcast", key)
-        asked = pull_batch(key, out, self._key_type)  # refuse a bad out before anything is created
         values = self._init_batch(key, value)
-        for name, (item,), outs in zip(values.keys, values.tensors, asked.outs, strict=True):
+        asked = pull_batch_of(values, key, out, self._key_type)  # refuse a bad out before anything is created
+        item_of = {name: item for name, (item,) in zip(values.keys, values.tensors, strict=True)}
+        for name, outs in zip(asked.keys, asked.outs, strict=True):
             for destination in outs:
+                item = item_of[name]
                 check_matches("broadcast: out", destination, name, item.shape, item.dtype)
-        self.init(key, value)
-        return self.pull(key, out)
+        self._create(values, False)
+        return self._pull(asked, False)
 
     def put(self, key: Any, value: Any = None) -> None:
         """Replace values outside rounds: this worker alone says what they are from now on.
@@ -331,7 +348,7 @@ class KVStore(ABC):
         push of the key is applied, and before any round that is still open is. Nobody else need call it.
 
         Args:
-            key: a key, a list of keys, or a dict of key to value.
+            key: a key, a list of keys, a dict of key to value, pairs, or a module for its parameters.
             value: one tensor for each key, of the shape as initialised; floats are cast to the stored dtype.
 
         Raises:
@@ -641,6 +658,15 @@ class KVStore(ABC):
         elif not self.closed:
             self._closed = True
             self._abandon(f"{exc_type.__name__}: {exc}")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A store is a place in a job, or memory of this process: neither can be copied or sent."""
+        raise NotPicklable(
+            f"store {self._name!r} of kind {self._kind!r} cannot be pickled or copied: it belongs to this "
+            "process. Call tensorkv.create in the process that uses it, in a function given to "
+            "tensorkv.spawn say; where an object that holds it is copied, leave it out (__getstate__) and "
+            "share it"
+        )
 
     def __repr__(self) -> str:
         state = ", closed" if self.closed else ""
