@@ -220,7 +220,7 @@ class TestToOut:
         base = torch.zeros(12)
         to_out(base.as_strided((2, 3), (3, 2)), "w").fill_(1)
         assert base.sum() == 6
-        for strides in ((1, 1), (4, 2), (2, 4), (0, 1)):
+        for strides in ((1, 1), (4, 2), (0, 1)):
             with pytest.raises(InvalidOut, match="share memory"):
                 to_out(base.as_strided((2, 3), strides), "w")
         assert to_out(base.as_strided((2, 0), (1, 1)), "w").numel() == 0
