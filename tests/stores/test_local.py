@@ -122,10 +122,20 @@ class TestMemory:
 
     def test_the_same_buffer_serves_every_push(self) -> None:
         kv, places = make(), []
+
+        def note(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+            places.extend(each.grad.data_ptr() for each in optimizer.param_groups[0]["params"])
+
         kv.init("w", torch.zeros(3))
-        kv.set_updater(lambda key, pushed, stored: places.append(pushed.data_ptr()))
-        for _ in range(3):
-            kv.push("w", [ONE, ONE])
+        kv.set_optimizer("sgd", lr=0.1)
+        kv.push("w", [ONE, ONE])  # torch's kernel is tried out
+        hook = torch.optim.optimizer.register_optimizer_step_pre_hook(note)
+        try:
+            for _ in range(3):
+                kv.push("w", [ONE, ONE])
+        finally:
+            hook.remove()
+        assert len(places) == 3
         assert len(set(places)) == 1
 
     def test_what_inference_mode_made_can_be_changed_later(self) -> None:
