@@ -77,6 +77,7 @@ def test_it_makes_a_token_that_only_this_user_can_read() -> None:
     with Keeper(config(), (), {}) as keeper:
         keeper.write_token()
         path = Path(keeper.token_file)
+        assert os.readlink(path).startswith("/memfd:"), "nobody need remove it, however this process ends"
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert path.read_text() == keeper.config.token
         assert len(keeper.config.token) == 64

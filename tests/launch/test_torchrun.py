@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,7 +28,7 @@ from tensorkv.errors import (
     WaitTimeout,
 )
 from tensorkv.launch import torchrun
-from tensorkv.launch.keeper import JobRecord
+from tensorkv.launch.keeper import TOKEN_NAME, JobRecord
 from tensorkv.launch.rounds import Board
 from tensorkv.launch.torchrun import Place, join_job, read_place, read_token
 from tensorkv.runtime.scheduler import SchedulerServer
@@ -109,40 +108,45 @@ class TestReadPlace:
 
 
 class TestReadToken:
-    def write(self, mode: int = 0o600, prefix: str = "tensorkv-") -> Path:
-        descriptor, path = tempfile.mkstemp(prefix=prefix, suffix=".token")
-        os.write(descriptor, b"abc")
-        os.fchmod(descriptor, mode)
+    @contextmanager
+    def opened(self, descriptor: int) -> Iterator[str]:
+        yield f"/proc/{os.getpid()}/fd/{descriptor}"
         os.close(descriptor)
-        return Path(path)
 
     def test_what_a_keeper_wrote(self) -> None:
-        path = self.write()
-        assert read_token(str(path)) == "abc"
-        path.unlink()
+        descriptor = os.memfd_create(TOKEN_NAME)
+        os.write(descriptor, b"abc")
+        with self.opened(descriptor) as path:
+            assert read_token(path) == "abc"
+        with pytest.raises(AuthenticationError, match="cannot be read .*; set TENSORKV_TOKEN") as gone:
+            read_token(path)
+        assert isinstance(gone.value.__cause__, FileNotFoundError)
+
+    def test_of_another_user(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "geteuid", lambda: 4321)
+        ours = self.opened(os.memfd_create(TOKEN_NAME))
+        with ours as path, pytest.raises(AuthenticationError, match="no token that a process of this user"):
+            read_token(path)
+
+    def test_other_files_in_memory_and_elsewhere(self, tmp_path: Path) -> None:
+        private = tmp_path / f"memfd:{TOKEN_NAME} (deleted)"
+        private.touch(0o600)
+        for descriptor in (os.memfd_create("tensorkv"), os.open(private, os.O_RDONLY)):
+            with self.opened(descriptor) as path, pytest.raises(AuthenticationError, match="holds no token"):
+                read_token(path)
+
+    def test_a_pipe_is_not_waited_for(self) -> None:
+        read, write = os.pipe()
+        with self.opened(read) as path, pytest.raises(AuthenticationError, match="holds no token"):
+            read_token(path)
+        os.close(write)
 
     @pytest.mark.parametrize(
-        ("prefix", "mode", "text"),
-        [("tensorkv-", 0o640, "nobody else can read"), ("key-", 0o600, "not in the temporary folder")],
+        "path", ["", "/tmp/tensorkv-x.token", "/proc/self/fd/3", "/proc/1/fd/../environ"]
     )
-    def test_other_files(self, prefix: str, mode: int, text: str) -> None:
-        path = self.write(mode, prefix)
-        with pytest.raises(AuthenticationError, match=text):
-            read_token(str(path))
-        path.unlink()
-
-    def test_a_link_and_a_file_elsewhere(self, tmp_path: Path) -> None:
-        path = self.write()
-        link = path.with_name(f"{path.stem}-link.token")
-        link.symlink_to(path)
-        with pytest.raises(AuthenticationError, match="cannot be read"):
-            read_token(str(link))
-        link.unlink()
-        path.unlink()
-        with pytest.raises(AuthenticationError, match="cannot be read"):
-            read_token(str(path))
-        with pytest.raises(AuthenticationError, match="not in the temporary folder"):
-            read_token(str(tmp_path / path.name))
+    def test_where_no_keeper_writes(self, path: str) -> None:
+        with pytest.raises(AuthenticationError, match="where no keeper writes it"):
+            read_token(path)
 
 
 AGENT_PROCESS = """

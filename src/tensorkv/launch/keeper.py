@@ -22,7 +22,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -42,14 +41,15 @@ LINGER_S = 30.0
 """So long workers that have never joined are waited for after all others have left."""
 
 TICK_S = 0.1
-TOKEN_PREFIX = "tensorkv-"
-TOKEN_SUFFIX = ".token"
+TOKEN_NAME = "tensorkv-token"
+"""Name of the file in memory that holds a token, for those who check what they read."""
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Where a job is found. It passes through torchrun's store, which anybody can read: no token in it.
 
-    `token_file` is the path of a file that only this user can read, "" where TENSORKV_TOKEN is set.
+    `token_file` is the path of a file that only this user can read, on this host, "" where TENSORKV_TOKEN
+    is set.
     `keepers` are the ranks of the workers that keep the servers of their hosts, dealt out in turn.
     `error` says why there is no job; nothing else counts then.
     """
@@ -68,7 +68,7 @@ class Keeper:
     """Servers of this host, and the scheduler if `config.scheduler_port` is 0. A context manager.
 
     Args:
-        config: the job; role and rank do not count. Without a token one is made, and written to a file.
+        config: the job; role and rank do not count. Without a token one is made.
         servers: ranks of the servers of this host.
         environ: what they inherit.
         parent: a pidfd of the worker that started this process.
@@ -87,6 +87,7 @@ class Keeper:
         self._scheduler: SchedulerServer | None = None
         self._servers: dict[int, subprocess.Popen[bytes]] = {}
         self.token_file = ""
+        self._token: int | None = None  # descriptor of that file
         if config.scheduler_port == 0:
             config = dataclasses.replace(config, token=config.token or secrets.token_hex(32))
             self._scheduler = SchedulerServer(
@@ -114,18 +115,20 @@ class Keeper:
         if self._scheduler is not None:
             self._scheduler.stop()
         self._end_servers()
-        self._remove_token()
         os.close(self._asked)
+        if self._token is not None:
+            os.close(self._token)
 
     def ask_report(self) -> None:
         """Have `run` write on stderr who waits for whom. From a signal handler, while it is entered."""
         os.eventfd_write(self._asked, 1)
 
     def write_token(self) -> None:
-        """Write the token to a new file that only this user can read; it is there while the job is."""
-        descriptor, self.token_file = tempfile.mkstemp(prefix=TOKEN_PREFIX, suffix=TOKEN_SUFFIX)
-        with open(descriptor, "w") as file:
-            file.write(self.config.token)
+        """Write the token where only this user can read it: to a file in memory, gone with this process."""
+        self._token = os.memfd_create(TOKEN_NAME)
+        os.fchmod(self._token, 0o600)
+        os.write(self._token, self.config.token.encode())
+        self.token_file = f"/proc/{os.getpid()}/fd/{self._token}"
 
     def start_servers(self) -> None:
         """Start the servers of this host. Does not wait for them."""
@@ -203,12 +206,6 @@ class Keeper:
             sys.stderr.write(f"tensorkv: server {rank} failed at its start, status {shell_status(status)}\n")
             connection.shutdown()
             connection.close()
-
-    def _remove_token(self) -> None:
-        if self.token_file:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.token_file)
-            self.token_file = ""
 
     def _end_servers(self) -> None:
         """Wait for the servers, which have been told that the job is over; kill who does not listen."""

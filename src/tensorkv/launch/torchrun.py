@@ -7,9 +7,9 @@ scheduler of that round; where it is gone, or of an attempt before, they look ag
 stands for another host starts a keeper with the servers of that. torchrun's agent holds the TCPStore;
 where no agent does, rank 0.
 
-The job's token does not pass through the store. On one host it is in a file that only this user can read,
-over several hosts it is made of TENSORKV_TOKEN and the round's name: so that a scheduler of another round,
-or of another job with the same secret, is not taken for this one's.
+The job's token does not pass through the store. On one host it is in a file that only this user can read
+and that goes with the keeper; over several hosts it is made of TENSORKV_TOKEN and the round's name: so
+that a scheduler of another round, or of another job with the same secret, is not taken for this one's.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import dataclasses
 import hmac
 import logging
 import os
+import re
 import select
-import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -48,7 +47,7 @@ from tensorkv.config import (
     read_transport,
 )
 from tensorkv.errors import AuthenticationError, NotInJob, PeerLostError, RankTaken, TensorKVError
-from tensorkv.launch.keeper import TOKEN_PREFIX, TOKEN_SUFFIX, JobRecord
+from tensorkv.launch.keeper import TOKEN_NAME, JobRecord
 from tensorkv.launch.rounds import Board, Enlisted, hosts
 from tensorkv.runtime.handshake import connect_to_scheduler
 from tensorkv.runtime.waits import Wait
@@ -72,6 +71,7 @@ _LEAST_PAUSE_S, _MOST_PAUSE_S = 0.1, 2.0
 _MAX_TOKEN_BYTES = 1024
 
 
+_TOKEN_PATH = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where a launcher has put this process. `prefix` is the part of the store that is its job's."""
@@ -483,29 +483,26 @@ def _open_store(place: Place, search: _Search) -> tuple[TCPStore, bool]:
 
 
 def read_token(path: str) -> str:
-    """Return the token in a file that a keeper of this user has written.
+    """Return the token that a keeper of this user has written; see `Keeper.write_token`.
 
     The path came through a store that anybody may write to, so it is checked.
 
     Raises:
-        AuthenticationError: it is no such file, or others could read it.
+        AuthenticationError: there is no such file, or it is another's.
     """
-    folder, name = os.path.split(path)
-    named = name.startswith(TOKEN_PREFIX) and name.endswith(TOKEN_SUFFIX)
-    if not named or folder != tempfile.gettempdir():
-        raise AuthenticationError(
-            f"the job's token is said to be in {path!r}, not in the temporary folder "
-            f"{tempfile.gettempdir()}; set the same {ENV_TOKEN} for all workers, or the same TMPDIR"
-        )
+    if not _TOKEN_PATH.fullmatch(path):
+        raise AuthenticationError(f"the job's token is said to be in {path!r}, where no keeper writes it")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
-        raise AuthenticationError(f"the job's token cannot be read from {path}: {exc.strerror}") from exc
+        raise AuthenticationError(
+            f"the job's token cannot be read from {path}: {exc.strerror}; set {ENV_TOKEN} to the same secret "
+            "for all workers"
+        ) from exc
     with open(descriptor, "rb") as file:
-        about = os.fstat(descriptor)
-        private = stat.S_ISREG(about.st_mode) and stat.S_IMODE(about.st_mode) == 0o600
-        if not private or about.st_uid != os.geteuid():
-            raise AuthenticationError(f"{path} is not a file of this user that nobody else can read")
+        is_token = os.readlink(f"/proc/self/fd/{descriptor}") == f"/memfd:{TOKEN_NAME} (deleted)"
+        if not is_token or os.fstat(descriptor).st_uid != os.geteuid():
+            raise AuthenticationError(f"{path} holds no token that a process of this user has written")
         return file.read(_MAX_TOKEN_BYTES).decode("ascii", "replace")
 
 
