@@ -369,6 +369,13 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rounds]:
 NOBODY = JobRecord(host="127.0.0.1", port=1, num_workers=3, num_servers=1)
 
 
+@pytest.fixture
+def silent() -> Iterator[JobRecord]:
+    """A scheduler that lets everybody connect, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield msgspec.structs.replace(NOBODY, port=listener.getsockname()[1])
+
+
 class TestRounds:
     def test_all_join_what_rank_0_has_announced(self, rounds: Rounds) -> None:
         rounds.announce()
@@ -412,6 +419,17 @@ class TestRounds:
         rounds.board.tell(name, NOBODY)
         rounds.shelf.events = [lambda: None, rounds.announce]
         assert rounds.join(1) == 0
+
+    def test_a_round_before_whose_scheduler_does_not_answer(self, rounds: Rounds, silent: JobRecord) -> None:
+        """It is stopped, or its port is another's now: the next round is looked for meanwhile."""
+        rounds.board.tell(rounds.board.announce(""), silent)
+        rounds.shelf.events = [lambda: None, rounds.announce]
+        assert rounds.join(1) == 0
+
+    def test_rank_0_does_not_wait_long_for_a_round_before(self, rounds: Rounds, silent: JobRecord) -> None:
+        rounds.board.tell(rounds.board.announce(""), silent)
+        self.others_enlist(rounds)
+        assert rounds.join(0, peer_timeout_s=0.5) == 0
 
     def test_two_attempts_that_end_at_once(self, rounds: Rounds) -> None:
         def in_vain() -> None:
@@ -496,6 +514,14 @@ class TestRounds:
         rounds.shelf.events = [lambda: None, rounds.announce]
         with pytest.raises(RankTaken, match="another process that was started with RANK=0 has begun"):
             rounds.join(0)
+
+    def test_another_rank_0_that_begins_anew_while_the_servers_are_started(self, rounds: Rounds) -> None:
+        """The others may have followed that one: this one would wait for them for ever."""
+        self.others_enlist(rounds)
+        rounds.shelf.events = [lambda: None, rounds.announce]
+        with pytest.raises(RankTaken, match="another process that was started with RANK=0 has begun"):
+            rounds.join(0)
+        assert rounds.served == [[0], [0]]
 
     def test_hosts_of_unequal_numbers_of_workers_have_a_server_each(self, rounds: Rounds) -> None:
         self.others_enlist(rounds)

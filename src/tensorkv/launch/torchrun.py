@@ -49,7 +49,7 @@ from tensorkv.config import (
 from tensorkv.errors import AuthenticationError, NotInJob, PeerLostError, RankTaken, TensorKVError
 from tensorkv.launch.keeper import TOKEN_NAME, JobRecord
 from tensorkv.launch.rounds import Board, Enlisted, hosts
-from tensorkv.runtime.handshake import connect_to_scheduler
+from tensorkv.runtime.handshake import Failure, connect_to_scheduler
 from tensorkv.runtime.waits import Wait
 from tensorkv.transport.base import Connection
 from tensorkv.transport.tcp import own_host_towards
@@ -64,14 +64,16 @@ _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"
 _KEEPER_START_S = 60.0
 _CONNECT_S = 5.0  # a signal is seen only in between
 _LEAST_CONNECT_S = 1.0  # torch before 2.6 takes whole seconds only
-_POLL_S = 0.02
+_LEAST_POLL_S, _MOST_POLL_S = 0.02, 0.25
+"""Pause between two looks at the store, which may serve many workers: longer each time, up to that."""
+
 _LEAST_PAUSE_S, _MOST_PAUSE_S = 0.1, 2.0
 """Pause between two attempts to join one round: this at first, twice as long each time, up to that."""
 
 _MAX_TOKEN_BYTES = 1024
-
-
 _TOKEN_PATH = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where a launcher has put this process. `prefix` is the part of the store that is its job's."""
@@ -222,12 +224,14 @@ class _Search:
         self.deadline = time.monotonic() + timeout_s
         self.whom = "worker 0, which has not opened a distributed store; every rank has to"
         self._last = ""
+        self._poll_s = _LEAST_POLL_S
         self._wait = Wait("finding the job", timeout_s, lambda: None, whom=self._describe)
 
     def pause(self) -> None:
         """Sleep a little. Raises WaitTimeout after the deadline."""
         self._wait.tick()
-        time.sleep(_POLL_S)
+        time.sleep(self._poll_s)
+        self._poll_s = min(1.1 * self._poll_s, _MOST_POLL_S)
 
     def failed(self, exc: TensorKVError) -> None:
         """The job announced last cannot be joined, but another may be announced."""
@@ -280,7 +284,7 @@ def _lead(
         record = board.read(last) if last else None
         try:
             if record is not None:
-                return _attempt(place, config, last, record)
+                return _attempt(place, config, last, record, _late_after(config.peer_timeout_s))
         except RankTaken:
             raise
         except TensorKVError as exc:
@@ -297,7 +301,20 @@ def _lead(
     record = start_keeper(job, _servers_of(0, keepers, num_servers), environ)
     record = msgspec.structs.replace(record, keepers=tuple(keepers))
     board.tell(name, record)
+    if board.current() != name:
+        raise _begun_anew()
     return _attempt(place, config, name, record)
+
+
+def _begun_anew() -> RankTaken:
+    return RankTaken("another process that was started with RANK=0 has begun this job anew")
+
+
+def _late_after(timeout_s: float) -> Failure:
+    """Return what ends the wait for the scheduler of a round before: it may be stopped, or another's port."""
+    end = time.monotonic() + timeout_s
+    late = PeerLostError(f"the scheduler announced last has not answered for {timeout_s:g} s")
+    return lambda: late if time.monotonic() >= end else None
 
 
 def _count_hosts(place: Place, board: Board, name: str, search: _Search) -> list[int]:
@@ -317,7 +334,7 @@ def _count_hosts(place: Place, board: Board, name: str, search: _Search) -> list
         if found is not None:
             return found
         if board.current() != name:
-            raise RankTaken("another process that was started with RANK=0 has begun this job anew")
+            raise _begun_anew()
         ranks = sorted({each.rank for each in known.values()})
         search.whom = (
             f"workers of other hosts; of {place.num_workers} workers only {', '.join(map(str, ranks))} "
@@ -344,7 +361,7 @@ def _follow(
         record = board.read(name) if name and now >= again_at else None
         if record is not None:
             try:
-                return record, *_attempt(place, config, name, record)
+                return record, *_attempt(place, config, name, record, _until_another(board, name))
             except TensorKVError as exc:
                 doubted_at = None if _is_of_the_past(exc) else doubted_at or now
                 in_doubt = doubted_at is None or now < doubted_at + config.peer_timeout_s
@@ -355,6 +372,12 @@ def _follow(
         search.pause()
 
 
+def _until_another(board: Board, name: str) -> Failure:
+    """Return what ends the wait for a scheduler that does not answer: that another round is announced."""
+    over = PeerLostError("rank 0 has begun this job anew")
+    return lambda: over if board.current() != name else None
+
+
 def _is_of_the_past(exc: TensorKVError) -> bool:
     """Whether a round that fails so is of an attempt before, if there can be one.
 
@@ -363,8 +386,10 @@ def _is_of_the_past(exc: TensorKVError) -> bool:
     return isinstance(exc, (PeerLostError, NotInJob)) or isinstance(exc.__cause__, FileNotFoundError)
 
 
-def _attempt(place: Place, config: JobConfig, name: str, record: JobRecord) -> tuple[JobConfig, Connection]:
-    """Join the scheduler of a round.
+def _attempt(
+    place: Place, config: JobConfig, name: str, record: JobRecord, failure: Failure = lambda: None
+) -> tuple[JobConfig, Connection]:
+    """Join the scheduler of a round. `failure` tells, while that is silent, why not to wait any longer.
 
     Raises:
         RankTaken: another process has this rank.
@@ -383,7 +408,7 @@ def _attempt(place: Place, config: JobConfig, name: str, record: JobRecord) -> t
         scheduler_port=record.port,
         token=round_token(config.token, name) or read_token(record.token_file),
     )
-    return config, connect_to_scheduler(config)
+    return config, connect_to_scheduler(config, failure)
 
 
 def _size_mismatch(here: int, there: int, where: str) -> NotInJob:

@@ -195,14 +195,16 @@ def connect_to_server(config: JobConfig, rank: int, address: m.ServerAddress, fa
     return _introduced(connection, config, f"{name} at {address.socket_name}", failure)
 
 
-def connect_to_scheduler(config: JobConfig) -> Connection:
+def connect_to_scheduler(config: JobConfig, failure: Failure = lambda: None) -> Connection:
     """Connect to the job's scheduler; a host of it that falls silent ends the connection.
+
+    `failure` returns why not to wait any longer, None while there is no reason.
 
     Raises:
         As `connect_as`.
     """
     host, port = config.scheduler_host, config.scheduler_port
-    return connect_as(config, "the scheduler", host, port, silence_s=config.peer_timeout_s)
+    return connect_as(config, "the scheduler", host, port, failure, config.peer_timeout_s)
 
 
 def deadline_tick(timeout_s: float, what: str) -> Tick:
