@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tensorkv"
 LAYERS = {
     **dict.fromkeys(("errors", "addresses", "config", "work"), 0),
     **dict.fromkeys(("store", "keys", "arrays", "reduce", "updater", "updaterspec", "partition"), 1),
-    **dict.fromkeys(("fusing", "optimizers", "settings"), 1),
+    **dict.fromkeys(("fusing", "optimizers", "optimizergroups", "parameters", "settings"), 1),
     **dict.fromkeys(("functions", "definitions", "savedstate", "slicestate", "tracers"), 1),
     **dict.fromkeys(("saveio", "savefolder", "tensorfile"), 1),
     "wire": 2,

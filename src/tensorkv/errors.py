@@ -285,6 +285,15 @@ def already_initialized(key: object, shape: tuple[int, ...]) -> KeyAlreadyInitia
     )
 
 
+def not_elementwise(updater: str, key: object, shape: tuple[int, ...], num_slices: int) -> NotElementwise:
+    """Return the error of an updater that is set for a key in slices, and needs whole values."""
+    return NotElementwise(
+        f"updater {updater!r} needs whole values, but key {key!r} of shape {tuple(shape)} is kept in "
+        f"{num_slices} slices; set the updater before init, or use init(..., whole=True), or "
+        "set_updater(..., elementwise=True)"
+    )
+
+
 def closed_meanwhile(what: str = "") -> StoreClosed:
     """Return the error of a call, `what` if it is known, whose store another thread has closed."""
     text = "the store was closed by another thread during the call"

@@ -123,7 +123,7 @@ class OptimizerUpdater(Updater):
         self.spec = spec
         self._class = optimizer_class
         self._in_place = is_elementwise(optimizer_class)
-        self._optimizer = make_optimizer(optimizer_class, _probe(), spec.options)
+        self._optimizer = make_optimizer(optimizer_class, probe(), spec.options)
         self._makes_state = bool(self._optimizer.state)  # when it is built, as Adagrad does
         self._optimizer.state.clear()
         self._parameters: dict[int, torch.nn.Parameter] = {}
@@ -475,20 +475,25 @@ def optimizer_spec(optimizer_class: type[torch.optim.Optimizer], options: dict[s
             f"params is no option of {name}: a store has keys. For the groups of an optimizer pass itself, "
             "set_optimizer(optimizer); or call set_optimizer(..., keys=[...]) for each"
         )
-    for option, value in options.items():
-        if not may_travel(value):
-            raise InvalidOption(
-                f"option {option}={_short(value)} of {name} cannot travel to the servers; "
-                "use floats, ints of at most 64 bits, bools, strings, None and tuples of them"
-            )
+    check_may_travel(optimizer_class, options)
     options = _taken_options(optimizer_class, options)
-    make_optimizer(optimizer_class, _probe(), options)
+    make_optimizer(optimizer_class, probe(), options)
     return UpdaterSpec(
         type="optimizer",
         name=full_name(optimizer_class),
         options=options,
         elementwise=is_elementwise(optimizer_class),
     )
+
+
+def check_may_travel(optimizer_class: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
+    """Raise InvalidOption if an option is not plain data."""
+    for option, value in options.items():
+        if not may_travel(value):
+            raise InvalidOption(
+                f"option {option}={_short(value)} of {optimizer_class.__name__} cannot travel to the "
+                "servers; use floats, ints of at most 64 bits, bools, strings, None and tuples of them"
+            )
 
 
 def _taken_options(optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]) -> dict[str, Any]:
@@ -499,7 +504,7 @@ def _taken_options(optimizer_class: type[torch.optim.Optimizer], options: dict[s
         return options
     assert taken is not None
     kept = {option: value for option, value in options.items() if option in taken}
-    made = make_optimizer(optimizer_class, _probe(), kept).defaults
+    made = make_optimizer(optimizer_class, probe(), kept).defaults
     for option in strange:
         if option not in made:
             raise unknown_option(optimizer_class, option, taken)
@@ -698,6 +703,6 @@ def tuples(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
-def _probe() -> list[torch.nn.Parameter]:
+def probe() -> list[torch.nn.Parameter]:
     """A parameter every optimizer takes: a matrix, because Muon wants one."""
     return [torch.nn.Parameter(torch.zeros(2, 2, device="cpu"), requires_grad=False)]

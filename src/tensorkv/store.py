@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import Key, check_matches, check_summable, shape_of, size_bytes
-from tensorkv.errors import DuplicateKey, InvalidArgument, NotPicklable, StoreClosed
+from tensorkv.errors import DuplicateKey, InvalidArgument, InvalidOption, NotPicklable, StoreClosed
 from tensorkv.keys import (
     PullBatch,
     PushBatch,
@@ -32,7 +32,10 @@ from tensorkv.keys import (
     pull_batch,
     pull_batch_of,
     push_batch,
+    split_keys,
 )
+from tensorkv.optimizergroups import OptimizerGroup, groups_of
+from tensorkv.parameters import ParameterTable
 from tensorkv.tracers import check_traced, opaque, opaque_methods
 from tensorkv.updaterspec import may_travel
 from tensorkv.work import Work
@@ -119,6 +122,7 @@ class KVStore(ABC):
         self._name = store
         self._reduction: Reduction = reduction
         self._timeout_s = seconds("timeout_s", timeout_s)
+        self._parameters = ParameterTable()
         self._key_type: type | None = None  # int or str once the store has a key
         self._closed = False
         self._pid = os.getpid()
@@ -182,11 +186,12 @@ class KVStore(ABC):
         """
         self._check_usable("init", key)
         whole = flag("whole", whole)
-        self._create(self._init_batch(key, value), whole)
+        self._create(*self._init_batch(key, value), whole)
 
-    def _create(self, batch: PushBatch, whole: bool) -> None:
+    def _create(self, batch: PushBatch, given: list[Any], whole: bool) -> None:
         self._init(batch.keys, [each[0] for each in batch.tensors], whole)
         self._key_type = type(batch.keys[0])
+        self._parameters.learn(batch.keys, given)
 
     def push(
         self,
@@ -330,14 +335,14 @@ class KVStore(ABC):
         worker rank 0's parameters.
         """
         self._check_usable("broadcast", key)
-        values = self._init_batch(key, value)
+        values, given = self._init_batch(key, value)
         asked = pull_batch_of(values, key, out, self._key_type)  # refuse a bad out before anything is created
         item_of = {name: item for name, (item,) in zip(values.keys, values.tensors, strict=True)}
         for name, outs in zip(asked.keys, asked.outs, strict=True):
             for destination in outs:
                 item = item_of[name]
                 check_matches("broadcast: out", destination, name, item.shape, item.dtype)
-        self._create(values, False)
+        self._create(values, given, False)
         return self._pull(asked, False)
 
     def put(self, key: Any, value: Any = None) -> None:
@@ -426,7 +431,7 @@ class KVStore(ABC):
 
     def set_optimizer(
         self,
-        optimizer: type[torch.optim.Optimizer] | str,
+        optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer | str,
         *,
         keys: Names = None,
         **options: Any,
@@ -437,24 +442,51 @@ class KVStore(ABC):
         holds already, the same optimizer with the same options, or repeats the last call that was made
         for the key; anything else starts afresh.
 
+        An optimizer that was made for a model stands for its class and the options of its groups, as they are
+        now; nothing else of it goes to the servers, and it is not changed. One group, or several of the same
+        options, is for all keys. Of several each is for the keys of its parameters: those that a parameter
+        was given to `init` as, else its name, where torch has recorded it (`named_parameters()`); other keys
+        stay as they are. A learning rate scheduler goes on with the object here: tell the servers by
+        `set_optimizer_options(lr=...)`.
+
+            decay, rest = [net.weight], [net.bias]
+            groups = [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
+            kv.init(net)
+            kv.set_optimizer(torch.optim.AdamW(groups, lr=1e-3))
+
         Args:
-            optimizer: a class, `torch.optim.SGD` say, or its name in any case, "sgd".
+            optimizer: a class, `torch.optim.SGD` say, its name in any case, "sgd", or an optimizer that has
+                made no step.
             keys: for these keys only, whether they are there yet or not; None means for all, those still
                 to come included. A later call for all replaces those for some.
             **options: its options, `lr=0.1, momentum=0.9` say: plain numbers, bools, strings, None or
-                tuples of those.
+                tuples of those. An optimizer that was made has its own.
 
         Raises:
             UnknownUpdater: no such optimizer; the text lists the known names.
             UnsupportedOptimizer: LBFGS (needs a closure), SparseAdam (needs sparse gradients).
-            InvalidOption: the optimizer refuses an option.
+            InvalidOption: the optimizer refuses an option; or what it was made with cannot be told from its
+                groups (where a class of one's own does not keep it there): pass the class.
+            InvalidArgument: the optimizer has made steps, so that its state would be lost; or it cannot be
+                told which keys its groups are for. No group's setting is made then.
+            InvalidValue: it does not take the dtype or shape of a key.
             NotElementwise: it needs whole values and a key it is for is sliced.
             NotShippable, SettingMismatch, WaitTimeout, PeerLostError.
 
         Blocks until every server has taken it. Holds from the same round as `set_updater`.
         """
         self._check_usable("set_optimizer")
-        self._set_optimizer(optimizer, self._names(keys), options)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            self._set_optimizer(optimizer, [OptimizerGroup(self._names(keys), options)])
+            return
+        if options:
+            raise InvalidOption(
+                f"{next(iter(options))}= beside a {type(optimizer).__name__} that was made, and has its "
+                f"options in its groups; leave it away, or pass the class, {type(optimizer).__name__}"
+            )
+        groups = groups_of(optimizer, self._names(keys), self._parameters.keys_by_id())
+        checked = [OptimizerGroup(self._names(each.keys), each.options) for each in groups]
+        self._set_optimizer(type(optimizer), checked)
 
     def set_optimizer_options(self, *, keys: Names = None, **options: Any) -> None:
         """Change options of the optimizer, the learning rate say; its state is kept.
@@ -610,7 +642,9 @@ class KVStore(ABC):
         """
         self._check_usable("delete", key)
         names = key if isinstance(key, (list, tuple)) else [key]
-        self._delete(check_keys(names, self._key_type))
+        checked = check_keys(names, self._key_type)
+        self._delete(checked)
+        self._parameters.forget(checked)
 
     def __contains__(self, key: object) -> bool:
         """Whether `key` is initialised. Costs the same however many keys there are."""
@@ -716,10 +750,7 @@ class KVStore(ABC):
 
     @abstractmethod
     def _set_optimizer(
-        self,
-        optimizer: type[torch.optim.Optimizer] | str,
-        keys: tuple[Key, ...] | None,
-        options: dict[str, Any],
+        self, optimizer: type[torch.optim.Optimizer] | str, groups: Sequence[OptimizerGroup]
     ) -> None: ...
 
     @abstractmethod
@@ -796,15 +827,19 @@ class KVStore(ABC):
         check_new_keys(checked)
         return checked
 
-    def _init_batch(self, key: Any, value: Any) -> PushBatch:
-        """Check the arguments of an init: one value per key, each of which can be kept and added to."""
-        batch = push_batch(key, value, self._key_type)
+    def _init_batch(self, key: Any, value: Any) -> tuple[PushBatch, list[Any]]:
+        """Check the arguments of an init: one value per key, each of which can be kept and added to.
+
+        Return them, and beside them the value of each key as it was given.
+        """
+        names, given, _ = split_keys(key, value)
+        batch = push_batch(names, given, self._key_type)
         _check_one_each("init", batch)
         check_new_keys(batch.keys)
         for name, (tensor,) in zip(batch.keys, batch.tensors, strict=True):
             shape_of(tensor, name)
             check_summable(tensor.dtype, name, mean=self._reduction == "mean")
-        return batch
+        return batch, given
 
 
 def _check_one_each(call: str, batch: PushBatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -338,10 +339,15 @@ class ModelStore(KVStore):
             built = FunctionUpdater(updater, UpdaterSpec(type="function", name=name, elementwise=elementwise))
         self._agree(built.spec, lambda: self.job.table.set_updater(built, None))
 
-    def _set_optimizer(self, optimizer: Any, keys: Any, options: dict[str, Any]) -> None:
+    def _set_optimizer(self, optimizer: Any, groups: Any) -> None:
         found = find_optimizer(optimizer)
-        built = build(optimizer_spec(found, options), found)
-        self._agree((built.spec, keys), lambda: self.job.table.set_updater(built, keys))
+        for group in groups:
+            built = build(optimizer_spec(found, group.options), found)
+            for key, entry in list(self.reference.entries.items()):
+                if group.keys is None or key in group.keys:
+                    built.check_value(key, entry.value.shape, entry.value.dtype, group.options)
+            change = functools.partial(self.job.table.set_updater, built, group.keys)
+            self._agree((built.spec, group.keys), change)
 
     def _set_optimizer_options(self, keys: Any, options: dict[str, Any]) -> None:
         self._agree((options, keys), lambda: self.job.table.set_options(options, keys))

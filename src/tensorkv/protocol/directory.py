@@ -31,6 +31,7 @@ from tensorkv.errors import (
     WaitTimeout,
     already_initialized,
     closed_meanwhile,
+    not_elementwise,
     not_initialized,
     to_wire,
 )
@@ -396,10 +397,8 @@ class Directory:
             if history.alive is None:
                 continue
             if len(history.alive.slices) > 1:
-                return NotElementwise(
-                    f"updater {record.updater.name!r} needs whole values, but key {key!r} of shape "
-                    f"{tuple(history.alive.shape)} is kept in {len(history.alive.slices)} slices; set the "
-                    "updater before init, or use init(..., whole=True), or set_updater(..., elementwise=True)"
+                return not_elementwise(
+                    record.updater.name, key, history.alive.shape, len(history.alive.slices)
                 )
         return None
 

@@ -31,9 +31,11 @@ from tensorkv.errors import (
     NotSupported,
     ProtocolError,
     TensorKVError,
+    not_elementwise,
     to_wire,
 )
 from tensorkv.keys import PullBatch, PushBatch, answer
+from tensorkv.optimizergroups import OptimizerGroup
 from tensorkv.optimizers import find_optimizer, optimizer_spec
 from tensorkv.protocol.replies import check_init
 from tensorkv.reduce import sum_devices, sum_dtype
@@ -625,17 +627,20 @@ class DistStore(KVStore):
         self._make_setting(m.SettingRecord(keys=None, updater=built.spec, code=code), built)
 
     def _set_optimizer(
-        self,
-        optimizer: type[torch.optim.Optimizer] | str,
-        keys: tuple[Key, ...] | None,
-        options: dict[str, Any],
+        self, optimizer: type[torch.optim.Optimizer] | str, groups: Sequence[OptimizerGroup]
     ) -> None:
         optimizer_class = find_optimizer(optimizer)
-        built = build(optimizer_spec(optimizer_class, options), optimizer_class)
-        for state in self._table.those_known(keys):
-            built.check_value(state.key, state.shape, state.dtype, options)
+        specs = [optimizer_spec(optimizer_class, group.options) for group in groups]
+        built = [build(spec, optimizer_class) for spec in specs]
+        for updater, group in zip(built, groups, strict=True):
+            for state in self._table.those_known(group.keys):
+                updater.check_value(state.key, state.shape, state.dtype, group.options)
+                num_slices = len(state.entry.slices)
+                if num_slices > 1 and not updater.spec.elementwise:
+                    raise not_elementwise(updater.spec.name, state.key, state.shape, num_slices)
         code = describe_code(optimizer_class, self._job.code_table)
-        self._make_setting(m.SettingRecord(keys=keys, updater=built.spec, code=code), built)
+        for updater, group in zip(built, groups, strict=True):
+            self._make_setting(m.SettingRecord(keys=group.keys, updater=updater.spec, code=code), updater)
 
     def _set_optimizer_options(self, keys: tuple[Key, ...] | None, options: dict[str, Any]) -> None:
         self._make_setting(m.SettingRecord(keys=keys, options=options), None)

@@ -42,6 +42,7 @@ from tensorkv.errors import (
     not_initialized,
 )
 from tensorkv.keys import PullBatch, PushBatch, answer, check_keys
+from tensorkv.optimizergroups import OptimizerGroup
 from tensorkv.optimizers import find_optimizer, optimizer_spec
 from tensorkv.protocol.commits import all_finite, norms_of, scale, unscalable
 from tensorkv.protocol.norms import clip_factor, total_norm
@@ -237,20 +238,20 @@ class LocalStore(KVStore):
             self._settings_changed(None)
 
     def _set_optimizer(
-        self,
-        optimizer: type[torch.optim.Optimizer] | str,
-        keys: tuple[Key, ...] | None,
-        options: dict[str, Any],
+        self, optimizer: type[torch.optim.Optimizer] | str, groups: Sequence[OptimizerGroup]
     ) -> None:
         optimizer_class = find_optimizer(optimizer)
-        built = build(optimizer_spec(optimizer_class, options), optimizer_class)
+        specs = [optimizer_spec(optimizer_class, group.options) for group in groups]
+        built = [build(spec, optimizer_class) for spec in specs]
         with self._lock:
-            for key in self._slots if keys is None else keys:
-                if key in self._slots:
-                    value = self._slots[key].value
-                    built.check_value(key, value.shape, value.dtype, options, self._device_type())
-            self._settings.set_updater(built, keys)
-            self._settings_changed(keys)
+            for updater, group in zip(built, groups, strict=True):
+                for key in self._slots if group.keys is None else group.keys:
+                    if key in self._slots:
+                        value = self._slots[key].value
+                        updater.check_value(key, value.shape, value.dtype, group.options, self._device_type())
+            for updater, group in zip(built, groups, strict=True):
+                self._settings.set_updater(updater, group.keys)
+                self._settings_changed(group.keys)
 
     def _set_optimizer_options(self, keys: tuple[Key, ...] | None, options: dict[str, Any]) -> None:
         with self._lock:

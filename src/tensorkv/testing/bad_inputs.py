@@ -324,9 +324,10 @@ def _values() -> list[BadInput]:
 
 
 def _settings() -> list[BadInput]:
-    unknown, option = errors.UnknownUpdater, errors.InvalidOption
+    unknown, option, argument = errors.UnknownUpdater, errors.InvalidOption, errors.InvalidArgument
     refused, sgd = errors.UnsupportedOptimizer, torch.optim.SGD
-    made: Any = sgd([torch.nn.Parameter(full(1))], lr=0.1)
+    made = sgd([torch.nn.Parameter(full(1))], lr=0.1)
+    groups = sgd([{"params": [torch.nn.Parameter(full(1))], "lr": lr} for lr in (0.1, 0.2)])
     return [
         BadInput(
             "updater_name", lambda kv: kv.set_updater("ad"), unknown, ValueError, ("'ad'", "add", "assign")
@@ -334,7 +335,12 @@ def _settings() -> list[BadInput]:
         BadInput(
             "optimizer_name", lambda kv: kv.set_optimizer("sdg"), unknown, ValueError, ("'sdg'", "'sgd'")
         ),
-        BadInput("optimizer_object", lambda kv: kv.set_optimizer(made), unknown, ValueError, ("subclass",)),
+        BadInput(
+            "optimizer_object", lambda kv: kv.set_optimizer(made, lr=0.2), option, TypeError, ("lr=", "SGD")
+        ),
+        BadInput(
+            "optimizer_groups", lambda kv: kv.set_optimizer(groups), argument, ValueError, ("group 0", "SGD")
+        ),
         BadInput("optimizer_class", lambda kv: kv.set_optimizer(dict), unknown, ValueError, ("dict",)),  # type: ignore[arg-type]
         BadInput(
             "option_name", lambda kv: kv.set_optimizer(sgd, rate=1), option, ValueError, ("rate", "SGD")

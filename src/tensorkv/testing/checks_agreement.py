@@ -163,6 +163,32 @@ def check_settings_must_agree(maker: StoreMaker, workers: int) -> None:
 
 
 @check(workers=SEVERAL)
+def check_optimizers_made_by_every_rank(maker: StoreMaker, workers: int) -> None:
+    """Each rank passes an optimizer that it has made for its own model; what differs is refused."""
+
+    def made(slow: torch.nn.Parameter, fast: torch.nn.Parameter) -> torch.optim.Optimizer:
+        groups: list[dict[str, Any]] = [{"params": [slow]}, {"params": [fast], "lr": 1.0}]
+        return torch.optim.SGD(groups, lr=0.5)
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        first, second = torch.nn.Parameter(full(0)), torch.nn.Parameter(full(kv.rank))
+        kv.init({"a": first, "b": second})
+        if kv.rank == 0:
+            meeting.wait_for("1 sets")
+        elif kv.rank == 1:
+            meeting.signal("1 sets")
+            raises(SettingMismatch, lambda: kv.set_optimizer(made(second, first)), "'a'", "'b'")
+        kv.set_optimizer(made(first, second))
+        meeting.everybody()
+        kv.push({"a": full(1), "b": full(1)})
+        kv.barrier()
+        same(kv.pull("a"), -0.5 * workers)
+        same(kv.pull("b"), -1.0 * workers)
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL)
 def check_followers_need_no_settings(maker: StoreMaker, workers: int) -> None:
     """A rank that makes no settings works with those of rank 0."""
 

@@ -89,6 +89,35 @@ def check_optimizer_by_name(maker: StoreMaker) -> None:
 
 
 @check()
+def check_optimizer_with_its_groups(maker: StoreMaker) -> None:
+    """An optimizer that was made for a model is taken with its groups; one like it keeps the state."""
+
+    def work(kv: KVStore) -> None:
+        weight, bias = torch.nn.Parameter(noise(1, 3, 4)), torch.nn.Parameter(noise(2, 4))
+        kv.init({"w": weight, "b": bias, "n": full(1)})
+        twins = {
+            "w": Twin(weight.detach(), "AdamW", lr=0.5, weight_decay=0.125),
+            "b": Twin(bias.detach(), "AdamW", lr=0.25, weight_decay=0.0),
+        }
+        groups: list[dict[str, Any]] = [
+            {"params": [weight]},
+            {"params": [bias], "lr": 0.25, "weight_decay": 0.0},
+        ]
+        for step in range(3):
+            kv.set_optimizer(torch.optim.AdamW(groups, lr=0.5, weight_decay=0.125))
+            pushed = {"w": noise(3 + step, 3, 4), "b": noise(13 + step, 4), "n": full(step)}
+            kv.push(pushed)
+            for key, twin in twins.items():
+                close(kv.pull(key), twin.step(pushed[key]), f"{key} after step {step}")
+        same(kv.pull("n"), 2.0, "the key of no group")
+        kv.set_optimizer(torch.optim.SGD([weight], lr=0.5))
+        kv.push("n", full(1))
+        same(kv.pull("n"), 1.5, "after an optimizer of one group")
+
+    in_one(maker, work)
+
+
+@check()
 def check_optimizer_for_some_keys(maker: StoreMaker) -> None:
     """An optimizer for some keys leaves the others as they are, also when set before init."""
 
