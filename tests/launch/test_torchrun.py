@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 import select
 import signal
 import socket
@@ -239,6 +240,23 @@ class TestJoinJob:
         told = {**variables(0, 2), **agent, "TORCHELASTIC_USE_AGENT_STORE": "False"}
         with pytest.raises(RankTaken, match="held by another process, which was started with RANK=0"):
             join_job(told)
+
+
+def test_a_keeper_is_started_by_a_process_with_many_open_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """select() takes no descriptor above 1023."""
+    monkeypatch.setattr(sys, "executable", "false")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as tidy:
+        tidy.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+        while (opened := os.open(os.devnull, os.O_RDONLY)) < 1024:
+            tidy.callback(os.close, opened)
+        tidy.callback(os.close, opened)
+        record = torchrun.start_keeper(Rounds(tidy).config(0, num_servers=1), range(1), os.environ)
+    assert "the process that runs them did not start" in record.error
+    torchrun._held.pop().wait(DEADLINE_S)
 
 
 # ---- rounds: the orders in which the workers of an attempt may come ----------------------------------

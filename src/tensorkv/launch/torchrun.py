@@ -466,8 +466,9 @@ def start_keeper(config: JobConfig, servers: range, environ: Mapping[str, str]) 
         finally:
             os.close(write)
         _held.append(process)
-        ready, _, _ = select.select([report], [], [], _KEEPER_START_S)
-        data = report.read() if ready else b""
+        poller = select.poll()  # select() takes no descriptor above 1023
+        poller.register(report, select.POLLIN)
+        data = report.read() if poller.poll(_KEEPER_START_S * 1000) else b""
     if not data:
         process.kill()
         return JobRecord(error="the process that runs them did not start; see its lines on stderr")
