@@ -100,7 +100,7 @@ def main() -> None:
     data, net = load(), make_net(args.seed)
     num_images, weights = len(data.train_labels), dict(net.named_parameters())
     with tensorkv.create(args.store) as kv:
-        kv.set_optimizer(torch.optim.SGD, lr=0.05, momentum=0.9)
+        kv.set_optimizer(torch.optim.SGD, keys=list(weights), lr=0.05, momentum=0.9)
         if args.save and Path(args.save, "tensorkv.json").exists():
             kv.load(args.save)
         kv.init({**weights, "epochs": torch.tensor(0)})  # where a save was loaded they stay as they are

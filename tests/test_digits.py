@@ -182,6 +182,18 @@ def _held(who: str, rounds: int) -> str:
     return f"{who} 153,128 bytes of weights and 153,128 of optimizer state, after {rounds} rounds of pushes"
 
 
+def test_script_goes_on_from_what_it_has_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for epochs in (1, 2):
+        options = ["--store", "local", "--save", str(tmp_path / "saved"), "--epochs", str(epochs)]
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *options])
+        digits.main()
+        told = capsys.readouterr().out.splitlines()
+        assert len(re.findall("epoch +[0-9]", "\n".join(told))) == 1, "that of the last run is not done again"
+        assert told[-1] == _held("the store holds", 23)
+
+
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.timeout(180)
