@@ -64,7 +64,7 @@ def test_in_a_job_every_worker_measures_and_rank_0_reports() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [(["--model=resnet"], "--model 'resnet' is not known"), (["--workers=0"], "--workers 0: at least 1")],
+    [(["--model=resnet"], "--model 'resnet' is not known"), (["--workers=0"], "0 is too few; at least one")],
 )
 def test_a_bad_option_is_status_2(arguments: list[str], text: str) -> None:
     done = run(*BENCH, *arguments)

@@ -320,8 +320,13 @@ class Directory:
         self.out.append((rank, m.Entries(message.request, entries)))
 
     def count_keys(self, rank: int, message: m.CountKeys) -> None:
-        """Answer with the number of keys that are initialised."""
-        self.out.append((rank, m.NumKeys(message.request, self._num_alive)))
+        """Answer with the number of keys that are initialised, of those that were named or of all."""
+        if message.keys is None:
+            number = self._num_alive
+        else:
+            histories = map(self._keys.get, message.keys)
+            number = sum(each is not None and each.alive is not None for each in histories)
+        self.out.append((rank, m.NumKeys(message.request, number)))
 
     def delete(self, rank: int, message: m.DeleteKeys) -> None:
         """Remove the named generations; those that are gone are passed over."""

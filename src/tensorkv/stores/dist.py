@@ -25,7 +25,6 @@ from tensorkv.errors import (
     InvalidArgument,
     InvalidValue,
     KeyDeleted,
-    KeyNotInitialized,
     MemoryLimitReached,
     NotInJob,
     NotSupported,
@@ -264,13 +263,10 @@ class DistStore(KVStore):
     def _has(self, key: Key) -> bool:
         if not may_travel(key):  # so it cannot be asked about, and nobody can have initialised it
             return False
-        try:
-            self._job.control.request(
-                lambda n: m.Lookup(n, self._store, [key]), f"{key!r} in", self._timeout_s, self._store
-            )
-        except KeyNotInitialized:
-            return False
-        return True
+        reply = self._job.control.request(
+            lambda n: m.CountKeys(n, self._store, [key]), f"{key!r} in", self._timeout_s, self._store
+        )
+        return int(reply.number) == 1
 
     def _num_keys(self) -> int:
         reply = self._job.control.request(

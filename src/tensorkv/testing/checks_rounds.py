@@ -555,6 +555,7 @@ def check_async_waits_for_nobody(maker: StoreMaker, workers: int) -> None:
     in_workers(maker, workers, work)
 
 
+@check(workers=SEVERAL, only="async")
 def check_async_mean(maker: StoreMaker, workers: int) -> None:
     """In an asynchronous kind a mean is over the devices of one push."""
 

@@ -482,14 +482,15 @@ class Entries(Message, tag=61):
 
 
 class CountKeys(Message, tag=76):
-    """Ask how many keys are initialised."""
+    """Ask how many of these keys are initialised; None for all keys of the store."""
 
     request: int
     store: int
+    keys: list[Key] | None = None
 
 
 class NumKeys(Message, tag=77):
-    """How many keys are initialised."""
+    """How many of the keys that were asked about are initialised."""
 
     request: int
     number: int
