@@ -123,6 +123,7 @@ class KVStore(ABC):
         self._reduction: Reduction = reduction
         self._timeout_s = seconds("timeout_s", timeout_s)
         self._parameters = ParameterTable()
+        self._watched = self._parameters.watched  # beside it, for a push that is made again and again
         self._key_type: type | None = None  # int or str once the store has a key
         self._closed = False
         self._pid = os.getpid()
@@ -191,7 +192,7 @@ class KVStore(ABC):
     def _create(self, batch: PushBatch, given: list[Any], whole: bool) -> None:
         self._init(batch.keys, [each[0] for each in batch.tensors], whole)
         self._key_type = type(batch.keys[0])
-        self._parameters.learn(batch.keys, given)
+        self._parameters.learn(batch.keys, given, watch=self.rank == 0)
 
     def push(
         self,
@@ -207,6 +208,10 @@ class KVStore(ABC):
         The values of several devices are summed first, in list order; then the workers' sums, in rank
         order; the updater combines the result with the stored value. In `dist_async` every push is a
         round of its own.
+
+        The default updater replaces the value by the result. Rank 0 is warned once (UserWarning) if it
+        pushes anything but the parameter itself to a key that it gave a parameter that requires a gradient,
+        while nothing was set or loaded: gradients, most likely.
 
         Args:
             key: a key, a list of keys, a dict of key to value, pairs, or a module for the gradients of its
@@ -238,6 +243,8 @@ class KVStore(ABC):
         batch = push_batch(key, value, self._key_type, self._knows_values, grads=True)
         if weight is not None:
             batch = batch.weighted(self._checked_weight("push", batch.keys, weight))
+        if self._watched:
+            self._parameters.check_push(batch)
         return self._push(batch, apply, async_op)
 
     def pull(self, key: Any = None, out: Any = None, *, async_op: bool = False) -> Any:
@@ -303,6 +310,8 @@ class KVStore(ABC):
         pulled = pull_batch_of(pushed, key, out, self._key_type, self._knows_outs)
         if weight is not None:
             pushed = pushed.weighted(self._checked_weight("pushpull", pushed.keys, weight))
+        if self._watched:
+            self._parameters.check_push(pushed)
         return self._pushpull(pushed, pulled, async_op)
 
     def empty_like(self, key: Any) -> Any:
@@ -428,6 +437,7 @@ class KVStore(ABC):
         """
         self._check_usable("set_updater")
         self._set_updater(updater, flag("elementwise", elementwise))
+        self._parameters.stop_watching()
 
     def set_optimizer(
         self,
@@ -478,6 +488,7 @@ class KVStore(ABC):
         self._check_usable("set_optimizer")
         if not isinstance(optimizer, torch.optim.Optimizer):
             self._set_optimizer(optimizer, [OptimizerGroup(self._names(keys), options)])
+            self._parameters.stop_watching()
             return
         if options:
             raise InvalidOption(
@@ -487,6 +498,7 @@ class KVStore(ABC):
         groups = groups_of(optimizer, self._names(keys), self._parameters.keys_by_id())
         checked = [OptimizerGroup(self._names(each.keys), each.options) for each in groups]
         self._set_optimizer(type(optimizer), checked)
+        self._parameters.stop_watching()
 
     def set_optimizer_options(self, *, keys: Names = None, **options: Any) -> None:
         """Change options of the optimizer, the learning rate say; its state is kept.
@@ -545,7 +557,7 @@ class KVStore(ABC):
         """
         self._check_usable("load_state_dict")
         self._load_state_dict(state_dict)
-        self._learn_key_type()
+        self._after_load()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write values, optimizer state, versions and settings to a folder, as safetensors and an index.
@@ -587,9 +599,10 @@ class KVStore(ABC):
         """
         self._check_usable("load")
         self._load(_folder("load", directory))
-        self._learn_key_type()
+        self._after_load()
 
-    def _learn_key_type(self) -> None:
+    def _after_load(self) -> None:
+        self._parameters.stop_watching()
         keys = self._keys()
         if keys:
             self._key_type = type(keys[0])

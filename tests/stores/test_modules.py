@@ -130,6 +130,7 @@ def test_the_gradients_of_a_module_are_pushed(kv: KVStore) -> None:
 def test_no_gradient_names_absent_and_nothing_is_pushed(kv: KVStore) -> None:
     net = Net(1.0)
     kv.init(net)
+    kv.set_updater("assign")
     net(torch.ones(4, 2)).sum().backward()
     for call in (
         lambda: kv.push(net),

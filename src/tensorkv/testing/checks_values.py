@@ -281,6 +281,7 @@ def check_parameters(maker: StoreMaker) -> None:
     def work(kv: KVStore) -> None:
         parameter = torch.nn.Parameter(full(1))
         kv.init("w", parameter)
+        kv.set_updater("assign")  # as it is; said so, for a warning is given otherwise
         kv.push("w", parameter * 2)  # has a history; the store takes the numbers
         before = parameter._version
         loss = (parameter * parameter).sum()
