@@ -143,7 +143,7 @@ class TestReadToken:
         os.close(write)
 
     @pytest.mark.parametrize(
-        "path", ["", "/tmp/tensorkv-x.token", "/proc/self/fd/3", "/proc/1/fd/../environ"]
+        "path", ["", "/run/tensorkv-x.token", "/proc/self/fd/3", "/proc/1/fd/../environ"]
     )
     def test_where_no_keeper_writes(self, path: str) -> None:
         with pytest.raises(AuthenticationError, match="where no keeper writes it"):

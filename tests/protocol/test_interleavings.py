@@ -836,6 +836,8 @@ def pushes(draw: st.DrawFn, keys: list[str], step: int, apply: bool, whole: bool
 CHOICES = st.lists(st.integers(0, 63), max_size=150)
 CHUNKS = st.lists(st.integers(1, 4), min_size=3, max_size=3)
 TURNS = st.lists(st.integers(0, 1), max_size=40)
+# Hundreds of jobs each: a minute is too short on a busy machine, and hypothesis calls that flaky.
+pytestmark = pytest.mark.timeout(300)
 moderate = settings(
     max_examples=120, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )

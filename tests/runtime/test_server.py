@@ -276,9 +276,9 @@ def test_a_worker_that_has_gone_without_its_answers_is_the_schedulers_to_tell(
     state, gone = cluster.servers[0]._state, threading.Event()
     handle = state.handle
 
-    def handle_later(worker: int, message: Any, payload: Any) -> Any:
+    def handle_later(*arguments: Any) -> Any:
         assert gone.wait(DEADLINE_S)
-        return handle(worker, message, payload)
+        return handle(*arguments)
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(state, "handle", handle_later)
@@ -302,7 +302,7 @@ def test_a_fault_of_ours_ends_one_connection_and_shows_where(
     open_store(other)
     state = cluster.servers[0]._state
 
-    def fail(worker: int, message: Any, payload: Any) -> Any:
+    def fail(*arguments: Any) -> Any:
         raise KeyError("a bug")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
@@ -570,7 +570,7 @@ def test_a_loop_that_ends_in_any_way_ends_the_server(
 ) -> None:
     """Else its workers would wait for their deadlines: an optimizer of the user that calls sys.exit, say."""
 
-    def leave(worker: int, message: Any, payload: Any) -> Any:
+    def leave(*arguments: Any) -> Any:
         raise SystemExit(4)
 
     monkeypatch.setattr(cluster.servers[0]._state, "handle", leave)
