@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tensorkv.errors import (
     DtypeMismatch,
@@ -129,7 +130,7 @@ class TestMemory:
         kv.init("w", torch.zeros(3))
         kv.set_optimizer("sgd", lr=0.1)
         kv.push("w", [ONE, ONE])  # torch's kernel is tried out
-        hook = torch.optim.optimizer.register_optimizer_step_pre_hook(note)
+        hook = register_optimizer_step_pre_hook(note)
         try:
             for _ in range(3):
                 kv.push("w", [ONE, ONE])
