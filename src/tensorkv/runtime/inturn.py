@@ -41,10 +41,14 @@ def receive_in_turn(
     links = list(dict.fromkeys(link for link, _ in numbers))
     led: list[ServerLink] = []
     try:
-        for link in links:
-            if not link.begin_to_lead(wait.tick):
-                return
-            led += [link]  # no call, in which Ctrl-C could come between the two
+        try:
+            for link in links:
+                if not link.begin_to_lead(wait.tick):
+                    return
+                led += [link]
+        except BaseException as exc:  # Ctrl-C: between the two nobody knows of the lead
+            links[0].broken_off(exc)
+            raise
         _receive_leading(links, numbers, wait, turn_to)
     finally:
         try:
