@@ -5,6 +5,7 @@ Whatever becomes of it, the store goes on, and so does everybody else of the job
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -246,7 +247,10 @@ STORES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", autouse=True)
 def group() -> Iterator[None]:
     """A process group of this process alone, without which torch makes no DTensor."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    # Not gloo: a cache of DTensor's, of this thread, outlives the test with the group in it. A child that
+    # another thread forks drops the cache, and waits for ever for the group's threads, which it has not got.
+    fake = importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

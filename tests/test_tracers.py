@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -236,9 +237,11 @@ def test_a_torch_that_skips_no_calls_is_gone_around(dynamo: Any, monkeypatch: py
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="inductor needs a C++ compiler")
 @pytest.mark.timeout(900)
-def test_a_step_that_inductor_compiles(dynamo: Any) -> None:
+def test_a_step_that_inductor_compiles(dynamo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One test for all kinds: what the C++ compiler takes long for is the same in all of them."""
     warnings.simplefilter("default")  # inductor's own
+    inductor = importlib.import_module("torch._inductor.config")
+    monkeypatch.setattr(inductor, "compile_threads", 1)  # a pool of them would outlive the test
     for kind, dynamic in (("local", None), ("device", None), ("dist_sync", None), ("dist_async", True)):
         dynamo.reset()
         with open_store(kind) as kv:
