@@ -98,6 +98,20 @@ def test_the_kernel_is_given_no_more_than_a_stopped_peer_has_room_for(
     assert received == frame * sent
 
 
+def test_the_kernel_is_asked_for_room_again_only_when_what_it_told_of_is_used_up(
+    ends: tuple[tcp.TcpConnection, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection, peer = ends
+    connection.notice_silence(10.0)
+    told = iter([1000, 4000])  # runs out, and so fails, if it is asked once more
+    monkeypatch.setattr(connection, "_ask_room_bytes", lambda: next(told))
+    for _ in range(5):
+        assert connection.send_now([bytes(100), bytes(100)]) == []
+    connection.send_rest([bytes(300)])  # of 4000
+    assert connection.send_now([bytes(3700)]) == []
+    assert len(peer.recv(5000, socket.MSG_WAITALL)) == 5000
+
+
 def test_a_peer_that_ends_while_it_has_no_room_is_noticed(
     ends: tuple[tcp.TcpConnection, socket.socket],
 ) -> None:
