@@ -60,13 +60,32 @@ def run_job(processes: Sequence[Process], *, timeout_s: float) -> dict[str, list
     Raises:
         JobFailed: a process ended with an error, the time was up, or there is no result.
     """
-    with _started(processes) as running:
+    (result,) = run_jobs([processes], timeout_s=timeout_s)
+    return result
+
+
+def run_jobs(jobs: Sequence[Sequence[Process]], *, timeout_s: float) -> list[dict[str, list[float]]]:
+    """Run jobs side by side and return the seconds of the steps of each, as in `run_job`.
+
+    Raises:
+        JobFailed: as in `run_job`; the other jobs are ended too.
+    """
+    with _started([process for job in jobs for process in job]) as running:
         try:
             _wait_for([each for each in running if not each.process.helper], running, timeout_s)
             _wait_for(running, running, END_S)
-            return read_result("\n".join(each.output() for each in running if not each.process.helper))
+            return [_result_of(job, running) for job in jobs]
         except (JobFailed, ValueError) as exc:
             raise JobFailed("\n".join([str(exc), *(each.tail() for each in running)])) from exc
+
+
+def _result_of(job: Sequence[Process], running: Sequence[_Running]) -> dict[str, list[float]]:
+    outputs = (
+        each.output()
+        for each in running
+        if any(each.process is one for one in job) and not each.process.helper
+    )
+    return read_result("\n".join(outputs))
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -182,15 +201,23 @@ def ratio_of_rounds(rounds: Sequence[Sequence[float]], baseline: Sequence[Sequen
     """Return how many times as long as those of `baseline` steps took: the median of the rounds' ratios.
 
     A round's jobs run one after another within a minute, so that what else the machine does weighs on
-    both sides alike. Of an even number of rounds it is the geometric mean of the two in the middle, so that
-    it does not matter which side is called the baseline.
+    both sides alike.
     """
-    return math.exp(
-        statistics.median(
-            math.log(statistics.median(times_s) / statistics.median(base_s))
+    return middle(
+        [
+            statistics.median(times_s) / statistics.median(base_s)
             for times_s, base_s in zip(rounds, baseline, strict=True)
-        )
+        ]
     )
+
+
+def middle(ratios: Sequence[float]) -> float:
+    """Return the median of ratios.
+
+    Of an even number of them it is the geometric mean of the two in the middle, so that it does not matter
+    which side is called the baseline.
+    """
+    return math.exp(statistics.median(math.log(ratio) for ratio in ratios))
 
 
 def figures(rounds: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]] | None) -> Figures:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,21 +34,50 @@ class Case:
         return self.num_servers > 0
 
 
-def tensorkv_job(
-    case: Case, transport: str = "tcp", lent: bool = False, source: Path = SOURCE
-) -> list[Process]:
+def tensorkv_job(case: Case, transport: str = "tcp", lent: bool = False) -> list[Process]:
     """Return TensorKV's job: the launcher starts the rest, in one process the script itself is all.
 
-    With `lent` it pushes from tensors of `empty_like`. `source` is the `src` folder of a checkout.
+    With `lent` it pushes from tensors of `empty_like`.
     """
-    module = [sys.executable, "-m", "tensorkv.bench.worker", *(["--lent"] if lent else [])]
-    script = [*module, f"--kind={case.kind}", *case.plan.arguments()]
+    return _tensorkv_job(case, transport, [sys.executable, "-m", "tensorkv.bench.worker"], lent, SOURCE)
+
+
+def turns_job(
+    case: Case,
+    transport: str,
+    *,
+    lent: bool,
+    source: Path,
+    fifos: Sequence[Path],
+    turn: int,
+    second: bool,
+) -> list[Process]:
+    """Return a job of TensorKV that takes turns with another; see `turnsteps.py`.
+
+    Args:
+        case: what is measured.
+        transport: the transport of its messages.
+        lent: whether it pushes from tensors of `empty_like`.
+        source: the `src` folder of a checkout.
+        fifos: of this job's turns, and of the other's.
+        turn: how many steps are made in a turn.
+        second: whether the other job begins.
+    """
+    of_turns = [f"--mine={fifos[0]}", f"--others={fifos[1]}", f"--turn={turn}"]
+    script = python_script("turnsteps.py", *of_turns, *(["--second"] if second else []))
+    return _tensorkv_job(case, transport, script, lent, source)
+
+
+def _tensorkv_job(
+    case: Case, transport: str, script: Sequence[str], lent: bool, source: Path
+) -> list[Process]:
+    command = [*script, *(["--lent"] if lent else []), f"--kind={case.kind}", *case.plan.arguments()]
     env = _checkout_first(source) | threads_env(case.num_workers)
     if not case.is_dist:
-        return [Process(name="tensorkv", command=script, env=env)]
+        return [Process(name="tensorkv", command=command, env=env)]
     launcher = [sys.executable, "-m", "tensorkv", "run"]
     options = ["-n", str(case.num_workers), "-s", str(case.num_servers), "--transport", transport, "--"]
-    return [Process(name="tensorkv run", command=[*launcher, *options, *script], env=env)]
+    return [Process(name="tensorkv run", command=[*launcher, *options, *command], env=env)]
 
 
 def mxnet_job(case: Case, python: str) -> list[Process]:

@@ -1,28 +1,33 @@
 """Two checkouts of TensorKV, step by step in one run: has a change made anything slower?
 
-Every case of `pushpull.py` runs as jobs from this checkout and from another one in turn, through TCP, shared
-memory, and from tensors of `empty_like`. The ratio is what a step takes here to what it takes there, the
-median of the rounds' ratios: 1.05 is 5 % slower here. Each round runs here, there, there, here, so
-that a machine that drifts weighs on both alike. Results are checked, as in `pushpull.py`.
+Every case of `pushpull.py` runs as a job from this checkout and one from another, through TCP, shared
+memory, and from tensors of `empty_like`. Both jobs live side by side and take turns of a few steps
+(`turnsteps.py`), so that a machine that drifts weighs on both alike. The ratio is what a step takes here to
+what it takes there in the turn beside it, the median of the turns and of the rounds: 1.05 is 5 % slower here.
+A process stays quicker or slower than another of the same code as long as it lives, by 8 % where a step
+takes 0.2 ms, so several rounds are needed, each with two new jobs. Results are checked, as in `pushpull.py`.
 
     git worktree add ../before COMMIT
-    python benchmarks/sidebyside.py ../before            about 25 minutes with 7 rounds
-    python benchmarks/sidebyside.py ../before --case dist-one --rounds 20
+    python benchmarks/sidebyside.py ../before            about 45 minutes with 5 rounds
+    python benchmarks/sidebyside.py ../before --case dist-one --system tensorkv --rounds 20
 
-The status is 1 if a row is slower than `--allowed`. With few rounds a busy machine exceeds that by chance:
-measure such a row again, alone, with more rounds.
+Behind each ratio stand the lowest and the highest of the rounds. The status is 1 if a row is slower than
+`--allowed`. With few rounds that happens by chance: measure such a row again with more.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cases import CASES, quick
-from harness import SOURCE, JobFailed, Times, ratio_of_rounds, run_job
-from jobs import Case, tensorkv_job
+from harness import SOURCE, JobFailed, middle, ratio_of_rounds, run_jobs
+from jobs import Case, turns_job
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +36,13 @@ from systems import JOB_TIMEOUT_S, can_do
 from tensorkv.bench.machine import this_machine
 
 TRANSPORTS = {"tensorkv": ("tcp", False), "tensorkv-shm": ("shm", False), "tensorkv-lent": ("shm", True)}
+TURNS_OF_A_CASE = 10
+"""A turn is this part of the steps that `pushpull.py` measures..."""
+STEPS_FACTOR = 5
+"""...and so many times as many steps are made."""
+
+Ratios = Sequence[float]
+"""Of a way, the ratio of each round."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,51 +53,68 @@ def main(argv: Sequence[str] | None = None) -> None:
     slower = []
     for case in (case for case in CASES if not arguments.case or case.name in arguments.case):
         measured = quick(case) if arguments.quick else case
-        ratios = compare(measured, arguments.checkout / "src", arguments.rounds)
+        ratios = compare(measured, arguments.checkout / "src", arguments.rounds, arguments.system)
         console.print(_table(case, ratios))
-        slower += [f"{case.name} {name}" for name, ratio in ratios.items() if ratio > arguments.allowed]
+        slower += [
+            f"{case.name} {name}" for name, found in ratios.items() if middle(found) > arguments.allowed
+        ]
     if slower:
         console.print(f"slower than {arguments.allowed}: {', '.join(slower)}", highlight=False)
         sys.exit(1)
 
 
-def compare(case: Case, other: Path, rounds: int) -> dict[str, float]:
+def compare(case: Case, other: Path, rounds: int, systems: Sequence[str] | None = None) -> dict[str, Ratios]:
     """Return for each way of each of our systems how many times as long as in `other` a step takes here.
 
     Args:
         case: what is measured.
         other: the `src` folder of the other checkout.
-        rounds: how often each pair of checkouts runs.
+        rounds: how often two new jobs are started.
+        systems: of `TRANSPORTS`; None for all.
 
     Raises:
         JobFailed: a job failed; nothing of it is left running.
     """
-    ratios = {}
-    for system, (transport, lent) in TRANSPORTS.items():
-        if not can_do(system, case):
-            continue
-        here: Times = {}
-        there: Times = {}
-        for _ in range(rounds):
-            for source, times in ((SOURCE, here), (other, there), (other, there), (SOURCE, here)):
-                job = tensorkv_job(case, transport, lent=lent, source=source)
-                for way, times_s in run_job(job, timeout_s=JOB_TIMEOUT_S).items():
-                    times.setdefault(way, []).append(times_s)
-        for way in here.keys() & there.keys():
-            ratios[f"{system}, {way}"] = ratio_of_rounds(_pairs(here[way]), _pairs(there[way]))
+    turn = max(1, case.plan.steps // TURNS_OF_A_CASE)
+    plan = dataclasses.replace(case.plan, steps=case.plan.steps * STEPS_FACTOR)
+    longer = dataclasses.replace(case, plan=plan)
+    ratios: dict[str, list[float]] = {}
+    for system in (system for system in systems or TRANSPORTS if can_do(system, case)):
+        for number in range(rounds):
+            for way, ratio in _round(longer, system, other, turn, here_first=number % 2 == 0).items():
+                ratios.setdefault(f"{system}, {way}", []).append(ratio)
     return ratios
 
 
-def _pairs(rounds: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Join the two jobs of each round."""
-    return [[*first, *second] for first, second in zip(rounds[::2], rounds[1::2], strict=True)]
+def _round(case: Case, system: str, other: Path, turn: int, here_first: bool) -> dict[str, float]:
+    """Run both jobs and return the ratio of each way."""
+    transport, lent = TRANSPORTS[system]
+    with tempfile.TemporaryDirectory() as folder:
+        fifos = [Path(folder, name) for name in ("here", "there")]
+        for fifo in fifos:
+            os.mkfifo(fifo)
+        jobs = [
+            turns_job(case, transport, lent=lent, source=source, fifos=pair, turn=turn, second=second)
+            for source, pair, second in (
+                (SOURCE, fifos, not here_first),
+                (other, fifos[::-1], here_first),
+            )
+        ]
+        here, there = run_jobs(jobs, timeout_s=JOB_TIMEOUT_S)
+    return {way: ratio_of_rounds(_turns(here[way], turn), _turns(there[way], turn)) for way in here}
 
 
-def _table(case: Case, ratios: dict[str, float]) -> Table:
-    table = Table("system, step", "here / there", title=case.title, title_justify="left", box=SIMPLE_HEAD)
+def _turns(times_s: Sequence[float], turn: int) -> list[Sequence[float]]:
+    return [times_s[at : at + turn] for at in range(0, len(times_s), turn)]
+
+
+def _table(case: Case, ratios: Mapping[str, Ratios]) -> Table:
+    table = Table(
+        "system, step", "here / there", "rounds", title=case.title, title_justify="left", box=SIMPLE_HEAD
+    )
     table.columns[1].justify = "right"
-    for name, ratio in sorted(ratios.items()):
-        table.add_row(name, f"{ratio:.3f}")
+    for name, found in sorted(ratios.items()):
+        table.add_row(name, f"{middle(found):.3f}", f"{min(found):.3f} to {max(found):.3f}")
     return table
 
 
@@ -96,7 +125,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("checkout", type=Path, help="the folder of the other checkout")
     names = [case.name for case in CASES]
     parser.add_argument("--case", action="append", choices=names, help="only this one; may be repeated")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds per case and system (7)")
+    parser.add_argument("--system", action="append", choices=TRANSPORTS, help="only this; may be repeated")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per case and system (5)")
     parser.add_argument("--allowed", type=float, default=1.03, help="the largest ratio that is good (1.03)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     arguments = parser.parse_args(argv)

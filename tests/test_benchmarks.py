@@ -126,8 +126,9 @@ def test_gloo_is_measured(tmp_path: Path) -> None:
 
 def test_a_checkout_is_measured_beside_another(capsys: pytest.CaptureFixture[str]) -> None:
     here = harness.SOURCE.parent
+    wanted = ["--quick", "--rounds=1", "--case=local-assign"]
     with pytest.raises(SystemExit, match="1"):  # nothing is as fast as is allowed
-        sidebyside.main([str(here), "--quick", "--rounds=1", "--case=local-assign", "--allowed=0"])
+        sidebyside.main([str(here), *wanted, "--allowed=0"])
     printed = capsys.readouterr().out
     rows = [line.split()[:2] for line in printed.splitlines() if "tensorkv," in line]
     assert rows[:2] == [["tensorkv,", "push+pull"], ["tensorkv,", "pushpull"]]
