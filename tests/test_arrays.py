@@ -118,6 +118,12 @@ class TestToTensor:
         with pytest.raises(InvalidValue, match="'w'"):
             to_tensor(torch.Tensor, "w")
 
+    def test_an_array_of_another_byte_order_says_how_to_turn_it(self) -> None:
+        array = np.ones(2, np.dtype(np.float32).newbyteorder())
+        with pytest.raises(InvalidValue, match=r"'w' is [<>]f4.*pass array\.astype"):
+            to_tensor(array, "w")
+        assert to_tensor(array.astype(array.dtype.newbyteorder("=")), "w").tolist() == [1.0, 1.0]
+
     def test_a_masked_array_is_not_read_as_if_it_had_no_mask(self) -> None:
         masked = np.ma.array([1.0, 2.0], mask=[False, True])
         for take in (to_tensor, to_out):

@@ -39,6 +39,10 @@ class TestCheckKeys:
         with pytest.raises(InvalidKey, match="True is a bool"):
             check_keys([1, True])
 
+    def test_a_number_of_numpy_says_what_to_pass(self) -> None:
+        with pytest.raises(InvalidKey, match=r"key 3 is a numpy\.int64.*pass key\.item\(\)"):
+            check_keys([np.int64(3)])
+
     def test_a_mix_is_refused(self) -> None:
         with pytest.raises(InvalidKey, match="mixed"):
             check_keys([1, "a"])

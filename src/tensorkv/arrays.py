@@ -366,6 +366,11 @@ def _from_numpy(array: np.ndarray[Any, Any], key: Key) -> torch.Tensor:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(array)
     except (TypeError, ValueError) as exc:
+        if not array.dtype.isnative:
+            raise InvalidValue(
+                f"the NumPy array for key {key!r} is {array.dtype.str}, of another byte order than this "
+                "machine's; pass array.astype(array.dtype.newbyteorder('='))"
+            ) from exc
         raise InvalidValue(f"the NumPy array for key {key!r} has no torch counterpart: {exc}") from exc
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Se
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
@@ -195,6 +196,8 @@ def _no_key(bad: Any) -> str:
             f"a key is an int or a str, not {with_article(type(bad).__name__)}; to pull into its tensors "
             "pass it as out"
         )
+    if isinstance(bad, (np.integer, np.str_)):
+        return f"key {bad.item()!r} is a numpy.{type(bad).__name__}; a key is an int or a str: pass key.item()"
     text = repr(bad) if isinstance(bad, (bool, float, complex, bytes, type(None))) else ""
     named = f"key {text} is " if text else "a key is "
     return f"{named}{with_article(type(bad).__name__)}; a key is an int or a str"
