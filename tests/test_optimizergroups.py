@@ -140,6 +140,12 @@ def test_groups_of_the_same_options_are_one() -> None:
     ]
 
 
+def test_groups_that_are_all_empty_are_refused() -> None:
+    optimizer = torch.optim.SGD([{"params": []}, {"params": []}], lr=0.1)
+    with pytest.raises(InvalidArgument, match="no group of this SGD has a parameter"):
+        groups_of(optimizer, None, {})
+
+
 def test_groups_that_cannot_be_told_apart_are_refused() -> None:
     first, second = parameters((2,), (3,))
     made = torch.optim.SGD([{"params": [first]}, {"params": [second], "lr": 1.0}], lr=0.5)

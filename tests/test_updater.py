@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from typing import Any
 
@@ -73,6 +74,42 @@ class TestFunction:
         assert isinstance(failure.__cause__, ZeroDivisionError)
         assert "'key 3'" in str(failure)
         assert "in half_way" in str(failure)  # the traceback
+        assert stored.tolist() == [0, 0]
+
+    def test_one_that_has_its_value_track_gradients(self) -> None:
+        def descend(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+            stored.requires_grad_()
+            with torch.enable_grad():
+                (stored * pushed).sum().backward()
+            with torch.no_grad():
+                stored.sub_(stored.grad)
+
+        stored = torch.zeros(2)
+        for _ in range(2):
+            assert step(function(descend), 3, torch.ones(2), stored) is None
+        assert stored.tolist() == [-2, -2]
+        assert not stored.requires_grad
+
+    @pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, MemoryError])
+    def test_whatever_it_raises_is_of_its_key(self, kind: type[BaseException]) -> None:
+        def raising(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+            stored.fill_(99)
+            raise kind
+
+        stored = torch.zeros(2)
+        failure = step(function(raising), 3, torch.ones(2), stored)
+        assert isinstance(failure, UpdaterError)
+        assert isinstance(failure.__cause__, kind)
+        assert stored.tolist() == [0, 0]
+
+    def test_ctrl_c_is_the_programs(self) -> None:
+        def interrupted(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+            stored.fill_(99)
+            raise KeyboardInterrupt
+
+        stored = torch.zeros(2)
+        with pytest.raises(KeyboardInterrupt):
+            step(function(interrupted), 3, torch.ones(2), stored)
         assert stored.tolist() == [0, 0]
 
     def test_one_that_wants_to_exit_is_one_that_raises(self) -> None:

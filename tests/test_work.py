@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import math
 import threading
 import weakref
 from concurrent.futures import Future
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkv.errors import PeerLostError, WaitTimeout
+from tensorkv.errors import InvalidArgument, PeerLostError, WaitTimeout
 from tensorkv.work import Work
 
 
@@ -96,6 +97,32 @@ def test_at_its_own_deadline_a_work_says_whom_it_waits_for() -> None:
 
 
 # ---- in coroutines, and as a future --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e300, timedelta(days=999_999_999)])
+def test_any_time_may_be_waited(timeout: Any) -> None:
+    work = Work.completed(3, "pull of 'w'")
+    assert work.wait(timeout)
+    assert work.result(timeout) == 3
+    assert work.exception(timeout) is None
+
+
+@pytest.mark.parametrize("timeout", ["x", math.nan, True, [1]])
+def test_what_is_no_time_is_refused(timeout: Any) -> None:
+    work = Work.completed(3, "pull of 'w'")
+    for wait in (work.wait, work.result, work.exception):
+        with pytest.raises(InvalidArgument, match="is neither a number of seconds"):
+            wait(timeout)
+
+
+def test_whoever_awaits_is_told_whom_the_call_waits_for() -> None:
+    work = Work(concurrent.futures.Future(), "pull of 'w'", 0.01, lambda: "waiting for worker 1")
+
+    async def program() -> None:
+        await work
+
+    with pytest.raises(WaitTimeout, match="not complete after 0.01 s: waiting for worker 1"):
+        asyncio.run(program())
 
 
 def test_it_can_be_awaited_before_and_after_it_is_complete() -> None:

@@ -197,7 +197,9 @@ def _no_key(bad: Any) -> str:
             "pass it as out"
         )
     if isinstance(bad, (np.integer, np.str_)):
-        return f"key {bad.item()!r} is a numpy.{type(bad).__name__}; a key is an int or a str: pass key.item()"
+        return (
+            f"key {bad.item()!r} is a numpy.{type(bad).__name__}; a key is an int or a str: pass key.item()"
+        )
     text = repr(bad) if isinstance(bad, (bool, float, complex, bytes, type(None))) else ""
     named = f"key {text} is " if text else "a key is "
     return f"{named}{with_article(type(bad).__name__)}; a key is an int or a str"

@@ -69,6 +69,11 @@ def groups_of(
             found.append((options, [number]))
         else:
             alike.append(number)
+    if not found:
+        raise InvalidArgument(
+            f"set_optimizer: no group of this {optimizer_class.__name__} has a parameter, so it cannot be "
+            "told which keys they are for; pass the class and its options"
+        )
     _check_makes_first_step(optimizer_class, optimizer, found[0][0])
     if len(found) == 1:
         return [OptimizerGroup(keys, found[0][0])]

@@ -199,7 +199,7 @@ class OptimizerUpdater(Updater):
         before = steps.clone() if isinstance(steps, torch.Tensor) else None
         try:
             self._step(parameters, options, fused=True)
-        except Exception:  # noqa: BLE001  # each slot is tried again on its own, and tells what it fails with
+        except BaseException as exc:  # each slot is tried again on its own, and tells what it fails with
             # The kernel looks at all it is given before it changes a value, but after the steps are counted.
             counted = steps is not None and before is not None and not torch.equal(steps, before)
             for parameter in parameters:
@@ -207,6 +207,8 @@ class OptimizerUpdater(Updater):
                     state.pop(parameter, {})
                 elif counted:
                     state[parameter]["step"].sub_(1)
+            if isinstance(exc, KeyboardInterrupt):
+                raise
         else:
             return [None] * len(updates)
         finally:
@@ -237,9 +239,11 @@ class OptimizerUpdater(Updater):
         try:
             snapshot = _Snapshot(self._optimizer, parameters)
             self._step(parameters, options, fused)
-        except Exception as exc:  # noqa: BLE001  # whatever the optimizer raises is reported to the pushers
+        except BaseException as exc:  # whatever the optimizer raises is reported to the pushers
             if snapshot is not None:
                 snapshot.put_back()
+            if isinstance(exc, KeyboardInterrupt):
+                raise
             if len(updates) == 1:
                 return [updater_error(self.spec.name, updates[0].key, exc)]
         else:
@@ -250,20 +254,30 @@ class OptimizerUpdater(Updater):
         return [self._apply_guarded([update], options, fused)[0] for update in updates]
 
     def _apply_on_copy(self, update: Update, options: dict[str, Any]) -> Failure:
-        parameter = torch.nn.Parameter(update.stored.clone(), requires_grad=False)
-        parameter.grad = update.pushed.clone()  # the optimizer's to keep, or to change
-        if update.slot in self._restored:
-            state = self._restored.pop(update.slot)
-            self._states[update.slot] = _beside(state, update.stored, fused=False)
-        if update.slot in self._states:
-            self._optimizer.state[parameter] = copy.deepcopy(self._states[update.slot])
+        slot, stored = update.slot, update.stored
+        parameter: torch.nn.Parameter | None = None
         try:
+            if slot in self._restored:
+                self._states[slot] = _beside(self._restored[slot], stored, fused=False)
+                del self._restored[slot]
+            parameter = torch.nn.Parameter(stored.clone(), requires_grad=False)
+            parameter.grad = update.pushed.clone()  # the optimizer's to keep, or to change
+            if slot in self._states:
+                self._optimizer.state[parameter] = copy.deepcopy(self._states[slot])
             self._step([parameter], options, fused=False)
-        except Exception as exc:  # noqa: BLE001  # whatever the optimizer raises is reported to the pushers
-            self._optimizer.state.pop(parameter, None)
+            if parameter.shape != stored.shape:
+                raise ValueError(
+                    f"it has resized the parameter from {tuple(stored.shape)} to {tuple(parameter.shape)}"
+                )
+            stored.copy_(parameter.data)
+            self._states[slot] = self._optimizer.state.get(parameter, {})
+        except BaseException as exc:  # whatever the optimizer raises is reported to the pushers
+            if isinstance(exc, KeyboardInterrupt):
+                raise
             return updater_error(self.spec.name, update.key, exc)
-        self._states[update.slot] = self._optimizer.state.pop(parameter, {})
-        update.stored.copy_(parameter.data)
+        finally:
+            if parameter is not None:
+                self._optimizer.state.pop(parameter, None)
         return None
 
     def _step(self, parameters: list[torch.nn.Parameter], options: dict[str, Any], fused: bool) -> None:

@@ -242,7 +242,7 @@ class KVStore(ABC):
             apply, async_op = flag("apply", apply), flag("async_op", async_op)
         batch = push_batch(key, value, self._key_type, self._knows_values, grads=True)
         if weight is not None:
-            batch = batch.weighted(self._checked_weight("push", batch.keys, weight))
+            batch = self._weighted("push", batch, weight)
         if self._watched:
             self._parameters.check_push(batch)
         return self._push(batch, apply, async_op)
@@ -309,7 +309,7 @@ class KVStore(ABC):
         pushed = push_batch(key, value, self._key_type, self._knows_values, grads=True)
         pulled = pull_batch_of(pushed, key, out, self._key_type, self._knows_outs)
         if weight is not None:
-            pushed = pushed.weighted(self._checked_weight("pushpull", pushed.keys, weight))
+            pushed = self._weighted("pushpull", pushed, weight)
         if self._watched:
             self._parameters.check_push(pushed)
         return self._pushpull(pushed, pulled, async_op)
@@ -744,6 +744,10 @@ class KVStore(ABC):
     def _init(self, keys: tuple[Key, ...], values: list[torch.Tensor], whole: bool) -> None: ...
 
     @abstractmethod
+    def _check_push(self, batch: PushBatch) -> Any:
+        """Raise if it cannot be pushed."""
+
+    @abstractmethod
     def _push(self, batch: PushBatch, apply: bool, async_op: bool) -> Work | None: ...
 
     @abstractmethod
@@ -816,6 +820,13 @@ class KVStore(ABC):
                 f"{call}: store {self._name!r} belongs to process {self._pid}, and this is its forked child "
                 f"{os.getpid()}; create a store of its own, or start the process by 'spawn'"
             )
+
+    def _weighted(self, call: str, batch: PushBatch, weight: Any) -> PushBatch:
+        """Return a push with a weight. Raises what the push would without one, and `_checked_weight`."""
+        number = self._checked_weight(call, batch.keys, weight)
+        if not number:
+            self._check_push(batch)  # none of it is pushed, but a mistake is one
+        return batch.weighted(number)
 
     def _checked_weight(self, call: str, keys: tuple[Key, ...], weight: Any) -> float:
         """Return the weight of a push. Raises InvalidArgument if it is none, or the store takes no mean."""

@@ -94,13 +94,18 @@ class Add(Updater):
     spec = UpdaterSpec(type="named", name="add")
 
     def apply(self, updates: Sequence[Update], options: dict[str, Any]) -> list[Failure]:
-        for update in updates:
-            if update.stored.is_floating_point() and update.stored.dtype.itemsize == 1:
-                total = update.stored.float().add_(update.pushed.float())  # torch adds no 8-bit floats
-                update.stored.copy_(total)
+        return [self._apply_one(update) for update in updates]
+
+    def _apply_one(self, update: Update) -> Failure:
+        stored, pushed = update.stored, update.pushed
+        try:
+            if stored.is_floating_point() and stored.dtype.itemsize == 1:  # torch adds no 8-bit floats
+                stored.copy_(stored.float().add_(pushed.float()))
             else:
-                update.stored.add_(update.pushed)
-        return [None] * len(updates)
+                stored.add_(pushed)
+        except (RuntimeError, MemoryError) as exc:
+            return updater_error(self.spec.name, update.key, exc)
+        return None
 
 
 @final
@@ -118,8 +123,8 @@ class FunctionUpdater(Updater):
         return [self._apply_one(update) for update in updates]
 
     def _apply_one(self, update: Update) -> Failure:
-        changed = update.stored.clone()
         try:
+            changed = update.stored.clone()
             with torch.no_grad():
                 returned: Any = self.function(update.key, update.pushed.clone(), changed)
             if returned is not None and not _shares_memory(returned, changed):
@@ -131,9 +136,11 @@ class FunctionUpdater(Updater):
                 raise ValueError(
                     f"it has resized `stored` from {tuple(update.stored.shape)} to {tuple(changed.shape)}"
                 )
-        except (Exception, SystemExit) as exc:  # noqa: BLE001  # the user's code may raise anything
+            update.stored.copy_(changed.detach())  # the function may have had it track gradients
+        except BaseException as exc:  # the user's code may raise anything
+            if isinstance(exc, KeyboardInterrupt):
+                raise
             return updater_error(self.spec.name, update.key, exc)
-        update.stored.copy_(changed)
         return None
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import math
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Generator
 from datetime import timedelta
 from typing import Any, final
 
-from tensorkv.errors import PeerLostError, WaitTimeout
+from tensorkv.errors import InvalidArgument, PeerLostError, WaitTimeout
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +20,16 @@ logger = logging.getLogger(__name__)
 def _tell_unseen(what: str, error: BaseException | None) -> None:
     if error is not None and not isinstance(error, PeerLostError):  # that one every later call raises
         logger.warning("%s with async_op, whose Work nobody waited for: %s", what, error)
+
+
+def _seconds(timeout: Any) -> float:
+    """Return a timeout in seconds, of which the system takes some centuries at most."""
+    value = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise InvalidArgument(
+            f"timeout={timeout!r} is neither a number of seconds, nor a timedelta, nor None"
+        )
+    return float(min(value, threading.TIMEOUT_MAX))
 
 
 @final
@@ -61,6 +73,7 @@ class Work(concurrent.futures.Future[Any]):
             timeout: seconds, or a timedelta; None waits as long as the call itself would.
 
         Raises:
+            InvalidArgument: `timeout` is no time.
             WaitTimeout: `timeout` passed; the call goes on and may be waited for again.
             TensorKVError: what the blocking call would have raised.
         """
@@ -71,14 +84,14 @@ class Work(concurrent.futures.Future[Any]):
         """Return whether the call is complete, also if it failed. Never blocks."""
         return self.done()
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | timedelta | None = None) -> Any:
         """Block until complete and return what the blocking call would have returned. Otherwise as `wait`."""
         return self._outcome(timeout)
 
-    def exception(self, timeout: float | None = None) -> BaseException | None:
+    def exception(self, timeout: float | timedelta | None = None) -> BaseException | None:
         """Return the error of a complete call, None if it succeeded. Blocks until complete, or `timeout`."""
         self._seen = True
-        return super().exception(timeout)
+        return super().exception(None if timeout is None else _seconds(timeout))
 
     def add_done_callback(self, fn: Callable[[Any], object]) -> None:
         """Call `fn(work)` when the call is complete: at once, or later in the thread that completes it."""
@@ -99,10 +112,13 @@ class Work(concurrent.futures.Future[Any]):
         except TimeoutError as exc:
             if self.done():  # it is the call's own, or has come at the last moment
                 return self._outcome(None)
-            raise WaitTimeout(f"{self._what} is not complete after {self._timeout_s:g} s") from exc
+            missing = None
+            if self._whom is not None:
+                missing = await asyncio.to_thread(self._whom)  # it may take a moment
+            raise self._late(self._timeout_s, missing) from exc
 
     def _outcome(self, timeout: float | timedelta | None) -> Any:
-        timeout_s = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        timeout_s = None if timeout is None else _seconds(timeout)
         whom = None
         if timeout_s is None:  # nobody is asked at the end of a shorter wait: those may come by the thousand
             timeout_s, whom = self._timeout_s, self._whom
@@ -113,9 +129,11 @@ class Work(concurrent.futures.Future[Any]):
             self._seen = self.done()
             if self._seen:  # the call itself ended with a timeout of its own
                 raise
-            text = f"{self._what} is not complete after {timeout_s:g} s"
-            missing = whom and whom()
-            raise WaitTimeout(f"{text}: {missing}" if missing else text) from exc
+            raise self._late(timeout_s, None if whom is None else whom()) from exc
+
+    def _late(self, timeout_s: float | None, missing: str | None) -> WaitTimeout:
+        text = f"{self._what} is not complete after {timeout_s:g} s"
+        return WaitTimeout(f"{text}: {missing}" if missing else text)
 
     def __del__(self) -> None:
         """A call whose error nobody has seen is told of in the log: nothing else would."""

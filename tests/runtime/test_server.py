@@ -574,8 +574,10 @@ def test_a_loop_that_ends_in_any_way_ends_the_server(
         raise SystemExit(4)
 
     monkeypatch.setattr(cluster.servers[0]._state, "handle", leave)
-    worker(0).say(m.Flush(1, 1))
+    peer = worker(0)
+    peer.say(m.Flush(1, 1))
     assert "SystemExit: 4" in str(cluster.servers[0].wait())
+    assert until_the_end(peer.connection) == []  # a server that is a thread of the worker tells it, too
     assert "cannot go on" in caplog.text
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,13 @@ import pytest
 import torch
 
 import tensorkv
-from tensorkv.errors import InvalidOption, InvalidValue, UpdaterError
+from tensorkv.errors import (
+    InvalidOption,
+    InvalidValue,
+    MemoryLimitReached,
+    ShapeMismatch,
+    UpdaterError,
+)
 from tensorkv.store import KVStore
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -51,6 +60,78 @@ def test_a_function_that_returns_the_new_value_is_told(kv: KVStore) -> None:
     with pytest.raises(UpdaterError, match=r"'w'.*change `stored` in place"):
         kv.pushpull("w", torch.ones(1))
     assert kv.pull("w").item() == kv.info("w").version == 0
+
+
+def test_a_function_that_has_its_value_track_gradients_is_nobodys_trouble(kv: KVStore) -> None:
+    def descend(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
+        stored.requires_grad_()
+        with torch.enable_grad():
+            (stored * pushed).sum().backward()
+        with torch.no_grad():
+            stored.sub_(stored.grad)
+
+    kv.init("w", torch.zeros(2))
+    kv.set_updater(descend)
+    for expected in (-1.0, -2.0):
+        kv.push("w", torch.ones(2))
+        assert kv.pull("w").tolist() == [expected] * 2
+
+
+class Moody(torch.optim.Optimizer):
+    """Of one's own, and so run on a copy; what it does to values of two elements is its option `mood`."""
+
+    def __init__(self, params: Any, mood: str = "", lr: float = 1.0) -> None:
+        super().__init__(params, {"mood": mood, "lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad)
+                self.state[parameter]["steps"] = self.state[parameter].get("steps", 0) + 1
+                if parameter.numel() != 2:
+                    continue
+                if group["mood"] == "no copy":
+                    self.state[parameter]["lock"] = threading.Lock()
+                elif group["mood"] == "resize":
+                    parameter.data = torch.ones(1)
+                elif group["mood"] == "exit":
+                    sys.exit(3)
+                elif group["mood"] == "no memory":
+                    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("mood", "error"),
+    [
+        ("no copy", "on key 'b': cannot pickle"),
+        ("resize", r"on key 'b': it has resized the parameter from \(2,\) to \(1,\)"),
+        ("exit", "raised SystemExit on key 'b': 3"),
+        ("no memory", "no memory for an update of key 'b'"),
+    ],
+)
+def test_a_key_fails_alone_also_where_an_optimizer_runs_on_a_copy(kv: KVStore, mood: str, error: str) -> None:
+    kv.init({"a": torch.zeros(3), "b": torch.zeros(2), "c": torch.zeros(3)})
+    kv.set_optimizer(Moody, mood=mood)
+    good = int(mood == "no copy")  # the second step is the first to copy the state
+    kind = MemoryLimitReached if mood == "no memory" else UpdaterError
+    for number in range(2):
+        with contextlib.nullcontext() if number < good else pytest.raises(kind, match=error):
+            kv.push({"a": torch.ones(3), "b": torch.ones(2), "c": torch.ones(3)})
+            kv.barrier()
+    for key, num_steps in (("a", 2), ("b", good), ("c", 2)):
+        assert kv.pull(key)[0].item() == -num_steps
+        assert kv.info(key).version == num_steps
+
+
+def test_with_weight_0_a_mistake_is_still_one() -> None:
+    for options in KINDS.values():
+        with tensorkv.create(**options, reduction="mean") as kv:
+            kv.init("w", torch.zeros(2))
+            for push in (kv.push, kv.pushpull):
+                with pytest.raises(ShapeMismatch, match="'w'"):
+                    push("w", torch.ones(3), weight=0)
+            assert kv.info("w").round == 0
 
 
 @pytest.mark.parametrize("name", KINDS)

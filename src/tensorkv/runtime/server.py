@@ -262,6 +262,8 @@ class Server:
         except BaseException as exc:  # whatever it is: without its loop the server is of no use
             logger.exception("server %d: cannot go on", self._config.rank)
             self._end(TensorKVError(f"the server failed: {type(exc).__name__}: {exc}"))
+            for peer in [*self._peers.values(), *([self._scheduler] if self._scheduler else [])]:
+                peer.connection.shutdown()  # so that nobody waits for it: it may be a thread of a worker
 
     def _serve(self) -> None:
         """Read whoever has sent something, until the job is over."""

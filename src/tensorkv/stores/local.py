@@ -34,6 +34,7 @@ from tensorkv.arrays import (
 )
 from tensorkv.errors import (
     Hints,
+    MemoryLimitReached,
     SettingMismatch,
     StoreClosed,
     UncommittedPush,
@@ -45,6 +46,7 @@ from tensorkv.keys import PullBatch, PushBatch, answer, check_keys
 from tensorkv.optimizergroups import OptimizerGroup
 from tensorkv.optimizers import find_optimizer, optimizer_spec
 from tensorkv.protocol.commits import all_finite, norms_of, scale, unscalable
+from tensorkv.protocol.memory import short_of
 from tensorkv.protocol.norms import clip_factor, total_norm
 from tensorkv.reduce import broadcast, lightest, sum_devices
 from tensorkv.savedstate import (
@@ -594,11 +596,17 @@ def _apply(updates: Sequence[tuple[_Slot, Setting, torch.Tensor]]) -> None:
         if failure is None:
             slot.version += 1
         else:
-            failed.append(failure)
+            short = short_of(failure, f"an update of key {slot.key!r}", _no_memory)
+            failed.append(short or failure)
     if failed:
         for other in failed[1:]:
             failed[0].add_note(f"and {other}")
         raise failed[0]
+
+
+def _no_memory(what: str, size_bytes: int | None) -> MemoryLimitReached:
+    size = "" if size_bytes is None else f"{size_bytes} bytes of "
+    return MemoryLimitReached(f"this process has no memory for {size}{what}; use smaller values, or servers")
 
 
 def _work(call: Callable[[], Any], what: str) -> Work:
