@@ -140,6 +140,15 @@ def test_groups_of_the_same_options_are_one() -> None:
     ]
 
 
+def test_numbers_of_numpy_are_options() -> None:
+    with tensorkv.create("local") as kv:
+        kv.init("w", torch.ones(1))
+        kv.set_optimizer("adam", lr=np.float64(0.5), betas=(np.float64(0.0), np.float32(0.5)))
+        kv.set_optimizer_options(lr=np.float32(0.25))
+        kv.push("w", torch.ones(1))
+        assert kv.pull("w").item() == pytest.approx(0.75)
+
+
 def test_groups_that_are_all_empty_are_refused() -> None:
     optimizer = torch.optim.SGD([{"params": []}, {"params": []}], lr=0.1)
     with pytest.raises(InvalidArgument, match="no group of this SGD has a parameter"):

@@ -58,6 +58,12 @@ class TestFunction:
         assert step(updater, 0, torch.ones(2), stored) is None
         assert stored.tolist() == [2, 2]
 
+    def test_an_optimizer_is_told_where_it_belongs(self) -> None:
+        with pytest.raises(
+            UnknownUpdater, match="^the updater is an optimizer, SGD; pass it to set_optimizer$"
+        ):
+            build_from_argument(torch.optim.SGD([torch.zeros(1)]), False)  # type: ignore[arg-type]
+
     @pytest.mark.parametrize("wrong", [3, torch.optim.SGD, object()])
     def test_what_is_no_function(self, wrong: Any) -> None:
         with pytest.raises(UnknownUpdater):
@@ -74,6 +80,7 @@ class TestFunction:
         assert isinstance(failure.__cause__, ZeroDivisionError)
         assert "'key 3'" in str(failure)
         assert "in half_way" in str(failure)  # the traceback
+        assert "updater.py" not in str(failure).replace("test_updater.py", "")  # what called it is left away
         assert stored.tolist() == [0, 0]
 
     def test_one_that_has_its_value_track_gradients(self) -> None:

@@ -193,8 +193,8 @@ def _no_key(bad: Any) -> str:
     """Say why something is no key. Neither the weights of a module nor those of a tensor are printed."""
     if isinstance(bad, (torch.nn.Module, Mapping)):
         return (
-            f"a key is an int or a str, not {with_article(type(bad).__name__)}; to pull into its tensors "
-            "pass it as out"
+            f"a key is an int or a str, not {with_article(type(bad).__name__)}; name its parameters one by "
+            "one, or, to pull into its tensors, pass it as out"
         )
     if isinstance(bad, (np.integer, np.str_)):
         return (

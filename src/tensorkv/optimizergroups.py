@@ -184,11 +184,23 @@ def _check_makes_first_step(
             )
 
 
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with NumPy's numbers as Python's."""
+    return {
+        name: type(value)(map(_number, value)) if type(value) in (list, tuple) else _number(value)
+        for name, value in options.items()
+    }
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _plain(value: Any) -> Any:
     """Return a number in a tensor, or of NumPy, as Python's."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.item()
-    return value.item() if isinstance(value, np.generic) else value
+    return _number(value)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -83,6 +83,10 @@ def build_from_argument(updater: UpdaterFunction | str | None, elementwise: bool
         raise UnknownUpdater(
             f"{updater.__name__} is an optimizer; use set_optimizer({updater.__name__}, ...)"
         )
+    if isinstance(updater, torch.optim.Optimizer):
+        raise UnknownUpdater(
+            f"the updater is an optimizer, {type(updater).__name__}; pass it to set_optimizer"
+        )
     if not callable(updater):
         raise UnknownUpdater(f"{updater!r} is no updater; pass a function (key, pushed, stored), or a name")
     named = updater if hasattr(updater, "__qualname__") else type(updater)  # a callable object has none

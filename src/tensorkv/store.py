@@ -34,7 +34,7 @@ from tensorkv.keys import (
     push_batch,
     split_keys,
 )
-from tensorkv.optimizergroups import OptimizerGroup, groups_of
+from tensorkv.optimizergroups import OptimizerGroup, groups_of, plain_options
 from tensorkv.parameters import ParameterTable
 from tensorkv.tracers import check_traced, opaque, opaque_methods
 from tensorkv.updaterspec import may_travel
@@ -421,9 +421,9 @@ class KVStore(ABC):
             updater: `fn(key, pushed, stored)`, which changes `stored` in place, by `stored.add_(pushed)` say;
                 or a name: "assign" (also None; the default), "add". A function runs on a copy that is kept
                 only if it succeeds; functions run one at a time, in list order. Both tensors are the
-                function's own to keep: neither changes after the call. To return a new value is an error
-                (UpdaterError, by the push). To bind `stored` anew, `stored = stored + pushed`, changes
-                nothing and cannot be noticed.
+                function's own to keep: neither changes after the call. To return anything but `stored` or
+                nothing is an error (UpdaterError, by the push). To bind `stored` anew, by
+                `stored = stored + pushed`, changes nothing and cannot be noticed.
             elementwise: the function treats each element on its own, so values may be sliced.
 
         In a distributed store the setting is rank 0's and must agree on all ranks that make it; it
@@ -487,7 +487,7 @@ class KVStore(ABC):
         """
         self._check_usable("set_optimizer")
         if not isinstance(optimizer, torch.optim.Optimizer):
-            self._set_optimizer(optimizer, [OptimizerGroup(self._names(keys), options)])
+            self._set_optimizer(optimizer, [OptimizerGroup(self._names(keys), plain_options(options))])
             self._parameters.stop_watching()
             return
         if options:
@@ -504,7 +504,7 @@ class KVStore(ABC):
         """Change options of the optimizer, the learning rate say; its state is kept.
 
         Args:
-            keys: for these keys only; None means for all.
+            keys: for these keys only, whether they are there yet or not; None means for all.
             **options: as in `set_optimizer`.
 
         Raises:
@@ -512,7 +512,7 @@ class KVStore(ABC):
             SettingMismatch, WaitTimeout, PeerLostError.
         """
         self._check_usable("set_optimizer_options")
-        self._set_optimizer_options(self._names(keys), options)
+        self._set_optimizer_options(self._names(keys), plain_options(options))
 
     # ---- state -----------------------------------------------------------------------------------
 

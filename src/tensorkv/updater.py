@@ -8,6 +8,7 @@ Optimizers are in `tensorkv.optimizers`.
 
 from __future__ import annotations
 
+import os
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -196,10 +197,18 @@ def named_spec(name: str) -> UpdaterSpec:
 
 def updater_error(name: str, key: Key, exc: BaseException) -> TensorKVError:
     """Return the error of an updater that raised on a key, with the traceback in its text."""
-    text = "".join(traceback.format_exception(exc)).rstrip()
+    frames = exc.__traceback__
+    while frames is not None and frames.tb_next and _is_ours(frames.tb_frame.f_code.co_filename):
+        frames = frames.tb_next
+    text = "".join(traceback.format_exception(type(exc), exc, frames)).rstrip()
     error = UpdaterError(f"updater {name!r} raised {type(exc).__name__} on key {key!r}: {exc}\n{text}")
     error.__cause__ = exc
     return error
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a frame is of this package, which is not where users look for what went wrong."""
+    return os.path.dirname(path) == os.path.dirname(__file__)
 
 
 def _shares_memory(returned: Any, stored: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from tensorkv.errors import PeerLostError
 from tensorkv.launch.keeper import JobRecord
-from tensorkv.launch.rounds import Board, Enlisted, hosts
+from tensorkv.launch.rounds import MAX_ENLISTED, Board, Enlisted, hosts
 
 
 @pytest.fixture
@@ -62,6 +62,14 @@ def test_a_name_that_is_none(board: Board, value: str) -> None:
     board.store.set("tensorkv/run/round", value)
     with pytest.raises(PeerLostError, match="under 'tensorkv/run/round' is not of TensorKV"):
         board.current()
+
+
+@pytest.mark.parametrize("count", [-2, MAX_ENLISTED + 1, 1 << 60])
+def test_what_is_not_the_number_of_any_workers_is_not_read(board: Board, count: int) -> None:
+    name = "0" * 32
+    board.store.add(f"tensorkv/run/{name}/enlisted", count)
+    with pytest.raises(PeerLostError, match="enlisted' is not of TensorKV"):
+        board.enlisted(name, {})
 
 
 @pytest.mark.parametrize("value", ["", "x", "[]", '{"rank": 1}', '{"port": "x"}'])

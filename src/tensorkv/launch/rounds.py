@@ -24,6 +24,9 @@ import msgspec
 from tensorkv.errors import PeerLostError
 from tensorkv.launch.keeper import JobRecord
 
+MAX_ENLISTED = 1 << 20
+"""What more than so many workers say is not read."""
+
 _NAME = re.compile(r"[0-9a-f]{32}")
 
 
@@ -91,6 +94,8 @@ class Board:
     def enlisted(self, name: str, known: dict[int, Enlisted]) -> None:
         """Add to `known`, by number, the workers that have enlisted since."""
         count = self.store.add(f"{self.prefix}/{name}/enlisted", 0)
+        if not 0 <= count <= MAX_ENLISTED:
+            raise self._foreign(f"{self.prefix}/{name}/enlisted")
         for number in range(1, count + 1):
             key = f"{self.prefix}/{name}/enlisted/{number}"
             if number not in known and self.store.check([key]):
