@@ -5,10 +5,11 @@ memory, and from tensors of `empty_like`. Both jobs live side by side and take t
 (`turnsteps.py`), so that a machine that drifts weighs on both alike. The ratio is what a step takes here to
 what it takes there in the turn beside it, the median of the turns and of the rounds: 1.05 is 5 % slower here.
 A process stays quicker or slower than another of the same code as long as it lives, by 8 % where a step
-takes 0.2 ms, so several rounds are needed, each with two new jobs. Results are checked, as in `pushpull.py`.
+takes 0.2 ms, so several rounds are needed, each with two new jobs, which begin in turn. Results are checked,
+as in `pushpull.py`.
 
     git worktree add ../before COMMIT
-    python benchmarks/sidebyside.py ../before            about 45 minutes with 5 rounds
+    python benchmarks/sidebyside.py ../before            about 50 minutes with 6 rounds
     python benchmarks/sidebyside.py ../before --case dist-one --system tensorkv --rounds 20
 
 Behind each ratio stand the lowest and the highest of the rounds. The status is 1 if a row is slower than
@@ -87,20 +88,19 @@ def compare(case: Case, other: Path, rounds: int, systems: Sequence[str] | None 
 
 
 def _round(case: Case, system: str, other: Path, turn: int, here_first: bool) -> dict[str, float]:
-    """Run both jobs and return the ratio of each way."""
+    """Run both jobs and return the ratio of each way. The one that is started first has the first turn."""
     transport, lent = TRANSPORTS[system]
     with tempfile.TemporaryDirectory() as folder:
         fifos = [Path(folder, name) for name in ("here", "there")]
         for fifo in fifos:
             os.mkfifo(fifo)
+        places = [(SOURCE, fifos), (other, fifos[::-1])]
         jobs = [
-            turns_job(case, transport, lent=lent, source=source, fifos=pair, turn=turn, second=second)
-            for source, pair, second in (
-                (SOURCE, fifos, not here_first),
-                (other, fifos[::-1], here_first),
-            )
+            turns_job(case, transport, lent=lent, source=source, fifos=pair, turn=turn, second=number == 1)
+            for number, (source, pair) in enumerate(places if here_first else places[::-1])
         ]
-        here, there = run_jobs(jobs, timeout_s=JOB_TIMEOUT_S)
+        times = run_jobs(jobs, timeout_s=JOB_TIMEOUT_S)
+    here, there = times if here_first else times[::-1]
     return {way: ratio_of_rounds(_turns(here[way], turn), _turns(there[way], turn)) for way in here}
 
 
@@ -126,7 +126,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = [case.name for case in CASES]
     parser.add_argument("--case", action="append", choices=names, help="only this one; may be repeated")
     parser.add_argument("--system", action="append", choices=TRANSPORTS, help="only this; may be repeated")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds per case and system (5)")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds per case and system (6)")
     parser.add_argument("--allowed", type=float, default=1.03, help="the largest ratio that is good (1.03)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     arguments = parser.parse_args(argv)
