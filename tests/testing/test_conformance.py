@@ -144,15 +144,15 @@ class ModelStore(KVStore):
         return self.reference.entries[key]
 
     def _push(self, batch: PushBatch, apply: bool, async_op: bool) -> Any:
-        self._check_push(batch, apply)
+        if not apply and self.reference.is_async:
+            raise errors.NotSupported("there is no commit in an asynchronous kind")
+        self._check_push(batch)
         copies = [[tensor.clone() for tensor in each] for each in batch.tensors]
         if self.job.broken == "keeps memory":
             copies = batch.tensors
         return self._submit(lambda: self._push_now(batch, copies, apply), "push", async_op)
 
-    def _check_push(self, batch: PushBatch, apply: bool) -> None:
-        if not apply and self.reference.is_async:
-            raise errors.NotSupported("there is no commit in an asynchronous kind")
+    def _check_push(self, batch: PushBatch) -> None:
         with self.job.changed:
             values = [self._entry(key).value for key in batch.keys]
             for key in batch.keys:
@@ -233,7 +233,7 @@ class ModelStore(KVStore):
         return self.reference.pull(self.rank, key)
 
     def _pushpull(self, pushed: PushBatch, pulled: PullBatch, async_op: bool) -> Any:
-        self._check_push(pushed, True)
+        self._check_push(pushed)
         self._check_pull(pulled)
         copies = [[tensor.clone() for tensor in each] for each in pushed.tensors]
 
