@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import pickle
 from typing import Any
 
@@ -197,6 +198,26 @@ class TestPullBatchOf:
             pull_batch_of(pushed, ["w", "b"], [torch.zeros(1), torch.zeros(1).expand(4)], None)
         with pytest.raises(InvalidValue, match="out for key 'b' is None"):
             pull_batch_of(pushed, ["w", "b"], [torch.zeros(1), None], None)
+
+
+def test_lists_per_device_of_plain_tensors_are_taken_as_they_are() -> None:
+    tensors = [[torch.ones(2), torch.zeros(2)], (torch.ones(2),)]
+    for found in (push_batch(["a", "b"], tensors, None).tensors, pull_batch(["a", "b"], tensors, None).outs):
+        assert [len(each) for each in found] == [2, 1]
+        flat = [each for of_key in found for each in of_key]
+        assert all(map(operator.is_, flat, [*tensors[0], *tensors[1]]))
+        assert found[0] is not tensors[0]  # the caller's list may change
+
+
+@pytest.mark.parametrize(
+    "odd", [torch.ones(1).expand(2), torch.ones(2, device="meta"), torch.ones(2).to_sparse(), None]
+)
+def test_an_odd_one_in_a_list_per_device_is_found(odd: Any) -> None:
+    with pytest.raises((InvalidOut, InvalidValue), match="'b'"):
+        pull_batch(["a", "b"], [[torch.ones(2)], [torch.ones(2), odd]], None)
+    if odd is None or odd.layout is not torch.strided or odd.is_meta:
+        with pytest.raises(InvalidValue, match="'b'"):
+            push_batch(["a", "b"], [[torch.ones(2)], [torch.ones(2), odd]], None)
 
 
 def test_absent_is_one_object_with_a_name() -> None:

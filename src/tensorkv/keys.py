@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -28,6 +29,7 @@ from tensorkv.updaterspec import may_travel
 _traits = attrgetter("dtype", "requires_grad", "layout")
 _PLAIN = (False, torch.strided)
 _TENSORS = {torch.Tensor}
+_LISTS = {list, tuple}
 _LOWEST_ADDRESS = 1 << 22
 """Lowest address of memory that a program can have got. Less is a place in a storage that was freed."""
 
@@ -375,14 +377,13 @@ def _batch_of(
 
 
 def _batch_into(keys: tuple[Key, ...], values: list[Any], form: Form, given: Any) -> PullBatch:
-    if (
-        _are_plain(values, outs=True)
-        and all(map(torch.Tensor.is_contiguous, values))
-        and not any(map(torch.Tensor.is_neg, values))
-        and not any(map(torch.Tensor.is_inference, values))
-    ):
+    if _are_plain_outs(values):
         return PullBatch(keys, None, form, given, values)
-    outs = [_out_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
+    flat = _flat(values)
+    if flat is not None and _are_plain_outs(flat):
+        outs = list(map(list, values))
+    else:
+        outs = [_out_list(item, item_key) for item_key, item in zip(keys, values, strict=True)]
     return PullBatch(keys, outs, form, given, _singles(outs))
 
 
@@ -423,6 +424,23 @@ def _are_plain(values: list[Any], outs: bool = False) -> bool:
     return _lie_in_memory(values)
 
 
+def _are_plain_outs(values: list[Any]) -> bool:
+    """Whether all are tensors that can be written as they are."""
+    return (
+        _are_plain(values, outs=True)
+        and all(map(torch.Tensor.is_contiguous, values))
+        and not any(map(torch.Tensor.is_neg, values))
+        and not any(map(torch.Tensor.is_inference, values))
+    )
+
+
+def _flat(values: list[Any]) -> list[Any] | None:
+    """Return all values of a list of lists, one per device, in one list; None if it is none."""
+    if values and _LISTS.issuperset(map(type, values)) and all(values):
+        return list(chain.from_iterable(values))
+    return None
+
+
 def _lie_in_memory(tensors: list[torch.Tensor]) -> bool:
     """Whether all have an address. Empty ones have none, and freed, meta, lazily zero and traced ones."""
     try:
@@ -432,6 +450,9 @@ def _lie_in_memory(tensors: list[torch.Tensor]) -> bool:
 
 
 def _device_lists(keys: tuple[Key, ...], values: list[Any]) -> list[list[torch.Tensor]]:
+    flat = _flat(values)
+    if flat is not None and _are_plain(flat):
+        return list(map(list, values))
     return [_device_list(item, key) for key, item in zip(keys, values, strict=True)]
 
 
