@@ -38,9 +38,9 @@ from tensorkv.bench.machine import this_machine
 
 TRANSPORTS = {"tensorkv": ("tcp", False), "tensorkv-shm": ("shm", False), "tensorkv-lent": ("shm", True)}
 TURNS_OF_A_CASE = 10
-"""A turn is this part of the steps that `pushpull.py` measures..."""
+"""Number of turns that the steps measured by `pushpull.py` make up."""
 STEPS_FACTOR = 5
-"""...and so many times as many steps are made."""
+"""Number of times that those steps are made."""
 
 Ratios = Sequence[float]
 """Of a way, the ratio of each round."""

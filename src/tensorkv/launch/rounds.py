@@ -25,7 +25,7 @@ from tensorkv.errors import PeerLostError
 from tensorkv.launch.keeper import JobRecord
 
 MAX_ENLISTED = 1 << 20
-"""What more than so many workers say is not read."""
+"""Maximum number of entries of a round that are read: anybody may write to the store."""
 
 _NAME = re.compile(r"[0-9a-f]{32}")
 
