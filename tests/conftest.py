@@ -24,6 +24,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest_plugins = ["barepeers"]  # of tests/helpers
+
 SEED = int(os.environ.get("TEST_SEED", "0"))
 GRACE_S = 10.0
 

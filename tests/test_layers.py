@@ -17,14 +17,12 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tensorkv"
 
 LAYERS = {
     **dict.fromkeys(("errors", "addresses", "config", "work"), 0),
-    **dict.fromkeys(("store", "keys", "arrays", "reduce", "updater", "updaterspec", "partition"), 1),
-    **dict.fromkeys(("fusing", "optimizers", "optimizergroups", "parameters", "settings"), 1),
-    **dict.fromkeys(("functions", "definitions", "savedstate", "slicestate", "tracers"), 1),
-    **dict.fromkeys(("saveio", "savefolder", "tensorfile"), 1),
+    **dict.fromkeys(("store", "keys", "arrays", "reduce", "norms", "partition", "tracers"), 1),
+    **dict.fromkeys(("updaters", "checkpoint"), 1),
     "wire": 2,
-    "protocol": 3,
-    "transport": 4,
-    "runtime": 5,
+    "transport": 3,
+    "peer": 4,
+    **dict.fromkeys(("server", "scheduler", "worker"), 5),
     "launch": 6,
     "stores": 7,
     **dict.fromkeys(("bench", "compat", "testing"), 8),
@@ -33,11 +31,28 @@ LAYERS = {
 }
 """The layer of each module or folder of the package. docs/architecture.md has the same table."""
 
-PURE_LAYERS = (1, 2, 3)
+SHARED_LAYER = 1
+"""In this layer parts may import each other; in every other one a folder imports lower ones and itself."""
+
+PURE_PARTS = [name for name, layer in LAYERS.items() if layer in (1, 2)]
+"""Parts without a socket, thread or clock. Files are for those of `checkpoint` that are named for it."""
+
+ROLES = ("peer", "server", "scheduler", "worker")
+SHELLS = {
+    *("peer.handshake", "peer.admission", "peer.deadlines", "peer.shm"),
+    *("server.loop", "server.shm", "server.statefiles"),
+    "scheduler.loop",
+    *("worker.session", "worker.link", "worker.control", "worker.interleave", "worker.hold"),
+    *("worker.keytable", "worker.pusher", "worker.backpressure", "worker.pullcall", "worker.plancache"),
+    *("worker.transfers", "worker.window", "worker.lending", "worker.latch"),
+    *("worker.signals", "worker.uncaught", "worker.checkpoint"),
+}
+"""Files with threads, sockets, shared memory or a clock. The roles' other files are pure, and import none."""
+
 IMPURE_MODULES = {"threading", "socket", "time", "asyncio", "selectors", "signal", "subprocess"}
 FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "fcntl"}
-FILE_MODULES |= {"tensorkv.saveio", "tensorkv.savefolder", "tensorkv.tensorfile"}
-MAY_LOCK = {"functions"}  # executes a script's definitions once per process, as an import does
+FILE_MODULES |= {"tensorkv.checkpoint.files", "tensorkv.checkpoint.folder", "tensorkv.checkpoint.tensorfile"}
+MAY_LOCK = {"updaters.functions"}  # executes a script's definitions once per process, as an import does
 SOCKET_FOLDERS = {"transport", "launch", "bench"}
 ENVIRONMENT_PLACES = {"config", "launch", "cli", "bench"}
 
@@ -51,14 +66,14 @@ TORCH_FREE = [
     "tensorkv.addresses",
     "tensorkv.config",
     "tensorkv.work",
-    "tensorkv.updaterspec",
-    "tensorkv.savedstate",
-    "tensorkv.functions",
+    "tensorkv.updaters.spec",
+    "tensorkv.checkpoint.records",
+    "tensorkv.updaters.functions",
     "tensorkv.launch.local",
-    "tensorkv.launch.keeper",
+    "tensorkv.launch.sidecar",
     "tensorkv.launch.spawn",
     "tensorkv.launch.torchrun",
-    "tensorkv.runtime.scheduler",
+    "tensorkv.scheduler.loop",
     "tensorkv.cli.main",
 ]
 """What the launcher and the scheduler load. `import torch` takes over a second and 220 MB."""
@@ -114,8 +129,7 @@ def test_imports_go_down_or_stay_in_the_folder(module: str) -> None:
         target = _inside(name)
         if target is None or target == own or name == "tensorkv.__version__":
             continue
-        same_folder = (PACKAGE / f"{own}.py").exists() and (PACKAGE / f"{target}.py").exists()
-        allowed = LAYERS[target] < LAYERS[own] or (same_folder and LAYERS[target] == LAYERS[own])
+        allowed = LAYERS[target] < LAYERS[own] or LAYERS[target] == LAYERS[own] in (0, SHARED_LAYER)
         assert allowed, f"{module}:{line}: imports {name} of layer {LAYERS[target]} from layer {LAYERS[own]}"
 
 
@@ -133,28 +147,38 @@ def test_architecture_has_the_same_table() -> None:
     assert told == LAYERS
 
 
-@pytest.mark.parametrize(("one", "other"), [("protocol", "transport"), ("transport", "protocol")])
-def test_protocol_and_transport_do_not_know_each_other(one: str, other: str) -> None:
-    for module in (each for each in MODULES if _part(each) == one):
-        for line, name in _imports(module):
-            assert _inside(name) != other, f"{module}:{line}: imports {name}"
-
-
 def test_transport_knows_no_message() -> None:
     for module in (each for each in MODULES if _part(each) == "transport"):
         for line, name in _imports(module):
             assert not name.startswith("tensorkv.wire.messages"), f"{module}:{line}: imports {name}"
 
 
-@pytest.mark.parametrize("module", [each for each in MODULES if LAYERS.get(_part(each)) in PURE_LAYERS])
+def _is_pure(module: str) -> bool:
+    part = _part(module)
+    return part in PURE_PARTS or (part in ROLES and module not in SHELLS)
+
+
+@pytest.mark.parametrize("module", [each for each in MODULES if _is_pure(each)])
 def test_the_core_is_pure(module: str) -> None:
     for line, name in _imports(module):
         if not (name == "threading" and module in MAY_LOCK):
             assert name.split(".")[0] not in IMPURE_MODULES, f"{module}:{line}: imports {name}"
+        shell = name.startswith("tensorkv.transport") or _module_of(name) in SHELLS
+        assert not shell, f"{module}:{line}: imports {name}, which is not pure"
 
 
-@pytest.mark.parametrize("module", [each for each in MODULES if _part(each) == "protocol"])
-def test_protocol_opens_no_files(module: str) -> None:
+def test_every_shell_exists() -> None:
+    assert sorted(SHELLS - set(MODULES)) == []
+
+
+def _module_of(name: str) -> str:
+    """Return the module an imported name is or is of: "server.shm" for "tensorkv.server.shm.Sharing"."""
+    below = name.removeprefix("tensorkv.")
+    return below if below in MODULES else below.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("module", [each for each in MODULES if _part(each) in ROLES and _is_pure(each)])
+def test_the_core_opens_no_files(module: str) -> None:
     for line, name in _imports(module):
         found = [each for each in FILE_MODULES if f"{name}.".startswith(f"{each}.")]
         assert found == [], f"{module}:{line}: imports {name}"
@@ -201,7 +225,8 @@ def _made_on_the_default_device(node: ast.AST) -> Iterator[ast.Call]:
 def test_no_tensor_is_made_on_the_default_device(module: str) -> None:
     """A script may have set it to anything: `torch.set_default_device`, `with torch.device("cuda")`."""
     for call in _made_on_the_default_device(_tree(module)):
-        if module != "optimizers" or ast.unparse(call) != "torch.empty(0)":  # asks which device that is
+        asks_which_it_is = module == "updaters.optimizer" and ast.unparse(call) == "torch.empty(0)"
+        if not asks_which_it_is:
             pytest.fail(f"{module}:{call.lineno}: say on which device: {ast.unparse(call)}")
 
 
@@ -256,7 +281,7 @@ def test_a_worker_imports_neither_servers_nor_progress_bars() -> None:
     """They would make up half of what `import tensorkv` takes beside torch, in every worker of a job."""
     script = (
         "import sys, tensorkv.stores.registry, tensorkv.stores.dist\n"
-        "needless = {'rich', 'tensorkv.runtime.server', 'tensorkv.runtime.scheduler'}\n"
+        "needless = {'rich', 'tensorkv.server.loop', 'tensorkv.scheduler.loop'}\n"
         "sys.exit(str(sorted(found)) if (found := needless & set(sys.modules)) else 0)\n"
     )
     done = subprocess.run(

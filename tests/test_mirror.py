@@ -11,7 +11,7 @@ PACKAGE = ROOT / "src" / "tensorkv"
 
 ELSEWHERE = {
     "__init__.py": "test_exports.py",
-    "updaterspec.py": "test_updater.py",
+    "peer/shm.py": "server/test_shm.py",  # both ends, over a real connection
     "testing/makers.py": "conformance/test_stores.py",
     **dict.fromkeys(
         (

@@ -9,12 +9,12 @@ an updater combines the sum with the stored value where the value lives, and any
 General layout, from the bottom; an import goes to a lower line or stays on its own:
 
     errors config work                    what everything uses; no torch
-    store keys arrays reduce              the contract (KVStore), its arguments, sums over devices
-    updater partition functions           what a push does to a value, and where a value lives
-    savedstate slicestate                 what is saved of a store: as records, in memory
-    saveio savefolder tensorfile          the same as files, in a folder
-    wire/ protocol/                       records and frames; the rounds of a job as pure state machines
-    transport/ runtime/                   sockets; the threads of worker, server and scheduler
+    store keys arrays reduce partition    the contract (KVStore), its arguments, where a value lives
+    updaters/ checkpoint/                 what a push does to a value; what is saved of a store, and how
+    wire/                                 messages and frames
+    transport/                            moves frames: sockets, shared memory
+    peer/                                 what all processes of a job share: handshake, deadlines
+    server/ scheduler/ worker/            the three roles: their pure state machines, and their threads
     launch/                               starting the processes of a job, or finding it
     stores/                               the kinds of store, and `create`
     compat/ cli/ testing/                 MXNet's names, the command line, the conformance suite

@@ -34,10 +34,10 @@ from tensorkv.keys import (
     push_batch,
     split_keys,
 )
-from tensorkv.optimizergroups import OptimizerGroup, groups_of, plain_options
-from tensorkv.parameters import ParameterTable
 from tensorkv.tracers import check_traced, opaque, opaque_methods
-from tensorkv.updaterspec import may_travel
+from tensorkv.updaters.groups import OptimizerGroup, groups_of, plain_options
+from tensorkv.updaters.parameters import ParameterTable
+from tensorkv.updaters.spec import may_travel
 from tensorkv.work import Work
 
 Reduction = Literal["sum", "mean"]

@@ -9,9 +9,9 @@ import tensorkv
 from tensorkv.bench import steps
 from tensorkv.bench.steps import Plan
 from tensorkv.bench.worker import TensorKVSystem, TorchExpected, measure, optimizer_class
-from tensorkv.optimizers import ELEMENTWISE_OPTIMIZERS
 from tensorkv.store import KVStore
 from tensorkv.testing.cluster import run_job
+from tensorkv.updaters.optimizer import ELEMENTWISE_OPTIMIZERS
 
 QUICK = Plan(warmup=1, steps=3)
 

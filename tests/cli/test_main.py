@@ -239,7 +239,7 @@ def test_the_command_line_does_without_torch() -> None:
         "    app(['run', '-n', '1', '-s', '1', 'true'])\n"
         "except SystemExit as exc:\n"
         "    assert exc.code == 0, exc.code\n"
-        "assert 'tensorkv.runtime.scheduler' in sys.modules\n"
+        "assert 'tensorkv.scheduler.loop' in sys.modules\n"
         "print(sorted({'torch', 'numpy'} & set(sys.modules)))\n"
     )
     done = subprocess.run(

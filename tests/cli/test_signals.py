@@ -22,10 +22,10 @@ ONE_SLEEPS = """
 import os, signal, time
 import torch
 import tensorkv
-from tensorkv.runtime import waits
+from tensorkv.peer import deadlines
 
 signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a tool that measures coverage may have one
-waits.LOG_EVERY_S = 0.5
+deadlines.LOG_EVERY_S = 0.5
 kv = tensorkv.create("dist_sync")
 kv.init("w", torch.zeros(4))
 kv.barrier()

@@ -28,7 +28,7 @@ def children(parent):
 
 def server_of(launcher):
     programs = {{each: open(f"/proc/{{each}}/cmdline", "rb").read() for each in children(launcher)}}
-    (found,) = [each for each, program in programs.items() if b"tensorkv.runtime.server" in program]
+    (found,) = [each for each, program in programs.items() if b"tensorkv.server.loop" in program]
     return found
 
 def stop(process):

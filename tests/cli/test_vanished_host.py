@@ -15,7 +15,7 @@ import torch
 from link import HERE, THERE, NoLink, limited_link
 
 from tensorkv.errors import PeerLostError
-from tensorkv.runtime.embedded import EmbeddedJob
+from tensorkv.launch.cluster import EmbeddedJob
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
 

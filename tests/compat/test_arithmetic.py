@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tensorkv.compat import arithmetic
-from tensorkv.optimizers import is_elementwise
+from tensorkv.updaters.optimizer import is_elementwise
 
 START = [1.0, -2.0, 0.5, 3.0]
 """The weights before; four gradients follow, see `_run`."""

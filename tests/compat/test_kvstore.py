@@ -11,7 +11,7 @@ from tensorkv import errors
 from tensorkv.compat import mxnet as mx
 from tensorkv.compat.kvstore import KVStore
 from tensorkv.compat.ndarray import MXNetUpdater, NDArray
-from tensorkv.functions import CodeRef, describe, load
+from tensorkv.updaters.functions import CodeRef, describe, load
 
 SHAPE = (2, 3)
 

@@ -10,7 +10,6 @@ import torch
 
 import tensorkv
 from tensorkv import errors
-from tensorkv.runtime import sharing
 from tensorkv.store import KVStore
 from tensorkv.testing import (
     bad_inputs,
@@ -62,7 +61,7 @@ def _on_sockets(of: Any) -> list[Any]:
 @pytest.fixture
 def all_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small payloads, too, stay in shared memory: the suite has no others."""
-    monkeypatch.setattr(sharing, "PLACED_BYTES", 1)
+    monkeypatch.setattr("tensorkv.wire.messages.PLACED_BYTES", 1)
 
 
 @pytest.mark.parametrize(("maker", "case"), _params(applicable))

@@ -130,7 +130,7 @@ class TestPlan:
             assert (told.token, told.allow_import) == ("secret", ("my.optim",))
             assert (spec.env["HOME"], spec.env["PYTHONUNBUFFERED"]) == ("here", "1")
         assert {spec.argv for spec in specs[2:]} == {("train",)}
-        assert {spec.argv for spec in specs[:2]} == {(sys.executable, "-m", "tensorkv.runtime.server")}
+        assert {spec.argv for spec in specs[:2]} == {(sys.executable, "-m", "tensorkv.server.loop")}
 
     @pytest.mark.parametrize("num_workers", [1, 2, CORES + 1])
     def test_the_cores_are_shared_out(self, num_workers: int) -> None:

@@ -29,9 +29,9 @@ ROUND = "round 1 of 'w'"
 TRAIN = """
 import contextlib, logging, os, signal, sys, time
 import tensorkv
-from tensorkv.runtime import waits
+from tensorkv.peer import deadlines
 
-waits.LOG_EVERY_S = 0.5
+deadlines.LOG_EVERY_S = 0.5
 how, order = sys.argv[1:]
 
 def say(line):

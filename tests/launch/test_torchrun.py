@@ -29,10 +29,10 @@ from tensorkv.errors import (
     WaitTimeout,
 )
 from tensorkv.launch import torchrun
-from tensorkv.launch.keeper import TOKEN_NAME, JobRecord
-from tensorkv.launch.rounds import Board
+from tensorkv.launch.attempts import Board
+from tensorkv.launch.sidecar import TOKEN_NAME, JobRecord
 from tensorkv.launch.torchrun import Place, join_job, read_place, read_token
-from tensorkv.runtime.scheduler import SchedulerServer
+from tensorkv.scheduler.loop import SchedulerServer
 
 DEADLINE_S = 100.0
 

@@ -13,13 +13,13 @@ import torch
 import tensorkv
 from tensorkv.config import JobConfig
 from tensorkv.errors import InvalidArgument, WaitTimeout
-from tensorkv.runtime import waits
-from tensorkv.runtime.embedded import EmbeddedJob
-from tensorkv.runtime.job import Job
-from tensorkv.runtime.scheduler import SchedulerServer
+from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.peer import deadlines
+from tensorkv.scheduler.loop import SchedulerServer
 from tensorkv.stores import dist
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
+from tensorkv.worker.session import Job
 
 CONFIGURED_S = 4321.0
 """No test waits so long: the clock jumps when a call waits."""
@@ -72,7 +72,7 @@ class Pair:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(waits, "time", clock)  # all that it takes from that module is `monotonic`
+    monkeypatch.setattr(deadlines, "time", clock)  # all that it takes from that module is `monotonic`
     return clock
 
 
@@ -93,14 +93,14 @@ def pair(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
 @pytest.fixture
 def jumps(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From its call on, the deadline of each call comes as soon as that waits."""
-    monkeypatch.setattr(waits, "ASK_GRACE_S", 60.0)  # who is asked at the deadline may be slow to answer
-    note = waits.Wait._note
+    monkeypatch.setattr(deadlines, "ASK_GRACE_S", 60.0)  # who is asked at the deadline may be slow to answer
+    note = deadlines.Wait._note
 
-    def note_and_jump(wait: waits.Wait) -> None:
+    def note_and_jump(wait: deadlines.Wait) -> None:
         note(wait)
         clock.added_s += CONFIGURED_S
 
-    return lambda: monkeypatch.setattr(waits.Wait, "_note", note_and_jump)
+    return lambda: monkeypatch.setattr(deadlines.Wait, "_note", note_and_jump)
 
 
 def push_twice(kv: DistStore) -> None:
@@ -206,7 +206,7 @@ def test_a_call_that_waits_for_a_server(
 ) -> None:
     for link in pair.jobs[0].links:  # nothing arrives there
         monkeypatch.setattr(link._sender, "put", lambda buffers, on_sent=None: None)
-    monkeypatch.setattr(waits, "ASK_GRACE_S", 0.0)
+    monkeypatch.setattr(deadlines, "ASK_GRACE_S", 0.0)
     jumps()
     with pytest.raises(WaitTimeout) as caught:
         OF_ONE[call](pair.stores[0])
@@ -219,7 +219,7 @@ def test_a_call_that_waits_for_the_scheduler(
     pair: Pair, jumps: Callable[[], None], monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     monkeypatch.setattr(pair.jobs[0].control._sender, "put", lambda buffers, on_sent=None: None)
-    monkeypatch.setattr(waits, "ASK_GRACE_S", 0.0)
+    monkeypatch.setattr(deadlines, "ASK_GRACE_S", 0.0)
     jumps()
     with pytest.raises(WaitTimeout) as caught:
         OF_SCHEDULER[call](pair.stores[0])

@@ -35,15 +35,15 @@ from tensorkv.errors import (
     UpdaterError,
     WaitTimeout,
 )
-from tensorkv.runtime import job as job_module
-from tensorkv.runtime import plancache, sharing
-from tensorkv.runtime.embedded import EmbeddedJob
-from tensorkv.runtime.link import ServerLink
+from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.server import shm
 from tensorkv.store import KVStore
 from tensorkv.stores.dist import DistStore, open_dist
 from tensorkv.testing.cluster import run_job
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import MAGIC, PREFIX
+from tensorkv.worker import plancache, session
+from tensorkv.worker.link import ServerLink
 
 DEADLINE_S = 20.0
 
@@ -120,7 +120,7 @@ def job_over_tcp(num_workers: int = 1) -> Iterator[EmbeddedJob]:
 def enter_job(monkeypatch: pytest.MonkeyPatch, config: JobConfig, **changes: str) -> None:
     for name, value in {**config.to_env(), **changes}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(job_module, "_watch_end", lambda who: None)  # pytest keeps its own handlers
+    monkeypatch.setattr(session, "_watch_end", lambda who: None)  # pytest keeps its own handlers
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_stores_of_one_process_go_one_way(monkeypatch: pytest.MonkeyPatch) -> No
         second = open_dist("dist_sync", store="second")
         for store in (first, second):
             store.close()
-        job_module.leave(job_module._joined[os.getpid()])
-        del job_module._joined[os.getpid()]
+        session.leave(session._joined[os.getpid()])
+        del session._joined[os.getpid()]
 
 
 def test_create_finds_its_job_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,13 +166,13 @@ def test_create_finds_its_job_in_the_environment(monkeypatch: pytest.MonkeyPatch
             kv.push("w", ones(2))
             assert kv.pull("w").tolist() == [2] * 4
             assert other.pull("w").tolist() == [5] * 4
-        job = job_module._joined[os.getpid()]
-        job_module.leave(job)
-        job_module.leave(job)  # the interpreter's exit does it again
+        job = session._joined[os.getpid()]
+        session.leave(job)
+        session.leave(job)  # the interpreter's exit does it again
         assert cluster.scheduler.lost is None
         with pytest.raises(PeerLostError, match="this worker has left the job"):
             tensorkv.create("dist_sync")
-        del job_module._joined[os.getpid()]
+        del session._joined[os.getpid()]
 
 
 @pytest.mark.parametrize(
@@ -1019,7 +1019,7 @@ def test_a_server_without_memory_refuses_the_call_and_the_job_goes_on(
     def none(*_: Any, **__: Any) -> Any:
         raise MemoryLimitReached("no memory")
 
-    map_segment = sharing.map_segment
+    map_segment = shm.map_segment
 
     def refused_map(message: Any, descriptor: int, *args: Any, **options: Any) -> Any:
         if "server" not in threading.current_thread().name:  # the worker has memory
@@ -1034,9 +1034,9 @@ def test_a_server_without_memory_refuses_the_call_and_the_job_goes_on(
         "load_state_dict": lambda: kv.load_state_dict(state),
     }
     with monkeypatch.context() as patch:
-        patch.setattr("tensorkv.runtime.server.fresh", none)
+        patch.setattr("tensorkv.server.loop.fresh", none)
         patch.setattr(cluster.servers[0]._pool, "take", none)
-        patch.setattr("tensorkv.runtime.sharing.map_segment", refused_map)
+        patch.setattr("tensorkv.server.shm.map_segment", refused_map)
         with pytest.raises(MemoryLimitReached):
             calls[call]()
     assert kv.pull("there").tolist() == [0.0] * size

@@ -23,10 +23,10 @@ import torch
 
 import tensorkv
 from tensorkv.errors import PeerLostError, TensorKVError
-from tensorkv.runtime import inturn, sharing
-from tensorkv.runtime.embedded import EmbeddedJob
+from tensorkv.launch.cluster import EmbeddedJob
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
+from tensorkv.worker import interleave
 
 PACKAGE = os.path.dirname(tensorkv.__file__)
 KEYS = ["small", "big"]
@@ -176,8 +176,8 @@ LONG_CALLS: dict[str, Callable[[Bench], Any]] = {
 def test_a_call_that_is_broken_off_leaves_no_torn_value(
     name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharing, "PLACED_BYTES", 1)
-    monkeypatch.setattr(inturn, "MIN_BYTES", 1)
+    monkeypatch.setattr(m, "PLACED_BYTES", 1)
+    monkeypatch.setattr(interleave, "MIN_BYTES", 1)
     call = (CALLS | LONG_CALLS)[name]
     stride = STRIDE if name in CALLS else LONG_STRIDE
     went_on = left = 0

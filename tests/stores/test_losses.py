@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from tensorkv.errors import PeerLostError, StoreClosed
-from tensorkv.runtime import waits
-from tensorkv.runtime.embedded import EmbeddedJob
-from tensorkv.runtime.job import Job
+from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.peer import deadlines
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
+from tensorkv.worker.session import Job
 
 DEADLINE_S = 60.0
 LOSS_DEADLINE_S = 3.0  # what is promised
@@ -37,7 +37,7 @@ class Pair:
 
 @pytest.fixture(params=["shm", "tcp", "inproc"])
 def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
-    monkeypatch.setattr(waits, "_noted", type(waits._noted)())
+    monkeypatch.setattr(deadlines, "_noted", type(deadlines._noted)())
     way: dict[str, Any] = {"host": "127.0.0.1", "transport": request.param}
     cluster = EmbeddedJob(2, 2, timeout_s=DEADLINE_S, **({} if request.param == "inproc" else way))
     jobs = [cluster.join(rank) for rank in range(2)]
@@ -129,7 +129,7 @@ LOSSES: dict[str, tuple[Callable[[Pair], None], str]] = {
 
 def until_it_waits() -> None:
     end = time.monotonic() + DEADLINE_S
-    while not waits.waiting_calls():
+    while not deadlines.waiting_calls():
         assert time.monotonic() < end
         time.sleep(0.01)
 

@@ -12,12 +12,12 @@ import torch
 
 import tensorkv
 from tensorkv.errors import KeyDeleted
-from tensorkv.optimizers import ELEMENTWISE_OPTIMIZERS
-from tensorkv.runtime import pusher
-from tensorkv.runtime.plans import PlanChunk
 from tensorkv.store import KVStore
 from tensorkv.stores.dist import DistStore
 from tensorkv.testing.cluster import run_job
+from tensorkv.updaters.optimizer import ELEMENTWISE_OPTIMIZERS
+from tensorkv.worker import pusher
+from tensorkv.worker.plans import PlanChunk
 
 NUM_ELEMS = 50_000  # large enough to stay in shared memory
 

@@ -188,7 +188,7 @@ def test_what_no_optimizer_takes_is_refused_at_once(kv: KVStore, dtype: torch.dt
 
 def test_fused_where_it_is_wrong_is_refused_at_once(kv: KVStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "tensorkv.optimizers.is_fused_right", lambda cls, dtype, device: dtype is not torch.bfloat16
+        "tensorkv.updaters.optimizer.is_fused_right", lambda cls, dtype, device: dtype is not torch.bfloat16
     )
     kv.init({"h": torch.ones(40).bfloat16(), "w": torch.ones(4)})
     text = "fused=True: key 'h' is torch.bfloat16"

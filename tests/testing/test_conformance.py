@@ -14,13 +14,17 @@ import torch
 
 from tensorkv import errors
 from tensorkv.arrays import accumulate_dtype, check_matches, dtype_name
-from tensorkv.keys import ABSENT, PullBatch, PushBatch, answer
-from tensorkv.optimizers import find_optimizer, optimizer_spec
-from tensorkv.savedstate import Index, KeyRecord, check_reduction, check_replaces, encode_index, new_index
-from tensorkv.savefolder import Saving
-from tensorkv.saveio import PieceReader, load_newest, write_slices
-from tensorkv.settings import SettingsTable, build, restored_settings
-from tensorkv.slicestate import (
+from tensorkv.checkpoint.files import PieceReader, load_newest, write_slices
+from tensorkv.checkpoint.folder import Saving
+from tensorkv.checkpoint.records import (
+    Index,
+    KeyRecord,
+    check_reduction,
+    check_replaces,
+    encode_index,
+    new_index,
+)
+from tensorkv.checkpoint.slices import (
     MemoryPieces,
     SliceState,
     assemble,
@@ -29,12 +33,15 @@ from tensorkv.slicestate import (
     state_bytes,
     to_state_dict,
 )
+from tensorkv.keys import ABSENT, PullBatch, PushBatch, answer
 from tensorkv.store import CommitResult, KeyInfo, KVStore
 from tensorkv.testing import checks_rounds
 from tensorkv.testing.conformance import BAD_INPUTS, BadInput, Case, StoreMaker, applicable
 from tensorkv.testing.reference import ReferenceStore, WouldWait
-from tensorkv.updater import FunctionUpdater, Update, named_spec
-from tensorkv.updaterspec import UpdaterSpec
+from tensorkv.updaters.base import FunctionUpdater, Update, named_spec
+from tensorkv.updaters.optimizer import find_optimizer, optimizer_spec
+from tensorkv.updaters.settings import SettingsTable, build, restored_settings
+from tensorkv.updaters.spec import UpdaterSpec
 from tensorkv.work import Work
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tensorkv.protocol.membership import Membership
-from tensorkv.protocol.serverstate import ServerState
-from tensorkv.runtime.server import Server
+from tensorkv.scheduler.membership import Membership
+from tensorkv.server.loop import Server
+from tensorkv.server.state import ServerState
 from tensorkv.testing.frames import Entry, Mutator, load, save
 from tensorkv.testing.fuzz import Finding, feed_codec, fuzz, fuzz_sockets, fuzz_state, main, replay
 from tensorkv.wire import messages as m

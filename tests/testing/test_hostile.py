@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from tensorkv.errors import KeyNotInitialized, to_wire
-from tensorkv.runtime import window
-from tensorkv.runtime.control import ControlClient
-from tensorkv.runtime.link import ServerLink
-from tensorkv.runtime.sharing import Sharing
-from tensorkv.runtime.transfers import Destinations
+from tensorkv.server.shm import Sharing
 from tensorkv.testing import hostile
 from tensorkv.testing.frames import Mutator, load
 from tensorkv.testing.hostile import WorkerFault, fuzz_worker, meet
 from tensorkv.transport import unix
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import PREFIX, encode
+from tensorkv.worker import window
+from tensorkv.worker.control import ControlClient
+from tensorkv.worker.link import ServerLink
+from tensorkv.worker.transfers import Destinations
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 POOL = [entry.frame for conversation in load(CORPUS, "worker").values() for entry in conversation]

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkv.runtime.embedded import EmbeddedJob
-from tensorkv.runtime.handshake import introduce
+from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.peer.handshake import introduce
 from tensorkv.testing.frames import message_of
 from tensorkv.testing.hostilesharing import (
     NUM_ELEMS,

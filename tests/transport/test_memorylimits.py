@@ -16,7 +16,7 @@ import pytest
 from tensorkv.errors import MemoryLimitReached
 from tensorkv.transport import memorylimits
 from tensorkv.transport.memorylimits import check_room
-from tensorkv.transport.sharedmemory import Segment
+from tensorkv.transport.segments import Segment
 
 MB = 1 << 20
 

@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tensorkv.errors import ProtocolError, ProtocolVersionError
-from tensorkv.functions import CodeRef
-from tensorkv.updaterspec import UpdaterSpec
+from tensorkv.updaters.functions import CodeRef
+from tensorkv.updaters.spec import UpdaterSpec
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import MAX_HEADER_BYTES, PREFIX, VERSION, Decoder, decode_prefix, encode
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensorkv.checkpoint.records import SavedSettings, SettingEntry
 from tensorkv.errors import ProtocolError
-from tensorkv.functions import CodeRef
-from tensorkv.savedstate import SavedSettings, SettingEntry
-from tensorkv.updaterspec import UpdaterSpec
+from tensorkv.updaters.functions import CodeRef
+from tensorkv.updaters.spec import UpdaterSpec
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import MAX_HANDSHAKE_BYTES, Decoder, encode
 

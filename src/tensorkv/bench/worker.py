@@ -27,9 +27,9 @@ from tensorkv.bench.steps import (
     run,
 )
 from tensorkv.errors import TensorKVError
-from tensorkv.optimizers import ELEMENTWISE_OPTIMIZERS, find_optimizer
 from tensorkv.store import KVStore
 from tensorkv.stores.registry import create
+from tensorkv.updaters.optimizer import ELEMENTWISE_OPTIMIZERS, find_optimizer
 
 AGREED = "bench/steps"
 

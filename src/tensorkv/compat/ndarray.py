@@ -401,7 +401,7 @@ class MXNetUpdater:
     """An updater of a store that calls an MXNet-style function, whose arrays are NDArrays.
 
     `__tensorkv_adapter__` lets it travel to servers as its function's name and its own (see
-    `tensorkv.functions`).
+    `tensorkv.updaters.functions`).
     """
 
     __tensorkv_adapter__ = "tensorkv.compat.ndarray:MXNetUpdater"

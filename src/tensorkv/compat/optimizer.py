@@ -12,7 +12,7 @@ import torch
 from tensorkv.compat import arithmetic
 from tensorkv.compat.base import mxnet_errors
 from tensorkv.errors import NotSupported
-from tensorkv.optimizers import optimizer_spec
+from tensorkv.updaters.optimizer import optimizer_spec
 
 
 class Optimizer:

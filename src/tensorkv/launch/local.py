@@ -24,12 +24,12 @@ from tensorkv.config import (
     read_transport,
 )
 from tensorkv.errors import InvalidArgument
-from tensorkv.launch.job import Job, ProcessSpec
 from tensorkv.launch.output import FileSink, Output, Sink, Stream, prefix_text
+from tensorkv.launch.processes import Job, ProcessSpec
 from tensorkv.launch.supervisor import Node, status_text
 
 STREAMING = f"glibc.cpu.x86_non_temporal_threshold={STREAM_BYTES}"
-"""From which size on the C library's copies go past the caches; see `tensorkv.runtime.streaming`."""
+"""From which size on the C library's copies go past the caches; see `tensorkv.worker.nontemporal`."""
 
 
 class CommandNotFound(Exception):
@@ -154,7 +154,7 @@ def plan(config: JobConfig, command: Sequence[str], environ: Mapping[str, str]) 
     servers = [
         ProcessSpec(
             node=Node("server", rank),
-            argv=(sys.executable, "-m", "tensorkv.runtime.server"),
+            argv=(sys.executable, "-m", "tensorkv.server.loop"),
             env={**env("server", rank), "OMP_NUM_THREADS": "1"},
         )
         for rank in range(config.num_servers)
@@ -183,7 +183,7 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
         OSError: a process cannot be started.
     """
     command = find_command(options.command, environ)
-    from tensorkv.runtime.scheduler import SchedulerServer
+    from tensorkv.scheduler.loop import SchedulerServer
 
     token = secrets.token_hex(32)
     scheduler = SchedulerServer(

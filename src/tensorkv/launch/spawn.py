@@ -25,9 +25,9 @@ from typing import Any, final
 
 from tensorkv.config import JobConfig, Transport
 from tensorkv.errors import InvalidArgument, JobFailed
-from tensorkv.launch.child import die_with
-from tensorkv.launch.job import shielded
 from tensorkv.launch.local import JobOptions, job_config
+from tensorkv.launch.pdeathsig import die_with
+from tensorkv.launch.processes import shielded
 from tensorkv.launch.supervisor import (
     KILL_WAIT_S,
     Action,
@@ -39,8 +39,8 @@ from tensorkv.launch.supervisor import (
     Terminate,
     status_text,
 )
-from tensorkv.runtime.scheduler import SchedulerServer
-from tensorkv.runtime.uncaught import described
+from tensorkv.scheduler.loop import SchedulerServer
+from tensorkv.worker.uncaught import described
 
 logger = logging.getLogger(__name__)
 _MAX_REPORT_BYTES = 1 << 20
@@ -179,7 +179,7 @@ class _Job:
             config = dataclasses.replace(self._config, role=node.role, rank=node.rank)
             if node.role == "server":
                 environ = {**self._environ, **config.to_env(), "OMP_NUM_THREADS": "1"}
-                argv = (sys.executable, "-m", "tensorkv.runtime.server")
+                argv = (sys.executable, "-m", "tensorkv.server.loop")
                 server = subprocess.Popen(
                     shielded(argv, environ), env=environ, stdin=subprocess.DEVNULL, start_new_session=True
                 )

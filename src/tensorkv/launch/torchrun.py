@@ -2,7 +2,7 @@
 
 Nobody starts scheduler and servers then: the workers do, when they open their first distributed store.
 Rank 0 announces a round (see `rounds`) in the TCPStore at MASTER_ADDR:MASTER_PORT, starts a keeper (see
-`keeper`) with the scheduler and the servers of its host, and tells the others where it is. They join the
+`sidecar`) with the scheduler and the servers of its host, and tells the others where it is. They join the
 scheduler of that round; where it is gone, or of an attempt before, they look again. The worker that
 stands for another host starts a keeper with the servers of that. torchrun's agent holds the TCPStore;
 where no agent does, rank 0.
@@ -47,17 +47,17 @@ from tensorkv.config import (
     read_transport,
 )
 from tensorkv.errors import AuthenticationError, NotInJob, PeerLostError, RankTaken, TensorKVError
-from tensorkv.launch.keeper import TOKEN_NAME, JobRecord
-from tensorkv.launch.rounds import Board, Enlisted, hosts
-from tensorkv.runtime.handshake import Failure, connect_to_scheduler
-from tensorkv.runtime.waits import Wait
+from tensorkv.launch.attempts import Board, Enlisted, hosts
+from tensorkv.launch.sidecar import TOKEN_NAME, JobRecord
+from tensorkv.peer.deadlines import Wait
+from tensorkv.peer.handshake import Failure, connect_to_scheduler
 from tensorkv.transport.base import Connection
 from tensorkv.transport.tcp import own_host_towards
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch has no __all__ there
 
-    from tensorkv.runtime.job import Job
+    from tensorkv.worker.session import Job
 
 logger = logging.getLogger(__name__)
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -171,7 +171,7 @@ def join_job(
     place = read_place(environ)
     if place is None:
         return None
-    from tensorkv.runtime.job import check_not_forked, join
+    from tensorkv.worker.session import check_not_forked, join
 
     with _lock:
         config = _found.get(os.getpid())
@@ -451,7 +451,7 @@ def start_keeper(config: JobConfig, servers: range, environ: Mapping[str, str]) 
     config = dataclasses.replace(config, role="scheduler", rank=0)
     read, write = os.pipe()
     ranks = ",".join(map(str, servers))
-    command = [sys.executable, "-m", "tensorkv.launch.keeper", str(os.getpid()), str(write), ranks]
+    command = [sys.executable, "-m", "tensorkv.launch.sidecar", str(os.getpid()), str(write), ranks]
     with open(read, "rb") as report:
         try:
             process = subprocess.Popen(

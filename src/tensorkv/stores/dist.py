@@ -1,9 +1,9 @@
 """DistStore: `dist_sync` and `dist_async`, a store whose values and updaters live on server processes.
 
 This file turns the calls of the contract into messages, and their replies into results, with the help
-of `tensorkv.runtime`: `keytable` (what is known of keys), `plancache`, `pusher` and `pullcall`. What
-holds on the other side stands in `tensorkv.protocol`: `shard` for rounds and updates, `directory` for
-keys, settings and barriers.
+of `tensorkv.worker`: `keytable` (what is known of keys), `plancache`, `pusher` and `pullcall`. On the other
+side, `tensorkv.server.shard` holds rounds and updates, and `tensorkv.scheduler.catalog` keys, settings and
+barriers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 from tensorkv.addresses import LOOPBACK
 from tensorkv.arrays import Key, check_has_mean, check_matches, dtype_name, new_tensor, unreadable
+from tensorkv.checkpoint.records import SavedSettings
 from tensorkv.config import DEFAULT_TIMEOUT_S, ENV_ROLE, Transport, from_env, stray_variables
 from tensorkv.errors import (
     InvalidArgument,
@@ -34,33 +35,32 @@ from tensorkv.errors import (
     to_wire,
 )
 from tensorkv.keys import PullBatch, PushBatch, answer
-from tensorkv.optimizergroups import OptimizerGroup
-from tensorkv.optimizers import find_optimizer, optimizer_spec
-from tensorkv.protocol.replies import check_init
+from tensorkv.peer.code import describe_code
+from tensorkv.peer.deadlines import taken
 from tensorkv.reduce import sum_devices, sum_dtype
-from tensorkv.runtime.code import describe_code
-from tensorkv.runtime.hold import Hold
-from tensorkv.runtime.job import Job, join
-from tensorkv.runtime.keytable import KeyTable
-from tensorkv.runtime.lending import arranged, empty_tensors
-from tensorkv.runtime.link import ServerLink, SingleReply
-from tensorkv.runtime.plancache import PlanCache
-from tensorkv.runtime.plans import KeyState, Plan, build_plan
-from tensorkv.runtime.pullcall import PullCall
-from tensorkv.runtime.pusher import Pusher
-from tensorkv.runtime.saving import StateTransfer
-from tensorkv.runtime.transfers import Destinations, gathered
-from tensorkv.runtime.waits import taken
-from tensorkv.savedstate import SavedSettings
-from tensorkv.settings import SettingsTable, build, build_from_argument, restored_settings
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
-from tensorkv.updater import Updater
-from tensorkv.updaterspec import may_travel
+from tensorkv.updaters.base import Updater
+from tensorkv.updaters.groups import OptimizerGroup
+from tensorkv.updaters.optimizer import find_optimizer, optimizer_spec
+from tensorkv.updaters.settings import SettingsTable, build, build_from_argument, restored_settings
+from tensorkv.updaters.spec import may_travel
 from tensorkv.wire import messages as m
+from tensorkv.wire.validate import check_init
 from tensorkv.work import Work
+from tensorkv.worker.checkpoint import StateTransfer
+from tensorkv.worker.hold import Hold
+from tensorkv.worker.keytable import KeyTable
+from tensorkv.worker.lending import arranged, empty_tensors
+from tensorkv.worker.link import ServerLink, SingleReply
+from tensorkv.worker.plancache import PlanCache
+from tensorkv.worker.plans import KeyState, Plan, build_plan
+from tensorkv.worker.pullcall import PullCall
+from tensorkv.worker.pusher import Pusher
+from tensorkv.worker.session import Job, join
+from tensorkv.worker.transfers import Destinations, gathered
 
 if TYPE_CHECKING:  # a worker needs no scheduler and no server, unless it is a job by itself
-    from tensorkv.runtime.embedded import EmbeddedJob
+    from tensorkv.launch.cluster import EmbeddedJob
 
 
 @final
@@ -833,7 +833,7 @@ def open_dist(
     if embedded:
         if num_servers < 1:
             raise InvalidArgument(f"num_servers={num_servers} is too few; a job needs at least one server")
-        from tensorkv.runtime.embedded import EmbeddedJob
+        from tensorkv.launch.cluster import EmbeddedJob
 
         host = "inproc" if transport is None else LOOPBACK
         cluster = EmbeddedJob(1, num_servers, timeout_s=timeout_s, host=host, transport=transport or "auto")

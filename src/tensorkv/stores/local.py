@@ -32,24 +32,9 @@ from tensorkv.arrays import (
     size_bytes,
     unreadable,
 )
-from tensorkv.errors import (
-    Hints,
-    MemoryLimitReached,
-    SettingMismatch,
-    StoreClosed,
-    UncommittedPush,
-    UpdaterError,
-    already_initialized,
-    not_initialized,
-)
-from tensorkv.keys import PullBatch, PushBatch, answer, check_keys
-from tensorkv.optimizergroups import OptimizerGroup
-from tensorkv.optimizers import find_optimizer, optimizer_spec
-from tensorkv.protocol.commits import all_finite, norms_of, scale, unscalable
-from tensorkv.protocol.memory import short_of
-from tensorkv.protocol.norms import clip_factor, total_norm
-from tensorkv.reduce import broadcast, lightest, sum_devices
-from tensorkv.savedstate import (
+from tensorkv.checkpoint.files import PieceReader, check_files, load_newest, write_slices
+from tensorkv.checkpoint.folder import Saving
+from tensorkv.checkpoint.records import (
     FileRecord,
     Index,
     KeyRecord,
@@ -61,10 +46,7 @@ from tensorkv.savedstate import (
     encode_index,
     new_index,
 )
-from tensorkv.savefolder import Saving
-from tensorkv.saveio import PieceReader, check_files, load_newest, write_slices
-from tensorkv.settings import Setting, SettingsTable, apply_all, build, build_from_argument, restored_settings
-from tensorkv.slicestate import (
+from tensorkv.checkpoint.slices import (
     MemoryPieces,
     SliceState,
     assemble,
@@ -73,8 +55,33 @@ from tensorkv.slicestate import (
     state_bytes,
     to_state_dict,
 )
+from tensorkv.errors import (
+    Hints,
+    MemoryLimitReached,
+    SettingMismatch,
+    StoreClosed,
+    UncommittedPush,
+    UpdaterError,
+    already_initialized,
+    not_initialized,
+)
+from tensorkv.keys import PullBatch, PushBatch, answer, check_keys
+from tensorkv.norms import clip_factor, total_norm
+from tensorkv.reduce import broadcast, lightest, sum_devices
+from tensorkv.server.commits import all_finite, norms_of, scale, unscalable
+from tensorkv.server.memory import short_of
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
-from tensorkv.updater import Assign, Update
+from tensorkv.updaters.base import Assign, Update
+from tensorkv.updaters.groups import OptimizerGroup
+from tensorkv.updaters.optimizer import find_optimizer, optimizer_spec
+from tensorkv.updaters.settings import (
+    Setting,
+    SettingsTable,
+    apply_all,
+    build,
+    build_from_argument,
+    restored_settings,
+)
 from tensorkv.work import Work
 
 CPU_KINDS = ("local", "local_update_cpu", "local_allreduce_cpu")

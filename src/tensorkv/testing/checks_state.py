@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tensorkv.checkpoint.records import INDEX_NAME
 from tensorkv.errors import (
     InvalidArgument,
     InvalidValue,
@@ -26,7 +27,6 @@ from tensorkv.errors import (
     UpdaterError,
     WaitTimeout,
 )
-from tensorkv.savedstate import INDEX_NAME
 from tensorkv.store import KVStore
 from tensorkv.testing.bad_inputs import assert_unchanged, prepare, snapshot
 from tensorkv.testing.suite import (

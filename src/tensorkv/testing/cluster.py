@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 from tensorkv.config import DEFAULT_TIMEOUT_S, SLICE_BOUND_BYTES, Transport
 from tensorkv.errors import PeerLostError, StoreClosed
-from tensorkv.runtime.embedded import EmbeddedJob
-from tensorkv.runtime.job import Job
+from tensorkv.launch.cluster import EmbeddedJob
 from tensorkv.store import KVStore, Reduction
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
 from tensorkv.wire.messages import WorkerLossPolicy
+from tensorkv.worker.session import Job
 
 T = TypeVar("T")
 

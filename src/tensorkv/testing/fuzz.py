@@ -30,14 +30,14 @@ import torch
 
 from tensorkv.config import JobConfig
 from tensorkv.errors import ProtocolError, ProtocolVersionError, TensorKVError
-from tensorkv.protocol.membership import Membership
-from tensorkv.protocol.memory import BufferPool, Memory
-from tensorkv.protocol.serverstate import ServerState
-from tensorkv.runtime.code import updater_loader
-from tensorkv.runtime.handshake import deadline_tick, introduce
-from tensorkv.runtime.scheduler import SchedulerServer
-from tensorkv.runtime.server import Server
-from tensorkv.runtime.statefiles import FolderFiles
+from tensorkv.peer.code import updater_loader
+from tensorkv.peer.handshake import deadline_tick, introduce
+from tensorkv.scheduler.loop import SchedulerServer
+from tensorkv.scheduler.membership import Membership
+from tensorkv.server.loop import Server
+from tensorkv.server.memory import BufferPool, Memory
+from tensorkv.server.state import ServerState
+from tensorkv.server.statefiles import FolderFiles
 from tensorkv.testing.frames import SUFFIX, Conversation, Entry, Mutator, framed, load, message_of, save
 from tensorkv.testing.hostile import WorkerFault, fuzz_worker, resident_mb
 from tensorkv.testing.hostilesharing import Descriptors, is_shared, shared_conversations, with_descriptor

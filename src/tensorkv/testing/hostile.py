@@ -23,19 +23,19 @@ from typing import Any, final
 import msgspec
 import torch
 
+from tensorkv.checkpoint.records import FileRecord, SavedSettings
 from tensorkv.config import JobConfig
 from tensorkv.errors import ProtocolError, TensorKVError, WaitTimeout
-from tensorkv.protocol.membership import Membership
-from tensorkv.protocol.memory import EMPTY, BufferPool, Memory
-from tensorkv.protocol.serverstate import ServerState
-from tensorkv.protocol.shard import SCHEDULER, Outgoing
-from tensorkv.protocol.slots import allocate_private
-from tensorkv.runtime.code import updater_loader
-from tensorkv.runtime.handshake import accept, deadline_tick
-from tensorkv.runtime.job import Job
-from tensorkv.runtime.sharing import CONTROL_BYTES, SharedValues, Sharing
-from tensorkv.runtime.statefiles import FolderFiles
-from tensorkv.savedstate import FileRecord, SavedSettings
+from tensorkv.peer.code import updater_loader
+from tensorkv.peer.handshake import accept, deadline_tick
+from tensorkv.peer.shm import CONTROL_BYTES
+from tensorkv.scheduler.membership import Membership
+from tensorkv.server.memory import EMPTY, BufferPool, Memory
+from tensorkv.server.shard import SCHEDULER, Outgoing
+from tensorkv.server.shm import SharedValues, Sharing
+from tensorkv.server.slots import allocate_private
+from tensorkv.server.state import ServerState
+from tensorkv.server.statefiles import FolderFiles
 from tensorkv.store import KVStore
 from tensorkv.stores.dist import DistStore
 from tensorkv.testing.frames import Mutator, framed
@@ -44,10 +44,11 @@ from tensorkv.transport import unix
 from tensorkv.transport.base import Connection, Listener
 from tensorkv.transport.endpoint import listen
 from tensorkv.transport.inproc import InprocConnection
-from tensorkv.transport.sharedmemory import MAX_SEGMENTS
+from tensorkv.transport.segments import MAX_SEGMENTS
 from tensorkv.transport.unix import DescriptorHead, UnixConnection, UnixListener
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import MAX_HEADER_BYTES, PREFIX, PREFIX_BYTES, Decoder, decode_prefix, encode
+from tensorkv.worker.session import Job
 
 NUM_SERVERS = 2
 SLICE_BOUND_BYTES = 1 << 12

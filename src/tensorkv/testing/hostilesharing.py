@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import final
 
 from tensorkv.errors import ProtocolError, ProtocolVersionError
-from tensorkv.runtime.sharing import CONTROL_BYTES
+from tensorkv.peer.shm import CONTROL_BYTES
 from tensorkv.testing.frames import Conversation, Entry, message_of
 from tensorkv.transport.unix import DescriptorHead, UnixConnection
 from tensorkv.wire import messages as m

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from tensorkv.functions import CodeRef
-from tensorkv.savedstate import FileRecord, KeyRecord, PieceRecord, Plain, SavedSettings, TensorRecord
-from tensorkv.updaterspec import UpdaterSpec
+from tensorkv.checkpoint.records import FileRecord, KeyRecord, PieceRecord, Plain, SavedSettings, TensorRecord
+from tensorkv.updaters.functions import CodeRef
+from tensorkv.updaters.spec import UpdaterSpec
 
 Key = int | str
 Role = Literal["worker", "server", "scheduler"]
@@ -159,6 +159,10 @@ class ChunkEntry(msgspec.Struct, frozen=True, array_like=True):
     counts: list[int]
 
 
+PLACED_BYTES = 16 << 10
+"""Minimum size of a payload that stays in shared memory; smaller ones travel in their frame."""
+
+
 class Placed(msgspec.Struct, frozen=True, array_like=True):
     """A payload that lies in shared memory of who sends it, in `spans`: segment, offset and length in bytes.
 
@@ -173,7 +177,7 @@ class Placed(msgspec.Struct, frozen=True, array_like=True):
 class ShareSegment(Message, tag=45):
     """Hand over a segment of shared memory: its descriptor comes with this frame.
 
-    The first of a worker, number 0, holds what the two tell each other about loans, see `runtime.sharing`.
+    The first of a worker, number 0, holds what the two tell each other about loans, see `peer.shm`.
     """
 
     segment: int

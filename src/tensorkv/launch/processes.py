@@ -1,0 +1,364 @@
+"""Real processes around the supervisor: `Job` runs any list of them under its rules.
+
+Output by lines, the first failure or a signal ends everything, and nothing is left running: each
+process leads a session of its own, whose group is signalled as a whole; a launcher that is killed
+takes them with it (`pdeathsig.py`, `reaper.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import final
+
+from tensorkv.launch.forwarder import Pump
+from tensorkv.launch.output import STREAMS, Output
+from tensorkv.launch.signals import SignalInbox
+from tensorkv.launch.supervisor import (
+    GRACE_S,
+    KILL_WAIT_S,
+    SERVER_STOP_S,
+    Action,
+    Finish,
+    Kill,
+    Node,
+    Report,
+    StopServers,
+    Supervisor,
+    Terminate,
+    status_text,
+)
+from tensorkv.worker.signals import handles
+
+_PDEATHSIG = Path(__file__).with_name("pdeathsig.py")
+_REAPER = Path(__file__).with_name("reaper.py")
+_GUARD_EXIT_S = 5.0
+
+_MAX_GUARDS = 10
+"""Maximum number of guards that one job uses up."""
+
+_LAST_OUTPUT_S = 2.0
+"""So long a reader that does not read keeps an interrupted launcher."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSpec:
+    """One process to start. `env` is its whole environment.
+
+    With `inherit_stdin` it reads what the launcher would; otherwise its stdin is empty.
+    """
+
+    node: Node
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    inherit_stdin: bool = False
+
+
+@final
+class Guard:
+    """The process that kills what a killed launcher leaves; see `reaper.py`. A context manager.
+
+    One that somebody kills (a system short of memory, say) is replaced by `check`.
+    """
+
+    def __init__(self) -> None:
+        self._groups: set[int] = set()
+        self._replacements_left = _MAX_GUARDS - 1
+
+    def __enter__(self) -> Guard:
+        self._process = self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(_GUARD_EXIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(_GUARD_EXIT_S)
+
+    def add(self, group: int) -> None:
+        """Have `group` killed if this process dies."""
+        self._groups.add(group)
+        self._send(f"+{group}\n")
+
+    def remove(self, group: int) -> None:
+        """Forget `group`: it has ended, and its number may come back as another's."""
+        self._groups.discard(group)
+        self._send(f"-{group}\n")
+
+    def check(self) -> str | None:
+        """Replace the process if it has ended; return a line that tells so. Once per SIGCHLD is enough."""
+        status = self._process.poll()
+        if status is None or self._replacements_left < 0:
+            return None
+        ended = f"the guard of this job (process {self._process.pid}) ended with {status_text(status)}"
+        self._replacements_left -= 1
+        if self._replacements_left < 0:
+            return f"{ended}, as those before it; the job goes on without one"
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process = self._start()
+        except OSError as exc:
+            self._replacements_left = -1
+            return f"{ended}, and no other can be started ({exc}); the job goes on without one"
+        for group in sorted(self._groups):
+            self._send(f"+{group}\n")
+        return f"{ended}; process {self._process.pid} has taken its place"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_REAPER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def _send(self, line: str) -> None:
+        assert self._process.stdin is not None
+        if not self._process.stdin.closed:
+            with contextlib.suppress(BrokenPipeError):  # somebody killed it, as `check` will find
+                os.write(self._process.stdin.fileno(), line.encode())
+
+
+@final
+class Job:
+    """Starts processes and stays until the last has ended. `run` once, in the main thread.
+
+    Args:
+        specs: what to start, in this order.
+        output: where the lines go.
+        absent_servers: returns the servers that are still starting. Called when the last worker has ended
+            with 0: they get a SIGTERM.
+        stop_servers: called then. It tells the other servers to end.
+        first_lost: which process the scheduler lost first, where it knows.
+        on_worker_done: called with the rank of each worker that has ended with 0.
+        report: returns lines for SIGUSR1; every process that handles this signal gets it, too.
+        goes_on: called with a worker that has failed, and how it ended (its status, or -signal); returns
+            whether the job goes on without it.
+        grace_s, server_stop_s: see `supervisor`.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ProcessSpec],
+        output: Output,
+        *,
+        absent_servers: Callable[[], Iterable[Node]],
+        stop_servers: Callable[[], None],
+        first_lost: Callable[[], Node | None] = lambda: None,
+        on_worker_done: Callable[[int], None] = lambda rank: None,
+        report: Callable[[], Iterable[str]] = tuple,
+        goes_on: Callable[[Node, int], bool] = lambda node, returncode: False,
+        grace_s: float = GRACE_S,
+        server_stop_s: float = SERVER_STOP_S,
+    ) -> None:
+        self._specs = specs
+        self._output = output
+        self._absent_servers = absent_servers
+        self._stop_servers = stop_servers
+        self._first_lost = first_lost
+        self._on_worker_done = on_worker_done
+        self._report = report
+        self._goes_on = goes_on
+        self._supervisor = Supervisor(
+            [spec.node for spec in specs], grace_s=grace_s, server_stop_s=server_stop_s
+        )
+        self._processes: dict[Node, subprocess.Popen[bytes]] = {}
+        self._reports: list[str] = []
+
+    def run(self) -> int:
+        """Run the job; return the status for the launcher to end with.
+
+        Raises:
+            OSError: a process could not be started. Those started before are ended.
+        """
+        with SignalInbox() as inbox, Guard() as guard:
+            pump = Pump(self._output, inbox.wake)
+            try:
+                self._start(pump, guard)
+                finish = self._supervise(pump, inbox, guard)
+                self._end_groups(guard)
+                written = self._flush(pump, inbox, finish)
+            finally:
+                self._end_groups(guard)
+                pump.close()
+        if written or pump.error is not None:
+            with contextlib.suppress(OSError):  # that very error, mostly
+                self._conclude(finish)
+        return finish.status
+
+    def _start(self, pump: Pump, guard: Guard) -> None:
+        for spec in self._specs:
+            process = _spawn(spec)
+            self._processes[spec.node] = process
+            guard.add(process.pid)
+            for stream, pipe in zip(STREAMS, (process.stdout, process.stderr), strict=True):
+                assert pipe is not None
+                pump.add(spec.node, stream, pipe)
+        pump.start()
+
+    def _supervise(self, pump: Pump, inbox: SignalInbox, guard: Guard) -> Finish:
+        """Feed the supervisor and do what it says, until it says that the job is over."""
+        supervisor = self._supervisor
+        while True:
+            deadline = supervisor.deadline
+            timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            signals = inbox.wait(timeout_s)
+            now = time.monotonic()
+            actions: list[Action] = []
+            if inbox.take_report():
+                self._tell(pump)
+            if line := guard.check():
+                pump.say(line)
+            for signum in signals:
+                actions += supervisor.signalled(signum, now)
+            if pump.done:
+                actions += supervisor.abort(*_lost_output(pump.error), now)
+            exits = self._exits()
+            for node, status in exits.items():
+                if node.role == "worker" and status == 0:
+                    self._on_worker_done(node.rank)
+            if exits:
+                spared = self._spared(exits)
+                actions += supervisor.exited(exits, now, self._first_lost(), spared)
+            actions += supervisor.tick(now)
+            for action in actions:
+                if isinstance(action, Finish):
+                    return action
+                self._perform(action)
+
+    def _tell(self, pump: Pump) -> None:
+        """Say what the scheduler waits for, and have every process that can say what it waits for."""
+        for line in self._report():
+            pump.say(line)
+        for node in self._supervisor.alive:
+            pid = self._processes[node].pid
+            if handles(pid, signal.SIGUSR1):
+                os.kill(pid, signal.SIGUSR1)
+            else:
+                pump.say(
+                    f"{node} (process {pid}) cannot be asked: it has not joined, or is a script around it"
+                )
+
+    def _spared(self, exits: Mapping[Node, int]) -> list[Node]:
+        """Return the workers whose failure the job survives. Nobody asks once the job is ending."""
+        return [
+            node
+            for node, returncode in exits.items()
+            if self._supervisor.running
+            and node.role == "worker"
+            and returncode != 0
+            and self._goes_on(node, returncode)
+        ]
+
+    def _exits(self) -> dict[Node, int]:
+        """Return the processes that have ended since the last call, and how.
+
+        They are not reaped before the end of the job: as long as a leader is there its number is not
+        given to another process, and its group can be killed safely.
+        """
+        exits = {}
+        for node in self._supervisor.alive:
+            pid = self._processes[node].pid
+            info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if info is not None:
+                exits[node] = info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
+        return exits
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Terminate(nodes):
+                self._signal(nodes, signal.SIGTERM)
+            case Kill(nodes):
+                self._signal(nodes, signal.SIGKILL)
+            case StopServers():
+                # The absent ones first: else one may find that the scheduler has gone, and say so.
+                for further in self._supervisor.dismiss(self._absent_servers()):
+                    self._perform(further)
+                self._stop_servers()
+            case Report(text):
+                self._reports.append(text)
+
+    def _signal(self, nodes: Iterable[Node], signum: signal.Signals) -> None:
+        for node in nodes:
+            # Nobody is left in the group, or (as some systems say it) only its ended leader.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._processes[node].pid, signum)
+
+    def _end_groups(self, guard: Guard) -> None:
+        """Kill what is left of every group, and reap the leaders."""
+        self._signal(self._processes, signal.SIGKILL)
+        for process in self._processes.values():
+            guard.remove(process.pid)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel: reported before
+                process.wait(KILL_WAIT_S)
+        self._processes.clear()
+
+    def _flush(self, pump: Pump, inbox: SignalInbox, finish: Finish) -> bool:
+        """Wait until all output is written; return whether it is.
+
+        A reader that does not read is waited for, unless the user wants the job to end.
+        """
+        interrupted = finish.status != 0 and finish.culprit is None
+        deadline = time.monotonic() + _LAST_OUTPUT_S if interrupted else math.inf
+        pump.finish()
+        while not pump.done:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or inbox.wait(left_s if interrupted else None):
+                return False
+        return pump.error is None
+
+    def _conclude(self, finish: Finish) -> None:
+        """Say what was to be said, below the last line of the processes."""
+        for text in self._reports:
+            self._output.say(text)
+        if finish.culprit is not None:
+            words = self._output.last_words(finish.culprit)
+            if words:
+                self._output.say(f"the last lines of {finish.culprit} on stderr were")
+            for line in words:
+                self._output.say(f"  {line}")
+        if finish.text is not None:
+            outcome = "the job went on without it" if finish.went_on else "the job was ended"
+            self._output.say(f"{finish.text}; {outcome}")
+
+
+def shielded(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """Return the command that becomes `argv` and dies with this process; see `pdeathsig.py`."""
+    executable = shutil.which(argv[0], path=environ.get("PATH", os.defpath)) or argv[0]
+    return [sys.executable, "-I", "-S", str(_PDEATHSIG), str(os.getpid()), executable, *argv]
+
+
+def _spawn(spec: ProcessSpec) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, which dies with this one."""
+    return subprocess.Popen(
+        shielded(spec.argv, spec.env),
+        env=dict(spec.env),
+        stdin=None if spec.inherit_stdin else subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        start_new_session=True,
+    )
+
+
+def _lost_output(error: OSError | None) -> tuple[int, str]:
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE, "nobody reads the output"
+    return 1, f"the output cannot be written: {error.strerror if error else 'its thread has ended'}"

@@ -1,0 +1,267 @@
+"""The process beside the workers of one host, under a launcher that only knows workers (torchrun).
+
+    python -m tensorkv.launch.sidecar PARENT_PID REPORT_FD SERVER_RANKS
+
+The worker with local rank 0 starts it. It keeps the servers of its host and, on the first host, the
+scheduler. It is a process of its own so that the loss of its parent can be told to the others: by a
+scheduler inside the parent nobody would learn which worker was lost.
+
+It ends when its parent is gone and the job is over, and its servers end with it: the kernel kills them if
+it is killed itself. It has a session of its own, so that signals to the workers do not end the servers first.
+SIGUSR1 has it tell who waits for whom, and its servers, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import final
+
+import msgspec
+
+from tensorkv.config import JobConfig, from_env
+from tensorkv.errors import TensorKVError
+from tensorkv.launch.processes import shielded
+from tensorkv.launch.supervisor import KILL_WAIT_S, SERVER_STOP_S, shell_status
+from tensorkv.peer.handshake import connect_as
+from tensorkv.scheduler.loop import SchedulerServer
+from tensorkv.worker.signals import handles
+
+LINGER_S = 30.0
+"""So long workers that have never joined are waited for after all others have left."""
+
+TICK_S = 0.1
+TOKEN_NAME = "tensorkv-token"
+"""Name of the file in memory that holds a token, for those who check what they read."""
+
+
+class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a job is found. It passes through torchrun's store, which anybody can read: no token in it.
+
+    `token_file` is the path of a file that only this user can read, on this host, "" where TENSORKV_TOKEN
+    is set.
+    `keepers` are the ranks of the workers that keep the servers of their hosts, dealt out in turn.
+    `error` says why there is no job; nothing else counts then.
+    """
+
+    host: str = ""
+    port: int = 0
+    num_workers: int = 0
+    num_servers: int = 0
+    keepers: tuple[int, ...] = ()
+    token_file: str = ""
+    error: str = ""
+
+
+@final
+class Keeper:
+    """Servers of this host, and the scheduler if `config.scheduler_port` is 0. A context manager.
+
+    Args:
+        config: the job; role and rank do not count. Without a token one is made.
+        servers: ranks of the servers of this host.
+        environ: what they inherit.
+        parent: a pidfd of the worker that started this process.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        servers: Iterable[int],
+        environ: Mapping[str, str],
+        parent: int | None = None,
+    ) -> None:
+        self._parent = parent
+        self._ranks = tuple(servers)
+        self._environ = environ
+        self._scheduler: SchedulerServer | None = None
+        self._servers: dict[int, subprocess.Popen[bytes]] = {}
+        self.token_file = ""
+        self._token: int | None = None  # descriptor of that file
+        if config.scheduler_port == 0:
+            config = dataclasses.replace(config, token=config.token or secrets.token_hex(32))
+            self._scheduler = SchedulerServer(
+                num_workers=config.num_workers,
+                num_servers=config.num_servers,
+                token=config.token,
+                host=config.host,
+                slice_bound_bytes=config.slice_bound_bytes,
+                peer_timeout_s=config.peer_timeout_s,
+                starter_gone=self._parent_gone,
+            )
+            host, port = self._scheduler.address
+            config = dataclasses.replace(config, scheduler_host=host, scheduler_port=port)
+        self.config = config
+        self._asked = os.eventfd(0, os.EFD_CLOEXEC)  # counted up by `ask_report`
+
+    def __enter__(self) -> Keeper:
+        if self._scheduler is not None:
+            self._scheduler.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._scheduler is not None:
+            self._scheduler.stop()
+        self._end_servers()
+        os.close(self._asked)
+        if self._token is not None:
+            os.close(self._token)
+
+    def ask_report(self) -> None:
+        """Have `run` write on stderr who waits for whom. From a signal handler, while it is entered."""
+        os.eventfd_write(self._asked, 1)
+
+    def write_token(self) -> None:
+        """Write the token where only this user can read it: to a file in memory, gone with this process."""
+        self._token = os.memfd_create(TOKEN_NAME)
+        os.fchmod(self._token, 0o600)
+        os.write(self._token, self.config.token.encode())
+        self.token_file = f"/proc/{os.getpid()}/fd/{self._token}"
+
+    def start_servers(self) -> None:
+        """Start the servers of this host. Does not wait for them."""
+        for rank in self._ranks:
+            config = dataclasses.replace(self.config, role="server", rank=rank)
+            environ = {**self._environ, **config.to_env(), "OMP_NUM_THREADS": "1"}
+            argv = (sys.executable, "-m", "tensorkv.server.loop")
+            self._servers[rank] = subprocess.Popen(
+                shielded(argv, environ), env=environ, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def _parent_gone(self) -> bool:
+        return self._parent is not None and bool(select.select([self._parent], [], [], 0)[0])
+
+    def run(self, parent: int) -> None:
+        """Stay until the job is over. `parent` is a pidfd of the worker that started this process."""
+        self._parent = parent
+        with contextlib.ExitStack() as stack:
+            poller = select.poll()
+            poller.register(parent, select.POLLIN)
+            poller.register(self._asked, select.POLLIN)
+            ranks: dict[int, int] = {}  # by descriptor, of servers that run
+            for rank, process in self._servers.items():
+                descriptor = os.pidfd_open(process.pid)
+                stack.callback(os.close, descriptor)
+                poller.register(descriptor, select.POLLIN)
+                ranks[descriptor] = rank
+            gone_at: float | None = None
+            while not self._over(gone_at, bool(ranks)):
+                for descriptor, _ in poller.poll(None if gone_at is None else TICK_S * 1000):
+                    if descriptor == self._asked:
+                        os.eventfd_read(descriptor)
+                        self._report()
+                        continue
+                    poller.unregister(descriptor)
+                    if descriptor == parent:
+                        gone_at = time.monotonic()
+                    else:
+                        self._server_ended(ranks.pop(descriptor))
+
+    def _over(self, gone_at: float | None, serving: bool) -> bool:
+        """Whether this process has nothing left to do. `gone_at`: when the parent ended."""
+        scheduler = self._scheduler
+        if scheduler is None:  # its servers are told by the scheduler of the first host
+            return not serving
+        if gone_at is None:
+            return False
+        if scheduler.lost is not None or not scheduler.has_joined("worker", 0):
+            return True
+        joined, present = scheduler.count_workers()
+        late = time.monotonic() > gone_at + LINGER_S
+        return present == 0 and (joined == self.config.num_workers or late)
+
+    def _report(self) -> None:
+        """Tell who waits at the scheduler, and have the servers tell about their rounds."""
+        if self._scheduler is not None:
+            lines = self._scheduler.report()
+            sys.stderr.write("".join(f"tensorkv: {line}\n" for line in lines))
+            sys.stderr.flush()
+        for process in self._servers.values():
+            if handles(process.pid, signal.SIGUSR1):  # it may still be starting
+                process.send_signal(signal.SIGUSR1)
+
+    def _server_ended(self, rank: int) -> None:
+        """Tell the scheduler of a server that failed before it could join: nobody else would."""
+        status = self._servers[rank].wait()
+        if status == 0 or (self._scheduler is not None and self._scheduler.has_joined("server", rank)):
+            return
+        config = dataclasses.replace(self.config, role="server", rank=rank)
+        host, port = config.scheduler_host, config.scheduler_port
+        # Refused if it had joined, or if the job is over: then nothing needs to be told. A connection in
+        # its place that ends at once is a server that is lost.
+        with contextlib.suppress(TensorKVError):
+            connection = connect_as(config, "the scheduler", host, port)
+            sys.stderr.write(f"tensorkv: server {rank} failed at its start, status {shell_status(status)}\n")
+            connection.shutdown()
+            connection.close()
+
+    def _end_servers(self) -> None:
+        """Wait for the servers, which have been told that the job is over; kill who does not listen."""
+        deadline = time.monotonic() + SERVER_STOP_S
+        for rank, process in self._servers.items():
+            if self._scheduler is None or not self._scheduler.has_joined("server", rank):
+                process.terminate()  # nobody tells it, or it is still starting and was not told
+        for process in self._servers.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0.0))
+        for process in self._servers.values():
+            if process.returncode is None:
+                process.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
+                    process.wait(KILL_WAIT_S)
+
+
+def main(parent_pid: str, report_fd: str, server_ranks: str) -> int:
+    """Run a keeper to its end; the job is in the environment. Returns the exit status."""
+    try:
+        parent = os.pidfd_open(int(parent_pid))
+    except ProcessLookupError:
+        return 1
+    if os.getppid() != int(parent_pid):  # it died before it was watched
+        return 1
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to tell
+    logging.basicConfig(format="%(name)s: %(message)s")
+    config = from_env()
+    assert config is not None
+    ranks = [int(rank) for rank in server_ranks.split(",") if rank]
+    with open(int(report_fd), "wb") as report:
+        try:
+            keeper = Keeper(config, ranks, os.environ, parent)
+        except OSError as exc:
+            report.write(msgspec.json.encode(JobRecord(error=str(exc))))
+            return 1
+        with keeper, contextlib.ExitStack() as ending:
+            ending.callback(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
+            signal.signal(signal.SIGUSR1, lambda number, frame: keeper.ask_report())
+            if not config.token:
+                keeper.write_token()
+            keeper.start_servers()
+            host, port = keeper.config.scheduler_host, keeper.config.scheduler_port
+            record = JobRecord(
+                host=host,
+                port=port,
+                num_workers=config.num_workers,
+                num_servers=config.num_servers,
+                token_file=keeper.token_file,
+            )
+            report.write(msgspec.json.encode(record))
+            report.close()
+            keeper.run(parent)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

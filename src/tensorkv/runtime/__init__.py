@@ -1,1 +1,0 @@
-"""The threads and loops that join state machines and transports: scheduler, server and worker."""

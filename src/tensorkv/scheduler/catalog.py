@@ -1,0 +1,706 @@
+"""What the scheduler knows of one store: its members, keys, placements, settings and barriers.
+
+RULES
+1. The setting rank is the lowest rank that has not left. Only it creates keys and makes settings; the
+   scheduler tells it so (`lead`), it does so on the servers, and concludes.
+2. A rank's k-th init of a key is matched with generation k of that key, its k-th setting with the k-th
+   of the setting rank. It waits until there is one, and must agree with it.
+3. A refused proposal changes nothing. A setting that the servers refused counts: other ranks that make
+   it get the same refusal.
+4. Names whose key is deleted are remembered, each with its generations, but only the last
+   `MAX_DELETED_NAMES`; an older one is as if it had never been.
+
+Answers are (rank, message) pairs in `out`. Nothing here waits; what cannot be answered yet is kept and
+tried again after every change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+from tensorkv.checkpoint.records import SavedSettings, check_settings
+from tensorkv.errors import (
+    Hints,
+    InvalidValue,
+    LoadError,
+    NotElementwise,
+    ProtocolError,
+    SettingMismatch,
+    TensorKVError,
+    WaitTimeout,
+    already_initialized,
+    closed_meanwhile,
+    not_elementwise,
+    not_initialized,
+    to_wire,
+)
+from tensorkv.norms import total_norm
+from tensorkv.partition import ValueSize, place
+from tensorkv.scheduler.collectives import Gathering
+from tensorkv.scheduler.settings import SettingLog
+from tensorkv.wire import messages as m
+from tensorkv.wire.messages import Key, KeyEntry, KeySpec, SettingRecord, SliceEntry
+
+MAX_REMEMBERED_GENERATIONS = 64
+MAX_DELETED_NAMES = 4096
+"""So many names without a key are remembered; workers and servers remember as many deleted keys."""
+
+MAX_JOB_BYTES = 1 << 44
+"""All values of a job together: what is more is a mistake, and its slices alone would fill the memory."""
+
+MAX_WAITS = 4096
+"""Calls of one rank that wait at one time."""
+_AGREED = ("shape", "dtype", "whole")
+
+
+@final
+@dataclass(slots=True)
+class Placement:
+    """How values are placed: the bounds of `tensorkv.partition`, and the bytes each server holds so far."""
+
+    bound_bytes: int
+    max_slice_bytes: int
+    load_bytes: list[int]
+    next_slice_id: int = 1
+    next_key_id: int = 1
+
+
+@final
+@dataclass(slots=True)
+class _KeyHistory:
+    """All generations of one name. `specs` remembers what the latest ones were initialised with."""
+
+    generation: int = 0
+    alive: KeyEntry | None = None
+    creating: bool = False
+    specs: dict[int, tuple[KeySpec, KeyEntry]] = field(default_factory=dict)
+    inits: dict[int, int] = field(default_factory=dict)  # by rank
+    loaded: int = 0  # the generation that a load has made, whose init checks shape and dtype only
+
+
+@final
+@dataclass(slots=True)
+class _WaitingInit:
+    """An init that waits; `missing` is the first key that the setting rank has yet to create."""
+
+    rank: int
+    message: m.ProposeInit
+    missing: KeySpec | None = None
+
+
+@final
+class Directory:
+    """One store, as the scheduler sees it."""
+
+    def __init__(self, store: int, opened: m.JoinStore, num_workers: int, placement: Placement) -> None:
+        self.store = store
+        self.opened = opened
+        self.num_workers = num_workers
+        self.left: set[int] = set()
+        self.out: list[tuple[int, m.Message]] = []
+        self._placement = placement
+        self._keys: dict[Key, _KeyHistory] = {}
+        self._num_alive = 0
+        self._deleted: dict[Key, None] = {}  # those of `_keys` that have no key now, oldest first
+        self._creating: dict[int, tuple[int, _KeyHistory, KeySpec, KeyEntry]] = {}  # by key id; first is rank
+        self._settings = SettingLog()
+        self._gathering = Gathering()
+        self._loading: list[tuple[_KeyHistory, KeySpec, KeyEntry]] = []
+        self._waiting_inits: list[_WaitingInit] = []
+        self._waiting_settings: list[tuple[int, m.ProposeSetting]] = []
+        self._barrier: dict[int, int] = {}  # rank -> request
+        self._deleting: dict[tuple[int, int], list[KeyEntry]] = {}  # by rank and request
+        self._hints = Hints()
+
+    @property
+    def setting_rank(self) -> int:
+        """The lowest rank that has not left."""
+        return min(set(range(self.num_workers)) - self.left, default=0)
+
+    @property
+    def members(self) -> set[int]:
+        """The ranks that have not left."""
+        return set(range(self.num_workers)) - self.left
+
+    # ---- init ------------------------------------------------------------------------------------
+
+    def propose_init(self, rank: int, message: m.ProposeInit) -> None:
+        """A rank calls init: lead, agree, refuse, or wait for the setting rank.
+
+        Raises:
+            ProtocolError: the list has a key twice, a shape that no value has, or the rank waits too often.
+        """
+        _check_specs(message.keys)
+        self._check_waits(rank, (each.rank for each in self._waiting_inits))
+        self._waiting_inits.append(_WaitingInit(rank, message))
+        self._retry()
+
+    def _try_init(self, waiting: _WaitingInit) -> bool:
+        rank, message = waiting.rank, waiting.message
+        if waiting.missing is not None and self._still_missing(rank, waiting.missing):
+            return False
+        histories = [self._history(spec.key) for spec in message.keys]
+        lead: list[bool] = []
+        try:
+            for spec, history in zip(message.keys, histories, strict=True):
+                leads = self._leads(rank, spec, history)
+                if leads is None:
+                    waiting.missing = spec
+                    return False
+                lead.append(leads)
+        except TensorKVError as error:
+            self._refuse(rank, message.request, error)
+            return True
+        new = [spec for spec, leads in zip(message.keys, lead, strict=True) if leads]
+        refusal = self._too_much(new)
+        if refusal is not None:
+            self._refuse(rank, message.request, refusal)
+            return True
+        placed = iter(self._place(new, self._settings.is_elementwise))
+        entries: list[KeyEntry] = []
+        for spec, history, leads in zip(message.keys, histories, lead, strict=True):
+            number = history.inits.get(rank, 0) + 1
+            if leads:
+                entry = self._create(rank, spec, history, next(placed))
+            else:
+                entry = history.specs[number][1] if number in history.specs else _unknown(spec, number)
+            history.inits[rank] = number
+            entries.append(entry)
+        self.out.append((rank, m.InitReply(message.request, entries, lead)))
+        return True
+
+    def _still_missing(self, rank: int, spec: KeySpec) -> bool:
+        """Whether a rank waits on for this key: then its whole list need not be looked at again."""
+        try:
+            return self._leads(rank, spec, self._history(spec.key)) is None
+        except TensorKVError:
+            return False
+
+    def _check_waits(self, rank: int, waiters: Iterable[int]) -> None:
+        if sum(waiter == rank for waiter in waiters) >= MAX_WAITS:
+            raise ProtocolError(f"rank {rank} waits for {MAX_WAITS} answers already")
+
+    def _leads(self, rank: int, spec: KeySpec, history: _KeyHistory) -> bool | None:
+        """Return whether this rank creates the key, False if it agrees, None if it must wait."""
+        number = history.inits.get(rank, 0) + 1
+        if number <= history.generation:
+            if number in history.specs:
+                loaded = number == history.loaded
+                _check_agrees(rank, spec, history.specs[number][0], ("shape", "dtype") if loaded else _AGREED)
+            return False
+        if number == history.generation + 1 and history.alive is not None:
+            raise already_initialized(spec.key, history.alive.shape)
+        if history.creating or rank != self.setting_rank:
+            return None
+        return True
+
+    def _too_much(self, specs: Sequence[KeySpec]) -> InvalidValue | None:
+        size_bytes = sum(_num_elems(spec.shape) * spec.itemsize_bytes for spec in specs)
+        too_much = size_bytes + sum(self._placement.load_bytes) > MAX_JOB_BYTES
+        return _too_large(specs, size_bytes) if too_much else None
+
+    def _place(
+        self, specs: Sequence[KeySpec], is_elementwise: Callable[[Key], bool]
+    ) -> list[list[SliceEntry]]:
+        sizes = [
+            ValueSize(
+                _num_elems(spec.shape),
+                spec.itemsize_bytes,
+                not spec.whole and is_elementwise(spec.key),
+            )
+            for spec in specs
+        ]
+        placement = self._placement
+        all_parts = place(
+            sizes,
+            placement.load_bytes,
+            bound_bytes=placement.bound_bytes,
+            max_slice_bytes=placement.max_slice_bytes,
+        )
+        entries: list[list[SliceEntry]] = []
+        for parts in all_parts:
+            first = placement.next_slice_id
+            placement.next_slice_id += len(parts)
+            entries.append(
+                [SliceEntry(first + i, part.server, part.start, part.stop) for i, part in enumerate(parts)]
+            )
+        return entries
+
+    def _create(self, rank: int, spec: KeySpec, history: _KeyHistory, slices: list[SliceEntry]) -> KeyEntry:
+        entry = self._new_entry(spec, history, slices)
+        self._begin(spec.key, history)
+        self._creating[entry.key_id] = (rank, history, spec, entry)
+        return entry
+
+    def _history(self, key: Key) -> _KeyHistory:
+        """Return what is remembered of a name: a new record, which is not kept, if nothing is."""
+        return self._keys.get(key) or _KeyHistory()
+
+    def _begin(self, key: Key, history: _KeyHistory) -> None:
+        """A key of this name is being created."""
+        history.creating = True
+        self._keys[key] = history
+        self._deleted.pop(key, None)
+
+    def _end(self, key: Key, history: _KeyHistory) -> None:
+        """Creating a key of this name has ended, or the key was deleted: forget what need not be kept."""
+        history.creating = False
+        if history.alive is not None:
+            return
+        if history.generation == 0:
+            del self._keys[key]
+            return
+        made_by_all = min((history.inits.get(rank, 0) for rank in self.members), default=0)
+        history.specs = {number: each for number, each in history.specs.items() if number > made_by_all}
+        self._deleted[key] = None
+        while len(self._deleted) > MAX_DELETED_NAMES:
+            oldest = next(iter(self._deleted))
+            del self._deleted[oldest], self._keys[oldest]
+
+    def _new_entry(self, spec: KeySpec, history: _KeyHistory, slices: list[SliceEntry]) -> KeyEntry:
+        entry = KeyEntry(
+            key=spec.key,
+            key_id=self._placement.next_key_id,
+            generation=history.generation + 1,
+            shape=spec.shape,
+            dtype=spec.dtype,
+            epoch=m.EPOCH,
+            slices=slices,
+            whole=spec.whole,
+        )
+        self._placement.next_key_id += 1
+        self._add_load(entry, spec.itemsize_bytes)
+        return entry
+
+    def _add_load(self, entry: KeyEntry, bytes_per_elem: int) -> None:
+        for each in entry.slices:
+            self._placement.load_bytes[each.server] += (each.stop - each.start) * bytes_per_elem
+
+    def conclude_init(self, rank: int, message: m.ConcludeInit) -> None:
+        """The leading rank has stored the values, or has not: then the keys do not exist."""
+        for key_id in message.key_ids:
+            created = self._creating.get(key_id)
+            if created is None:
+                continue
+            leader, history, spec, entry = created
+            if leader != rank:
+                raise ProtocolError(f"rank {rank} concludes an init that rank {leader} makes")
+            del self._creating[key_id]
+            if message.error is None:
+                self._num_alive += history.alive is None
+                history.generation = entry.generation
+                history.alive = entry
+                history.specs[entry.generation] = (spec, entry)
+                history.specs.pop(entry.generation - MAX_REMEMBERED_GENERATIONS, None)
+            else:
+                history.inits[rank] -= 1
+                self._add_load(entry, -spec.itemsize_bytes)
+            self._end(entry.key, history)
+        self.out.append((rank, m.Done(message.request)))
+        self._retry()
+
+    # ---- keys ------------------------------------------------------------------------------------
+
+    def lookup(self, rank: int, message: m.Lookup) -> None:
+        """Answer with the entries of keys, all of them in the order of init for None."""
+        if message.keys is None:
+            alive = [history.alive for history in self._keys.values() if history.alive is not None]
+            self.out.append((rank, m.Entries(message.request, sorted(alive, key=lambda e: e.key_id))))
+            return
+        entries: list[KeyEntry] = []
+        for key in message.keys:
+            history = self._keys.get(key)
+            if history is None or history.alive is None:
+                names = (name for name, each in self._keys.items() if each.alive is not None)
+                self._refuse(rank, message.request, not_initialized(key, self._hints.near(key, names)))
+                return
+            entries.append(history.alive)
+        self.out.append((rank, m.Entries(message.request, entries)))
+
+    def count_keys(self, rank: int, message: m.CountKeys) -> None:
+        """Answer with the number of keys that are initialised, of those that were named or of all."""
+        if message.keys is None:
+            number = self._num_alive
+        else:
+            histories = map(self._keys.get, message.keys)
+            number = sum(each is not None and each.alive is not None for each in histories)
+        self.out.append((rank, m.NumKeys(message.request, number)))
+
+    def delete(self, rank: int, message: m.DeleteKeys) -> None:
+        """Remove the named generations; those that are gone are passed over."""
+        removed: list[KeyEntry] = []
+        for key, key_id in message.keys:
+            history = self._keys.get(key)
+            if history is None or history.alive is None or history.alive.key_id != key_id:
+                continue
+            removed.append(history.alive)
+            spec = history.specs[history.generation][0]
+            self._add_load(history.alive, -spec.itemsize_bytes)
+            history.alive = None
+            self._num_alive -= 1
+            if history.generation == history.loaded:  # nobody need have initialised it
+                history.inits = {r: max(n, history.loaded) for r, n in history.inits.items()}
+            self._end(key, history)
+        if removed:
+            self._deleting[rank, message.request] = removed
+        self.out.append((rank, m.Deleted(message.request, removed)))
+        if removed:
+            gone = m.KeysGone(self.store, [entry.key_id for entry in removed])
+            self.out += [(other, gone) for other in sorted(self.members - {rank})]
+        self._retry()
+
+    def conclude_delete(self, rank: int, message: m.ConcludeDelete) -> None:
+        """The rank has told all servers: whoever dies now leaves nothing of these keys there."""
+        self._deleting.pop((rank, message.deletion), None)
+
+    # ---- settings --------------------------------------------------------------------------------
+
+    def propose_setting(self, rank: int, message: m.ProposeSetting) -> None:
+        """A rank makes its next setting: lead, agree, refuse, or wait for the setting rank.
+
+        Raises:
+            ProtocolError: the rank waits too often.
+        """
+        self._check_waits(rank, (waiter for waiter, _ in self._waiting_settings))
+        self._waiting_settings.append((rank, message))
+        self._retry()
+
+    def _try_setting(self, rank: int, message: m.ProposeSetting) -> bool:
+        number = self._settings.num_made(rank)
+        if number == self._settings.num_begun:
+            sliced = self._sliced_key(message.record)
+            if sliced is not None:  # the setting rank's would be refused too, so nobody waits for that
+                self._refuse(rank, message.request, sliced)
+                return True
+            if rank != self.setting_rank:
+                return False
+            number = self._settings.begin(rank, message.record)
+            self.out.append((rank, m.SettingReply(message.request, number, True)))
+            return True
+        try:
+            attempt = self._settings.match(rank, message.record)
+        except SettingMismatch as error:
+            self._refuse(rank, message.request, error)
+            return True
+        if attempt is not None and not attempt.done:
+            return False
+        self._settings.agreed(rank, self.members)
+        if attempt is not None and attempt.error is not None:
+            self.out.append((rank, m.Failed(message.request, *attempt.error)))
+        else:
+            self.out.append((rank, m.SettingReply(message.request, number, False)))
+        return True
+
+    def _sliced_key(self, record: SettingRecord) -> NotElementwise | None:
+        """Return why an updater that needs whole values cannot be set: a key it is for is sliced."""
+        if record.updater is None or record.updater.elementwise:
+            return None
+        for key in self._keys if record.keys is None else record.keys:
+            history = self._history(key)
+            if history.alive is None:
+                continue
+            if len(history.alive.slices) > 1:
+                return not_elementwise(
+                    record.updater.name, key, history.alive.shape, len(history.alive.slices)
+                )
+        return None
+
+    def conclude_setting(self, rank: int, message: m.ConcludeSetting) -> None:
+        """The setting rank has made the setting on all servers, or they have refused it."""
+        self._settings.conclude(rank, message.number, message.error, self.members)
+        self.out.append((rank, m.Done(message.request)))
+        self._retry()
+
+    # ---- saving and loading ----------------------------------------------------------------------
+
+    def together(self, rank: int, message: m.Together) -> None:
+        """A rank makes a call that all make together."""
+        self._gathering.add(rank, message)
+        self._retry()
+
+    def propose_load(self, rank: int, message: m.ProposeLoad) -> None:
+        """The rank that leads a load asks where the slices are to be.
+
+        If it asks again the load before has failed: another save took the place of what it read.
+
+        Raises:
+            ProtocolError: it does not lead, or the list cannot be.
+        """
+        if rank != self._gathering.leader:
+            raise ProtocolError(f"rank {rank} loads keys, but does not lead a load")
+        _check_specs(message.keys)
+        self._end_load(None)
+        try:
+            check_settings(message.settings, "the save")
+        except LoadError as exc:
+            self._refuse(rank, message.request, exc)
+            return
+        names = {spec.key for spec in message.keys}
+        histories = [self._history(spec.key) for spec in message.keys]
+        error = self._cannot_load(names, message.settings) or self._too_much(message.keys)
+        if error is not None:
+            self._refuse(rank, message.request, error)
+            return
+        placed = self._place(message.keys, lambda key: message.settings.spec_of(key).elementwise)
+        replaced = [history.alive for history in histories if history.alive is not None]
+        for spec, history, slices in zip(message.keys, histories, placed, strict=True):
+            self._begin(spec.key, history)
+            self._loading.append((history, spec, self._new_entry(spec, history, slices)))
+        entries = [entry for _, _, entry in self._loading]
+        self.out.append((rank, m.LoadReply(message.request, entries, replaced)))
+
+    def _cannot_load(self, names: set[Key], settings: SavedSettings) -> TensorKVError | None:
+        for key, history in self._keys.items():
+            if key in names and history.creating:
+                return already_initialized(key, ())
+            sliced = history.alive is not None and len(history.alive.slices) > 1
+            if sliced and key not in names and not settings.spec_of(key).elementwise:
+                return NotElementwise(
+                    f"the save's updater {settings.spec_of(key).name!r} needs whole values, but key {key!r}, "
+                    "which is not in it, is kept in slices; delete it first"
+                )
+        return None
+
+    def conclude_together(self, rank: int, message: m.ConcludeTogether) -> None:
+        """The rank that leads is done, or has failed.
+
+        Raises:
+            ProtocolError: the settings cannot be those of a load.
+        """
+        if rank == self._gathering.leader:
+            if message.settings is not None:
+                try:
+                    check_settings(message.settings, "the load")
+                except LoadError as exc:
+                    raise ProtocolError(str(exc)) from exc
+            self._end_load(message.settings if message.error is None else None)
+            self.out += self._gathering.conclude(message.error, message.settings)
+        self.out.append((rank, m.Done(message.request)))
+        self._retry()
+
+    def _end_load(self, settings: SavedSettings | None) -> None:
+        """The keys and settings of a load are there; or, with None, they are not."""
+        loading, self._loading = self._loading, []
+        for history, spec, entry in loading:
+            if settings is None:
+                self._add_load(entry, -spec.itemsize_bytes)
+                self._end(entry.key, history)
+                continue
+            if history.alive is not None:
+                self._add_load(history.alive, -history.specs[history.generation][0].itemsize_bytes)
+            self._num_alive += history.alive is None
+            history.generation = history.loaded = entry.generation
+            history.alive = entry
+            history.specs[entry.generation] = (spec, entry)
+            history.specs.pop(entry.generation - MAX_REMEMBERED_GENERATIONS, None)
+            history.inits = dict.fromkeys(range(self.num_workers), entry.generation - 1)
+            self._end(entry.key, history)
+        if settings is not None:  # from here on the settings of all ranks are counted anew
+            updaters = settings.updaters
+            records = [SettingRecord(each.keys, updater=updaters[each.updater]) for each in settings.entries]
+            self._settings.replace(records, self.num_workers)
+
+    # ---- barriers and leaving --------------------------------------------------------------------
+
+    def barrier(self, rank: int, message: m.Barrier) -> None:
+        """A rank has arrived; when all members have, all go on."""
+        self._barrier[rank] = message.request
+        self._retry()
+
+    def give_up(self, rank: int, request: int) -> None:
+        """The rank's call has reached its deadline: it waits no more, and is told so.
+
+        A request that does not wait here has its reply on the way: that call was made, and counts.
+        """
+        waiting = self.waiting(rank, request)
+        self._gathering.give_up(rank, request)
+        if self._barrier.get(rank) == request:
+            del self._barrier[rank]
+        self._waiting_inits = [
+            each for each in self._waiting_inits if (each.rank, each.message.request) != (rank, request)
+        ]
+        self._waiting_settings = [
+            (r, w) for r, w in self._waiting_settings if (r, w.request) != (rank, request)
+        ]
+        if waiting is not None and self.waiting(rank, request) is None:
+            self._refuse(rank, request, WaitTimeout(f"{waiting.where} was given up"))
+
+    def unfinished(self, rank: int) -> list[tuple[Key, list[int]]]:
+        """Return the keys that a rank is about to create or delete on the servers, each with its slices."""
+        entries = [entry for leader, _, _, entry in self._creating.values() if leader == rank]
+        if rank == self._gathering.leader:
+            entries += [entry for _, _, entry in self._loading]
+        for (deleter, _), removed in self._deleting.items():
+            if deleter == rank:
+                entries += removed
+        return [(entry.key, [each.slice_id for each in entry.slices]) for entry in entries]
+
+    def close_for(self, rank: int, message: m.LeaveStore) -> None:
+        """A rank leaves in good order. Other threads of it may be in calls that wait here."""
+        for waiter, request in self._waits():
+            if waiter == rank:
+                self._refuse(rank, request, closed_meanwhile())
+        self.leave(rank)
+        self.out.append((rank, m.Done(message.request)))
+
+    def leave(self, rank: int) -> None:
+        """A rank has left. What it was about to create or set is withdrawn."""
+        self.left.add(rank)
+        self._deleting = {name: gone for name, gone in self._deleting.items() if name[0] != rank}
+        self._barrier.pop(rank, None)
+        if rank == self._gathering.leader:
+            self._end_load(None)
+        self.out += self._gathering.leave(rank)
+        self._waiting_inits = [each for each in self._waiting_inits if each.rank != rank]
+        self._waiting_settings = [each for each in self._waiting_settings if each[0] != rank]
+        for key_id, (leader, history, spec, entry) in list(self._creating.items()):
+            if leader == rank:
+                self._add_load(entry, -spec.itemsize_bytes)
+                del self._creating[key_id]
+                self._end(entry.key, history)
+        self._settings.leave(rank, self.members)
+        self._retry()
+
+    def close(self) -> None:
+        """All have left: give back what the store's keys counted in the placement of others."""
+        for history in self._keys.values():
+            if history.alive is not None:
+                self._add_load(history.alive, -history.specs[history.generation][0].itemsize_bytes)
+                history.alive = None
+
+    def waiting(self, rank: int, request: int) -> m.Waiting | None:
+        """Return whom a request of this rank waits for, None if it is not one that waits here."""
+        if self._barrier.get(rank) == request:
+            return m.Waiting(request, sorted(self.members - set(self._barrier)), "a barrier")
+        gathering = self._gathering.waiting(rank, request, self.members)
+        if gathering is not None:
+            return gathering
+        for init in self._waiting_inits:
+            if (init.rank, init.message.request) == (rank, request):
+                return m.Waiting(request, [self.setting_rank], f"init of {init.message.keys[0].key!r}")
+        for waiter, setting in self._waiting_settings:
+            if (waiter, setting.request) == (rank, request):
+                number = self._settings.num_made(rank) + 1
+                return m.Waiting(request, [self.setting_rank], f"setting number {number}")
+        return None
+
+    def _waits(self) -> list[tuple[int, int]]:
+        """Return rank and request of every call that waits here."""
+        calls = [*self._barrier.items()]
+        calls += [(each.rank, each.message.request) for each in self._waiting_inits]
+        calls += [(rank, each.request) for rank, each in self._waiting_settings]
+        return calls + self._gathering.waiters()
+
+    def report(self) -> list[str]:
+        """Say which calls wait here, and for which workers."""
+        lines: list[str] = []
+        for rank, request in self._waits():
+            waiting = self.waiting(rank, request)
+            if waiting is not None:
+                missing = ", ".join(map(str, waiting.ranks))
+                lines.append(f"worker {rank}, in {waiting.where}, waits for worker {missing}")
+        return lines
+
+    def _retry(self) -> None:
+        """Answer whatever can be answered now."""
+        again = True
+        while again:
+            inits, self._waiting_inits = self._waiting_inits, []
+            self._waiting_inits = [w for w in inits if not self._try_init(w)]
+            settings, self._waiting_settings = self._waiting_settings, []
+            self._waiting_settings = [w for w in settings if not self._try_setting(*w)]
+            again = len(inits) + len(settings) > len(self._waiting_inits) + len(self._waiting_settings)
+        self.out += self._gathering.begin(self.members)
+        if self._barrier and self.members <= set(self._barrier):
+            for rank, request in sorted(self._barrier.items()):
+                self.out.append((rank, m.Done(request)))
+            self._barrier.clear()
+
+    def _refuse(self, rank: int, request: int, error: TensorKVError) -> None:
+        self.out.append((rank, m.Failed(request, *to_wire(error))))
+
+
+@final
+class CommitReduction:
+    """Collects what every server says of a commit, and decides when all have."""
+
+    def __init__(self, num_servers: int) -> None:
+        self._num_servers = num_servers
+        self._ready: dict[tuple[int, int], dict[int, m.CommitReady]] = {}
+
+    def add(self, server: int, ready: m.CommitReady) -> m.CommitDecision | None:
+        """Return the decision if this was the last server.
+
+        Raises:
+            ProtocolError: it is not the commit that is under way, or has a norm below 0.
+        """
+        if any(store == ready.store and number != ready.number for store, number in self._ready):
+            raise ProtocolError(
+                f"server {server} is ready for commit {ready.number}, and another is under way"
+            )
+        if any(norm < 0 for norm in ready.norms):
+            raise ProtocolError("a norm below 0")
+        name = (ready.store, ready.number)
+        there = self._ready.setdefault(name, {})
+        there[server] = ready
+        if len(there) < self._num_servers:
+            return None
+        del self._ready[name]
+        in_order = [there[rank] for rank in sorted(there)]
+        error = next((each.error for each in in_order if each.error is not None), None)
+        norm = total_norm([norm for each in in_order for norm in each.norms])
+        skip = any(each.skip for each in in_order) or not all(each.finite for each in in_order)
+        return m.CommitDecision(ready.store, ready.number, not skip and error is None, norm, error)
+
+    def forget(self, store: int) -> None:
+        """The store has ended."""
+        for name in [name for name in self._ready if name[0] == store]:
+            del self._ready[name]
+
+
+def _check_specs(specs: Sequence[KeySpec]) -> None:
+    if len({spec.key for spec in specs}) < len(specs):
+        raise ProtocolError("an init names a key twice")
+    if not all(map(_can_be, specs)):
+        raise ProtocolError("an init has a shape or itemsize that cannot be")
+
+
+def _check_agrees(rank: int, spec: KeySpec, first: KeySpec, agreed: Sequence[str]) -> None:
+    for what in agreed:
+        mine, theirs = getattr(spec, what), getattr(first, what)
+        if mine != theirs:
+            raise SettingMismatch(
+                f"init of key {spec.key!r}: rank {rank} has {what} {mine}, but it was initialised with "
+                f"{theirs}; all ranks must agree"
+            )
+
+
+def _unknown(spec: KeySpec, generation: int) -> KeyEntry:
+    """Stand for a generation so old that it is forgotten: it is deleted, and has no slices."""
+    return KeyEntry(spec.key, 0, generation, spec.shape, spec.dtype, m.EPOCH, [])
+
+
+def _can_be(spec: KeySpec) -> bool:
+    """Whether a tensor can have this shape; its bytes are numbered in 63 bits."""
+    product = 1
+    for size in spec.shape:
+        product *= max(size, 1)
+        if size < 0 or product >= 1 << 59:
+            return False
+    return len(spec.shape) <= 64 and 1 <= spec.itemsize_bytes <= 16
+
+
+def _too_large(specs: Sequence[KeySpec], size_bytes: int) -> InvalidValue:
+    return InvalidValue(
+        f"init of {len(specs)} keys, the first {specs[0].key!r}: {size_bytes} bytes more would be over the "
+        f"{MAX_JOB_BYTES} that one job may hold"
+    )
+
+
+def _num_elems(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

@@ -1,0 +1,139 @@
+"""Commits on one server: gather every worker's, and check that they agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+
+from tensorkv.arrays import Key
+from tensorkv.errors import CommitMismatch, DtypeMismatch, TensorKVError
+from tensorkv.server.layouts import Slice
+from tensorkv.server.rounds import Index
+from tensorkv.wire.messages import Commit
+
+_SQUARES_ARE_EXACT = 1e-140  # above this norm, squares too small for float64 do not count
+
+
+@final
+@dataclass(slots=True)
+class CommitGather:
+    """One commit of a store: who has asked for it, for which pushes, and later the sums.
+
+    `pushes` are by worker and slice index the numbers of the contributions to be committed. What a
+    worker has asked for stands, also if it leaves then: servers may learn of that before or after they
+    report, and must do the same. `slices` are those that take part, `totals` their sums but for those
+    whose round is empty.
+    """
+
+    number: int
+    asked: dict[int, Commit] = field(default_factory=dict)
+    pushes: dict[int, dict[int, int]] = field(default_factory=dict)
+    reported: bool = False
+    slices: list[Slice] = field(default_factory=list)
+    totals: list[tuple[Slice, torch.Tensor]] = field(default_factory=list)
+
+    def add(self, worker: int, commit: Commit, pushes: Mapping[int, int]) -> None:
+        """A worker has asked, and has made these pushes for it."""
+        self.asked[worker] = commit
+        self.pushes[worker] = dict(pushes)
+
+    def forget_dropped(self, holder: Index) -> None:
+        """Leave out pushes whose round was dropped meanwhile; `holder` tells what is still there."""
+        for worker, pushes in self.pushes.items():
+            self.pushes[worker] = {i: number for i, number in pushes.items() if holder[worker, i] == number}
+
+    def disagreement(self, name_of: Callable[[int], str]) -> TensorKVError | None:
+        """Return why the workers do not agree, or None. `name_of` tells the key of a slice."""
+        first_worker = min(self.asked)
+        first = self.asked[first_worker]
+        for worker, commit in sorted(self.asked.items()):
+            mine, theirs = (commit.max_norm, commit.check_finite), (first.max_norm, first.check_finite)
+            if mine != theirs:
+                return CommitMismatch(
+                    f"commit: rank {worker} asks for max_norm={mine[0]}, check_finite={mine[1]}, "
+                    f"rank {first_worker} for max_norm={theirs[0]}, check_finite={theirs[1]}"
+                )
+            different = self.pushes[worker].keys() ^ self.pushes[first_worker].keys()
+            if different:
+                keys = sorted({name_of(index) for index in different})
+                return CommitMismatch(
+                    f"commit: ranks {first_worker} and {worker} have not pushed the same keys with "
+                    f"apply=False: only one of them has pushed {', '.join(keys)}"
+                )
+        return None
+
+    @property
+    def skip(self) -> bool:
+        """Whether some worker asks to skip."""
+        return any(commit.skip for commit in self.asked.values())
+
+    @property
+    def max_norm(self) -> float | None:
+        """The norm to clip to; all workers agree on it."""
+        return next(iter(self.asked.values())).max_norm
+
+    @property
+    def check_finite(self) -> bool:
+        """Whether a sum that is not finite drops the round; all workers agree on it."""
+        return next(iter(self.asked.values())).check_finite
+
+    @property
+    def wants_norm(self) -> bool:
+        """Whether norms are needed at all."""
+        return self.max_norm is not None or self.check_finite
+
+
+def norms_of(tensors: Iterable[torch.Tensor]) -> list[float]:
+    """Return the Euclidean norm of each tensor, taken in float64. Infinite or NaN elements show."""
+    return [_norm(_computable(tensor)) for tensor in tensors]
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether no element is infinite or NaN. The norm of elements that are finite may not be."""
+    return all(bool(_computable(tensor).isfinite().all()) for tensor in tensors)
+
+
+def unscalable(key: Key, dtype: torch.dtype) -> DtypeMismatch | None:
+    """Return why `max_norm` cannot be used with a key of this dtype, or None."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return None
+    return DtypeMismatch(
+        f"commit: key {key!r} has dtype {dtype}, which max_norm cannot scale; nothing was committed: "
+        "commit without max_norm, or push the key with apply=True"
+    )
+
+
+def scale(tensor: torch.Tensor, factor: float) -> None:
+    """Multiply `tensor` in place."""
+    if _is_eight_bit_float(tensor):
+        tensor.copy_(_computable(tensor).mul_(factor))
+    else:
+        tensor.mul_(factor)
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not tensor.is_floating_point():
+        tensor = tensor.to(torch.float64)
+    norm: float = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
+    if _SQUARES_ARE_EXACT < norm < math.inf or not tensor.numel():
+        return norm
+    largest: float = tensor.abs().max().item()  # squares may have overflowed or vanished
+    if largest == 0 or not math.isfinite(largest):
+        return norm
+    scaled: float = torch.linalg.vector_norm(tensor.to(torch.float64) / largest).item()
+    return largest * scaled
+
+
+def _computable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor`, or its values in float32 if torch cannot compute with its dtype."""
+    return tensor.to(torch.float32) if _is_eight_bit_float(tensor) else tensor
+
+
+def _is_eight_bit_float(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize == 1

@@ -1,0 +1,148 @@
+"""From which round a setting holds: the settings of one store on one server.
+
+In sync mode a setting holds from the first round that the setting rank pushes after the call, for every
+key. Setting and pushes come over one connection in order, so that round is known when the setting
+comes, and is the same for all orders of arrival. In async mode a setting holds at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from tensorkv.arrays import Key
+from tensorkv.checkpoint.records import SavedSettings, check_settings
+from tensorkv.errors import ProtocolError
+from tensorkv.peer.code import LoadUpdater
+from tensorkv.updaters.base import Updater
+from tensorkv.updaters.functions import CodeRef
+from tensorkv.updaters.settings import Setting, SettingsTable, build_saved
+from tensorkv.updaters.spec import UpdaterSpec
+from tensorkv.wire.messages import SettingRecord
+
+
+@final
+@dataclass(slots=True)
+class _Pending:
+    table: SettingsTable
+    from_round: dict[int, int]  # by slice index; who is in here still waits for its round
+
+
+@final
+class SettingSchedule:
+    """The newest settings, and those that wait for their round."""
+
+    def __init__(self, load: LoadUpdater) -> None:
+        self._load = load
+        self._latest = SettingsTable()
+        self._prepared: dict[int, tuple[SettingsTable, tuple[Key, ...] | None]] = {}
+        self._pending: list[_Pending] = []
+        self._restored: SettingsTable | None = None
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether a setting waits for its round."""
+        return bool(self._pending)
+
+    def prepare(self, number: int, record: SettingRecord) -> None:
+        """Load what a setting needs and try it on a copy of the newest settings.
+
+        Raises what the loader raises, or InvalidOption; nothing is changed then.
+        """
+        table = self._latest.copy()
+        if record.updater is not None:
+            table.set_updater(self._load(record), record.keys)
+        if record.options is not None:
+            table.set_options(record.options, record.keys)
+        self._prepared = {number: (table, record.keys)}
+
+    def keys_of(self, number: int) -> tuple[Key, ...] | None:
+        """Return the keys that a prepared setting is for, None if it is for all, or not prepared."""
+        return self._prepared[number][1] if number in self._prepared else None
+
+    def prepared(self, number: int, key: Key) -> Setting:
+        """Return what will hold for `key` when this setting, which was prepared, is activated."""
+        return self._prepared[number][0].setting(key)
+
+    def activate(self, number: int, from_round: dict[int, int], keys: dict[int, Key]) -> None:
+        """Make the prepared setting the newest; slices get it from these rounds on, if it is for them.
+
+        Args:
+            number: of the setting.
+            from_round: by slice index, of those it may be for.
+            keys: what each slice belongs to, by slice index.
+
+        Raises:
+            ProtocolError: it was not prepared.
+        """
+        if number not in self._prepared:
+            raise ProtocolError(f"setting {number} was activated but not prepared")
+        before, (self._latest, _) = self._latest, self._prepared.pop(number)
+        changed = {
+            index: first
+            for index, first in from_round.items()
+            if self._latest.setting(keys[index]) is not before.setting(keys[index])
+        }
+        self._pending.append(_Pending(self._latest, changed))
+
+    def table(self) -> SettingsTable:
+        """Return the newest settings."""
+        return self._latest
+
+    def prepare_restore(self, saved: SavedSettings, codes: Sequence[CodeRef | None]) -> None:
+        """Load what the settings of a save need, and keep them until `take_restored`.
+
+        Raises what the loader raises, LoadError or InvalidOption.
+        """
+        check_settings(saved, "the save")
+        if len(codes) != len(saved.updaters):
+            raise ProtocolError(f"{len(saved.updaters)} updaters came with {len(codes)} places of code")
+
+        def load(number: int, spec: UpdaterSpec) -> Updater:
+            code = codes[number]
+            if code is None:
+                return build_saved(spec, None)
+            return self._load(SettingRecord(None, updater=spec, code=code))
+
+        self._restored = SettingsTable.restore(saved, load)
+
+    def take_restored(self) -> SettingsTable:
+        """Return the settings that `prepare_restore` has loaded, once. Raises ProtocolError if it has not."""
+        if self._restored is None:
+            raise ProtocolError("a load was finished that was not prepared")
+        table, self._restored = self._restored, None
+        return table
+
+    def install(self, table: SettingsTable) -> None:
+        """Let these settings be the newest, and the only ones: nothing waits for its round any more."""
+        self._latest = table
+        self._prepared = {}
+        self._pending = []
+
+    def newest(self, key: Key) -> Setting:
+        """Return what holds for a new slice of `key`."""
+        return self._latest.setting(key)
+
+    def due(self, index: int, key: Key, round_number: int) -> Setting | None:
+        """Return the setting that holds for a slice from this round on, if one has waited for it.
+
+        A setting that was made earlier and waits for a later round is overtaken: the rank that made it
+        was ahead and has left.
+        """
+        found: Setting | None = None
+        for number, pending in enumerate(self._pending):
+            if pending.from_round.get(index, round_number + 1) <= round_number:
+                found = pending.table.setting(key)
+                for overtaken in self._pending[: number + 1]:
+                    overtaken.from_round.pop(index, None)
+        return found
+
+    def forget(self, index: int) -> None:
+        """A slice is gone."""
+        for pending in self._pending:
+            pending.from_round.pop(index, None)
+
+    def tidy(self) -> None:
+        """Drop settings that nobody waits for any more."""
+        self._pending = [each for each in self._pending if each.from_round]

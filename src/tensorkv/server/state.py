@@ -1,0 +1,294 @@
+"""ServerState: all stores of one server, what each message does to them, and how long its payload must be."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+from tensorkv.errors import MemoryLimitReached, ProtocolError, TensorKVError, to_wire
+from tensorkv.peer.code import LoadUpdater
+from tensorkv.server import checkpoint
+from tensorkv.server.checkpoint import StateFiles
+from tensorkv.server.layouts import Chunk
+from tensorkv.server.memory import EMPTY, BufferPool, Memory, NoMemory, no_memory, short_of
+from tensorkv.server.shard import Outgoing, StoreShard
+from tensorkv.server.slots import Allocate, allocate_private
+from tensorkv.wire import messages as m
+from tensorkv.wire.validate import check_slice, sent_dtype, sent_size
+
+MAX_STORES = 4096
+"""Stores that are open at one time."""
+
+
+_ANSWERED = (*m.REPLIES, m.AskSlice, m.WaitMerged, m.Pull)
+"""Requests: a refusal of one is told by Failed."""
+
+
+@final
+class ServerState:
+    """The stores that a server serves. One thread at a time.
+
+    A payload of more than `max_payload_bytes` is refused before memory is taken for it. `allocate` gives
+    the memory of the values.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        pool: BufferPool,
+        load_updater: LoadUpdater,
+        files: StateFiles,
+        max_payload_bytes: int = 1 << 62,
+        allocate: Allocate = allocate_private,
+        error_of: NoMemory = no_memory,
+    ) -> None:
+        self._num_workers = num_workers
+        self._max_payload_bytes = max_payload_bytes
+        self._pool = pool
+        self._allocate = allocate
+        self._no_memory = error_of
+        self._load_updater = load_updater
+        self._files = files
+        self._stores: dict[int, StoreShard] = {}
+        self._store_of_plan: dict[tuple[int, int], StoreShard] = {}
+        self._gone: set[int] = set()
+        self._asked: Any = None  # the message whose chunk was asked for last
+        self._found: tuple[StoreShard, Chunk] | None = None  # and the answer
+
+    def payload_bytes(self, worker: int, message: Any) -> int:
+        """Return how many payload bytes `message` must carry, before any memory is taken for them.
+
+        Raises:
+            ProtocolError: the message names something this worker has not defined.
+        """
+        if type(message) is m.Push:  # the message of every step
+            return self._find(worker, message)[1].payload_bytes
+        match message:
+            case m.Put():
+                return self._find(worker, message)[1].payload_bytes
+            case m.Pull():
+                return 0
+            case m.RestoreSlice():
+                return _restored_bytes(message, self._max_payload_bytes)
+            case m.InitSlices():
+                return self._init_bytes(message)
+            case _:
+                return 0
+
+    def _init_bytes(self, message: m.InitSlices) -> int:
+        itemsize = sent_dtype(message.dtype).itemsize
+        whole, low = sent_size(message.shape), 0
+        for entry in message.slices:  # in ascending order, so that no element is there twice
+            if not low <= entry.start <= entry.stop <= whole:
+                raise ProtocolError(f"slice [{entry.start}, {entry.stop}) of {whole} elements, after {low}")
+            low = entry.stop
+        size_bytes = sum(entry.stop - entry.start for entry in message.slices) * itemsize
+        if size_bytes > self._max_payload_bytes:
+            raise ProtocolError(
+                f"an init of {size_bytes} bytes is over the {self._max_payload_bytes} that this server has"
+            )
+        return size_bytes
+
+    def handle(
+        self,
+        worker: int,
+        message: Any,
+        payload: Memory = EMPTY,
+        refused: MemoryLimitReached | None = None,
+    ) -> list[Outgoing]:
+        """Take in a worker's message, and return what is to be sent, in order.
+
+        The payload of a push is the store's from now on, unless the push is refused. `refused` tells that
+        there was no memory for the payload.
+
+        Raises:
+            ProtocolError: the worker has broken the rules; nothing of the message has taken effect.
+        """
+        if type(message) is m.Push:  # the message of every step
+            shard, chunk = self._find(worker, message)
+            shard.push(worker, message, chunk, payload, refused)
+            out, shard.out = shard.out, []
+            return out
+        if isinstance(message, m.OpenStore):
+            self._open(message)
+            return []
+        shard = self._shard(worker, message)
+        try:
+            if refused is not None:
+                raise refused
+            self._dispatch(shard, worker, message, payload)
+        except ProtocolError:
+            raise
+        except TensorKVError as error:
+            shard.out.append(Outgoing(worker, m.Failed(message.request, *to_wire(error))))
+        except (MemoryError, RuntimeError, OSError) as exc:
+            short = short_of(exc, f"a message {type(message).__name__}", self._no_memory)
+            if short is None or type(message) not in _ANSWERED:
+                raise
+            shard.out.append(Outgoing(worker, m.Failed(message.request, *to_wire(short))))
+        out, shard.out = shard.out, []
+        return out
+
+    def _open(self, message: m.OpenStore) -> None:
+        shard = self._stores.get(message.store)
+        if shard is not None:
+            if (shard.is_async, shard.mean) != (message.is_async, message.mean):
+                raise ProtocolError(f"store {message.store} is open with another mode or reduction")
+            return
+        if len(self._stores) >= MAX_STORES:
+            raise ProtocolError(f"there are {MAX_STORES} stores already")
+        shard = StoreShard(
+            message,
+            self._num_workers,
+            self._pool,
+            self._load_updater,
+            self._max_payload_bytes,
+            self._allocate,
+            self._no_memory,
+        )
+        for gone in self._gone:
+            shard.leave(gone)
+        self._stores[message.store] = shard
+
+    def _dispatch(self, shard: StoreShard, worker: int, message: Any, payload: Memory) -> None:
+        match message:
+            case m.Pull():
+                shard.pull(worker, message)
+            case m.Put():
+                shard.put(worker, message, payload)
+            case m.DefinePlan():
+                if (worker, message.plan) in self._store_of_plan:
+                    raise ProtocolError(f"worker {worker} has defined plan {message.plan} already")
+                shard.define_plan(worker, message)
+                self._store_of_plan[worker, message.plan] = shard
+            case m.DropPlan():
+                shard.drop_plan(worker, message)
+                self._asked = None
+                del self._store_of_plan[worker, message.plan]
+            case m.WaitMerged():
+                shard.wait_merged(worker, message)
+            case m.Commit():
+                shard.commit(worker, message)
+            case m.InitSlices():
+                shard.init_slices(worker, message, payload)
+            case m.PrepareSetting():
+                shard.prepare_setting(worker, message)
+            case m.ActivateSetting():
+                shard.activate_setting(worker, message)
+            case m.DeleteSlices():
+                self._asked = None  # the chunk asked for last may have to be laid out anew
+                shard.delete_slices(worker, message)
+            case m.Flush():
+                shard.flush(worker, message)
+            case m.AskInfo():
+                shard.info(worker, message)
+            case m.AskWaiting():
+                shard.waiting(worker, message)
+            case m.SaveSlices():
+                checkpoint.save_slices(shard, self._files, worker, message)
+            case m.AskSlice():
+                checkpoint.ask_slice(shard, worker, message)
+            case m.AskSettings():
+                checkpoint.ask_settings(shard, worker, message)
+            case m.PrepareRestore():
+                checkpoint.prepare_restore(shard, worker, message)
+            case m.LoadSlices():
+                checkpoint.load_slices(shard, self._files, worker, message)
+            case m.RestoreSlice():
+                checkpoint.restore_slice(shard, worker, message, payload)
+            case m.FinishRestore():
+                checkpoint.finish_restore(shard, worker, message)
+            case m.Leave():
+                self._leave(shard, worker)
+                shard.out.append(Outgoing(worker, m.Done(message.request)))
+
+    def worker_lost(self, lost: m.WorkerLost) -> list[Outgoing]:
+        """A worker is lost, and the job goes on: what came whole of it counts, and nothing more comes.
+
+        What it was about to create or delete is dropped.
+        """
+        self._asked = None  # as for DeleteSlices
+        out = self.worker_gone(lost.rank)
+        for store, keys in lost.dropped:
+            shard = self._stores.get(store)
+            if shard is not None:
+                shard.drop_keys(lost.rank, keys)
+                out += shard.out
+                shard.out = []
+        return out
+
+    def is_gone(self, worker: int) -> bool:
+        """Whether a worker has left the job, or is lost."""
+        return worker in self._gone
+
+    def worker_gone(self, worker: int) -> list[Outgoing]:
+        """A worker has left the job: with it every store, also those it never opened."""
+        self._gone.add(worker)
+        out: list[Outgoing] = []
+        for shard in list(self._stores.values()):
+            if not shard.rounds.left[worker]:
+                self._leave(shard, worker)
+                out += shard.out
+                shard.out = []
+        return out
+
+    def _leave(self, shard: StoreShard, worker: int) -> None:
+        for name in shard.leave(worker):
+            del self._store_of_plan[name]
+        if shard.rounds.left.all():
+            shard.end()
+            del self._stores[shard.store]
+
+    def report(self) -> list[str]:
+        """Say of each store whom its open rounds wait for, a line per key and round."""
+        return [
+            f"store {shard.name!r}: {line}"
+            for shard in list(self._stores.values())
+            for line in shard.report()
+        ]
+
+    def decide_commit(self, decision: m.CommitDecision) -> list[Outgoing]:
+        """Take in the scheduler's decision on a commit."""
+        shard = self._stores.get(decision.store)
+        if shard is None:
+            return []
+        shard.decide_commit(decision)
+        out, shard.out = shard.out, []
+        return out
+
+    def _shard(self, worker: int, message: Any) -> StoreShard:
+        if isinstance(message, (m.Pull, m.Put, m.DropPlan, m.WaitMerged)):
+            return self._plan(worker, message.plan)
+        shard = self._stores.get(message.store)
+        if shard is None:
+            raise ProtocolError(f"store {message.store} is not open")
+        if shard.rounds.left[worker]:
+            raise ProtocolError(f"worker {worker} has left store {message.store}")
+        return shard
+
+    def _find(self, worker: int, message: m.Push | m.Put) -> tuple[StoreShard, Chunk]:
+        """Return the chunk that a message names, and whose it is.
+
+        It is asked for twice: before there is memory for the payload, and after that has come.
+        """
+        if message is not self._asked or self._found is None:
+            shard = self._plan(worker, message.plan)
+            self._found = shard, shard.chunk(worker, message.plan, message.chunk)
+            self._asked = message
+        return self._found
+
+    def _plan(self, worker: int, plan: int) -> StoreShard:
+        shard = self._store_of_plan.get((worker, plan))
+        if shard is None:
+            raise ProtocolError(f"worker {worker} has not defined plan {plan}")
+        return shard
+
+
+def _restored_bytes(message: m.RestoreSlice, max_payload_bytes: int) -> int:
+    """Return the payload of a slice with its state, after checking that its tensors are of its size."""
+    entry = message.entry
+    size_bytes = check_slice(
+        entry.start, entry.stop, message.shape, message.version, message.tensors, message.plain
+    )
+    if size_bytes > max_payload_bytes:
+        raise ProtocolError(f"a slice of {size_bytes} bytes is over {max_payload_bytes}")
+    return size_bytes

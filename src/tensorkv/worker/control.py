@@ -1,0 +1,225 @@
+"""ControlClient: a worker's connection to the scheduler."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, final
+
+from tensorkv.config import JobConfig
+from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, WaitTimeout, again, from_wire
+from tensorkv.peer.deadlines import (
+    ASK_GRACE_S,
+    Wait,
+    broken_off_error,
+    lost_error,
+    lost_text,
+    scheduler_lost_error,
+)
+from tensorkv.peer.handshake import connect_to_scheduler, receive_message
+from tensorkv.transport.base import TICK_S, Connection
+from tensorkv.transport.sender import Sender
+from tensorkv.transport.tcp import hostname
+from tensorkv.wire import messages as m
+from tensorkv.wire.codec import Decoder, encode
+from tensorkv.wire.validate import check_reply
+
+logger = logging.getLogger(__name__)
+JOIN_TIMEOUT_S = 5.0
+
+
+@final
+class _Reply:
+    """Where the reply to a request will be."""
+
+    def __init__(self, wait: Wait) -> None:
+        self.ready = threading.Event()
+        self.kind: type[m.Message] = m.Welcome
+        self.message: Any = None
+        self.wait = wait
+
+
+@final
+class ControlClient:
+    """Requests to the scheduler and what it announces. Safe from any thread.
+
+    `on_failure` is called once, from any thread, when the job is declared broken, `on_gone` when other
+    workers have deleted keys. After `close` requests raise PeerLostError. `connection` is that to the
+    scheduler, where it was made already.
+
+    Raises:
+        PeerLostError, AuthenticationError, ProtocolVersionError, ProtocolError: it cannot be joined.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        on_failure: Callable[[TensorKVError], None],
+        on_gone: Callable[[m.KeysGone], None],
+        connection: Connection | None = None,
+    ) -> None:
+        self._on_failure = on_failure
+        self._on_gone = on_gone
+        self._numbers = itertools.count(1)
+        self._replies: dict[int, _Reply] = {}
+        joining = Wait(
+            "joining the job", config.timeout_s, lambda: self.failure, whom=lambda: "all servers to join it"
+        )
+        self._welcome = _Reply(joining)
+        self.failure: TensorKVError | None = None
+        self._scheduler_host = config.scheduler_host
+        self._num_servers = config.num_servers
+        self._failing = threading.Lock()  # only one failure counts
+        self._connection = connect_to_scheduler(config) if connection is None else connection
+        self._sender = Sender(self._connection, "scheduler", self._fail)
+        self._thread = threading.Thread(target=self._read, name="tensorkv-control", daemon=True)
+        self._thread.start()
+        self.notify(m.Register("", 0, hostname(), os.getpid()))
+
+    def servers(self) -> list[m.ServerAddress]:
+        """Wait until all servers are there, and return their addresses."""
+        self._await(self._welcome)
+        self._welcome.wait.end()
+        servers: list[m.ServerAddress] = self._welcome.message.servers
+        return servers
+
+    def notify(self, message: m.Message) -> None:
+        """Send a message that has no reply. Never blocks."""
+        self._sender.put([encode(message)])
+        self._sender.pump()
+
+    def request(self, make: Callable[[int], m.Message], what: str, timeout_s: float, store: int = 0) -> Any:
+        """Send a request and wait for its reply.
+
+        Args:
+            make: builds the message from the request's number.
+            what: the call, for texts.
+            timeout_s: seconds.
+            store: the store it is about; 0 if none.
+
+        Raises:
+            WaitTimeout: no reply in time; the text names who is missing.
+            PeerLostError, or the error of a refused request.
+        """
+        if self.failure is not None:  # the scheduler may go on to answer, but the job is broken
+            raise again(self.failure) from None
+        number = next(self._numbers)
+        wait = Wait(
+            what,
+            timeout_s,
+            lambda: self.failure,
+            lambda: self.notify(m.AskWaiting(number, store)),
+            lambda: "the scheduler",
+        )
+        message = make(number)
+        reply = _Reply(wait)
+        reply.kind = m.REPLIES[type(message)]
+        self._replies[number] = reply
+        self.notify(message)
+        try:
+            self._await(reply)
+        except BaseException as exc:  # Ctrl-C too
+            if self.failure is None and store:
+                self.notify(m.GiveUp(store, number))
+            if not isinstance(exc, WaitTimeout) or not store or not self._was_made(reply):
+                raise
+        finally:
+            del self._replies[number]
+        if isinstance(reply.message, m.Failed):
+            raise from_wire(reply.message.name, reply.message.text)
+        return reply.message
+
+    def _was_made(self, reply: _Reply) -> bool:
+        """Return whether the reply of a request was on the way when that was given up.
+
+        It has then happened for the others: to say here that it has not would make this rank count wrongly.
+        """
+        grace_s = (
+            0.0 if reply.wait.open_question else ASK_GRACE_S
+        )  # else the scheduler does not answer at all
+        answered = reply.ready.wait(grace_s) and reply.message is not None
+        withdrawn = isinstance(reply.message, m.Failed) and reply.message.name == WaitTimeout.__name__
+        return answered and not withdrawn
+
+    def close(self, last_words: m.Message) -> None:
+        """Send a Goodbye or Abandon and end the connection. Requests that wait raise PeerLostError."""
+        self.notify(last_words)
+        with self._failing:
+            if self.failure is None:
+                self.failure = PeerLostError("this worker has left the job")
+        self._wake_all()
+        self._sender.close(JOIN_TIMEOUT_S)
+        self._connection.shutdown()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(JOIN_TIMEOUT_S)
+        self._connection.close()
+
+    def _await(self, reply: _Reply) -> None:
+        while not reply.ready.wait(TICK_S):
+            reply.wait.tick()
+        if self.failure is not None and reply.message is None:
+            raise again(self.failure) from None
+
+    def _read(self) -> None:
+        decoder: Decoder[m.FromScheduler] = Decoder(m.FromScheduler)
+        try:
+            while True:
+                self._take(receive_message(self._connection, decoder))
+        except (EOFError, ConnectionError) as exc:
+            self._fail(exc)
+        except Exception as exc:  # a fault of ours: what waits must not wait for a thread that has ended
+            logger.exception("worker: a message of the scheduler could not be handled")
+            self._fail(exc)
+        self._connection.shutdown()
+
+    def _take(self, message: Any) -> None:
+        match message:
+            case m.Welcome():
+                if self._welcome.message is not None or len(message.servers) != self._num_servers:
+                    raise ProtocolError(f"a welcome to {len(message.servers)} servers")
+                self._answer(self._welcome, message)
+            case m.WorkerLost():
+                logger.warning("%s; the job goes on without it", lost_text("worker", message))
+            case m.Lost():
+                self._fail(lost_error(message))
+            case m.KeysGone():
+                self._on_gone(message)
+            case m.Waiting():
+                waiting = self._replies.get(message.request)
+                if waiting is not None:
+                    waiting.wait.answered(message)
+            case m.Stop() | m.Gone() | m.CommitDecision():
+                raise ProtocolError(f"{type(message).__name__} is not for a worker to hear")
+            case _:
+                check_reply(message, self._num_servers)
+                reply = self._replies.get(message.request)
+                if reply is not None:
+                    self._answer(reply, message)
+                elif not 0 < message.request < next(self._numbers):
+                    raise ProtocolError(f"a reply to request {message.request}, which was never made")
+
+    def _answer(self, reply: _Reply, message: Any) -> None:
+        if not isinstance(message, (reply.kind, m.Failed)):
+            raise ProtocolError(f"{type(message).__name__} where {reply.kind.__name__} belongs")
+        reply.message = message
+        reply.ready.set()
+
+    def _fail(self, exc: BaseException) -> None:
+        with self._failing:
+            if self.failure is not None:
+                return
+            if isinstance(exc, PeerLostError):
+                self.failure = exc
+            elif not isinstance(exc, Exception):
+                self.failure = broken_off_error(exc)
+            else:
+                self.failure = scheduler_lost_error(self._scheduler_host, exc)
+        self._wake_all()
+        self._on_failure(self.failure)
+
+    def _wake_all(self) -> None:
+        for reply in [self._welcome, *self._replies.values()]:
+            reply.ready.set()

@@ -1,0 +1,175 @@
+"""KeyTable: what a worker knows of the keys of one store, and what servers have reported about them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import final
+
+from tensorkv.arrays import Key
+from tensorkv.errors import (
+    KeyDeleted,
+    KeyNotInitialized,
+    TensorKVError,
+    UncommittedPush,
+    from_wire,
+    not_initialized,
+)
+from tensorkv.updaters.spec import may_travel
+from tensorkv.wire import messages as m
+from tensorkv.worker.plans import KeyState
+from tensorkv.worker.session import Job
+
+MAX_GONE = 4096
+"""So many keys that others have deleted are remembered; servers remember as many."""
+
+
+@final
+class KeyTable:
+    """Keys by name, each in the generation this worker knows. Safe from any thread.
+
+    `on_forget` is called with the generations that are forgotten, with the lock held.
+    `uncommitted` are the ids of keys that were pushed with apply=False.
+    """
+
+    def __init__(
+        self, job: Job, store: int, timeout_s: float, on_forget: Callable[[Sequence[KeyState]], None]
+    ) -> None:
+        self.lock = threading.Lock()
+        self.states: dict[Key, KeyState] = {}
+        self.uncommitted: set[int] = set()
+        self.faults: dict[Key, TensorKVError] = {}
+        self._job = job
+        self._store = store
+        self._timeout_s = timeout_s
+        self._on_forget = on_forget
+        self._of_slice: dict[int, KeyState] = {}
+        self._of_id: dict[int, KeyState] = {}
+        self._gone: dict[KeyState, None] = {}  # deleted by others, oldest first
+        self._raised: dict[int, int] = {}  # key id -> the last round whose fault was reported
+
+    def known(self, keys: Sequence[Key]) -> list[KeyState]:
+        """Return what is known of keys, asking the scheduler about those this rank did not init.
+
+        Raises:
+            KeyNotInitialized: one of them does not exist.
+        """
+        unknown = [key for key in keys if key not in self.states]
+        if unknown:
+            for key in unknown:
+                if not may_travel(key):  # so it cannot be asked about, and nobody can have initialised it
+                    raise not_initialized(key)
+            what = f"lookup of {unknown[0]!r}"
+            reply = self._job.control.request(
+                lambda n: m.Lookup(n, self._store, unknown), what, self._timeout_s, self._store
+            )
+            self.learn(reply.entries)
+        try:
+            return [self.states[key] for key in keys]
+        except KeyError as exc:  # another thread of this worker has deleted it meanwhile
+            raise KeyNotInitialized(f"key {exc.args[0]!r} was deleted during the call") from exc
+
+    def learn(self, entries: Sequence[m.KeyEntry]) -> None:
+        """Remember keys; a generation older than the known one, or long gone, is passed over."""
+        replaced: list[KeyState] = []
+        with self.lock:
+            for entry in entries:
+                if not entry.slices:
+                    continue  # so old that the scheduler knows no more than that it was deleted
+                known = self.states.get(entry.key)
+                if known is not None:
+                    if known.key_id >= entry.key_id:  # ids only grow; generations may begin anew
+                        continue
+                    replaced.append(known)
+                    self._remove(known)
+                state = KeyState.of(entry)
+                self.states[entry.key] = self._of_id[entry.key_id] = state
+                for each in entry.slices:
+                    self._of_slice[each.slice_id] = state
+            self._tell_forgotten(replaced)
+
+    def gone(self, key_ids: Sequence[int]) -> list[KeyState]:
+        """Others have deleted these generations; return those that were known.
+
+        The last ones stay known, so that the next call on such a key is told that it was deleted.
+        """
+        with self.lock:
+            found = [self._of_id[key_id] for key_id in key_ids if key_id in self._of_id]
+            self._gone.update(dict.fromkeys(found))
+            oldest = list(itertools.islice(self._gone, max(0, len(self._gone) - MAX_GONE)))
+            self._forget(oldest)
+        return found
+
+    def those_known(self, keys: Sequence[Key] | None) -> list[KeyState]:
+        """Return what is known of these keys, of all for None, without asking anybody."""
+        with self.lock:
+            if keys is None:
+                return list(self.states.values())
+            return [self.states[key] for key in keys if key in self.states]
+
+    def names_of(self, key_ids: Iterable[int]) -> list[Key]:
+        """Return the keys of generations, as far as they are known."""
+        with self.lock:
+            return [self._of_id[key_id].key for key_id in key_ids if key_id in self._of_id]
+
+    def forget(self, states: Sequence[KeyState]) -> None:
+        """Forget generations of keys: the next call asks the scheduler anew."""
+        with self.lock:
+            self._forget(states)
+
+    def _forget(self, states: Sequence[KeyState]) -> None:
+        for state in states:
+            self._remove(state)
+        self._tell_forgotten(states)
+
+    def _tell_forgotten(self, states: Sequence[KeyState]) -> None:
+        if states:
+            self._on_forget(states)
+
+    def _remove(self, state: KeyState) -> None:
+        if self.states.get(state.key) is state:
+            del self.states[state.key]
+        for each in state.entry.slices:
+            self._of_slice.pop(each.slice_id, None)
+        self._of_id.pop(state.key_id, None)
+        self._gone.pop(state, None)
+        self.uncommitted.discard(state.key_id)
+        self._raised.pop(state.key_id, None)
+
+    def check_committed(self, states: Sequence[KeyState], call: str) -> None:
+        """Raise UncommittedPush if one of the keys waits for this worker's commit."""
+        if self.uncommitted:
+            for state in states:
+                if state.key_id in self.uncommitted:
+                    raise UncommittedPush(
+                        f"{call}: key {state.key!r} was pushed with apply=False; call commit() first"
+                    )
+
+    def on_fault(self, fault: m.Fault) -> None:
+        """A round that this worker contributed to has failed; its next call on the key raises it."""
+        error = from_wire(fault.name, fault.text)
+        with self.lock:
+            for slice_id in fault.slice_ids:
+                state = self._of_slice.get(slice_id)
+                if state is None:
+                    continue
+                if isinstance(error, KeyDeleted):
+                    self._forget([state])
+                elif self._raised.get(state.key_id, 0) >= fault.round:
+                    continue  # another slice of the same round has reported it
+                else:
+                    self._raised[state.key_id] = fault.round
+                self.faults.setdefault(state.key, error)
+
+    def raise_faults(self, keys: Sequence[Key] | None = None) -> None:
+        """Raise what servers have reported about these keys (None: all), each once."""
+        if not self.faults:
+            return
+        with self.lock:
+            names = list(self.faults) if keys is None else dict.fromkeys(keys)
+            found = [self.faults.pop(key) for key in names if key in self.faults]
+        if found:
+            for other in found[1:]:
+                found[0].add_note(f"and {other}")
+            raise found[0]

@@ -1,0 +1,114 @@
+"""Lending: tensors in the window, which are pushed without a copy.
+
+`empty_like` hands them out. When they are pushed, the servers of this host read them where they lie. A
+chunk travels so if its pieces lie one after the other: the plan of such a push is cut accordingly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tensorkv.errors import MemoryLimitReached
+from tensorkv.worker.plancache import PlanCache
+from tensorkv.worker.plans import KeyState, Known, Lent, Origins, Plan, PlanChunk, Span
+from tensorkv.worker.window import Window
+
+APART_BYTES = 1 << 48
+"""Origins that do not follow each other are so far apart: more than any memory is long."""
+
+
+def empty_tensors(window: Window, states: Sequence[KeyState]) -> list[torch.Tensor]:
+    """Return a new tensor for each key, of any content, in the window if a server shares it.
+
+    Whole values of one server and dtype lie one after the other, so that they travel together.
+
+    Raises:
+        MemoryLimitReached: there is no memory for them.
+    """
+    if not window.shared:
+        return [torch.empty(state.shape, dtype=state.dtype, device="cpu") for state in states]
+    groups: dict[object, list[int]] = {}
+    for place, state in enumerate(states):
+        slices = state.entry.slices
+        group = (slices[0].server, state.dtype) if len(slices) == 1 else place
+        groups.setdefault(group, []).append(place)
+    found: dict[int, torch.Tensor] = {}
+    for places in groups.values():
+        sizes = [states[place].num_elems for place in places]
+        dtype = states[places[0]].dtype
+        size_bytes = sum(sizes) * dtype.itemsize
+        try:
+            flat = window.hand_out(size_bytes).view(dtype)
+        except OSError as exc:
+            raise MemoryLimitReached(f"empty_like: no shared memory of {size_bytes} bytes: {exc}") from exc
+        for place, part in zip(places, torch.split(flat, sizes), strict=True):
+            found[place] = part.view(states[place].shape)
+    return [found[place] for place in range(len(states))]
+
+
+def arranged(window: Window, plans: PlanCache, plan: Plan, values: Sequence[torch.Tensor]) -> Plan:
+    """Return a plan of the same push whose chunks are cut as the values lie; mostly `plan` itself."""
+    if _known_spans(plan, values) is not None:
+        return plan
+    origins = _origins(window, values)
+    return plan if origins == plan.origins else plans.arrange(plan, origins)
+
+
+def spans_of(window: Window, plan: Plan, values: Sequence[torch.Tensor]) -> list[Span | None]:
+    """Return where each frame of a push lies in the window; None for one that has to be copied.
+
+    Steps push the same tensors: they are looked at one by one only in the first.
+    """
+    spans = _known_spans(plan, values)
+    if spans is None:
+        addresses = [_address(value) for value in values]
+        spans = [_span(window, chunk, addresses) for _, _, chunk in plan.frames]
+        plan.lent = Lent(Known.of(values), spans) if all(addresses) else None
+    return spans
+
+
+def _known_spans(plan: Plan, values: Sequence[torch.Tensor]) -> list[Span | None] | None:
+    """Return where the frames lie if these are the tensors of the last push, as they were."""
+    lent = plan.lent  # another thread may replace it
+    if lent is None or not lent.values.are(values) or not all(map(torch.Tensor.is_contiguous, values)):
+        return None
+    return lent.spans
+
+
+def _origins(window: Window, values: Sequence[torch.Tensor]) -> Origins:
+    """Return how values lie to each other in the window, see `Origins`: the same wherever that is."""
+    places = [
+        window.where(address, value.nbytes) if address else None  # a sparse tensor has no nbytes
+        for address, value in zip(map(_address, values), values, strict=True)
+    ]
+    if not any(places):
+        return None
+    origins, free, end = [0] * len(values), 0, (0, 0)
+    for where, place in sorted((each, place) for place, each in enumerate(places) if each):
+        origins[place] = free if where == end else (free // APART_BYTES + 1) * APART_BYTES
+        free = origins[place] + values[place].nbytes
+        end = (where[0], where[1] + values[place].nbytes)
+    return tuple(origins)
+
+
+def _address(value: torch.Tensor) -> int:
+    """Return where a value begins; 0 where its memory does not show its elements one after the other."""
+    if not value.is_cpu or value.layout != torch.strided:
+        return 0
+    if not value.is_contiguous() or value.is_neg() or value.is_conj():
+        return 0
+    return value.data_ptr()
+
+
+def _span(window: Window, chunk: PlanChunk, addresses: Sequence[int]) -> Span | None:
+    itemsize = chunk.dtype.itemsize
+    first = chunk.pieces[0]
+    start = addresses[first.value] + first.start * itemsize
+    for piece in chunk.pieces:
+        address = addresses[piece.value]
+        if not address or address + piece.start * itemsize != start + piece.low * itemsize:
+            return None
+    found = window.where(start, chunk.size_bytes)
+    return None if found is None or chunk.absent else (*found, chunk.size_bytes)

@@ -1,0 +1,530 @@
+"""ServerLink: a worker's connection to one server.
+
+Nobody has a thread here for receiving. Whoever waits for an answer takes the lead and receives frames,
+also those that others wait for, until its own is there; then another takes the lead. So a small
+request costs no change of threads. Only while calls with `async_op` are under way does a thread of
+the link lead.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, final
+
+import torch
+
+from tensorkv.errors import (
+    PeerLostError,
+    ProtocolError,
+    TensorKVError,
+    WaitTimeout,
+    again,
+    from_wire,
+    to_wire,
+)
+from tensorkv.peer.deadlines import Wait, broken_off_error, schedulers_word
+from tensorkv.transport.base import TICK_S, Connection, Tick, no_tick
+from tensorkv.transport.sender import Sender, Sent
+from tensorkv.transport.stream import StreamConnection
+from tensorkv.transport.unix import UnixConnection
+from tensorkv.wire import messages as m
+from tensorkv.wire.codec import Decoder, encode
+from tensorkv.worker.window import Window, WindowEnd
+
+JOIN_TIMEOUT_S = 5.0
+STALL_S = 10.0
+"""How long a frame whose end does not come is waited for beyond the deadline of whoever receives it."""
+
+DISCARD_BYTES = 1 << 20
+MAX_DISCARDED_BYTES = 1 << 40
+"""More than any chunk has; longer ones end the connection."""
+
+_decoder: Decoder[m.FromServer] = Decoder(m.FromServer)
+
+
+class Exchange(ABC):
+    """A request to one server until it is answered. Its methods are called by whoever leads."""
+
+    @abstractmethod
+    def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
+        """Return where the payload of `message` goes."""
+
+    def copy(self, message: m.Data, parts: list[torch.Tensor]) -> None:
+        """Copy a payload, which lies in `parts` (uint8, of another process), to where it goes."""
+        size_bytes = sum(part.nbytes for part in parts)
+        buffers = self.place(message, size_bytes)
+        payload = torch.cat(parts) if len(parts) > 1 else parts[0]
+        low = 0
+        for buffer in buffers:
+            torch.frombuffer(buffer, dtype=torch.uint8).copy_(payload[low : low + len(buffer)])
+            low += len(buffer)
+
+    @abstractmethod
+    def take(self, message: Any) -> bool:
+        """Take in a reply, its payload in place, and return whether it was the last.
+
+        `message` may also be a TensorKVError instead of a reply: then it is the last.
+        """
+
+
+@final
+class SingleReply(Exchange):
+    """A request that has one reply without payload, of class `kind`."""
+
+    def __init__(self, kind: type[m.Message] = m.Done) -> None:
+        self.kind = kind
+        self.message: Any = None
+
+    def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
+        raise ProtocolError("a payload where none belongs")
+
+    def take(self, message: Any) -> bool:
+        if not isinstance(message, (self.kind, m.Failed, TensorKVError)):
+            raise ProtocolError(f"{type(message).__name__} where {self.kind.__name__} belongs")
+        self.message = message
+        return True
+
+    def check(self) -> None:
+        """Raise if the request was refused."""
+        if isinstance(self.message, TensorKVError):
+            raise again(self.message) from None
+        if isinstance(self.message, m.Failed):
+            raise from_wire(self.message.name, self.message.text)
+
+
+@final
+class ServerLink:
+    """Sends messages to one server and hands its replies to the exchanges that wait for them.
+
+    Args:
+        connection: after its handshake.
+        name: "server 1", for texts.
+        failure: returns why the job is broken, None while it is not.
+        on_fault: called with every Fault of this server.
+        broken_off: called when Ctrl-C, say, has ended a call inside a message.
+        window: memory to share with the server, if the connection can hand it over.
+
+    Raises:
+        OSError: memory is to be shared, and there is none.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        name: str,
+        failure: Callable[[], TensorKVError | None],
+        on_fault: Callable[[m.Fault], None],
+        broken_off: Callable[[BaseException], None],
+        window: Window | None = None,
+    ) -> None:
+        self.name = name
+        self._connection = connection
+        self._failure = failure
+        self._on_fault = on_fault
+        self._broken_off = broken_off
+        self._sender = Sender(connection, name.replace(" ", "-"), self._cannot_send)
+        self._numbers = itertools.count(1)
+        self._exchanges: dict[int, Exchange] = {}
+        self._waits: dict[int, Wait] = {}
+        self._reading = threading.Lock()  # who holds it leads
+        self._turn = threading.Condition(
+            threading.RLock()
+        )  # told when an exchange ends, and when the lead is free
+        self._waiting = 0  # threads in _turn.wait; counted up with _turn held
+        self._message: Any = None  # the one that is being received, by whoever leads
+        self._tick: Tick = no_tick  # of whoever leads
+        self._stalled = 0  # how often its deadline has come inside a frame
+        self._watched: set[int] = set()  # exchanges that nobody waits for; guarded by _turn
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._lost: TensorKVError | None = None  # why nothing more can be received; guarded by _reading
+        self.shared: WindowEnd | None = None
+        if window is not None and isinstance(connection, UnixConnection):
+            self.shared = window.open_to(connection, self._put_frame)
+
+    # ---- sending ---------------------------------------------------------------------------------
+
+    def open(self, exchange: Exchange) -> int:
+        """Return a number under which `exchange` gets the replies to a request."""
+        number = next(self._numbers)
+        self._exchanges[number] = exchange
+        return number
+
+    def ask(
+        self, make: Callable[[int], m.Message], parts: list[memoryview] | None = None
+    ) -> tuple[int, SingleReply]:
+        """Queue the request that `make` builds from its number, as `put`; return number and exchange."""
+        exchange = SingleReply()
+        number = self.open(exchange)
+        message = make(number)
+        exchange.kind = m.REPLIES[type(message)]
+        self.put(message, parts)
+        return number, exchange
+
+    def put(
+        self, message: m.Message, parts: list[memoryview] | None = None, on_sent: Sent | None = None
+    ) -> None:
+        """Queue a message. The caller keeps the order between servers, and calls `pump` afterwards."""
+        if parts:
+            self._sender.put([encode(message, sum(map(len, parts))), *parts], on_sent)
+        else:
+            self._sender.put([encode(message)], on_sent)
+
+    def _put_frame(self, frame: bytes, on_sent: Sent | None) -> None:
+        self._sender.put([frame], on_sent)
+
+    def pump(self) -> None:
+        """Send what is queued, as far as that goes without waiting."""
+        self._sender.pump()
+
+    def _cannot_send(self, exc: BaseException) -> None:
+        if not isinstance(exc, Exception):
+            self._broken_off(exc)
+        self._connection.shutdown()
+
+    @property
+    def cut_off(self) -> TensorKVError | None:
+        """Return why frames are dropped instead of sent; None while they are not."""
+        return PeerLostError(f"the connection to {self.name} has ended") if self._sender.failed else None
+
+    def drop(self, number: int) -> None:
+        """Give up an exchange: replies that still come are received and thrown away."""
+        self._exchanges.pop(number, None)
+
+    # ---- receiving -------------------------------------------------------------------------------
+
+    def wait(self, number: int, wait: Wait) -> None:
+        """Block until the exchange with this number has ended.
+
+        Raises:
+            WaitTimeout, PeerLostError: it has not.
+        """
+        with self.answering(number, wait):
+            self._lead_until(lambda: number not in self._exchanges, wait.tick)
+
+    @contextmanager
+    def answering(self, number: int, wait: Wait) -> Iterator[None]:
+        """Hand the server's word on whom this exchange waits for to `wait`, as long as the block lasts."""
+        self._waits[number] = wait
+        try:
+            yield
+        finally:
+            self._waits.pop(number, None)  # who watches it may have been sooner
+
+    def is_open(self, number: int) -> bool:
+        """Whether the exchange with this number has not ended."""
+        return number in self._exchanges
+
+    @property
+    def carries_values(self) -> bool:
+        """Whether values travel through a socket, and not through memory."""
+        return self.shared is None and isinstance(self._connection, StreamConnection)
+
+    def fileno(self) -> int:
+        """Return a descriptor that polls as readable when something has come, or the end."""
+        return self._connection.fileno()
+
+    def readable(self) -> bool:
+        """Whether something has come that nobody has received. By whoever leads."""
+        return self._connection.readable()
+
+    def begin_to_lead(self, tick: Tick) -> bool:
+        """Take the lead, if nobody has it: until `end_leading` only this thread receives here."""
+        try:
+            leads = self._reading.acquire(blocking=False)
+        except BaseException as exc:  # Ctrl-C: it may lead, and nobody would give the lead back
+            self._broken_off(exc)
+            raise
+        if leads:
+            self._tick, self._stalled = tick, 0
+        return leads
+
+    def broken_off(self, exc: BaseException) -> None:
+        """Ctrl-C, say, came where the lead may not have been given back: the worker leaves the job."""
+        self._broken_off(exc)
+
+    def end_leading(self) -> None:
+        """Give the lead back."""
+        self._reading.release()
+        if self._waiting:
+            self._tell()
+
+    def receive_one(self) -> None:
+        """Receive one frame and hand it on. By whoever leads."""
+        self._receive()
+
+    def poll(self) -> None:
+        """Receive what has come already, without waiting, unless somebody else leads."""
+        if self.begin_to_lead(self._check_failure):
+            try:
+                while self._connection.readable():
+                    self._receive()
+            finally:  # not `end_leading`: Ctrl-C may end a call of ours before it has begun
+                self._reading.release()
+                if self._waiting:
+                    self._tell()
+
+    def watch(self, number: int, wait: Wait | None = None) -> None:
+        """See to it that this exchange ends although nobody waits for it.
+
+        Args:
+            number: of the exchange.
+            wait: told whom the exchange waits for, if it asks.
+        """
+        with self._turn:
+            self._watched.add(number)
+            if wait is not None:
+                self._waits[number] = wait
+            if self._thread is None:
+                thread = threading.Thread(
+                    target=self._lead_watched, name=f"tensorkv-receive-{self.name}", daemon=True
+                )
+                thread.start()
+                self._thread = thread
+            self._turn.notify_all()
+
+    def close(self) -> None:
+        """End the connection."""
+        self._closing = True
+        self._sender.close(JOIN_TIMEOUT_S)
+        self._connection.shutdown()
+        with self._turn:
+            self._turn.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(JOIN_TIMEOUT_S)
+        self._connection.close()
+
+    def shutdown(self) -> None:
+        """Wake whoever waits: the job is broken."""
+        self._connection.shutdown()
+
+    def _lead_until(self, done: Callable[[], bool], tick: Tick) -> None:
+        while not done():
+            try:
+                leads = self._reading.acquire(blocking=False)
+            except BaseException as exc:  # as in `poll`
+                self._broken_off(exc)
+                raise
+            if leads:
+                try:
+                    self._tick, self._stalled = tick, 0
+                    ended = done()  # another may have led to it, just before
+                    while not ended:
+                        self._receive()
+                        ended = done()
+                        if not ended:
+                            tick()  # frames may come for others only, without a pause
+                finally:
+                    self._reading.release()
+                    if self._waiting:
+                        self._tell()
+                if ended:
+                    return
+            else:
+                with self._turn:
+                    self._waiting += 1
+                    try:
+                        if not done() and self._reading.locked():
+                            self._turn.wait(TICK_S)
+                    finally:
+                        self._waiting -= 1
+                if not done():
+                    tick()
+
+    def _patient_tick(self) -> None:
+        """The tick of whoever leads; its deadline does not end the receiving of a frame in its middle.
+
+        That would end the connection for everybody.
+        """
+        try:
+            self._tick()
+        except WaitTimeout:
+            self._stalled += 1
+            if not self._connection.in_frame or self._stalled * TICK_S > STALL_S:
+                raise
+
+    def _tell(self) -> None:
+        """Wake those who wait for the lead or for an exchange; they are counted before they look."""
+        with self._turn:
+            self._turn.notify_all()
+
+    def _lead_watched(self) -> None:
+        while True:
+            with self._turn:
+                self._turn.wait_for(lambda: self._closing or not self._nothing_watched())
+            if self._closing:
+                return
+            try:
+                self._lead_until(lambda: self._closing or self._nothing_watched(), self._check_failure)
+            except TensorKVError as error:
+                self._end_all(error)
+
+    def _nothing_watched(self) -> bool:
+        """Whether all watched exchanges have ended."""
+        with self._turn:
+            for number in self._watched - self._exchanges.keys():
+                self._watched.discard(number)
+                self._waits.pop(number, None)
+            return not self._watched
+
+    def _check_failure(self) -> None:
+        failure = self._failure()
+        if failure is not None:
+            raise again(failure) from None
+
+    def _receive(self) -> None:
+        """Receive one frame and hand it on. By whoever leads."""
+        if self._lost is not None:
+            raise again(self._lost) from None
+        self._message, received = None, False
+        try:
+            self._connection.receive(self._sink, self._patient_tick)
+            received = True
+            self._hand_on(self._message)
+        except (EOFError, ConnectionError) as exc:  # ProtocolError too
+            self._lose(exc)
+        except BaseException as exc:
+            if self._connection.broken:
+                self._connection.shutdown()
+                self._lost = PeerLostError(f"the connection to {self.name} ended inside a message: {exc}")
+                if not isinstance(exc, Exception):
+                    self._broken_off(exc)
+                    self._lost = broken_off_error(exc)
+            elif received or (self._message is not None and not isinstance(exc, Exception)):
+                self._broken_off(exc)  # a reply has come, and its exchange may not have taken it
+            raise
+
+    def _lose(self, exc: Exception) -> NoReturn:
+        """The connection has ended: raise why."""
+        self._connection.shutdown()
+        self._lost = self._why_gone(exc)
+        raise again(self._lost) from None  # its text tells all that `exc` does
+
+    def _sink(self, body: memoryview, payload_bytes: int) -> list[memoryview]:
+        message = self._message = _decoder.decode(body)
+        if not payload_bytes:
+            return []
+        if not isinstance(message, m.Data):
+            raise ProtocolError(f"{type(message).__name__} came with {payload_bytes} bytes of payload")
+        exchange = self._exchanges.get(message.request)
+        if exchange is None:
+            self._check_given_up(message.request)
+            return _discard(payload_bytes)
+        try:
+            return exchange.place(message, payload_bytes)
+        except ProtocolError:
+            raise
+        except Exception as exc:  # noqa: BLE001  # no memory for it, say: the error of this exchange alone
+            exchange.take(_error_of(exc))
+            self._exchanges.pop(message.request, None)
+            self._tell()
+            return _discard(payload_bytes)
+
+    def _hand_on(self, message: Any) -> None:
+        if type(message) is m.Data and message.placed is not None:
+            self._hand_on_placed(message, message.placed)
+        elif type(message) is m.Fault:
+            self._on_fault(message)
+        elif isinstance(message, (m.ShareSegment, m.DropSegment)):
+            self._share(message)
+        elif type(message) is m.Waiting:
+            wait = self._waits.get(message.request)
+            if wait is not None:
+                wait.answered(message)
+        else:
+            exchange = self._exchanges.get(message.request)
+            if exchange is None:
+                self._check_given_up(message.request)
+            else:
+                self._end_exchange(exchange, message.request, message)
+
+    def _hand_on_placed(self, message: m.Data, placed: m.Placed) -> None:
+        """Hand on a reply that lies in the server's memory, and tell the server that it was copied.
+
+        Where the server has ended the connection meanwhile, what it lies in may have changed under the copy.
+        """
+        if self.shared is None:
+            raise ProtocolError("a reply in shared memory, where there is none")
+        parts = self.shared.view(placed)
+        exchange = self._exchanges.get(message.request)
+        if exchange is None:
+            self._check_given_up(message.request)
+            self.shared.copied()
+            return
+        try:
+            exchange.copy(message, parts)
+        except ProtocolError:
+            raise
+        except Exception as exc:  # noqa: BLE001  # memory that cannot be written, say: this exchange's alone
+            self.shared.copied()
+            self._end_exchange(exchange, message.request, _error_of(exc))
+            return
+        if self._connection.ended:
+            raise ConnectionError("it ended the connection while its reply was copied")
+        self.shared.copied()
+        self._end_exchange(exchange, message.request, message)
+
+    def _end_exchange(self, exchange: Exchange, number: int, message: Any) -> None:
+        """Let an exchange take a reply, which may be its last."""
+        if _take(exchange, message):
+            self._exchanges.pop(number, None)
+            if self._waiting:
+                self._tell()
+
+    def _share(self, message: m.ShareSegment | m.DropSegment) -> None:
+        if self.shared is None:
+            raise ProtocolError("shared memory, over a connection that cannot hand it over")
+        if isinstance(message, m.DropSegment):
+            self.shared.detach(message)
+        else:
+            self.shared.attach(message)
+
+    def _check_given_up(self, number: int) -> None:
+        """Raise unless there was a request with this number, whose caller has given up since."""
+        if not 0 < number < next(self._numbers):
+            raise ProtocolError(f"a reply to request {number}, which was never made")
+
+    def _why_gone(self, exc: BaseException) -> TensorKVError:
+        """Return why the connection ended: the scheduler's word counts, if it comes soon."""
+        if isinstance(exc, TensorKVError):
+            return exc
+        return schedulers_word(self._failure) or PeerLostError(f"{self.name} was lost: {exc}")
+
+    def _end_all(self, error: TensorKVError) -> None:
+        """Nothing more will come: tell every exchange."""
+        with self._reading:  # nobody hands on a reply meanwhile
+            for number in list(self._exchanges):
+                exchange = self._exchanges.pop(number, None)
+                if exchange is not None:
+                    exchange.take(error)
+        with self._turn:
+            self._turn.notify_all()
+
+
+def _discard(payload_bytes: int) -> list[memoryview]:
+    """Return where a payload goes that nobody wants: over and over into the same small memory."""
+    if payload_bytes > MAX_DISCARDED_BYTES:
+        raise ProtocolError(f"a payload of {payload_bytes} bytes for a request that is not there")
+    scratch = memoryview(bytearray(min(payload_bytes, DISCARD_BYTES)))
+    whole, rest = divmod(payload_bytes, DISCARD_BYTES)
+    return [scratch] * whole + ([scratch[:rest]] if rest else [])
+
+
+def _take(exchange: Exchange, message: Any) -> bool:
+    """Hand a reply to its exchange. What goes wrong there is that exchange's error, not the receiver's."""
+    try:
+        return exchange.take(message)
+    except ProtocolError:
+        raise
+    except Exception as exc:  # noqa: BLE001  # memory that cannot be written, say
+        return exchange.take(_error_of(exc))
+
+
+def _error_of(exc: Exception) -> TensorKVError:
+    error = from_wire(*to_wire(exc))
+    error.__cause__ = exc
+    return error

@@ -1,0 +1,141 @@
+"""PlanCache: the plans of one store on a worker, and which servers know them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import final
+
+import torch
+
+from tensorkv.arrays import Key
+from tensorkv.wire import messages as m
+from tensorkv.worker.plans import KeyState, Origins, Plan, build_plan
+from tensorkv.worker.session import Job
+
+MAX_PLANS = 1024
+"""Plans kept; the one that was not used for longest goes first."""
+
+MAX_CHANGES = 8
+"""So often the plans of one list of keys are cut anew; what lies elsewhere each time is copied then."""
+
+_Name = tuple[tuple[int, ...], tuple[torch.dtype, ...], tuple[int, ...]]
+
+
+@final
+class PlanCache:
+    """Finds the plan of a list of keys, the same one each time. Safe from any thread.
+
+    `last_push` and `last_pull` name plans by the keys of a call: whether the tensors of a new call are
+    like those of the last is for the caller to check.
+    """
+
+    def __init__(self, job: Job, store: int) -> None:
+        self.last_push: dict[tuple[Key, ...], Plan] = {}
+        self.last_pull: dict[tuple[Key, ...], Plan] = {}
+        self._job = job
+        self._store = store
+        self._lock = threading.Lock()
+        self._plans: OrderedDict[_Name, Plan] = OrderedDict()
+        self._dropped: list[Plan] = []
+        self._origins: dict[tuple[int, ...], tuple[Origins, int]] = {}  # and how often they have changed
+
+    def plan(self, states: Sequence[KeyState], dtypes: Sequence[torch.dtype], counts: Sequence[int]) -> Plan:
+        """Return the plan of pushing values of `dtypes`, each counting as `counts` says, 0 if absent."""
+        name = (tuple(state.key_id for state in states), tuple(dtypes), tuple(counts))
+        with self._lock:
+            plan = self._plans.get(name)
+            if plan is not None:
+                self._plans.move_to_end(name)
+                return plan
+            number = next(self._job.plan_numbers)
+            origins, _ = self._origins.get(name[0], (None, 0))
+            plan = build_plan(number, states, dtypes, counts, len(self._job.links), origins)
+            self._plans[name] = plan
+            if len(self._plans) > MAX_PLANS:
+                self._drop(self._plans.popitem(last=False)[1])
+            return plan
+
+    def arrange(self, plan: Plan, origins: Origins) -> Plan:
+        """Return a plan like this one that is cut by other origins; `plan` itself if they change often.
+
+        All plans of the same keys are cut so from now on: a server is quickest if pushes and pulls are alike.
+        """
+        key_ids = tuple(state.key_id for state in plan.states)
+        with self._lock:
+            num_changes = self._origins.get(key_ids, (None, 0))[1]
+            if num_changes == MAX_CHANGES:
+                return plan
+            for name in [name for name in self._plans if name[0] == key_ids]:
+                self._drop(self._plans.pop(name))
+            self._origins[key_ids] = (origins, num_changes + 1)
+        return self.plan(plan.states, plan.dtypes, plan.counts)
+
+    def plan_to_pull(self, states: Sequence[KeyState]) -> Plan:
+        """Return the plan of pulling keys: as if values of the stored dtype were pushed."""
+        return self.plan(states, [state.dtype for state in states], [1] * len(states))
+
+    def part_of(self, plan: Plan, places: Sequence[int]) -> Plan:
+        """Return the plan of some of the values of a plan."""
+        return self.plan(
+            [plan.states[place] for place in places],
+            [plan.dtypes[place] for place in places],
+            [plan.counts[place] for place in places],
+        )
+
+    def remember_push(self, keys: tuple[Key, ...], plan: Plan) -> None:
+        """Let `last_push` name this plan by the keys of a call."""
+        self._remember(self.last_push, plan.pushed_as, keys, plan)
+
+    def remember_pull(self, keys: tuple[Key, ...], plan: Plan) -> None:
+        """Let `last_pull` name this plan by the keys of a call."""
+        self._remember(self.last_pull, plan.pulled_as, keys, plan)
+
+    def _remember(
+        self,
+        last: dict[tuple[Key, ...], Plan],
+        names: set[tuple[Key, ...]],
+        keys: tuple[Key, ...],
+        plan: Plan,
+    ) -> None:
+        with self._lock:
+            if not plan.dropped:  # another thread may have deleted a key since the plan was found
+                last[keys] = plan
+                names.add(keys)
+
+    def tell(self, plan: Plan) -> None:
+        """Queue its definition to the servers that do not know a plan. The job's order is held.
+
+        Raises:
+            StoreClosed: another thread has closed the store meanwhile.
+        """
+        self._job.check_open(self._store)
+        while self._dropped:
+            dropped = self._dropped.pop()
+            for server in dropped.known_to:
+                self._job.links[server].put(m.DropPlan(dropped.number))
+            dropped.known_to.clear()
+        if len(plan.known_to) == len(plan.parts):
+            return
+        for part in plan.parts:
+            if part.server not in plan.known_to:
+                plan.known_to.add(part.server)
+                self._job.links[part.server].put(m.DefinePlan(self._store, plan.number, part.entries))
+
+    def forget(self, states: Sequence[KeyState]) -> None:
+        """Generations of keys are gone, and with them the plans they are in."""
+        gone = {state.key_id for state in states}
+        with self._lock:
+            for name in [name for name, plan in self._plans.items() if not plan.key_ids.isdisjoint(gone)]:
+                self._drop(self._plans.pop(name))
+
+    def _drop(self, plan: Plan) -> None:
+        """Let the servers forget a plan, when they are next told something."""
+        plan.dropped = True
+        self._origins.pop(tuple(state.key_id for state in plan.states), None)
+        self._dropped.append(plan)
+        for last, names in ((self.last_push, plan.pushed_as), (self.last_pull, plan.pulled_as)):
+            for keys in names:
+                if last.get(keys) is plan:
+                    del last[keys]

@@ -1,0 +1,137 @@
+"""PullCall: one pull (or pushpull) of a worker, from its requests to its result."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+
+from tensorkv.errors import TensorKVError
+from tensorkv.wire import messages as m
+from tensorkv.worker.link import ServerLink
+from tensorkv.worker.plancache import PlanCache
+from tensorkv.worker.plans import Plan
+from tensorkv.worker.pusher import Pusher
+from tensorkv.worker.session import Job
+from tensorkv.worker.transfers import Destinations, PullExchange
+
+
+@final
+class PullCall:
+    """A pull under way.
+
+    Args:
+        plan: what is asked for.
+        destinations: where it goes.
+        finish: called once, by whoever receives the last reply, with the call and the first error or
+            None; what it returns or raises is the result.
+
+    `up_to` is the number of the last push that was queued before it.
+    """
+
+    # What most calls never come to change stands here, since every small call makes a PullCall.
+    up_to = 0
+    _first_error: TensorKVError | None = None
+    _result: Any = None
+    _error: Exception | None = None
+    _future: concurrent.futures.Future[Any] | None = None
+
+    def __init__(
+        self,
+        plan: Plan,
+        destinations: Destinations,
+        finish: Callable[[PullCall, TensorKVError | None], Any],
+    ) -> None:
+        self.plan = plan
+        self.destinations = destinations
+        self.numbers: list[tuple[ServerLink, int]] = []
+        self._finish = finish
+        self._left = len(plan.parts)
+        self._lock = threading.Lock()
+
+    def ask(self, job: Job, plans: PlanCache, pusher: Pusher) -> None:
+        """Send the requests of a pull."""
+        self._open(job)
+        with job.order, job.whole:
+            plans.tell(self.plan)
+            for server, number in self.replies.items():
+                job.links[server].put(m.Pull(self.plan.number, number))
+            self.up_to = pusher.count
+        for link, _ in self.numbers:
+            link.pump()
+
+    def push(
+        self, job: Job, pusher: Pusher, values: Sequence[torch.Tensor], weight: float | None = None
+    ) -> bool:
+        """Push, and have the values after the round sent back chunk by chunk.
+
+        Returns False, and has done nothing, if a key is busy. Raises what `Pusher.send` raises.
+        """
+        self._open(job)
+        sent = None
+        try:
+            sent = pusher.send(self.plan, values, True, self, weight)
+        finally:
+            if sent is None:
+                for link, number in self.numbers:
+                    link.drop(number)
+                self.numbers.clear()
+        return sent is not None
+
+    def _open(self, job: Job) -> None:
+        self.replies: dict[int, int] = {}
+        for part in self.plan.parts:
+            link = job.links[part.server]
+            number = link.open(PullExchange(part, self.destinations, self._ended))
+            self.numbers.append((link, number))
+            self.replies[part.server] = number
+
+    def watch(self) -> concurrent.futures.Future[Any]:
+        """Let the call end although nobody waits for it; return the future of its result."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        with self._lock:
+            self._future = future
+            ended = self._left == 0
+        if ended:
+            self._settle(future)
+        for link, number in self.numbers:
+            link.watch(number)
+        return future
+
+    def result(self) -> Any:
+        """Return the result of a call that has ended, or raise its error."""
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:  # its traceback keeps this call, which must not keep it in turn: see `_ended`
+                self._error = self._first_error = None
+        return self._result
+
+    def _ended(self, error: TensorKVError | None) -> None:
+        """One server has answered all, or refused."""
+        with self._lock:
+            if error is not None and self._first_error is None:
+                self._first_error = error
+            if self._left > 1:
+                self._left -= 1
+                return
+        try:
+            self._result = self._finish(self, self._first_error)
+        except Exception as exc:  # noqa: BLE001  # `result` raises it, or the future
+            # Without the frames of here, which hold this call and so the caller's tensors: as a cycle they
+            # would stay until the garbage collector comes by, which counts objects and not bytes.
+            self._error = exc.with_traceback(None)
+        with self._lock:
+            self._left = 0
+            future = self._future
+        if future is not None:
+            self._settle(future)
+
+    def _settle(self, future: concurrent.futures.Future[Any]) -> None:
+        if self._error is not None:
+            future.set_exception(self._error)
+        else:
+            future.set_result(self._result)

@@ -1,0 +1,377 @@
+"""Job: this process as a worker of a job, with its connections to the scheduler and to every server.
+
+Stores of one process share its job. It is joined by the first store and left when the interpreter
+exits, or, for a job that lives in this process, when its store is closed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, final
+
+from tensorkv.config import JobConfig
+from tensorkv.errors import (
+    MemoryLimitReached,
+    NotInJob,
+    PeerLostError,
+    TensorKVError,
+    TransportUnavailable,
+    again,
+    closed_meanwhile,
+)
+from tensorkv.peer.code import CodeTable
+from tensorkv.peer.deadlines import Wait, broken_off_error, schedulers_word
+from tensorkv.peer.handshake import connect_to_server
+from tensorkv.transport.base import Connection
+from tensorkv.transport.tcp import hostname
+from tensorkv.wire import messages as m
+from tensorkv.worker import interleave, uncaught
+from tensorkv.worker.control import ControlClient
+from tensorkv.worker.link import ServerLink
+from tensorkv.worker.signals import WorkerSignals
+from tensorkv.worker.window import Window
+
+logger = logging.getLogger(__name__)
+
+
+class OpenStore(Protocol):
+    """What a job knows of the stores opened in it."""
+
+    def on_fault(self, fault: m.Fault) -> None:
+        """A round that this worker contributed to has failed."""
+
+    def on_gone(self, gone: m.KeysGone) -> None:
+        """Other workers have deleted keys."""
+
+    def close(self) -> None:
+        """Leave the store."""
+
+
+@final
+class Job:
+    """A worker's place in a job. Safe from any thread.
+
+    `order` is held while one call's messages are queued to all servers, so that every server sees the
+    calls of this worker in the same order. Nothing is queued for a store after its Leave.
+
+    Args:
+        config: the worker's place.
+        code_table: where in-process servers find functions; None if servers are other processes.
+        connection: that to the scheduler, where it was made already; it is this job's then.
+
+    Raises:
+        AuthenticationError, ProtocolVersionError, PeerLostError, TransportUnavailable, WaitTimeout,
+        ConnectionError.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        code_table: CodeTable | None = None,
+        connection: Connection | None = None,
+    ) -> None:
+        self.config = config
+        self.code_table = code_table
+        self.order = threading.Lock()
+        self.whole = _Whole(self)
+        self.plan_numbers = itertools.count(1)
+        self._stores: dict[int, Callable[[], OpenStore | None]] = {}
+        self.links: list[ServerLink] = []
+        self.window = Window()
+        self.closed = False
+        self._left: set[int] = set()  # stores; guarded by `order`
+        self._broken: TensorKVError | None = None
+        self.control = ControlClient(config, self._on_failure, self._on_gone, connection)
+        try:
+            for rank, address in enumerate(self.control.servers()):
+                connection = connect_to_server(config, rank, address, self.failure)
+                self.links.append(self._link(connection, f"server {rank}"))
+        except BaseException as exc:
+            try:
+                lost_server = isinstance(exc, (PeerLostError, TransportUnavailable))
+                cause = schedulers_word(self.failure) if lost_server else None
+            finally:  # Ctrl-C too
+                self.close(m.Abandon("it could not connect to all servers"))
+            if cause is not None:
+                raise again(cause) from None
+            raise
+
+    def _link(self, connection: Connection, name: str) -> ServerLink:
+        """Return the link to a server, with shared memory if that can be had."""
+        ends = (self.failure, self._on_fault, self.broken_off)
+        try:
+            return ServerLink(connection, name, *ends, self.window)
+        except (OSError, MemoryLimitReached) as exc:
+            if self.config.transport == "shm":
+                raise TransportUnavailable(f"transport='shm': no memory to share with {name}: {exc}") from exc
+            logger.warning("no memory to share with %s: %s", name, exc)
+            return ServerLink(connection, name, *ends)
+
+    def failure(self) -> TensorKVError | None:
+        """Return why the job is broken, None while it is not."""
+        return self._broken or self.control.failure
+
+    def broken_off(self, exc: BaseException) -> None:
+        """A call has ended between messages that belong together, or inside one: this worker leaves the job.
+
+        What it did may be done in part. Others are told at once; later calls here raise PeerLostError.
+        """
+        if self.failure() is not None:
+            return
+        self._broken = broken_off_error(exc)
+        self.control.notify(m.Abandon(str(self._broken)))
+        for link in self.links:
+            link.shutdown()
+
+    def enter(self, number: int, store: OpenStore, weakly: bool = False) -> None:
+        """A store was opened: it hears of faults, and is closed when the process leaves the job.
+
+        With `weakly` only its user keeps it: dropped, it is gone.
+        """
+        self._stores[number] = weakref.ref(store) if weakly else lambda: store
+
+    def forget(self, number: int) -> None:
+        """A store has ended."""
+        self._stores.pop(number, None)
+
+    def stores(self) -> list[OpenStore]:
+        """Return the stores that are open."""
+        return [store for store in map(self._opened, list(self._stores)) if store is not None]
+
+    def _opened(self, number: int) -> OpenStore | None:
+        found = self._stores.get(number)
+        return found and found()
+
+    def check_open(self, store: int) -> None:
+        """Raise StoreClosed if another thread has closed the store meanwhile. With the order held."""
+        if store in self._left:
+            raise closed_meanwhile("a call")
+
+    def leave_store(self, store: int) -> None:
+        """Nothing more may be queued for this store; calls that wait in it end. With the order held."""
+        self._left.add(store)
+
+    def wait(
+        self,
+        what: str,
+        timeout_s: float,
+        ask: Callable[[], None] | None = None,
+        store: int = 0,
+        whom: Callable[[], str] | None = None,
+    ) -> Wait:
+        """Return a deadline for one call. It ends, too, when another thread closes the store."""
+
+        def failure() -> TensorKVError | None:
+            return self.failure() or (closed_meanwhile(what) if store in self._left else None)
+
+        return Wait(what, timeout_s, failure, ask, whom)
+
+    def ask_all(
+        self,
+        make: Callable[[int], m.Message],
+        what: str,
+        timeout_s: float,
+        store: int,
+        servers: Sequence[int] | None = None,
+        leave: bool = False,
+        turn: AbstractContextManager[None] | None = None,
+    ) -> list[Any]:
+        """Send a request to every server (or to `servers`) and return their replies, by rank.
+
+        With `leave` it is the last that is sent for this store. `turn` holds the order when it may be sent.
+
+        Raises:
+            WaitTimeout, PeerLostError, StoreClosed, or the first refusal.
+        """
+        links = self.links if servers is None else [self.links[rank] for rank in servers]
+        with turn or self.order, self.whole:
+            self.check_open(store)
+            if leave:
+                self.leave_store(store)
+            asked = [(link, *link.ask(make)) for link in links]
+        for link in links:
+            link.pump()
+        waited_in = 0 if leave else store
+        self.await_replies([(link, number) for link, number, _ in asked], what, timeout_s, waited_in)
+        for _, _, exchange in asked:
+            exchange.check()
+        return [exchange.message for _, _, exchange in asked]
+
+    def await_replies(
+        self,
+        numbers: list[tuple[ServerLink, int]],
+        what: str,
+        timeout_s: float,
+        store: int,
+        size_bytes: int = 0,
+    ) -> None:
+        """Wait until these exchanges have ended; after an error they are given up. One deadline for all.
+
+        `size_bytes` is what is to come, about; that of many bytes comes from all servers at once.
+        """
+        current = 0
+
+        def ask() -> None:
+            self.ask_waiting(*numbers[current], store)
+
+        def whom() -> str:
+            return numbers[current][0].name
+
+        wait = self.wait(what, timeout_s, ask if store else None, store, whom)
+
+        def turn_to(place: int) -> None:
+            nonlocal current
+            current = place
+
+        try:
+            if interleave.pays(numbers, size_bytes):
+                interleave.receive_in_turn(numbers, wait, turn_to)
+            for current in range(len(numbers)):
+                link, number = numbers[current]
+                link.wait(number, wait)
+        except BaseException:
+            for link, number in numbers:
+                link.drop(number)
+            raise
+
+    def whom(self, numbers: list[tuple[ServerLink, int]], what: str, store: int) -> str:
+        """Return whom these exchanges, which somebody else receives, wait for; "" if for nobody."""
+        open_ones = ((link, number) for link, number in numbers if link.is_open(number))
+        link, number = next(open_ones, (None, 0))
+        if link is None:
+            return ""
+        wait = self.wait(what, 0.0, lambda: self.ask_waiting(link, number, store), store, lambda: link.name)
+        with link.answering(number, wait):
+            return wait.find_out()
+
+    def ask_waiting(self, link: ServerLink, number: int, store: int) -> None:
+        """Ask a server whom a request waits for; the link hands the answer to its Wait."""
+        with self.order:
+            if store not in self._left:
+                link.put(m.AskWaiting(number, store))
+        link.pump()
+
+    def poll(self) -> None:
+        """Take in what the servers have sent already. Never blocks."""
+        for link in self.links:
+            link.poll()
+
+    def close(self, last_words: m.Message) -> None:
+        """End all connections, after a Goodbye or an Abandon."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._broken is None:
+            self._broken = PeerLostError("this worker has left the job")
+        self.control.close(last_words)
+        for link in self.links:
+            link.close()
+
+    def _on_failure(self, error: TensorKVError) -> None:
+        for link in self.links:
+            link.shutdown()
+
+    def _on_gone(self, gone: m.KeysGone) -> None:
+        store = self._opened(gone.store)
+        if store is not None:
+            store.on_gone(gone)
+
+    def _on_fault(self, fault: m.Fault) -> None:
+        store = self._opened(fault.store)
+        if store is not None:
+            store.on_fault(fault)
+
+
+@final
+class _Whole:
+    """What others, or other threads, rely on to be done whole; see `broken_off`.
+
+    `with job.order, job.whole:` sends several messages that belong together.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __enter__(self) -> None:
+        """Nothing is sent yet."""
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: object) -> None:
+        if exc is not None and not isinstance(exc, TensorKVError):
+            self._job.broken_off(exc)
+
+
+def _forked(config: JobConfig, parent: int) -> NotInJob:
+    return NotInJob(
+        f"this process {os.getpid()} was forked from worker {config.rank} (process {parent}), which holds "
+        "the only place of that rank in the job: a child (of a DataLoader, say) cannot join it. Use the "
+        "store in the worker itself, and hand tensors over to it"
+    )
+
+
+_lock = threading.Lock()
+_joined: dict[int, Job] = {}  # by process id: a forked child has none
+
+
+def check_not_forked(config: JobConfig) -> None:
+    """Raise NotInJob where a child was forked from a worker, which has joined the job."""
+    if _joined and os.getpid() not in _joined:
+        raise _forked(config, next(iter(_joined)))
+
+
+def join(config: JobConfig, connection: Connection | None = None) -> Job:
+    """Return this process's place in its job; the first call joins it.
+
+    `connection` is that to the scheduler, where it was made already.
+
+    Raises:
+        NotInJob: this process was forked from a worker, which holds the place.
+        What `Job` raises.
+    """
+    with _lock:
+        job = _joined.get(os.getpid())
+        if job is None:
+            check_not_forked(config)
+            job = Job(config, connection=connection)
+            _joined[os.getpid()] = job
+            who = f"worker {config.rank} (process {os.getpid()} on {hostname()})"
+            atexit.register(leave, job, _watch_end(who))
+        return job
+
+
+def _watch_end(who: str) -> WorkerSignals:
+    """Handle what may end this process: signals, and an exception that nobody catches."""
+    signals = WorkerSignals(who)
+    uncaught.install(signals.leaving)
+    return signals
+
+
+def leave(job: Job, signals: WorkerSignals | None = None) -> None:
+    """Leave the job as the interpreter exits: in good order, or as lost after an uncaught exception."""
+    if _joined.get(os.getpid()) is not job or job.closed:
+        return
+    try:
+        _leave(job)
+    finally:
+        if signals is not None:
+            signals.stop()
+
+
+def _leave(job: Job) -> None:
+    error = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
+    if error is not None:
+        job.close(m.Abandon(f"it ended with {type(error).__name__}: {error}"))
+        return
+    for store in job.stores():
+        try:
+            store.close()
+        except TensorKVError as error:  # nobody is left to raise it to
+            logger.error("while leaving the job: %s", error)
+    job.close(m.Goodbye())

@@ -1,0 +1,208 @@
+"""What SIGUSR1 and SIGTERM do in a worker: tell who waits for whom, and leave the job.
+
+RULES
+1. A handler takes no lock and writes no text, for the main thread may be in the middle of anything: it sets
+   plain attributes and counts an eventfd up. A thread does the rest.
+2. Only a signal that nobody else handles is taken, and only from the main thread. Forked children get it
+   back.
+3. SIGTERM raises SystemExit(0) in the main thread: where it is in the user's code, at once; where it is in a
+   call of a store, when that has returned, or after LEAVE_CALL_S seconds. So `with` and `finally` do their
+   work, and the stores are closed in good order.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import final
+
+from tensorkv.peer.deadlines import waiting_calls
+
+LEAVE_CALL_S = 2.0
+"""How long a call of a store may go on after SIGTERM; `tensorkv run` kills one second later."""
+
+NUDGE_S = 0.05
+ANSWER_S = 1.0
+_CALLS = ("tensorkv.store", "tensorkv.stores.", "tensorkv.work", "tensorkv.worker.", "tensorkv.peer.")
+_PACKAGE = "tensorkv."
+
+
+@final
+class WorkerSignals:
+    """Handles SIGUSR1 and SIGTERM, where they are free, until `stop`; owns a thread if so.
+
+    Args:
+        who: "worker 3 (process 4711 on node7)", for texts.
+    """
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._to_report = False
+        self._leave_at: float | None = None  # when a call that still goes on is broken off
+        self._left = False
+        self._nudged = False
+        self._stopping = False
+        self.taken: list[int] = []
+        if threading.current_thread() is threading.main_thread():
+            self.taken = [each for each in (signal.SIGUSR1, signal.SIGTERM) if is_free(each)]
+        if not self.taken:
+            return
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._serve, name="tensorkv-signals", daemon=True)
+        self._thread.start()
+        for signum in self.taken:
+            signal.signal(signum, self._on_usr1 if signum == signal.SIGUSR1 else self._on_term)
+        _installed.append(self)
+
+    def stop(self) -> None:
+        """The process is about to end: SIGTERM kills it from now on, SIGUSR1 does nothing.
+
+        In the main thread only.
+        """
+        if not self.taken:
+            return
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()  # first, for it may be about to nudge: that must find our handler
+        self._give_back(signal.SIG_IGN)
+        os.close(self._wake)
+
+    def leaving(self) -> None:
+        """The process ends already, by an uncaught exception: a SIGTERM has nothing to add."""
+        self._left = True
+
+    def forget(self) -> None:
+        """In a forked child, which has neither the thread nor a place in the job: give the signals back."""
+        self._give_back(signal.SIG_DFL)
+        os.close(self._wake)
+
+    def _give_back(self, usr1: signal.Handlers) -> None:
+        for signum in self.taken:
+            ours = signal.getsignal(signum) in (self._on_usr1, self._on_term)  # else the user's, set later
+            if ours:
+                signal.signal(signum, usr1 if signum == signal.SIGUSR1 else signal.SIG_DFL)
+        self.taken = []
+        _installed.remove(self)
+
+    # ---- handlers: between any two steps of the main thread --------------------------------------
+
+    def _on_usr1(self, signum: int, frame: FrameType | None) -> None:
+        self._to_report = True
+        os.eventfd_write(self._wake, 1)
+
+    def _on_term(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        nudged, self._nudged = self._nudged, False
+        if self._left:
+            if self._leave_at is None:
+                self._leave_at = now
+            elif not nudged and now > self._leave_at + LEAVE_CALL_S:
+                signal.signal(signum, signal.SIG_DFL)  # it hangs while it leaves, and is asked again
+                signal.raise_signal(signum)
+            return
+        if self._leave_at is None:
+            self._leave_at = now + LEAVE_CALL_S
+            os.eventfd_write(self._wake, 1)
+        if now >= self._leave_at or not in_store_call(frame):
+            self._left = True
+            raise SystemExit(0)
+
+    # ---- the thread ------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
+        while True:
+            leaving = self._leave_at is not None and not self._left
+            if poller.poll(NUDGE_S * 1000 if leaving else None):
+                os.eventfd_read(self._wake)
+            if self._stopping:
+                return
+            if self._to_report:
+                self._to_report = False
+                sys.stderr.write("\n".join([*report(self._who), ""]))
+                sys.stderr.flush()
+            if self._leave_at is not None and not self._left:
+                self._nudged = True
+                main = threading.main_thread().ident
+                assert main is not None
+                signal.pthread_kill(main, signal.SIGTERM)  # perhaps the call has returned
+
+
+def is_free(signum: int) -> bool:
+    """Whether this signal has its default effect: nobody handles it, in Python or below, or ignores it."""
+    mask = 1 << (signum - 1)
+    return signal.getsignal(signum) is signal.SIG_DFL and not _masks(os.getpid()) & mask
+
+
+def handles(pid: int, signum: int) -> bool:
+    """Whether a process has a handler for a signal, so that it can be sent without killing it."""
+    return bool(_masks(pid, ("SigCgt",)) & 1 << (signum - 1))
+
+
+def _masks(pid: int, names: tuple[str, ...] = ("SigCgt", "SigIgn")) -> int:
+    """Return the signals that a process catches or ignores, as the kernel tells them; 0 if it is gone."""
+    found = 0
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+            for line in status:
+                name, _, value = line.partition(":")
+                if name in names:
+                    found |= int(value, 16)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return found
+
+
+def in_store_call(frame: FrameType | None) -> bool:
+    """Whether this frame, or one that called it, is in a call of a store."""
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.startswith(_CALLS):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def report(who: str) -> list[str]:
+    """Return lines that tell which calls of this process wait, since when and for whom.
+
+    Asks the other side; blocks a second at most.
+    """
+    calls = waiting_calls()
+    for wait in calls:
+        wait.ask()
+    end = time.monotonic() + ANSWER_S
+    while any(wait.open_question for wait in calls) and time.monotonic() < end:
+        time.sleep(NUDGE_S)
+    number = {0: "no call waits", 1: "1 call waits"}.get(len(calls), f"{len(calls)} calls wait")
+    lines = [f"tensorkv: {who}: {number}"]
+    lines += [f"  {wait.thread}: {wait.describe()}" for wait in calls]
+    place = _place_of_main_thread()
+    return [*lines, f"  MainThread is at {place}"] if place else lines
+
+
+def _place_of_main_thread() -> str:
+    """Return file, line and function in which the main thread is, outside of TensorKV."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith(_PACKAGE):
+        frame = frame.f_back
+    if frame is None:
+        return ""
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+_installed: list[WorkerSignals] = []
+
+
+def _forget_in_child() -> None:
+    for each in list(_installed):
+        each.forget()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

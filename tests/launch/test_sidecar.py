@@ -1,0 +1,264 @@
+"""The process that keeps scheduler and servers beside workers that know nothing of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import select
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tensorkv.config import JobConfig
+from tensorkv.errors import PeerLostError, RankTaken
+from tensorkv.launch import sidecar as module
+from tensorkv.launch.sidecar import JobRecord, Keeper
+from tensorkv.peer.code import updater_loader
+from tensorkv.server.loop import Server
+from tensorkv.wire import messages as m
+from tensorkv.worker.session import Job
+from tensorkv.worker.signals import handles
+
+DEADLINE_S = 50.0
+
+
+def config(**changes: object) -> JobConfig:
+    plain = JobConfig(
+        role="scheduler", rank=0, num_workers=2, num_servers=1, scheduler_host="", scheduler_port=0, token=""
+    )
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+class Parent:
+    """A process that the keeper takes for the worker that started it."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+        self.pidfd = os.pidfd_open(self._process.pid)
+
+    def end(self) -> None:
+        self._process.communicate(timeout=DEADLINE_S)
+
+    def __enter__(self) -> Parent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        os.close(self.pidfd)
+
+
+@contextmanager
+def running(keeper: Keeper, parent: Parent) -> Iterator[threading.Thread]:
+    """Run a keeper in a thread; it ends with the parent at the latest."""
+    thread = threading.Thread(target=keeper.run, args=(parent.pidfd,))
+    thread.start()
+    try:
+        yield thread
+    finally:
+        parent.end()
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive(), "the keeper stays"
+
+
+def worker(keeper: Keeper, rank: int) -> Job:
+    return Job(dataclasses.replace(keeper.config, role="worker", rank=rank))
+
+
+def test_it_makes_a_token_that_only_this_user_can_read() -> None:
+    with Keeper(config(), (), {}) as keeper:
+        keeper.write_token()
+        path = Path(keeper.token_file)
+        assert os.readlink(path).startswith("/memfd:"), "nobody need remove it, however this process ends"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert path.read_text() == keeper.config.token
+        assert len(keeper.config.token) == 64
+    assert not path.exists()
+
+
+def test_a_token_that_is_given_stays() -> None:
+    with Keeper(config(token="given"), (), {}) as keeper:
+        assert keeper.config.token == "given"
+
+
+@contextmanager
+def server(keeper: Keeper) -> Iterator[None]:
+    """A server of the job, as threads of this process."""
+    threads = Server(dataclasses.replace(keeper.config, role="server"), updater_loader(()))
+    threads.start()
+    try:
+        yield
+    finally:
+        threads.stop()
+
+
+def test_it_stays_until_all_have_left_although_its_parent_is_gone() -> None:
+    with Parent() as parent, Keeper(config(), (), {}) as keeper:
+        keeper.write_token()
+        path = keeper.token_file
+        with running(keeper, parent), server(keeper):
+            first, other = worker(keeper, 0), worker(keeper, 1)
+            first.close(m.Goodbye())
+            parent.end()
+            assert other.failure() is None, "one has not left yet"
+            with pytest.raises(RankTaken, match="worker 1"):  # who comes too many can still read the token
+                worker(keeper, 1)
+            assert os.path.exists(path)
+            other.close(m.Goodbye())
+    assert not os.path.exists(path)
+
+
+def test_a_lost_worker_ends_the_job() -> None:
+    with Parent() as parent, Keeper(config(), (), {}) as keeper, running(keeper, parent), server(keeper):
+        first, other = worker(keeper, 0), worker(keeper, 1)
+        first.close(m.Abandon("for a test"))
+        parent.end()
+        with pytest.raises(PeerLostError, match="worker 0"):
+            other.control.request(lambda number: m.AskWaiting(number, 1), "a call", DEADLINE_S)
+        other.close(m.Abandon("for a test"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nobody_joins_a_job_whose_starter_is_gone(rank: int) -> None:
+    """Not even in the moment before the keeper has noticed: who comes is of the launcher's next attempt."""
+    with Parent() as parent, Keeper(config(), (), {}, parent.pidfd) as keeper, server(keeper):
+        parent.end()
+        with pytest.raises(PeerLostError, match="the job is over: worker 0"):
+            worker(keeper, rank)
+
+
+def test_who_comes_late_may_join_when_worker_0_has_left_until_there_is_another() -> None:
+    with Parent() as parent, Keeper(config(), (), {}, parent.pidfd) as keeper, server(keeper):
+        worker(keeper, 0).close(m.Goodbye())
+        parent.end()
+        late = worker(keeper, 1)
+        with pytest.raises(PeerLostError, match="the job is over: worker 0"):
+            worker(keeper, 0)
+        while late.failure() is None:
+            os.sched_yield()
+        assert "was lost: its process has ended" in str(late.failure())
+        late.close(m.Abandon("for a test"))
+
+
+def test_it_does_not_outlive_a_parent_that_never_joined() -> None:
+    with Parent() as parent, Keeper(config(), (), {}) as keeper, running(keeper, parent):
+        pass
+
+
+def test_those_who_never_joined_are_waited_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINGER_S", 0.0)
+    with Parent() as parent, Keeper(config(), (), {}) as keeper, running(keeper, parent), server(keeper):
+        worker(keeper, 0).close(m.Goodbye())
+
+
+def test_a_server_that_fails_at_its_start_is_a_lost_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "shielded", lambda argv, environ: ["false"])
+    with Parent() as parent, Keeper(config(), (0,), os.environ) as keeper:
+        keeper.start_servers()
+        with running(keeper, parent), pytest.raises(PeerLostError, match="server 0"):
+            worker(keeper, 0)
+
+
+def test_a_keeper_without_a_scheduler_ends_with_its_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "shielded", lambda argv, environ: ["true"])
+    elsewhere = config(scheduler_host="127.0.0.1", scheduler_port=1, token="t")
+    with Parent() as parent, Keeper(elsewhere, (0,), os.environ) as keeper:
+        keeper.start_servers()
+        keeper.run(parent.pidfd)
+
+
+ASKED = """
+import os, signal
+signal.signal(signal.SIGUSR1, lambda *_: os._exit(os.write(2, b"asked\\n") - 6))
+signal.pause()
+"""
+NOT_YET = "import signal; signal.pause()"
+
+
+def test_it_tells_who_waits_and_has_its_servers_tell(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    scripts = iter([ASKED, NOT_YET])
+    monkeypatch.setattr(module, "shielded", lambda argv, environ: [sys.executable, "-c", next(scripts)])
+    with Parent() as parent, Keeper(config(num_servers=2), (0, 1), os.environ) as keeper:
+        keeper.start_servers()
+        asked, not_yet = keeper._servers.values()
+        with running(keeper, parent):
+            while not handles(asked.pid, signal.SIGUSR1):
+                assert asked.poll() is None
+            keeper.ask_report()
+            assert asked.wait(DEADLINE_S) == 0
+            assert not_yet.poll() is None, "it would be killed by this signal"
+    absent = ("worker 0", "worker 1", "server 0", "server 1")
+    told = [*(f"tensorkv: {each} has not joined" for each in absent), "asked"]
+    assert capfd.readouterr().err.splitlines() == told
+
+
+def test_servers_that_nobody_tells_are_asked_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import signal; signal.pause()"
+    monkeypatch.setattr(module, "shielded", lambda argv, environ: [sys.executable, "-c", script])
+    monkeypatch.setattr(module, "SERVER_STOP_S", DEADLINE_S)
+    with Keeper(config(scheduler_port=1, token="t"), (0, 1), os.environ) as keeper:
+        keeper.start_servers()
+    assert {server.returncode for server in keeper._servers.values()} == {-signal.SIGTERM}
+
+
+STARTER = """
+import os, sys
+import msgspec
+from tensorkv.config import from_env
+from tensorkv.launch.torchrun import start_keeper
+
+record = start_keeper(from_env(), range(1), os.environ)
+print(msgspec.json.encode(record).decode(), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def starter() -> Iterator[tuple[subprocess.Popen[bytes], JobRecord, list[int]]]:
+    """A process that has started a keeper; what that reported; pidfds of the keeper and of its server."""
+    environ = {**os.environ, **config(token=secrets.token_hex(8)).to_env()}
+    command = [sys.executable, "-c", STARTER]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        record = msgspec.json.decode(process.stdout.readline(), type=JobRecord)
+        [keeper] = children(process.pid)
+        [server] = children(keeper)
+        handles = [os.pidfd_open(keeper), os.pidfd_open(server)]
+        try:
+            yield process, record, [keeper, *handles]
+        finally:
+            process.kill()
+            for handle in handles:
+                assert select.select([handle], [], [], DEADLINE_S)[0], "a process was left running"
+                os.close(handle)
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_servers_go_with_a_keeper_that_is_killed(signum: signal.Signals) -> None:
+    with starter() as (_, record, (keeper, *handles)):
+        assert (record.host, record.num_servers, record.token_file) == ("127.0.0.1", 1, "")
+        os.kill(keeper, signum)
+        for handle in handles:
+            assert select.select([handle], [], [], DEADLINE_S)[0]
+
+
+@pytest.mark.e2e
+def test_keeper_and_servers_go_with_a_worker_that_is_killed() -> None:
+    with starter() as (process, _, _):
+        process.kill()

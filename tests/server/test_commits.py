@@ -1,0 +1,88 @@
+"""Commits on one server: who agrees, what was dropped meanwhile, and norms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tensorkv.errors import CommitMismatch, DtypeMismatch
+from tensorkv.server.commits import CommitGather, all_finite, norms_of, scale, unscalable
+from tensorkv.wire.messages import Commit
+
+NAMES = {0: "'a'", 1: "'b'", 2: "'c'"}
+
+
+def gather(*asked: tuple[dict[str, Any], set[int]]) -> CommitGather:
+    made = CommitGather(1)
+    for worker, (arguments, slices) in enumerate(asked):
+        every = {"max_norm": None, "skip": False, "check_finite": False, **arguments}
+        made.add(worker, Commit(worker + 1, 1, **every), {index: 10 * worker + index + 1 for index in slices})
+    return made
+
+
+def test_equal_commits_agree_and_one_skip_is_enough() -> None:
+    made = gather(({"max_norm": 2.0}, {0, 1}), ({"max_norm": 2.0, "skip": True}, {1, 0}))
+    assert made.disagreement(NAMES.__getitem__) is None
+    assert (made.skip, made.max_norm, made.check_finite, made.wants_norm) == (True, 2.0, False, True)
+    made = gather(({}, set()))
+    assert made.disagreement(NAMES.__getitem__) is None
+    assert (made.skip, made.wants_norm) == (False, False)
+    assert gather(({"check_finite": True}, set())).wants_norm
+
+
+@pytest.mark.parametrize("other", [{"max_norm": 3.0}, {"check_finite": True}])
+def test_other_arguments_are_a_mismatch(other: dict[str, Any]) -> None:
+    error = gather(({}, {0}), ({}, {0}), (other, {0})).disagreement(NAMES.__getitem__)
+    assert isinstance(error, CommitMismatch)
+    assert "rank 2" in str(error)
+    assert str(next(iter(other.values()))) in str(error)
+
+
+def test_other_keys_are_a_mismatch_that_names_them() -> None:
+    error = gather(({}, {0, 1}), ({}, {1, 2})).disagreement(NAMES.__getitem__)
+    assert isinstance(error, CommitMismatch)
+    assert "only one of them has pushed 'a', 'c'" in str(error)
+
+
+def test_what_was_dropped_since_is_left_out() -> None:
+    made = gather(({}, {0, 1}), ({}, {0}))
+    holder = np.zeros((2, 3), np.int64)
+    holder[0, 0], holder[1, 0] = 1, 11
+    holder[0, 1] = 99  # the index belongs to another slice now
+    made.forget_dropped(holder)
+    assert made.pushes == {0: {0: 1}, 1: {0: 11}}
+    assert made.disagreement(NAMES.__getitem__) is None
+
+
+def test_norms_are_taken_of_every_dtype() -> None:
+    tensors = [
+        torch.tensor([3.0, 4.0]),
+        torch.tensor([3.0, 4.0], dtype=torch.float16),
+        torch.tensor([3 + 4j]),
+        torch.tensor([3, 4]),
+        torch.empty(0),
+        torch.tensor([60000.0], dtype=torch.float16),
+    ]
+    assert norms_of(tensors) == pytest.approx([5.0, 5.0, 5.0, 5.0, 0.0, 59968.0], rel=1e-3)
+    huge = torch.full((4,), 1e300, dtype=torch.float64)
+    assert norms_of([huge, huge * 1e-300 * 1e-300]) == pytest.approx([2e300, 2e-300])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows(bad: float) -> None:
+    tensor = torch.tensor([1.0, bad])
+    assert not math.isfinite(norms_of([tensor])[0])
+    assert not all_finite([torch.ones(2), tensor])
+    assert all_finite([torch.ones(2), torch.tensor([1, 2])])
+
+
+def test_only_floats_can_be_scaled() -> None:
+    assert unscalable("w", torch.complex64) is None
+    assert isinstance(unscalable("w", torch.int32), DtypeMismatch)
+    tensor = torch.tensor([2.0, 4.0])
+    scale(tensor, 0.5)
+    assert tensor.tolist() == [1.0, 2.0]

@@ -1,0 +1,79 @@
+"""Layouts: where slices lie in a chunk, and which of them make one run of memory."""
+
+from __future__ import annotations
+
+import torch
+
+from tensorkv.server.layouts import Chunk, Contribution, Layout, Slice
+from tensorkv.server.memory import Memory
+from tensorkv.server.slots import Slot
+from tensorkv.updaters.base import Add, Assign
+from tensorkv.updaters.settings import Setting
+
+
+def a_slice(index: int, slot: Slot, offset: int, length: int, shape: tuple[int, ...] = ()) -> Slice:
+    return Slice(
+        100 + index, index, f"k{index}", 0, length, shape or (length,), slot, offset, Setting(Assign())
+    )
+
+
+def test_neighbours_in_chunk_and_slot_are_one_run() -> None:
+    one, other = Slot(torch.arange(20.0)), Slot(torch.arange(10.0))
+    slices = [a_slice(0, one, 2, 3), a_slice(1, one, 5, 4), a_slice(2, one, 10, 1), a_slice(3, other, 0, 2)]
+    layout = Layout(slices, [0, 3, 7, 8])
+    assert [(run.low, run.high, run.offset) for run in layout.runs] == [(0, 7, 2), (7, 8, 10), (8, 10, 0)]
+    assert layout.runs[0].stored.tensor.tolist() == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    assert layout.bounds(1) == (3, 7)
+    assert layout.position == {0: 0, 1: 1, 2: 2, 3: 3}
+
+
+def test_a_gap_in_the_chunk_ends_a_run() -> None:
+    slot = Slot(torch.arange(20.0))
+    layout = Layout([a_slice(0, slot, 0, 2), a_slice(1, slot, 2, 2)], [0, 5])
+    assert [(run.low, run.high) for run in layout.runs] == [(0, 2), (5, 7)]
+
+
+def test_empty_slices_make_no_difference() -> None:
+    slot = Slot(torch.arange(4.0))
+    layout = Layout([a_slice(0, slot, 0, 2), a_slice(1, slot, 2, 0), a_slice(2, slot, 2, 2)], [0, 2, 2])
+    assert [(run.low, run.high) for run in layout.runs] == [(0, 4)]
+
+
+def test_a_value_has_its_shape_and_follows_its_slot() -> None:
+    slot = Slot(torch.arange(8.0))
+    each = a_slice(0, slot, 2, 6, (2, 3))
+    slot.lease.readers = 1
+    slot.make_writable()
+    each.value.zero_()
+    assert each.value.shape == (2, 3)
+    assert slot.tensor.tolist() == [0.0, 1.0] + [0.0] * 6
+    assert (each.num_elems, each.dtype) == (6, torch.float32)
+
+
+def test_all_assign_is_looked_up_when_settings_change() -> None:
+    slot = Slot(torch.zeros(4))
+    layout = Layout([a_slice(0, slot, 0, 2), a_slice(1, slot, 2, 2)], [0, 2])
+    assert layout.all_assign(0)
+    layout.slices[1].setting = Setting(Add())
+    assert layout.all_assign(0)
+    assert not layout.all_assign(1)
+
+
+def test_a_chunk_knows_its_bytes_and_what_is_gone() -> None:
+    layout = Layout([a_slice(0, Slot(torch.zeros(4)), 0, 2)], [3])
+    chunk = Chunk([7, 100], [3, 2], [1, 1], torch.float16, False, 5, layout, [1], [6])
+    assert chunk.payload_bytes == 10
+    assert chunk.gone() == [7]
+    absent = Chunk([7, 100], [3, 2], [0, 0], torch.float16, True, 5, layout, [0], [6])
+    assert absent.payload_bytes == 0
+    chunk.numbers = [5, 6]
+    assert chunk.gone() == []
+
+
+def test_a_contribution_is_read_in_the_pushed_dtype() -> None:
+    values = torch.arange(5, dtype=torch.float64)
+    buffer = torch.cat([values.view(torch.uint8), torch.zeros(7, dtype=torch.uint8)])
+    layout = Layout([], [])
+    contribution = Contribution(1, 0, layout, torch.float64, False, [1], Memory(buffer), True, 1)
+    assert contribution.elements(1, 4).tolist() == [1.0, 2.0, 3.0]
+    assert contribution.elements(5, 5).tolist() == []

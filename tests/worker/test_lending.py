@@ -1,0 +1,187 @@
+"""Tensors in the window: how they lie to each other, and which chunks may stay where they are."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tensorkv.arrays import dtype_name
+from tensorkv.errors import MemoryLimitReached
+from tensorkv.transport import unix
+from tensorkv.transport.unix import UnixConnection, UnixListener
+from tensorkv.wire import messages as m
+from tensorkv.worker import lending
+from tensorkv.worker.lending import empty_tensors, spans_of
+from tensorkv.worker.plans import KeyState, build_plan
+from tensorkv.worker.window import Window
+
+
+@pytest.fixture
+def window() -> Iterator[Window]:
+    """A window that a server shares."""
+    listener = UnixListener()
+    connection, other = unix.connect(listener.address[0], 10.0), listener.accept()
+    listener.close()
+    assert isinstance(connection, UnixConnection)
+    made = Window()
+    made.open_to(connection, lambda frame, sent: sent and sent())
+    yield made
+    connection.close()
+    other.close()
+
+
+def state(
+    number: int, num_elems: int, slices: list[tuple[int, int, int]], dtype: torch.dtype = torch.float32
+) -> KeyState:
+    """Return a key with slices given as (server, start, stop)."""
+    entries = [m.SliceEntry(100 * number + i, *each) for i, each in enumerate(slices)]
+    return KeyState.of(m.KeyEntry(f"k{number}", number, 1, (num_elems,), dtype_name(dtype), m.EPOCH, entries))
+
+
+STATES = [
+    state(1, 10_000, [(0, 0, 10_000)]),
+    state(2, 5_001, [(1, 0, 5_001)]),
+    state(3, 3, [(0, 0, 3)]),
+    state(4, 64_000, [(0, 0, 32_000), (1, 32_000, 64_000)]),
+    state(5, 7_000, [(0, 0, 7_000)]),
+    state(6, 100, [(1, 0, 100)]),
+]
+
+
+def plan_of(values: list[torch.Tensor], window: Window, states: list[KeyState] = STATES) -> Any:
+    dtypes = [value.dtype for value in values]
+    return build_plan(1, states, dtypes, [1] * len(states), 2, lending._origins(window, values))
+
+
+def test_without_a_window_they_are_tensors_like_any_other() -> None:
+    window = Window()
+    found = empty_tensors(window, STATES)
+    assert [each.shape for each in found] == [each.shape for each in STATES]
+    assert not window.lends
+
+
+def test_what_one_server_has_lies_together(window: Window) -> None:
+    found = empty_tensors(window, STATES)
+    assert [(each.shape, each.dtype) for each in found] == [(each.shape, each.dtype) for each in STATES]
+    starts = [each.data_ptr() for each in found]
+    assert starts[2] - starts[0] == found[0].nbytes
+    assert starts[4] - starts[2] == found[2].nbytes
+    assert starts[5] - starts[1] == found[1].nbytes
+    assert window.lends
+
+
+def test_tensors_of_other_dtypes_are_aligned(window: Window) -> None:
+    states = [
+        state(1, 3, [(0, 0, 3)], torch.bfloat16),
+        state(2, 5, [(0, 0, 5)], torch.float64),
+        state(3, 7, [(0, 0, 7)], torch.bfloat16),
+    ]
+    found = empty_tensors(window, states)
+    assert all(each.data_ptr() % each.itemsize == 0 for each in found)
+    assert found[2].data_ptr() - found[0].data_ptr() == found[0].nbytes
+
+
+def test_every_chunk_of_tensors_that_were_handed_out_together_stays(window: Window) -> None:
+    values = empty_tensors(window, STATES)
+    plan = plan_of(values, window)
+    spans = spans_of(window, plan, values)
+    assert all(spans)
+    assert [len(part.chunks) for part in plan.parts] == [2, 2]  # what is whole, and what is sliced
+    for (_, _, chunk), span in zip(plan.frames, spans, strict=True):
+        first = chunk.pieces[0]
+        start = values[first.value].data_ptr() + first.start * 4
+        assert span == (*window.where(start, chunk.size_bytes), chunk.size_bytes)
+
+
+def test_the_tensors_of_the_last_push_are_known(window: Window, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only if they are the very same, where they were, in the same order of elements."""
+    square = KeyState.of(
+        m.KeyEntry("s", 1, 1, (64, 64), "float32", m.EPOCH, [m.SliceEntry(100, 0, 0, 64 * 64)])
+    )
+    looked: list[int] = []
+    real = lending._address
+    monkeypatch.setattr(lending, "_address", lambda value: looked.append(1) or real(value))
+    (value,) = empty_tensors(window, [square])
+    plan = plan_of([value], window, [square])
+    spans = spans_of(window, plan, [value])
+    looked.clear()
+    assert spans_of(window, plan, [value]) == spans != [None]
+    assert lending.arranged(window, None, plan, [value]) is plan  # type: ignore[arg-type]
+    assert not looked
+    alias = value.view(64, 64)
+    assert spans_of(window, plan, [alias]) == spans
+    assert looked
+    alias.t_()  # the same object, at the same place
+    assert spans_of(window, plan, [alias]) == [None]
+    (other,) = empty_tensors(window, [square])
+    value.set_(other)  # type: ignore[no-untyped-call]
+    assert spans_of(window, plan, [value]) != spans
+    spans_of(window, plan, [value])
+    assert lending._known_spans(plan, [value]) is not None
+    assert lending._known_spans(plan, [other]) is None
+
+
+def test_tensors_that_lie_apart_make_chunks_of_their_own_if_they_are_large(window: Window) -> None:
+    values = [empty_tensors(window, [each])[0] for each in STATES]
+    plan = plan_of(values, window)
+    spans = spans_of(window, plan, values)
+    sizes_bytes = [chunk.size_bytes for _, _, chunk in plan.frames]
+    assert all(span for span, size in zip(spans, sizes_bytes, strict=True) if size >= m.PLACED_BYTES)
+    assert sorted(sizes_bytes) == [12, 400, 20_004, 28_000, 40_000, 128_000, 128_000]
+
+
+def test_what_is_not_in_the_window_travels_together_as_ever(window: Window) -> None:
+    values = empty_tensors(window, STATES)
+    values[4] = torch.empty(7_000)
+    values[5] = torch.empty(100)
+    plan = plan_of(values, window)
+    spans = spans_of(window, plan, values)
+    stays = {
+        piece.value
+        for (_, _, chunk), span in zip(plan.frames, spans, strict=True)
+        if span
+        for piece in chunk.pieces
+    }
+    assert stays == {0, 1, 2, 3}
+
+
+def test_a_tensor_in_another_order_or_pushed_twice_does_not_stay_where_it_cannot(window: Window) -> None:
+    square = state(1, 10_000, [(0, 0, 10_000)])
+    (value,) = empty_tensors(window, [square])
+    turned = value.view(100, 100).t()
+    assert lending._origins(window, [turned]) is None
+    assert spans_of(window, plan_of([value], window, [square]), [turned]) == [None]
+    twice = [square, state(2, 10_000, [(0, 0, 10_000)])]
+    plan = plan_of([value, value], window, twice)
+    spans = spans_of(window, plan, [value, value])
+    assert len(spans) == 2
+    assert spans[0] == spans[1] is not None
+
+
+def test_a_sparse_tensor_lies_nowhere(window: Window) -> None:
+    (value,) = empty_tensors(window, STATES[:1])
+    assert lending._origins(window, [torch.eye(3).to_sparse()]) is None
+    assert lending._origins(window, [value, torch.eye(3).to_sparse()]) == (lending.APART_BYTES, 0)
+
+
+def test_a_system_without_memory_is_told_of_with_the_size(
+    window: Window, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, flags: int) -> int:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with pytest.raises(MemoryLimitReached, match="no shared memory of 40000 bytes: .*no memory"):
+        empty_tensors(window, STATES[:1])
+
+
+def test_origins_do_not_depend_on_where_in_the_window_tensors_lie(window: Window) -> None:
+    one, other = empty_tensors(window, STATES), empty_tensors(window, STATES)
+    assert lending._origins(window, one) == lending._origins(window, other)
+    assert lending._origins(window, one) != lending._origins(window, [*other[:1], *one[1:]])
+    assert lending._origins(window, [torch.empty(3)]) is None

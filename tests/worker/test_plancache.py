@@ -1,0 +1,121 @@
+"""Plans are found again, told to servers once, and dropped when they are not used."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tensorkv.errors import StoreClosed
+from tensorkv.wire import messages as m
+from tensorkv.worker import plancache
+from tensorkv.worker.plancache import PlanCache
+from tensorkv.worker.plans import KeyState, Plan
+
+
+class Bench:
+    """A cache in a job of two servers that remember what they are told."""
+
+    def __init__(self) -> None:
+        self.told: list[list[Any]] = [[], []]
+        self.closed = False
+        links = [SimpleNamespace(put=told.append) for told in self.told]
+        job: Any = SimpleNamespace(
+            links=links, plan_numbers=itertools.count(1), order=threading.Lock(), check_open=self._check_open
+        )
+        self.cache = PlanCache(job, 1)
+
+    def _check_open(self, store: int) -> None:
+        if self.closed:
+            raise StoreClosed("closed")
+
+    def plan(self, *states: KeyState) -> Plan:
+        return self.cache.plan_to_pull(states)
+
+
+def key(number: int, servers: tuple[int, ...] = (0, 1)) -> KeyState:
+    slices = [m.SliceEntry(10 * number + i, i, 2 * i, 2 * i + 2) for i in servers]
+    return KeyState.of(m.KeyEntry(number, number, 1, (4,), "float32", m.EPOCH, slices))
+
+
+A, B, C = key(1), key(2), key(3)
+
+
+def test_the_same_list_has_the_same_plan() -> None:
+    bench = Bench()
+    plan = bench.plan(A, B)
+    assert bench.plan(A, B) is plan
+    others = [
+        bench.plan(B, A),
+        bench.plan(A),
+        bench.cache.plan([A, B], [torch.float64, torch.float32], [1, 1]),
+        bench.cache.plan([A, B], [torch.float32] * 2, [1, 2]),
+    ]
+    assert len({id(each) for each in (plan, *others)}) == 5
+    assert len({each.number for each in (plan, *others)}) == 5
+    assert bench.cache.part_of(plan, [0]) is others[1]
+
+
+def test_servers_are_told_once_and_only_what_concerns_them() -> None:
+    bench = Bench()
+    plan = bench.plan(key(4, servers=(1,)))
+    for _ in range(2):
+        bench.cache.tell(plan)
+    assert bench.told[0] == []
+    assert [type(each) for each in bench.told[1]] == [m.DefinePlan]
+
+
+def test_the_plan_not_used_for_longest_is_dropped_and_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plancache, "MAX_PLANS", 2)
+    bench = Bench()
+    first, second = bench.plan(A), bench.plan(B)
+    bench.cache.remember_push((1,), first)
+    bench.cache.remember_pull((2,), second)
+    bench.cache.tell(first)
+    bench.cache.tell(second)
+    assert bench.plan(A) is first
+    third = bench.plan(C)
+    assert bench.cache.last_push == {(1,): first}
+    assert bench.cache.last_pull == {}
+    bench.cache.remember_pull((2,), second)  # found before it was dropped, remembered after
+    assert bench.cache.last_pull == {}
+    bench.cache.tell(third)
+    assert bench.told[0][2:] == [m.DropPlan(second.number), bench.told[0][3]]
+    assert bench.told[0][3].plan == third.number
+    again = bench.plan(B)
+    assert again.number > third.number
+
+
+def test_a_plan_that_is_still_used_after_its_drop_is_defined_anew() -> None:
+    bench = Bench()
+    plan = bench.plan(A)
+    bench.cache.tell(plan)
+    bench.cache.forget([A])
+    bench.cache.tell(plan)
+    numbers = [(type(each), each.plan) for each in bench.told[0]]
+    assert numbers == [
+        (m.DefinePlan, plan.number),
+        (m.DropPlan, plan.number),
+        (m.DefinePlan, plan.number),
+    ]
+
+
+def test_plans_of_a_forgotten_key_go() -> None:
+    bench = Bench()
+    plans = [bench.plan(A), bench.plan(A, B), bench.plan(B)]
+    bench.cache.forget([A])
+    assert bench.plan(B) is plans[2]
+    assert bench.plan(A, B) is not plans[1]
+
+
+def test_a_closed_store_tells_nothing() -> None:
+    bench = Bench()
+    plan = bench.plan(A)
+    bench.closed = True
+    with pytest.raises(StoreClosed):
+        bench.cache.tell(plan)
+    assert bench.told == [[], []]
