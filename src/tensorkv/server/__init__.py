@@ -1,1 +1,116 @@
-"""."""
+"""The server: holds slices of values, adds up what workers push, and runs updaters.
+
+THEORY OF OPERATION
+
+STATE
+A value lies in one or more slices. A slice has an id, which is never used again, and an index, its position
+in the arrays, which is. `ServerState` has the stores of a server; a `StoreShard` has the slices of one store:
+- `rounds`: for each slice, `pushed` counts the pushes of each worker, `merged` and `applied` count rounds,
+  and `version` counts updates and puts. `left` tells which workers have left the store.
+- `_contributions`: what was pushed and is still needed, each with its buffer, its counts or weight, and
+  `live`, the number of slices that need it. `_holder` tells, by worker and slice, which contribution is
+  pending (0: none).
+- `_held`: slices whose round is merged and waits for a commit. `_commit`: which workers have asked for it.
+- `_plans`: each worker's numbered lists of slices, cut into chunks. A chunk has a `Layout`: where its slices
+  lie in a frame and in memory. Workers that push the same slices in the same order share the layout object.
+- `_slices`: each slice, with `slot`, the memory of its value, and `setting`, its updater and options.
+  `schedule` has the newest settings, and those that wait for their round.
+- `_pulls`, `_puts`, `_merge_waits`, `_flushes`: calls that wait. `_locksteps`: layouts on the fast path.
+
+WHO MAY CHANGE IT
+One thread, the loop, runs all of this, updaters included. So there is no lock, and no handler blocks for
+another message. `Server._lock` guards only what the threads that accept and greet connections share with the
+loop. Threads that send append leases that have ended to `_released`, and the loop counts them down. Signal
+handlers set a flag and write to an eventfd. Files do block the loop: a server that writes or reads a save
+serves nobody meanwhile.
+
+RULES
+1. A worker's n-th push of a slice belongs to round n of that slice. Round `merged + 1` is open. It merges
+   when every worker that has not left has pushed it, and at least one worker has.
+2. In sync a worker has at most one push of a slice that is not merged; the server refuses another. In async
+   each push is a round of its own, and no pull waits.
+3. `merged == applied`, except for slices in `_held`: there `merged == applied + 1`.
+4. Each merged round is applied once and in order, also if it is empty, skipped or failed. So a failure leaves
+   no pull behind. A round adds to `version` only if an update succeeded.
+5. The server takes a sum when its round is applied, or for a commit when all have asked: in rank order, in
+   the stored dtype (narrow floats in float32). The order of arrival has no influence, so runs repeat bit by
+   bit.
+6. Each slice has rounds of its own. Chunks batch the work; only a commit decides for several slices at once.
+7. A push, a put, a plan or an init that breaks the protocol (`ProtocolError`) is refused before it changes
+   anything, and its connection is closed. An error of the call itself is a `Failed` reply, and the connection
+   lives.
+8. Nothing writes to memory that has a reader: a reply holds leases until it is sent or copied.
+9. A pushed buffer stays until each slice of the push is applied or dropped. Then it goes back to the pool, or
+   to the worker that lent it.
+10. Only the scheduler says that a worker is gone from the job. The end of a data connection alone changes no
+    round.
+
+THE LIFE OF A PUSH
+`_read` receives what has come on a connection, at most 16 frames before others have their turn. When the
+message of a frame is there, `_place` decodes it, compares the length of the payload with the plan, and says
+where the payload goes: into a buffer of the pool, or nowhere if it lies in the worker's window. When the
+payload is complete, `_take` ends finished leases and calls `ServerState.handle`, which finds the shard.
+`StoreShard.push` counts the push and stores its contribution. If that completes a round, `_merge` applies it,
+or holds it for the commit. `_apply` takes the settings that are due, adds up, runs the updaters, releases the
+contributions, and answers the pulls and puts that waited. Answers gather in `out`; the loop sends them as far
+as that goes without waiting, and sending threads do the rest.
+
+WHAT IS HARD
+- *Messages between the two halves of a frame.* Another worker may delete a key after `_place` and before
+  `_take`. The length of a payload depends only on the lengths that the plan named, so it stays right, and a
+  deleted slice leaves a gap. `ServerState._asked` keeps the chunk between the two calls; a delete or a loss
+  clears it, because the chunk has to be laid out anew.
+- *Lockstep.* Where all workers push one layout round after round, a few integers stand for its columns of the
+  arrays, which are stale meanwhile. Whatever else needs these rounds writes them back first: `general` ends
+  all locksteps, `_end_locksteps_of` those that share slices with another list. A lockstep begins only in sync
+  and at rest, while no worker has left and no setting is pending. A list whose lockstep another list has
+  ended within 8 rounds gets none again.
+- *Leases.* A lease begins when the reply is made, not when it is sent. An update that finds its slot leased
+  moves the slot to fresh memory, so no reader stops a writer. Small slices share a slot: a reader of one
+  moves them all. For a reply in shared memory the worker counts what it has copied; `_settle` looks at that
+  count before each message.
+- *Accumulators.* The first buffer of a sum may serve as the accumulator, unless it is borrowed from a
+  worker's window. A commit overwrites none: if it is refused, the contributions stay for the next one.
+- *Settings.* A server prepares a setting first, which may fail and changes no slice. Activated, the setting
+  holds for each slice from round `pushed + 1` of its sender: setting and pushes come on one connection, so
+  the number is the same for every order of arrival. In async it holds at once. A setting for a later round,
+  made by a rank that was ahead and has left, is overtaken by one that was made after it.
+- *Commits.* When all members have asked, the server adds up and reports to the scheduler, which decides for
+  all servers. What a worker has asked for stands if it leaves: servers may learn of that before or after they
+  report, and must do the same. A slice deleted before the decision is left out; it is found by identity,
+  because its index may have a new owner. If some workers pushed with apply=False and some without, the round
+  is dropped, and the commit forgets those pushes. A flush waits for the decision of a commit that was
+  reported.
+- *Leaving and losses.* Both end in `leave`. It withdraws what the worker has pushed with apply=False and not
+  asked to commit, then counts the worker as left, then merges the rounds that waited only for it. Of a lost
+  worker the loop first takes in what has come whole, for a second at most; the slices of keys that it was
+  about to create or delete are dropped.
+- *Failures.* An updater may fail for one slice: that slice keeps value and state, its contributors get a
+  `Fault`, and the others are updated. If a sum cannot be taken, all slices that were merged together fail.
+  If there is no memory for a payload, the loop receives it into scrap; the push counts, and its round fails
+  for all who contribute.
+- *Deletes.* A plan that names deleted slices is laid out anew when it is next used, so many deletes cost it
+  once. The last 4096 deleted ids keep the text that tells who deleted them.
+- *Save and load.* A slice is saved with its optimizer's state only if the newest setting has the same
+  updater. A load creates new slices beside the old ones and keeps their state in `Slice.restored`;
+  `finish_restore` installs the settings, drops those that wait, and hands the state to the updaters. That all
+  slices of a key are saved as of one moment is the work of workers and scheduler: see `scheduler/`.
+
+REJECTED
+- A receiving thread per worker: they hand each other the interpreter in small requests, 40 us a time.
+- Arrays alone, without lockstep: a step of one key took a server 88 us instead of 26.
+- Shared slots of a megabyte: their values lie in several chunks, and while one chunk was read, an update of
+  the next moved the whole slot. 128 KiB makes that a twentieth.
+- Looking through all waiting pulls at every update: each waits at one slice that it needs (`roundwaits`).
+- Reading a lost worker until nothing more comes: it may live, and send as fast as it is read.
+- A message for each chunk to return a loan or to confirm a copy: it would cost more than what it tells.
+- `torch.add` with `alpha` for weights: some processors round product and sum together, and others do not.
+- The norm as the test for finite values: the norm of finite elements may be infinite.
+
+FILES
+Shells: `loop` (threads, connections), `shm` (memory shared with local workers), `statefiles` (saved files).
+Pure: `state` (stores, dispatch, payload lengths), `shard` (one store), `rounds` (counters), `lockstep` (the
+fast path), `roundwaits` (waiting pulls), `layouts` (slices, chunks, contributions), `slots` (memory of
+values, leases), `memory` (buffers), `sums`, `settings` (from which round), `commits` (gathering, norms),
+`checkpoint` (contents of saves).
+"""

@@ -1,1 +1,115 @@
-"""."""
+"""The worker role: it turns the calls of a script into messages, and replies into results.
+
+THEORY OF OPERATION
+
+A process has one place in its job (`session.py`): a connection to the scheduler, a link to each server, and a
+window of memory that the servers of its host map. All stores of the process share that place. Each store has
+its own key table, plan cache, pusher and hold. `stores/dist.py` checks a call and drives them.
+
+STATE
+    session     `order`         lock, held while the messages of one call are queued to all servers
+                failure         why the job is broken, None while it is not
+    keytable    `states`        per key the generation that this worker knows, with its slices
+                `uncommitted`   ids of keys that were pushed with apply=False and wait for the commit
+                `faults`        per key the error of an earlier round, raised by the next call on the key
+    pusher      `count`         number of pushes queued so far; it numbers them
+                unmerged        per key id the number of its last push, until that is known to be merged
+                deferred        per key id the call with async_op that could not be sent yet
+    plancache   plans           by key ids, dtypes and counts, and which servers know each of them
+    hold        `on`            whether calls that change the store wait, because it is being saved
+    link        exchanges       requests in flight by number, each with the object that takes its replies
+    window      loans           places from which a server may still read a push
+
+THREADS AND LOCKS
+The caller's thread checks, copies, queues, sends as far as the connection takes it, and receives. Helper
+threads: one per connection sends the rest, one reads the scheduler's messages, one per link receives for
+requests that no caller waits in (`watch`), one runs each deferred call, and one serves signals.
+`order` is the outermost lock. It guards `count`, `on`, and which plans the servers know. Inside it a thread
+may take the lock of the key table or of the pusher. The key table calls the plan cache and the pusher with
+its lock held, never the reverse. No thread waits for a message while it holds one of these. The locks for one
+save and for one setting at a time are held across replies, so they are acquired with a deadline.
+Whoever holds the lead of a link receives on it. Only the leader calls exchanges and maps segments.
+
+RULES
+1. One order. Messages that belong together are queued to all servers under `order`. So every server sees the
+   calls of this worker in one order, and a plan or a segment is announced before a message names it. Nothing
+   is queued for a store after its Leave.
+2. Ahead. In `dist_sync` a worker has at most one unmerged push per key. Only the next push of such a key
+   waits. The free keys of a list are sent at once, and each busy one when `backpressure.py` learns that it is
+   merged.
+3. Program order. A call with async_op that cannot be sent yet is deferred to a thread of its own. Later calls
+   on its keys wait for it.
+4. A pull, put, commit or merge notice vouches only for pushes queued before it (`up_to`). Later ones stay
+   busy.
+5. A push is checked as a whole, and copied before `order` is taken. A push that is not queued returns its
+   loans.
+6. A link numbers its requests from one counter and reuses no number. A reply to a number that was never
+   handed out ends the connection. A reply to a call that has given up is received and discarded.
+7. An exchange that cannot take its reply fails alone. A reply that breaks the protocol ends the connection.
+8. A loan keeps its memory until the server returns it. In sync, rule 2 bounds the loans. In async at most 64
+   MB per server, or one push if that is larger, are on loan; beyond that a push waits, and goes through the
+   connection if nothing comes back for a while. The connection then provides the backpressure.
+9. A fault is raised once, by the next call on its key, by `barrier` or by `close`. Several slices of a key
+   that fail in one round make one fault.
+10. A rank that leads (init, setting, save, load) concludes at the scheduler, with success or with its error.
+    The scheduler names the leader, the lowest rank that is left. An interrupted leader concludes or leaves
+    the job.
+11. A broken job ends every call. Each wait looks at `failure` four times a second. A failure that the
+    scheduler declares also shuts the links down, which wakes their receivers.
+
+THE LIFE OF A PUSH AND OF A PULL
+`stores/dist.py` finds the plan of the list of keys. The plan says which slices travel in which frame. Both
+ends keep it by number, and a step that repeats a list only looks it up. The pusher gathers each chunk,
+outside of all locks: into the window, into a buffer, or as views of the caller's tensors. Under `order` it
+looks once more whether a key is busy or a hold is on, sends the plan to servers that lack it, and queues one
+Push per chunk. A blocking push returns when no queued frame reads the caller's memory any more; in async it
+awaits all frames.
+A pull opens one exchange per server and queues one Pull to each. The caller then leads one link after the
+other, or, for long answers over TCP, all at once. Chunks arrive in any order, and each goes to its place in
+`out`, straight or by way of a small buffer. The last one finishes the call: the keys count as merged up to
+`up_to`, and their faults are raised.
+
+WHAT IS HARD
+* Two threads push one key. The look under `order` decides. The loser has sent nothing, and waits for the
+  merge.
+* Handing the lead on. A follower is counted in `_waiting` before it looks, so the leader knows whether to
+  wake anybody. The leader also ticks its deadline between frames, for frames may come for others without a
+  pause.
+* A deadline inside a frame. To stop there would end the connection for every call. So the leader finishes the
+  frame, and gives up only when its end does not come for another `STALL_S`.
+* Replies in shared memory. If the server has ended the connection while a reply was copied, the memory may
+  have changed under the copy, and the copy does not count. The count of copied replies ends the server's
+  leases.
+* Signals. Ctrl-C may come between any two steps of the main thread. A call that only waits is given up. A
+  call that is interrupted inside a message, or between messages that belong together, makes the worker leave
+  the job as lost (`session.py`: `whole`, `broken_off`). `signals.py` has the rules for SIGTERM and SIGUSR1.
+* A save while other threads push. All workers meet. Then each begins its hold under `order`, so each call is
+  queued to all servers or to none. Then a flush drains what was queued before. The meeting comes first,
+  because a late worker may need what others still push. A commit notes its keys only when the hold lets it
+  go.
+* Two views of one deadline. The scheduler may have answered a request that times out here; for the others it
+  has happened. So `control.py` asks to give it up, and waits a moment for a reply that is on its way.
+* Who was lost. When one process dies several lose each other. A link waits two seconds for the scheduler's
+  word.
+* Loans of `empty_like`. A chunk is lent where it lies only if its pieces are adjacent in the window. So the
+  plans of a list of keys are cut as its tensors lie (`lending.py`), for pulls too, but not anew for ever
+  (`MAX_CHANGES`).
+* Tensors of the step before. A plan recognises them by identity and address, and keeps none of them alive.
+
+WHAT WAS REJECTED
+* A receiving thread that callers wait for: a small request would cost a change of threads (`link.py`).
+* Long answers received from one server after the other: over a network the others stall (`interleave.py`).
+* A message for each returned loan and each copied reply: it costs more than it tells (`server/shm.py`).
+* A list of unmerged pushes: every push searched all of it, and it kept keys that others had deleted.
+* Going on after Ctrl-C inside a call: half of the servers had a push, or the rest of a frame went astray.
+* A save without meeting, hold or flush: `tests/server/test_interleavings.py` tears it, or makes a call hang.
+* References from its parts back to a store: the cycle kept its memory until the garbage collector came by.
+
+FILES
+Pure: `plans` (what a list of keys means on the wire), `devices` (copies from and to GPUs), `nontemporal`
+(copies that bypass the caches). All others are shells. The process: `session`, `signals`, `uncaught` (how the
+exception that ends a worker is told). Connections: `control` (the scheduler), `link` (one server),
+`interleave` (several servers at once). A store: `keytable`, `plancache`, `pusher`, `backpressure`,
+`pullcall`, `hold`, `checkpoint` (what a leader does to save and load). Bytes: `transfers` (tensors to frames
+and back), `window`, `lending`, `latch` (frames still to be sent).
+"""
