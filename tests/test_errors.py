@@ -15,9 +15,11 @@ from tensorkv import errors
 from tensorkv.errors import (
     MAX_HINTS,
     Hints,
+    JobBroken,
     KeyNotInitialized,
     TensorKVError,
     UpdaterError,
+    UsageError,
     from_wire,
     to_wire,
 )
@@ -30,16 +32,18 @@ CLASSES = [
 
 
 def pictured() -> dict[str, set[str]]:
-    """Return the errors drawn in the docstring of the module, each with its standard errors."""
+    """Return the errors drawn in the docstring of the module, each with its bases."""
     assert errors.__doc__ is not None
     tree: dict[str, set[str]] = {}
-    broken = False
+    base = ""
     for line in errors.__doc__.splitlines():
-        broken = broken or "(ConnectionError)" in line
-        found = re.search(r"[├└]── ([A-Z]\w+)(?: \(([\w, ]+)\))?", line)
-        if found:
-            named = {name.strip() for name in (found[2] or "").split(",")} - {""}
-            tree[found[1]] = named or ({"ConnectionError"} if broken else set())
+        found = re.search(r"^( *│? *)[├└]── ([A-Z]\w+)(?: \(([\w, ]+)\))?", line)
+        if not found:
+            continue
+        standard = {name.strip() for name in (found[3] or "").split(",")} - {""}
+        is_leaf = len(found[1]) > 4
+        base = base if is_leaf else found[2]
+        tree[found[2]] = standard | {base if is_leaf else "TensorKVError"}
     return tree
 
 
@@ -48,10 +52,19 @@ def test_the_picture_shows_every_error_once() -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_a_leaf_is_the_standard_errors_of_the_picture(cls: type[TensorKVError]) -> None:
-    standard = {base.__name__ for base in cls.__bases__} - {"TensorKVError"}
-    assert standard == pictured()[cls.__name__]
+def test_a_class_has_the_bases_of_the_picture(cls: type[TensorKVError]) -> None:
+    assert {base.__name__ for base in cls.__bases__} == pictured()[cls.__name__]
+    standard = {name for name in pictured()[cls.__name__] if hasattr(builtins, name)}
     assert all(issubclass(cls, getattr(builtins, name)) for name in standard)
+
+
+def test_a_mistake_and_the_end_of_a_job_are_caught_by_their_bases() -> None:
+    with pytest.raises(UsageError):
+        raise from_wire("ShapeMismatch", "key 'w': shape (3,) is not (4,)")
+    with pytest.raises(JobBroken):
+        raise from_wire("PeerLostError", "server 1 is gone")
+    assert not issubclass(UpdaterError, (UsageError, JobBroken))
+    assert not issubclass(JobBroken, UsageError)
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)

@@ -38,6 +38,7 @@ from tensorkv.errors import (
     InvalidOption,
     InvalidOut,
     InvalidValue,
+    JobBroken,
     JobFailed,
     KeyAlreadyInitialized,
     KeyDeleted,
@@ -66,6 +67,7 @@ from tensorkv.errors import (
     UnknownUpdater,
     UnsupportedOptimizer,
     UpdaterError,
+    UsageError,
     WaitTimeout,
 )
 
@@ -91,6 +93,7 @@ __all__ = [
     "InvalidOption",
     "InvalidOut",
     "InvalidValue",
+    "JobBroken",
     "JobFailed",
     "KVStore",
     "KeyAlreadyInitialized",
@@ -121,6 +124,7 @@ __all__ = [
     "UnknownUpdater",
     "UnsupportedOptimizer",
     "UpdaterError",
+    "UsageError",
     "WaitTimeout",
     "Work",
     "__version__",

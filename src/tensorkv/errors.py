@@ -1,7 +1,7 @@
 """Every error TensorKV raises, in one tree.
 
     TensorKVError
-    ├── a mistake in the call (nothing was changed by it)
+    ├── UsageError                            a mistake in the call; nothing was changed by it
     │   ├── InvalidKey (TypeError)            a key that is not an int or str, or mixes the two
     │   ├── DuplicateKey (ValueError)         one key twice in one init
     │   ├── KeyNotInitialized (KeyError)      nobody has initialised the key
@@ -36,13 +36,14 @@
     ├── WaitTimeout (TimeoutError)            a deadline passed; the text names who is missing
     ├── MemoryLimitReached (MemoryError)      there is no memory, or it would exceed a limit of the system's
     ├── TransportUnavailable (ConnectionError)   the transport that was asked for cannot be had here
-    └── the job is broken (ConnectionError)
+    └── JobBroken (ConnectionError)           the job cannot go on
         ├── PeerLostError                     a process of the job is gone
         ├── AuthenticationError               wrong or missing token
         ├── ProtocolVersionError              the peer speaks another version
         └── ProtocolError                     the peer sent something malformed
 
-Each leaf is also the standard error a caller would expect, and survives pickle and the wire:
+Catch `UsageError` for every mistake in a call and `JobBroken` for the end of a job. Each leaf is also the
+standard error a caller would expect, and survives pickle and the wire:
 `to_wire` and `from_wire` carry an error as its class name and text, nothing else.
 """
 
@@ -60,111 +61,119 @@ class TensorKVError(Exception):
         return str(self.args[0]) if self.args else ""
 
 
-class InvalidKey(TensorKVError, TypeError):
+class UsageError(TensorKVError):
+    """A mistake in the call: nothing was changed by it. Base of its leaves, to catch them all."""
+
+
+class JobBroken(TensorKVError, ConnectionError):
+    """The job, or this process's part in it, cannot go on. Base of its leaves, to catch them all."""
+
+
+class InvalidKey(UsageError, TypeError):
     """A key is not an int or str, or a store is used with both."""
 
 
-class DuplicateKey(TensorKVError, ValueError):
+class DuplicateKey(UsageError, ValueError):
     """The same key stands twice in one init."""
 
 
-class KeyNotInitialized(TensorKVError, KeyError):
+class KeyNotInitialized(UsageError, KeyError):
     """The key has not been initialised."""
 
 
-class KeyAlreadyInitialized(TensorKVError, ValueError):
+class KeyAlreadyInitialized(UsageError, ValueError):
     """The key has been initialised before and was not deleted."""
 
 
-class KeyDeleted(TensorKVError, KeyError):
+class KeyDeleted(UsageError, KeyError):
     """The key was deleted while this worker still knew it."""
 
 
-class InvalidValue(TensorKVError, TypeError):
+class InvalidValue(UsageError, TypeError):
     """A value is not a tensor or array, or one that cannot be stored."""
 
 
-class InvalidOut(TensorKVError, ValueError):
+class InvalidOut(UsageError, ValueError):
     """A destination cannot be written."""
 
 
-class ShapeMismatch(TensorKVError, ValueError):
+class ShapeMismatch(UsageError, ValueError):
     """Two shapes that must be equal differ."""
 
 
-class DtypeMismatch(TensorKVError, TypeError):
+class DtypeMismatch(UsageError, TypeError):
     """Two dtypes differ and are not both floating point."""
 
 
-class LengthMismatch(TensorKVError, ValueError):
+class LengthMismatch(UsageError, ValueError):
     """Lists that belong together differ in length, or are empty."""
 
 
-class InvalidArgument(TensorKVError, ValueError):
+class InvalidArgument(UsageError, ValueError):
     """An argument is out of its range or contradicts another."""
 
 
-class UnknownKind(TensorKVError, ValueError):
+class UnknownKind(UsageError, ValueError):
     """No such kind of store; the text lists the known ones."""
 
 
-class UnknownUpdater(TensorKVError, ValueError):
+class UnknownUpdater(UsageError, ValueError):
     """No such named updater or optimizer; the text lists the known ones."""
 
 
-class UnsupportedOptimizer(TensorKVError, ValueError):
+class UnsupportedOptimizer(UsageError, ValueError):
     """The optimizer needs something a store does not have, a closure say."""
 
 
-class InvalidOption(TensorKVError, ValueError, TypeError):
+class InvalidOption(UsageError, ValueError, TypeError):
     """The optimizer does not take this option, or not this value."""
 
 
-class NotShippable(TensorKVError, ValueError):
+class NotShippable(UsageError, ValueError):
     """A function or class that the servers cannot find by its name."""
 
 
-class NotElementwise(TensorKVError, ValueError):
+class NotElementwise(UsageError, ValueError):
     """The updater needs whole values, and the key is sliced over servers."""
 
 
-class SettingMismatch(TensorKVError, ValueError):
+class SettingMismatch(UsageError, ValueError):
     """An init or setting differs from that of the setting rank."""
 
 
-class StoreMismatch(TensorKVError, ValueError):
+class StoreMismatch(UsageError, ValueError):
     """A store of this name is open with another kind, reduction or on_worker_loss."""
 
 
-class UncommittedPush(TensorKVError, RuntimeError):
+class UncommittedPush(UsageError, RuntimeError):
     """The key was pushed with `apply=False` and must be committed first."""
 
 
-class CommitMismatch(TensorKVError, ValueError):
+class CommitMismatch(UsageError, ValueError):
     """Workers disagree on the keys or arguments of a commit."""
 
 
-class StoreClosed(TensorKVError, RuntimeError):
+class StoreClosed(UsageError, RuntimeError):
     """The store was closed, or is used in a forked child."""
 
 
-class NotInJob(TensorKVError, RuntimeError):
+class NotInJob(UsageError, RuntimeError):
     """A distributed store was created outside a job."""
 
 
-class RankTaken(TensorKVError, RuntimeError):
+class RankTaken(UsageError, RuntimeError):
     """Another process has this rank of the job, and keeps it; the text says which, if that is known."""
 
 
-class AddressUnavailable(TensorKVError, OSError):
+class AddressUnavailable(UsageError, OSError):
     """This host cannot listen at the address it was told; the text names it and says what to set."""
 
 
-class NotPicklable(TensorKVError, TypeError):
+class NotPicklable(UsageError, TypeError):
     """A store was pickled or copied; the text says what to do instead."""
 
 
-class NotSupported(TensorKVError, NotImplementedError):
+class NotSupported(UsageError, NotImplementedError):
     """The call is part of the contract but not built, or not for this kind of store."""
 
 
@@ -196,19 +205,19 @@ class MemoryLimitReached(TensorKVError, MemoryError):
     """A process has no memory for what a call needs, or a limit forbids it; the text tells the numbers."""
 
 
-class PeerLostError(TensorKVError, ConnectionError):
+class PeerLostError(JobBroken):
     """A process of the job is gone; the text names role, rank, host and cause."""
 
 
-class AuthenticationError(TensorKVError, ConnectionError):
+class AuthenticationError(JobBroken):
     """The peer does not hold the token of this job, or we do not."""
 
 
-class ProtocolVersionError(TensorKVError, ConnectionError):
+class ProtocolVersionError(JobBroken):
     """The peer speaks another version of the protocol."""
 
 
-class ProtocolError(TensorKVError, ConnectionError):
+class ProtocolError(JobBroken):
     """The peer sent bytes that are not a valid frame or message."""
 
 
