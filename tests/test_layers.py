@@ -52,7 +52,6 @@ SHELLS = {
 IMPURE_MODULES = {"threading", "socket", "time", "asyncio", "selectors", "signal", "subprocess"}
 FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "fcntl"}
 FILE_MODULES |= {"tensorkv.checkpoint.files", "tensorkv.checkpoint.folder", "tensorkv.checkpoint.tensorfile"}
-MAY_LOCK = {"updaters.functions"}  # executes a script's definitions once per process, as an import does
 SOCKET_FOLDERS = {"transport", "launch", "bench"}
 ENVIRONMENT_PLACES = {"config", "launch", "cli", "bench"}
 
@@ -161,8 +160,7 @@ def _is_pure(module: str) -> bool:
 @pytest.mark.parametrize("module", [each for each in MODULES if _is_pure(each)])
 def test_the_core_is_pure(module: str) -> None:
     for line, name in _imports(module):
-        if not (name == "threading" and module in MAY_LOCK):
-            assert name.split(".")[0] not in IMPURE_MODULES, f"{module}:{line}: imports {name}"
+        assert name.split(".")[0] not in IMPURE_MODULES, f"{module}:{line}: imports {name}"
         shell = name.startswith("tensorkv.transport") or _module_of(name) in SHELLS
         assert not shell, f"{module}:{line}: imports {name}, which is not pure"
 

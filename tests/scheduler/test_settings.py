@@ -1,4 +1,4 @@
-"""SettingLog: what is remembered of settings, and what of a forgotten one. More in test_directory.py."""
+"""SettingLog: what is remembered of settings, and what of a forgotten one. More in test_catalog.py."""
 
 from __future__ import annotations
 

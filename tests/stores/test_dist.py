@@ -43,6 +43,7 @@ from tensorkv.testing.cluster import run_job
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import MAGIC, PREFIX
 from tensorkv.worker import plancache, session
+from tensorkv.worker.hold import Hold
 from tensorkv.worker.link import ServerLink
 
 DEADLINE_S = 20.0
@@ -1045,3 +1046,45 @@ def test_a_server_without_memory_refuses_the_call_and_the_job_goes_on(
     kv.close()
     job.close(m.Goodbye())
     cluster.stop()
+
+
+def test_commits_of_two_threads_are_made_one_after_the_other() -> None:
+    """The first commits what both threads have pushed; no call is forgotten on the way."""
+
+    def work(kv: KVStore) -> list[int]:
+        kv.init(["a", "b"], [torch.zeros(4), torch.zeros(4)])
+        kv.set_updater("add")
+        for _ in range(10):
+            kv.push(["a", "b"], [torch.ones(4), torch.ones(4)], apply=False)
+            with ThreadPoolExecutor(3) as pool:
+                calls = [pool.submit(kv.commit) for _ in range(3)]
+                assert all(call.result(DEADLINE_S).applied for call in calls)
+        assert kv.pull("a").tolist() == [20.0] * 4
+        return [kv.info(key).version for key in ("a", "b")]
+
+    assert run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S) == [[10, 10]] * 2
+
+
+def test_a_setting_that_its_leader_gives_up_fails_for_the_others_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank 0 reaches its deadline before the setting is sent: rank 1 does not wait for its own deadline."""
+
+    def given_up(self: Hold, call: str) -> Any:
+        raise WaitTimeout(f"{call} was given up")
+
+    def work(kv: KVStore) -> None:
+        kv.init("w", torch.zeros(4))
+        kv.barrier()
+        if kv.rank == 0:
+            monkeypatch.setattr(Hold, "turn", given_up)
+        with pytest.raises(WaitTimeout, match="was given up"):
+            kv.set_updater("add")
+        kv.barrier()
+        monkeypatch.undo()
+        kv.barrier()
+        kv.set_updater("add")
+        kv.push("w", torch.ones(4))
+        assert kv.pull("w").tolist() == [2.0] * 4
+
+    run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S)

@@ -201,6 +201,24 @@ def test_a_call_that_is_broken_off_leaves_no_torn_value(
     assert left or name == "barrier"
 
 
+def test_a_delete_that_is_broken_off_half_way_leaves_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler has deleted the key and the servers have not: nobody may wait at its slices."""
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise Interrupt
+
+    with benches("inproc", str(tmp_path)) as bench:
+        now = bench()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(now.job), "ask_all", interrupted)
+            with pytest.raises(Interrupt):
+                now.kv.delete("small")
+        with pytest.raises(PeerLostError, match="a call was broken off by Interrupt"):
+            now.kv.pull("big")
+
+
 def test_others_are_told_at_once_that_a_worker_was_broken_off() -> None:
     cluster = EmbeddedJob(2, 1, timeout_s=TIMEOUT_S)
     jobs = [cluster.join(rank) for rank in range(2)]

@@ -7,7 +7,7 @@ that waited for the round are answered. A push with apply=False is added up only
 servers have told each other, through the scheduler, the norms.
 
 Everything here runs in one thread, the loop of its server, so without a lock, and never waits. Rounds are
-counted in `rounds.py`; from which round a setting holds stands in `schedule.py`; sums are taken in `sums.py`.
+counted in `rounds.py`; from which round a setting holds stands in `settings.py`; sums are taken in `sums.py`.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class Sharing:
 
         Raises:
             ProtocolError: there is no such place, or it has not `size_bytes` bytes.
-        MemoryLimitReached: there is no memory to map it; the loan is returned.
+            MemoryLimitReached: there is no memory to map it; the loan is returned.
         """
         if len(placed.spans) != 1:
             raise ProtocolError(f"a push in {len(placed.spans)} places")

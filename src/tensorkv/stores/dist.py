@@ -106,6 +106,8 @@ class DistStore(KVStore):
         self._embedded = embedded
         self._is_async = kind == "dist_async"
         self._setting = threading.RLock()  # held while a setting is made: each builds on the one before
+        self._at_barrier = threading.RLock()  # held during a barrier: scheduler and servers know one call
+        self._committing = threading.RLock()  # of a worker, not one of each of its threads
         self._settings = SettingsTable()
         policy = "async" if self._is_async else "sync"
         at_loss = on_worker_loss or ("continue" if self._is_async else "fail")
@@ -319,18 +321,17 @@ class DistStore(KVStore):
         states = self._table.known(list(dict.fromkeys(keys)))
         names = [(state.key, state.key_id) for state in states]
         what = f"delete of {keys[0]!r}"
-        reply = self._job.control.request(
-            lambda n: m.DeleteKeys(n, self._store, names), what, self._timeout_s, self._store
-        )
-        if reply.entries:
-            gone = [(entry.key, [each.slice_id for each in entry.slices]) for entry in reply.entries]
-            self._job.ask_all(
-                lambda n: m.DeleteSlices(n, self._store, self.rank, gone), what, self._timeout_s, self._store
+        with self._job.whole:  # once the scheduler has deleted a key, calls wait at its slices for ever
+            reply = self._job.control.request(
+                lambda n: m.DeleteKeys(n, self._store, names), what, self._timeout_s, self._store
             )
-            self._job.control.notify(m.ConcludeDelete(self._store, reply.request))
+            if reply.entries:
+                gone = [(entry.key, [each.slice_id for each in entry.slices]) for entry in reply.entries]
+                delete = functools.partial(m.DeleteSlices, store=self._store, rank=self.rank, keys=gone)
+                self._job.ask_all(delete, what, self._timeout_s, self._store)
+                self._job.control.notify(m.ConcludeDelete(self._store, reply.request))
         self._table.forget(states)
-        for state in states:
-            self._table.faults.pop(state.key, None)
+        self._table.drop_faults([state.key for state in states])
 
     # ---- push ------------------------------------------------------------------------------------
 
@@ -586,6 +587,10 @@ class DistStore(KVStore):
     def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
         if self._is_async:
             raise NotSupported("commit: dist_async has no rounds to commit")
+        with self._one_at_a_time(self._committing, "commit", self._timeout_s):
+            return self._commit_all(max_norm, skip, check_finite)
+
+    def _commit_all(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
         self._pusher.await_deferred(None, "commit")
         committed: set[int] = set()
         keys: list[Key] = []
@@ -661,10 +666,15 @@ class DistStore(KVStore):
             self._settings = table
 
     def _one_setting(self) -> AbstractContextManager[None]:
-        """Make one setting at a time; a second thread's waits for the first's, up to its deadline."""
-        whom = "another thread, which makes a setting"
-        wait = self._job.wait("a setting", self._timeout_s, store=self._store, whom=lambda: whom)
-        return taken(self._setting, wait)
+        return self._one_at_a_time(self._setting, "a setting", self._timeout_s)
+
+    def _one_at_a_time(
+        self, lock: threading.RLock, what: str, timeout_s: float
+    ) -> AbstractContextManager[None]:
+        """Make one such call at a time; a second thread's waits for the first's, up to its deadline."""
+        whom = f"another thread, which is in {what}"
+        wait = self._job.wait(what, timeout_s, store=self._store, whom=lambda: whom)
+        return taken(lock, wait)
 
     def _check_options(self, table: SettingsTable, record: m.SettingRecord) -> None:
         assert record.options is not None
@@ -683,15 +693,24 @@ class DistStore(KVStore):
             )
         )
         if led.error is None:
-            with self._hold.turn(what):
-                self._job.check_open(self._store)
-                for link in self._job.links:
-                    link.put(m.ActivateSetting(self._store, number))
+            led = self._lead(lambda: self._activate_setting(number, what))
+        arrived = led
+        if led.error is None:
             # In async mode another rank's push may come before the setting, unless it waits for this. And a
             # setting is concluded when it is on its way no more: the loss of this worker undoes nothing.
-            self._job.ask_all(lambda n: m.Flush(n, self._store), what, self._timeout_s, self._store)
+            arrived = self._lead(
+                lambda: self._job.ask_all(
+                    lambda n: m.Flush(n, self._store), what, self._timeout_s, self._store
+                )
+            )
         self._conclude(m.ConcludeSetting(0, self._store, number, led.told()), what)
-        return led
+        return arrived
+
+    def _activate_setting(self, number: int, what: str) -> None:
+        with self._hold.turn(what):
+            self._job.check_open(self._store)
+            for link in self._job.links:
+                link.put(m.ActivateSetting(self._store, number))
 
     # ---- state -----------------------------------------------------------------------------------
 
@@ -766,6 +785,10 @@ class DistStore(KVStore):
     # ---- together --------------------------------------------------------------------------------
 
     def _barrier(self, timeout_s: float) -> None:
+        with self._one_at_a_time(self._at_barrier, "barrier", timeout_s):
+            self._meet(timeout_s)
+
+    def _meet(self, timeout_s: float) -> None:
         self._pusher.await_all_deferred("barrier", timeout_s)
         settled = self._pusher.settled  # then no server has anything to add
         if not settled:

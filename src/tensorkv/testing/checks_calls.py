@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from tensorkv.testing.suite import (
     close,
     full,
     in_one,
+    in_threads,
     noise,
     raises,
     refuse_negative,
@@ -305,7 +305,7 @@ def check_threads_with_own_keys(maker: StoreMaker) -> None:
                 kv.push(name, full(step))
                 same(kv.pull(name), step * (step + 1) / 2, f"{name} after step {step}")
 
-        _in_threads([lambda name=name: train(name) for name in names])  # type: ignore[misc]
+        in_threads([lambda name=name: train(name) for name in names])  # type: ignore[misc]
         assert [kv.info(name).version for name in names] == [10] * 4
 
     in_one(maker, work)
@@ -323,7 +323,7 @@ def check_threads_on_one_key(maker: StoreMaker) -> None:
             for _ in range(10):
                 kv.push("w", full(1))
 
-        _in_threads([push] * 4)
+        in_threads([push] * 4)
         same(kv.pull("w"), 40.0)
         assert kv.info("w").round == 40
 
@@ -382,10 +382,3 @@ def check_stores_beside_each_other(maker: StoreMaker) -> None:
         assert kv.keys() == ["w"] and kv.info("w").generation == 1
 
     in_one(maker, work)
-
-
-def _in_threads(calls: list[Callable[[], None]]) -> None:
-    """Make each call in a thread of its own, and raise the first error of any."""
-    with ThreadPoolExecutor(len(calls)) as pool:
-        for future in [pool.submit(call) for call in calls]:
-            future.result(DEADLINE_S)

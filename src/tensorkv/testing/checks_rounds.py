@@ -12,11 +12,13 @@ from tensorkv.errors import WaitTimeout
 from tensorkv.keys import ABSENT
 from tensorkv.store import KVStore
 from tensorkv.testing.suite import (
+    DEADLINE_S,
     Meeting,
     StoreMaker,
     arrived,
     check,
     full,
+    in_threads,
     in_workers,
     keep_half,
     noise,
@@ -428,6 +430,20 @@ def check_barrier(maker: StoreMaker, workers: int) -> None:
             kv.barrier()
         info = kv.info("w")
         assert info.version == (5 * workers if maker.is_async else 5)
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL)
+def check_barriers_of_threads(maker: StoreMaker, workers: int) -> None:
+    """Each thread's barrier counts: it meets one of every other worker, and none is forgotten."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        def meet() -> None:
+            for _ in range(5):
+                kv.barrier(timeout_s=DEADLINE_S)
+
+        in_threads([meet] * 3)
 
     in_workers(maker, workers, work)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -159,6 +160,13 @@ class Meeting:
         with self._changed:
             self._failed = True
             self._changed.notify_all()
+
+
+def in_threads(calls: list[Callable[[], None]]) -> None:
+    """Make each call in a thread of its own, and raise the first error of any."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for future in [pool.submit(call) for call in calls]:
+            future.result(DEADLINE_S)
 
 
 def in_one(maker: StoreMaker, fn: Callable[[KVStore], Any], **create_options: Any) -> Any:

@@ -1,8 +1,8 @@
 """Every message of the protocol, as a typed record; with a payload where the docstring says so.
 
 Three conversations: worker and server (data), every process and the scheduler (control), and the
-handshake that begins each connection. A request carries a number that its reply repeats; numbers are
-consecutive per connection. Nothing here is ever unpickled: msgspec checks each field's type.
+handshake that begins each connection. A request carries a number that its reply repeats; numbers of
+a connection only grow. Nothing here is ever unpickled: msgspec checks each field's type.
 """
 
 from __future__ import annotations

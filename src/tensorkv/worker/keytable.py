@@ -162,6 +162,12 @@ class KeyTable:
                     self._raised[state.key_id] = fault.round
                 self.faults.setdefault(state.key, error)
 
+    def drop_faults(self, keys: Sequence[Key]) -> None:
+        """Forget the errors of keys that were deleted."""
+        with self.lock:
+            for key in keys:
+                self.faults.pop(key, None)
+
     def raise_faults(self, keys: Sequence[Key] | None = None) -> None:
         """Raise what servers have reported about these keys (None: all), each once."""
         if not self.faults:

@@ -106,7 +106,7 @@ class PlanChunk:
 
     Where all pieces are small and whole, `pick` takes their values out of those of the plan. `one_dim`
     tells whether those all have one dimension, `lends` whether a piece travels from the caller's memory,
-    `streams` whether its copies from and to shared memory go past the caches (see `streaming`).
+    `streams` whether its copies from and to shared memory go past the caches (see `nontemporal`).
     `stagings` are free to be used, again and again. `sources` are its pieces in shared memory of the server,
     beside the places that it told.
     """

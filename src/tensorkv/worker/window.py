@@ -1,7 +1,7 @@
 """Window: the memory that a worker and the servers of its host share, as the worker sees it.
 
 What is pushed is copied once, into the window, and the servers add it up from there. What is pulled is
-copied once, out of the servers' own segments. See `sharing` for the other end.
+copied once, out of the servers' own segments. `tensorkv.server.shm` is the other end.
 """
 
 from __future__ import annotations
