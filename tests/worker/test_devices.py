@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tensorkv.worker import devices
-from tensorkv.worker.devices import copy_each, join_into, joined, on, streams_of
-from tensorkv.worker.plans import SMALL_BYTES
+from tensorkv.worker.devices import NoGrad, copy_each, join_into, joined, on, streams_of
+from tensorkv.worker.plans import COALESCE_BYTES
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PLACES = ["cpu", pytest.param("cuda", marks=ON_GPU), pytest.param("both", marks=ON_GPU)]
@@ -44,7 +44,7 @@ def test_what_torch_cannot_join_on_one_device_is_refused(how: object) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_small_and_large_ones_are_copied_to_where_they_belong(place: str) -> None:
-    large = SMALL_BYTES // 4 + 1
+    large = COALESCE_BYTES // 4 + 1
     shapes = [(2, 3), (large,), (), (0, 3), (large, 2), (4,)]
     sources = [torch.rand(shape) for shape in shapes]
     targets = []
@@ -77,3 +77,20 @@ def test_copies_go_through_the_streams_of_the_caller() -> None:
     with on(streams):
         assert torch.cuda.current_stream() == mine
     assert torch.cuda.current_stream() != mine
+
+
+def test_without_gradients_as_before() -> None:
+    """Also within another block, after an error, and where gradients were off."""
+    weight = torch.ones(2, requires_grad=True)
+    with NoGrad():
+        with NoGrad():
+            assert not (weight * 2).requires_grad
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+    with pytest.raises(ZeroDivisionError), NoGrad():
+        raise ZeroDivisionError
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        with NoGrad():
+            pass
+        assert not torch.is_grad_enabled()

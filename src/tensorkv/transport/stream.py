@@ -32,6 +32,8 @@ LOOK_AHEAD_BYTES = 32 << 10
 """Frames are received through a buffer of this size; what does not fit goes straight into place."""
 
 _END = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+_DONTWAIT = int(socket.MSG_DONTWAIT)  # plain numbers: to join two flags of an enum takes a microsecond
+_WAITALL = int(socket.MSG_WAITALL)
 _TICK = struct.pack("ll", int(TICK_S), int(TICK_S % 1 * 1e6))
 _open_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
@@ -77,7 +79,7 @@ class StreamConnection(Connection):
         rest: list[Buffer] = buffers if isinstance(buffers, list) else list(buffers)
         try:
             while rest:
-                rest = _after(rest, self._sendmsg(rest, socket.MSG_DONTWAIT))
+                rest = _after(rest, self._sendmsg(rest, _DONTWAIT))
         except BlockingIOError:
             pass  # the rest is the answer
         return rest
@@ -116,7 +118,7 @@ class StreamConnection(Connection):
 
     def receive_now(self, sink: Sink) -> bool:
         try:
-            self._advance(sink, socket.MSG_DONTWAIT)
+            self._advance(sink, _DONTWAIT)
         except BlockingIOError:
             return False
         return True
@@ -132,7 +134,7 @@ class StreamConnection(Connection):
                 self._rest = self._begin_frame(sink, flags)
             while self._rest:
                 self._short = False
-                got = self._receive_some(self._rest[:MAX_BUFFERS], flags | socket.MSG_WAITALL)
+                got = self._receive_some(self._rest[:MAX_BUFFERS], flags | _WAITALL)
                 self._rest = _after(self._rest, got)
                 if self._rest and not flags:
                     self._look_up()

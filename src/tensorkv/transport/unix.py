@@ -27,6 +27,7 @@ MAX_UNCLAIMED = 64
 """So many descriptors may have come that no frame has asked for."""
 
 _ONE_DESCRIPTOR = socket.CMSG_SPACE(array.array("i").itemsize)
+_CMSG_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 
 
@@ -74,7 +75,7 @@ class UnixConnection(StreamConnection):
         return self._send_with(buffers[:MAX_BUFFERS], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], flags)
 
     def _receive_ahead(self, buffer: memoryview, flags: int) -> int:
-        got, ancillary = self._receive_with(buffer, _ONE_DESCRIPTOR, flags | socket.MSG_CMSG_CLOEXEC)
+        got, ancillary = self._receive_with(buffer, _ONE_DESCRIPTOR, flags | _CMSG_CLOEXEC)
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 found = array.array("i")

@@ -9,15 +9,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from operator import attrgetter
+from typing import final
 
 import torch
 
-from tensorkv.worker.plans import SMALL_BYTES
+from tensorkv.worker.plans import COALESCE_BYTES
 
 Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 Streams = tuple[torch.cuda.Stream, ...]
 _device_of = attrgetter("device")
 _HERE: AbstractContextManager[None] = nullcontext()
+
+
+@final
+class NoGrad:
+    """`torch.no_grad`, for what every small call does: 0.4 microseconds where that takes 2.3."""
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *exc: object) -> None:
+        torch._C._set_grad_enabled(self._before)
 
 
 def joined(pieces: Tensors) -> torch.Tensor:
@@ -51,7 +66,7 @@ def copy_each(targets: Tensors, sources: Tensors) -> None:
 
     The sources have one dtype. When it returns the targets are written, and the sources may be changed.
     """
-    with torch.no_grad():
+    with NoGrad():
         if len(targets) == 1:
             targets[0].copy_(sources[0])
         elif targets[0].is_cpu:
@@ -62,7 +77,7 @@ def copy_each(targets: Tensors, sources: Tensors) -> None:
 
 def _copy_across(targets: Tensors, sources: Tensors) -> None:
     """Copy to devices: large ones one by one, the small ones of each device together."""
-    max_elems = SMALL_BYTES // sources[0].itemsize
+    max_elems = COALESCE_BYTES // sources[0].itemsize
     small: list[int] = []
     for number, source in enumerate(sources):
         if source.numel() > max_elems:

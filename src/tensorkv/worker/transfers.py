@@ -15,7 +15,7 @@ import torch
 from tensorkv.arrays import bytes_of, new_tensor, unreadable
 from tensorkv.errors import ProtocolError, TensorKVError, from_wire
 from tensorkv.wire import messages as m
-from tensorkv.worker.devices import Tensors, copy_each, join_into, joined, on, streams_of
+from tensorkv.worker.devices import NoGrad, Tensors, copy_each, join_into, joined, on, streams_of
 from tensorkv.worker.link import Exchange
 from tensorkv.worker.nontemporal import stream
 from tensorkv.worker.plans import KeyState, Piece, Plan, PlanChunk, ServerPart, Staging
@@ -89,7 +89,7 @@ def _culprit(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> int:
 def gather_into(target: torch.Tensor, chunk: PlanChunk, values: Sequence[torch.Tensor]) -> None:
     """Copy the payload of a chunk, which is not absent, to `target`: flat, in the chunk's dtype."""
     pieces: tuple[torch.Tensor, ...] | list[torch.Tensor]
-    with torch.no_grad():  # a value that was known may have come to require a gradient
+    with NoGrad():  # a value that was known may have come to require a gradient
         if chunk.pick is not None and chunk.one_dim:
             pieces = chunk.pick(values)
         else:
@@ -201,7 +201,7 @@ class Destinations:
             for piece in chunk.pieces
         ]
         if chunk.streams and targets[0].is_cpu and torch.get_num_threads() == 1:
-            with torch.no_grad(), on(self._streams):
+            with NoGrad(), on(self._streams):
                 for target, source in zip(targets, sources, strict=True):
                     stream(target, source)
         else:
@@ -231,7 +231,7 @@ class Destinations:
         """All has been received: fill what was not received in place, and tell autograd what was."""
         if not self._flat and not self._of_device:
             return
-        with torch.no_grad(), on(self._streams):
+        with NoGrad(), on(self._streams):
             for value in sorted(self._flat.keys() | self._of_device.keys()):
                 try:
                     whole = self._fill(value)
