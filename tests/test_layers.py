@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "tensorkv"
 
 LAYERS = {
-    **dict.fromkeys(("errors", "addresses", "config", "work"), 0),
+    **dict.fromkeys(("errors", "addresses", "config", "plain", "work"), 0),
     **dict.fromkeys(("store", "keys", "arrays", "reduce", "norms", "partition", "tracers"), 1),
     **dict.fromkeys(("updaters", "checkpoint"), 1),
     "wire": 2,
@@ -64,6 +64,7 @@ TORCH_FREE = [
     "tensorkv.errors",
     "tensorkv.addresses",
     "tensorkv.config",
+    "tensorkv.plain",
     "tensorkv.work",
     "tensorkv.updaters.spec",
     "tensorkv.checkpoint.records",

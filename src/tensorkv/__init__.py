@@ -8,7 +8,7 @@ an updater combines the sum with the stored value where the value lives, and any
 
 General layout, from the bottom; an import goes to a lower line or stays on its own:
 
-    errors config work                    what everything uses; no torch
+    errors config plain work              what everything uses; no torch
     store keys arrays reduce partition    the contract (KVStore), its arguments, where a value lives
     updaters/ checkpoint/                 what a push does to a value; what is saved of a store, and how
     wire/                                 messages and frames

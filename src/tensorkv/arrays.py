@@ -28,8 +28,8 @@ from tensorkv.errors import (
     ShapeMismatch,
     TensorKVError,
 )
+from tensorkv.plain import Key
 
-Key = int | str
 """The name of a value in a store: an int or a str, one of the two in one store."""
 
 REFUSED_DTYPES = frozenset({torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4})

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from tensorkv.arrays import REFUSED_DTYPES, Key, to_out, to_tensor
+from tensorkv.arrays import REFUSED_DTYPES, to_out, to_tensor
 from tensorkv.errors import InvalidArgument, InvalidKey, InvalidValue, LengthMismatch
-from tensorkv.updaters.spec import may_travel
+from tensorkv.plain import Key, may_travel
 
 _traits = attrgetter("dtype", "requires_grad", "layout")
 _PLAIN = (False, torch.strided)

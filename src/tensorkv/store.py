@@ -22,7 +22,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
-from tensorkv.arrays import Key, check_matches, check_summable, shape_of, size_bytes
+from tensorkv.arrays import check_matches, check_summable, shape_of, size_bytes
 from tensorkv.errors import DuplicateKey, InvalidArgument, InvalidOption, NotPicklable, StoreClosed
 from tensorkv.keys import (
     PullBatch,
@@ -34,10 +34,10 @@ from tensorkv.keys import (
     push_batch,
     split_keys,
 )
+from tensorkv.plain import Key, may_travel
 from tensorkv.tracers import check_traced, opaque, opaque_methods
 from tensorkv.updaters.groups import OptimizerGroup, groups_of, plain_options
 from tensorkv.updaters.parameters import ParameterTable
-from tensorkv.updaters.spec import may_travel
 from tensorkv.work import Work
 
 Reduction = Literal["sum", "mean"]

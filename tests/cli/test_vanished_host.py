@@ -15,7 +15,7 @@ import torch
 from link import HERE, THERE, NoLink, limited_link
 
 from tensorkv.errors import PeerLostError
-from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.launch.cluster import LocalCluster
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
 
@@ -57,7 +57,7 @@ def test_a_host_that_vanishes_while_it_does_not_read_is_noticed_as_soon(
     script.write_text(
         WORKER.replace('"never", torch.zeros(1)', f"{names!r}, [torch.zeros(1)] * {len(names)}")
     )
-    cluster = EmbeddedJob(2, 1, host=HERE, timeout_s=100.0, peer_timeout_s=PEER_TIMEOUT_S)
+    cluster = LocalCluster(2, 1, host=HERE, timeout_s=100.0, peer_timeout_s=PEER_TIMEOUT_S)
     command = ["ip", "netns", "exec", namespace, sys.executable, str(script)]
     env = {**os.environ, **cluster.config("worker", 1).to_env(), "TENSORKV_HOST": THERE}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as there:
@@ -86,7 +86,7 @@ def test_a_host_that_vanishes_while_it_does_not_read_is_noticed_as_soon(
 def test_both_sides_notice_within_the_timeout_asked_for(namespace: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(WORKER)
-    cluster = EmbeddedJob(2, 1, host=HERE, timeout_s=100.0, peer_timeout_s=PEER_TIMEOUT_S)
+    cluster = LocalCluster(2, 1, host=HERE, timeout_s=100.0, peer_timeout_s=PEER_TIMEOUT_S)
     command = ["ip", "netns", "exec", namespace, sys.executable, str(script)]
     env = {**os.environ, **cluster.config("worker", 1).to_env(), "TENSORKV_HOST": THERE}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as there:

@@ -6,7 +6,7 @@ import pytest
 
 from tensorkv.errors import PeerLostError
 from tensorkv.launch import cluster as cluster_module
-from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.launch.cluster import LocalCluster
 from tensorkv.server.loop import Server
 from tensorkv.wire import messages as m
 
@@ -15,7 +15,7 @@ DEADLINE_S = 20.0
 
 @pytest.mark.parametrize("host", ["inproc", "127.0.0.1"])
 def test_workers_join_and_leave(host: str) -> None:
-    cluster = EmbeddedJob(2, 3, host=host, timeout_s=DEADLINE_S)
+    cluster = LocalCluster(2, 3, host=host, timeout_s=DEADLINE_S)
     jobs = [cluster.join(rank) for rank in range(2)]
     assert [len(job.links) for job in jobs] == [3, 3]
     assert [job.config.rank for job in jobs] == [0, 1]
@@ -28,7 +28,7 @@ def test_workers_join_and_leave(host: str) -> None:
 
 
 def test_two_jobs_have_two_tokens() -> None:
-    one, other = EmbeddedJob(1, 1), EmbeddedJob(1, 1)
+    one, other = LocalCluster(1, 1), LocalCluster(1, 1)
     assert one.config("worker", 0).token != other.config("worker", 0).token
     one.stop()
     other.stop()
@@ -48,4 +48,4 @@ def test_a_server_that_cannot_start_leaves_nothing(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(cluster_module, "Server", Second)
     with pytest.raises(OSError, match="no more descriptors"):
-        EmbeddedJob(1, 2, host="127.0.0.1")
+        LocalCluster(1, 2, host="127.0.0.1")

@@ -6,7 +6,7 @@ import os
 import threading
 from typing import IO
 
-from tensorkv.launch.forwarder import Pump
+from tensorkv.launch.forwarder import Forwarder
 from tensorkv.launch.output import Output
 from tensorkv.launch.supervisor import Node
 
@@ -38,7 +38,7 @@ def pipe() -> tuple[IO[bytes], IO[bytes]]:
 
 def test_everything_that_was_written_arrives() -> None:
     paper, over = Paper(), threading.Event()
-    pump = Pump(Output({"stdout": paper, "stderr": paper}), over.set)
+    pump = Forwarder(Output({"stdout": paper, "stderr": paper}), over.set)
     read0, write0 = pipe()
     read1, write1 = pipe()
     pump.add(W0, "stdout", read0)
@@ -65,7 +65,7 @@ def test_everything_that_was_written_arrives() -> None:
 
 def test_a_process_that_writes_for_ever_does_not_keep_it() -> None:
     paper, over = Paper(), threading.Event()
-    pump = Pump(Output({"stdout": paper, "stderr": paper}), over.set)
+    pump = Forwarder(Output({"stdout": paper, "stderr": paper}), over.set)
     read, write = pipe()
     pump.add(W0, "stdout", read)
 
@@ -89,7 +89,7 @@ def test_a_process_that_writes_for_ever_does_not_keep_it() -> None:
 
 def test_an_output_that_cannot_be_written_is_told() -> None:
     error, over = BrokenPipeError(), threading.Event()
-    pump = Pump(Output({"stdout": Paper(error), "stderr": Paper()}), over.set)
+    pump = Forwarder(Output({"stdout": Paper(error), "stderr": Paper()}), over.set)
     read, write = pipe()
     pump.add(W0, "stdout", read)
     pump.start()
@@ -101,7 +101,7 @@ def test_an_output_that_cannot_be_written_is_told() -> None:
 
 
 def test_one_that_was_never_started_is_closed_too() -> None:
-    pump = Pump(Output({"stdout": Paper(), "stderr": Paper()}), lambda: None)
+    pump = Forwarder(Output({"stdout": Paper(), "stderr": Paper()}), lambda: None)
     read, write = pipe()
     pump.add(W0, "stdout", read)
     pump.close()
@@ -111,7 +111,7 @@ def test_one_that_was_never_started_is_closed_too() -> None:
 
 def test_the_launcher_says_a_line_meanwhile() -> None:
     paper, over = Paper(), threading.Event()
-    pump = Pump(Output({"stdout": paper, "stderr": paper}), over.set)
+    pump = Forwarder(Output({"stdout": paper, "stderr": paper}), over.set)
     pump.start()
     pump.say("nothing waits")
     assert paper.written.acquire(timeout=DEADLINE_S)
@@ -124,7 +124,7 @@ def test_the_launcher_says_a_line_meanwhile() -> None:
 def test_it_notifies_before_it_is_closed_or_never() -> None:
     """What `notify` writes to is gone after `close`: a descriptor of that number may be another's."""
     closed, notified = threading.Event(), list[bool]()
-    pump = Pump(Output({"stdout": Paper(), "stderr": Paper()}), lambda: notified.append(closed.is_set()))
+    pump = Forwarder(Output({"stdout": Paper(), "stderr": Paper()}), lambda: notified.append(closed.is_set()))
     told = threading.Event()
 
     class Done(threading.Event):
@@ -152,7 +152,7 @@ def test_one_that_is_stuck_in_a_write_notifies_nobody_later() -> None:
             assert free.wait(DEADLINE_S)
 
     notified = list[int]()
-    pump = Pump(Output({"stdout": Full(), "stderr": Paper()}), lambda: notified.append(1))
+    pump = Forwarder(Output({"stdout": Full(), "stderr": Paper()}), lambda: notified.append(1))
     read, write = pipe()
     pump.add(W0, "stdout", read)
     pump.start()

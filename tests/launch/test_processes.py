@@ -1,4 +1,4 @@
-"""Real processes under a `Job`: output, statuses, signals, and that nothing is left."""
+"""Real processes under a `ProcessGroup`: output, statuses, signals, and that nothing is left."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import pytest
 
 from tensorkv.launch import processes as module
 from tensorkv.launch.output import FileSink, Output
-from tensorkv.launch.processes import Guard, Job, ProcessSpec
+from tensorkv.launch.processes import ProcessGroup, ProcessSpec, Reaper
 from tensorkv.launch.supervisor import Node
 
 LAUNCHER = """
 import json, os, sys
-from tensorkv.launch.processes import Job, ProcessSpec
+from tensorkv.launch.processes import ProcessGroup, ProcessSpec
 from tensorkv.launch.output import FileSink, Output
 from tensorkv.launch.supervisor import Node
 
@@ -36,7 +36,7 @@ specs = [
 ]
 output = Output({"stdout": FileSink(sys.stdout), "stderr": FileSink(sys.stderr)})
 grace_s = arguments["grace_s"]
-sys.exit(Job(specs, output, absent_servers=list, stop_servers=lambda: None, grace_s=grace_s).run())
+sys.exit(ProcessGroup(specs, output, absent_servers=list, stop_servers=lambda: None, grace_s=grace_s).run())
 """
 
 WAIT = "import signal; signal.pause()"
@@ -72,7 +72,7 @@ def job(
 ) -> int:
     """Run a job in this process."""
     output = Output({"stdout": FileSink(sys.stdout), "stderr": FileSink(sys.stderr)})
-    return Job(
+    return ProcessGroup(
         specs,
         output,
         absent_servers=absent_servers,
@@ -483,16 +483,16 @@ def test_a_killed_guard_is_replaced_and_the_next_one_knows_whom_to_kill() -> Non
 
 class TestGuard:
     def test_one_that_lives_is_left_alone(self) -> None:
-        with Guard() as guard:
+        with Reaper() as guard:
             assert guard.check() is None
 
-    def kill(self, guard: Guard) -> None:
+    def kill(self, guard: Reaper) -> None:
         guard._process.kill()
         os.waitid(os.P_PID, guard._process.pid, os.WEXITED | os.WNOWAIT)
 
     def test_a_job_does_not_start_guards_without_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "_MAX_GUARDS", 2)
-        with Guard() as guard:
+        with Reaper() as guard:
             self.kill(guard)
             told = guard.check()
             assert told is not None
@@ -509,7 +509,7 @@ class TestGuard:
         def no_process(*args: object, **options: object) -> None:
             raise BlockingIOError("no process to be had")
 
-        with Guard() as guard:
+        with Reaper() as guard:
             self.kill(guard)
             monkeypatch.setattr(module.subprocess, "Popen", no_process)
             told = guard.check()

@@ -21,11 +21,11 @@ import pytest
 from tensorkv.config import JobConfig
 from tensorkv.errors import PeerLostError, RankTaken
 from tensorkv.launch import sidecar as module
-from tensorkv.launch.sidecar import JobRecord, Keeper
+from tensorkv.launch.sidecar import JobRecord, Sidecar
 from tensorkv.peer.code import updater_loader
 from tensorkv.server.loop import Server
 from tensorkv.wire import messages as m
-from tensorkv.worker.session import Job
+from tensorkv.worker.session import Session
 from tensorkv.worker.signals import handles
 
 DEADLINE_S = 50.0
@@ -57,7 +57,7 @@ class Parent:
 
 
 @contextmanager
-def running(keeper: Keeper, parent: Parent) -> Iterator[threading.Thread]:
+def running(keeper: Sidecar, parent: Parent) -> Iterator[threading.Thread]:
     """Run a keeper in a thread; it ends with the parent at the latest."""
     thread = threading.Thread(target=keeper.run, args=(parent.pidfd,))
     thread.start()
@@ -69,12 +69,12 @@ def running(keeper: Keeper, parent: Parent) -> Iterator[threading.Thread]:
         assert not thread.is_alive(), "the keeper stays"
 
 
-def worker(keeper: Keeper, rank: int) -> Job:
-    return Job(dataclasses.replace(keeper.config, role="worker", rank=rank))
+def worker(keeper: Sidecar, rank: int) -> Session:
+    return Session(dataclasses.replace(keeper.config, role="worker", rank=rank))
 
 
 def test_it_makes_a_token_that_only_this_user_can_read() -> None:
-    with Keeper(config(), (), {}) as keeper:
+    with Sidecar(config(), (), {}) as keeper:
         keeper.write_token()
         path = Path(keeper.token_file)
         assert os.readlink(path).startswith("/memfd:"), "nobody need remove it, however this process ends"
@@ -85,12 +85,12 @@ def test_it_makes_a_token_that_only_this_user_can_read() -> None:
 
 
 def test_a_token_that_is_given_stays() -> None:
-    with Keeper(config(token="given"), (), {}) as keeper:
+    with Sidecar(config(token="given"), (), {}) as keeper:
         assert keeper.config.token == "given"
 
 
 @contextmanager
-def server(keeper: Keeper) -> Iterator[None]:
+def server(keeper: Sidecar) -> Iterator[None]:
     """A server of the job, as threads of this process."""
     threads = Server(dataclasses.replace(keeper.config, role="server"), updater_loader(()))
     threads.start()
@@ -101,7 +101,7 @@ def server(keeper: Keeper) -> Iterator[None]:
 
 
 def test_it_stays_until_all_have_left_although_its_parent_is_gone() -> None:
-    with Parent() as parent, Keeper(config(), (), {}) as keeper:
+    with Parent() as parent, Sidecar(config(), (), {}) as keeper:
         keeper.write_token()
         path = keeper.token_file
         with running(keeper, parent), server(keeper):
@@ -117,7 +117,7 @@ def test_it_stays_until_all_have_left_although_its_parent_is_gone() -> None:
 
 
 def test_a_lost_worker_ends_the_job() -> None:
-    with Parent() as parent, Keeper(config(), (), {}) as keeper, running(keeper, parent), server(keeper):
+    with Parent() as parent, Sidecar(config(), (), {}) as keeper, running(keeper, parent), server(keeper):
         first, other = worker(keeper, 0), worker(keeper, 1)
         first.close(m.Abandon("for a test"))
         parent.end()
@@ -129,14 +129,14 @@ def test_a_lost_worker_ends_the_job() -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nobody_joins_a_job_whose_starter_is_gone(rank: int) -> None:
     """Not even in the moment before the keeper has noticed: who comes is of the launcher's next attempt."""
-    with Parent() as parent, Keeper(config(), (), {}, parent.pidfd) as keeper, server(keeper):
+    with Parent() as parent, Sidecar(config(), (), {}, parent.pidfd) as keeper, server(keeper):
         parent.end()
         with pytest.raises(PeerLostError, match="the job is over: worker 0"):
             worker(keeper, rank)
 
 
 def test_who_comes_late_may_join_when_worker_0_has_left_until_there_is_another() -> None:
-    with Parent() as parent, Keeper(config(), (), {}, parent.pidfd) as keeper, server(keeper):
+    with Parent() as parent, Sidecar(config(), (), {}, parent.pidfd) as keeper, server(keeper):
         worker(keeper, 0).close(m.Goodbye())
         parent.end()
         late = worker(keeper, 1)
@@ -149,19 +149,19 @@ def test_who_comes_late_may_join_when_worker_0_has_left_until_there_is_another()
 
 
 def test_it_does_not_outlive_a_parent_that_never_joined() -> None:
-    with Parent() as parent, Keeper(config(), (), {}) as keeper, running(keeper, parent):
+    with Parent() as parent, Sidecar(config(), (), {}) as keeper, running(keeper, parent):
         pass
 
 
 def test_those_who_never_joined_are_waited_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LINGER_S", 0.0)
-    with Parent() as parent, Keeper(config(), (), {}) as keeper, running(keeper, parent), server(keeper):
+    with Parent() as parent, Sidecar(config(), (), {}) as keeper, running(keeper, parent), server(keeper):
         worker(keeper, 0).close(m.Goodbye())
 
 
 def test_a_server_that_fails_at_its_start_is_a_lost_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "shielded", lambda argv, environ: ["false"])
-    with Parent() as parent, Keeper(config(), (0,), os.environ) as keeper:
+    with Parent() as parent, Sidecar(config(), (0,), os.environ) as keeper:
         keeper.start_servers()
         with running(keeper, parent), pytest.raises(PeerLostError, match="server 0"):
             worker(keeper, 0)
@@ -170,7 +170,7 @@ def test_a_server_that_fails_at_its_start_is_a_lost_server(monkeypatch: pytest.M
 def test_a_keeper_without_a_scheduler_ends_with_its_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "shielded", lambda argv, environ: ["true"])
     elsewhere = config(scheduler_host="127.0.0.1", scheduler_port=1, token="t")
-    with Parent() as parent, Keeper(elsewhere, (0,), os.environ) as keeper:
+    with Parent() as parent, Sidecar(elsewhere, (0,), os.environ) as keeper:
         keeper.start_servers()
         keeper.run(parent.pidfd)
 
@@ -188,7 +188,7 @@ def test_it_tells_who_waits_and_has_its_servers_tell(
 ) -> None:
     scripts = iter([ASKED, NOT_YET])
     monkeypatch.setattr(module, "shielded", lambda argv, environ: [sys.executable, "-c", next(scripts)])
-    with Parent() as parent, Keeper(config(num_servers=2), (0, 1), os.environ) as keeper:
+    with Parent() as parent, Sidecar(config(num_servers=2), (0, 1), os.environ) as keeper:
         keeper.start_servers()
         asked, not_yet = keeper._servers.values()
         with running(keeper, parent):
@@ -206,7 +206,7 @@ def test_servers_that_nobody_tells_are_asked_to_end(monkeypatch: pytest.MonkeyPa
     script = "import signal; signal.pause()"
     monkeypatch.setattr(module, "shielded", lambda argv, environ: [sys.executable, "-c", script])
     monkeypatch.setattr(module, "SERVER_STOP_S", DEADLINE_S)
-    with Keeper(config(scheduler_port=1, token="t"), (0, 1), os.environ) as keeper:
+    with Sidecar(config(scheduler_port=1, token="t"), (0, 1), os.environ) as keeper:
         keeper.start_servers()
     assert {server.returncode for server in keeper._servers.values()} == {-signal.SIGTERM}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from tensorkv.peer.admission import Newcomers
+from tensorkv.peer.admission import Admission
 
 DEADLINE_S = 20.0
 
@@ -13,7 +13,7 @@ DEADLINE_S = 20.0
 class Stranger:
     """A connection that only knows whether it was shut down; `on_shutdown` is what its thread does then."""
 
-    def __init__(self, newcomers: Newcomers, leaves: bool = True) -> None:
+    def __init__(self, newcomers: Admission, leaves: bool = True) -> None:
         self._newcomers = newcomers
         self._leaves = leaves
         self.down = threading.Event()
@@ -25,7 +25,7 @@ class Stranger:
 
 
 def test_the_oldest_goes_where_there_are_too_many() -> None:
-    newcomers = Newcomers(2)
+    newcomers = Admission(2)
     strangers: list[Any] = [Stranger(newcomers) for _ in range(5)]
     assert all(newcomers.add(each) for each in strangers)
     assert [each.down.is_set() for each in strangers] == [True, True, True, False, False]
@@ -36,7 +36,7 @@ def test_the_oldest_goes_where_there_are_too_many() -> None:
 
 
 def test_the_end_shuts_all_down_and_wakes_who_waits_for_room() -> None:
-    newcomers = Newcomers(1)
+    newcomers = Admission(1)
     first: Any = Stranger(newcomers, leaves=False)
     second: Any = Stranger(newcomers)
     assert newcomers.add(first)

@@ -23,7 +23,7 @@ from tensorkv.errors import (
     TransportUnavailable,
     WaitTimeout,
 )
-from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.launch.cluster import LocalCluster
 from tensorkv.peer import handshake
 from tensorkv.peer.handshake import accept, connect_as, connect_to_server, introduce, receive_message
 from tensorkv.transport.base import Buffer, Connection
@@ -332,13 +332,13 @@ def test_connect_as_keeps_the_error_that_tells_why() -> None:
 
 
 @pytest.fixture
-def cluster() -> Iterator[EmbeddedJob]:
-    made = EmbeddedJob(1, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
+def cluster() -> Iterator[LocalCluster]:
+    made = LocalCluster(1, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
     yield made
     made.stop()
 
 
-def reached(cluster: EmbeddedJob, transport: Transport, **changes: Any) -> str:
+def reached(cluster: LocalCluster, transport: Transport, **changes: Any) -> str:
     """Connect as worker 0 and return the name of the connection's class."""
     server = cluster.servers[0]
     (host, port), (socket_name, _) = server.addresses
@@ -354,13 +354,13 @@ def reached(cluster: EmbeddedJob, transport: Transport, **changes: Any) -> str:
     ("transport", "expected"),
     [("auto", "UnixConnection"), ("shm", "UnixConnection"), ("tcp", "TcpConnection")],
 )
-def test_the_transport_says_which_way(cluster: EmbeddedJob, transport: Transport, expected: str) -> None:
+def test_the_transport_says_which_way(cluster: LocalCluster, transport: Transport, expected: str) -> None:
     assert reached(cluster, transport) == expected
 
 
 @pytest.mark.parametrize("socket_name", ["", "@tensorkv-of-another-namespace", "no name", "@" + "x" * 200])
 def test_where_memory_cannot_be_shared_auto_goes_over_tcp_and_shm_says_why(
-    cluster: EmbeddedJob, socket_name: str
+    cluster: LocalCluster, socket_name: str
 ) -> None:
     why = "offers none" if not socket_name else "cannot connect to"
     with pytest.raises(TransportUnavailable, match=f"transport='shm': server 0 .*: .*{why}"):
@@ -368,14 +368,14 @@ def test_where_memory_cannot_be_shared_auto_goes_over_tcp_and_shm_says_why(
     assert reached(cluster, "auto", socket_name=socket_name) == "TcpConnection"
 
 
-def test_a_system_without_shared_memory(cluster: EmbeddedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_shared_memory(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handshake.unix, "why_not", lambda: "this system has none")
     with pytest.raises(TransportUnavailable, match="this system has none"):
         reached(cluster, "shm")
     assert reached(cluster, "auto") == "TcpConnection"
 
 
-def test_a_wrong_token_does_not_make_it_go_another_way(cluster: EmbeddedJob) -> None:
+def test_a_wrong_token_does_not_make_it_go_another_way(cluster: LocalCluster) -> None:
     (host, port), (socket_name, _) = cluster.servers[0].addresses
     config = dataclasses.replace(cluster.config("worker", 0), token="another")
     with pytest.raises(AuthenticationError, match="does not hold the token"):

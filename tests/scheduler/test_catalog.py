@@ -1,4 +1,4 @@
-"""Directory: who creates keys and makes settings, who must agree, and barriers of one store."""
+"""Catalog: who creates keys and makes settings, who must agree, and barriers of one store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tensorkv.errors import (
 )
 from tensorkv.scheduler import catalog
 from tensorkv.scheduler import settings as settings_module
-from tensorkv.scheduler.catalog import CommitReduction, Directory, Placement
+from tensorkv.scheduler.catalog import Catalog, CommitReduction, Placement
 from tensorkv.updaters.spec import UpdaterSpec
 from tensorkv.wire import messages as m
 
@@ -35,7 +35,7 @@ class Desk:
     def __init__(self, num_workers: int = 2, num_servers: int = 2) -> None:
         self.placement = Placement(BOUND_BYTES, 1 << 20, [0] * num_servers)
         opened = m.JoinStore(1, "default", "sync", "sum", "fail")
-        self.directory = Directory(1, opened, num_workers, self.placement)
+        self.directory = Catalog(1, opened, num_workers, self.placement)
         self.request = 0
 
     def ask(self, method: str, rank: int, message: type, *fields: Any) -> list[tuple[int, Any]]:

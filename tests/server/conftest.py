@@ -15,6 +15,7 @@ from tensorkv.arrays import bytes_of, dtype_name
 from tensorkv.checkpoint.records import FileRecord, KeyRecord, PieceRecord, TensorRecord
 from tensorkv.checkpoint.slices import SliceState, assemble, records_of
 from tensorkv.errors import TensorKVError, from_wire
+from tensorkv.plain import Key
 from tensorkv.scheduler.catalog import CommitReduction
 from tensorkv.server.checkpoint import StateFiles
 from tensorkv.server.memory import Memory
@@ -51,7 +52,7 @@ class MemoryFiles(StateFiles):
         self.tensors: dict[str, torch.Tensor] = {}  # by what a record calls `stored`
 
     def write(
-        self, folder: str, name: str, slices: Sequence[tuple[m.Key, int, int, SliceState]]
+        self, folder: str, name: str, slices: Sequence[tuple[Key, int, int, SliceState]]
     ) -> tuple[FileRecord, list[PieceRecord]]:
         pieces: list[PieceRecord] = []
         for key, start, stop, each in slices:
@@ -141,7 +142,7 @@ class Bench:
             if not is_push:
                 self.pool.give(buffer)
 
-    def init(self, key: m.Key, value: torch.Tensor, *cuts: int, worker: int = 0) -> list[int]:
+    def init(self, key: Key, value: torch.Tensor, *cuts: int, worker: int = 0) -> list[int]:
         """Create a key in slices; return their ids."""
         bounds = [0, *cuts, value.numel()]
         entries = [m.SliceEntry(next(self.ids), 0, low, high) for low, high in itertools.pairwise(bounds)]
@@ -188,7 +189,7 @@ class Bench:
         settle([out])
         return value
 
-    def set_updater(self, worker: int, spec: UpdaterSpec, keys: tuple[m.Key, ...] | None = None) -> None:
+    def set_updater(self, worker: int, spec: UpdaterSpec, keys: tuple[Key, ...] | None = None) -> None:
         """Make a setting, all of it at once."""
         self.setting(worker, m.SettingRecord(keys, updater=spec))
 
@@ -216,7 +217,7 @@ class Bench:
         assert isinstance(out.message, m.Info)
         return out.message
 
-    def delete(self, worker: int, key: m.Key, ids: Sequence[int]) -> list[Outgoing]:
+    def delete(self, worker: int, key: Key, ids: Sequence[int]) -> list[Outgoing]:
         """Delete the slices of a key."""
         return self.send(worker, m.DeleteSlices(next(self.requests), STORE, worker, [(key, list(ids))]))
 

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tensorkv.arrays import dtype_name
+from tensorkv.plain import Key
 from tensorkv.scheduler.membership import Membership
 from tensorkv.server.memory import Memory
 from tensorkv.server.shard import SCHEDULER
@@ -695,7 +696,7 @@ class Worker:
 
     def may_use(self, keys: list[str]) -> Generator[Condition, None, bool]:
         """Ask about keys this worker does not know; note why they cannot be used."""
-        unknown: list[m.Key] = [key for key in keys if key not in self.entries]
+        unknown: list[Key] = [key for key in keys if key not in self.entries]
         if unknown:
             reply = yield from self.ask(lambda n: m.Lookup(n, self.number_of_store, unknown))
             if isinstance(reply, m.Failed):

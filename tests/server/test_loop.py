@@ -17,7 +17,7 @@ import pytest
 
 from tensorkv.config import JobConfig
 from tensorkv.errors import AuthenticationError, PeerLostError, RankTaken
-from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.launch.cluster import LocalCluster
 from tensorkv.peer.handshake import introduce
 from tensorkv.server import loop
 from tensorkv.server.loop import Server
@@ -32,14 +32,14 @@ TINY = [m.SliceEntry(1, 0, 0, 2)]
 
 
 @pytest.fixture(params=["inproc", "127.0.0.1"])
-def cluster(request: pytest.FixtureRequest) -> Iterator[EmbeddedJob]:
-    made = EmbeddedJob(3, 1, host=request.param, timeout_s=DEADLINE_S)
+def cluster(request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
+    made = LocalCluster(3, 1, host=request.param, timeout_s=DEADLINE_S)
     yield made
     made.stop()
 
 
 @pytest.fixture
-def worker(cluster: EmbeddedJob, join_as: Callable[..., Any]) -> Callable[[int], Any]:
+def worker(cluster: LocalCluster, join_as: Callable[..., Any]) -> Callable[[int], Any]:
     """Connect to the server as a worker."""
 
     def join(rank: int) -> Any:
@@ -154,7 +154,7 @@ def test_nonsense_ends_one_connection_with_one_line(
 @pytest.mark.parametrize("known", [True, False])
 def test_bytes_that_are_no_frame(
     worker: Callable[[int], Any],
-    cluster: EmbeddedJob,
+    cluster: LocalCluster,
     caplog: pytest.LogCaptureFixture,
     raw: bytes,
     text: str,
@@ -177,7 +177,7 @@ def test_bytes_that_are_no_frame(
     connection.close()
 
 
-def test_the_memory_of_an_init_is_not_kept(worker: Callable[[int], Any], cluster: EmbeddedJob) -> None:
+def test_the_memory_of_an_init_is_not_kept(worker: Callable[[int], Any], cluster: LocalCluster) -> None:
     """Nothing else of its size may ever come: a server would hold large values twice."""
     one = worker(0)
     open_store(one)
@@ -194,7 +194,7 @@ def test_the_memory_of_an_init_is_not_kept(worker: Callable[[int], Any], cluster
 
 
 def test_the_memory_of_a_push_that_does_not_come_whole_is_given_back(
-    worker: Callable[[int], Any], cluster: EmbeddedJob
+    worker: Callable[[int], Any], cluster: LocalCluster
 ) -> None:
     if cluster.config("worker", 0).host == "inproc":
         pytest.skip("within a process frames come whole")
@@ -220,7 +220,7 @@ def test_the_memory_of_a_push_that_does_not_come_whole_is_given_back(
 
 def test_no_memory_for_a_payload_ends_one_connection_with_one_line(
     worker: Callable[[int], Any],
-    cluster: EmbeddedJob,
+    cluster: LocalCluster,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -241,7 +241,7 @@ def test_no_memory_for_a_payload_ends_one_connection_with_one_line(
 
 
 def test_who_asks_and_does_not_read_is_ended_with_one_line(
-    worker: Callable[[int], Any], cluster: EmbeddedJob, caplog: pytest.LogCaptureFixture
+    worker: Callable[[int], Any], cluster: LocalCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Else its answers would fill the server's memory."""
     if cluster.config("worker", 0).host == "inproc":
@@ -266,7 +266,7 @@ def test_who_asks_and_does_not_read_is_ended_with_one_line(
 
 def test_a_worker_that_has_gone_without_its_answers_is_the_schedulers_to_tell(
     worker: Callable[[int], Any],
-    cluster: EmbeddedJob,
+    cluster: LocalCluster,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -293,7 +293,7 @@ def test_a_worker_that_has_gone_without_its_answers_is_the_schedulers_to_tell(
 
 def test_a_fault_of_ours_ends_one_connection_and_shows_where(
     worker: Callable[[int], Any],
-    cluster: EmbeddedJob,
+    cluster: LocalCluster,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -323,7 +323,7 @@ def test_a_fault_of_ours_ends_one_connection_and_shows_where(
     ],
 )
 def test_places_that_are_not_there(
-    cluster: EmbeddedJob, join_as: Callable[..., Any], role: Any, rank: int, text: str
+    cluster: LocalCluster, join_as: Callable[..., Any], role: Any, rank: int, text: str
 ) -> None:
     with pytest.raises(AuthenticationError, match=text):
         join_as(cluster.config(role, rank), cluster.servers[0].addresses[0], m.FromServer)
@@ -337,7 +337,7 @@ def test_a_place_is_given_away_once(worker: Callable[[int], Any]) -> None:
 
 
 def test_a_replayed_handshake_is_refused_with_one_line(
-    cluster: EmbeddedJob, caplog: pytest.LogCaptureFixture
+    cluster: LocalCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whoever has seen a worker prove itself has nothing to prove itself with."""
     address = cluster.servers[0].addresses[0]
@@ -364,7 +364,7 @@ def test_a_replayed_handshake_is_refused_with_one_line(
 
 
 def test_a_stranger_that_says_nothing_is_dropped_with_one_line(
-    cluster: EmbeddedJob,
+    cluster: LocalCluster,
     worker: Callable[[int], Any],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -381,7 +381,7 @@ def test_a_stranger_that_says_nothing_is_dropped_with_one_line(
 
 
 def test_strangers_without_end_do_not_keep_a_worker_out(
-    cluster: EmbeddedJob, worker: Callable[[int], Any], caplog: pytest.LogCaptureFixture
+    cluster: LocalCluster, worker: Callable[[int], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     server = cluster.servers[0]
     server._newcomers._limit = 5
@@ -400,7 +400,7 @@ def test_strangers_without_end_do_not_keep_a_worker_out(
 
 
 def test_stop_with_strangers_and_workers_connected(
-    cluster: EmbeddedJob, worker: Callable[[int], Any]
+    cluster: LocalCluster, worker: Callable[[int], Any]
 ) -> None:
     """Nothing is left, whoever is in which state: the suite looks for threads and sockets."""
     worker(0)
@@ -414,7 +414,7 @@ def test_stop_with_strangers_and_workers_connected(
 
 
 def test_a_server_ends_with_its_scheduler() -> None:
-    cluster = EmbeddedJob(1, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
+    cluster = LocalCluster(1, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
     job = cluster.join(0)
     cluster.scheduler._peers["server", 0].connection.shutdown()  # as if the scheduler's host had gone
     failure = cluster.servers[0].wait()
@@ -425,7 +425,7 @@ def test_a_server_ends_with_its_scheduler() -> None:
 
 
 def test_a_server_ends_when_a_process_is_lost() -> None:
-    cluster = EmbeddedJob(2, 1, timeout_s=DEADLINE_S)
+    cluster = LocalCluster(2, 1, timeout_s=DEADLINE_S)
     job = cluster.join(0)
     job.close(m.Abandon("it fell over"))
     failure = cluster.servers[0].wait()
@@ -434,7 +434,7 @@ def test_a_server_ends_when_a_process_is_lost() -> None:
     cluster.stop()
 
 
-def lose(cluster: EmbeddedJob, rank: int, **fields: Any) -> None:
+def lose(cluster: LocalCluster, rank: int, **fields: Any) -> None:
     """Let the scheduler say that a worker is lost."""
     peer = cluster.scheduler._peers["server", 0]
     peer.sender.put([encode(m.WorkerLost(rank, "host", "cause", fields.get("dropped", [])))])
@@ -442,7 +442,7 @@ def lose(cluster: EmbeddedJob, rank: int, **fields: Any) -> None:
 
 
 @pytest.fixture
-def registered(cluster: EmbeddedJob) -> Iterator[EmbeddedJob]:
+def registered(cluster: LocalCluster) -> Iterator[LocalCluster]:
     """A cluster whose server the scheduler knows."""
     job = cluster.join(2)
     yield cluster
@@ -450,7 +450,7 @@ def registered(cluster: EmbeddedJob) -> Iterator[EmbeddedJob]:
 
 
 def test_of_a_lost_worker_all_that_has_come_counts_and_nothing_after(
-    registered: EmbeddedJob,
+    registered: LocalCluster,
     worker: Callable[[int], Any],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -495,7 +495,7 @@ def test_of_a_lost_worker_all_that_has_come_counts_and_nothing_after(
 
 
 def test_a_lost_worker_that_sends_on_does_not_hold_the_others_up(
-    registered: EmbeddedJob,
+    registered: LocalCluster,
     worker: Callable[[int], Any],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -521,7 +521,7 @@ def test_a_lost_worker_that_sends_on_does_not_hold_the_others_up(
     ]
 
 
-def test_a_lost_worker_is_let_in_no_more(registered: EmbeddedJob, worker: Callable[[int], Any]) -> None:
+def test_a_lost_worker_is_let_in_no_more(registered: LocalCluster, worker: Callable[[int], Any]) -> None:
     one = worker(0)
     open_store(one)
     lose(registered, 1)
@@ -535,7 +535,7 @@ def test_a_lost_worker_is_let_in_no_more(registered: EmbeddedJob, worker: Callab
 
 
 def test_a_server_ends_in_good_order_with_the_job() -> None:
-    cluster = EmbeddedJob(1, 1, timeout_s=DEADLINE_S)
+    cluster = LocalCluster(1, 1, timeout_s=DEADLINE_S)
     try:
         cluster.join(0).close(m.Goodbye())  # by then the server has registered, so that `stop` reaches it
         cluster.scheduler.stop()
@@ -545,7 +545,7 @@ def test_a_server_ends_in_good_order_with_the_job() -> None:
 
 
 def test_a_fault_while_the_scheduler_speaks_ends_the_server(
-    cluster: EmbeddedJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = cluster.servers[0]
     job = cluster.join(0)  # then the server is there, too
@@ -564,7 +564,7 @@ def test_a_fault_while_the_scheduler_speaks_ends_the_server(
 
 def test_a_loop_that_ends_in_any_way_ends_the_server(
     worker: Callable[[int], Any],
-    cluster: EmbeddedJob,
+    cluster: LocalCluster,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -582,7 +582,7 @@ def test_a_loop_that_ends_in_any_way_ends_the_server(
 
 
 def test_a_server_that_cannot_join_leaves_nothing() -> None:
-    cluster = EmbeddedJob(1, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
+    cluster = LocalCluster(1, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
     taken = Server(cluster.config("server", 0), lambda record: None)  # type: ignore[arg-type, return-value]
     with pytest.raises(RankTaken, match="server 0 of this job is taken"):
         taken.start()
@@ -627,7 +627,7 @@ def test_main_serves_until_the_job_is_over(
     from concurrent.futures import ThreadPoolExecutor
 
     from tensorkv.scheduler.loop import SchedulerServer
-    from tensorkv.worker.session import Job
+    from tensorkv.worker.session import Session
 
     for last_words, status in ((m.Goodbye(), 0), (m.Abandon("it fell over"), 1)):
         scheduler = SchedulerServer(num_workers=1, num_servers=1, token="t")
@@ -648,7 +648,7 @@ def test_main_serves_until_the_job_is_over(
         in_job(places["server"])
         with ThreadPoolExecutor(1) as pool:
             ended = pool.submit(loop.main)
-            Job(places["worker"]).close(last_words)
+            Session(places["worker"]).close(last_words)
             if status == 0:
                 scheduler.stop()
             assert ended.result(DEADLINE_S) == status
@@ -659,7 +659,7 @@ def test_main_serves_until_the_job_is_over(
 def test_main_without_a_scheduler(
     in_job: Callable[[JobConfig], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cluster = EmbeddedJob(1, 1, host="127.0.0.1")
+    cluster = LocalCluster(1, 1, host="127.0.0.1")
     cluster.stop()
     in_job(cluster.config("server", 0))
     assert loop.main() == 1
@@ -671,7 +671,7 @@ def test_a_system_without_shared_memory_is_served_over_tcp(
 ) -> None:
     """One line says so, and why."""
     monkeypatch.setattr(loop.unix, "why_not", lambda: "this system has none")
-    cluster = EmbeddedJob(1, 1, host="127.0.0.1")
+    cluster = LocalCluster(1, 1, host="127.0.0.1")
     assert len(cluster.servers[0].addresses) == 1
     cluster.stop()
     assert caplog.messages == ["server 0: workers of this host are served over TCP: this system has none"]

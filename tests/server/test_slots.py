@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tensorkv.server.slots import SHARED_SLOT_BYTES, SMALL_BYTES, Slot, SlotAllocator
+from tensorkv.server.slots import PACKED_BYTES, PACKED_SLOT_BYTES, Slot, SlotAllocator
 
 
 def test_a_slot_that_is_lent_moves_before_it_is_written() -> None:
@@ -28,19 +28,19 @@ def test_small_values_of_one_dtype_share_a_slot_and_large_ones_do_not() -> None:
     first, at = slots.allocate(10, torch.float32)
     second, behind = slots.allocate(20, torch.float32)
     other, start = slots.allocate(5, torch.float64)
-    large, zero = slots.allocate(SMALL_BYTES // 4 + 1, torch.float32)
+    large, zero = slots.allocate(PACKED_BYTES // 4 + 1, torch.float32)
     assert (first is second, at, behind) == (True, 0, 10)
     assert (other is first, start, other.tensor.dtype) == (False, 0, torch.float64)
-    assert (large.tensor.numel(), zero) == (SMALL_BYTES // 4 + 1, 0)
+    assert (large.tensor.numel(), zero) == (PACKED_BYTES // 4 + 1, 0)
     assert slots.allocate(1, torch.float32) == (first, 30)
 
 
 def test_a_full_slot_is_followed_by_another() -> None:
     slots = SlotAllocator()
-    per_slot = SHARED_SLOT_BYTES // SMALL_BYTES
-    found = [slots.allocate(SMALL_BYTES // 4, torch.float32) for _ in range(per_slot + 1)]
+    per_slot = PACKED_SLOT_BYTES // PACKED_BYTES
+    found = [slots.allocate(PACKED_BYTES // 4, torch.float32) for _ in range(per_slot + 1)]
     assert len({id(slot) for slot, _ in found}) == 2
-    assert [offset for _, offset in found][-2:] == [(per_slot - 1) * SMALL_BYTES // 4, 0]
+    assert [offset for _, offset in found][-2:] == [(per_slot - 1) * PACKED_BYTES // 4, 0]
     slots.allocate(0, torch.float32)
 
 
@@ -53,10 +53,10 @@ def test_memory_is_taken_where_it_was_asked_to_be() -> None:
         return torch.empty(size_bytes, dtype=torch.uint8)
 
     slots = SlotAllocator(allocate)
-    slot, _ = slots.allocate(SMALL_BYTES, torch.float64)
+    slot, _ = slots.allocate(PACKED_BYTES, torch.float64)
     slot.tensor.fill_(3)
     slot.lease.readers += 1
     slot.make_writable()
     assert bool((slot.tensor == 3).all())
     slots.allocate(1, torch.float32)
-    assert taken == [SMALL_BYTES * 8, SMALL_BYTES * 8, SHARED_SLOT_BYTES]
+    assert taken == [PACKED_BYTES * 8, PACKED_BYTES * 8, PACKED_SLOT_BYTES]

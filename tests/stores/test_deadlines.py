@@ -13,13 +13,13 @@ import torch
 import tensorkv
 from tensorkv.config import JobConfig
 from tensorkv.errors import InvalidArgument, WaitTimeout
-from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.launch.cluster import LocalCluster
 from tensorkv.peer import deadlines
 from tensorkv.scheduler.loop import SchedulerServer
 from tensorkv.stores import dist
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
-from tensorkv.worker.session import Job
+from tensorkv.worker.session import Session
 
 CONFIGURED_S = 4321.0
 """No test waits so long: the clock jumps when a call waits."""
@@ -40,10 +40,10 @@ class Clock:
 class Pair:
     """Two workers of a job, `me` and one that is asked for nothing more once a test has begun."""
 
-    def __init__(self, cluster: EmbeddedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
         self.cluster = cluster
         self._monkeypatch = monkeypatch
-        self.jobs: list[Job] = []
+        self.jobs: list[Session] = []
         self.stores = [self.open(rank) for rank in range(2)]
 
     def open(self, rank: int, **options: Any) -> DistStore:
@@ -55,9 +55,9 @@ class Pair:
         assert isinstance(kv, DistStore)
         return kv
 
-    def _join(self, config: JobConfig) -> Job:
+    def _join(self, config: JobConfig) -> Session:
         if config.rank == len(self.jobs):
-            self.jobs.append(Job(config))
+            self.jobs.append(Session(config))
         return self.jobs[config.rank]
 
     def run(self, verb: Callable[[DistStore], object]) -> None:
@@ -78,7 +78,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def pair(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
-    cluster = EmbeddedJob(2, 2, timeout_s=CONFIGURED_S)
+    cluster = LocalCluster(2, 2, timeout_s=CONFIGURED_S)
     made: Pair | None = None
     try:
         made = Pair(cluster, monkeypatch)
@@ -260,7 +260,7 @@ def test_create_waits_for_servers_that_do_not_come(
     )
     for name, value in config.to_env().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(dist, "join", Job)
+    monkeypatch.setattr(dist, "join", Session)
     jumps()
     text = f"joining the job did not finish within {seconds} s: waiting for all servers to join it"
     try:

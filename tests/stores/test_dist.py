@@ -35,7 +35,7 @@ from tensorkv.errors import (
     UpdaterError,
     WaitTimeout,
 )
-from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.launch.cluster import LocalCluster
 from tensorkv.server import shm
 from tensorkv.store import KVStore
 from tensorkv.stores.dist import DistStore, open_dist
@@ -110,8 +110,8 @@ def test_arguments_are_checked_and_nothing_is_left(options: dict[str, Any], erro
 
 
 @contextmanager
-def job_over_tcp(num_workers: int = 1) -> Iterator[EmbeddedJob]:
-    cluster = EmbeddedJob(num_workers, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
+def job_over_tcp(num_workers: int = 1) -> Iterator[LocalCluster]:
+    cluster = LocalCluster(num_workers, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
     try:
         yield cluster
     finally:
@@ -272,7 +272,7 @@ def test_close_twice_and_use_after_close() -> None:
 
 
 def test_a_closed_store_is_freed_at_once_with_the_memory_of_its_plans() -> None:
-    cluster = EmbeddedJob(1, 2, timeout_s=20.0)
+    cluster = LocalCluster(1, 2, timeout_s=20.0)
     job = cluster.join(0)
     gc.disable()
     try:
@@ -866,7 +866,7 @@ def test_what_happens_at_a_loss_is_agreed() -> None:
 
 def test_a_delete_is_concluded_once_the_servers_know() -> None:
     """So that the loss of a worker does not delete what it deleted long ago."""
-    cluster = EmbeddedJob(1, 1, timeout_s=DEADLINE_S)
+    cluster = LocalCluster(1, 1, timeout_s=DEADLINE_S)
     job = cluster.join(0)
     kv = DistStore("dist_sync", job, store="default", reduction="sum", timeout_s=DEADLINE_S)
     kv.init({"v": ones(), "w": ones()})
@@ -880,7 +880,7 @@ def test_a_delete_is_concluded_once_the_servers_know() -> None:
 
 
 def test_a_worker_that_comes_after_a_loss_is_told() -> None:
-    cluster = EmbeddedJob(2, 1, timeout_s=DEADLINE_S)
+    cluster = LocalCluster(2, 1, timeout_s=DEADLINE_S)
     try:
         cluster.join(0).close(m.Abandon("it fell over"))
         end = time.monotonic() + DEADLINE_S
@@ -1011,7 +1011,7 @@ def test_a_server_without_memory_refuses_the_call_and_the_job_goes_on(
     """Whatever the server is short of: memory for what is sent, for values, or to map what a worker lends."""
     size = 100_000
     large = torch.ones(size)
-    cluster = EmbeddedJob(1, 1, timeout_s=DEADLINE_S, host=host, transport=transport)
+    cluster = LocalCluster(1, 1, timeout_s=DEADLINE_S, host=host, transport=transport)
     job = cluster.join(0)
     kv = DistStore("dist_sync", job, store="s", reduction="sum", timeout_s=DEADLINE_S)
     kv.init("there", torch.zeros(size))

@@ -23,7 +23,7 @@ import torch
 
 import tensorkv
 from tensorkv.errors import PeerLostError, TensorKVError
-from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.launch.cluster import LocalCluster
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
 from tensorkv.worker import interleave
@@ -85,7 +85,7 @@ class Bench:
         self.folder = folder
         sockets: dict[str, Any] = {"host": "127.0.0.1", "transport": way}
         options = {} if way == "inproc" else sockets
-        self.cluster = EmbeddedJob(1, 2, timeout_s=TIMEOUT_S, slice_bound_bytes=3000, **options)
+        self.cluster = LocalCluster(1, 2, timeout_s=TIMEOUT_S, slice_bound_bytes=3000, **options)
         self.job = self.cluster.join(0)
         self.kv = DistStore("dist_sync", self.job, store="default", reduction="sum", timeout_s=TIMEOUT_S)
         self.ones = [torch.ones(3), torch.ones(2000)]
@@ -220,7 +220,7 @@ def test_a_delete_that_is_broken_off_half_way_leaves_the_job(
 
 
 def test_others_are_told_at_once_that_a_worker_was_broken_off() -> None:
-    cluster = EmbeddedJob(2, 1, timeout_s=TIMEOUT_S)
+    cluster = LocalCluster(2, 1, timeout_s=TIMEOUT_S)
     jobs = [cluster.join(rank) for rank in range(2)]
     try:
         for job in jobs:

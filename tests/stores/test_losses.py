@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from tensorkv.errors import PeerLostError, StoreClosed
-from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.launch.cluster import LocalCluster
 from tensorkv.peer import deadlines
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
-from tensorkv.worker.session import Job
+from tensorkv.worker.session import Session
 
 DEADLINE_S = 60.0
 LOSS_DEADLINE_S = 3.0  # what is promised
@@ -30,8 +30,8 @@ ONE = torch.ones(4)
 class Pair:
     """Two workers of a job. Worker 1 calls; it is the others that are lost."""
 
-    cluster: EmbeddedJob
-    jobs: list[Job]
+    cluster: LocalCluster
+    jobs: list[Session]
     stores: list[DistStore]
 
 
@@ -39,7 +39,7 @@ class Pair:
 def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     monkeypatch.setattr(deadlines, "_noted", type(deadlines._noted)())
     way: dict[str, Any] = {"host": "127.0.0.1", "transport": request.param}
-    cluster = EmbeddedJob(2, 2, timeout_s=DEADLINE_S, **({} if request.param == "inproc" else way))
+    cluster = LocalCluster(2, 2, timeout_s=DEADLINE_S, **({} if request.param == "inproc" else way))
     jobs = [cluster.join(rank) for rank in range(2)]
     stores = [
         DistStore("dist_sync", job, store="default", reduction="sum", timeout_s=DEADLINE_S) for job in jobs

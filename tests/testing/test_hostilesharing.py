@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.launch.cluster import LocalCluster
 from tensorkv.peer.handshake import introduce
 from tensorkv.testing.frames import message_of
 from tensorkv.testing.hostilesharing import (
@@ -32,7 +32,7 @@ _replies: Decoder[Any] = Decoder(m.FromServer)
 
 
 def test_the_honest_conversations_reach_the_bottom() -> None:
-    cluster = EmbeddedJob(2, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
+    cluster = LocalCluster(2, 1, host="127.0.0.1", timeout_s=DEADLINE_S)
     server = cluster.servers[0]
     descriptors = Descriptors(random.Random(0))
     try:

@@ -11,7 +11,7 @@ import torch
 from tensorkv.errors import KeyDeleted, PeerLostError, ProtocolError, WaitTimeout, to_wire
 from tensorkv.peer.deadlines import Wait
 from tensorkv.wire import messages as m
-from tensorkv.worker.backpressure import MergeWatch
+from tensorkv.worker.backpressure import Backpressure
 from tensorkv.worker.plans import KeyState, build_plan
 
 
@@ -52,7 +52,7 @@ class Bench:
         self.asked_waiting: list[int] = []
         self.failure: PeerLostError | None = None
         job: Any = SimpleNamespace(links=self.links, wait=self._wait, ask_waiting=self._ask_waiting)
-        self.watch = MergeWatch(
+        self.watch = Backpressure(
             job, 1, build_plan(7, states, [torch.float32] * 3, [1] * 3, 2), timeout_s, "push of 0"
         )
         self.watch.ask()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tensorkv.arrays import dtype_name
 from tensorkv.config import MAX_SLICE_BYTES
 from tensorkv.wire import messages as m
-from tensorkv.worker.plans import SMALL_BYTES, KeyState, build_plan
+from tensorkv.worker.plans import COALESCE_BYTES, KeyState, build_plan
 
 
 def key(
@@ -87,7 +87,7 @@ def test_every_element_travels_once_and_both_ends_agree(data: st.DataObject) -> 
                 assert count == counts[piece.value]
                 assert chunk.absent == (count == 0) == (entry.payload.kind == "absent")
                 widest = max(chunk.dtype.itemsize, chunk.stored_dtype.itemsize)
-                assert piece.small == (length * widest <= SMALL_BYTES)
+                assert piece.small == (length * widest <= COALESCE_BYTES)
                 seen.append((piece.value, piece.start, piece.stop))
                 ids.append(slice_id)
                 values.append(piece.value)
@@ -113,7 +113,7 @@ def test_every_element_travels_once_and_both_ends_agree(data: st.DataObject) -> 
         ([(3,), (4,)], True, True),
         ([(3,), (2, 2)], True, False),
         ([(3,)], True, True),
-        ([(3,), (SMALL_BYTES,)], False, False),
+        ([(3,), (COALESCE_BYTES,)], False, False),
     ],
 )
 def test_chunks_of_small_whole_values_have_a_short_way(

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tensorkv.errors import PeerLostError, WaitTimeout
-from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.launch.cluster import LocalCluster
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
-from tensorkv.worker.backpressure import MergeWatch
+from tensorkv.worker.backpressure import Backpressure
 from tensorkv.worker.plans import Plan
 from tensorkv.worker.pullcall import PullCall
 from tensorkv.worker.pusher import Pusher
@@ -28,7 +28,7 @@ class Bench:
     """Two workers that have initialised `KEYS`; rank 0's parts can be looked at, rank 1 just pushes."""
 
     def __init__(self, kind: str = "dist_sync") -> None:
-        self.cluster = EmbeddedJob(2, 2, timeout_s=DEADLINE_S)
+        self.cluster = LocalCluster(2, 2, timeout_s=DEADLINE_S)
         self.jobs = [self.cluster.join(rank) for rank in range(2)]
         self.stores = [
             DistStore(kind, job, store="default", reduction="sum", timeout_s=DEADLINE_S) for job in self.jobs
@@ -53,7 +53,7 @@ class Bench:
     def merged(self, *keys: str) -> list[list[int]]:
         """Wait until the last push of these keys is merged; return the steps in which they were."""
         plan = self.plan(*keys)
-        watch = MergeWatch(self.job, self.kv._store, plan, DEADLINE_S, "a test")
+        watch = Backpressure(self.job, self.kv._store, plan, DEADLINE_S, "a test")
         with self.job.order:
             self.kv._plans.tell(plan)
             watch.ask()
@@ -238,7 +238,7 @@ def test_in_async_mode_the_connection_holds_back_who_pushes(kind: str, waits: bo
 
 def test_a_push_that_was_dropped_is_not_done() -> None:
     """Its frame waits for the connection, which then fails: the memory is free, but nothing was sent."""
-    cluster = EmbeddedJob(1, 1, timeout_s=DEADLINE_S)
+    cluster = LocalCluster(1, 1, timeout_s=DEADLINE_S)
     job = cluster.join(0)
     kv = DistStore("dist_async", job, store="default", reduction="sum", timeout_s=DEADLINE_S)
     kv.init("a", torch.zeros(2))

@@ -13,30 +13,30 @@ import pytest
 
 from tensorkv.config import JobConfig
 from tensorkv.errors import NotInJob, PeerLostError, ProtocolError, StoreClosed, UpdaterError, WaitTimeout
-from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.launch.cluster import LocalCluster
 from tensorkv.peer import deadlines
 from tensorkv.wire import messages as m
 from tensorkv.worker import session
-from tensorkv.worker.session import Job, join, leave
+from tensorkv.worker.session import Session, join, leave
 
 DEADLINE_S = 20.0
 
 
 @pytest.fixture(params=["inproc", "127.0.0.1"])
-def cluster(request: pytest.FixtureRequest) -> Iterator[EmbeddedJob]:
-    made = EmbeddedJob(2, 2, host=request.param, timeout_s=DEADLINE_S)
+def cluster(request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
+    made = LocalCluster(2, 2, host=request.param, timeout_s=DEADLINE_S)
     yield made
     made.stop()
 
 
 @pytest.fixture
-def job(cluster: EmbeddedJob) -> Iterator[Job]:
+def job(cluster: LocalCluster) -> Iterator[Session]:
     made = cluster.join(0)
     yield made
     made.close(m.Goodbye())
 
 
-def open_store(job: Job, name: str = "default") -> int:
+def open_store(job: Session, name: str = "default") -> int:
     joined = job.control.request(lambda n: m.JoinStore(n, name, "sync", "sum", "fail"), "opening", DEADLINE_S)
     number: int = joined.store
     with job.order:
@@ -45,21 +45,21 @@ def open_store(job: Job, name: str = "default") -> int:
     return number
 
 
-def test_every_server_is_asked_and_answers_in_order(job: Job) -> None:
+def test_every_server_is_asked_and_answers_in_order(job: Session) -> None:
     store = open_store(job)
     replies = job.ask_all(lambda n: m.Flush(n, store), "a flush", DEADLINE_S, store)
     assert len(replies) == 2
     assert len(job.ask_all(lambda n: m.Flush(n, store), "a flush", DEADLINE_S, store, [1])) == 1
 
 
-def test_a_refusal_of_one_server_is_raised(job: Job) -> None:
+def test_a_refusal_of_one_server_is_raised(job: Session) -> None:
     store = open_store(job)
     record = m.SettingRecord(keys=None, options={"lr": 1.0})
     with pytest.raises(Exception, match="no optimizer|optimizer"):
         job.ask_all(lambda n: m.PrepareSetting(n, store, 0, record), "a setting", DEADLINE_S, store)
 
 
-def test_one_deadline_for_all_servers(job: Job) -> None:
+def test_one_deadline_for_all_servers(job: Session) -> None:
     store = open_store(job)
     with pytest.raises(
         WaitTimeout, match="commit did not finish within 0.1 s: waiting for worker 1, commit 1"
@@ -68,7 +68,7 @@ def test_one_deadline_for_all_servers(job: Job) -> None:
     job.ask_all(lambda n: m.Flush(n, store), "a flush", DEADLINE_S, store)
 
 
-def test_after_leave_nothing_is_sent_for_a_store(job: Job) -> None:
+def test_after_leave_nothing_is_sent_for_a_store(job: Session) -> None:
     store, other = open_store(job), open_store(job, "other")
     job.ask_all(lambda n: m.Leave(n, store), "close", DEADLINE_S, store, leave=True)
     with pytest.raises(StoreClosed, match="closed by another thread"):
@@ -80,7 +80,7 @@ def test_after_leave_nothing_is_sent_for_a_store(job: Job) -> None:
     job.ask_all(lambda n: m.Flush(n, other), "a flush", DEADLINE_S, other)
 
 
-def test_after_close_everything_is_refused(job: Job) -> None:
+def test_after_close_everything_is_refused(job: Session) -> None:
     store = open_store(job)
     job.close(m.Goodbye())
     job.close(m.Abandon("a second close does nothing"))
@@ -91,7 +91,7 @@ def test_after_close_everything_is_refused(job: Job) -> None:
 
 
 def test_joining_that_fails_half_way_leaves_nothing(
-    cluster: EmbeddedJob, monkeypatch: pytest.MonkeyPatch
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second server does not let the worker in; the scheduler is told, and no socket is left."""
     real = session.connect_to_server
@@ -110,7 +110,7 @@ def test_joining_that_fails_half_way_leaves_nothing(
 
 @pytest.mark.parametrize("known", [True, False])
 def test_who_cannot_reach_a_server_hears_from_the_scheduler_who_was_lost(
-    cluster: EmbeddedJob, monkeypatch: pytest.MonkeyPatch, known: bool
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
     """Else it would itself be named as the first that was lost: so the chaos run found it."""
     real = session.connect_to_server
@@ -131,7 +131,7 @@ def test_who_cannot_reach_a_server_hears_from_the_scheduler_who_was_lost(
         assert re.search(lost, str(server.wait()))
 
 
-def test_a_loss_wakes_a_call_that_waits(cluster: EmbeddedJob, job: Job) -> None:
+def test_a_loss_wakes_a_call_that_waits(cluster: LocalCluster, job: Session) -> None:
     store = open_store(job)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(
@@ -148,7 +148,7 @@ def test_a_loss_wakes_a_call_that_waits(cluster: EmbeddedJob, job: Job) -> None:
 class Store:
     """A store as a job knows it."""
 
-    def __init__(self, job: Job, error: Exception | None = None) -> None:
+    def __init__(self, job: Session, error: Exception | None = None) -> None:
         self.closed = False
         self.error = error
         job.enter(id(self), self)
@@ -166,7 +166,7 @@ class Store:
 
 
 @pytest.fixture
-def joined(cluster: EmbeddedJob, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+def joined(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
     monkeypatch.setattr(session, "_joined", {})
     monkeypatch.setattr("atexit.register", lambda function, *arguments: None)
     monkeypatch.setattr(session, "_watch_end", lambda who: None)  # those of pytest stay as they are
@@ -178,7 +178,7 @@ def joined(cluster: EmbeddedJob, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jo
 
 
 def test_the_exit_of_the_interpreter_closes_stores(
-    cluster: EmbeddedJob, joined: Job, caplog: pytest.LogCaptureFixture
+    cluster: LocalCluster, joined: Session, caplog: pytest.LogCaptureFixture
 ) -> None:
     stores = [Store(joined, UpdaterError("it raised")), Store(joined)]
     leave(joined)
@@ -192,7 +192,7 @@ def test_the_exit_of_the_interpreter_closes_stores(
 
 
 def test_an_uncaught_exception_is_a_loss(
-    cluster: EmbeddedJob, joined: Job, monkeypatch: pytest.MonkeyPatch
+    cluster: LocalCluster, joined: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "last_value", ArithmeticError("a nan"), raising=False)
     store = Store(joined)
@@ -202,7 +202,7 @@ def test_an_uncaught_exception_is_a_loss(
 
 
 def test_a_forked_child_is_told_what_to_do(
-    cluster: EmbeddedJob, joined: Job, monkeypatch: pytest.MonkeyPatch
+    cluster: LocalCluster, joined: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent = os.getpid()
     with monkeypatch.context() as patch:
@@ -212,7 +212,7 @@ def test_a_forked_child_is_told_what_to_do(
     assert join(cluster.config("worker", 0)) is joined
 
 
-def test_a_forked_child_leaves_nothing(joined: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_child_leaves_nothing(joined: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(joined)
     with monkeypatch.context() as patch:
         patch.setattr("os.getpid", lambda: -1)

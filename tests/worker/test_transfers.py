@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tensorkv.arrays import dtype_name
 from tensorkv.errors import KeyDeleted, ProtocolError, TensorKVError, to_wire
 from tensorkv.wire import messages as m
-from tensorkv.worker.plans import SMALL_BYTES, KeyState, Piece, Plan, build_plan
+from tensorkv.worker.plans import COALESCE_BYTES, KeyState, Piece, Plan, build_plan
 from tensorkv.worker.transfers import Destinations, PullExchange, _share_memory, gather, gather_into
 
-LARGE = SMALL_BYTES // 4 + 8  # elements of float32 that are not small
+LARGE = COALESCE_BYTES // 4 + 8  # elements of float32 that are not small
 
 
 def states(

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from tensorkv.arrays import Key, dtype_from_name
+from tensorkv.arrays import dtype_from_name
 from tensorkv.checkpoint.folder import MAX_INDEX_BYTES, new_part
 from tensorkv.checkpoint.records import (
     FILE_NAME,
@@ -28,6 +28,7 @@ from tensorkv.checkpoint.records import (
 from tensorkv.checkpoint.slices import SliceState, assemble, records_of
 from tensorkv.checkpoint.tensorfile import TensorFile, open_regular, write_tensors
 from tensorkv.errors import InvalidValue, LoadError
+from tensorkv.plain import Key
 from tensorkv.updaters.optimizer import check_state_names
 
 _MAX_LABEL = 100

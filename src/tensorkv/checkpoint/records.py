@@ -28,7 +28,8 @@ from typing import Any, Literal
 import msgspec
 
 from tensorkv.errors import DtypeMismatch, LoadError, ShapeMismatch
-from tensorkv.updaters.spec import MAX_INT, UpdaterSpec, may_travel
+from tensorkv.plain import MAX_INT, Key, Plain, may_travel
+from tensorkv.updaters.spec import UpdaterSpec
 
 INDEX_NAME = "tensorkv.json"
 FORMAT: Literal["tensorkv-save"] = "tensorkv-save"
@@ -48,9 +49,6 @@ MAX_BATCH_BYTES = 256 << 20
 
 MAX_BATCH_SLICES = 50_000
 """Maximum number of the slices in one file: its header has an entry for each tensor, and is bounded."""
-
-Key = int | str
-Plain = None | bool | int | float | str
 
 
 class TensorRecord(msgspec.Struct, frozen=True):

@@ -12,14 +12,13 @@ from typing import Any
 import msgspec
 import torch
 
-from tensorkv.arrays import Key, bytes_of, dtype_from_name, dtype_name, size_bytes, to_tensor
+from tensorkv.arrays import bytes_of, dtype_from_name, dtype_name, size_bytes, to_tensor
 from tensorkv.checkpoint.records import (
     FORMAT,
     VALUE,
     KeyRecord,
     Overlap,
     PieceRecord,
-    Plain,
     SavedSettings,
     TensorRecord,
     check_alike,
@@ -31,8 +30,8 @@ from tensorkv.checkpoint.records import (
     version_of,
 )
 from tensorkv.errors import InvalidValue, LoadError, SaveError
+from tensorkv.plain import Key, Plain, may_travel
 from tensorkv.updaters.optimizer import check_state_names
-from tensorkv.updaters.spec import may_travel
 
 DICT_VERSION = 1
 """The version of the dict that a store is as one."""

@@ -12,10 +12,10 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from tensorkv.arrays import Key
 from tensorkv.compat.base import MXNetError, mxnet_errors
 from tensorkv.compat.context import Context, context_of, current_context
 from tensorkv.compat.indexing import reshaped, torch_index
+from tensorkv.plain import Key
 
 Shape = int | tuple[int, ...] | list[int]
 

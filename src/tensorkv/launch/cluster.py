@@ -1,4 +1,4 @@
-"""EmbeddedJob: scheduler and servers as threads of this process, connected without sockets.
+"""LocalCluster: scheduler and servers as threads of this process, connected without sockets.
 
 For notebooks, debuggers and tests. Values take the very way they take in a real job, but frames are
 handed over in queues.
@@ -26,13 +26,13 @@ from tensorkv.peer.code import CodeTable, updater_loader
 from tensorkv.scheduler.loop import SchedulerServer
 from tensorkv.server.loop import Server
 from tensorkv.wire import messages as m
-from tensorkv.worker.session import Job
+from tensorkv.worker.session import Session
 
 JOIN_TIMEOUT_S = 5.0
 
 
 @final
-class EmbeddedJob:
+class LocalCluster:
     """A job whose scheduler and servers are threads of this process. Owns them until `stop`.
 
     `host` is "inproc", or an address to go through real sockets; `transport` says which then.
@@ -95,11 +95,11 @@ class EmbeddedJob:
             transport=self._transport,
         )
 
-    def join(self, rank: int) -> Job:
+    def join(self, rank: int) -> Session:
         """Join as worker `rank`."""
-        return Job(self.config("worker", rank), self.code_table)
+        return Session(self.config("worker", rank), self.code_table)
 
-    def end_with(self, store: object, job: Job) -> None:
+    def end_with(self, store: object, job: Session) -> None:
         """End the job of the one worker, `job`, when its store is dropped without having been closed.
 
         The garbage collector drops it in the middle of anything, also of a thread of this job: so another
@@ -110,7 +110,7 @@ class EmbeddedJob:
         self._keeper = threading.Thread(target=self._keep, args=(job,), name="tensorkv-embedded", daemon=True)
         self._keeper.start()
 
-    def _keep(self, job: Job) -> None:
+    def _keep(self, job: Session) -> None:
         dropped = self._drops.get()
         if dropped:
             job.close(m.Goodbye())

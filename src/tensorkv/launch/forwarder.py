@@ -20,7 +20,7 @@ _LAST_READS = 32
 
 
 @final
-class Pump:
+class Forwarder:
     """Reads the pipes of all processes and feeds an `Output`, in a thread of its own.
 
     So a terminal that does not read (a pager, say) stops neither Ctrl-C nor the supervision.

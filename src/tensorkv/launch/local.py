@@ -25,7 +25,7 @@ from tensorkv.config import (
 )
 from tensorkv.errors import InvalidArgument
 from tensorkv.launch.output import FileSink, Output, Sink, Stream, prefix_text
-from tensorkv.launch.processes import Job, ProcessSpec
+from tensorkv.launch.processes import ProcessGroup, ProcessSpec
 from tensorkv.launch.supervisor import Node, status_text
 
 STREAMING = f"glibc.cpu.x86_non_temporal_threshold={STREAM_BYTES}"
@@ -213,7 +213,7 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
         output = Output(sinks, prefix=options.prefix, eager=eager)
         config = job_config(options, environ, scheduler=scheduler.address, token=token)
         specs = plan(config, command, {**terminal_variables(options, sinks), **environ})
-        return Job(
+        return ProcessGroup(
             specs,
             output,
             absent_servers=absent_servers,

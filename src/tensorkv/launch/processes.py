@@ -1,4 +1,4 @@
-"""Real processes around the supervisor: `Job` runs any list of them under its rules.
+"""Real processes around the supervisor: `ProcessGroup` runs any list of them under its rules.
 
 Output by lines, the first failure or a signal ends everything, and nothing is left running: each
 process leads a session of its own, whose group is signalled as a whole; a launcher that is killed
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import final
 
-from tensorkv.launch.forwarder import Pump
+from tensorkv.launch.forwarder import Forwarder
 from tensorkv.launch.output import STREAMS, Output
 from tensorkv.launch.signals import SignalInbox
 from tensorkv.launch.supervisor import (
@@ -65,7 +65,7 @@ class ProcessSpec:
 
 
 @final
-class Guard:
+class Reaper:
     """The process that kills what a killed launcher leaves; see `reaper.py`. A context manager.
 
     One that somebody kills (a system short of memory, say) is replaced by `check`.
@@ -75,7 +75,7 @@ class Guard:
         self._groups: set[int] = set()
         self._replacements_left = _MAX_GUARDS - 1
 
-    def __enter__(self) -> Guard:
+    def __enter__(self) -> Reaper:
         self._process = self._start()
         return self
 
@@ -137,7 +137,7 @@ class Guard:
 
 
 @final
-class Job:
+class ProcessGroup:
     """Starts processes and stays until the last has ended. `run` once, in the main thread.
 
     Args:
@@ -188,8 +188,8 @@ class Job:
         Raises:
             OSError: a process could not be started. Those started before are ended.
         """
-        with SignalInbox() as inbox, Guard() as guard:
-            pump = Pump(self._output, inbox.wake)
+        with SignalInbox() as inbox, Reaper() as guard:
+            pump = Forwarder(self._output, inbox.wake)
             try:
                 self._start(pump, guard)
                 finish = self._supervise(pump, inbox, guard)
@@ -203,7 +203,7 @@ class Job:
                 self._conclude(finish)
         return finish.status
 
-    def _start(self, pump: Pump, guard: Guard) -> None:
+    def _start(self, pump: Forwarder, guard: Reaper) -> None:
         for spec in self._specs:
             process = _spawn(spec)
             self._processes[spec.node] = process
@@ -213,7 +213,7 @@ class Job:
                 pump.add(spec.node, stream, pipe)
         pump.start()
 
-    def _supervise(self, pump: Pump, inbox: SignalInbox, guard: Guard) -> Finish:
+    def _supervise(self, pump: Forwarder, inbox: SignalInbox, guard: Reaper) -> Finish:
         """Feed the supervisor and do what it says, until it says that the job is over."""
         supervisor = self._supervisor
         while True:
@@ -243,7 +243,7 @@ class Job:
                     return action
                 self._perform(action)
 
-    def _tell(self, pump: Pump) -> None:
+    def _tell(self, pump: Forwarder) -> None:
         """Say what the scheduler waits for, and have every process that can say what it waits for."""
         for line in self._report():
             pump.say(line)
@@ -301,7 +301,7 @@ class Job:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._processes[node].pid, signum)
 
-    def _end_groups(self, guard: Guard) -> None:
+    def _end_groups(self, guard: Reaper) -> None:
         """Kill what is left of every group, and reap the leaders."""
         self._signal(self._processes, signal.SIGKILL)
         for process in self._processes.values():
@@ -310,7 +310,7 @@ class Job:
                 process.wait(KILL_WAIT_S)
         self._processes.clear()
 
-    def _flush(self, pump: Pump, inbox: SignalInbox, finish: Finish) -> bool:
+    def _flush(self, pump: Forwarder, inbox: SignalInbox, finish: Finish) -> bool:
         """Wait until all output is written; return whether it is.
 
         A reader that does not read is waited for, unless the user wants the job to end.

@@ -64,7 +64,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @final
-class Keeper:
+class Sidecar:
     """Servers of this host, and the scheduler if `config.scheduler_port` is 0. A context manager.
 
     Args:
@@ -104,7 +104,7 @@ class Keeper:
         self.config = config
         self._asked = os.eventfd(0, os.EFD_CLOEXEC)  # counted up by `ask_report`
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> Sidecar:
         if self._scheduler is not None:
             self._scheduler.start()
         return self
@@ -239,7 +239,7 @@ def main(parent_pid: str, report_fd: str, server_ranks: str) -> int:
     ranks = [int(rank) for rank in server_ranks.split(",") if rank]
     with open(int(report_fd), "wb") as report:
         try:
-            keeper = Keeper(config, ranks, os.environ, parent)
+            keeper = Sidecar(config, ranks, os.environ, parent)
         except OSError as exc:
             report.write(msgspec.json.encode(JobRecord(error=str(exc))))
             return 1

@@ -57,7 +57,7 @@ from tensorkv.transport.tcp import own_host_towards
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch has no __all__ there
 
-    from tensorkv.worker.session import Job
+    from tensorkv.worker.session import Session
 
 logger = logging.getLogger(__name__)
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -146,7 +146,7 @@ def join_job(
     environ: Mapping[str, str] | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     transport: Transport | None = None,
-) -> Job | None:
+) -> Session | None:
     """Return this worker's place in the job of its launcher, None if that was not torchrun or one like it.
 
     The first call of a process starts what this process has to start, waits until rank 0 has told where
@@ -165,7 +165,7 @@ def join_job(
         PeerLostError: rank 0, or a keeper, could not start its part; the store or the job cannot be reached.
         WaitTimeout: rank 0 has not told where the job is.
         AuthenticationError: the tokens differ, or the token's file is not what it should be.
-        What `Job` raises.
+        What `Session` raises.
     """
     environ = os.environ if environ is None else environ
     place = read_place(environ)
@@ -509,7 +509,7 @@ def _open_store(place: Place, search: _Search) -> tuple[TCPStore, bool]:
 
 
 def read_token(path: str) -> str:
-    """Return the token that a keeper of this user has written; see `Keeper.write_token`.
+    """Return the token that a keeper of this user has written; see `Sidecar.write_token`.
 
     The path came through a store that anybody may write to, so it is checked.
 

@@ -1,4 +1,4 @@
-"""Newcomers: connections whose other end has not yet proved that it knows the token."""
+"""Admission: connections whose other end has not yet proved that it knows the token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SPARE_NEWCOMERS = 64
 
 
 @final
-class Newcomers:
+class Admission:
     """At most `limit` connections, each with a thread that greets it. Safe from any thread.
 
     Strangers can connect and say nothing. Each has a deadline, and where there are too many the one that

@@ -10,7 +10,7 @@ STATE
 - `_stores` by number, `_by_name`, and `_commits`, what servers have reported of commits under way.
 - `_placement`, shared by all stores: the bytes that each server holds, and the next key id and slice id.
 
-A `Directory` (in `catalog`) is one store:
+A `Catalog` (in `catalog`) is one store:
 - `left`: ranks that have left it. All other ranks are members, also one that has not opened it yet. The
   lowest member is the *setting rank*.
 - `_keys`: by name a history: the newest generation, the entry that is alive, how many inits each rank has
@@ -58,7 +58,7 @@ Of a store:
 THE LIFE OF A MESSAGE
 One thread accepts connections, and each gets a thread of its own (`_serve`), which runs the handshake, takes
 the place, and then reads. `Membership.handle` checks that this process may send this message now, and gives
-it to the `Directory` of its store. If another thread of the worker has closed that store, the request fails.
+it to the `Catalog` of its store. If another thread of the worker has closed that store, the request fails.
 The directory records the call. After each change `_retry` tries all waiting inits and settings again, until a
 pass answers none, and then the gathering and the barrier. `_collect` takes the answers over and ends the
 store if nobody is left in it. `_flush` queues them and `_pump` sends.

@@ -38,10 +38,11 @@ from tensorkv.errors import (
 )
 from tensorkv.norms import total_norm
 from tensorkv.partition import ValueSize, place
+from tensorkv.plain import Key
 from tensorkv.scheduler.collectives import Gathering
 from tensorkv.scheduler.settings import SettingLog
 from tensorkv.wire import messages as m
-from tensorkv.wire.messages import Key, KeyEntry, KeySpec, SettingRecord, SliceEntry
+from tensorkv.wire.messages import KeyEntry, KeySpec, SettingRecord, SliceEntry
 
 MAX_REMEMBERED_GENERATIONS = 64
 MAX_DELETED_NAMES = 4096
@@ -91,7 +92,7 @@ class _WaitingInit:
 
 
 @final
-class Directory:
+class Catalog:
     """One store, as the scheduler sees it."""
 
     def __init__(self, store: int, opened: m.JoinStore, num_workers: int, placement: Placement) -> None:

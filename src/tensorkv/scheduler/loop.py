@@ -11,7 +11,7 @@ from typing import Any, final
 from tensorkv.addresses import LOOPBACK
 from tensorkv.config import DEFAULT_PEER_TIMEOUT_S, SLICE_BOUND_BYTES, Role
 from tensorkv.errors import NotInJob, PeerLostError, ProtocolError, RankTaken, TensorKVError
-from tensorkv.peer.admission import SPARE_NEWCOMERS, Newcomers
+from tensorkv.peer.admission import SPARE_NEWCOMERS, Admission
 from tensorkv.peer.deadlines import ended_because, lost_text
 from tensorkv.peer.handshake import accept, receive_message
 from tensorkv.scheduler.membership import Membership
@@ -75,7 +75,7 @@ class SchedulerServer:
         self._size: dict[Role, int] = {"worker": num_workers, "server": num_servers}
         self._peers: dict[tuple[Role, int], _Peer] = {}
         self._taken: set[tuple[Role, int]] = set()  # places of processes that have proved themselves
-        self._newcomers = Newcomers(num_workers + num_servers + SPARE_NEWCOMERS)
+        self._newcomers = Admission(num_workers + num_servers + SPARE_NEWCOMERS)
         self._threads: list[threading.Thread] = []
         self._stopped = False
         self._refusals = SeldomLog(logger, "refused connections")

@@ -21,7 +21,7 @@ from typing import Any, final
 
 from tensorkv.config import MAX_SLICE_BYTES, Role
 from tensorkv.errors import ProtocolError, StoreMismatch, closed_meanwhile, to_wire
-from tensorkv.scheduler.catalog import CommitReduction, Directory, Placement
+from tensorkv.scheduler.catalog import Catalog, CommitReduction, Placement
 from tensorkv.wire import messages as m
 
 MAX_STORES = 4096
@@ -53,7 +53,7 @@ class Membership:
         self.lost: m.Lost | None = None
         self._processes: dict[tuple[Role, int], _Process] = {}
         self._placement = Placement(slice_bound_bytes, MAX_SLICE_BYTES, [0] * num_servers)
-        self._stores: dict[int, Directory] = {}
+        self._stores: dict[int, Catalog] = {}
         self._by_name: dict[str, int] = {}
         self._next_store = 1
         self._commits = CommitReduction(num_servers)
@@ -207,7 +207,7 @@ class Membership:
         if directory is None:
             number = self._next_store
             self._next_store += 1
-            directory = Directory(number, message, self.num_workers, self._placement)
+            directory = Catalog(number, message, self.num_workers, self._placement)
             for gone in self._gone:
                 directory.leave(gone)
             self._stores[number] = directory
@@ -312,7 +312,7 @@ class Membership:
                 return
         self.out.append(("worker", rank, m.Waiting(request, [], "")))
 
-    def _collect(self, directory: Directory) -> None:
+    def _collect(self, directory: Catalog) -> None:
         self.out += [("worker", rank, message) for rank, message in directory.out]
         directory.out.clear()
         if not directory.members and directory.store in self._stores:

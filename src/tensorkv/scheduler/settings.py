@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import final
 
 from tensorkv.errors import SettingMismatch
-from tensorkv.wire.messages import Key, SettingRecord
+from tensorkv.plain import Key
+from tensorkv.wire.messages import SettingRecord
 
 MAX_REMEMBERED_SETTINGS = 1024
 

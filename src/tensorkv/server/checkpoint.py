@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from tensorkv.arrays import Key
 from tensorkv.checkpoint.records import FILE_NAME, FileRecord, KeyRecord, PieceRecord, check_record
 from tensorkv.checkpoint.slices import SliceState, pack, records_of, slice_state, unpack
 from tensorkv.errors import ProtocolError
+from tensorkv.plain import Key
 from tensorkv.server.layouts import Slice
 from tensorkv.server.memory import Memory
 from tensorkv.server.shard import Outgoing, StoreShard
@@ -116,7 +116,7 @@ def restore_slice(shard: StoreShard, worker: int, message: m.RestoreSlice, paylo
 
 
 def restore(
-    shard: StoreShard, entry: m.SliceEntry, key: m.Key, shape: tuple[int, ...], each: SliceState
+    shard: StoreShard, entry: m.SliceEntry, key: Key, shape: tuple[int, ...], each: SliceState
 ) -> None:
     """Create a slice, and keep what its updater will go on with."""
     shard.create(entry, key, shape, each.value, each.version).restored = each

@@ -9,8 +9,8 @@ from typing import final
 
 import torch
 
-from tensorkv.arrays import Key
 from tensorkv.errors import CommitMismatch, DtypeMismatch, TensorKVError
+from tensorkv.plain import Key
 from tensorkv.server.layouts import Slice
 from tensorkv.server.rounds import Index
 from tensorkv.wire.messages import Commit

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import torch
 
-from tensorkv.arrays import Key
 from tensorkv.checkpoint.slices import SliceState
+from tensorkv.plain import Key
 from tensorkv.server.memory import Memory
 from tensorkv.server.rounds import Index
 from tensorkv.server.slots import Slot

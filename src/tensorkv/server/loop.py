@@ -36,7 +36,7 @@ from tensorkv.errors import (
     RankTaken,
     TensorKVError,
 )
-from tensorkv.peer.admission import SPARE_NEWCOMERS, Newcomers
+from tensorkv.peer.admission import SPARE_NEWCOMERS, Admission
 from tensorkv.peer.code import LoadUpdater, updater_loader
 from tensorkv.peer.deadlines import lost_error, scheduler_lost_error
 from tensorkv.peer.handshake import accept, connect_to_scheduler
@@ -124,7 +124,7 @@ class Server:
         self._released: deque[list[Lease]] = deque()  # by sending threads, settled by the loop
         self._lock = threading.Lock()  # guards _taken, _arrived and _threads
         self._taken: set[int] = set()  # ranks of workers that have proved themselves
-        self._newcomers = Newcomers(config.num_workers + SPARE_NEWCOMERS)
+        self._newcomers = Admission(config.num_workers + SPARE_NEWCOMERS)
         self._arrived: list[_Peer] = []  # workers that the loop is to take over
         self._threads: list[threading.Thread] = []
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

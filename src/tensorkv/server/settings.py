@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from tensorkv.arrays import Key
 from tensorkv.checkpoint.records import SavedSettings, check_settings
 from tensorkv.errors import ProtocolError
 from tensorkv.peer.code import LoadUpdater
+from tensorkv.plain import Key
 from tensorkv.updaters.base import Updater
 from tensorkv.updaters.functions import CodeRef
 from tensorkv.updaters.settings import Setting, SettingsTable, build_saved

@@ -21,7 +21,6 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
-from tensorkv.arrays import Key
 from tensorkv.checkpoint.slices import state_bytes
 from tensorkv.errors import (
     CommitMismatch,
@@ -34,6 +33,7 @@ from tensorkv.errors import (
 )
 from tensorkv.norms import clip_factor
 from tensorkv.peer.code import LoadUpdater
+from tensorkv.plain import Key
 from tensorkv.server.commits import CommitGather, all_finite, norms_of, scale, unscalable
 from tensorkv.server.layouts import Chunk, Contribution, Layout, Slice
 from tensorkv.server.lockstep import MIN_ROUNDS, Lockstep, is_at_rest
@@ -197,7 +197,7 @@ class StoreShard:
         self._reply(worker, m.Done(message.request))
 
     def create(
-        self, entry: m.SliceEntry, key: m.Key, shape: tuple[int, ...], value: torch.Tensor, version: int
+        self, entry: m.SliceEntry, key: Key, shape: tuple[int, ...], value: torch.Tensor, version: int
     ) -> Slice:
         """Create one slice with this value, which is flat, and this version."""
         if entry.slice_id in self._index_of or value.numel() != entry.stop - entry.start:
@@ -208,7 +208,7 @@ class StoreShard:
         return self._slices[index]
 
     def _allocate(
-        self, key: m.Key, slices: Sequence[m.SliceEntry], dtype: torch.dtype
+        self, key: Key, slices: Sequence[m.SliceEntry], dtype: torch.dtype
     ) -> list[tuple[Slot, int]]:
         try:
             return [self._slots.allocate(each.stop - each.start, dtype) for each in slices]
@@ -219,7 +219,7 @@ class StoreShard:
     def _add_slice(
         self,
         entry: m.SliceEntry,
-        key: m.Key,
+        key: Key,
         shape: tuple[int, ...],
         slot: Slot,
         offset: int,

@@ -24,10 +24,10 @@ def allocate_private(size_bytes: int) -> torch.Tensor:
     return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
 
 
-SMALL_BYTES = 32 << 10
+PACKED_BYTES = 32 << 10
 """Slices up to this size share slots, so that a list of small keys is one run of memory."""
 
-SHARED_SLOT_BYTES = 128 << 10
+PACKED_SLOT_BYTES = 128 << 10
 
 
 @final
@@ -76,11 +76,11 @@ class SlotAllocator:
 
     def allocate(self, num_elems: int, dtype: torch.dtype) -> tuple[Slot, int]:
         """Return a slot and the offset in it, in elements, of `num_elems` fresh elements."""
-        if num_elems * dtype.itemsize > SMALL_BYTES:
+        if num_elems * dtype.itemsize > PACKED_BYTES:
             return self._slot(num_elems * dtype.itemsize, dtype), 0
         slot, used = self._open.get(dtype, (None, 0))
         if slot is None or used + num_elems > slot.tensor.numel():
-            slot, used = self._slot(SHARED_SLOT_BYTES, dtype), 0
+            slot, used = self._slot(PACKED_SLOT_BYTES, dtype), 0
         self._open[dtype] = (slot, used + num_elems)
         return slot, used
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import final
 
-from tensorkv.arrays import Key
 from tensorkv.checkpoint.files import PieceReader, check_files, write_slices
 from tensorkv.checkpoint.records import FileRecord, PieceRecord
 from tensorkv.checkpoint.slices import SliceState
+from tensorkv.plain import Key
 from tensorkv.server.checkpoint import StateFiles
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 import torch
 
 from tensorkv.addresses import LOOPBACK
-from tensorkv.arrays import Key, check_has_mean, check_matches, dtype_name, new_tensor, unreadable
+from tensorkv.arrays import check_has_mean, check_matches, dtype_name, new_tensor, unreadable
 from tensorkv.checkpoint.records import SavedSettings
 from tensorkv.config import DEFAULT_TIMEOUT_S, ENV_ROLE, Transport, from_env, stray_variables
 from tensorkv.errors import (
@@ -37,13 +37,13 @@ from tensorkv.errors import (
 from tensorkv.keys import PullBatch, PushBatch, answer
 from tensorkv.peer.code import describe_code
 from tensorkv.peer.deadlines import taken
+from tensorkv.plain import Key, may_travel
 from tensorkv.reduce import sum_devices, sum_dtype
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
 from tensorkv.updaters.base import Updater
 from tensorkv.updaters.groups import OptimizerGroup
 from tensorkv.updaters.optimizer import find_optimizer, optimizer_spec
 from tensorkv.updaters.settings import SettingsTable, build, build_from_argument, restored_settings
-from tensorkv.updaters.spec import may_travel
 from tensorkv.wire import messages as m
 from tensorkv.wire.validate import check_init
 from tensorkv.work import Work
@@ -56,11 +56,11 @@ from tensorkv.worker.plancache import PlanCache
 from tensorkv.worker.plans import KeyState, Plan, build_plan
 from tensorkv.worker.pullcall import PullCall
 from tensorkv.worker.pusher import Pusher
-from tensorkv.worker.session import Job, join
+from tensorkv.worker.session import Session, join
 from tensorkv.worker.transfers import Destinations, gathered
 
 if TYPE_CHECKING:  # a worker needs no scheduler and no server, unless it is a job by itself
-    from tensorkv.launch.cluster import EmbeddedJob
+    from tensorkv.launch.cluster import LocalCluster
 
 
 @final
@@ -93,13 +93,13 @@ class DistStore(KVStore):
     def __init__(
         self,
         kind: str,
-        job: Job,
+        job: Session,
         *,
         store: str,
         reduction: Reduction,
         timeout_s: float,
         on_worker_loss: m.WorkerLossPolicy | None = None,
-        embedded: EmbeddedJob | None = None,
+        embedded: LocalCluster | None = None,
     ) -> None:
         super().__init__(kind, store=store, reduction=reduction, timeout_s=timeout_s)
         self._job = job
@@ -206,7 +206,7 @@ class DistStore(KVStore):
         """Do what this rank leads, and return how it has ended; raise the error if the job is broken.
 
         Ctrl-C is an error, too: the scheduler can still be told, so that nobody waits for what will not come.
-        Between the request that may make this rank the leader and `lead` it can not: see `Job.whole`.
+        Between the request that may make this rank the leader and `lead` it can not: see `Session.whole`.
         """
         try:
             lead()
@@ -856,10 +856,10 @@ def open_dist(
     if embedded:
         if num_servers < 1:
             raise InvalidArgument(f"num_servers={num_servers} is too few; a job needs at least one server")
-        from tensorkv.launch.cluster import EmbeddedJob
+        from tensorkv.launch.cluster import LocalCluster
 
         host = "inproc" if transport is None else LOOPBACK
-        cluster = EmbeddedJob(1, num_servers, timeout_s=timeout_s, host=host, transport=transport or "auto")
+        cluster = LocalCluster(1, num_servers, timeout_s=timeout_s, host=host, transport=transport or "auto")
         return _open_embedded(kind, cluster, store, reduction, timeout_s, on_worker_loss)
     config = from_env()
     job = _job_of_launcher(timeout_s, transport) if config is None else None
@@ -892,7 +892,7 @@ def open_dist(
     )
 
 
-def _job_of_launcher(timeout_s: float, transport: Transport | None) -> Job | None:
+def _job_of_launcher(timeout_s: float, transport: Transport | None) -> Session | None:
     from tensorkv.launch.torchrun import join_job  # most jobs are started otherwise
 
     return join_job(timeout_s=timeout_s, transport=transport)
@@ -900,13 +900,13 @@ def _job_of_launcher(timeout_s: float, transport: Transport | None) -> Job | Non
 
 def _open_embedded(
     kind: str,
-    cluster: EmbeddedJob,
+    cluster: LocalCluster,
     store: str,
     reduction: Reduction,
     timeout_s: float,
     on_worker_loss: m.WorkerLossPolicy | None,
 ) -> KVStore:
-    job: Job | None = None
+    job: Session | None = None
     try:
         job = cluster.join(0)
         kv = DistStore(

@@ -21,7 +21,6 @@ from typing import Any, final
 import torch
 
 from tensorkv.arrays import (
-    Key,
     accumulate_dtype,
     check_has_mean,
     check_matches,
@@ -67,6 +66,7 @@ from tensorkv.errors import (
 )
 from tensorkv.keys import PullBatch, PushBatch, answer, check_keys
 from tensorkv.norms import clip_factor, total_norm
+from tensorkv.plain import Key
 from tensorkv.reduce import broadcast, lightest, sum_devices
 from tensorkv.server.commits import all_finite, norms_of, scale, unscalable
 from tensorkv.server.memory import short_of

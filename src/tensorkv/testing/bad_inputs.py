@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from tensorkv import errors
-from tensorkv.arrays import Key
 from tensorkv.keys import ABSENT
+from tensorkv.plain import Key
 from tensorkv.store import KeyInfo, KVStore
 from tensorkv.testing.suite import DEADLINE_S, StoreMaker, check, full, in_one, raises, same
 

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 from tensorkv.config import DEFAULT_TIMEOUT_S, SLICE_BOUND_BYTES, Transport
 from tensorkv.errors import PeerLostError, StoreClosed
-from tensorkv.launch.cluster import EmbeddedJob
+from tensorkv.launch.cluster import LocalCluster
 from tensorkv.store import KVStore, Reduction
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
 from tensorkv.wire.messages import WorkerLossPolicy
-from tensorkv.worker.session import Job
+from tensorkv.worker.session import Session
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def run_job(
     Raises:
         The first error that a worker raised. It is lost then: no other worker waits for it.
     """
-    cluster = EmbeddedJob(
+    cluster = LocalCluster(
         num_workers,
         num_servers,
         timeout_s=timeout_s,
@@ -57,7 +57,7 @@ def run_job(
     errors: list[tuple[int, BaseException]] = []
 
     def work(rank: int) -> None:
-        job: Job | None = None
+        job: Session | None = None
         try:
             job = cluster.join(rank)
             kv = DistStore(

@@ -48,7 +48,7 @@ from tensorkv.transport.segments import MAX_SEGMENTS
 from tensorkv.transport.unix import DescriptorHead, UnixConnection, UnixListener
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import MAX_HEADER_BYTES, PREFIX, PREFIX_BYTES, Decoder, decode_prefix, encode
-from tensorkv.worker.session import Job
+from tensorkv.worker.session import Session
 
 NUM_SERVERS = 2
 SLICE_BOUND_BYTES = 1 << 12
@@ -467,11 +467,11 @@ def meet(seed: int, pool: Sequence[bytes]) -> int:
 
 
 def _work(peers: HostilePeers, guarded: _Guarded, folder: str, faults: list[str]) -> None:
-    job: Job | None = None
+    job: Session | None = None
     failed = 0
     calls: Iterator[Callable[[], object]] = iter(())
     try:
-        job = Job(peers.config())
+        job = Session(peers.config())
         kv = DistStore("dist_sync", job, store="fuzzed", reduction="sum", timeout_s=DEADLINE_S)
         calls = iter(_calls(kv, guarded, folder))
     except TensorKVError as error:

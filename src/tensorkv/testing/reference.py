@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tensorkv.arrays import Key, accumulate_dtype, check_matches
+from tensorkv.arrays import accumulate_dtype, check_matches
 from tensorkv.errors import (
     DtypeMismatch,
     KeyAlreadyInitialized,
@@ -26,6 +26,7 @@ from tensorkv.errors import (
     UpdaterError,
 )
 from tensorkv.keys import ABSENT
+from tensorkv.plain import Key
 from tensorkv.store import CommitResult, UpdaterFunction
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
-from tensorkv.arrays import Key
+from tensorkv.plain import Key
 from tensorkv.store import KVStore
 
 DEADLINE_S = 20.0

@@ -17,8 +17,8 @@ from typing import Any, final
 
 import torch
 
-from tensorkv.arrays import Key
 from tensorkv.errors import LoadError, TensorKVError, UnknownUpdater, UpdaterError, did_you_mean
+from tensorkv.plain import Key
 from tensorkv.updaters.spec import UpdaterSpec
 
 Failure = Exception | None

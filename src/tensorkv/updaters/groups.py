@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensorkv.arrays import Key
 from tensorkv.errors import InvalidArgument, InvalidOption
+from tensorkv.plain import Key
 from tensorkv.updaters.optimizer import (
     check_may_travel,
     find_optimizer,

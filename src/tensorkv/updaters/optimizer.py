@@ -26,7 +26,6 @@ from typing import Any, final
 
 import torch
 
-from tensorkv.arrays import Key
 from tensorkv.checkpoint.records import KeyRecord, SavedSettings
 from tensorkv.errors import (
     InvalidOption,
@@ -39,9 +38,10 @@ from tensorkv.errors import (
     did_you_mean,
 )
 from tensorkv.partition import CUT_ELEMS
+from tensorkv.plain import Key, may_travel
 from tensorkv.updaters.base import AwaitedUpdater, Failure, Update, Updater, updater_error
 from tensorkv.updaters.fusing import is_fused_right
-from tensorkv.updaters.spec import UpdaterSpec, may_travel
+from tensorkv.updaters.spec import UpdaterSpec
 
 ELEMENTWISE_OPTIMIZERS = frozenset(
     {

@@ -14,8 +14,8 @@ from typing import Any, final
 
 import torch
 
-from tensorkv.arrays import Key
 from tensorkv.keys import PushBatch
+from tensorkv.plain import Key
 
 _PACKAGE = __name__.partition(".")[0]
 

@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 import torch
 
-from tensorkv.arrays import Key
 from tensorkv.checkpoint.records import SavedSettings, SettingEntry
 from tensorkv.errors import InvalidOption, LoadError, UnknownUpdater, UnsupportedOptimizer
+from tensorkv.plain import Key
 from tensorkv.updaters.base import (
     NAMED_UPDATERS,
     Assign,

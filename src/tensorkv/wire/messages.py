@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from tensorkv.checkpoint.records import FileRecord, KeyRecord, PieceRecord, Plain, SavedSettings, TensorRecord
+from tensorkv.checkpoint.records import FileRecord, KeyRecord, PieceRecord, SavedSettings, TensorRecord
+from tensorkv.config import Role
+from tensorkv.plain import Key, Plain
 from tensorkv.updaters.functions import CodeRef
 from tensorkv.updaters.spec import UpdaterSpec
 
-Key = int | str
-Role = Literal["worker", "server", "scheduler"]
 WorkerLossPolicy = Literal["fail", "continue"]
 EPOCH = 0
 """The epoch of every placement so far: keys do not move yet."""

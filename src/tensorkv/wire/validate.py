@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from tensorkv.arrays import REFUSED_DTYPES, check_summable, dtype_from_name
-from tensorkv.checkpoint.records import VALUE, Plain, SavedSettings, TensorRecord, check_settings
+from tensorkv.checkpoint.records import VALUE, SavedSettings, TensorRecord, check_settings
 from tensorkv.checkpoint.slices import packed_bytes
 from tensorkv.errors import InvalidValue, LoadError, ProtocolError
-from tensorkv.updaters.spec import MAX_INT
+from tensorkv.plain import MAX_INT, Plain
 from tensorkv.wire import messages as m
 
 MAX_STATE_TENSORS = 64

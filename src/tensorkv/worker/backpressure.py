@@ -1,4 +1,4 @@
-"""MergeWatch: learns, as it happens, which of this worker's last pushes are merged.
+"""Backpressure: learns, as it happens, which of this worker's last pushes are merged.
 
 A worker may push a key again only then. The servers tell slice by slice; a value is free when all its
 slices are.
@@ -15,7 +15,7 @@ from tensorkv.transport.base import TICK_S
 from tensorkv.wire import messages as m
 from tensorkv.worker.link import Exchange, ServerLink
 from tensorkv.worker.plans import Plan, ServerPart
-from tensorkv.worker.session import Job
+from tensorkv.worker.session import Session
 
 
 @final
@@ -48,10 +48,10 @@ class _MergeExchange(Exchange):
 
 
 @final
-class MergeWatch:
+class Backpressure:
     """Watches the values of a plan, which the servers know, until each is merged."""
 
-    def __init__(self, job: Job, store: int, plan: Plan, timeout_s: float, what: str) -> None:
+    def __init__(self, job: Session, store: int, plan: Plan, timeout_s: float, what: str) -> None:
         self._job = job
         self._store = store
         self._plan = plan

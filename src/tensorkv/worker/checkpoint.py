@@ -45,7 +45,7 @@ from tensorkv.updaters.settings import SettingsTable, restored_settings
 from tensorkv.wire import messages as m
 from tensorkv.wire.validate import check_saved, check_slice
 from tensorkv.worker.link import Exchange, ServerLink, SingleReply
-from tensorkv.worker.session import Job
+from tensorkv.worker.session import Session
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -60,7 +60,7 @@ _Open = list[tuple[ServerLink, int, SingleReply]]
 class StateTransfer:
     """Saves and loads one store. For the worker that leads; the others wait meanwhile."""
 
-    def __init__(self, job: Job, store: int, reduction: Literal["sum", "mean"], timeout_s: float) -> None:
+    def __init__(self, job: Session, store: int, reduction: Literal["sum", "mean"], timeout_s: float) -> None:
         self._job = job
         self._store = store
         self._reduction = reduction

@@ -14,7 +14,7 @@ from typing import final
 
 from tensorkv.peer.deadlines import taken
 from tensorkv.transport.base import TICK_S
-from tensorkv.worker.session import Job
+from tensorkv.worker.session import Session
 
 
 @final
@@ -24,7 +24,7 @@ class Hold:
     `on` tells whether changes are held back. It does not change while the job's order is held.
     """
 
-    def __init__(self, job: Job, store: int, timeout_s: float) -> None:
+    def __init__(self, job: Session, store: int, timeout_s: float) -> None:
         self._job = job
         self._store = store
         self._timeout_s = timeout_s
@@ -53,7 +53,7 @@ class Hold:
     def back(self) -> Iterator[None]:
         """Hold changes back, within `one_call`. Those already begun are on their way to every server.
 
-        Within `Job.whole`, too: Ctrl-C as it ends may leave them held back.
+        Within `Session.whole`, too: Ctrl-C as it ends may leave them held back.
         """
         try:
             with self._job.order:

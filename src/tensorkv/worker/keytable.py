@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
-from tensorkv.arrays import Key
 from tensorkv.errors import (
     KeyDeleted,
     KeyNotInitialized,
@@ -16,10 +15,10 @@ from tensorkv.errors import (
     from_wire,
     not_initialized,
 )
-from tensorkv.updaters.spec import may_travel
+from tensorkv.plain import Key, may_travel
 from tensorkv.wire import messages as m
 from tensorkv.worker.plans import KeyState
-from tensorkv.worker.session import Job
+from tensorkv.worker.session import Session
 
 MAX_GONE = 4096
 """So many keys that others have deleted are remembered; servers remember as many."""
@@ -34,7 +33,7 @@ class KeyTable:
     """
 
     def __init__(
-        self, job: Job, store: int, timeout_s: float, on_forget: Callable[[Sequence[KeyState]], None]
+        self, job: Session, store: int, timeout_s: float, on_forget: Callable[[Sequence[KeyState]], None]
     ) -> None:
         self.lock = threading.Lock()
         self.states: dict[Key, KeyState] = {}

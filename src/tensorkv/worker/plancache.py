@@ -9,10 +9,10 @@ from typing import final
 
 import torch
 
-from tensorkv.arrays import Key
+from tensorkv.plain import Key
 from tensorkv.wire import messages as m
 from tensorkv.worker.plans import KeyState, Origins, Plan, build_plan
-from tensorkv.worker.session import Job
+from tensorkv.worker.session import Session
 
 MAX_PLANS = 1024
 """Plans kept; the one that was not used for longest goes first."""
@@ -31,7 +31,7 @@ class PlanCache:
     like those of the last is for the caller to check.
     """
 
-    def __init__(self, job: Job, store: int) -> None:
+    def __init__(self, job: Session, store: int) -> None:
         self.last_push: dict[tuple[Key, ...], Plan] = {}
         self.last_pull: dict[tuple[Key, ...], Plan] = {}
         self._job = job

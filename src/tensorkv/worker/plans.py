@@ -17,12 +17,13 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from tensorkv.arrays import Key, bytes_of, dtype_from_name, dtype_name
+from tensorkv.arrays import bytes_of, dtype_from_name, dtype_name
 from tensorkv.config import MAX_SLICE_BYTES
+from tensorkv.plain import Key
 from tensorkv.wire import messages as m
 from tensorkv.worker import nontemporal
 
-SMALL_BYTES = 32 << 10
+COALESCE_BYTES = 32 << 10
 """Pieces up to this size are gathered into one buffer before they travel."""
 
 Span = tuple[int, int, int]
@@ -323,7 +324,7 @@ class _PartBuilder:
             kind: m.PayloadKind = "dense" if count else "absent"
             self._entries.append(m.ChunkEntry([], [], m.PayloadDescriptor(kind, dtype_name(dtype)), []))
         chunk, names = self.chunks[-1], self._entries[-1]
-        small = size_bytes <= SMALL_BYTES
+        small = size_bytes <= COALESCE_BYTES
         whole = length == state.num_elems
         chunk.pieces.append(Piece(value, entry.start, entry.stop, chunk.num_elems, whole, small))
         chunk.num_elems += length

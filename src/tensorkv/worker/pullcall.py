@@ -15,7 +15,7 @@ from tensorkv.worker.link import ServerLink
 from tensorkv.worker.plancache import PlanCache
 from tensorkv.worker.plans import Plan
 from tensorkv.worker.pusher import Pusher
-from tensorkv.worker.session import Job
+from tensorkv.worker.session import Session
 from tensorkv.worker.transfers import Destinations, PullExchange
 
 
@@ -52,7 +52,7 @@ class PullCall:
         self._left = len(plan.parts)
         self._lock = threading.Lock()
 
-    def ask(self, job: Job, plans: PlanCache, pusher: Pusher) -> None:
+    def ask(self, job: Session, plans: PlanCache, pusher: Pusher) -> None:
         """Send the requests of a pull."""
         self._open(job)
         with job.order, job.whole:
@@ -64,7 +64,7 @@ class PullCall:
             link.pump()
 
     def push(
-        self, job: Job, pusher: Pusher, values: Sequence[torch.Tensor], weight: float | None = None
+        self, job: Session, pusher: Pusher, values: Sequence[torch.Tensor], weight: float | None = None
     ) -> bool:
         """Push, and have the values after the round sent back chunk by chunk.
 
@@ -81,7 +81,7 @@ class PullCall:
                 self.numbers.clear()
         return sent is not None
 
-    def _open(self, job: Job) -> None:
+    def _open(self, job: Session) -> None:
         self.replies: dict[int, int] = {}
         for part in self.plan.parts:
             link = job.links[part.server]

@@ -19,7 +19,7 @@ from tensorkv.peer.deadlines import ASK_GRACE_S
 from tensorkv.transport.base import TICK_S
 from tensorkv.wire import messages as m
 from tensorkv.work import Work
-from tensorkv.worker.backpressure import MergeWatch
+from tensorkv.worker.backpressure import Backpressure
 from tensorkv.worker.hold import Hold
 from tensorkv.worker.keytable import KeyTable
 from tensorkv.worker.latch import OPEN, Latch
@@ -27,7 +27,7 @@ from tensorkv.worker.lending import spans_of
 from tensorkv.worker.link import ServerLink
 from tensorkv.worker.plancache import PlanCache
 from tensorkv.worker.plans import KeyState, Plan, PlanChunk, Span
-from tensorkv.worker.session import Job
+from tensorkv.worker.session import Session
 from tensorkv.worker.transfers import COPY_ERRORS, failed_copy, gather, gather_into
 from tensorkv.worker.window import Loan, WindowEnd
 
@@ -126,7 +126,7 @@ class Pusher:
 
     def __init__(
         self,
-        job: Job,
+        job: Session,
         store: int,
         timeout_s: float,
         is_async: bool,
@@ -406,7 +406,7 @@ class Pusher:
     ) -> list[int]:
         """Push values when their last push is merged; return those where another thread was quicker."""
         asked = self._plans.plan_to_pull([plan.states[place] for place in places])
-        watch = MergeWatch(self._job, self._store, asked, self._timeout_s, what)
+        watch = Backpressure(self._job, self._store, asked, self._timeout_s, what)
         with self._job.order, self._job.whole:
             up_to = self.count
             self._plans.tell(asked)

@@ -1,4 +1,4 @@
-"""Job: this process as a worker of a job, with its connections to the scheduler and to every server.
+"""Session: this process as a worker of a job, with its connections to the scheduler and to every server.
 
 Stores of one process share its job. It is joined by the first store and left when the interpreter
 exits, or, for a job that lives in this process, when its store is closed.
@@ -56,7 +56,7 @@ class OpenStore(Protocol):
 
 
 @final
-class Job:
+class Session:
     """A worker's place in a job. Safe from any thread.
 
     `order` is held while one call's messages are queued to all servers, so that every server sees the
@@ -297,7 +297,7 @@ class _Whole:
     `with job.order, job.whole:` sends several messages that belong together.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Session) -> None:
         self._job = job
 
     def __enter__(self) -> None:
@@ -317,7 +317,7 @@ def _forked(config: JobConfig, parent: int) -> NotInJob:
 
 
 _lock = threading.Lock()
-_joined: dict[int, Job] = {}  # by process id: a forked child has none
+_joined: dict[int, Session] = {}  # by process id: a forked child has none
 
 
 def check_not_forked(config: JobConfig) -> None:
@@ -326,20 +326,20 @@ def check_not_forked(config: JobConfig) -> None:
         raise _forked(config, next(iter(_joined)))
 
 
-def join(config: JobConfig, connection: Connection | None = None) -> Job:
+def join(config: JobConfig, connection: Connection | None = None) -> Session:
     """Return this process's place in its job; the first call joins it.
 
     `connection` is that to the scheduler, where it was made already.
 
     Raises:
         NotInJob: this process was forked from a worker, which holds the place.
-        What `Job` raises.
+        What `Session` raises.
     """
     with _lock:
         job = _joined.get(os.getpid())
         if job is None:
             check_not_forked(config)
-            job = Job(config, connection=connection)
+            job = Session(config, connection=connection)
             _joined[os.getpid()] = job
             who = f"worker {config.rank} (process {os.getpid()} on {hostname()})"
             atexit.register(leave, job, _watch_end(who))
@@ -353,7 +353,7 @@ def _watch_end(who: str) -> WorkerSignals:
     return signals
 
 
-def leave(job: Job, signals: WorkerSignals | None = None) -> None:
+def leave(job: Session, signals: WorkerSignals | None = None) -> None:
     """Leave the job as the interpreter exits: in good order, or as lost after an uncaught exception."""
     if _joined.get(os.getpid()) is not job or job.closed:
         return
@@ -364,7 +364,7 @@ def leave(job: Job, signals: WorkerSignals | None = None) -> None:
             signals.stop()
 
 
-def _leave(job: Job) -> None:
+def _leave(job: Session) -> None:
     error = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
     if error is not None:
         job.close(m.Abandon(f"it ended with {type(error).__name__}: {error}"))
