@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from frames import Mutator, load
+from hostile import WorkerFault, fuzz_worker, meet
 
 from tensorkv.errors import KeyNotInitialized, to_wire
 from tensorkv.server.shm import Sharing
 from tensorkv.testing import hostile
-from tensorkv.testing.frames import Mutator, load
-from tensorkv.testing.hostile import WorkerFault, fuzz_worker, meet
 from tensorkv.transport import unix
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import PREFIX, encode

@@ -10,11 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-
-from tensorkv.launch.cluster import LocalCluster
-from tensorkv.peer.handshake import introduce
-from tensorkv.testing.frames import message_of
-from tensorkv.testing.hostilesharing import (
+from frames import message_of
+from hostilesharing import (
     NUM_ELEMS,
     SEGMENT_BYTES,
     Descriptors,
@@ -22,6 +19,9 @@ from tensorkv.testing.hostilesharing import (
     shared_conversations,
     with_descriptor,
 )
+
+from tensorkv.launch.cluster import LocalCluster
+from tensorkv.peer.handshake import introduce
 from tensorkv.transport import unix
 from tensorkv.transport.unix import DescriptorHead
 from tensorkv.wire import messages as m

@@ -1,7 +1,7 @@
 """Fuzzing: hostile frames against the codec, the state machines, servers over real sockets, and workers.
 
-    python -m tensorkv.testing.fuzz --corpus tests/corpus --frames 1000000 --seed 7
-    python -m tensorkv.testing.fuzz --corpus tests/corpus --frames 20000 --only worker
+    python tests/fuzz/fuzz.py --frames 1000000 --seed 7
+    python tests/fuzz/fuzz.py --frames 20000 --only worker
 
 Whatever comes, the codec and the state machines raise ProtocolError and nothing else, never ask for more
 memory than allowed, and serve on; a server or scheduler ends the one connection, with one line of its
@@ -27,6 +27,9 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from frames import SUFFIX, Conversation, Entry, Mutator, framed, load, message_of, save
+from hostile import WorkerFault, fuzz_worker, resident_mb
+from hostilesharing import Descriptors, is_shared, shared_conversations, with_descriptor
 
 from tensorkv.config import JobConfig
 from tensorkv.errors import ProtocolError, ProtocolVersionError, TensorKVError
@@ -38,15 +41,13 @@ from tensorkv.server.loop import Server
 from tensorkv.server.memory import BufferPool, Memory
 from tensorkv.server.state import ServerState
 from tensorkv.server.statefiles import FolderFiles
-from tensorkv.testing.frames import SUFFIX, Conversation, Entry, Mutator, framed, load, message_of, save
-from tensorkv.testing.hostile import WorkerFault, fuzz_worker, resident_mb
-from tensorkv.testing.hostilesharing import Descriptors, is_shared, shared_conversations, with_descriptor
 from tensorkv.transport import unix
 from tensorkv.transport.base import Connection
 from tensorkv.transport.endpoint import connect
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import MAX_HEADER_BYTES, PREFIX, Decoder, decode_prefix, encode
 
+CORPUS = Path(__file__).parents[1] / "corpus"
 NUM_WORKERS = 2
 MAX_PAYLOAD_BYTES = 1 << 22
 DEADLINE_S = 30.0
@@ -537,8 +538,8 @@ def _fuzz_codec(mutator: Mutator, frames: Sequence[bytes], num_frames: int) -> i
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fuzz as the command line says; a finding is written to the corpus folder. Return 1 for one."""
-    parser = argparse.ArgumentParser(prog="python -m tensorkv.testing.fuzz", description="hostile frames")
-    parser.add_argument("--corpus", type=Path, required=True, help="folder of kept conversations")
+    parser = argparse.ArgumentParser(prog="python tests/fuzz/fuzz.py", description="hostile frames")
+    parser.add_argument("--corpus", type=Path, default=CORPUS, help="folder of kept conversations")
     parser.add_argument("--frames", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=PHASES, help="all frames to one of these")

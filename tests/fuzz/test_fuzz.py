@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from frames import Entry, Mutator, load, save
 
+from fuzz import Finding, feed_codec, fuzz, fuzz_sockets, fuzz_state, main, replay
 from tensorkv.scheduler.membership import Membership
 from tensorkv.server.loop import Server
 from tensorkv.server.state import ServerState
-from tensorkv.testing.frames import Entry, Mutator, load, save
-from tensorkv.testing.fuzz import Finding, feed_codec, fuzz, fuzz_sockets, fuzz_state, main, replay
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import encode
 
@@ -29,7 +29,7 @@ def test_what_was_found_stays_fixed(target: str, name: str) -> None:
 
 
 def test_twenty_thousand_hostile_frames() -> None:
-    """New ones in every run. A failure tells the seed; `python -m tensorkv.testing.fuzz` runs it again."""
+    """New ones in every run. A failure tells the seed; `python tests/fuzz/fuzz.py` runs it again."""
     seed = random.SystemRandom().randrange(1 << 32)
     said: list[str] = []
     try:

@@ -1,6 +1,6 @@
-"""Record the conversations of this folder anew, after a change of the protocol.
+"""Record the conversations of `tests/corpus` anew, after a change of the protocol.
 
-    python tests/corpus/record.py
+    python tests/fuzz/record.py
 
 Small jobs run in this process; what their scheduler and server are sent, and what the server answers, is
 written to files. What was found by fuzzing (`*-found-*`) stays as it is.
@@ -19,15 +19,15 @@ from unittest import mock
 
 import msgspec
 import torch
+from frames import SUFFIX, Conversation, Entry, framed, message_of, save
 
 import tensorkv
 from tensorkv.store import KVStore
 from tensorkv.testing.cluster import run_job
-from tensorkv.testing.frames import SUFFIX, Conversation, Entry, framed, message_of, save
 from tensorkv.transport.inproc import InprocConnection
 from tensorkv.wire import messages as m
 
-HERE = Path(__file__).parent
+CORPUS = Path(__file__).parents[1] / "corpus"
 NO_FOLDER = os.path.join(os.devnull, "folder")
 FOLDERS: dict[int, str] = {}  # by rank
 ALL = msgspec.msgpack.Decoder(
@@ -178,7 +178,7 @@ def record(name: str, program: Callable[[KVStore], None], **job: Any) -> None:
     with mock.patch.object(InprocConnection, "send_rest", send_rest):
         run_job(program, num_workers=2, num_servers=1, slice_bound_bytes=1 << 12, **job)
     for target, conversation in recorder.sent.items():
-        save(HERE / f"{target}-{name}{SUFFIX}", conversation)
+        save(CORPUS / f"{target}-{name}{SUFFIX}", conversation)
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from frames import Entry, Mutator, framed, load, message_of, payload_of, save
 
 from tensorkv.errors import ProtocolError, ProtocolVersionError
-from tensorkv.testing.frames import Entry, Mutator, framed, load, message_of, payload_of, save
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import MAX_HEADER_BYTES, Decoder, decode_prefix, encode
 
@@ -68,5 +68,5 @@ def test_the_corpus_is_of_this_version(target: str) -> None:
                 try:
                     seen.add(type(decoder.decode(message_of(entry.frame))).__name__)
                 except ProtocolError as exc:
-                    pytest.fail(f"{name}: {exc}; after a change of messages run tests/corpus/record.py")
+                    pytest.fail(f"{name}: {exc}; after a change of messages run tests/fuzz/record.py")
     assert len(seen) >= {"server": 13, "scheduler": 9, "worker": 5}[target], seen

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import final
 
+from frames import Conversation, Entry, message_of
+
 from tensorkv.errors import ProtocolError, ProtocolVersionError
 from tensorkv.peer.shm import CONTROL_BYTES
-from tensorkv.testing.frames import Conversation, Entry, message_of
 from tensorkv.transport.unix import DescriptorHead, UnixConnection
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import PREFIX, Decoder, encode

@@ -22,6 +22,8 @@ from typing import Any, final
 
 import msgspec
 import torch
+from frames import Mutator, framed
+from hostilesharing import SEGMENT_BYTES, Descriptors
 
 from tensorkv.checkpoint.records import FileRecord, SavedSettings
 from tensorkv.config import JobConfig
@@ -38,8 +40,6 @@ from tensorkv.server.state import ServerState
 from tensorkv.server.statefiles import FolderFiles
 from tensorkv.store import KVStore
 from tensorkv.stores.dist import DistStore
-from tensorkv.testing.frames import Mutator, framed
-from tensorkv.testing.hostilesharing import SEGMENT_BYTES, Descriptors
 from tensorkv.transport import unix
 from tensorkv.transport.base import Connection, Listener
 from tensorkv.transport.endpoint import listen
