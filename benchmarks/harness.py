@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from tensorkv.bench.steps import read_result
@@ -118,14 +119,33 @@ class _Running:
 
 @contextmanager
 def _started(processes: Sequence[Process]) -> Iterator[list[_Running]]:
-    """Start processes, each as a group of its own, and end every group on the way out."""
+    """Start processes, each as a group of its own, and end every group on the way out, SIGTERM included.
+
+    In groups of their own they would outlive this process. SIGTERM raises SystemExit, but not between the
+    start of a process and its entry in the list.
+    """
     running: list[_Running] = []
+    asked_to_leave = starting = False
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked_to_leave
+        asked_to_leave = True
+        if not starting:
+            sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
     with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, before)
         try:
             for process in processes:
+                starting = True
                 running.append(_start(process, stack))
+                starting = False
+                if asked_to_leave:
+                    sys.exit(128 + signal.SIGTERM)
             yield running
         finally:
+            starting = False
             _end(running)
 
 

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import select
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,14 @@ def test_late_job_is_ended_with_its_children() -> None:
         ended, _, _ = select.select([handle], [], [], DEADLINE_S)
         os.close(handle)
         assert ended, "a process was left running"
+
+
+def test_sigterm_ends_the_job_with_the_benchmark() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        run_job(_shell("kill -TERM $PPID; exec sleep 300"), timeout_s=30)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before  # and nothing is left running: see conftest.py
 
 
 def test_helper_that_fails_ends_the_job() -> None:
