@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tensorkv.errors import (
 )
 from tensorkv.server import shard as shard_module
 from tensorkv.server.shard import SCHEDULER
-from tensorkv.server.slots import Slot
+from tensorkv.server.slots import PACKED_BYTES, Slot
 from tensorkv.updaters.spec import UpdaterSpec
 from tensorkv.wire import messages as m
 
@@ -1098,6 +1099,40 @@ def test_what_torch_refuses_is_the_fault_of_the_round(
     for worker in range(2):
         assert bench.push(worker, plans[worker], torch.ones(2)) == []
     assert not torch.equal(bench.value(0, plans[0]), torch.zeros(2))
+    bench.check_empty()
+
+
+@pytest.mark.parametrize("rounds", [0, 3])  # 3: in lockstep
+def test_a_value_without_memory_for_its_sum_is_as_before_and_the_others_are_assigned(
+    t: Any, monkeypatch: pytest.MonkeyPatch, rounds: int
+) -> None:
+    """Values of a chunk lie in several runs of memory, and memory may run out at a later one."""
+    bench = t.Bench(2)
+    length = PACKED_BYTES // 4 + 1  # each in a slot of its own
+    ids = [bench.init(key, torch.zeros(length))[0] for key in "abc"]
+    plans = [bench.define(worker, t.dense(ids, [length] * 3)) for worker in range(2)]
+    values = [torch.full((length,), value) for value in (1.0, 2.0, 3.0)]
+    for _ in range(rounds):
+        assert [bench.push(worker, plans[worker], *values) for worker in range(2)] == [[], []]
+    before = bench.value(0, plans[0])
+    add_up, calls = shard_module.add_up, itertools.count()
+
+    def short_once(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if next(calls) == 1:
+            raise MemoryError
+        return add_up(*args, **kwargs)
+
+    larger = [value * 10 for value in values]
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_module, "add_up", short_once)
+        assert bench.push(0, plans[0], *larger) == []
+        out = bench.push(1, plans[1], *larger)
+    told = [(each.worker, each.message.slice_ids, each.message.round, each.message.name) for each in out]
+    assert told == [(worker, [ids[1]], rounds + 1, "MemoryLimitReached") for worker in range(2)]
+    info = bench.info(0, ids)
+    assert (info.rounds, info.versions) == ([rounds + 1] * 3, [rounds + 1, rounds, rounds + 1])
+    expected = torch.cat([larger[0] * 2, before[length : 2 * length], larger[2] * 2])
+    assert torch.equal(bench.value(0, plans[0]), expected)
     bench.check_empty()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -106,3 +108,22 @@ def test_what_a_mean_divides_by() -> None:
     assert weigh([(5.0, 2), (None, 3)]) == (8.0, [2.5, 1.0])
     assert weigh([(5.0, 2)]) == (2, None)
     assert weigh([(0.1, 1)] * 10) == (1.0, [0.1] * 10)  # not 0.9999999999999999
+
+
+def test_a_sum_that_fails_leaves_its_target_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part is cast, which takes memory, once the target has been written."""
+    out = torch.full((4,), 7.0)
+    parts = [torch.ones(4), torch.ones(4), torch.ones(4, dtype=torch.float16)]
+    cast, left = torch.Tensor.to, [0, 0, 1]
+
+    def short(self: torch.Tensor, *args: Any) -> torch.Tensor:
+        if left.pop(0):
+            raise MemoryError
+        return cast(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", short)
+        with pytest.raises(MemoryError):
+            add_up(parts, torch.float32, 1, out, may_overwrite=False)
+    assert out.tolist() == [7.0] * 4
+    assert add_up(parts, torch.float32, 1, out).tolist() == [3.0] * 4

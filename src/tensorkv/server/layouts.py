@@ -112,6 +112,11 @@ class Layout:
         low = self.lows[position]
         return low, low + self.slices[position].num_elems
 
+    def indices_in(self, run: Run) -> list[int]:
+        """Return the indices of the slices that lie in a run."""
+        starts = zip(self.lows, self.slices, strict=True)
+        return [each.index for low, each in starts if run.low <= low and low + each.num_elems <= run.high]
+
     def all_assign(self, settings_epoch: int) -> bool:
         """Whether ASSIGN holds for every slice; looked up anew when `settings_epoch` has changed."""
         if self._settings_epoch != settings_epoch:

@@ -35,7 +35,7 @@ from tensorkv.norms import clip_factor
 from tensorkv.peer.code import LoadUpdater
 from tensorkv.plain import Key
 from tensorkv.server.commits import CommitGather, all_finite, norms_of, scale, unscalable
-from tensorkv.server.layouts import Chunk, Contribution, Layout, Slice
+from tensorkv.server.layouts import Chunk, Contribution, Layout, Run, Slice
 from tensorkv.server.lockstep import MIN_ROUNDS, Lockstep, is_at_rest
 from tensorkv.server.memory import BufferPool, Memory, NoMemory, no_memory, short_of
 from tensorkv.server.rounds import Index, Rounds
@@ -705,8 +705,7 @@ class StoreShard:
         else:
             divisor, factors = sum(pushed.counts[0] for pushed, _ in parts) if self.mean else 1, None
         if layout.all_assign(self._settings_epoch):
-            self._assign_runs(layout, parts, divisor, factors)
-            return {}
+            return self._assign_runs(layout, parts, divisor, factors)
         stop = layout.bounds(len(layout.slices) - 1)[1]
         found = [memory.elements(pushed.dtype, 0, stop) for pushed, memory in parts]
         borrowed = parts[0][1].borrowed
@@ -721,21 +720,36 @@ class StoreShard:
 
     def _assign_runs(
         self, layout: Layout, parts: Sequence[_Part], divisor: float, factors: Sequence[float] | None
-    ) -> None:
-        """Add whole runs straight into the stored values."""
-        dtype = layout.slices[0].dtype
-        may_overwrite = not parts[0][1].borrowed
+    ) -> dict[int, Exception]:
+        """Add whole runs straight into the stored values; return by index what failed, and kept its value."""
+        failed: dict[int, Exception] = {}
         for run in layout.runs:
-            found = [memory.elements(pushed.dtype, run.low, run.high) for pushed, memory in parts]
-            if run.slot.lease.readers:
-                if run.is_whole_slot:  # nothing of the old value is needed
-                    fresh = run.slot.fresh()
-                    add_up(found, dtype, divisor, fresh, may_overwrite=may_overwrite, factors=factors)
-                    run.slot.replace(fresh)
-                    continue
-                run.slot.make_writable()
-            stored = run.stored.tensor
-            add_up(found, dtype, divisor, stored, may_overwrite=may_overwrite, factors=factors)
+            try:
+                self._assign_run(run, layout.slices[0].dtype, parts, divisor, factors)
+            except Exception as exc:  # noqa: BLE001  # as in `_apply`; the other runs are assigned
+                error = self._sum_error(exc)
+                failed.update(dict.fromkeys(layout.indices_in(run), error))
+        return failed
+
+    def _assign_run(
+        self,
+        run: Run,
+        dtype: torch.dtype,
+        parts: Sequence[_Part],
+        divisor: float,
+        factors: Sequence[float] | None,
+    ) -> None:
+        may_overwrite = not parts[0][1].borrowed
+        found = [memory.elements(pushed.dtype, run.low, run.high) for pushed, memory in parts]
+        if run.slot.lease.readers:
+            if run.is_whole_slot:  # nothing of the old value is needed
+                fresh = run.slot.fresh()
+                add_up(found, dtype, divisor, fresh, may_overwrite=may_overwrite, factors=factors)
+                run.slot.replace(fresh)
+                return
+            run.slot.make_writable()
+        stored = run.stored.tensor
+        add_up(found, dtype, divisor, stored, may_overwrite=may_overwrite, factors=factors)
 
     def _apply_each(self, slices: Index, workers: Sequence[int]) -> None:
         """The general case: every slice on its own, whatever chunks its contributions came in."""
@@ -825,9 +839,12 @@ class StoreShard:
                 self._reply(worker, self._sum_fault(slice_ids, round_number, exc))
 
     def _sum_fault(self, slice_ids: list[int], round_number: int, exc: Exception) -> m.Fault:
+        return m.Fault(self.store, slice_ids, round_number, *to_wire(self._sum_error(exc)))
+
+    def _sum_error(self, exc: Exception) -> TensorKVError:
         short = short_of(exc, "a round of what was pushed", self._no_memory)
         text = f"what was pushed could not be added up or applied: {type(exc).__name__}: {exc}"
-        return m.Fault(self.store, slice_ids, round_number, *to_wire(short or UpdaterError(text)))
+        return short or UpdaterError(text)
 
     def _release(self, slices: Index, workers: Sequence[int] | None = None) -> None:
         """The contributions to these slices are used up; buffers of which nothing is left go back."""

@@ -29,7 +29,8 @@ def add_up(
         parts: at least one; their dtypes may differ from `dtype` if all are floats.
         dtype: of the result; the sum itself is taken in float32 for half-width floats.
         divisor: what a mean divides by.
-        out: where the result goes, if given; it must not overlap the parts.
+        out: where the result goes, if given; it must not overlap the parts. It is as before if this raises:
+            nothing is written there until all memory is there.
         may_overwrite: the first part may be used as the accumulator.
         factors: multiply each part by its own first, in the dtype of the sum.
     """
@@ -39,7 +40,9 @@ def add_up(
         return torch.add(parts[0], parts[1], out=out)
     wide = accumulate_dtype(dtype)
     first, rest = parts[0], parts[1:]
-    target = out if out is not None and dtype == wide else None
+    # The third part is cast, which takes memory, when the sum of the first two is written.
+    in_place = dtype == wide and (len(parts) < 3 or all(part.dtype == wide for part in rest[1:]))
+    target = out if in_place else None
     if not rest:
         total = _single(first, wide, target, may_overwrite or divisor == 1)
     elif target is not None:
