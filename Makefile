@@ -1,8 +1,9 @@
 # Everything a developer runs. Each target makes the virtual environment first, once: `make demo` with what
-# TensorKV needs, torch and 120 MB, and the others with the tools of its developers on top.
+# TensorKV needs, torch and 120 MB, `make docs` with mkdocs on top, and the others with the tools of its developers.
 #   make demo      train a small network on real images, 4 workers and 2 servers on this machine
 #   make test      run the tests but those marked slow, within six minutes on two cores
 #   make bench     measure TensorKV, its peers and the floor, and write docs/benchmarks.md (25 minutes)
+#   make docs      build the site, with a reference from the docstrings, in site/; a broken link is an error
 #   make check     what must pass before a change is merged
 # PIP_ARGS is passed on to pip, for an index or a cache of your own: make test PIP_ARGS="--index-url ..."
 
@@ -12,9 +13,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)/.docs
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test test-all lint types format check coverage bench clean
+.PHONY: setup demo test test-all lint types format check coverage bench docs clean
 
 setup: $(STAMP)
 
@@ -28,6 +30,10 @@ $(DEMO): pyproject.toml constraints.txt
 $(STAMP): $(DEMO)
 	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev,bench]'
 	touch $(STAMP)
+
+$(DOCS): $(DEMO)
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[docs]'
+	touch $(DOCS)
 
 demo: $(DEMO)
 	$(BIN)/tensorkv run -n 4 -s 2 -- $(BIN)/python examples/digits.py
@@ -61,7 +67,11 @@ coverage: setup
 bench: setup
 	$(BIN)/python benchmarks/measureall.py
 
+# It reads the sources and the pages, and runs nothing of them: tests/test_docs.py does that.
+docs: $(DOCS)
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

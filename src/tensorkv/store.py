@@ -132,32 +132,79 @@ class KVStore(ABC):
 
     @property
     def kind(self) -> str:
-        """The kind of store, as given to `create`."""
+        """The kind of store, as given to `create`.
+
+        Example:
+            ```python
+            with tensorkv.create("dist_async", embedded=True) as kv:
+                print(kv.kind)  # dist_async
+            ```
+        """
         return self._kind
 
     @property
     def name(self) -> str:
-        """The name of the store within its job, as given to `create(store=...)`."""
+        """The name of the store within its job, as given to `create(store=...)`.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local", store="statistics")
+            print(kv.name)  # statistics
+            print(tensorkv.create("local").name)  # default
+            ```
+        """
         return self._name
 
     @property
     def reduction(self) -> Reduction:
-        """ "sum", or "mean" over all tensors that went into a round."""
+        """ "sum", or "mean" over all tensors that went into a round.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local", reduction="mean")
+            print(kv.reduction)  # mean
+            print(tensorkv.create("local").reduction)  # sum
+            ```
+        """
         return self._reduction
 
     @property
     @abstractmethod
     def rank(self) -> int:
-        """The number of this worker in its job, from 0, in the order of the launcher."""
+        """The number of this worker in its job, from 0, in the order of the launcher.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            samples = list(range(6))
+            print(kv.rank)  # 0
+            print(samples[kv.rank :: kv.num_workers])  # [0, 1, 2, 3, 4, 5]
+            ```
+        """
 
     @property
     @abstractmethod
     def num_workers(self) -> int:
-        """The number of workers in the job."""
+        """The number of workers in the job.
+
+        Example:
+            ```python
+            with tensorkv.create("dist_sync", embedded=True, num_servers=2) as kv:
+                print(kv.num_workers)  # 1
+            ```
+        """
 
     @property
     def world_size(self) -> int:
-        """The number of workers, under the name torch.distributed gives it."""
+        """The number of workers, under the name torch.distributed gives it.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            print(kv.world_size)  # 1
+            assert kv.world_size == kv.num_workers
+            ```
+        """
         return self.num_workers
 
     # ---- values ----------------------------------------------------------------------------------
@@ -184,6 +231,15 @@ class KVStore(ABC):
             InvalidArgument, LengthMismatch, WaitTimeout, PeerLostError.
 
         Blocks until the values are stored.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.ones(2))
+            kv.init({"b": torch.zeros(1), "c": torch.zeros(3)})
+            kv.init(torch.nn.Linear(3, 1))  # its parameters
+            print(kv.keys())  # ['w', 'b', 'c', 'weight', 'bias']
+            ```
         """
         self._check_usable("init", key)
         whole = flag("whole", whole)
@@ -236,6 +292,16 @@ class KVStore(ABC):
 
         Returns when the caller may change its tensors. Waits for other workers only where an earlier
         push of the same key is not merged yet.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init(["w", "b"], [torch.zeros(2), torch.zeros(1)])
+            kv.set_updater("add")
+            kv.push("w", [torch.ones(2), torch.ones(2)])  # a tensor per device
+            kv.push({"w": torch.ones(2), "b": tensorkv.ABSENT})
+            print(kv.pull(["w", "b"]))  # [tensor([3., 3.]), tensor([0.])]
+            ```
         """
         self._check_usable("push", key)
         if apply is not True or async_op is not False:  # mostly neither
@@ -272,6 +338,16 @@ class KVStore(ABC):
             KeyDeleted, InvalidKey, InvalidValue, InvalidArgument, LengthMismatch, PeerLostError.
 
         Blocks until `out` is written.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init({"w": torch.ones(2), "b": torch.zeros(1)})
+            print(kv.pull(["w", "b"]))  # [tensor([1., 1.]), tensor([0.])]
+            mine = torch.empty(2)
+            kv.pull("w", out=mine)
+            print(mine)  # tensor([1., 1.])
+            ```
         """
         self._check_usable("pull", key)
         if async_op is not False:
@@ -302,6 +378,15 @@ class KVStore(ABC):
             What `push` and `pull` raise.
 
         Blocks until the round of each key is applied.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(2))
+            kv.set_optimizer("sgd", lr=0.5)
+            print(kv.pushpull("w", torch.ones(2)))  # tensor([-0.5000, -0.5000])
+            print(kv.pushpull({"w": torch.ones(2)}))  # {'w': tensor([-1., -1.])}
+            ```
         """
         self._check_usable("pushpull", key)
         if async_op is not False:
@@ -331,6 +416,16 @@ class KVStore(ABC):
         Raises:
             KeyNotInitialized, InvalidKey, LengthMismatch.
             MemoryLimitReached: the system has no memory for them.
+
+        Example:
+            ```python
+            with tensorkv.create("dist_sync", embedded=True) as kv:
+                kv.init("w", torch.zeros(2, 3))
+                gradient = kv.empty_like("w")
+                print(gradient.shape, gradient.dtype)  # torch.Size([2, 3]) torch.float32
+                kv.push("w", gradient.fill_(1.0))
+                print(kv.pull("w")[0])  # tensor([1., 1., 1.])
+            ```
         """
         self._check_usable("empty_like", key)
         is_list = isinstance(key, (list, tuple))
@@ -342,6 +437,14 @@ class KVStore(ABC):
 
         Args, returns and errors are those of `init` and `pull`; `broadcast(model, out=model)` gives every
         worker rank 0's parameters.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            mine = torch.zeros(2)
+            kv.broadcast("w", torch.tensor([1.0, 2.0]), out=mine)
+            print(mine)  # tensor([1., 2.])
+            ```
         """
         self._check_usable("broadcast", key)
         values, given = self._init_batch(key, value)
@@ -373,6 +476,16 @@ class KVStore(ABC):
             InvalidKey, InvalidValue, InvalidArgument, LengthMismatch, WaitTimeout, PeerLostError.
 
         Blocks until every server has replaced what it holds.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(2))
+            kv.set_optimizer("sgd", lr=0.5)
+            kv.put("w", torch.ones(2))  # no step is made
+            print(kv.pull("w"))  # tensor([1., 1.])
+            print(kv.info("w").version, kv.info("w").round)  # 1 0
+            ```
         """
         self._check_usable("put", key)
         batch = push_batch(key, value, self._key_type)
@@ -407,6 +520,15 @@ class KVStore(ABC):
             UpdaterError, WaitTimeout, PeerLostError.
 
         Blocks until the updates are applied.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init({"w": torch.zeros(1), "b": torch.zeros(1)})
+            kv.push({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])}, apply=False)
+            print(kv.commit(max_norm=10.0))  # CommitResult(applied=True, norm=5.0)
+            print(kv.pull("w"))  # tensor([3.])
+            ```
         """
         self._check_usable("commit")
         bound = None if max_norm is None else positive("max_norm", max_norm)
@@ -434,6 +556,18 @@ class KVStore(ABC):
             UnknownUpdater, NotShippable, NotElementwise, SettingMismatch, WaitTimeout, PeerLostError.
 
         Blocks until every server has taken it.
+
+        Example:
+            ```python
+            def add_half(key, pushed, stored):
+                stored.add_(pushed, alpha=0.5)
+
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(2))
+            kv.set_updater(add_half)
+            kv.push("w", torch.ones(2))
+            print(kv.pull("w"))  # tensor([0.5000, 0.5000])
+            ```
         """
         self._check_usable("set_updater")
         self._set_updater(updater, flag("elementwise", elementwise))
@@ -484,6 +618,16 @@ class KVStore(ABC):
             NotShippable, SettingMismatch, WaitTimeout, PeerLostError.
 
         Blocks until every server has taken it. Holds from the same round as `set_updater`.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init({"w": torch.zeros(2), "b": torch.zeros(1)})
+            kv.set_optimizer(torch.optim.SGD, lr=0.5)
+            kv.set_optimizer("sgd", keys="b", lr=2.0)
+            print(kv.pushpull("w", torch.ones(2)))  # tensor([-0.5000, -0.5000])
+            print(kv.pushpull("b", torch.ones(1)))  # tensor([-2.])
+            ```
         """
         self._check_usable("set_optimizer")
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -510,6 +654,16 @@ class KVStore(ABC):
         Raises:
             InvalidOption: no optimizer is set for a key, or it refuses an option.
             SettingMismatch, WaitTimeout, PeerLostError.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(1))
+            kv.set_optimizer("sgd", lr=1.0)
+            print(kv.pushpull("w", torch.ones(1)))  # tensor([-1.])
+            kv.set_optimizer_options(lr=0.5)
+            print(kv.pushpull("w", torch.ones(1)))  # tensor([-1.5000])
+            ```
         """
         self._check_usable("set_optimizer_options")
         self._set_optimizer_options(self._names(keys), plain_options(options))
@@ -533,6 +687,15 @@ class KVStore(ABC):
             WaitTimeout, PeerLostError.
 
         Blocks until rank 0 has everything.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(2))
+            kv.push("w", torch.ones(2))
+            state = kv.state_dict()
+            print(state["values"], state["versions"])  # {'w': tensor([1., 1.])} {'w': 1}
+            ```
         """
         self._check_usable("state_dict")
         return self._state_dict()
@@ -554,6 +717,15 @@ class KVStore(ABC):
             SettingMismatch, WaitTimeout, PeerLostError.
 
         Blocks until the servers have everything.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.ones(2))
+            with tensorkv.create("dist_sync", embedded=True) as other:
+                other.load_state_dict(kv.state_dict())
+                print(other.pull("w"))  # tensor([1., 1.])
+            ```
         """
         self._check_usable("load_state_dict")
         self._load_state_dict(state_dict)
@@ -579,6 +751,16 @@ class KVStore(ABC):
             WaitTimeout, PeerLostError.
 
         Blocks until the save is on disk.
+
+        Example:
+            ```python
+            import os
+
+            kv = tensorkv.create("local")
+            kv.init("w", torch.ones(2))
+            kv.save("checkpoint")
+            print(len(os.listdir("checkpoint")) > 0)  # True
+            ```
         """
         self._check_usable("save")
         self._save(_folder("save", directory))
@@ -596,6 +778,16 @@ class KVStore(ABC):
             WaitTimeout, PeerLostError.
 
         Blocks until the servers have everything.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.ones(2))
+            kv.save("checkpoint")
+            again = tensorkv.create("local", store="again")
+            again.load("checkpoint")
+            print(again.pull("w"))  # tensor([1., 1.])
+            ```
         """
         self._check_usable("load")
         self._load(_folder("load", directory))
@@ -622,6 +814,15 @@ class KVStore(ABC):
             InvalidArgument: `timeout_s` is not a positive number.
             UpdaterError: the updater raised in a round this worker contributed to.
             PeerLostError.
+
+        Example:
+            ```python
+            with tensorkv.create("dist_sync", embedded=True) as kv:
+                kv.init("w", torch.zeros(2))
+                kv.push("w", torch.ones(2))
+                kv.barrier(timeout_s=30)  # the servers have applied the push
+                print(kv.info("w").version)  # 1
+            ```
         """
         self._check_usable("barrier")
         self._barrier(self._timeout_s if timeout_s is None else seconds("timeout_s", timeout_s))
@@ -629,7 +830,15 @@ class KVStore(ABC):
     # ---- the keys --------------------------------------------------------------------------------
 
     def keys(self) -> list[Key]:
-        """Return the keys of the store, in the order of their init."""
+        """Return the keys of the store, in the order of their init.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init(["w", "b"], [torch.zeros(2), torch.zeros(1)])
+            print(kv.keys())  # ['w', 'b']
+            ```
+        """
         self._check_usable("keys")
         return self._keys()
 
@@ -638,6 +847,15 @@ class KVStore(ABC):
 
         Raises:
             KeyNotInitialized, InvalidKey.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(2, 3))
+            info = kv.info("w")
+            print(info.shape, info.dtype, info.value_bytes)  # (2, 3) torch.float32 24
+            print(info.version, info.updater)  # 0 assign
+            ```
         """
         self._check_usable("info", key)
         check_keys([key], self._key_type)
@@ -652,6 +870,14 @@ class KVStore(ABC):
         Raises:
             KeyNotInitialized: a key never existed; nothing is deleted.
             InvalidKey, LengthMismatch.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init({"w": torch.zeros(2), "b": torch.zeros(1)})
+            kv.delete("w")
+            print(kv.keys())  # ['b']
+            ```
         """
         self._check_usable("delete", key)
         names = key if isinstance(key, (list, tuple)) else [key]
@@ -660,14 +886,30 @@ class KVStore(ABC):
         self._parameters.forget(checked)
 
     def __contains__(self, key: object) -> bool:
-        """Whether `key` is initialised. Costs the same however many keys there are."""
+        """Whether `key` is initialised. Costs the same however many keys there are.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(2))
+            print("w" in kv, "b" in kv)  # True False
+            ```
+        """
         self._check_usable("in")
         if isinstance(key, (int, str)) and type(key) in (int, str):
             return self._has(key)
         return False  # a bool, say, is no key
 
     def __len__(self) -> int:
-        """The number of keys. Costs the same however many there are."""
+        """The number of keys. Costs the same however many there are.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init({"w": torch.zeros(2), "b": torch.zeros(1)})
+            print(len(kv))  # 2
+            ```
+        """
         self._check_usable("len")
         return self._num_keys()
 
@@ -676,13 +918,31 @@ class KVStore(ABC):
     @property
     @opaque
     def closed(self) -> bool:
-        """Whether the store was closed, or belongs to the process this one was forked from."""
+        """Whether the store was closed, or belongs to the process this one was forked from.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            print(kv.closed)  # False
+            kv.close()
+            print(kv.closed)  # True
+            ```
+        """
         return self._closed or self._pid != os.getpid()
 
     def close(self) -> None:
         """Leave the store. What this worker pushed counts; pushes not committed are dropped.
 
         Raises what only the servers knew: an UpdaterError, say. A second close does nothing.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(2))
+            kv.close()
+            kv.close()  # does nothing
+            print(kv.closed)  # True
+            ```
         """
         if self.closed:
             return

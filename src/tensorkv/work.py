@@ -61,7 +61,15 @@ class Work(concurrent.futures.Future[Any]):
 
     @classmethod
     def completed(cls, value: Any, what: str) -> Work:
-        """Return a work that is done and has `value` as its result."""
+        """Return a work that is done and has `value` as its result.
+
+        Example:
+            ```python
+            work = tensorkv.Work.completed(7, "pull of key 'w'")
+            print(work)  # Work(pull of key 'w', completed)
+            print(work.result())  # 7
+            ```
+        """
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         future.set_result(value)
         return cls(future, what)
@@ -76,25 +84,72 @@ class Work(concurrent.futures.Future[Any]):
             InvalidArgument: `timeout` is no time.
             WaitTimeout: `timeout` passed; the call goes on and may be waited for again.
             TensorKVError: what the blocking call would have raised.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(2))
+            work = kv.push("w", torch.ones(2), async_op=True)
+            print(work.wait(timeout=30))  # True
+            ```
         """
         self._outcome(timeout)
         return True
 
     def is_completed(self) -> bool:
-        """Return whether the call is complete, also if it failed. Never blocks."""
+        """Return whether the call is complete, also if it failed. Never blocks.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(2))
+            work = kv.push("w", torch.ones(2), async_op=True)
+            work.wait()
+            print(work.is_completed())  # True
+            ```
+        """
         return self.done()
 
     def result(self, timeout: float | timedelta | None = None) -> Any:
-        """Block until complete and return what the blocking call would have returned. Otherwise as `wait`."""
+        """Block until complete and return what the blocking call would have returned. Otherwise as `wait`.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(2))
+            work = kv.pull("w", async_op=True)
+            print(work.result(timeout=30))  # tensor([0., 0.])
+            ```
+        """
         return self._outcome(timeout)
 
     def exception(self, timeout: float | timedelta | None = None) -> BaseException | None:
-        """Return the error of a complete call, None if it succeeded. Blocks until complete, or `timeout`."""
+        """Return the error of a complete call, None if it succeeded. Blocks until complete, or `timeout`.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(2))
+            print(kv.pull("w", async_op=True).exception(timeout=30))  # None
+            ```
+        """
         self._seen = True
         return super().exception(None if timeout is None else _seconds(timeout))
 
     def add_done_callback(self, fn: Callable[[Any], object]) -> None:
-        """Call `fn(work)` when the call is complete: at once, or later in the thread that completes it."""
+        """Call `fn(work)` when the call is complete: at once, or later in the thread that completes it.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(2))
+            values = []
+            work = kv.pull("w", async_op=True)
+            work.add_done_callback(lambda done: values.append(done.result()))
+            work.wait()
+            print(values)  # [tensor([0., 0.])]
+            ```
+        """
         if not self.done():
             self._end.kept = self
         super().add_done_callback(fn)

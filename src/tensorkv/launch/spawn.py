@@ -79,6 +79,26 @@ def spawn(
         InvalidArgument: a number is out of its range, or `fn` or `args` cannot be handed to a worker.
 
     Blocks. When it ends, by KeyboardInterrupt too, no process of the job is left.
+
+    Example:
+        <!-- file: sums.py -->
+        ```python
+        import tensorkv, torch
+
+        def work(rank):
+            with tensorkv.create("dist_sync") as kv:
+                kv.init("w", torch.zeros(1))
+                print(kv.pushpull("w", torch.ones(1)))  # both push, and the servers add up
+
+        if __name__ == "__main__":
+            tensorkv.spawn(work, num_workers=2)
+        ```
+
+        ```console
+        $ python sums.py
+        tensor([2.])
+        tensor([2.])
+        ```
     """
     _check_function(fn, args)
     options = JobOptions(

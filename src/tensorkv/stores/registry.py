@@ -61,6 +61,14 @@ def create(
         WaitTimeout, PeerLostError: of a distributed kind.
 
     A distributed kind blocks until the job's scheduler and servers have answered.
+
+    Example:
+        ```python
+        with tensorkv.create("dist_sync", embedded=True, num_servers=2, reduction="mean") as kv:
+            kv.init("w", torch.zeros(2))
+            kv.push("w", [torch.ones(2), 3 * torch.ones(2)])
+            print(kv.pull("w"))  # tensor([2., 2.])
+        ```
     """
     factory = _FACTORIES.get(kind) if isinstance(kind, str) else None
     if factory is None:
@@ -91,6 +99,16 @@ def register(kind: str, factory: Factory) -> None:
 
     Raises:
         InvalidArgument: `kind` is not a non-empty str or is taken, or `factory` cannot be called.
+
+    Example:
+        ```python
+        def open_plain(kind, *, store, reduction, timeout_s, **for_jobs):
+            return tensorkv.create("local", store=store, reduction=reduction, timeout_s=timeout_s)
+
+        tensorkv.register("plain", open_plain)
+        kv = tensorkv.create("plain", reduction="mean")
+        print(kv.kind, kv.reduction)  # local mean
+        ```
     """
     if not isinstance(kind, str) or not kind:
         raise InvalidArgument(f"kind={kind!r} is not a name; pass a non-empty string")
