@@ -1,7 +1,7 @@
-"""Saves as files: slices are written to them, and read from them in any other cut.
+"""Writes slices to the files of a save, and reads them back as any other slices.
 
-`records` says what the records of a save mean, `slices` holds what is saved in memory, `folder` says how a
-save comes to count, and `tensorfile` reads and writes one file.
+`records` says what the records of a save mean, `slices` has slices in memory, `folder` publishes a save, and
+`tensorfile` reads and writes one file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def write_slices(
     """Write slices, given as key, start, stop and state, to a file of a save; return its record and theirs.
 
     Raises:
-        SaveError: it cannot be written, or nobody makes this save in this folder.
+        SaveError: it cannot be written, or this save is not in progress in this folder.
     """
     tensors: dict[str, torch.Tensor] = {}
     pieces: list[PieceRecord] = []
@@ -61,12 +61,12 @@ def write_slices(
 
 
 def load_newest(folder: str, load: Callable[[Index], _T]) -> _T:
-    """Call `load` with the index of the save in a folder; again, if another save has come to count meanwhile.
+    """Call `load` with the index of the save in a folder; retry if another save was published meanwhile.
 
-    Each file has been looked into by then, but not at its numbers.
+    Before that, it checks size and header of each file, but not the numbers.
 
     Raises:
-        LoadError: there is no save, or it is not whole; or whatever `load` raises.
+        LoadError: there is no save, or it is incomplete; or whatever `load` raises.
     """
     path = os.path.join(folder, INDEX_NAME)
     text = _read_index(path)
@@ -98,7 +98,7 @@ def _read_index(path: str) -> bytes:
 
 
 def _look_into_files(folder: str, index: Index) -> None:
-    """Raise LoadError unless each file has the size that it had, and the tensors of its pieces."""
+    """Raise LoadError unless each file has its recorded size, and the tensors of its pieces."""
     inside: dict[str, list[tuple[KeyRecord, TensorRecord]]] = {name: [] for name in index.files}
     for record in index.keys:
         for piece in record.pieces:
@@ -114,10 +114,10 @@ def _look_into_files(folder: str, index: Index) -> None:
 
 
 def check_files(folder: str, files: Mapping[str, FileRecord]) -> None:
-    """Read these files of a save wholly, those that have a checksum.
+    """Check the sizes of these files of a save, and the checksums of those that have one.
 
     Raises:
-        LoadError: one is not as it was saved.
+        LoadError: a file has changed since it was saved.
     """
     for name, record in files.items():
         file = _open(folder, name)
@@ -146,7 +146,7 @@ class PieceReader:
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._files: dict[str, TensorFile] = {}
-        self._open: OrderedDict[str, TensorFile] = OrderedDict()  # of these, by when they were used
+        self._open: OrderedDict[str, TensorFile] = OrderedDict()  # the open ones, least recently used first
 
     def __enter__(self) -> PieceReader:
         return self
@@ -156,7 +156,7 @@ class PieceReader:
             file.close()
 
     def _file(self, name: str) -> TensorFile:
-        """Return a file, open: a save may have more than a process may have open."""
+        """Return a file, open. At most `_MAX_OPEN_FILES` are open, since a save may have very many."""
         if name in self._open:
             self._open.move_to_end(name)
             return self._open[name]

@@ -1,21 +1,21 @@
-"""The folder of a save: how a save comes to count, and what others have left there.
+"""The folder of a save: how a save is published atomically, and how leftovers of others are removed.
 
-A save is made so that at any moment, whoever crashes or saves beside it, the folder holds a whole one:
+At any moment the folder holds a complete save, whatever crashes or saves at the same time:
 
-1. Whoever leads takes a new random id and makes a *claim*, a file of that id, and locks it. What is written
-   then has that id in its name, so nobody writes to the file of another save.
-2. When all files are on disk the claim is filled with the index and renamed to the name of the index. In
-   this one step the save counts, the one before it does not any more, and the claim is gone.
-3. A file of another id is removed in two cases. Its claim is there, but whoever made it is dead: then the
-   claim is removed first, and as a rename of it fails from then on, that save can never count. Or its claim
-   is not there: then it counted or was given up before we looked, and as an id counts only once, it is
-   needed only if the index, read after that, names it.
+1. The leader chooses a new random id, creates a *claim*, a file with that id in its name, and locks it. All
+   files of the save have the id in their names, so no save writes to the files of another.
+2. When all files are on disk, the leader writes the index to the claim and renames the claim to the name of
+   the index. This one step publishes the save, supersedes the previous one and removes the claim.
+3. A file of another id is removed in two cases. Its claim exists, but the claim's process is dead: then the
+   claim is removed first; from then on renaming it fails, so that save can never be published. Or its claim
+   does not exist: then the save was published or abandoned before we looked, and since an id is published
+   only once, the file is needed only if the index, read after that, names it.
 
-So two that save at once do not wait for each other, and the folder has the save that counted last.
+So concurrent saves do not wait for each other, and the folder holds the one published last.
 
-A claim is dead if its lock is free: the system drops the lock of a process that ends, however it ends.
-Locks may not reach as far as a shared file system does. Of a claim of another machine, or where there are
-no locks, that is believed only if nobody has touched it for a while.
+A claim is dead if its lock is free: the system releases the lock of a process that ends, however it ends.
+Locks may not work across a shared file system. So a free lock of another machine's claim, or a claim where
+there are no locks, counts as dead only if it has not been touched for `STALE_S`.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from tensorkv.checkpoint.tensorfile import new_file, open_regular, write_all
 from tensorkv.errors import SaveError
 
 STALE_S = 600.0
-"""Time after which a claim that nobody touches is dead, where its lock may not tell."""
+"""Timeout after which an untouched claim is dead, where its lock proves nothing."""
 
 MAX_INDEX_BYTES = 1 << 32
-"""Maximum size of an index that is written or read: that of some millions of keys."""
+"""Maximum size of an index, in writing and in reading; enough for some millions of keys."""
 
 _TRIES = 20
 _OURS = re.compile(r"tensorkv-([0-9a-f]{16})-(?:[0-9]+-[0-9]+\.safetensors(?:\.tmp)?|([0-9a-f]{16})\.saving)")
-"""A file of a save: its id, and if it is a claim the machine. Earlier versions wrote to names in .tmp."""
+"""Name of a file of a save: its id and, for a claim, the machine. Earlier versions wrote to .tmp names."""
 
 _OLD_INDEX = f"{INDEX_NAME}.tmp"
-"""The name to which those wrote their index."""
+"""The name to which earlier versions wrote their index."""
 
 
 def file_name(save_id: str, server: int, number: int) -> str:
@@ -60,7 +60,7 @@ def order_of(name: str) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Let what cannot be written be a SaveError."""
+    """Turn an OSError of the block into a SaveError."""
     try:
         yield
     except SaveError:
@@ -71,13 +71,13 @@ def writing(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_part(folder: str, name: str) -> Iterator[int]:
-    """Make a file of a save that somebody else leads, as descriptor. It is removed if the block fails.
+    """Create a file of a save that another process leads; yield its descriptor. Remove it if the block fails.
 
-    Whoever sees the claim, whose name is random, sees the very folder that the leader has made it in. That
-    is asked when the file is made: what a host has kept of a shared folder's content is old no more then.
+    A process that sees the claim, whose name is random, sees the leader's own folder. The check comes after
+    the file is created, because that refreshes the host's cached listing of a shared folder.
 
     Raises:
-        SaveError: it cannot be written; there is no such save in the folder, or not any more.
+        SaveError: it cannot be written, or this save is not, or no longer, in progress in the folder.
     """
     path = os.path.join(folder, name)
     if not os.path.isdir(folder):
@@ -111,7 +111,7 @@ def _not_shared(folder: str, name: str) -> SaveError:
 
 
 class Saving:
-    """A save that is being made. A context manager; what is not published by its end is removed.
+    """A save in progress. A context manager; at its end it removes a save that was not published.
 
     Raises:
         SaveError: the folder cannot be written.
@@ -128,14 +128,14 @@ class Saving:
         with writing(self._folder):
             self._make_claim()
         try:
-            self._remove_leftovers(superseded=False)  # before, for there may be no room for one more
+            self._remove_leftovers(superseded=False)  # first, since the disk may be too full for one more
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with contextlib.suppress(OSError):  # it is gone if the save counts
+        with contextlib.suppress(OSError):  # the claim is gone if the save was published
             os.remove(self._claim)
             for name in os.listdir(self._folder):
                 if name.startswith(f"tensorkv-{self.save_id}-"):
@@ -149,7 +149,7 @@ class Saving:
         return file_name(self.save_id, server, number)
 
     def touch(self) -> None:
-        """Tell other machines that this save is alive. To be called now and then."""
+        """Show other machines that this save is alive. Call it more often than every `STALE_S`."""
         with contextlib.suppress(OSError):
             os.utime(self._file)
 
@@ -162,7 +162,7 @@ class Saving:
             self._claim = os.path.join(self._folder, f"tensorkv-{self.save_id}-{_machine()}.saving")
             try:
                 self._file = new_file(self._claim)
-            except FileNotFoundError:  # a save that failed has removed the folder that it had made
+            except FileNotFoundError:  # a save that failed has removed the folder, which it had created
                 continue
             if self._lock():
                 return
@@ -172,7 +172,7 @@ class Saving:
         raise SaveError(f"{self._folder}: other saves have removed the claim of this one {_TRIES} times")
 
     def _lock(self) -> bool:
-        """Lock the claim; return whether it is there yet. Before, it looks like that of one who has died."""
+        """Lock the claim; return whether it still exists. Unlocked, it looks like that of a dead process."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -182,10 +182,10 @@ class Saving:
         return os.fstat(self._file).st_nlink > 0
 
     def publish(self, index: bytes, files: Mapping[str, FileRecord]) -> None:
-        """Let the save count, and remove what is left of others. All its files are on disk.
+        """Publish the save, and remove leftovers of others. All its files are on disk.
 
         Raises:
-            SaveError: it cannot be written, or its files are not to be seen here; the save before is whole.
+            SaveError: it cannot be written, or its files are not visible here; the previous save is intact.
         """
         path = os.path.join(self._folder, INDEX_NAME)
         with writing(path):
@@ -195,7 +195,7 @@ class Saving:
                 raise SaveError(f"{path} would have {len(index)} bytes, of at most {MAX_INDEX_BYTES}")
             write_all(self._file, index)
             os.fsync(self._file)
-            _sync(self._folder)  # the names of the files are on disk before the index that tells of them
+            _sync(self._folder)  # the names of the files reach the disk before the index that lists them
             try:
                 os.rename(self._claim, path)
             except FileNotFoundError as exc:
@@ -217,10 +217,10 @@ class Saving:
         )
 
     def _remove_leftovers(self, *, superseded: bool) -> None:
-        """Remove the files of saves that crashed; with `superseded` also those that count no more.
+        """Remove the files of saves that crashed; with `superseded` also those of superseded saves.
 
-        The order matters: files, then claims, then the index. What cannot be removed stays: it is in
-        nobody's way, and the next save tries again.
+        The order matters: files, then claims, then the index. A file that cannot be removed stays: it does no
+        harm, and the next save tries again.
         """
         with contextlib.suppress(OSError):
             files = [found for name in os.listdir(self._folder) if (found := _OURS.fullmatch(name))]
@@ -250,7 +250,7 @@ class Saving:
         return {found[1] for found in _OURS.finditer(Path(path).read_text("utf-8", "replace"))}
 
     def _remove_if_dead(self, claim: str) -> bool:
-        """Remove the claim of a save that has died; return whether it was there to be removed."""
+        """Remove a claim if its save is dead; return whether this call removed it."""
         path = os.path.join(self._folder, claim)
         descriptor = -1
         try:
@@ -258,9 +258,9 @@ class Saving:
                 descriptor = open_regular(path)
             free = _is_free(descriptor)
             here = claim.endswith(f"-{_machine()}.saving")
-            idle_s = os.fstat(self._file).st_mtime - os.lstat(path).st_mtime  # both by one clock
+            idle_s = os.fstat(self._file).st_mtime - os.lstat(path).st_mtime  # from one clock
             if (free and here) or (free is not False and idle_s > STALE_S):
-                os.remove(path)  # while it is locked: whoever has just made it sees that
+                os.remove(path)  # while we hold the lock, so that a process that just created it notices
                 return True
         except OSError:
             return False
@@ -271,11 +271,11 @@ class Saving:
 
 
 def _is_free(descriptor: int) -> bool | None:
-    """Lock a claim that another save may hold; return whether none does, None if that cannot be known."""
+    """Try to lock the claim of another save; return whether its lock was free, None if that is unknown."""
     if descriptor < 0:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # on NFS, EX is for those who may write
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # on NFS, LOCK_EX needs write access
     except BlockingIOError:
         return False
     except OSError:  # there are no locks here
@@ -285,7 +285,7 @@ def _is_free(descriptor: int) -> bool | None:
 
 @functools.cache
 def _machine() -> str:
-    """Return what distinguishes this machine, from when it has started: locks reach all of its processes."""
+    """Return an id of this machine since its boot. Locks work between all processes with the same id."""
     try:
         text = Path("/proc/sys/kernel/random/boot_id").read_text("ascii")
     except OSError:

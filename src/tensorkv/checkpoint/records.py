@@ -1,18 +1,18 @@
-"""What is saved of a store, as plain records: the index of a save, and which part of it a slice needs.
+"""The records of a save: its index, and which pieces a slice needs.
 
 No torch, no files: `files` has those. A save is a folder of safetensors files and one index, a JSON file that
-says which elements of which key lie where, so that a store with any other number of servers and slices can
-read it:
+says which elements of which key lie where. So a store with any other number of servers and slices can read
+it:
 
     tensorkv.json                           the index, written last
     tensorkv-0f3a...-0-0.safetensors        values and optimizer state; "0-0" is server and number
 
-A value is cut into *pieces*, elements [start, stop) of it when flattened. Each piece comes with its
-version and the optimizer's state for it: tensors that go element by element with the value, others that
-belong to the piece as a whole ("step"), and plain data.
+A value is cut into *pieces*, elements [start, stop) of the flattened value. Each piece has its version and
+the optimizer's state for it: elementwise tensors, tensors that belong to the piece as a whole ("step"), and
+plain data.
 
-The last line of the index has a checksum of all that comes before it. An index of version 1 of the format has
-none; its files may have none either.
+The last line of the index has a checksum of everything before it. An index of format version 1 has none; its
+files may have none either.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ INDEX_NAME = "tensorkv.json"
 FORMAT: Literal["tensorkv-save"] = "tensorkv-save"
 VERSION = 2
 FILE_NAME = re.compile(r"tensorkv-[0-9a-f]{16}-[0-9]+-[0-9]+\.safetensors")
-"""The name of a file of a save. No other is ever read."""
+"""The name of a file of a save. No other file is ever read."""
 
 _LAST_LINE = re.compile(rb',\n "checksum": "([0-9a-f]{32})"\n}\n')
 _LAST_LINE_BYTES = 52
-"""How an index ends: with the checksum of all bytes before these."""
+"""Length of the last line of an index, which has the checksum of all bytes before it."""
 
 VALUE = ""
-"""The name of the value itself among the tensors of a piece; all others are the optimizer's."""
+"""The name of the value itself among the tensors of a piece; all others are the optimizer's state."""
 
 MAX_BATCH_BYTES = 256 << 20
-"""Maximum size of the values that a server writes to one file, or reads in one go, if they are several."""
+"""Maximum size of several values that a server writes to one file, or reads at once."""
 
 MAX_BATCH_SLICES = 50_000
-"""Maximum number of the slices in one file: its header has an entry for each tensor, and is bounded."""
+"""Maximum number of slices in one file: its header has an entry for each tensor, and is bounded."""
 
 
 class TensorRecord(msgspec.Struct, frozen=True):
     """A tensor of a piece: `VALUE`, or an entry of the optimizer's state.
 
-    `stored` is its name in the file. With `elementwise` it has one element for each of the piece.
+    `stored` is its name in the file. An `elementwise` tensor has one element for each of the piece.
     """
 
     name: str
@@ -65,12 +65,12 @@ class TensorRecord(msgspec.Struct, frozen=True):
 
     @property
     def num_elems(self) -> int:
-        """How many elements it has."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 class PieceRecord(msgspec.Struct, frozen=True):
-    """Elements [start, stop) of a value, and what belongs to them. The value is the first tensor."""
+    """Elements [start, stop) of a value, with version and state. The first tensor is the value."""
 
     start: int
     stop: int
@@ -81,7 +81,7 @@ class PieceRecord(msgspec.Struct, frozen=True):
 
 
 class KeyRecord(msgspec.Struct, frozen=True):
-    """A key and its pieces, in element order. `whole`: it was initialised to stay whole."""
+    """A key and its pieces, in element order. `whole`: it was initialised not to be sliced."""
 
     key: Key
     shape: tuple[int, ...]
@@ -91,12 +91,12 @@ class KeyRecord(msgspec.Struct, frozen=True):
 
     @property
     def num_elems(self) -> int:
-        """How many elements the value has."""
+        """Number of elements of the value."""
         return math.prod(self.shape)
 
 
 class SettingEntry(msgspec.Struct, frozen=True):
-    """A setting: for which keys (None: all others) which updater of the list holds, with which options.
+    """A setting: its keys (None: all others), the index of its updater in the list, and the options.
 
     `asked` are the options of the call that made the setting, None if no call did.
     """
@@ -108,13 +108,13 @@ class SettingEntry(msgspec.Struct, frozen=True):
 
 
 class SavedSettings(msgspec.Struct, frozen=True):
-    """The settings of a store: its updaters as they were made, and what holds for which keys."""
+    """The settings of a store: the specs of its updaters, and which one applies to which keys."""
 
     updaters: list[UpdaterSpec]
     entries: list[SettingEntry]
 
     def spec_of(self, key: Key) -> UpdaterSpec:
-        """Return the updater that holds for `key`."""
+        """Return the updater that applies to `key`."""
         found = self.entries[0]
         for entry in self.entries:
             if entry.keys is not None and key in entry.keys:
@@ -123,7 +123,7 @@ class SavedSettings(msgspec.Struct, frozen=True):
 
 
 class FileRecord(msgspec.Struct, frozen=True):
-    """A file of a save: its size, and what `tensorfile.Checksum` makes of its rows and columns.
+    """A file of a save: its size, and the row and column checksums of `tensorfile.Checksum`.
 
     Older saves have None for the columns, or for both.
     """
@@ -134,7 +134,7 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class Index(msgspec.Struct, frozen=True):
-    """All of a save but the numbers themselves."""
+    """Everything in a save except the numbers."""
 
     format: Literal["tensorkv-save"]
     version: int
@@ -150,18 +150,18 @@ def new_index(
     files: dict[str, FileRecord],
     keys: list[KeyRecord],
 ) -> Index:
-    """Return the index of a save that is being made."""
+    """Return the index of a save in progress."""
     return Index(FORMAT, VERSION, reduction, settings, files, keys)
 
 
 def check_reduction(saved: str, mine: str) -> None:
-    """Raise LoadError if a save is of a store that reduces in another way."""
+    """Raise LoadError if a save is of a store with another reduction."""
     if saved != mine:
         raise LoadError(f"this store was created with reduction={mine!r}, and the save with {saved!r}")
 
 
 def check_replaces(record: KeyRecord, shape: Sequence[int], dtype: str) -> None:
-    """Raise ShapeMismatch or DtypeMismatch if a key is there already, and other than in the save."""
+    """Raise ShapeMismatch or DtypeMismatch if an existing key differs from the saved one."""
     text = (
         f"key {record.key!r} is {dtype} of shape {tuple(shape)}, and {record.dtype} of shape {record.shape} "
     )
@@ -183,10 +183,10 @@ def _checksum(text: bytes | memoryview) -> bytes:
 
 
 def decode_index(text: bytes, where: str) -> Index:
-    """Return the index, after checking all in it that can be checked without the files.
+    """Return the index, after all checks that need no files.
 
     Raises:
-        LoadError: it is not an index, is not as it was written, or says what cannot be.
+        LoadError: it is not an index, has changed since it was written, or contradicts itself.
     """
     end = max(0, len(text) - _LAST_LINE_BYTES)
     last_line = _LAST_LINE.fullmatch(text, end)
@@ -223,7 +223,7 @@ def decode_index(text: bytes, where: str) -> Index:
 
 
 def _with_file_records(data: Any) -> Any:
-    """Let an index of before there were checksums, which has a size for each file, look like a new one."""
+    """Upgrade an index from before there were checksums, which has only a size for each file."""
     files = data.get("files") if isinstance(data, dict) else None
     if not isinstance(files, dict):
         return data
@@ -232,7 +232,7 @@ def _with_file_records(data: Any) -> Any:
 
 
 def from_plain(data: Any, kind: Any) -> Any:
-    """Return the record that plain data describes. Raises ValueError if they do not."""
+    """Return the record that plain data describes. Raises ValueError if they describe none."""
     return msgspec.convert(data, kind)
 
 
@@ -259,7 +259,7 @@ def check_settings(settings: SavedSettings, where: str) -> None:
 
 
 def check_record(record: KeyRecord, where: str) -> None:
-    """Raise LoadError unless the pieces of a key are whole and its tensors fit them."""
+    """Raise LoadError unless the pieces of a key are complete and its tensors fit them."""
     what = f"{where}: key {record.key!r}"
     if not _are_sizes(record.shape):
         raise LoadError(f"{what} has shape {record.shape}")
@@ -303,7 +303,7 @@ class Overlap:
 
 
 def check_states(settings: SavedSettings, records: Iterable[KeyRecord], where: str) -> None:
-    """Raise LoadError if a key has optimizer state and no optimizer."""
+    """Raise LoadError if a key has optimizer state but no optimizer."""
     for record in records:
         spec = settings.spec_of(record.key)
         if spec.type != "optimizer" and any(len(p.tensors) > 1 or p.plain for p in record.pieces):
@@ -313,7 +313,7 @@ def check_states(settings: SavedSettings, records: Iterable[KeyRecord], where: s
 
 
 def overlaps(pieces: Sequence[PieceRecord], start: int, stop: int) -> list[Overlap]:
-    """Return which parts of the pieces make up elements [start, stop), in order; at least one part."""
+    """Return the parts of the pieces that make up elements [start, stop), in order; at least one part."""
     found = [
         Overlap(number, max(start, piece.start) - piece.start, min(stop, piece.stop) - piece.start)
         for number, piece in enumerate(pieces)
@@ -323,7 +323,7 @@ def overlaps(pieces: Sequence[PieceRecord], start: int, stop: int) -> list[Overl
 
 
 def check_alike(record: KeyRecord, parts: Iterable[Overlap]) -> None:
-    """Raise LoadError unless these pieces have the same kind of optimizer state, so that it can be joined."""
+    """Raise LoadError unless these pieces have the same kind of optimizer state and so can be joined."""
     kinds = {
         (
             tuple((each.name, each.dtype, each.elementwise) for each in record.pieces[part.piece].tensors),
@@ -339,14 +339,14 @@ def check_alike(record: KeyRecord, parts: Iterable[Overlap]) -> None:
 
 
 def version_of(record: KeyRecord, parts: Iterable[Overlap]) -> int:
-    """Return the version of what is made of these parts: that of the one that is least far."""
+    """Return the version of a value joined from these parts: the smallest of theirs."""
     return min(record.pieces[part.piece].version for part in parts)
 
 
 def batches(sizes_bytes: Sequence[int], max_bytes: int = MAX_BATCH_BYTES) -> list[list[int]]:
-    """Return the numbers of things of these sizes in groups of at most `max_bytes`, or of one.
+    """Group things of these sizes, by index, into batches of at most `max_bytes`; a larger one is alone.
 
-    No group has more than `MAX_BATCH_SLICES`.
+    No batch has more than `MAX_BATCH_SLICES`.
     """
     groups: list[list[int]] = []
     used = 0

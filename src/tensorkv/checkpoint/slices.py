@@ -1,6 +1,6 @@
-"""Slices with their state in memory: cut and joined, as bytes on their way, and as the dict of a store.
+"""Slices with their state in memory: cut and joined, packed for the wire, and as the dict of a store.
 
-`records` says what the records mean; `files` has the same as files.
+`records` says what the records mean; `files` has the same for files.
 """
 
 from __future__ import annotations
@@ -34,18 +34,17 @@ from tensorkv.plain import Key, Plain, may_travel
 from tensorkv.updaters.optimizer import check_state_names
 
 DICT_VERSION = 1
-"""The version of the dict that a store is as one."""
+"""Version of the format of a store's state dict."""
 
 Fetch = Callable[[int, TensorRecord, int, int], torch.Tensor]
-"""Returns elements [low, high) of a tensor of piece number i, flat; all of them if it is not elementwise."""
+"""Called with piece, tensor, low and high; returns elements [low, high), flat; all if not elementwise."""
 
 
 @dataclass(slots=True)
 class SliceState:
-    """A slice in memory: its value, flat, its version, and the optimizer's state by name.
+    """A slice in memory: its flat value, its version, and the optimizer's state by name.
 
-    A tensor of the state has one element per element of the value, flat too, if its name is in
-    `elementwise`.
+    A state tensor whose name is in `elementwise` is flat, too, with one element per element of the value.
     """
 
     value: torch.Tensor
@@ -62,14 +61,14 @@ class SliceState:
 
 
 def state_bytes(state: Mapping[str, Any]) -> int:
-    """Return the bytes of the tensors in an optimizer's state."""
+    """Return the size in bytes of the tensors in an optimizer's state."""
     return sum(
         size_bytes(tuple(each.shape), each.dtype) for each in state.values() if isinstance(each, torch.Tensor)
     )
 
 
 def slice_state(key: Key, value: torch.Tensor, version: int, state: dict[str, Any]) -> SliceState:
-    """Return a copy of a slice, from what a store and an optimizer have of it.
+    """Return a copy of a slice, from the value of a store and the state of an optimizer.
 
     Raises:
         SaveError: the state holds something that is neither plain nor a tensor that can be copied.
@@ -98,12 +97,12 @@ def _copied(key: Key, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return a contiguous copy of a tensor of the state on the CPU. Raises SaveError."""
     try:
         return to_tensor(tensor, key).to("cpu", copy=True).contiguous()
-    except (InvalidValue, RuntimeError) as exc:  # torch copies no tensor of int4, say
+    except (InvalidValue, RuntimeError) as exc:  # torch cannot copy int4, for example
         raise SaveError(f"key {key!r}: the optimizer keeps {name!r}, which cannot be saved: {exc}") from exc
 
 
 def records_of(each: SliceState) -> tuple[list[TensorRecord], list[torch.Tensor], dict[str, Plain]]:
-    """Return what describes a slice: its tensors as records, the tensors themselves, and plain data."""
+    """Return the parts of a slice: the records of its tensors, the tensors themselves, and plain data."""
     tensors = {VALUE: each.value}
     tensors.update({name: t for name, t in each.state.items() if isinstance(t, torch.Tensor)})
     records = [
@@ -117,9 +116,9 @@ def records_of(each: SliceState) -> tuple[list[TensorRecord], list[torch.Tensor]
 
 
 def assemble(record: KeyRecord, start: int, stop: int, fetch: Fetch) -> SliceState:
-    """Return elements [start, stop) of a key with their state, put together from its pieces.
+    """Assemble elements [start, stop) of a key, with their state, from its pieces.
 
-    What belongs to a piece as a whole is taken from the first of them: it is the same in all.
+    State that belongs to a piece as a whole comes from the first piece: it is the same in all.
 
     Raises:
         LoadError: the pieces do not fit together; or whatever `fetch` raises.
@@ -139,7 +138,7 @@ def assemble(record: KeyRecord, start: int, stop: int, fetch: Fetch) -> SliceSta
 
 
 def _join(record: KeyRecord, parts: Sequence[Overlap], number: int, fetch: Fetch) -> torch.Tensor:
-    """Return the elements of tensor `number` of these pieces, flat, in memory of their own."""
+    """Return a flat copy of the elements of tensor `number` of these pieces."""
     found = [
         fetch(part.piece, record.pieces[part.piece].tensors[number], part.low, part.high) for part in parts
     ]
@@ -147,7 +146,7 @@ def _join(record: KeyRecord, parts: Sequence[Overlap], number: int, fetch: Fetch
 
 
 class MemoryPieces:
-    """The pieces of a key in memory: what `state_dict` puts together, and `load_state_dict` cuts."""
+    """The pieces of a key in memory: `state_dict` joins them, and `load_state_dict` cuts them."""
 
     def __init__(self, key: Key, shape: Sequence[int], whole: bool) -> None:
         self._key, self._shape, self._whole = key, tuple(shape), whole
@@ -162,7 +161,7 @@ class MemoryPieces:
 
     @property
     def record(self) -> KeyRecord:
-        """The key."""
+        """The record of the key."""
         dtype = self._pieces[0].tensors[0].dtype
         return KeyRecord(self._key, self._shape, dtype, self._whole, self._pieces)
 
@@ -171,24 +170,24 @@ class MemoryPieces:
         return self._tensors[piece][tensor.name].view(-1)[low:high]
 
 
-# ---- tensors as bytes, on their way between worker and server ----------------------------------------
+# ---- tensors as bytes, between worker and server -----------------------------------------------------
 
 
 def pack(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the bytes of tensors one after the other, as one uint8 tensor."""
+    """Concatenate the bytes of tensors in one uint8 tensor."""
     parts = [torch.frombuffer(bytearray(bytes_of(t)), dtype=torch.uint8) for t in tensors if t.numel()]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def packed_bytes(records: Iterable[TensorRecord]) -> int:
-    """Return how many bytes `pack` makes of tensors like these."""
+    """Return the size of what `pack` returns for tensors like these."""
     return sum(each.num_elems * dtype_from_name(each.dtype).itemsize for each in records)
 
 
 def unpack(
     data: torch.Tensor, records: Sequence[TensorRecord], version: int, plain: dict[str, Plain]
 ) -> SliceState:
-    """Return the slice whose tensors `pack` has packed."""
+    """Return the slice whose tensors `pack` packed."""
     made: dict[str, Any] = {}
     low = 0
     for each in records:
@@ -229,10 +228,10 @@ def to_state_dict(reduction: str, settings: SavedSettings, keys: Iterable[Memory
 
 
 def from_state_dict(data: Any) -> tuple[str, SavedSettings, list[MemoryPieces]]:
-    """Return reduction, settings and keys of such a dict.
+    """Return reduction, settings and keys of a state dict.
 
     Raises:
-        LoadError: it is none.
+        LoadError: it is not the state dict of a store.
     """
     where = "the state dict"
     try:

@@ -1,9 +1,9 @@
 """One file of a save: written straight from the memory of tensors, and read a range at a time.
 
-It is a safetensors file: a length of 8 bytes, a header in JSON, then the data. It is written and read here
-and not by the library of that name, which writes through a temporary file that a killed process leaves
-for good, gives its files the mode 0600 whatever the umask, has another table of dtypes in each version,
-and maps what it reads, so that a file which is cut meanwhile ends the process.
+It is a safetensors file: a length of 8 bytes, a header in JSON, then the data. This module, and not the
+library of that name, reads and writes it. The library writes through a temporary file that a killed process
+leaves behind for good, gives its files the mode 0600 whatever the umask, has another table of dtypes in each
+version, and maps the files it reads, so that truncating one meanwhile kills the process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tensorkv.checkpoint.records import FileRecord
 from tensorkv.errors import LoadError, SaveError
 
 MAX_HEADER_BYTES = 100_000_000
-"""Maximum length of the header, in this library and in that of safetensors."""
+"""Maximum length of the header, here and in the safetensors library."""
 
 _NAMES = {
     torch.bool: "BOOL",
@@ -44,31 +44,31 @@ _NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
-"""The dtypes that every version of safetensors has. Pairs of one stand for a complex number, bytes for any
-other element: what they are stands in the index."""
+"""Names of the dtypes that every version of safetensors has. A complex number is stored as a pair of reals,
+any other element as bytes; the index has its dtype."""
 
 _AS_REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 _PAGE_BYTES = 4096
 _BLOCK_BYTES = 1 << 20
-"""What is written, or read and added up, at a time: little enough to stay in a cache of the processor."""
+"""Size of the blocks that are written, or read and checksummed, at a time; small enough for the CPU cache."""
 
 
 class Checksum:
-    """The checksum of a file, added up block by block.
+    """The checksum of a file, computed block by block.
 
-    Each block of 1 MiB, the last one filled up with zeros to a multiple of 4096 bytes, is taken as rows of
-    512 little-endian 64-bit words. Two CRC-32s go over the sums of the rows, modulo 2**64, and over those of
-    the columns. Words that change, in one place or in a few, change a row or a column; so do pages that are
-    swapped, missing or zeroed. To go over all bytes would take longer than to load them: a CRC-32 0.49 s per
-    GiB, this 0.21.
+    Each block of 1 MiB, the last one zero-padded to a multiple of 4096 bytes, is read as rows of 512
+    little-endian 64-bit words. One CRC-32 runs over the sums of the rows, modulo 2**64, another over those of
+    the columns. Words that change, in one place or in a few, change a row or a column sum; so do pages that
+    are swapped, missing or zeroed. A CRC-32 of all bytes would take longer than loading them: 0.49 s per GiB,
+    this 0.21.
     """
 
     def __init__(self) -> None:
         self.rows = self.columns = 0
 
     def add(self, block: memoryview) -> None:
-        """Add the next block. All but the last have 1 MiB."""
+        """Add the next block. All but the last are 1 MiB long."""
         if len(block) % _PAGE_BYTES:
             filled = bytearray(-(-len(block) // _PAGE_BYTES) * _PAGE_BYTES)
             filled[: len(block)] = block
@@ -82,9 +82,9 @@ class Checksum:
 
 
 def new_file(path: str) -> int:
-    """Make a file and return its descriptor, to be written. Its mode is what `open` would give it.
+    """Create a file and return its descriptor, open for writing, with the mode that `open` would give it.
 
-    Raises OSError, also if something of this name is there: a link is not followed.
+    Raises OSError, also if the name exists, even as a link.
     """
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
@@ -108,7 +108,7 @@ def write_tensors(descriptor: int, tensors: Mapping[str, torch.Tensor]) -> FileR
 
 
 def _header(tensors: Sequence[tuple[str, torch.Tensor]]) -> memoryview:
-    """Return the header of a file and its length, up to the data."""
+    """Return everything before the data: the header, preceded by its length."""
     entries: dict[str, Any] = {}
     at = 0
     for name, tensor in tensors:
@@ -124,7 +124,7 @@ def _header(tensors: Sequence[tuple[str, torch.Tensor]]) -> memoryview:
 
 
 def _form(dtype: torch.dtype, shape: Sequence[int]) -> tuple[str, list[int]]:
-    """Return the dtype and shape under which a tensor is in a file."""
+    """Return the dtype and shape with which a file stores a tensor."""
     if dtype in _NAMES:
         return _NAMES[dtype], list(shape)
     if dtype in _AS_REAL:
@@ -133,7 +133,7 @@ def _form(dtype: torch.dtype, shape: Sequence[int]) -> tuple[str, list[int]]:
 
 
 def _blocks(parts: Iterable[memoryview]) -> Iterator[memoryview]:
-    """Return bytes again in blocks of one size, but for the last. A block holds until the next is taken."""
+    """Regroup bytes into blocks of equal size, but for the last. Each is valid until the next is taken."""
     buffer = memoryview(bytearray(_BLOCK_BYTES))
     used = 0
     for part in parts:
@@ -150,7 +150,7 @@ def _blocks(parts: Iterable[memoryview]) -> Iterator[memoryview]:
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write all of it: one call may write a part. Raises OSError."""
+    """Write all of `data`, in several calls if one writes only a part. Raises OSError."""
     left = memoryview(data)
     while left:
         left = left[os.write(descriptor, left) :]
@@ -161,7 +161,7 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What the header says of a tensor; its bytes are [start, stop) of the file."""
+    """The header's entry for a tensor; its bytes are [start, stop) of the file."""
 
     dtype: str
     shape: list[int]
@@ -170,10 +170,10 @@ class _Entry:
 
 
 class TensorFile:
-    """A file of a save that is open. Each length in it is checked before memory is taken.
+    """An open file of a save. Each length in it is checked before memory is allocated.
 
     Raises:
-        LoadError: it cannot be read, is a link, or no safetensors file. The text names it, and the host.
+        LoadError: it cannot be read, is a link, or is not a safetensors file. The text names it and the host.
     """
 
     def __init__(self, path: str) -> None:
@@ -186,13 +186,13 @@ class TensorFile:
         self.size_bytes = os.fstat(self._file).st_size
 
     def close(self) -> None:
-        """Close it. What is known of it stays, for `reopen`."""
+        """Close the file, but keep its size and header for `reopen`."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
     def reopen(self) -> None:
-        """Open it again after `close`. Raises LoadError if it is another one now."""
+        """Open the file again after `close`. Raises LoadError if its size has changed."""
         again = TensorFile(self._path)
         self._file, again._file = again._file, self._file
         if again.size_bytes != self.size_bytes:
@@ -202,7 +202,7 @@ class TensorFile:
         return LoadError(f"{self._path} {what} (on host {os.uname().nodename})")
 
     def verify(self, file: FileRecord, *, wholly: bool) -> None:
-        """Raise LoadError unless it is the file of this record. With `wholly` its checksum is compared."""
+        """Raise LoadError unless size and, with `wholly`, checksum match this record."""
         if self.size_bytes != file.size_bytes:
             raise self._bad(f"is not as it was saved: {self.size_bytes} bytes and not {file.size_bytes}")
         if not wholly or file.checksum is None:
@@ -220,7 +220,7 @@ class TensorFile:
             )
 
     def _fill(self, buffer: memoryview, at: int) -> None:
-        """Fill a buffer with what lies at a place of the file."""
+        """Fill a buffer with the bytes of the file from offset `at` on."""
         try:
             while buffer:
                 size = os.preadv(self._file, [buffer], at)
@@ -231,11 +231,11 @@ class TensorFile:
             raise self._bad(f"cannot be read: {exc}") from exc
 
     def check(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
-        """Raise LoadError unless it has a tensor of this name, dtype and shape."""
+        """Raise LoadError unless the file has a tensor of this name, dtype and shape."""
         self._find(name, dtype, shape)
 
     def read(self, name: str, dtype: torch.dtype, shape: Sequence[int], low: int, high: int) -> torch.Tensor:
-        """Return elements [low, high) of a tensor, flat, in memory of their own. Raises LoadError."""
+        """Return a flat copy of elements [low, high) of a tensor. Raises LoadError."""
         entry = self._find(name, dtype, shape)
         data = torch.empty((high - low) * dtype.itemsize, dtype=torch.uint8, device="cpu")
         self._fill(bytes_of(data), entry.start + low * dtype.itemsize)
@@ -252,7 +252,7 @@ class TensorFile:
         entry = self._entries.get(name)
         if entry is None:
             raise self._bad(f"has no tensor {name!r}")
-        # What is saved as bytes is in older saves under whatever name safetensors had for it.
+        # Older saves have the safetensors name of dtypes that are now saved as bytes.
         as_bytes = dtype not in _NAMES and dtype not in _AS_REAL
         as_told = as_bytes or (entry.dtype, entry.shape) == _form(dtype, shape)
         if not as_told or entry.stop - entry.start != math.prod(shape) * dtype.itemsize:
@@ -261,7 +261,7 @@ class TensorFile:
         return entry
 
     def _read_header(self) -> dict[str, _Entry]:
-        """Return what is in the file. Raises LoadError or, for a header that is none, many others."""
+        """Return the entries of the header. Raises LoadError or, if it is malformed, many other errors."""
         length = memoryview(bytearray(8))
         self._fill(length, 0)
         header_bytes = int.from_bytes(length, "little")
@@ -283,7 +283,7 @@ class TensorFile:
 
 
 def open_regular(path: str) -> int:
-    """Open a file to be read. Raises OSError if it cannot be, is a link, or anything but a file."""
+    """Open a file for reading. Raises OSError if that fails or it is a link or not a regular file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

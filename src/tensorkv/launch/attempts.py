@@ -1,15 +1,15 @@
-"""Rounds: what the workers of one attempt of a job tell each other through the store of their launcher.
+"""Rounds: how the workers of one attempt of a job find each other through the store of their launcher.
 
 RULES
-1. A round is named by rank 0, which announces a new random name. Nothing else tells attempts apart:
-   agents of torchrun do not agree on the restart count, and their store, with all that the attempts
-   before have written, outlives each of them.
-2. What a round writes stands under its name. A worker of a new attempt may still find the last one's
-   name announced; it finds the scheduler of that round gone, or over, and looks again.
-3. Hosts are counted by enlisting: a worker with LOCAL_RANK 0 stands for its host. All hosts are known
-   when the workers that they speak of, LOCAL_WORLD_SIZE each, make up the job.
+1. Rank 0 names a round: it announces a new random name. Nothing else tells attempts apart: torchrun's
+   agents do not agree on the restart count, and their store outlives each attempt, with everything that
+   earlier attempts have written.
+2. A round writes under its own name. A worker of a new attempt may still find the previous name announced;
+   then it finds the scheduler of that round gone, or its job over, and looks again.
+3. Workers enlist, so that rank 0 can count the hosts: the worker with LOCAL_RANK 0 represents its host. All
+   hosts are known when their workers, LOCAL_WORLD_SIZE each, add up to the job.
 
-What the store holds may come from anybody: nothing of it is trusted, and no token passes through it.
+Anybody can write to the store: nothing in it is trusted, and no token passes through it.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from tensorkv.errors import PeerLostError
 from tensorkv.launch.sidecar import JobRecord
 
 MAX_ENLISTED = 1 << 20
-"""Maximum number of entries of a round that are read: anybody may write to the store."""
+"""Maximum number of entries read in a round, since anybody can write to the store."""
 
 _NAME = re.compile(r"[0-9a-f]{32}")
 
 
 class Store(Protocol):
-    """What is used of torch's TCPStore."""
+    """The part of torch's TCPStore that is used here."""
 
     def set(self, key: str, value: str) -> None:
-        """Write, also over what is there."""
+        """Set the value of a key."""
 
     def get(self, key: str) -> bytes:
-        """Read what is there."""
+        """Return the value of a key."""
 
     def check(self, keys: list[str]) -> bool:
-        """Whether all of these are there."""
+        """Whether all of these keys exist."""
 
     def add(self, key: str, amount: int) -> int:
-        """Count up, from 0, and return the sum."""
+        """Add to a counter, which starts at 0, and return the sum."""
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        """Write if `expected` is there, or nothing and it is ""; return what is there then."""
+        """Write if the value is `expected`, or there is none and `expected` is ""; return the value then."""
 
 
 class Enlisted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A worker that is there, and what it knows of its host."""
+    """A worker that has enlisted, and what it knows of its host."""
 
     rank: int
     num_workers: int
@@ -61,17 +61,17 @@ class Enlisted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 @final
 @dataclass(frozen=True, slots=True)
 class Board:
-    """Where rounds are announced: a part of a store. Errors of the store pass through.
+    """The part of a store in which rounds are announced. Errors of the store pass through.
 
     Raises:
-        PeerLostError: what stands there is not of TensorKV.
+        PeerLostError: the store holds something that TensorKV has not written.
     """
 
     store: Store
     prefix: str
 
     def current(self) -> str:
-        """Return the name of the round that was announced last, "" if none was."""
+        """Return the name of the round announced last, "" if there is none."""
         key = f"{self.prefix}/round"
         if not self.store.check([key]):
             return ""
@@ -81,13 +81,13 @@ class Board:
         return name
 
     def announce(self, instead_of: str) -> str:
-        """Announce a new round, and return its name; "" if another one was announced meanwhile."""
+        """Announce a new round and return its name; "" if another was announced meanwhile."""
         name = secrets.token_hex(16)
         found = self.store.compare_set(f"{self.prefix}/round", instead_of, name)
         return name if found == name.encode() else ""
 
     def enlist(self, name: str, worker: Enlisted) -> None:
-        """Tell rank 0 of this round of a worker that is there. More than once does no harm."""
+        """Register a worker with rank 0 of this round. Idempotent."""
         number = self.store.add(f"{self.prefix}/{name}/enlisted", 1)
         self.store.set(f"{self.prefix}/{name}/enlisted/{number}", msgspec.json.encode(worker).decode())
 
@@ -102,11 +102,11 @@ class Board:
                 known[number] = self._decode(key, Enlisted)
 
     def tell(self, name: str, record: JobRecord) -> None:
-        """Tell everybody where the job of a round is."""
+        """Publish where the job of a round is."""
         self.store.set(f"{self.prefix}/{name}/job", msgspec.json.encode(record).decode())
 
     def read(self, name: str) -> JobRecord | None:
-        """Return where the job of a round is, None while that is not known."""
+        """Return where the job of a round is, None while that is unknown."""
         key = f"{self.prefix}/{name}/job"
         return self._decode(key, JobRecord) if self.store.check([key]) else None
 
@@ -121,7 +121,7 @@ class Board:
 
 
 def hosts(enlisted: list[Enlisted], num_workers: int) -> list[int] | None:
-    """Return the rank that stands for each host, in order; None while there may be more hosts."""
+    """Return the rank that represents each host, in order; None while there may be more hosts."""
     by_rank = {each.rank: each for each in enlisted}
     first = {rank: each.local_workers for rank, each in by_rank.items() if each.local_rank == 0}
     if sum(first.values()) < num_workers and len(by_rank) < num_workers:

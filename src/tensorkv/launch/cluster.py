@@ -1,7 +1,7 @@
 """LocalCluster: scheduler and servers as threads of this process, connected without sockets.
 
-For notebooks, debuggers and tests. Values take the very way they take in a real job, but frames are
-handed over in queues.
+For notebooks, debuggers and tests. Values take the same path as in a real job, but frames travel through
+queues.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ JOIN_TIMEOUT_S = 5.0
 class LocalCluster:
     """A job whose scheduler and servers are threads of this process. Owns them until `stop`.
 
-    `host` is "inproc", or an address to go through real sockets; `transport` says which then.
+    `host` is "inproc", or an address for real sockets; `transport` then chooses which.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class LocalCluster:
         self._peer_timeout_s = peer_timeout_s
         self._host = host
         self._transport = transport
-        self._drops: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: there will be none
+        self._drops: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: the store was closed
         self._finalizer: weakref.finalize[..., object] | None = None
         self._keeper: threading.Thread | None = None
         self.code_table = CodeTable()
@@ -79,7 +79,7 @@ class LocalCluster:
             raise
 
     def config(self, role: Role, rank: int) -> JobConfig:
-        """Return the place of a process, or here a thread, in this job."""
+        """Return the config of a process of this job, here a thread."""
         host, port = self.scheduler.address
         return JobConfig(
             role=role,
@@ -100,10 +100,10 @@ class LocalCluster:
         return Session(self.config("worker", rank), self.code_table)
 
     def end_with(self, store: object, job: Session) -> None:
-        """End the job of the one worker, `job`, when its store is dropped without having been closed.
+        """End the job of the only worker, `job`, when its store is collected without having been closed.
 
-        The garbage collector drops it in the middle of anything, also of a thread of this job: so another
-        thread, which waits for it, does the rest.
+        The garbage collector may run at any point of any thread, even of this job's. So a separate thread
+        waits for it and does the rest.
         """
         self._finalizer = weakref.finalize(store, _dropped, repr(store), os.getpid(), self._drops)
         self._finalizer.atexit = False
@@ -117,7 +117,7 @@ class LocalCluster:
             self.stop()
 
     def stop(self) -> None:
-        """End scheduler and servers. The workers have left."""
+        """Stop scheduler and servers. The workers have left before."""
         if self._finalizer is not None:
             self._finalizer.detach()
         if self._keeper is not None and self._keeper is not threading.current_thread():
@@ -129,7 +129,7 @@ class LocalCluster:
 
 
 def _dropped(store: str, process: int, drops: queue.SimpleQueue[bool]) -> None:
-    """A store was dropped. Takes no lock: a thread of the job may be in the middle of anything."""
+    """Note that a store was collected. Takes no lock, since it may interrupt a thread of the job anywhere."""
     if os.getpid() == process:  # a forked child has the object, but neither the job nor its threads
         drops.put(True)
         warnings.warn(f"{store} was dropped without close()", ResourceWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""The thread that carries what processes write to where the user reads it."""
+"""The thread that forwards the output of the processes to the user."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tensorkv.launch.supervisor import Node
 _READ_BYTES = 1 << 16
 
 _LAST_READS = 32
-"""So often each pipe is read after the end of its process; more than a pipe holds."""
+"""Maximum number of reads of each pipe after its process has ended; together more than a pipe holds."""
 
 
 @final
 class Forwarder:
     """Reads the pipes of all processes and feeds an `Output`, in a thread of its own.
 
-    So a terminal that does not read (a pager, say) stops neither Ctrl-C nor the supervision.
+    So a terminal that does not read (a pager, for example) blocks neither Ctrl-C nor the supervision.
 
     Args:
         output: belongs to the thread from `start` until `done`.
-        notify: called by the thread when it is through, whatever the reason, but never after `close`. Must
-            not block.
+        notify: called by the thread when it ends, whatever the reason, but never after `close`. Must not
+            block.
     """
 
     def __init__(self, output: Output, notify: Callable[[], None]) -> None:
@@ -40,17 +40,17 @@ class Forwarder:
         self._wake_read, self._wake_write = os.pipe()
         self._finishing = threading.Event()
         self._done = threading.Event()
-        self._ending = threading.Lock()  # held to notify: what `notify` uses may be gone after `close`
+        self._ending = threading.Lock()  # held to notify: `notify` may use things that are gone after `close`
         self._thread = threading.Thread(target=self._run, name="tensorkv-output", daemon=True)
         self.error: OSError | None = None
 
     @property
     def done(self) -> bool:
-        """Whether the thread is through: all was written, or `error` says why not."""
+        """Whether the thread has ended: all output is written, or `error` says why not."""
         return self._done.is_set()
 
     def add(self, node: Node, stream: Stream, pipe: IO[bytes]) -> None:
-        """Read `pipe`, which the pump closes. Before `start` only."""
+        """Read `pipe`; the forwarder closes it. Before `start` only."""
         os.set_blocking(pipe.fileno(), False)
         self._pipes[pipe.fileno()] = pipe
         self._selector.register(pipe.fileno(), selectors.EVENT_READ, (node, stream))
@@ -61,21 +61,21 @@ class Forwarder:
         self._thread.start()
 
     def say(self, text: str) -> None:
-        """Have the thread write a line of the launcher itself. Never blocks."""
+        """Have the thread write a line of the launcher's own. Never blocks."""
         self._said.append(text)
         os.write(self._wake_write, b"\0")
 
     def finish(self) -> None:
-        """Have the thread end when it has read what the pipes hold now. Does not wait for it.
+        """Have the thread drain the pipes and end. Does not wait for it.
 
-        A process that escaped from its group may keep a pipe open for ever: its end of file is not
-        waited for.
+        The thread does not wait for end of file: a process that escaped from its group may keep a pipe open
+        for ever.
         """
         self._finishing.set()
         os.write(self._wake_write, b"\0")
 
     def close(self) -> None:
-        """Free what the pump holds, unless its thread is stuck in a write: then the thread keeps it."""
+        """Free the forwarder's resources, unless its thread is stuck in a write and still needs them."""
         with self._ending:
             self._notify = lambda: None
             if self._thread.ident is not None and not self.done:
@@ -102,7 +102,7 @@ class Forwarder:
                 self._notify()
 
     def _read_ready(self, timeout_s: float | None) -> bool:
-        """Pass on what the pipes hold; return whether there was anything."""
+        """Forward what the pipes hold; return whether there was anything."""
         found = False
         for key, _ in self._selector.select(timeout_s):
             if key.data is None:

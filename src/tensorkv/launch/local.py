@@ -29,11 +29,11 @@ from tensorkv.launch.processes import ProcessGroup, ProcessSpec
 from tensorkv.launch.supervisor import Node, status_text
 
 STREAMING = f"glibc.cpu.x86_non_temporal_threshold={STREAM_BYTES}"
-"""From which size on the C library's copies go past the caches; see `tensorkv.worker.nontemporal`."""
+"""Setting of the C library: minimum size of its non-temporal copies; see `tensorkv.worker.nontemporal`."""
 
 
 class CommandNotFound(Exception):
-    """There is no such command, or it cannot be run. `status` is what a shell returns then."""
+    """The command does not exist or cannot be run. `status` is what a shell would return."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -41,12 +41,12 @@ class CommandNotFound(Exception):
 
 
 def find_command(command: Sequence[str], environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Return `command`, checked: its first word can be run.
+    """Check that the first word of `command` can be run, and return the command.
 
     "python" becomes this interpreter if there is no python on the PATH.
 
     Raises:
-        CommandNotFound: status 127 if there is no such file, 126 if it is not executable.
+        CommandNotFound: status 127 if the file does not exist, 126 if it is not executable.
     """
     name = command[0]
     path = environ.get("PATH", os.defpath)
@@ -61,14 +61,14 @@ def find_command(command: Sequence[str], environ: Mapping[str, str]) -> tuple[st
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
-    """What `run_local` is told: W workers that run `command`, and S servers.
+    """Options of `run_local`: `num_workers` workers that run `command`, and `num_servers` servers.
 
     `host` is the address everything binds to, `timeout_s` the deadline of a waiting call and
-    `peer_timeout_s` how long a host may be silent, None for what the environment says; `allow_import`
-    the modules servers may import; `prefix` whether lines are named.
+    `peer_timeout_s` how long a host may be silent; None takes them from the environment. `allow_import` are
+    the modules servers may import; `prefix` says whether each output line names its process.
 
     Raises:
-        InvalidArgument: a number is out of its range, a module has no module's name, or the command is empty.
+        InvalidArgument: a number is out of range, a module name is not valid, or the command is empty.
     """
 
     command: tuple[str, ...]
@@ -102,12 +102,12 @@ class JobOptions:
 def job_config(
     options: JobOptions, environ: Mapping[str, str], *, scheduler: tuple[str, int], token: str
 ) -> JobConfig:
-    """Return the config of worker 0, from which those of all others differ by role and rank.
+    """Return the config of worker 0; all others differ from it in role and rank only.
 
-    A host, a timeout and a transport that `options` leave open and the slice bound are taken from `environ`.
+    `environ` gives the slice bound, and the host, timeouts and transport that `options` leave open.
 
     Raises:
-        InvalidArgument: a number in `environ` is not one.
+        InvalidArgument: a variable in `environ` should hold a number and does not.
     """
     timeout_s = options.timeout_s
     if timeout_s is None:
@@ -142,8 +142,8 @@ def _peer_timeout_s(options: JobOptions, environ: Mapping[str, str]) -> float:
 def plan(config: JobConfig, command: Sequence[str], environ: Mapping[str, str]) -> list[ProcessSpec]:
     """Return the processes of a job, servers first; workers run `command`.
 
-    All inherit `environ`. Workers share out the cores, unless OMP_NUM_THREADS is set in there, and their C
-    library copies as `STREAMING` says, unless GLIBC_TUNABLES is.
+    All inherit `environ`. The workers divide the cores among them, unless it sets OMP_NUM_THREADS, and get
+    `STREAMING` for their C library, unless it sets GLIBC_TUNABLES.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // config.num_workers)
     inherited = {"OMP_NUM_THREADS": str(threads), **environ, "PYTHONUNBUFFERED": "1"}
@@ -174,11 +174,11 @@ def plan(config: JobConfig, command: Sequence[str], environ: Mapping[str, str]) 
 def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
     """Run a job to its end; return the exit status.
 
-    Blocks. In the main thread only: it takes over SIGINT, SIGTERM, SIGHUP and SIGCHLD meanwhile.
+    Blocks. Main thread only: meanwhile it handles SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGCHLD.
 
     Raises:
         CommandNotFound: the command cannot be run; nothing was started.
-        InvalidArgument: a number in `environ` is not one.
+        InvalidArgument: a variable in `environ` should hold a number and does not.
         AddressUnavailable: the scheduler cannot listen at `host`.
         OSError: a process cannot be started.
     """
@@ -228,9 +228,9 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
 
 
 def terminal_variables(options: JobOptions, sinks: Mapping[Stream, Sink]) -> dict[str, str]:
-    """Return the variables by which progress bars learn of the terminal behind their pipe, if there is one.
+    """Return variables that tell progress bars about the terminal behind their pipe, if there is one.
 
-    COLUMNS is what the prefix leaves of its width. TTY_COMPATIBLE makes rich draw bars at all.
+    COLUMNS is the width that the prefix leaves. TTY_COMPATIBLE makes rich draw bars at all.
     """
     sizes = [sink.size for sink in sinks.values()]
     if sizes[0] is None or None in sizes:

@@ -1,10 +1,10 @@
-"""The output of many processes as lines of one terminal or file. Bytes go in, text comes out.
+"""Merges the output of many processes into the lines of one terminal or file. Bytes go in, text comes out.
 
 A finished line is written at once, behind a prefix that names its process. A line that its process
 rewrites (by a carriage return, as progress bars do) is a *bar* until it is finished:
 
 - on a terminal, bars stand below all finished lines, one line each, and are redrawn in place;
-- elsewhere, only its last state is written, and what stood there at most every second.
+- elsewhere, only the last state of a bar is written, and its current state at most once a second.
 
 A bar that clears itself leaves no line.
 """
@@ -26,16 +26,16 @@ Stream = Literal["stdout", "stderr"]
 STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
 
 MAX_LINE_CHARS = 1 << 16
-"""An unfinished line longer than this is written as if it were finished."""
+"""Maximum length of an unfinished line; a longer one is written as if it were finished."""
 
 TAIL_LINES = 10
 """Number of lines of a process's stderr that are shown if it fails, unless a traceback ends there."""
 
 MAX_TRACEBACK_LINES = 400
-"""Maximum number of lines that are kept of a process's stderr, for a traceback at its end."""
+"""Maximum number of lines kept of a process's stderr, for a traceback at its end."""
 
 BAR_INTERVAL_S = 1.0
-"""Time between two states of a bar where there is no terminal."""
+"""Minimum interval between two states of a bar where there is no terminal."""
 
 # Moving the cursor would garble the lines of others; colours (final byte "m") may stay.
 _CURSOR = re.compile(r"\x1b\[[0-?]*[ -/]*[@-ln-~]|\x08")
@@ -43,7 +43,7 @@ _MOVE = re.compile(r"\n|\x1b\[(\d*)([ABEFJK])")
 _INCOMPLETE = re.compile(r"\x1b(\[[0-?]*[ -/]*)?\Z")
 _ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 _MAX_ROWS = 50
-_LINES_ABOVE_BARS = 3  # so many may be written together with bars before those are taken to be over
+_LINES_ABOVE_BARS = 3  # maximum number of lines written along with bars before the bars count as finished
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
 
 
@@ -51,8 +51,8 @@ _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright
 class LineAssembler:
     """Cuts one stream of bytes into lines. Undecodable bytes become U+FFFD.
 
-    Follows what nested progress bars do: they go up some rows and write those again. From then on so
-    many rows are held back as bars, until more lines than that have come without going up again.
+    It follows nested progress bars, which go up some rows and rewrite them. From then on it holds that many
+    rows back as bars, until more lines than that have arrived without another move up.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class LineAssembler:
         self._cut = ""  # the beginning of an escape sequence
         self._rows = [""]  # not finished yet
         self._row = 0  # where the cursor is
-        self._height = 0  # so many rows above the cursor are held back
+        self._height = 0  # number of rows above the cursor that are held back
         self._lines_since_up = 0
 
     def feed(self, data: bytes, final: bool = False) -> list[str]:
@@ -92,7 +92,7 @@ class LineAssembler:
 
     @property
     def partial(self) -> str:
-        """What stands in the unfinished line, blanks at its end included."""
+        """The unfinished line, including trailing blanks."""
         return _last_state(self._rows[self._row])
 
     def _write(self, text: str) -> None:
@@ -142,7 +142,7 @@ class LineAssembler:
 
 
 def _last_state(line: str) -> str:
-    """Return what was written after the last carriage return that something follows."""
+    """Return the text after the last carriage return that is followed by any."""
     return line.rstrip("\r").rpartition("\r")[2]
 
 
@@ -155,7 +155,7 @@ def _visible(line: str) -> str:
 
 
 class Sink(Protocol):
-    """Where text goes."""
+    """A destination of text."""
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -169,9 +169,9 @@ class Sink(Protocol):
 
 @final
 class FileSink:
-    """Writes to the file under `stream`, past all buffers of Python.
+    """Writes to the file under `stream`, bypassing Python's buffers.
 
-    A thread that is stuck in `write` therefore holds no lock that the end of the process needs.
+    So a thread that is stuck in `write` holds no lock that the process needs to exit.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -185,7 +185,7 @@ class FileSink:
         if not self._terminal:
             return None
         columns, rows = os.get_terminal_size(self._fd)
-        return columns or 80, rows or 24  # a terminal nobody has sized says 0
+        return columns or 80, rows or 24  # a terminal without a size reports 0
 
     def write(self, text: str) -> None:
         """Write all of `text`; blocks while the reader is slow.
@@ -197,7 +197,7 @@ class FileSink:
         while data:
             try:
                 data = data[os.write(self._fd, data) :]
-            except BlockingIOError:  # whoever gave us the file made it non-blocking
+            except BlockingIOError:  # we inherited the file as non-blocking
                 select.select([], [self._fd], [])
 
 
@@ -214,12 +214,12 @@ class _Source:
 
 @final
 class Output:
-    """Puts the streams of all processes together. Not safe for threads.
+    """Merges the streams of all processes. Not thread-safe.
 
     Args:
-        sinks: where the lines of either stream go. Those that are terminals are taken to be one.
+        sinks: where the lines of each stream go. If both are terminals, they count as the same one.
         prefix: whether to name the process before each line.
-        eager: show unfinished lines on a terminal too, for a process that asks its user something.
+        eager: on a terminal, show unfinished lines too, for a process that prompts its user.
     """
 
     def __init__(self, sinks: Mapping[Stream, Sink], *, prefix: bool = True, eager: bool = False) -> None:
@@ -230,7 +230,7 @@ class Output:
         self._tails: dict[Node, deque[str]] = {}
         self._prefixes: dict[tuple[Node, bool], str] = {}
         self._last: tuple[Node, Stream] | None = None
-        self._lines_in_a_row = 0  # that came from there
+        self._lines_in_a_row = 0  # from `_last`
         self._drawn = 0
 
     def feed(self, node: Node, stream: Stream, data: bytes, now: float) -> None:
@@ -239,7 +239,7 @@ class Output:
         self._take(source, source.lines.feed(data), now)
 
     def close(self, node: Node, stream: Stream, now: float) -> None:
-        """Take note that nothing more comes: an unfinished line is finished."""
+        """Note the end of a stream: finish its unfinished line."""
         source = self._sources.pop((node, stream), None)
         if source is not None:
             self._take(source, source.lines.feed(b"", final=True), now)
@@ -250,13 +250,13 @@ class Output:
             self.close(node, stream, now)
 
     def say(self, text: str) -> None:
-        """Write a line of the launcher itself."""
+        """Write a line of the launcher's own."""
         self._write("stderr", f"tensorkv: {text}\n", None)
 
     def last_words(self, node: Node) -> list[str]:
-        """Return the last lines `node` wrote to stderr, or [] if they are the last that was written.
+        """Return the last lines `node` wrote to stderr, or [] if they are the last lines of all output.
 
-        A traceback that ends there is returned whole, with those that led to it.
+        A traceback at the end is returned whole, with those that led to it.
         """
         words = last_lines(list(self._tails.get(node, ())))
         return [] if self._last == (node, "stderr") and self._lines_in_a_row >= len(words) else words
@@ -279,7 +279,7 @@ class Output:
             self._write(source.stream, text, (source.node, source.stream))
 
     def _due_state(self, source: _Source, now: float, finished: bool) -> list[str]:
-        """Return the state of a bar if it is time to write it to a file."""
+        """Return the state of a bar if it is due to be written to a file."""
         state = source.lines.bars
         if not state or finished or source.shown_at is None:
             source.shown_at = now if state else None
@@ -330,7 +330,7 @@ _GOES_ON = re.compile(
 
 
 def last_lines(lines: list[str]) -> list[str]:
-    """Return the last of these lines: `TAIL_LINES`, or a traceback near their end with what led to it."""
+    """Return the last `TAIL_LINES` lines, or a traceback near the end with those that led to it."""
     starts = [place for place, line in enumerate(lines) if line.startswith(_TRACEBACK)]
     if not starts:
         return lines[-TAIL_LINES:]
@@ -350,7 +350,7 @@ def _is_dumb(stream: TextIO) -> bool:
 
 
 def prefix_text(node: Node) -> str:
-    """Return what stands before the lines of `node`, without colour."""
+    """Return the prefix of the lines of `node`, without colour."""
     return f"[{node}] "
 
 
@@ -367,7 +367,7 @@ def _coloured(text: str, node: Node) -> str:
 
 
 def _clip(text: str, columns: int) -> str:
-    """Return `text` so that it takes no more than `columns`; one that must be cut loses its colours."""
+    """Return `text` in at most `columns` columns; if it has to be cut, it loses its colours."""
     from rich.cells import cell_len, set_cell_size
 
     plain = _ESCAPE.sub("", text)

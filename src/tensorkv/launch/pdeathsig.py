@@ -1,10 +1,10 @@
-"""Becomes the command of one process of a job. Run as a script, by its path, by the launcher.
+"""Becomes the command of one process of a job. The launcher runs it as a script, by its path.
 
     python -I -S pdeathsig.py LAUNCHER_PID EXECUTABLE ARGV0 [ARGUMENT ...]
 
-Asks the kernel to kill this process when the launcher dies, then replaces itself by the command. That
-cannot be done from a launcher with threads between fork and exec, hence this script. Imports little,
-and nothing of TensorKV: every process of a job waits for it.
+It asks the kernel to kill this process when the launcher dies, then execs the command. A launcher with
+threads cannot do that between fork and exec, hence this script. It imports little, and nothing of TensorKV,
+since every process of a job waits for it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def die_with(launcher_pid: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != launcher_pid:  # it died before the request
+    if os.getppid() != launcher_pid:  # the launcher died before the request
         os._exit(128 + signal.SIGKILL)
 
 
 def main(launcher_pid: str, executable: str, *argv: str) -> None:
-    """Become `executable`; returns only by SystemExit, with 126, if that cannot be run."""
+    """Exec `executable`; raises SystemExit with 126 if that fails."""
     die_with(int(launcher_pid))
-    # Python ignores these two at its start, and what is ignored stays so over an exec.
+    # Python ignores these two when it starts, and ignored signals stay ignored across an exec.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:

@@ -1,8 +1,8 @@
-"""Real processes around the supervisor: `ProcessGroup` runs any list of them under its rules.
+"""Runs real processes: `ProcessGroup` runs any list of them under the rules of the supervisor.
 
-Output by lines, the first failure or a signal ends everything, and nothing is left running: each
-process leads a session of its own, whose group is signalled as a whole; a launcher that is killed
-takes them with it (`pdeathsig.py`, `reaper.py`).
+Output is merged by lines, the first failure or a signal ends everything, and nothing is left running: each
+process leads its own session, whose group is signalled as a whole, and all of them die with a launcher that
+is killed (`pdeathsig.py`, `reaper.py`).
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ _REAPER = Path(__file__).with_name("reaper.py")
 _GUARD_EXIT_S = 5.0
 
 _MAX_GUARDS = 10
-"""Maximum number of guards that one job uses up."""
+"""Maximum number of reapers that one job uses up."""
 
 _LAST_OUTPUT_S = 2.0
-"""So long a reader that does not read keeps an interrupted launcher."""
+"""Maximum time that an interrupted launcher waits for a reader that does not read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessSpec:
     """One process to start. `env` is its whole environment.
 
-    With `inherit_stdin` it reads what the launcher would; otherwise its stdin is empty.
+    With `inherit_stdin` it shares the launcher's stdin; otherwise its stdin is empty.
     """
 
     node: Node
@@ -66,9 +66,9 @@ class ProcessSpec:
 
 @final
 class Reaper:
-    """The process that kills what a killed launcher leaves; see `reaper.py`. A context manager.
+    """The process that kills the orphans of a killed launcher; see `reaper.py`. A context manager.
 
-    One that somebody kills (a system short of memory, say) is replaced by `check`.
+    If it is itself killed (by a system short of memory, for example), `check` replaces it.
     """
 
     def __init__(self) -> None:
@@ -96,12 +96,12 @@ class Reaper:
         self._send(f"+{group}\n")
 
     def remove(self, group: int) -> None:
-        """Forget `group`: it has ended, and its number may come back as another's."""
+        """Forget `group`: it has ended, and its number may be reused."""
         self._groups.discard(group)
         self._send(f"-{group}\n")
 
     def check(self) -> str | None:
-        """Replace the process if it has ended; return a line that tells so. Once per SIGCHLD is enough."""
+        """Replace the process if it has ended, and return a line that says so. Call it at each SIGCHLD."""
         status = self._process.poll()
         if status is None or self._replacements_left < 0:
             return None
@@ -132,21 +132,21 @@ class Reaper:
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None
         if not self._process.stdin.closed:
-            with contextlib.suppress(BrokenPipeError):  # somebody killed it, as `check` will find
+            with contextlib.suppress(BrokenPipeError):  # it was killed; `check` will notice
                 os.write(self._process.stdin.fileno(), line.encode())
 
 
 @final
 class ProcessGroup:
-    """Starts processes and stays until the last has ended. `run` once, in the main thread.
+    """Starts processes and waits until the last has ended. Call `run` once, in the main thread.
 
     Args:
-        specs: what to start, in this order.
+        specs: the processes to start, in this order.
         output: where the lines go.
         absent_servers: returns the servers that are still starting. Called when the last worker has ended
-            with 0: they get a SIGTERM.
-        stop_servers: called then. It tells the other servers to end.
-        first_lost: which process the scheduler lost first, where it knows.
+            with 0; these servers get a SIGTERM.
+        stop_servers: called after that; tells the other servers to end.
+        first_lost: returns the process that the scheduler lost first, None if it lost none.
         on_worker_done: called with the rank of each worker that has ended with 0.
         report: returns lines for SIGUSR1; every process that handles this signal gets it, too.
         goes_on: called with a worker that has failed, and how it ended (its status, or -signal); returns
@@ -183,10 +183,10 @@ class ProcessGroup:
         self._reports: list[str] = []
 
     def run(self) -> int:
-        """Run the job; return the status for the launcher to end with.
+        """Run the job; return the exit status of the launcher.
 
         Raises:
-            OSError: a process could not be started. Those started before are ended.
+            OSError: a process could not be started. Those already started are ended.
         """
         with SignalInbox() as inbox, Reaper() as guard:
             pump = Forwarder(self._output, inbox.wake)
@@ -199,7 +199,7 @@ class ProcessGroup:
                 self._end_groups(guard)
                 pump.close()
         if written or pump.error is not None:
-            with contextlib.suppress(OSError):  # that very error, mostly
+            with contextlib.suppress(OSError):  # usually the same error again
                 self._conclude(finish)
         return finish.status
 
@@ -214,7 +214,7 @@ class ProcessGroup:
         pump.start()
 
     def _supervise(self, pump: Forwarder, inbox: SignalInbox, guard: Reaper) -> Finish:
-        """Feed the supervisor and do what it says, until it says that the job is over."""
+        """Feed events to the supervisor and perform its actions, until it says that the job is over."""
         supervisor = self._supervisor
         while True:
             deadline = supervisor.deadline
@@ -244,7 +244,7 @@ class ProcessGroup:
                 self._perform(action)
 
     def _tell(self, pump: Forwarder) -> None:
-        """Say what the scheduler waits for, and have every process that can say what it waits for."""
+        """Write what the scheduler waits for, and send SIGUSR1 to every process that can report its waits."""
         for line in self._report():
             pump.say(line)
         for node in self._supervisor.alive:
@@ -257,7 +257,7 @@ class ProcessGroup:
                 )
 
     def _spared(self, exits: Mapping[Node, int]) -> list[Node]:
-        """Return the workers whose failure the job survives. Nobody asks once the job is ending."""
+        """Return the workers whose failure the job survives: none once the job is ending."""
         return [
             node
             for node, returncode in exits.items()
@@ -270,8 +270,8 @@ class ProcessGroup:
     def _exits(self) -> dict[Node, int]:
         """Return the processes that have ended since the last call, and how.
 
-        They are not reaped before the end of the job: as long as a leader is there its number is not
-        given to another process, and its group can be killed safely.
+        They are reaped only at the end of the job: while a leader is a zombie, the kernel does not reuse its
+        number, and its group can be killed safely.
         """
         exits = {}
         for node in self._supervisor.alive:
@@ -288,7 +288,7 @@ class ProcessGroup:
             case Kill(nodes):
                 self._signal(nodes, signal.SIGKILL)
             case StopServers():
-                # The absent ones first: else one may find that the scheduler has gone, and say so.
+                # The absent ones first: otherwise one may find the scheduler gone and log that.
                 for further in self._supervisor.dismiss(self._absent_servers()):
                     self._perform(further)
                 self._stop_servers()
@@ -297,12 +297,12 @@ class ProcessGroup:
 
     def _signal(self, nodes: Iterable[Node], signum: signal.Signals) -> None:
         for node in nodes:
-            # Nobody is left in the group, or (as some systems say it) only its ended leader.
+            # The group is empty, or (as some systems report it) has only its ended leader.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._processes[node].pid, signum)
 
     def _end_groups(self, guard: Reaper) -> None:
-        """Kill what is left of every group, and reap the leaders."""
+        """Kill the rest of every group, and reap the leaders."""
         self._signal(self._processes, signal.SIGKILL)
         for process in self._processes.values():
             guard.remove(process.pid)
@@ -313,7 +313,7 @@ class ProcessGroup:
     def _flush(self, pump: Forwarder, inbox: SignalInbox, finish: Finish) -> bool:
         """Wait until all output is written; return whether it is.
 
-        A reader that does not read is waited for, unless the user wants the job to end.
+        Wait for a reader that does not read, unless the user wants the job to end.
         """
         interrupted = finish.status != 0 and finish.culprit is None
         deadline = time.monotonic() + _LAST_OUTPUT_S if interrupted else math.inf
@@ -325,7 +325,7 @@ class ProcessGroup:
         return pump.error is None
 
     def _conclude(self, finish: Finish) -> None:
-        """Say what was to be said, below the last line of the processes."""
+        """Write the reports and the outcome, below the last line of the processes."""
         for text in self._reports:
             self._output.say(text)
         if finish.culprit is not None:
@@ -340,13 +340,13 @@ class ProcessGroup:
 
 
 def shielded(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """Return the command that becomes `argv` and dies with this process; see `pdeathsig.py`."""
+    """Return a command that execs `argv` and dies with this process; see `pdeathsig.py`."""
     executable = shutil.which(argv[0], path=environ.get("PATH", os.defpath)) or argv[0]
     return [sys.executable, "-I", "-S", str(_PDEATHSIG), str(os.getpid()), executable, *argv]
 
 
 def _spawn(spec: ProcessSpec) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own, which dies with this one."""
+    """Start a process that has its own session and dies with this one."""
     return subprocess.Popen(
         shielded(spec.argv, spec.env),
         env=dict(spec.env),

@@ -1,11 +1,11 @@
-"""Kills the processes of a job when its launcher is gone. Run as a script, by its path.
+"""Kills the processes of a job when its launcher has died. Run as a script, by its path.
 
     python -I -S reaper.py < PIPE
 
-The launcher writes "+PID" for each process group it starts and "-PID" when it has ended it. It holds
-the only writing end of the pipe: at end of file it is gone, and the groups still listed are killed.
-A launcher that ends in an orderly way has taken all of them back before, and one whose guard is killed
-starts another.
+The launcher writes "+PID" for each process group it starts and "-PID" when it has ended it. It holds the only
+writing end of the pipe: end of file means that it has died, and the groups still listed are killed. A
+launcher that exits in an orderly way has removed all of them before, and starts another reaper if this one
+is killed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def watch(lines: Iterable[str], kill: Callable[[int, int], None]) -> None:
     groups: set[int] = set()
     for line in lines:
         if not line.endswith("\n"):
-            break  # cut off while it was written: the number may be a part of one
+            break  # the write was cut off: the number may be incomplete
         number = int(line[1:])
         if line[0] == "+":
             groups.add(number)

@@ -1,14 +1,14 @@
-"""The process beside the workers of one host, under a launcher that only knows workers (torchrun).
+"""The sidecar of the workers of one host, under a launcher that only knows workers (torchrun).
 
     python -m tensorkv.launch.sidecar PARENT_PID REPORT_FD SERVER_RANKS
 
-The worker with local rank 0 starts it. It keeps the servers of its host and, on the first host, the
-scheduler. It is a process of its own so that the loss of its parent can be told to the others: by a
-scheduler inside the parent nobody would learn which worker was lost.
+The worker with local rank 0 starts it. It runs the servers of its host and, on the first host, the scheduler.
+It is a separate process so that it can report the loss of its parent: if the scheduler ran inside the parent,
+nobody would learn which worker was lost.
 
-It ends when its parent is gone and the job is over, and its servers end with it: the kernel kills them if
-it is killed itself. It has a session of its own, so that signals to the workers do not end the servers first.
-SIGUSR1 has it tell who waits for whom, and its servers, too.
+It ends when its parent has ended and the job is over, and its servers end with it: the kernel kills them if
+the sidecar is killed. It has its own session, so that signals to the workers do not end the servers first.
+On SIGUSR1 it and its servers report who waits for whom.
 """
 
 from __future__ import annotations
@@ -38,20 +38,19 @@ from tensorkv.scheduler.loop import SchedulerServer
 from tensorkv.worker.signals import handles
 
 LINGER_S = 30.0
-"""So long workers that have never joined are waited for after all others have left."""
+"""Timeout for workers that have never joined, from the end of the parent."""
 
 TICK_S = 0.1
 TOKEN_NAME = "tensorkv-token"
-"""Name of the file in memory that holds a token, for those who check what they read."""
+"""Name of the memfd that holds a token, so that readers can verify what they read."""
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a job is found. It passes through torchrun's store, which anybody can read: no token in it.
+    """Where to find a job. It passes through torchrun's store, which anybody can read, so it has no token.
 
-    `token_file` is the path of a file that only this user can read, on this host, "" where TENSORKV_TOKEN
-    is set.
-    `keepers` are the ranks of the workers that keep the servers of their hosts, dealt out in turn.
-    `error` says why there is no job; nothing else counts then.
+    `token_file` is the path of a file on this host that only this user can read, "" if TENSORKV_TOKEN is set.
+    `keepers` are the ranks of the workers that start sidecars; the servers are dealt out to them in turn.
+    `error` says why there is no job; the other fields mean nothing then.
     """
 
     host: str = ""
@@ -65,12 +64,12 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 @final
 class Sidecar:
-    """Servers of this host, and the scheduler if `config.scheduler_port` is 0. A context manager.
+    """Runs the servers of this host, and the scheduler if `config.scheduler_port` is 0. A context manager.
 
     Args:
-        config: the job; role and rank do not count. Without a token one is made.
+        config: the job; role and rank are ignored. If it has a scheduler to run and no token, one is made.
         servers: ranks of the servers of this host.
-        environ: what they inherit.
+        environ: the environment that they inherit.
         parent: a pidfd of the worker that started this process.
     """
 
@@ -120,11 +119,11 @@ class Sidecar:
             os.close(self._token)
 
     def ask_report(self) -> None:
-        """Have `run` write on stderr who waits for whom. From a signal handler, while it is entered."""
+        """Have `run` report on stderr who waits for whom. Callable from a signal handler while entered."""
         os.eventfd_write(self._asked, 1)
 
     def write_token(self) -> None:
-        """Write the token where only this user can read it: to a file in memory, gone with this process."""
+        """Write the token where only this user can read it: to a memfd, which vanishes with this process."""
         self._token = os.memfd_create(TOKEN_NAME)
         os.fchmod(self._token, 0o600)
         os.write(self._token, self.config.token.encode())
@@ -144,13 +143,13 @@ class Sidecar:
         return self._parent is not None and bool(select.select([self._parent], [], [], 0)[0])
 
     def run(self, parent: int) -> None:
-        """Stay until the job is over. `parent` is a pidfd of the worker that started this process."""
+        """Run until the job is over. `parent` is a pidfd of the worker that started this process."""
         self._parent = parent
         with contextlib.ExitStack() as stack:
             poller = select.poll()
             poller.register(parent, select.POLLIN)
             poller.register(self._asked, select.POLLIN)
-            ranks: dict[int, int] = {}  # by descriptor, of servers that run
+            ranks: dict[int, int] = {}  # of running servers, by pidfd
             for rank, process in self._servers.items():
                 descriptor = os.pidfd_open(process.pid)
                 stack.callback(os.close, descriptor)
@@ -172,7 +171,7 @@ class Sidecar:
     def _over(self, gone_at: float | None, serving: bool) -> bool:
         """Whether this process has nothing left to do. `gone_at`: when the parent ended."""
         scheduler = self._scheduler
-        if scheduler is None:  # its servers are told by the scheduler of the first host
+        if scheduler is None:  # the scheduler of the first host tells its servers to end
             return not serving
         if gone_at is None:
             return False
@@ -183,7 +182,7 @@ class Sidecar:
         return present == 0 and (joined == self.config.num_workers or late)
 
     def _report(self) -> None:
-        """Tell who waits at the scheduler, and have the servers tell about their rounds."""
+        """Report who waits at the scheduler, and have the servers report on their rounds."""
         if self._scheduler is not None:
             lines = self._scheduler.report()
             sys.stderr.write("".join(f"tensorkv: {line}\n" for line in lines))
@@ -193,14 +192,14 @@ class Sidecar:
                 process.send_signal(signal.SIGUSR1)
 
     def _server_ended(self, rank: int) -> None:
-        """Tell the scheduler of a server that failed before it could join: nobody else would."""
+        """Report a server that failed before it could join to the scheduler: nobody else would."""
         status = self._servers[rank].wait()
         if status == 0 or (self._scheduler is not None and self._scheduler.has_joined("server", rank)):
             return
         config = dataclasses.replace(self.config, role="server", rank=rank)
         host, port = config.scheduler_host, config.scheduler_port
-        # Refused if it had joined, or if the job is over: then nothing needs to be told. A connection in
-        # its place that ends at once is a server that is lost.
+        # To the scheduler, a connection in the server's place that ends at once is a lost server. It refuses
+        # the connection if the server had joined or the job is over; then there is nothing to report.
         with contextlib.suppress(TensorKVError):
             connection = connect_as(config, "the scheduler", host, port)
             sys.stderr.write(f"tensorkv: server {rank} failed at its start, status {shell_status(status)}\n")
@@ -208,11 +207,11 @@ class Sidecar:
             connection.close()
 
     def _end_servers(self) -> None:
-        """Wait for the servers, which have been told that the job is over; kill who does not listen."""
+        """Wait for the servers, which know that the job is over; kill those that do not end in time."""
         deadline = time.monotonic() + SERVER_STOP_S
         for rank, process in self._servers.items():
             if self._scheduler is None or not self._scheduler.has_joined("server", rank):
-                process.terminate()  # nobody tells it, or it is still starting and was not told
+                process.terminate()  # no scheduler here, or it is still starting: nobody told it to end
         for process in self._servers.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(deadline - time.monotonic(), 0.0))
@@ -224,15 +223,15 @@ class Sidecar:
 
 
 def main(parent_pid: str, report_fd: str, server_ranks: str) -> int:
-    """Run a keeper to its end; the job is in the environment. Returns the exit status."""
+    """Run a sidecar to its end; the environment describes the job. Returns the exit status."""
     try:
         parent = os.pidfd_open(int(parent_pid))
     except ProcessLookupError:
         return 1
-    if os.getppid() != int(parent_pid):  # it died before it was watched
+    if os.getppid() != int(parent_pid):  # the parent died before it was watched
         return 1
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to tell
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to report
     logging.basicConfig(format="%(name)s: %(message)s")
     config = from_env()
     assert config is not None

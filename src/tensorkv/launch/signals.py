@@ -1,4 +1,4 @@
-"""Signals to the launcher, as bytes of a pipe that a loop can wait for."""
+"""Signals to the launcher, as bytes in a pipe that a loop can wait for."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class SignalInbox:
 
     def wake(self) -> None:
         """End a `wait` in progress or the next one. From any thread."""
-        with contextlib.suppress(BlockingIOError):  # full, so `wait` ends anyway
+        with contextlib.suppress(BlockingIOError):  # the pipe is full, so `wait` ends anyway
             os.write(self._write, b"\0")
 
     def wait(self, timeout_s: float | None) -> list[int]:
@@ -65,4 +65,4 @@ class SignalInbox:
 
 
 def _note(signum: int, frame: FrameType | None) -> None:
-    """Do nothing: the wakeup descriptor has the number."""
+    """Do nothing: the wakeup descriptor receives the number."""

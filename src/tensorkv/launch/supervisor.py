@@ -1,19 +1,19 @@
-"""When a job ends, with which status, and who has to be ended: a state machine without processes.
+"""Decides when a job ends, with which status, and which processes to end: a state machine without processes.
 
-Events come in by method calls, together with the time; what to do comes out as a list of actions.
+Method calls pass in events, together with the time, and return the list of actions to take.
 
     RUNNING ── all workers ended with 0 ──> STOPPING ── all servers ended ──> FINISHED
        │                                       │ too slow: killed
        ├── first failure ──> [AWAITING] ──> ENDING ── all ended, or grace over: killed ──> FINISHED
        └── signal ──────────────────────────> ENDING
 
-AWAITING: a process that fails because it lost another may well end before that other one does. Who
-was lost first is known to the scheduler; the job waits a moment for that process and takes its status.
-Where that is 0 (a script that calls `os._exit`, say), or does not come, the process is named all the same,
-with the status of one that followed it.
+AWAITING: a process that fails because it lost another one may end before that one does. The scheduler knows
+which process was lost first; the job waits a moment for that process to end and takes its status. If that is
+0 (a script that calls `os._exit`, for example), or the process does not end, the verdict still names it, with
+the status of a process that failed because of it.
 
-A worker whose stores all say on_worker_loss="continue" may fail without an end of the job: it is *spared*.
-The job goes on to its end, and has succeeded if any other worker has.
+If all stores of a worker say on_worker_loss="continue", its failure does not end the job: it is *spared*. The
+job runs to its end and succeeds if any other worker does.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 GRACE_S = 3.0
-"""Time between SIGTERM and SIGKILL."""
+"""Timeout between SIGTERM and SIGKILL."""
 
 ENDED_WELL = "although it ended with status 0"
 SERVER_STOP_S = 5.0
-"""Time that servers have to end by themselves after the last worker."""
+"""Timeout for the servers to end by themselves after the last worker."""
 
 KILL_WAIT_S = 5.0
-"""Time after SIGKILL before a process that is still there is given up."""
+"""Timeout after SIGKILL before giving up on a process that has not ended."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -75,9 +75,9 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The job is over. `culprit` failed first; `text` is None if nobody failed.
+    """The job is over. `culprit` failed first; `text` is None if nothing failed.
 
-    `went_on` tells that the failure did not end the job; `status` is 0 then if another worker ended with 0.
+    `went_on`: the failure did not end the job; `status` is then 0 if another worker ended with 0.
     """
 
     status: int
@@ -119,10 +119,10 @@ def status_text(returncode: int) -> str:
 
 @final
 class Supervisor:
-    """Decides over the processes of one job.
+    """The state machine of one job.
 
-    `deadline` is the time at which `tick` wants to be called, or None. All times are seconds of any
-    one clock. After `Finish` nothing more comes out.
+    `deadline` is the time at which to call `tick`, or None. All times are seconds of any one clock. After
+    `Finish` it returns no more actions.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Supervisor:
 
     @property
     def running(self) -> bool:
-        """Whether workers do their work, and a failure would end the job."""
+        """Whether workers are working, so that a failure would end the job."""
         return self._phase is _Phase.RUNNING
 
     def exited(
@@ -162,13 +162,13 @@ class Supervisor:
         suspect: Node | None = None,
         spared: Collection[Node] = (),
     ) -> list[Action]:
-        """Take note that processes ended.
+        """Note that processes ended.
 
         Args:
-            exits: how each ended: its status, or -signal. Ends that were seen at the same time come
-                in one call: which was first is then told by `_suspicion`.
+            exits: how each ended: its status, or -signal. Pass ends that were seen at the same time in one
+                call; `_suspicion` then decides which was first.
             now: seconds.
-            suspect: the process that the scheduler lost first, where it knows.
+            suspect: the process that the scheduler lost first, None if it lost none.
             spared: those of `exits` whose failure does not end the job.
         """
         self._alive -= exits.keys()
@@ -197,7 +197,7 @@ class Supervisor:
         return actions + self._advance(now)
 
     def _spare(self, failed: Sequence[tuple[Node, int]]) -> list[Action]:
-        """Note failures that do not end the job: the first is what it ends with, others are reported."""
+        """Note failures that do not end the job: the first becomes the verdict, others are reported."""
         actions: list[Action] = []
         for node, returncode in failed if self.running else ():
             failure = dataclasses.replace(_failure(node, returncode), went_on=True)
@@ -208,23 +208,23 @@ class Supervisor:
         return actions
 
     def _overrule(self) -> list[Action]:
-        """Something else ends the job now: report the failure that did not."""
+        """Report the failure that did not end the job, because something else now does."""
         return [Report(f"{self._verdict.text} before")] if self._verdict.went_on else []
 
     def dismiss(self, nodes: Iterable[Node]) -> list[Action]:
-        """End these, whose work is not wanted any more: how they end does not matter."""
+        """End processes that are no longer needed; how they end does not matter."""
         going = self._alive.intersection(nodes)
         self._dismissed |= going
         return [Terminate(tuple(sorted(going)))] if going else []
 
     def signalled(self, signum: int, now: float) -> list[Action]:
-        """Take note of a signal to the launcher. The first ends the job, a later Ctrl-C kills it."""
+        """Note a signal to the launcher. The first one ends the job, a later Ctrl-C kills it."""
         if self._phase is _Phase.ENDING and signum == signal.SIGINT:
             return self._kill(now)
         return self.abort(128 + signum, f"ended by {signal_name(signum)}", now)
 
     def abort(self, status: int, text: str, now: float) -> list[Action]:
-        """End the job for a reason outside of its processes; nothing if it is ending already."""
+        """End the job for a reason outside its processes; does nothing if it is already ending."""
         actions: list[Action] = []
         if self._phase in (_Phase.RUNNING, _Phase.STOPPING):
             actions = self._overrule()
@@ -234,7 +234,7 @@ class Supervisor:
         return actions + self._end(now) + self._advance(now)
 
     def tick(self, now: float) -> list[Action]:
-        """Do what the deadline was set for, if it has passed."""
+        """Act on the deadline, if it has passed."""
         if self.deadline is None or now < self.deadline:
             return []
         if self._phase is _Phase.AWAITING:
@@ -255,7 +255,7 @@ class Supervisor:
         return self._ask()
 
     def _ask(self) -> list[Action]:
-        """Ask workers to end, and servers after them: a worker that leaves in good order needs those."""
+        """Ask workers to end, and servers after them: a worker needs the servers to leave cleanly."""
         workers = {node for node in self._alive if node.role == "worker"}
         new = (workers or self._alive) - self._asked
         self._asked |= new
@@ -272,7 +272,7 @@ class Supervisor:
         return [self._verdict]
 
     def _advance(self, now: float) -> list[Action]:
-        """Go on where nobody is left to wait for."""
+        """Enter the next phase if no process of this one is left."""
         if self._phase is _Phase.FINISHED:
             return []
         if not self._alive:
@@ -284,7 +284,7 @@ class Supervisor:
 
 
 def _suspicion(node: Node, returncode: int) -> tuple[bool, Node]:
-    """Sort key of failures seen at once: a killed process fails by itself, others may have followed it."""
+    """Sort key of failures seen at once: a killed process comes first, as others may have followed it."""
     return returncode > 0, node
 
 
@@ -294,7 +294,7 @@ def _failure(node: Node, returncode: int) -> Finish:
 
 
 def _followed(first: Node, verdict: Finish, how: str) -> Finish:
-    """Blame the process that was lost, not the one that failed because of it."""
+    """Return a verdict that blames the lost process, not the one that failed because of it."""
     return dataclasses.replace(verdict, text=f"{first} was lost, {how}", culprit=first)
 
 

@@ -1,15 +1,15 @@
-"""A job for the workers that torchrun, or a launcher which sets the same variables, has started.
+"""A job for workers started by torchrun, or by a launcher that sets the same variables.
 
-Nobody starts scheduler and servers then: the workers do, when they open their first distributed store.
-Rank 0 announces a round (see `rounds`) in the TCPStore at MASTER_ADDR:MASTER_PORT, starts a keeper (see
-`sidecar`) with the scheduler and the servers of its host, and tells the others where it is. They join the
-scheduler of that round; where it is gone, or of an attempt before, they look again. The worker that
-stands for another host starts a keeper with the servers of that. torchrun's agent holds the TCPStore;
-where no agent does, rank 0.
+Such a launcher starts neither scheduler nor servers: the workers do, when they open their first distributed
+store. Rank 0 announces a round (see `attempts`) in the TCPStore at MASTER_ADDR:MASTER_PORT, starts a sidecar
+with the scheduler and the servers of its host, and publishes where it is. The others join the scheduler of
+that round; if it is gone, or belongs to an earlier attempt, they look again. The worker that represents
+another host starts a sidecar with the servers of that host. torchrun's agent holds the TCPStore; without an
+agent, rank 0 does.
 
 The job's token does not pass through the store. On one host it is in a file that only this user can read
-and that goes with the keeper; over several hosts it is made of TENSORKV_TOKEN and the round's name: so
-that a scheduler of another round, or of another job with the same secret, is not taken for this one's.
+and that vanishes with the sidecar. Over several hosts it is derived from TENSORKV_TOKEN and the round's name,
+so that nobody mistakes a scheduler of another round, or of another job with the same secret, for this one's.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _KEEPER_START_S = 60.0
-_CONNECT_S = 5.0  # a signal is seen only in between
+_CONNECT_S = 5.0  # signals are handled only between attempts
 _LEAST_CONNECT_S = 1.0  # torch before 2.6 takes whole seconds only
 _LEAST_POLL_S, _MOST_POLL_S = 0.02, 0.25
-"""Pause between two looks at the store, which may serve many workers: longer each time, up to that."""
+"""Minimum and maximum pause between two polls of the store, which may serve many workers; it backs off."""
 
 _LEAST_PAUSE_S, _MOST_PAUSE_S = 0.1, 2.0
-"""Pause between two attempts to join one round: this at first, twice as long each time, up to that."""
+"""Minimum and maximum pause between two attempts to join one round; it doubles each time."""
 
 _MAX_TOKEN_BYTES = 1024
 _TOKEN_PATH = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
@@ -76,7 +76,7 @@ _TOKEN_PATH = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a launcher has put this process. `prefix` is the part of the store that is its job's."""
+    """The place of this process in its launcher's job. `prefix` is the job's part of the store."""
 
     rank: int
     num_workers: int
@@ -93,15 +93,15 @@ class Place:
 
     @property
     def store_name(self) -> str:
-        """The store at which the workers meet, for texts."""
+        """The store through which the workers meet, for texts."""
         return f"torch's TCPStore at {join_address(*self.master)}"
 
 
 def read_place(environ: Mapping[str, str]) -> Place | None:
-    """Return the place that the variables of torchrun describe; None where RANK or WORLD_SIZE is not set.
+    """Return the place that torchrun's variables describe; None if RANK or WORLD_SIZE is not set.
 
     Raises:
-        NotInJob: some of the variables are missing, or are no numbers that fit together.
+        NotInJob: some of the variables are missing, are not numbers, or do not fit together.
     """
     if "RANK" not in environ or "WORLD_SIZE" not in environ:
         return None
@@ -138,8 +138,8 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 _lock = threading.Lock()
-_found: dict[int, JobConfig] = {}  # by process id: a forked child asks for itself
-_held: list[Any] = []  # a TCPStore that others read from, and keepers: both for as long as this process
+_found: dict[int, JobConfig] = {}  # by process id: a forked child looks for itself
+_held: list[Any] = []  # kept as long as this process: a TCPStore that others read from, and sidecars
 
 
 def join_job(
@@ -147,23 +147,24 @@ def join_job(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     transport: Transport | None = None,
 ) -> Session | None:
-    """Return this worker's place in the job of its launcher, None if that was not torchrun or one like it.
+    """Join the job of this worker's launcher; None if that is not torchrun or one like it.
 
-    The first call of a process starts what this process has to start, waits until rank 0 has told where
-    the job is, and joins it. Safe from any thread.
+    The first call in a process starts whatever this worker has to start, waits until rank 0 has published
+    where the job is, and joins it. Safe from any thread.
 
     Args:
-        environ: the variables of the process, if not its own.
-        timeout_s: how many seconds all of this may take.
-        transport: how this worker reaches servers; None for what the environment says. The first call counts.
+        environ: the variables to read instead of the process's own.
+        timeout_s: maximum number of seconds for all of this.
+        transport: how this worker reaches servers; None for what the environment says. Only the first call's
+            value counts.
 
     Raises:
         NotInJob: the variables are incomplete, do not fit those of the others, or a job over several hosts
             has no TENSORKV_TOKEN; or this process was forked from a worker.
-        InvalidArgument: a TENSORKV_ variable holds no number, or one out of its range.
+        InvalidArgument: a TENSORKV_ variable holds no number, or one out of range.
         RankTaken: another process has this rank.
-        PeerLostError: rank 0, or a keeper, could not start its part; the store or the job cannot be reached.
-        WaitTimeout: rank 0 has not told where the job is.
+        PeerLostError: rank 0, or a sidecar, could not start its part; the store or the job is unreachable.
+        WaitTimeout: rank 0 has not published where the job is.
         AuthenticationError: the tokens differ, or the token's file is not what it should be.
         What `Session` raises.
     """
@@ -189,7 +190,7 @@ def _read_config(
 ) -> JobConfig:
     """Return the config of this worker as far as it is known: without the scheduler.
 
-    `num_servers` is 0 where it depends on the number of hosts. The token is the secret of all rounds.
+    `num_servers` is 0 if it depends on the number of hosts. The token is the secret shared by all rounds.
     """
     token = environ.get(ENV_TOKEN, "")
     if not place.one_host and not token:
@@ -218,7 +219,7 @@ def _read_config(
 
 @final
 class _Search:
-    """How long this worker looks for its job, and what it waits for, for texts."""
+    """This worker's search for its job: the deadline, and whom it waits for, for texts."""
 
     def __init__(self, place: Place, timeout_s: float) -> None:
         self.deadline = time.monotonic() + timeout_s
@@ -234,7 +235,7 @@ class _Search:
         self._poll_s = min(1.1 * self._poll_s, _MOST_POLL_S)
 
     def failed(self, exc: TensorKVError) -> None:
-        """The job announced last cannot be joined, but another may be announced."""
+        """Note why the job announced last cannot be joined; another may be announced."""
         self._last = str(exc)
         logger.debug("the job announced last cannot be joined: %s", exc)
 
@@ -245,7 +246,7 @@ class _Search:
 def _enter(
     place: Place, config: JobConfig, environ: Mapping[str, str], timeout_s: float
 ) -> tuple[JobConfig, Connection]:
-    """Find the job; return this worker's config and its connection to the scheduler, already let in."""
+    """Find the job; return this worker's config and its connection to the scheduler, after the handshake."""
     from torch.distributed import DistError
 
     search = _Search(place, timeout_s)
@@ -276,7 +277,7 @@ def _lead(
 ) -> tuple[JobConfig, Connection]:
     """As rank 0, begin a round and join it; or join one that a parent of this process has just begun.
 
-    `is_anothers`: the store is held by another process, where rank 0 should.
+    `is_anothers`: another process holds the store, although rank 0 should.
     """
     name = ""
     while not name:
@@ -311,14 +312,14 @@ def _begun_anew() -> RankTaken:
 
 
 def _late_after(timeout_s: float) -> Failure:
-    """Return what ends the wait for the scheduler of a round before: it may be stopped, or another's port."""
+    """Return a deadline for the scheduler of an earlier round: it may be stopped, or its port another's."""
     end = time.monotonic() + timeout_s
     late = PeerLostError(f"the scheduler announced last has not answered for {timeout_s:g} s")
     return lambda: late if time.monotonic() >= end else None
 
 
 def _count_hosts(place: Place, board: Board, name: str, search: _Search) -> list[int]:
-    """Wait until all hosts are known; return the rank that keeps the servers of each."""
+    """Wait until all hosts are known; return the rank that starts the sidecar of each."""
     if place.one_host:
         return [0]
     board.enlist(name, _enlisted(place))
@@ -348,8 +349,8 @@ def _follow(
 ) -> tuple[JobRecord, JobConfig, Connection]:
     """As another rank, wait until a round is announced that this worker can join, and join it.
 
-    Under an agent the round may be of an attempt before, whose scheduler is gone or about to be: then
-    rank 0 will announce another. Where no agent is, whatever is wrong stays so.
+    Under an agent the round may belong to an earlier attempt, whose scheduler is gone or about to go: then
+    rank 0 will announce another, and this worker retries. Without an agent every failure is final.
     """
     name, again_at, pause_s, doubted_at = "", 0.0, _LEAST_PAUSE_S, None
     while True:
@@ -373,15 +374,15 @@ def _follow(
 
 
 def _until_another(board: Board, name: str) -> Failure:
-    """Return what ends the wait for a scheduler that does not answer: that another round is announced."""
+    """Return a check that ends the wait for a silent scheduler once another round is announced."""
     over = PeerLostError("rank 0 has begun this job anew")
     return lambda: over if board.current() != name else None
 
 
 def _is_of_the_past(exc: TensorKVError) -> bool:
-    """Whether a round that fails so is of an attempt before, if there can be one.
+    """Whether this failure means that the round belongs to an earlier attempt, if there can be one.
 
-    Else it may be that a process of that attempt still counts as there, or that another job has its port.
+    If not, a process of that attempt may still count as present, or another job may have its port.
     """
     return isinstance(exc, (PeerLostError, NotInJob)) or isinstance(exc.__cause__, FileNotFoundError)
 
@@ -389,13 +390,14 @@ def _is_of_the_past(exc: TensorKVError) -> bool:
 def _attempt(
     place: Place, config: JobConfig, name: str, record: JobRecord, failure: Failure = lambda: None
 ) -> tuple[JobConfig, Connection]:
-    """Join the scheduler of a round. `failure` tells, while that is silent, why not to wait any longer.
+    """Join the scheduler of a round. While it is silent, `failure` may return why not to wait any longer.
 
     Raises:
         RankTaken: another process has this rank.
-        PeerLostError: the scheduler is not there, or that job is over, or was never started.
-        NotInJob: it is a job of another size.
-        AuthenticationError, ProtocolError, ProtocolVersionError: it is not of this round, or not TensorKV's.
+        PeerLostError: the scheduler is gone, or that job is over or was never started.
+        NotInJob: the job has another size.
+        AuthenticationError, ProtocolError, ProtocolVersionError: the scheduler is of another round, or is not
+            TensorKV's.
     """
     if record.error:
         raise PeerLostError(f"rank 0 could not start scheduler and servers: {record.error}")
@@ -427,14 +429,14 @@ def _enlisted(place: Place) -> Enlisted:
 
 
 def _servers_of(rank: int, keepers: Sequence[int], num_servers: int) -> range:
-    """Return the servers that the keeper of this worker has; they are dealt out over the hosts in turn."""
+    """Return the servers of this worker's sidecar; the hosts take turns as the servers are dealt out."""
     return range(keepers.index(rank), num_servers, len(keepers)) if rank in keepers else range(0)
 
 
 def _keep_servers(
     place: Place, config: JobConfig, keepers: Sequence[int], environ: Mapping[str, str]
 ) -> None:
-    """Start the servers of this host, if this worker stands for it."""
+    """Start the servers of this host, if this worker represents it."""
     servers = _servers_of(place.rank, keepers, config.num_servers)
     answer = start_keeper(config, servers, environ) if servers else JobRecord()
     if answer.error:
@@ -442,12 +444,12 @@ def _keep_servers(
 
 
 def round_token(token: str, name: str) -> str:
-    """Return the token of one round, made of the secret of all; "" where there is none."""
+    """Return the token of one round, derived from the secret of all rounds; "" if there is none."""
     return hmac.new(token.encode(), f"round {name}".encode(), "sha256").hexdigest() if token else ""
 
 
 def start_keeper(config: JobConfig, servers: range, environ: Mapping[str, str]) -> JobRecord:
-    """Start a keeper as a child of this process, and return what it reports."""
+    """Start a sidecar as a child of this process, and return its report."""
     config = dataclasses.replace(config, role="scheduler", rank=0)
     read, write = os.pipe()
     ranks = ",".join(map(str, servers))
@@ -466,7 +468,7 @@ def start_keeper(config: JobConfig, servers: range, environ: Mapping[str, str]) 
         finally:
             os.close(write)
         _held.append(process)
-        poller = select.poll()  # select() takes no descriptor above 1023
+        poller = select.poll()  # select() refuses descriptors above 1023
         poller.register(report, select.POLLIN)
         data = report.read() if poller.poll(_KEEPER_START_S * 1000) else b""
     if not data:
@@ -476,9 +478,9 @@ def start_keeper(config: JobConfig, servers: range, environ: Mapping[str, str]) 
 
 
 def _open_store(place: Place, search: _Search) -> tuple[TCPStore, bool]:
-    """Connect to the TCPStore of the job; whether another process holds it where rank 0 should.
+    """Connect to the job's TCPStore; return it, and whether another process holds it although rank 0 should.
 
-    Rank 0 holds it where torchrun's agent does not.
+    Rank 0 holds the store if torchrun's agent does not.
     """
     from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
@@ -488,7 +490,7 @@ def _open_store(place: Place, search: _Search) -> tuple[TCPStore, bool]:
     while True:
         patience_s = max(min(_CONNECT_S, search.deadline - time.monotonic()), _LEAST_CONNECT_S)
         try:
-            # multi_tenant: init_process_group of the same process uses the same port.
+            # multi_tenant: init_process_group in the same process uses the same port.
             store = TCPStore(
                 host,
                 port,
@@ -499,7 +501,7 @@ def _open_store(place: Place, search: _Search) -> tuple[TCPStore, bool]:
             )
         except DistError as exc:
             if hosting and refused is None:
-                refused = exc  # somebody else listens there: another rank 0?
+                refused = exc  # another process listens there: a second rank 0?
             elif hosting or time.monotonic() > search.deadline:
                 raise PeerLostError(f"{place.store_name} cannot be used: {refused or exc}") from exc
         else:
@@ -509,12 +511,12 @@ def _open_store(place: Place, search: _Search) -> tuple[TCPStore, bool]:
 
 
 def read_token(path: str) -> str:
-    """Return the token that a keeper of this user has written; see `Sidecar.write_token`.
+    """Return the token that a sidecar of this user has written; see `Sidecar.write_token`.
 
-    The path came through a store that anybody may write to, so it is checked.
+    The path came through a store that anybody can write to, so it is checked.
 
     Raises:
-        AuthenticationError: there is no such file, or it is another's.
+        AuthenticationError: there is no such file, or it belongs to another user or is not a token's.
     """
     if not _TOKEN_PATH.fullmatch(path):
         raise AuthenticationError(f"the job's token is said to be in {path!r}, where no keeper writes it")
@@ -533,9 +535,9 @@ def read_token(path: str) -> str:
 
 
 def _own_host(place: Place, environ: Mapping[str, str]) -> str:
-    """Return the host to listen at: TENSORKV_HOST, or, on several hosts, that on the way to the master.
+    """Return the host to listen at: TENSORKV_HOST or, with several hosts, the own address towards the master.
 
-    The second, too, where TENSORKV_HOST is a wildcard: an address that others are told must be one.
+    If TENSORKV_HOST is a wildcard it is the latter, too: other hosts need a real address.
     """
     told = read_host(environ)
     if environ.get(ENV_HOST) and (place.one_host or not is_wildcard(told)):

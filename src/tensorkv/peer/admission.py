@@ -1,4 +1,4 @@
-"""Admission: connections whose other end has not yet proved that it knows the token."""
+"""Admission: bounds the connections whose other end has not yet proved that it knows the token."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from typing import final
 from tensorkv.transport.base import TICK_S, Connection
 
 SPARE_NEWCOMERS = 64
-"""So many more than the processes of a job may be in their handshake at one time."""
+"""Number of connections beyond the processes of a job that may be in their handshake at one time."""
 
 
 @final
 class Admission:
     """At most `limit` connections, each with a thread that greets it. Safe from any thread.
 
-    Strangers can connect and say nothing. Each has a deadline, and where there are too many the one that
-    has been here longest goes, so that a process of the job, which needs a moment only, still gets in.
+    Strangers can connect and say nothing. Each has a deadline, and if there are too many, the oldest is
+    evicted. So a process of the job, which needs only a moment, still gets in.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._here: dict[Connection, None] = {}  # in the order in which they came
+        self._here: dict[Connection, None] = {}  # oldest first
         self._changed = threading.Condition()
         self._ended = False
 
     def add(self, connection: Connection) -> bool:
-        """Take in a connection; False after `end`, and then it is the caller's to close.
+        """Admit a connection; False after `end`, and then the caller closes it.
 
-        Waits, if there are too many, until the one that was here first has gone; its connection is shut
-        down, so that takes a moment only.
+        If there are too many, it shuts down the oldest and waits the moment until that one is removed.
         """
         with self._changed:
             while len(self._here) >= self._limit and not self._ended:
@@ -40,13 +39,13 @@ class Admission:
             return not self._ended
 
     def remove(self, connection: Connection) -> None:
-        """The handshake with this one is over, whatever came of it."""
+        """Remove a connection: its handshake is over, whatever the outcome."""
         with self._changed:
             self._here.pop(connection, None)
             self._changed.notify_all()
 
     def end(self) -> None:
-        """Shut all of them down, and take in no other."""
+        """Shut down all connections, and admit no more."""
         with self._changed:
             self._ended = True
             for connection in self._here:

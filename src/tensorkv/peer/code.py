@@ -1,4 +1,4 @@
-"""How a server makes an updater from a setting: by name, or, inside one process, the very object."""
+"""How a server makes an updater from a setting: by name or, inside one process, from the object itself."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from tensorkv.updaters.settings import build
 from tensorkv.wire.messages import SettingRecord
 
 LoadUpdater = Callable[[SettingRecord], Updater]
-"""How a server makes an updater from a setting that has travelled."""
+"""Makes the updater of a setting that was received."""
 
 _IN_PROCESS = "<this process>"
 
 
 @final
 class CodeTable:
-    """Functions and classes of an embedded job: its servers are threads of this process, so any will do."""
+    """Functions and classes of an embedded job. Its servers are threads of this process, so any will do."""
 
     def __init__(self) -> None:
         self._objects: list[Any] = []
 
     def describe(self, obj: Any) -> CodeRef:
-        """Return a reference by which `find` gives `obj` back; the same object has the same reference."""
+        """Return a reference with which `find` returns `obj`; the same object has the same reference."""
         if obj not in self._objects:  # by equality: wrappers of one function are equal
             self._objects.append(obj)
         return CodeRef(module=_IN_PROCESS, name=f"_{self._objects.index(obj)}")
 
     def find(self, ref: CodeRef) -> Any:
-        """Return the object of a reference, None if it is not of this table."""
+        """Return the object of a reference, None if it is not in this table."""
         names = {f"_{number}": obj for number, obj in enumerate(self._objects)}
         return names.get(ref.name) if ref.module == _IN_PROCESS else None
 
 
 def describe_code(obj: Any, table: CodeTable | None) -> CodeRef:
-    """Return how `obj` is named to the servers. Raises NotShippable if they could not find it."""
+    """Return the servers' name for `obj`. Raises NotShippable if they could not find it."""
     return describe(obj) if table is None else table.describe(obj)
 
 
@@ -45,8 +45,8 @@ def updater_loader(allowed_modules: Collection[str], table: CodeTable | None = N
     """Return the function with which a server makes updaters.
 
     Args:
-        allowed_modules: what may be imported besides torch.optim and tensorkv.
-        table: that of the worker, if server and worker are one process.
+        allowed_modules: modules that may be imported besides torch.optim and tensorkv.
+        table: the worker's table, if server and worker are one process.
     """
 
     def load_updater(record: SettingRecord) -> Updater:

@@ -1,4 +1,4 @@
-"""Waiting with a deadline, and telling for whom: every wait of a worker goes through a `Wait`."""
+"""Waits with a deadline that say whom they wait for: every wait of a worker goes through a `Wait`."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ _SILENT = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOW
 LOG_EVERY_S = 10.0
 ASK_GRACE_S = 2.0
 LOST_GRACE_S = 2.0
-"""How long the scheduler has to tell who was lost, once a server cannot be reached any more."""
+"""Timeout for the scheduler's report of who was lost, once a server is unreachable."""
 
 RECENT_S = 2.0
-"""A call that waits ticks several times in this time."""
+"""Maximum age of the last tick of a call that counts as waiting; such a call ticks several times in it."""
 
 _lock = threading.Lock()
-_noted: weakref.WeakSet[Wait] = weakref.WeakSet()  # calls that have waited, those that have ended too
+_noted: weakref.WeakSet[Wait] = weakref.WeakSet()  # calls that have waited, including ended ones
 
 
 @final
 class Wait:
-    """One call's deadline. `tick` is called while it waits, and raises when there is no more to wait for.
+    """The deadline of one call. The call ticks while it waits; `tick` raises at the deadline or on failure.
 
     Args:
         what: the call, for texts.
         timeout_s: seconds from now.
         failure: returns why the job is broken, None while it is not.
-        ask: asks the other side whom this call waits for; the answer comes by `answered`.
-        whom: names the other side itself, for when it does not answer, or cannot be asked.
+        ask: asks the other side whom this call waits for; `answered` receives the answer.
+        whom: names the other side itself, in case it does not answer or cannot be asked.
     """
 
-    # What most calls never come to change stands here, since every small call makes a Wait.
-    thread = ""  # the one that waits
+    # Class attributes for what most calls never change, since every small call makes a Wait.
+    thread = ""  # name of the waiting thread
     _asked_at_end = False
-    _to_log = False  # the next answer that names somebody
+    _to_log = False  # whether to log the next answer that names a rank
     _unanswered = False
     _waiting: m.Waiting | None = None
     _ticked: float | None = None
@@ -66,7 +66,7 @@ class Wait:
         self._next_log_s = LOG_EVERY_S
 
     def tick(self) -> None:
-        """Raise if the job is broken or the deadline has passed; log now and then."""
+        """Raise if the job is broken or the deadline has passed; log every ten seconds."""
         failure = self._failure()
         if failure is not None:
             raise again(failure) from None
@@ -85,13 +85,13 @@ class Wait:
             self.ask()
 
     def ask(self) -> None:
-        """Ask whom this call waits for, where somebody can be asked. Safe from any thread."""
+        """Ask the other side, if it can be asked, whom this call waits for. Safe from any thread."""
         if self._ask is not None:
             self._unanswered = True
             self._ask()
 
     def answered(self, waiting: m.Waiting) -> None:
-        """The other side tells whom this call waits for. Of several answers one that names ranks counts."""
+        """Note the other side's answer to `ask`. Of several answers one that names ranks wins."""
         self._unanswered = False
         if waiting.ranks or self._waiting is None:
             self._waiting = waiting
@@ -101,7 +101,7 @@ class Wait:
             self._log(waited_s)
 
     def find_out(self) -> str:
-        """Ask whom this call waits for, and return that; "" if nobody says. Takes a moment, not long."""
+        """Ask whom this call waits for and return the answer; "" if there is none within two seconds."""
         self.ask()
         pause = threading.Event()
         for _ in range(int(ASK_GRACE_S / TICK_S)):
@@ -112,31 +112,31 @@ class Wait:
 
     @property
     def open_question(self) -> bool:
-        """Whether it was asked whom this call waits for, and the answer has not come."""
+        """Whether `ask` has not been answered yet."""
         return self._unanswered
 
     def describe(self) -> str:
-        """Return one line: the call, since when it waits, and for whom as far as that is known."""
+        """Return one line: the call, how long it has waited, and, as far as known, for whom."""
         missing = self._missing()
         since = f"{self.what}, since {time.monotonic() - self._begin:.0f} s"
         return f"{since}: {missing}" if missing else since
 
     def _note(self) -> None:
-        """List this call among those that wait. Only now: a call that is answered at once costs nothing."""
+        """List this call as waiting. Not before its first tick, so that a quick call costs nothing."""
         self.thread = threading.current_thread().name
         with _lock:
             _noted.add(self)
 
     def end(self) -> None:
-        """The call has ended: list it no more. For a Wait that somebody keeps; else it goes by itself."""
+        """Stop listing this call. Only needed for a Wait that is kept; otherwise the weak list drops it."""
         self._ticked = None
 
     def order(self) -> tuple[str, float]:
-        """Sort key: thread, then who has waited longest."""
+        """Sort key: by thread, then the longest wait first."""
         return self.thread, self._begin
 
     def is_waiting(self) -> bool:
-        """Whether the call was seen to wait a moment ago. One that has ended ticks no more."""
+        """Whether the call ticked within the last two seconds. A call that has ended no longer ticks."""
         return self._ticked is not None and time.monotonic() - self._ticked < RECENT_S
 
     def _log(self, waited_s: float) -> None:
@@ -168,21 +168,22 @@ class Wait:
 
 
 def waiting_calls() -> list[Wait]:
-    """Return the calls of this process that wait now, and have for a quarter of a second, by thread."""
+    """Return the calls of this process that have waited for a quarter of a second or more, by thread."""
     with _lock:
         noted = list(_noted)
     return sorted((wait for wait in noted if wait.is_waiting()), key=Wait.order)
 
 
 def lost_error(lost: m.Lost) -> PeerLostError:
-    """Return the error that a lost process is reported with."""
+    """Return the error that reports a lost process."""
     return PeerLostError(lost_text(lost.role, lost))
 
 
 def schedulers_word(failure: Callable[[], TensorKVError | None]) -> TensorKVError | None:
-    """Return why the job is broken, for somebody who has lost a server; None if nobody tells soon.
+    """Wait for the scheduler's report after losing a server; None if none arrives within two seconds.
 
-    Several may lose each other when one has died. The scheduler, who hears of all, knows which it was.
+    When one process dies, several lose their connections. Only the scheduler, which hears of all, knows which
+    one died.
     """
     pause = threading.Event()
     for _ in range(int(LOST_GRACE_S / TICK_S)):
@@ -194,8 +195,8 @@ def schedulers_word(failure: Callable[[], TensorKVError | None]) -> TensorKVErro
 
 
 def lost_text(role: str, lost: m.Lost | m.WorkerLost) -> str:
-    """Say which process was lost, and why."""
-    cause, _, rest = lost.cause.partition("\n")  # which may end with a traceback, that its own process shows
+    """Return which process was lost, and why."""
+    cause, _, rest = lost.cause.partition("\n")  # without the traceback, which the lost process shows itself
     return f"{role} {lost.rank} on host {lost.hostname or '?'} was lost: {cause}{' ...' if rest else ''}"
 
 
@@ -206,21 +207,21 @@ def scheduler_lost_error(host: str, cause: BaseException) -> PeerLostError:
 
 @contextmanager
 def taken(lock: threading.RLock, wait: Wait) -> Iterator[None]:
-    """Hold a lock that another call may hold for long. Raises what `wait.tick` does while it is not free.
+    """Hold a lock that another call may hold for long. Raises what `wait.tick` raises while it waits.
 
-    The lock is of those that know their thread: Ctrl-C may come when it is taken and nothing yet knows.
+    It must be an RLock, which knows its thread: Ctrl-C may come between acquiring it and noting that.
     """
     try:
         while not lock.acquire(timeout=TICK_S):
             wait.tick()
         yield
     finally:
-        with suppress(RuntimeError):  # this thread has not got it
+        with suppress(RuntimeError):  # this thread does not hold it
             lock.release()
 
 
 def broken_off_error(exc: BaseException) -> PeerLostError:
-    """Return the error of a worker in which Ctrl-C, say, has ended a call inside a message."""
+    """Return the error of a worker whose call was interrupted inside a message, by Ctrl-C for example."""
     return PeerLostError(
         f"a call was broken off by {type(exc).__name__} while it sent or received, so that what it did may "
         "be done in part; this worker has left the job"
@@ -228,7 +229,7 @@ def broken_off_error(exc: BaseException) -> PeerLostError:
 
 
 def ended_because(cause: BaseException) -> str:
-    """Say in plain words why a connection to or from the scheduler has ended."""
+    """Return in plain words why a connection to or from the scheduler has ended."""
     reason = cause.__cause__
     if isinstance(cause, EOFError) or isinstance(reason, (ConnectionResetError, BrokenPipeError)):
         return "its connection ended without a goodbye, as when a process is killed or crashes"

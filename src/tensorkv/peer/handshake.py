@@ -1,4 +1,4 @@
-"""The handshake: each side proves that it knows the job's token, which itself is never sent.
+"""The handshake: each side proves that it knows the job's token without sending it.
 
     accepting side                      connecting side
     Challenge(nonce)          ->
@@ -39,7 +39,7 @@ from tensorkv.wire.codec import MAX_HEADER_BYTES, Decoder, encode
 logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 10.0
 HANDSHAKE_TIMEOUT_S = 120.0
-"""Timeout of the accepting side: a process of the job that is stopped meanwhile is not lost by that."""
+"""Timeout of the accepting side; long enough not to lose a process of the job that is stopped meanwhile."""
 
 _NONCE_BYTES = 32
 _decoder: Decoder[m.HandshakeMessage] = Decoder(m.HandshakeMessage)
@@ -64,11 +64,11 @@ def receive_message(connection: Connection, decoder: Decoder[T], tick: Tick = no
 def accept(
     connection: Connection, token: str, check: Callable[[Role, int], TensorKVError | None]
 ) -> tuple[Role, int]:
-    """Let a peer prove itself, and return its role and rank. `check` may refuse them.
+    """Authenticate a peer and return its role and rank. `check` may refuse them.
 
     Raises:
         AuthenticationError, ProtocolError, ProtocolVersionError, EOFError, ConnectionError: the peer is
-            not let in; the connection is to be closed.
+            refused; the caller closes the connection.
     """
     tick = deadline_tick(HANDSHAKE_TIMEOUT_S, f"the handshake with {connection.peer}")
     nonce = secrets.token_bytes(_NONCE_BYTES)
@@ -95,7 +95,7 @@ def accept(
 
 
 def introduce(connection: Connection, token: str, role: Role, rank: int, tick: Tick = no_tick) -> None:
-    """Prove to the accepting side that we know the token, and check that it does.
+    """Prove to the accepting side that we know the token, and verify that it does.
 
     Raises:
         AuthenticationError: one of the two does not.
@@ -128,12 +128,12 @@ def connect_as(
     failure: Failure = lambda: None,
     silence_s: float | None = None,
 ) -> Connection:
-    """Connect to a process of the job, introduced as the process that `config` describes.
+    """Connect to a process of the job, as the process that `config` describes.
 
-    One that is stopped, or busy, is waited for up to the job's timeout; every ten seconds a line says so.
+    If it is stopped or busy, wait for it up to the job's timeout, and log that every ten seconds.
 
     Args:
-        name: "server 1", for texts.
+        name: the process, for texts, such as "server 1".
         failure: returns why the job is broken, None while it is not.
         silence_s: end the connection, from the handshake on, when its host has not answered for so long.
 
@@ -153,7 +153,7 @@ def connect_as(
 
 
 def _introduced(connection: Connection, config: JobConfig, where: str, failure: Failure) -> Connection:
-    """Return the connection after the handshake; it is closed if that fails."""
+    """Do the handshake and return the connection; close it if the handshake fails."""
     wait = Wait("joining the job", config.timeout_s, failure, whom=lambda: f"{where}, which does not answer")
     try:
         introduce(connection, config.token, config.role, config.rank, wait.tick)
@@ -167,12 +167,12 @@ def _introduced(connection: Connection, config: JobConfig, where: str, failure: 
 
 
 def connect_to_server(config: JobConfig, rank: int, address: m.ServerAddress, failure: Failure) -> Connection:
-    """Connect a worker to a server of its job: by its Unix socket where that can be reached, else by TCP.
+    """Connect a worker to a server of its job: by its Unix socket if it is reachable, else by TCP.
 
     `failure` returns why the job is broken, None while it is not.
 
     Raises:
-        TransportUnavailable: `config.transport` asks for shared memory, and there is none between the two.
+        TransportUnavailable: `config.transport` asks for shared memory, and the two cannot share any.
         As `connect_as`.
     """
     name = f"server {rank}"
@@ -196,7 +196,7 @@ def connect_to_server(config: JobConfig, rank: int, address: m.ServerAddress, fa
 
 
 def connect_to_scheduler(config: JobConfig, failure: Failure = lambda: None) -> Connection:
-    """Connect to the job's scheduler; a host of it that falls silent ends the connection.
+    """Connect to the job's scheduler; the connection ends if the scheduler's host falls silent.
 
     `failure` returns why not to wait any longer, None while there is no reason.
 

@@ -1,4 +1,4 @@
-"""What both ends of shared memory agree on: the control segment, and places in the peer's segments."""
+"""What both ends of shared memory have in common: the control segment, and places in the peer's segments."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tensorkv.transport.unix import UnixConnection
 from tensorkv.wire import messages as m
 
 CONTROL_BYTES = 64 << 10
-"""The control segment, number 0: how many replies were copied (8 bytes), and from `FLAGS_AT` on a byte for
-each loan, 1 when it is returned."""
+"""Size of the control segment, number 0: the number of copied replies (8 bytes) and, from `FLAGS_AT` on, a
+byte for each loan, 1 when it is returned."""
 
 FLAGS_AT = 64
 MAX_LOANS = CONTROL_BYTES - FLAGS_AT
@@ -20,10 +20,11 @@ MAX_LOANS = CONTROL_BYTES - FLAGS_AT
 def take_segment(
     connection: UnixConnection, message: m.ShareSegment, known: dict[int, Segment], *, writable: bool
 ) -> Segment:
-    """Map a segment whose descriptor has come with `message`.
+    """Map a segment whose descriptor came with `message`.
 
     Raises:
-        ProtocolError: it is none, or `known` has one of this number.
+        MemoryLimitReached: there is no memory to map it.
+        ProtocolError: it is not a valid segment, or `known` has its number already or is full.
     """
     return map_segment(message, connection.claim_descriptor(), known, writable=writable)
 
@@ -35,7 +36,7 @@ def map_segment(
 
     Raises:
         MemoryLimitReached: there is no memory to map it.
-        ProtocolError: it is none, or `known` has one of this number.
+        ProtocolError: it is not a valid segment, or `known` has its number already or is full.
     """
     segment = Segment.attach(message.segment, message.size_bytes, descriptor, writable=writable)
     if message.segment in known or len(known) >= MAX_SEGMENTS:
@@ -44,7 +45,7 @@ def map_segment(
 
 
 def tensor_at(segments: dict[int, Segment], segment: int, offset: int, size_bytes: int) -> torch.Tensor:
-    """Return memory of a peer as uint8.
+    """Return a uint8 tensor over memory of a peer.
 
     Raises:
         ProtocolError: there is no such place.

@@ -1,1 +1,1 @@
-"""Moves frames between two processes, or two threads, and knows no message."""
+"""Transports: they move frames between two processes, or two threads, and know nothing of messages."""

@@ -1,7 +1,7 @@
 """The contract of a transport: what a connection and a listener do.
 
-A frame is the bytes `tensorkv.wire.codec` describes. A connection moves whole frames, first in first
-out. Frames are sent by one thread at a time and received by one thread at a time; the two may differ.
+`tensorkv.wire.codec` describes the bytes of a frame. A connection moves whole frames, first in first
+out. One thread at a time sends and one thread at a time receives; the two may differ.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from collections.abc import Callable, Sequence
 Buffer = bytes | bytearray | memoryview
 
 Sink = Callable[[memoryview, int], Sequence[memoryview]]
-"""Called with an encoded message and the length of its payload; returns where the payload goes.
+"""Called with an encoded message and the length of its payload; returns the buffers for the payload.
 
-The buffers must have that many bytes together. It may raise: then the payload is not received, and the
-connection is of no further use.
+Their sizes must add up to that length. If it raises, the payload is not received and the connection is no
+longer usable.
 """
 
 Tick = Callable[[], None]
-"""Called several times a second while a call waits; it may raise to end the waiting."""
+"""Called several times a second while a call waits; it may raise to end the wait."""
 
 TICK_S = 0.25
-"""How long a call waits before it looks up."""
+"""Interval between the ticks of a call that waits."""
 
 
 def no_tick() -> None:
-    """Wait on."""
+    """Keep waiting."""
 
 
 class Connection(ABC):
     """One end of a connection.
 
-    `max_header_bytes` bounds the messages that are received. `peer` names the other end for people.
+    `max_header_bytes` is the maximum size of a received message. `peer` names the other end in texts.
     """
 
     max_header_bytes: int
@@ -41,8 +41,8 @@ class Connection(ABC):
     def send(self, head: bytes, parts: Sequence[Buffer] = (), tick: Tick = no_tick) -> None:
         """Send one frame: `head` (prefix and message) and the payload in `parts`.
 
-        Returns when the buffers may be changed again. If it raises, some of the frame may have been sent
-        and the connection is of no further use.
+        When it returns, the caller may change the buffers again. If it raises, part of the frame may have
+        been sent and the connection is no longer usable.
 
         Raises:
             ConnectionError: the peer or this side has ended the connection.
@@ -51,81 +51,82 @@ class Connection(ABC):
 
     @abstractmethod
     def send_now(self, buffers: Sequence[Buffer]) -> list[Buffer]:
-        """Send as much of a frame as goes without waiting, and return the rest.
+        """Send as much of a frame as possible without blocking, and return the rest.
 
-        The rest must be sent next, by `send_now` or `send_rest`. Errors as `send`.
+        The rest must be sent next, by `send_now` or `send_rest`. Raises what `send` raises.
         """
 
     @abstractmethod
     def send_rest(self, buffers: Sequence[Buffer], tick: Tick = no_tick) -> None:
-        """Send all of `buffers`, waiting as long as it takes. Errors as `send`."""
+        """Send all of `buffers`, blocking as long as it takes. Raises what `send` raises."""
 
     @abstractmethod
     def receive(self, sink: Sink, tick: Tick = no_tick) -> None:
-        """Receive one frame; its message and payload go where `sink` says.
+        """Receive one frame; pass its message to `sink`, which returns the buffers for the payload.
 
-        If `tick` raises before the first byte has come, the connection stays good; `broken` tells.
+        If `tick` raises before the first byte has arrived, the connection stays usable; see `broken`.
 
         Raises:
             EOFError: the peer has ended the connection between two frames.
             ConnectionError: it broke, or this side has ended it.
-            ProtocolError, ProtocolVersionError: the bytes are no frame of ours.
+            ProtocolError, ProtocolVersionError: the bytes are not a frame of ours.
         """
 
     @abstractmethod
     def receive_now(self, sink: Sink) -> bool:
-        """Receive as much of a frame as has come, and return whether it is whole.
+        """Receive as much of a frame as has arrived, and return whether the frame is complete.
 
-        False means that more must come first; the next call goes on where this one stopped. `sink` is
-        called once per frame. Errors as `receive`.
+        After False the next call resumes where this one stopped. `sink` is called once per frame. Raises
+        what `receive` raises.
         """
 
     @property
     @abstractmethod
     def drained(self) -> bool:
-        """Whether, as far as can be told without asking the system, nothing more has come."""
+        """Whether, as far as is known without a system call, nothing is left to receive."""
 
     @abstractmethod
     def fileno(self) -> int:
-        """Return a descriptor that polls as readable when something has come, or the end.
+        """Return a descriptor that polls as readable when data, or the end of the connection, has arrived.
 
-        What was received ahead does not show there: call `receive_now` until it returns False first.
+        It does not show bytes that were read ahead: call `receive_now` until it returns False first.
         """
 
     @abstractmethod
     def readable(self) -> bool:
-        """Whether `receive` would find something without waiting; also the connection's end."""
+        """Whether `receive` would not block: data, or the end of the connection, has arrived."""
 
     @property
     @abstractmethod
     def ended(self) -> bool:
-        """Whether a side has ended the connection. What was sent before may still be to be received."""
+        """Whether either side has ended the connection. Frames sent before may still have to be received."""
 
     @property
     @abstractmethod
     def broken(self) -> bool:
-        """Whether a frame was left in the middle, so that nothing more can be sent or received."""
+        """Whether a transfer stopped in the middle of a frame, so that the connection is unusable."""
 
     @property
     @abstractmethod
     def in_frame(self) -> bool:
-        """For a `tick` of `receive`: whether a part of a frame is here, so that raising would break it."""
+        """For a `tick` of `receive`: whether part of a frame has arrived, so that raising would break it."""
 
     @abstractmethod
     def notice_silence(self, timeout_s: float) -> None:
-        """Have the connection break when its peer's host has not answered for `timeout_s` seconds.
+        """Break the connection when the peer's host has not answered for `timeout_s` seconds.
 
-        The system asks by itself, also when nobody sends. A peer that lives but does not read stays. What is
-        sent goes in pieces, so this is for connections that carry little. Does nothing within a process.
+        The kernel sends keepalive probes, also when neither side sends. A peer that is alive but does not
+        read is not cut off. Frames are sent in pieces from now on, so use this for connections with little
+        traffic. Does nothing within a process.
         """
 
     @abstractmethod
     def shutdown(self) -> None:
-        """End the connection and wake whoever waits in it. Safe from any thread, more than once."""
+        """End the connection and wake the threads that wait in it. Safe from any thread, and idempotent."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free what the connection holds. Nobody may be in it any more."""
+        """Free the connection's resources. No thread may be using it any more."""
 
 
 class Listener(ABC):
@@ -146,4 +147,4 @@ class Listener(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Stop listening, and wake who waits in `accept`."""
+        """Stop listening, and wake the thread that waits in `accept`."""

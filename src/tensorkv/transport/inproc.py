@@ -1,6 +1,6 @@
-"""Connections between threads of one process: queues of frames, no socket. Tests and debuggers use it.
+"""Connections between threads of one process: queues of frames instead of sockets, for tests and debuggers.
 
-A frame is copied when it is sent, as a socket would.
+Sending copies the frame, as a socket does.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _Frame = tuple[bytes, bytes]
 class _Frames:
     """A queue of frames in one direction; None in it means that the connection has ended.
 
-    It has a descriptor to poll, an event counter, from the first time that somebody asks for it.
+    The first call of `fileno` creates its descriptor for polling, an eventfd.
     """
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[_Frame | None] = queue.SimpleQueue()
-        self._first: deque[_Frame | None] = deque()  # the next one, if it is known
-        self._lock = threading.Lock()  # guards _event and what is counted in it
+        self._first: deque[_Frame | None] = deque()  # the next frame, once `first` has peeked at it
+        self._lock = threading.Lock()  # guards _event and its counter
         self._event = -1
 
     def put(self, frame: _Frame | None) -> None:
@@ -43,14 +43,14 @@ class _Frames:
                 os.eventfd_write(self._event, 1)
 
     def first(self, timeout_s: float) -> _Frame | None:
-        """Return the next frame, which stays; raises queue.Empty if none comes within `timeout_s` seconds."""
+        """Peek at the next frame; raises queue.Empty if none arrives within `timeout_s` seconds."""
         if not self._first:
-            # In one step of the interpreter: whatever Ctrl-C breaks off, no frame is lost.
+            # One step of the interpreter, so that Ctrl-C cannot lose a frame.
             self._first.extend(map(self._queue.get, (timeout_s > 0,), (timeout_s or None,)))
         return self._first[0]
 
     def drop_first(self) -> None:
-        """Take away the frame that `first` has returned."""
+        """Remove the frame that `first` returned."""
         self._first.popleft()
         with self._lock:
             if self._event >= 0:
@@ -95,7 +95,7 @@ class InprocConnection(Connection):
 
     @property
     def in_frame(self) -> bool:
-        return False  # frames come whole
+        return False  # frames arrive whole
 
     def send_rest(self, buffers: Sequence[Buffer], tick: Tick = no_tick) -> None:
         if self._ended.is_set():
@@ -125,7 +125,7 @@ class InprocConnection(Connection):
         return True
 
     def _take(self, frame: _Frame | None, sink: Sink) -> None:
-        if frame is None:  # and the end stays the end
+        if frame is None:  # stays in the queue: every later call finds the end, too
             if self._ended_here:
                 raise ConnectionError(f"this side has ended the connection to {self.peer}")
             raise EOFError(f"{self.peer} ended the connection")
@@ -152,7 +152,7 @@ class InprocConnection(Connection):
         return not self._incoming.empty()
 
     def notice_silence(self, timeout_s: float) -> None:
-        """Nothing to do: one process ends as a whole."""
+        """Do nothing: both ends are in one process, which ends as a whole."""
 
     def shutdown(self) -> None:
         self._ended_here = True
@@ -167,7 +167,7 @@ class InprocConnection(Connection):
 
 @final
 class InprocListener(Listener):
-    """Accepts connections from `connect` in the same process; its port is a number of its own."""
+    """Accepts connections from `connect` in the same process. Its port is a number unique in the process."""
 
     def __init__(self) -> None:
         self._port = next(_ports)
@@ -187,13 +187,13 @@ class InprocListener(Listener):
 
     def close(self) -> None:
         _listeners.pop(self._port, None)
-        with contextlib.suppress(queue.Empty):  # who has connected but was not accepted
+        with contextlib.suppress(queue.Empty):  # connected, but not yet accepted
             while (connection := self._waiting.get_nowait()) is not None:
                 connection.shutdown()
         self._waiting.put(None)
 
     def meet(self) -> InprocConnection:
-        """Make a pair of ends; one is accepted here, the other returned."""
+        """Make a connected pair; queue one end for `accept` and return the other."""
         there = _Frames()
         back = _Frames()
         ended = threading.Event()
@@ -205,7 +205,7 @@ def connect(host: str, port: int, timeout_s: float) -> Connection:
     """Connect to the listener with this port.
 
     Raises:
-        ConnectionError: there is none.
+        ConnectionError: nobody listens there.
     """
     listener = _listeners.get(port)
     if listener is None:

@@ -1,7 +1,7 @@
 """Limits of this process: how much memory and how many descriptors it may still take.
 
-Shared memory is handed out page by page as it is first touched, and who touches a page that the limit of a
-container does not allow is killed. So it is asked beforehand.
+The kernel allocates a page of shared memory when a process first touches it, and kills the process if the
+page exceeds the container's limit. So the limits are checked beforehand.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tensorkv.errors import MemoryLimitReached
 PROC = Path("/proc/self")
 CGROUPS = Path("/sys/fs/cgroup")
 DESCRIPTORS_A_SEGMENT = 2
-"""Its own, and that of its mapping."""
+"""Number of descriptors of one segment: its own and that of its mapping."""
 
 
 def check_room(size_bytes: int) -> None:
     """Raise MemoryLimitReached if a segment of this size would exceed a limit of this process.
 
-    Nothing is reserved: what others take meanwhile is not known.
+    It reserves nothing: other processes may take the memory meanwhile.
     """
     _check_descriptors(size_bytes)
     _check_address_space(size_bytes)
@@ -33,14 +33,14 @@ def check_room(size_bytes: int) -> None:
 
 
 def with_the_way_out(exc: BaseException) -> str:
-    """Return the text of a system's error; where there were no more descriptors, with what to do."""
+    """Return the text of a system error; if descriptors have run out, add the remedy."""
     if isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE):
         return f"{exc}; raise the limit on open files (ulimit -n)"
     return str(exc)
 
 
 def limits() -> str:
-    """Say which limits there are and how much is in use, for the text of an error."""
+    """Return each memory limit and how much of it is in use, for error texts."""
     found = [(name, used, limit) for name, used, limit in _cgroups()]
     limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit_bytes != resource.RLIM_INFINITY:
@@ -56,7 +56,7 @@ def _check_descriptors(size_bytes: int) -> None:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return
-    used = len(os.listdir(PROC / "fd")) - 1  # without that of the listing
+    used = len(os.listdir(PROC / "fd")) - 1  # without the descriptor of the listing
     if used + DESCRIPTORS_A_SEGMENT > limit:
         raise MemoryLimitReached(
             f"no file descriptor for {size_bytes} bytes of shared memory: {used} of {limit} are in use; "
@@ -81,9 +81,9 @@ def _error(size_bytes: int, what: str, used_bytes: int, limit_bytes: int) -> Mem
 
 
 def _cgroups() -> Iterator[tuple[str, int, int]]:
-    """Yield name, bytes in use and limit of each control group that limits the memory of this process.
+    """Yield name, bytes in use and limit of each cgroup (v1 or v2) that limits the memory of this process.
 
-    Versions 1 and 2. What the kernel would give up for others, pages of files, is not counted as in use.
+    The page cache does not count as in use, since the kernel can reclaim it.
     """
     for line in _lines(PROC / "cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -94,7 +94,7 @@ def _cgroups() -> Iterator[tuple[str, int, int]]:
 
 
 def _limits(root: Path, path: str, used: str, limit: str) -> Iterator[tuple[str, int, int]]:
-    """Yield the limits of a group and of those it is in. In a container its own may be all there is."""
+    """Yield the limits of a cgroup and of its ancestors. A container may see none but its own."""
     group = root / path.lstrip("/")
     for folder in [group, *group.parents]:
         found = _lines(folder / limit)
@@ -107,7 +107,7 @@ def _limits(root: Path, path: str, used: str, limit: str) -> Iterator[tuple[str,
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a file of the kernel's; none where it has no such file."""
+    """Return the lines of a kernel file; an empty list if it does not exist or is not readable."""
     try:
         return path.read_text().splitlines()
     except (FileNotFoundError, PermissionError, NotADirectoryError):

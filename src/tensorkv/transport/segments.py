@@ -1,13 +1,12 @@
-"""Memory that processes of one host share: segments without a name, and places in them.
+"""Memory that processes of one host share: anonymous segments, and places in them.
 
-A segment is a memfd: it has no name that could be left behind, is handed over as a descriptor (see `unix`),
-and lives for as long as somebody maps it. Its size is sealed, for who maps memory that another process then
-cuts off dies of SIGBUS. Segments are large and never resized; an `Arena` is a list of them, out of which
-places are handed. Its pages are the system's until they are touched, and again when nobody has needed them
-for long.
+A segment is a memfd. It has no name that could be left behind, travels as a descriptor (see `unix`) and lives
+as long as a process maps it. Its size is sealed: a peer that truncated it could kill us with SIGBUS. Segments
+are large and never resized. An `Arena` allocates places from a list of segments. The kernel allocates pages
+on first touch, and a sweep returns pages that have long been idle.
 
-A place is a NumPy array. It is given back by nobody: when the last view of its memory is gone, it is free.
-So a tensor over it is as safe as any other.
+A place is a NumPy array. There is no free(): its memory is released when its last view is collected. So a
+tensor over it is as safe as any other.
 """
 
 from __future__ import annotations
@@ -32,22 +31,22 @@ from tensorkv.errors import MemoryLimitReached, ProtocolError
 from tensorkv.transport.memorylimits import check_room, limits
 
 SEGMENT_BYTES = 64 << 20
-"""The least size of a segment; larger values get larger ones."""
+"""Minimum size of a segment; a larger place gets a larger segment."""
 
 ALIGN_BYTES = 64
 MAX_SEGMENTS = 1 << 16
-"""So many segments of a peer are mapped at most."""
+"""Maximum number of segments of one peer that are mapped."""
 
 SWEEP_TIMES = 2
-"""When places are taken of so many times the size of all segments, the memory goes back to the system that
-nobody has needed meanwhile. What a step needs, however much, is needed again within less."""
+"""Number of times the size of all segments that is allocated between two sweeps. A sweep returns the memory
+that was idle since the last one to the system. A step, however large, reuses its memory sooner than that."""
 
 SWEEP_S = 10.0
-"""And with the first place that is taken so long after: who takes little may have taken much before. Without
-one nothing goes back."""
+"""Interval after which the next allocation sweeps in any case, since a process that allocates little now may
+have allocated much before. Without an allocation there is no sweep."""
 
 PURGE_BYTES = 256 << 10
-"""Less than this in one piece does not go back: the calls would cost more than the memory is worth."""
+"""Minimum size of a piece that a sweep returns; for less the calls cost more than the memory is worth."""
 
 _SEAL_FUTURE_WRITE = 0x10  # F_SEAL_FUTURE_WRITE: existing mappings may write, new ones may not
 _SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -58,7 +57,7 @@ Bytes = npt.NDArray[np.uint8]
 
 @final
 class Segment:
-    """Memory that is shared, mapped here. `bytes` shows all of it; it is unmapped with its last view."""
+    """Shared memory mapped into this process. `bytes` views all of it; the last view to go unmaps it."""
 
     def __init__(self, number: int, mapped: mmap.mmap) -> None:
         self.number = number
@@ -69,7 +68,7 @@ class Segment:
 
     @classmethod
     def create(cls, number: int, size_bytes: int, *, others_may_write: bool) -> tuple[Segment, int]:
-        """Make a new one of whole pages; return it with its descriptor, which is now the caller's.
+        """Create a segment of whole pages; return it with its descriptor, which the caller owns.
 
         Raises:
             MemoryLimitReached: it would exceed a limit of this process; nothing was allocated.
@@ -81,7 +80,7 @@ class Segment:
         try:
             os.ftruncate(descriptor, -size_bytes // _PAGE_BYTES * -_PAGE_BYTES)
             mapped = mmap.mmap(descriptor, 0)
-            with contextlib.suppress(OSError, AttributeError):  # it is faster with huge pages
+            with contextlib.suppress(OSError, AttributeError):  # huge pages are faster
                 mapped.madvise(mmap.MADV_HUGEPAGE)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALED)
             if not others_may_write:
@@ -97,10 +96,11 @@ class Segment:
 
     @classmethod
     def attach(cls, number: int, size_bytes: int, descriptor: int, *, writable: bool) -> Segment:
-        """Map what a peer has handed over. Closes the descriptor.
+        """Map a segment that a peer has handed over. Closes the descriptor.
 
         Raises:
-            ProtocolError: it is no sealed memory of this size.
+            MemoryLimitReached: there is no memory to map it.
+            ProtocolError: the descriptor is not sealed memory of this size.
         """
         try:
             seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
@@ -113,7 +113,7 @@ class Segment:
             mapped = mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED, access)
             with contextlib.suppress(OSError, AttributeError):
                 mapped.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as exc:  # of F_GET_SEALS, too, where it is no memory
+        except OSError as exc:  # F_GET_SEALS raises it, too, if the descriptor is not a memfd
             if isinstance(exc, ProtocolError):
                 raise
             if exc.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
@@ -126,9 +126,9 @@ class Segment:
         return cls(number, mapped)
 
     def purge(self, start: int, stop: int) -> None:
-        """Give the memory of a part back to the system, whole pages; it is zero then, for all who map it.
+        """Return the whole pages of a part to the system; every process that maps them then reads zeros.
 
-        Only for who made the segment. Nothing happens where the system does not allow it.
+        Only for the creator of the segment. Does nothing where the system does not allow it.
         """
         start, stop = -start // _PAGE_BYTES * -_PAGE_BYTES, stop // _PAGE_BYTES * _PAGE_BYTES
         if start < stop:
@@ -136,10 +136,10 @@ class Segment:
                 self._mapped.madvise(mmap.MADV_REMOVE, start, stop - start)
 
     def place(self, offset_bytes: int, size_bytes: int) -> Bytes:
-        """Return a part of it.
+        """Return a view of a part of the segment.
 
         Raises:
-            ProtocolError: it reaches beyond the end.
+            ProtocolError: the part reaches beyond the end.
         """
         if not 0 <= offset_bytes <= offset_bytes + size_bytes <= self.size_bytes:
             raise ProtocolError(
@@ -150,24 +150,24 @@ class Segment:
 
 
 def _read_only(descriptor: int) -> int:
-    """Return another descriptor of memory, for those who may only read it; the same, sealed, without /proc.
+    """Return a read-only descriptor of the memory; without /proc, the same one, sealed against new writers.
 
-    Where it is sealed against writing, no part of it can be given back to the system either.
+    No part of memory that is sealed against writing can be returned to the system either.
     """
-    os.fchmod(descriptor, 0o400)  # so that it is not opened for writing once more
+    os.fchmod(descriptor, 0o400)  # so that a peer cannot reopen it for writing
     try:
         readable = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        with contextlib.suppress(OSError):  # Linux before 5.1 does not know it
+        with contextlib.suppress(OSError):  # Linux before 5.1 lacks this seal
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
         return descriptor
     return readable
 
 
 def _bytes_of(mapped: mmap.mmap) -> Bytes:
-    """Return all of a mapping, which lives as long as any view of it.
+    """Return an array over a whole mapping; the mapping lives as long as any view of it.
 
-    Through its address, since torch complains of every array that may not be written.
+    A read-only mapping is wrapped by its address, since torch warns about read-only arrays.
     """
     array: Bytes = np.frombuffer(mapped, np.uint8)
     if array.flags.writeable:
@@ -179,24 +179,24 @@ def _bytes_of(mapped: mmap.mmap) -> Bytes:
 
 @final
 class FreeRanges:
-    """Which parts of a segment are free. Whoever asks gets the first that is large enough.
+    """First-fit list of the free ranges of a segment.
 
-    It also knows which parts nobody has taken since the last `sweep`. Each change is one step of the
-    interpreter: Ctrl-C may lose a part, but takes nothing apart.
+    It also tracks the ranges that stayed free since the last `sweep`. Each change is one step of the
+    interpreter: Ctrl-C may leak a range, but leaves the list consistent.
     """
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
         self._ranges = [(0, size_bytes)]  # start and stop, in order
-        self._idle = list(self._ranges)  # parts of them that were free ever since the last sweep
+        self._idle = list(self._ranges)  # the parts of them that stayed free since the last sweep
 
     @property
     def all_free(self) -> bool:
-        """Whether nothing is taken."""
+        """Whether the whole segment is free."""
         return self._ranges == [(0, self.size_bytes)]
 
     def take(self, size_bytes: int) -> int:
-        """Return where a free part of this size begins, which is taken now; -1 if there is none."""
+        """Allocate a range of this size and return where it starts; -1 if none is large enough."""
         for index, (start, stop) in enumerate(self._ranges):
             if stop - start >= size_bytes:
                 rest = [(start + size_bytes, stop)] if stop - start > size_bytes else []
@@ -206,7 +206,7 @@ class FreeRanges:
         return -1
 
     def sweep(self) -> list[tuple[int, int]]:
-        """Return start and stop of the parts that were free since the last sweep, in order."""
+        """Return start and stop of the ranges that stayed free since the last sweep, in order."""
         idle, self._idle = self._idle, list(self._ranges)
         return idle
 
@@ -221,7 +221,7 @@ class FreeRanges:
             self._idle[first:last] = [(low, high) for low, high in ends if low < high]
 
     def give(self, start: int, size_bytes: int) -> None:
-        """Free a part that was taken."""
+        """Free an allocated range, and merge it with its free neighbours."""
         stop = start + size_bytes
         first = last = bisect.bisect(self._ranges, (start,))
         if first > 0 and self._ranges[first - 1][1] == start:
@@ -235,14 +235,14 @@ class FreeRanges:
 
 @final
 class Arena:
-    """Segments of this process, and which parts of them are in use. Safe from any thread.
+    """Allocates places from segments of this process. Safe from any thread.
 
     Args:
-        others_may_write: whether those who map a segment later may write to it.
-        for_long: whether places are taken to be kept. Then a segment that is not in use is not needed again,
-            and is dropped at once; else it is when a sweep finds that nobody has needed it.
+        others_may_write: whether a peer that maps a segment may write to it.
+        for_long: whether places are long-lived. Then a segment without any will not be needed again and is
+            dropped at once; otherwise a sweep drops it when it has been idle.
         on_segment: called with every new segment and its descriptor, which the callee closes.
-        on_drop: called with the number of a segment of which nothing is in use any more.
+        on_drop: called with the number of a segment when it is dropped; nothing of it is in use.
     """
 
     def __init__(
@@ -257,16 +257,16 @@ class Arena:
         self._for_long = for_long
         self._on_segment = on_segment
         self._on_drop = on_drop
-        self._lock = threading.Lock()  # not needed for `_given`, to which the garbage collector may append
+        self._lock = threading.Lock()  # does not guard `_given`: the garbage collector may append to it
         self._segments: dict[int, Segment] = {}
         self._free: dict[int, FreeRanges] = {}
         self._next_number = 1
-        self._taken_bytes = 0  # since the last sweep
+        self._taken_bytes = 0  # allocated since the last sweep
         self._swept = time.monotonic()
-        self._given: list[tuple[int, int, int]] = []  # segment, start, size; by whoever let a view go
+        self._given: list[tuple[int, int, int]] = []  # freed, not yet settled: segment, start, size
 
     def take(self, size_bytes: int) -> Bytes:
-        """Return memory of this size, of any content; it is free again when its last view is gone.
+        """Allocate uninitialised memory of this size; it is freed when its last view is collected.
 
         Raises:
             MemoryLimitReached, OSError: there is no memory for it.
@@ -282,7 +282,7 @@ class Arena:
             return array
 
     def where(self, address: int, size_bytes: int) -> tuple[int, int] | None:
-        """Return segment and offset of memory at this address; None if it is not of this arena."""
+        """Return segment and offset of memory at this address; None if it is not in this arena."""
         for segment in list(self._segments.values()):
             offset = address - segment.address
             if 0 <= offset <= segment.size_bytes - size_bytes:
@@ -294,7 +294,7 @@ class Arena:
             start = free.take(size_bytes)
             if start >= 0:
                 return number, start
-        self._drop([number for number, free in self._free.items() if free.all_free])  # they are too small
+        self._drop([number for number, free in self._free.items() if free.all_free])  # too small
         number = self._next_number
         segment, descriptor = Segment.create(
             number, max(size_bytes, SEGMENT_BYTES), others_may_write=self._others_may_write
@@ -306,7 +306,7 @@ class Arena:
         return number, self._free[number].take(size_bytes)
 
     def _sweep_at_times(self) -> None:
-        """Give the memory that nobody has needed for long back to the system."""
+        """Sweep, if it is due: return memory that has long been idle to the system."""
         now = time.monotonic()
         much = SWEEP_TIMES * sum(free.size_bytes for free in self._free.values())
         if self._taken_bytes < much and now < self._swept + SWEEP_S:
@@ -323,7 +323,7 @@ class Arena:
         self._drop(unused[1:])
 
     def _settle(self) -> None:
-        """Take in what was given back."""
+        """Return the places whose last views were collected to the free lists."""
         if not self._given:
             return
         while self._given:
@@ -333,7 +333,7 @@ class Arena:
             self._drop([number for number, free in self._free.items() if free.all_free][1:])
 
     def _drop(self, unused: list[int]) -> None:
-        """Drop segments of which nothing is in use. One is kept, mostly: making a new one takes long."""
+        """Drop unused segments. Most callers keep one back, since creating a segment is slow."""
         for number in unused:
             del self._free[number], self._segments[number]
             self._on_drop(number)

@@ -1,4 +1,4 @@
-"""SeldomLog: warnings that strangers can cause, a few at a time. Whoever connects must not fill the log."""
+"""SeldomLog: rate-limits warnings that strangers can cause, so that they cannot flood the log."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import time
 from typing import final
 
 MAX_LINES = 10
-"""Maximum lines in one interval; what is more is counted."""
+"""Maximum number of lines in one interval; further ones are only counted."""
 
 INTERVAL_S = 60.0
 
 
 @final
 class SeldomLog:
-    """Writes warnings of one kind, the first ones of each interval, and tells how many it has left out.
+    """Logs the first warnings of each interval, all of one kind, and then how many it has left out.
 
     Safe from any thread.
 
     Args:
-        logger: where to.
-        kind: what the lines are about, for the line that counts: "refused connections".
+        logger: where the lines go.
+        kind: the subject of the lines, as in "refused connections"; the summary line names it.
     """
 
     def __init__(self, logger: logging.Logger, kind: str) -> None:
@@ -32,7 +32,7 @@ class SeldomLog:
         self._num_lines = self._num_left_out = 0
 
     def warning(self, text: str, *args: object) -> None:
-        """Write a line, or count it."""
+        """Log a line, or only count it."""
         with self._lock:
             if time.monotonic() - self._began >= INTERVAL_S:
                 self._tell()
@@ -45,7 +45,7 @@ class SeldomLog:
             self._logger.warning(f"{text}%s", *args, more)
 
     def end(self) -> None:
-        """Tell what was left out last."""
+        """Log how many lines the last interval left out."""
         with self._lock:
             self._tell()
 

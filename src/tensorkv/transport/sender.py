@@ -1,8 +1,8 @@
-"""Sender: sends frames on one connection, in order, without making the caller wait.
+"""Sender: sends frames on one connection, in order, without blocking the caller.
 
-Frames are put in a queue. Whoever calls `pump` sends them as far as the connection takes them without
-waiting; what is left goes to a thread that waits. So a small frame costs no change of threads, and a peer
-that does not read holds up nobody but its own thread.
+Frames go into a queue. The thread that calls `pump` sends as many as the connection takes without blocking;
+the sender's own thread sends the rest. So a small frame costs no thread switch, and a peer that does not read
+blocks only the sender's thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tensorkv.transport.base import TICK_S, Buffer, Connection
 
 Sent = Callable[[], None]
 MAX_QUEUED_FRAMES = 1 << 18
-"""So many frames may wait for a peer that does not read."""
+"""Maximum number of frames queued for a peer that does not read."""
 
 
 @final
@@ -26,7 +26,7 @@ class Sender:
     """Owns the sending side of a connection, and a thread that lives until `close`.
 
     `on_error` is called once, from any thread, when the connection fails; after that frames are dropped.
-    With `max_frames` that is also when more frames are queued: the peer asks, and does not read the answers.
+    More than `max_frames` queued frames are a failure, too: the peer asks, and does not read the answers.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Sender:
         self._on_error = on_error
         self._max_frames = max_frames
         self._frames: deque[tuple[Sequence[Buffer], Sent | None]] = deque()
-        self._sending = threading.Lock()  # who holds it sends; frames are sent in the order of the queue
+        self._sending = threading.Lock()  # its holder sends, in the order of the queue
         self._work = threading.Event()
         self._failed = False
         self._closing = False
@@ -49,17 +49,17 @@ class Sender:
 
     @property
     def failed(self) -> bool:
-        """Whether frames are dropped: set before the first is."""
+        """Whether frames are dropped; set before the first one is."""
         return self._failed
 
     def put(self, buffers: Sequence[Buffer], on_sent: Sent | None = None) -> None:
-        """Queue a frame. `on_sent` is called when the buffers may be changed, also after a failure."""
+        """Queue a frame. `on_sent` is called when the caller may change the buffers, also after a failure."""
         self._frames.append((buffers, on_sent))
 
     def send(self, buffers: Sequence[Buffer], on_sent: Sent | None = None) -> None:
-        """Queue a frame and pump. Where nothing is queued, mostly, it does not pass through the queue.
+        """Queue a frame and pump. In the common case, an empty queue, the frame bypasses it.
 
-        While it runs no other thread may queue frames.
+        No other thread may queue frames meanwhile.
         """
         if self._frames or self._failed or not self._sending.acquire(blocking=False):
             self._frames.append((buffers, on_sent))
@@ -80,34 +80,34 @@ class Sender:
             on_sent()
 
     def pump(self) -> None:
-        """Send what is queued, as far as that goes without waiting. Never blocks.
+        """Send as much of the queue as possible without blocking.
 
-        Ctrl-C in it is a failure: what has been sent is not known then.
+        Ctrl-C in it is a failure: nobody knows then how much was sent.
         """
         try:
             while self._frames and self._sending.acquire(blocking=False):
                 try:
                     waits = not self._send_all(wait=False)
                 except BaseException as exc:
-                    self._break_off(exc)  # before another thread goes on with the same frame
+                    self._break_off(exc)  # before another thread resumes the same frame
                     raise
                 finally:
                     self._sending.release()
                 if waits:
                     self._work.set()
                     break
-        except BaseException as exc:  # it may have come just as the turn was taken
+        except BaseException as exc:  # it may have come just as the lock was acquired
             self._break_off(exc)
             raise
         if len(self._frames) > self._max_frames and not self._failed:
-            self._failed = True  # whoever sends at the moment is woken by `on_error`, and drops the rest
+            self._failed = True  # `on_error` wakes the thread that sends at the moment, which drops the rest
             self._work.set()
             self._on_error(
                 ProtocolError(f"it does not read: more than {self._max_frames} frames wait to be sent")
             )
 
     def close(self, timeout_s: float) -> None:
-        """Wait up to `timeout_s` seconds until the queue is sent, and end the thread."""
+        """Wait up to `timeout_s` seconds for the queue to drain, and end the thread."""
         self._closing = True
         self._work.set()
         self._thread.join(timeout_s)
@@ -122,11 +122,11 @@ class Sender:
                         self._send_all(wait=True)
                     finally:
                         self._sending.release()
-                elif self._failed:  # and whoever was broken off has not given the turn back
+                elif self._failed:  # and the thread that was interrupted has not released the lock
                     self._drop()
 
     def _send_all(self, wait: bool) -> bool:
-        """Send queued frames; return False if the connection would have to be waited for."""
+        """Send queued frames; return False if the connection would block."""
         frames = self._frames
         while frames:
             if self._failed:
@@ -148,14 +148,14 @@ class Sender:
         return True
 
     def _break_off(self, exc: BaseException) -> None:
-        """A thread was broken off while it sent, or took the turn; the sender's thread drops the rest."""
+        """A thread was interrupted while it sent or acquired the lock; the sender's drops the rest."""
         told, self._failed = self._failed, True
         self._work.set()
         if not told:
             self._on_error(exc)
 
     def _fail(self, exc: Exception) -> None:
-        """The connection has failed: drop what is queued, and tell, once. By whoever sends."""
+        """The connection has failed: drop the queue and call `on_error` once. Called with the lock held."""
         told, self._failed = self._failed, True
         self._drop()
         if not told:

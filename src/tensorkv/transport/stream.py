@@ -1,6 +1,6 @@
 """Frames over a stream socket of any family: blocking, `sendmsg` out and `recvmsg_into` straight into place.
 
-Deadlines are the kernel's, by SO_RCVTIMEO and SO_SNDTIMEO: `settimeout` would make the socket
+The kernel keeps the deadlines, by SO_RCVTIMEO and SO_SNDTIMEO: `settimeout` would make the socket
 non-blocking underneath and so defeat MSG_WAITALL (61 calls instead of 1 for 4 MB, measured).
 """
 
@@ -26,13 +26,13 @@ from tensorkv.wire.codec import MAX_HANDSHAKE_BYTES, PREFIX_BYTES, decode_prefix
 
 logger = logging.getLogger(__name__)
 MAX_BUFFERS = 1024
-"""What one sendmsg or recvmsg takes (IOV_MAX)."""
+"""Maximum number of buffers in one sendmsg or recvmsg (IOV_MAX)."""
 
 LOOK_AHEAD_BYTES = 32 << 10
-"""Frames are received through a buffer of this size; what does not fit goes straight into place."""
+"""Size of the read-ahead buffer; the part of a payload that does not fit goes straight into place."""
 
 _END = select.POLLRDHUP | select.POLLHUP | select.POLLERR
-_DONTWAIT = int(socket.MSG_DONTWAIT)  # plain numbers: to join two flags of an enum takes a microsecond
+_DONTWAIT = int(socket.MSG_DONTWAIT)  # plain ints: combining two enum flags takes a microsecond
 _WAITALL = int(socket.MSG_WAITALL)
 _TICK = struct.pack("ll", int(TICK_S), int(TICK_S % 1 * 1e6))
 _open_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
@@ -49,13 +49,13 @@ class StreamConnection(Connection):
         self.max_header_bytes = MAX_HANDSHAKE_BYTES
         self.peer = peer
         self._sock = sock
-        self._ahead = memoryview(bytearray(LOOK_AHEAD_BYTES))  # received, but not yet taken
+        self._ahead = memoryview(bytearray(LOOK_AHEAD_BYTES))  # received, but not yet consumed
         self._ahead_start = self._ahead_stop = 0
         self._short = False  # whether the last receive found less than it had room for
         self._broken = False
-        self._rest: list[Buffer] | None = None  # of the present frame's payload
+        self._rest: list[Buffer] | None = None  # buffers of the current payload still to be filled
         self._ended_here = False
-        self._next_tick = 0.0  # when `receive` looks up although bytes come; 0 before the first piece
+        self._next_tick = 0.0  # when `receive` ticks although bytes arrive; 0 before the first piece
         self._poll = select.poll()  # select() refuses descriptors above 1023
         self._poll.register(sock, select.POLLIN | select.POLLRDHUP)
 
@@ -85,7 +85,7 @@ class StreamConnection(Connection):
         return rest
 
     def _sendmsg(self, buffers: list[Buffer], flags: int) -> int:
-        """Send something of `buffers`, and return how many bytes, or raise BlockingIOError."""
+        """Send part of `buffers` and return the number of bytes, or raise BlockingIOError."""
         return self._send_with(buffers[:MAX_BUFFERS], (), flags)
 
     def _send_with(self, buffers: list[Buffer], ancillary: Sequence[tuple[int, int, Any]], flags: int) -> int:
@@ -128,7 +128,7 @@ class StreamConnection(Connection):
         return self._rest is not None or self._ahead_start < self._ahead_stop
 
     def _advance(self, sink: Sink, flags: int) -> None:
-        """Go on with the present frame to its end; BlockingIOError where more must come first."""
+        """Receive the rest of the current frame, or raise BlockingIOError if more must arrive first."""
         try:
             if self._rest is None:
                 self._rest = self._begin_frame(sink, flags)
@@ -141,12 +141,12 @@ class StreamConnection(Connection):
             self._rest = None
         except BlockingIOError:
             raise
-        except BaseException:  # Ctrl-C too: what has just come may be lost
+        except BaseException:  # Ctrl-C, too, may lose bytes that have just arrived
             self._broken = self._broken or self.in_frame
             raise
 
     def _begin_frame(self, sink: Sink, flags: int) -> list[Buffer]:
-        """Receive prefix and message, and return the buffers that the payload has yet to fill."""
+        """Receive prefix and message; return the payload's buffers that are still to be filled."""
         if self._ahead_stop - self._ahead_start < PREFIX_BYTES:
             self._look_ahead(PREFIX_BYTES, flags)
         try:
@@ -171,9 +171,9 @@ class StreamConnection(Connection):
             raise
 
     def _look_ahead(self, size_bytes: int, flags: int) -> None:
-        """Have at least `size_bytes` bytes in the look-ahead buffer, and what else has come.
+        """Read at least `size_bytes` bytes into the read-ahead buffer, and whatever else has arrived.
 
-        So a small frame, or several, cost one call.
+        So one small frame, or several, cost one call.
         """
         space, start, stop = self._ahead, self._ahead_start, self._ahead_stop
         if size_bytes > len(space) or len(space) > LOOK_AHEAD_BYTES >= size_bytes:
@@ -185,7 +185,7 @@ class StreamConnection(Connection):
             start, stop = 0, stop - start
         self._ahead, self._ahead_start, self._ahead_stop = space, start, stop
         while True:
-            space[stop] = 0  # no frame begins so: it tells, after Ctrl-C, whether something has come
+            space[stop] = 0  # no frame begins with 0: shows, after Ctrl-C, whether bytes have arrived
             try:
                 stop += self._receive_ahead(space[stop:] if stop else space, flags)
                 self._ahead_stop = stop
@@ -201,13 +201,13 @@ class StreamConnection(Connection):
                 self._look_up()
 
     def _receive_ahead(self, buffer: memoryview, flags: int) -> int:
-        """Receive what has come, at least one byte, or raise BlockingIOError."""
+        """Receive what has arrived, at least one byte, or raise BlockingIOError."""
         return self._receive_some((buffer,), flags)
 
     def _look_up(self) -> None:
-        """Raise BlockingIOError if a tick has passed while a frame came in small pieces.
+        """Raise BlockingIOError if a tick has passed while a frame arrived in small pieces.
 
-        Else a peer that sends a byte now and then would keep `receive` from its deadline.
+        Otherwise a peer that sends a byte now and then could keep `receive` from its deadline.
         """
         now = time.monotonic()
         if self._next_tick == 0.0:
@@ -216,7 +216,7 @@ class StreamConnection(Connection):
             raise BlockingIOError
 
     def _fill_from_ahead(self, buffers: Sequence[memoryview]) -> list[Buffer]:
-        """Move what was received ahead into buffers, and return those that it has not filled."""
+        """Copy the bytes that were read ahead into buffers; return those still to be filled."""
         rest: list[Buffer] = [each for each in buffers if len(each)]
         while rest and self._ahead_start < self._ahead_stop:
             size_bytes = min(len(rest[0]), self._ahead_stop - self._ahead_start)
@@ -243,7 +243,7 @@ class StreamConnection(Connection):
     def _receive_with(
         self, buffer: memoryview, ancillary_bytes: int, flags: int
     ) -> tuple[int, list[tuple[int, int, bytes]]]:
-        """Receive at least one byte, and what comes beside it, or raise BlockingIOError."""
+        """Receive at least one byte and its ancillary data, or raise BlockingIOError."""
         try:
             got, ancillary, _, _ = self._sock.recvmsg_into((buffer,), ancillary_bytes, flags)
         except BlockingIOError:
@@ -253,7 +253,7 @@ class StreamConnection(Connection):
         return got or self._at_end(), ancillary
 
     def _at_end(self) -> int:
-        """Nothing more will come: raise why."""
+        """Raise the reason why the connection has ended."""
         if self._ended_here:
             raise ConnectionError(f"this side has ended the connection to {self.peer}")
         if self.in_frame:
@@ -298,7 +298,7 @@ class StreamListener(Listener):
     def _connection(self, sock: socket.socket, name: Any) -> Connection:
         """Return the connection of an accepted socket, whose other end has this name.
 
-        It may raise OSError, and close the socket, to refuse it.
+        To refuse it, close the socket and raise OSError.
         """
 
     def accept(self) -> Connection:
@@ -309,7 +309,7 @@ class StreamListener(Listener):
                 if self._closed.is_set():
                     raise ConnectionError("the listener is closed") from exc
                 self._log.warning("a connection could not be accepted: %s", with_the_way_out(exc))
-                self._closed.wait(TICK_S)  # there may be no descriptors left for the moment
+                self._closed.wait(TICK_S)  # back off: descriptors may have run out for the moment
                 continue
             try:
                 return self._connection(sock, name)
@@ -336,7 +336,7 @@ def _after(buffers: Sequence[Buffer], num_bytes: int) -> list[Buffer]:
 
 
 def _close_in_child() -> None:
-    """A forked child keeps no connection open: its parent's end would otherwise be seen late."""
+    """Close all sockets in a forked child; otherwise peers would notice the parent's end late."""
     for sock in list(_open_sockets):
         with contextlib.suppress(OSError):
             sock.close()

@@ -1,4 +1,4 @@
-"""TCP: connections between hosts, and within one where memory cannot be shared."""
+"""TCP: connections between hosts, and within a host where memory cannot be shared."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tensorkv.transport.base import TICK_S, Buffer, Connection, Tick, no_tick
 from tensorkv.transport.memorylimits import with_the_way_out
 from tensorkv.transport.stream import StreamConnection, StreamListener
 
-_MAX_KEEPALIVE_S = 32767  # what Linux takes for TCP_KEEPIDLE
+_MAX_KEEPALIVE_S = 32767  # Linux's maximum of TCP_KEEPIDLE
 _BACKLOG = 1024
 _LOOPBACK_ADDRESSES = ("127.0.0.1", "::1")
-_NOT_OF_THIS_HOST = (errno.EADDRNOTAVAIL, errno.EINVAL)  # the second: a link-local address of no interface
+_NOT_OF_THIS_HOST = (errno.EADDRNOTAVAIL, errno.EINVAL)  # EINVAL: a link-local address without interface
 _NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 
 
 _INFO_BYTES = 232
-_SND_WND_AT = 228  # in what TCP_INFO answers, `struct tcp_info`; Linux before 5.4 ends sooner
+_SND_WND_AT = 228  # offset in `struct tcp_info`, the answer of TCP_INFO; shorter before Linux 5.4
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 
 
@@ -36,20 +36,20 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 class TcpConnection(StreamConnection):
     """A connected TCP socket.
 
-    Where the kernel watches for a silent peer, it is given no more than the peer has room for. With more it
-    would ask for room, and end the connection when it has asked for the timeout's time (TCP_USER_TIMEOUT): a
-    peer that is stopped, or busy, has no room, but answers. With nothing left to send the kernel asks by
-    itself whether the peer's host is there, which is all that shall be asked.
+    While the kernel watches for a silent peer (`notice_silence`), the connection sends no more than fits in
+    the peer's receive window. With more queued, the kernel would send zero-window probes and end the
+    connection after TCP_USER_TIMEOUT, although a peer that is stopped or busy has a full window but answers.
+    With nothing queued it sends keepalive probes, which ask only whether the peer's host is there.
 
-    Room that a peer has announced it may not take back (RFC 9293, 3.8.6), so the kernel is asked again only
-    when what it told of is used up: two calls of the system less for most messages.
+    A peer may not shrink the window that it has announced (RFC 9293, 3.8.6). So the connection asks the
+    kernel again only when the last known window is used up, which saves two system calls for most messages.
     """
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().__init__(sock, peer)
         self._within_room = False
-        self._room_bytes = 0  # so much more the peer has room for, at least
+        self._room_bytes = 0  # lower bound of what still fits in the peer's window
         self._end = select.poll()
         self._end.register(sock, select.POLLRDHUP)
 
@@ -74,7 +74,7 @@ class TcpConnection(StreamConnection):
                 super().send_rest(fits, tick)
                 pause_s = _FIRST_PAUSE_S
             elif self._end.poll(pause_s * 1000):
-                break  # the connection has ended: sending tells why
+                break  # the connection has ended: sending raises the reason
             else:
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             if time.monotonic() >= next_tick:
@@ -90,7 +90,7 @@ class TcpConnection(StreamConnection):
             raise
 
     def _fitting(self, buffers: Sequence[Buffer]) -> tuple[Sequence[Buffer], Sequence[Buffer]]:
-        """Return what the peer has room for, to be sent now, and the rest."""
+        """Split buffers into what fits in the peer's window, to be sent now, and the rest."""
         size_bytes = sum(map(len, buffers))
         if size_bytes > self._room_bytes:
             self._room_bytes = self._ask_room_bytes()
@@ -102,11 +102,11 @@ class TcpConnection(StreamConnection):
         return buffers, ()
 
     def _ask_room_bytes(self) -> int:
-        """Return how much more the peer has room for; without end where the system does not tell."""
+        """Ask the kernel how much more fits in the peer's window; sys.maxsize if it does not tell."""
         try:
-            unanswered = fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(4))  # first: it may but shrink
+            unanswered = fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(4))  # first: it can only shrink
             info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
-        except (OSError, ValueError) as exc:  # the latter: it is closed
+        except (OSError, ValueError) as exc:  # ValueError: the socket is closed
             self._broken = True
             cause = exc if isinstance(exc, OSError) else OSError(errno.EBADF, os.strerror(errno.EBADF))
             raise self._gone(cause) from cause
@@ -119,8 +119,8 @@ class TcpConnection(StreamConnection):
 
     def notice_silence(self, timeout_s: float) -> None:
         self._within_room = True
-        # The first probe after half the time, then one a second, the shortest the kernel knows; each is
-        # also when the kernel looks how long the peer has been silent.
+        # The first probe comes after half the timeout, then one every second, the kernel's minimum. The
+        # kernel checks how long the peer has been silent only when it probes.
         timeout_s = min(_MAX_KEEPALIVE_S, timeout_s)
         idle_s = max(1, int(timeout_s / 2))
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle_s)
@@ -130,7 +130,7 @@ class TcpConnection(StreamConnection):
 
 
 def _split(buffers: Sequence[Buffer], size_bytes: int) -> tuple[list[Buffer], list[Buffer]]:
-    """Return the first `size_bytes` bytes of buffers that have more, and what is left."""
+    """Split buffers that have more than `size_bytes` bytes into the first `size_bytes` and the rest."""
     first: list[Buffer] = []
     for place, buffer in enumerate(buffers):
         if len(buffer) > size_bytes:
@@ -188,7 +188,7 @@ def listening_socket(host: str, port: int = 0) -> socket.socket:
                 )
             except OSError as exc:
                 failed = failed or exc
-    except (OSError, UnicodeError) as exc:  # the latter: a name that cannot be one
+    except (OSError, UnicodeError) as exc:  # UnicodeError: an impossible name
         failed = exc
     raise AddressUnavailable(
         f"this host cannot listen at {where}: {_why_not(failed)}; set TENSORKV_HOST, or --host, to an "
@@ -197,7 +197,7 @@ def listening_socket(host: str, port: int = 0) -> socket.socket:
 
 
 def connect(host: str, port: int, timeout_s: float) -> Connection:
-    """Connect to a listener; the addresses of a name are tried in turn.
+    """Connect to a listener, trying the addresses of a name in turn.
 
     Raises:
         ConnectionError: nobody listens there, or nobody answers within `timeout_s` seconds.
@@ -210,7 +210,7 @@ def connect(host: str, port: int, timeout_s: float) -> Connection:
                 return TcpConnection(_connected(family, address, timeout_s), where)
             except OSError as exc:
                 failed = failed or exc
-    except (OSError, OverflowError, ValueError) as exc:  # the latter: an address that cannot be one
+    except (OSError, OverflowError, ValueError) as exc:  # the last two: an impossible address
         failed = exc
     text = f"cannot connect to {where}: {with_the_way_out(failed) if failed else failed}"
     if not isinstance(failed, (ConnectionRefusedError, ConnectionResetError)):
@@ -227,16 +227,16 @@ def own_host_towards(host: str, port: int) -> str:
     """Return the address by which this machine is seen from another one; nothing is sent.
 
     Raises:
-        OSError: no way leads there.
+        OSError: there is no route to it.
     """
     family, address = _resolve(host, port)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # it only asks the routing table
+        probe.connect(address)  # only looks up the route
         return _address_of(probe)[0]
 
 
 def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
-    """Return the addresses of a host, with their families, those to try first first."""
+    """Return the addresses of a host with their families, in the order in which to try them."""
     hosts = _LOOPBACK_ADDRESSES if host == LOOPBACK else (bare_host(host),)
     return [
         (family, address)
@@ -257,7 +257,7 @@ def _connected(family: socket.AddressFamily, address: Any, timeout_s: float) -> 
 
 
 def _address_of(sock: socket.socket) -> tuple[str, int]:
-    """Return where a socket listens. A link-local address is one only together with its interface."""
+    """Return where a socket listens. A link-local address includes its interface."""
     host, port, *more = sock.getsockname()
     if more and more[1]:
         host = f"{host}%{socket.if_indextoname(more[1])}"
@@ -265,7 +265,7 @@ def _address_of(sock: socket.socket) -> tuple[str, int]:
 
 
 def _why_not(exc: Exception | None) -> str:
-    """Say in plain words why a socket cannot listen."""
+    """Return in plain words why a socket cannot listen."""
     if isinstance(exc, (socket.gaierror, UnicodeError)):
         return f"that is neither an address nor a name that this host can resolve ({exc})"
     if isinstance(exc, OSError) and exc.errno in _NOT_OF_THIS_HOST:

@@ -1,7 +1,7 @@
-"""Unix sockets: connections within a host, which can hand over descriptors, those of shared memory say.
+"""Unix sockets: connections within a host, which can pass descriptors, such as those of shared memory.
 
-Names are abstract: nothing is left in the file system, and whoever can reach one shares the network
-namespace, so it is on this host. They have no permissions, so each side asks the system who the other is.
+Names are abstract: they leave nothing in the file system, and a peer that can reach one shares the network
+namespace, so it is on this host. They have no permissions, so each side asks the kernel for the other's user.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from tensorkv.transport.memorylimits import with_the_way_out
 from tensorkv.transport.stream import MAX_BUFFERS, StreamConnection, StreamListener
 
 NAME_PREFIX = "@tensorkv-"
-"""Abstract names are written with "@" for the zero byte that they begin with, as tools of the system do."""
+"""Prefix of our abstract names. The "@" stands for their leading zero byte, as in the system's tools."""
 
 MAX_UNCLAIMED = 64
-"""So many descriptors may have come that no frame has asked for."""
+"""Maximum number of received descriptors that no frame has claimed."""
 
 _ONE_DESCRIPTOR = socket.CMSG_SPACE(array.array("i").itemsize)
 _CMSG_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
@@ -33,13 +33,13 @@ _CREDENTIALS = struct.Struct("3i")  # process, user, group
 
 @final
 class DescriptorHead(bytes):
-    """The head of a frame that hands over `descriptor`, a copy of which the receiver gets."""
+    """The head of a frame that passes `descriptor`; the receiver gets a copy of it."""
 
     descriptor: int
 
     @classmethod
     def of(cls, head: bytes, descriptor: int) -> DescriptorHead:
-        """Return `head`, with a descriptor that must stay open until the frame is sent."""
+        """Attach a descriptor to `head`. It must stay open until the frame is sent."""
         made = cls(head)
         made.descriptor = descriptor
         return made
@@ -47,7 +47,7 @@ class DescriptorHead(bytes):
 
 @final
 class UnixConnection(StreamConnection):
-    """A connected Unix socket. Owns, too, the descriptors that have come and were not claimed yet."""
+    """A connected Unix socket. Owns the received descriptors, too, until they are claimed."""
 
     def __init__(self, sock: socket.socket) -> None:
         process, self.user, _ = _peer_of(sock)
@@ -55,10 +55,10 @@ class UnixConnection(StreamConnection):
         self._unclaimed: deque[int] = deque()
 
     def claim_descriptor(self) -> int:
-        """Return the descriptor that came with the frame just received. Its owner is who calls.
+        """Return the descriptor that came with the frame just received; the caller owns it.
 
         Raises:
-            ProtocolError: none came.
+            ProtocolError: the frame came without one.
         """
         if not self._unclaimed:
             raise ProtocolError(
@@ -87,7 +87,7 @@ class UnixConnection(StreamConnection):
         return got
 
     def notice_silence(self, timeout_s: float) -> None:
-        """Nothing to do: a host does not lose itself."""
+        """Do nothing: both ends are on one host."""
 
     def close(self) -> None:
         while self._unclaimed:
@@ -119,7 +119,7 @@ class UnixListener(StreamListener):
 
 
 def why_not() -> str:
-    """Return why this system has no abstract names or no shared memory to hand over; "" if it has both."""
+    """Return why this system lacks abstract names or anonymous shared memory; "" if it has both."""
     if not sys.platform.startswith("linux"):
         return f"{sys.platform} has no abstract Unix sockets"
     try:
@@ -133,8 +133,8 @@ def connect(name: str, timeout_s: float) -> UnixConnection:
     """Connect to a listener of this host.
 
     Raises:
-        ConnectionError: there is none of this name on this host (or none that this network namespace
-            reaches), it does not answer within `timeout_s` seconds, or it belongs to another user.
+        ConnectionError: no listener on this host has this name (or this network namespace cannot reach
+            it), it does not answer within `timeout_s` seconds, or it belongs to another user.
     """
     try:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -153,7 +153,7 @@ def connect(name: str, timeout_s: float) -> UnixConnection:
 
 
 def _of_same_user(sock: socket.socket) -> UnixConnection:
-    """Return the connection of a socket. Raises PermissionError, and closes it, if its peer is another's."""
+    """Return the connection of a socket. Closes it and raises PermissionError if the peer is another user."""
     try:
         process, user, _ = _peer_of(sock)
         if user != os.geteuid():
