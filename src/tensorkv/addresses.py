@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 LOOPBACK = "localhost"
-"""Host of this machine alone: 127.0.0.1, or ::1 where there is no other; no name service is asked."""
+"""Host of this machine only: 127.0.0.1, or ::1 if there is no other; resolved without a name service."""
 
 _WILDCARDS = ("0.0.0.0", "::")
 
 
 def bare_host(host: str) -> str:
-    """Return a host without the brackets that an IPv6 address may stand in.
+    """Return a host without the brackets of an IPv6 address.
 
     Example:
         >>> bare_host("[::1]")
@@ -19,7 +19,7 @@ def bare_host(host: str) -> str:
 
 
 def join_address(host: str, port: int) -> str:
-    """Return host and port as one text, from which `split_address` gets both back."""
+    """Return host and port as one text, which `split_address` splits again."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -27,7 +27,7 @@ def split_address(text: str) -> tuple[str, int]:
     """Return host, without brackets, and port.
 
     Raises:
-        ValueError: there is no port, it is no number, or an IPv6 address stands without brackets.
+        ValueError: there is no port, it is not a number, or an IPv6 address has no brackets.
     """
     host, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit():
@@ -39,5 +39,5 @@ def split_address(text: str) -> tuple[str, int]:
 
 
 def is_wildcard(host: str) -> bool:
-    """Return whether a host stands for every address of its machine, where one can only listen."""
+    """Return whether a host stands for every address of its machine; it is valid for listening only."""
     return host in _WILDCARDS

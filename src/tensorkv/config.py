@@ -1,4 +1,4 @@
-"""What a process of a job is told from outside. The only module that reads environment variables.
+"""The configuration of a process of a job. The only module that reads environment variables.
 
 `tensorkv run` sets the variables for each process it starts; other launchers build a `JobConfig`
 themselves. Nothing here imports torch: the launcher and the scheduler do without it.
@@ -20,19 +20,19 @@ TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
 _Number = TypeVar("_Number", int, float)
 
 DEFAULT_TIMEOUT_S = 1800.0
-"""Deadline of a waiting call where nothing says another, as in torch.distributed."""
+"""Default timeout of a waiting call, as in torch.distributed."""
 
 DEFAULT_PEER_TIMEOUT_S = 10.0
-"""How long a host may be silent before its processes count as lost."""
+"""Default timeout after which the processes of a silent host count as lost."""
 
 MAX_SLICE_BYTES = 4 << 20
-"""No slice of an elementwise value is larger."""
+"""Maximum size of a slice of an elementwise value."""
 
 SLICE_BOUND_BYTES = 1 << 20
-"""Values larger than this are sliced over all servers where their updater allows it."""
+"""Maximum size of a value on one server; larger ones are sliced over all if their updater allows it."""
 
 STREAM_BYTES = 512 << 10
-"""Copies of long lists of values go past the caches where a piece has at least this size."""
+"""Minimum size of a piece that is copied with non-temporal stores, in copies of long lists of values."""
 
 ENV_ROLE = "TENSORKV_ROLE"
 ENV_RANK = "TENSORKV_RANK"
@@ -51,14 +51,14 @@ ENV_TRACEBACK = "TENSORKV_TRACEBACK"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobConfig:
-    """Who a process is in its job and where the scheduler listens.
+    """The role and rank of a process in its job, and where the scheduler listens.
 
-    `rank` counts from 0 within the role. `token` is the job's secret; it is kept out of the repr,
-    never sent and never logged. `host` is the address this process binds to. `allow_import` names the
-    modules that servers may import for updaters and optimizers, besides those they always may.
-    `timeout_s` is the deadline of a waiting call; `peer_timeout_s` how long the host of the scheduler, or
-    that of any process as the scheduler sees it, may be silent before it counts as lost. `transport` says
-    how workers reach servers: "auto" is shared memory within a host and TCP between hosts.
+    `rank` counts from 0 within the role. `token` is the job's secret; it is kept out of the repr, never sent
+    and never logged. `host` is the address this process binds to. `allow_import` names the modules that
+    servers may import for updaters and optimizers, besides those that are always allowed. `timeout_s` is the
+    deadline of a waiting call; `peer_timeout_s` is how long the host of the scheduler, or for the scheduler
+    that of any process, may be silent before it counts as lost. `transport` says how workers reach servers:
+    "auto" is shared memory within a host and TCP between hosts.
     """
 
     role: Role
@@ -99,7 +99,7 @@ def read_number(
     """Return the number that a variable holds, or the default.
 
     Raises:
-        InvalidArgument: it holds no number, one that is not a number ("nan"), or one below `least`.
+        InvalidArgument: it does not hold a number, or holds NaN or a number below `least`.
     """
     try:
         number = kind(environ.get(name, default))
@@ -118,22 +118,22 @@ def read_timeout_s(environ: Mapping[str, str] | None = None) -> float:
 
 
 def read_peer_timeout_s(environ: Mapping[str, str]) -> float:
-    """Return how long a host may be silent. Raises InvalidArgument if it is not a positive number."""
+    """Return the timeout of a silent host. Raises InvalidArgument if it is not a positive number."""
     return _read_seconds(environ, ENV_PEER_TIMEOUT_S, DEFAULT_PEER_TIMEOUT_S)
 
 
 def read_slice_bound_bytes(environ: Mapping[str, str]) -> int:
-    """Return above which size values are sliced. Raises InvalidArgument if it is no number, or negative."""
+    """Return the size above which values are sliced. Raises InvalidArgument if it is not a size."""
     return read_number(environ, ENV_SLICE_BOUND_BYTES, int, SLICE_BOUND_BYTES, least=0)
 
 
 def full_tracebacks(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether uncaught exceptions of workers are shown with all their frames."""
+    """Whether to show uncaught exceptions of workers with all their frames."""
     return (os.environ if environ is None else environ).get(ENV_TRACEBACK) == "full"
 
 
 def check_transport(name: str, transport: object) -> Transport:
-    """Return the transport of this name. Raises InvalidArgument, which calls it `name`, if there is none."""
+    """Return the transport of this name. If there is none, raise InvalidArgument, which names `name`."""
     for known in TRANSPORTS:
         if transport == known:
             return known
@@ -143,12 +143,12 @@ def check_transport(name: str, transport: object) -> Transport:
 
 
 def read_host(environ: Mapping[str, str]) -> str:
-    """Return the host that this process listens at, without the brackets that an IPv6 address may have."""
+    """Return the host that this process listens at, without the brackets of an IPv6 address."""
     return bare_host(environ.get(ENV_HOST, "")) or LOOPBACK
 
 
 def read_transport(environ: Mapping[str, str]) -> Transport:
-    """Return how workers reach servers. Raises InvalidArgument if the environment names no such way."""
+    """Return how workers reach servers. Raises InvalidArgument if the environment names no transport."""
     return check_transport(f"the environment says {ENV_TRANSPORT}", environ.get(ENV_TRANSPORT, "auto"))
 
 
@@ -162,7 +162,7 @@ def _read_seconds(environ: Mapping[str, str], name: str, default: float) -> floa
 
 
 def stray_variables(environ: Mapping[str, str] | None = None) -> str:
-    """Return a sentence on variables that say who a process is where none says in which job; or ""."""
+    """Return a sentence about variables of role and rank if no variable says which job; else ""."""
     environ = os.environ if environ is None else environ
     stray = [f"{name}={environ[name]}" for name in (ENV_ROLE, ENV_RANK, ENV_NUM_WORKERS) if name in environ]
     if not stray or ENV_SCHEDULER in environ:
@@ -171,10 +171,10 @@ def stray_variables(environ: Mapping[str, str] | None = None) -> str:
 
 
 def from_env(environ: Mapping[str, str] | None = None) -> JobConfig | None:
-    """Return the job this process was started in, or None outside a job.
+    """Return the config of this process in its job, or None outside a job.
 
     Raises:
-        NotInJob: some of the variables are there, but one is missing or unreadable.
+        NotInJob: some of the variables are set, but one is missing or unreadable.
     """
     environ = os.environ if environ is None else environ
     if ENV_SCHEDULER not in environ:

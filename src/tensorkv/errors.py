@@ -62,11 +62,11 @@ class TensorKVError(Exception):
 
 
 class UsageError(TensorKVError):
-    """A mistake in the call: nothing was changed by it. Base of its leaves, to catch them all."""
+    """A mistake in the call, which changed nothing. Base class, to catch all such mistakes."""
 
 
 class JobBroken(TensorKVError, ConnectionError):
-    """The job, or this process's part in it, cannot go on. Base of its leaves, to catch them all."""
+    """The job, or this process's part in it, cannot go on. Base class, to catch all such errors."""
 
 
 class InvalidKey(UsageError, TypeError):
@@ -74,7 +74,7 @@ class InvalidKey(UsageError, TypeError):
 
 
 class DuplicateKey(UsageError, ValueError):
-    """The same key stands twice in one init."""
+    """The same key occurs twice in one init."""
 
 
 class KeyNotInitialized(UsageError, KeyError):
@@ -90,7 +90,7 @@ class KeyDeleted(UsageError, KeyError):
 
 
 class InvalidValue(UsageError, TypeError):
-    """A value is not a tensor or array, or one that cannot be stored."""
+    """A value is not a tensor or array, or cannot be stored."""
 
 
 class InvalidOut(UsageError, ValueError):
@@ -122,7 +122,7 @@ class UnknownUpdater(UsageError, ValueError):
 
 
 class UnsupportedOptimizer(UsageError, ValueError):
-    """The optimizer needs something a store does not have, a closure say."""
+    """The optimizer needs something that a store lacks, such as a closure."""
 
 
 class InvalidOption(UsageError, ValueError, TypeError):
@@ -182,15 +182,15 @@ class JobFailed(TensorKVError, RuntimeError):
 
 
 class UpdaterError(TensorKVError, RuntimeError):
-    """The updater raised. The stored value is as before; the text ends with the traceback."""
+    """The updater raised. The stored value is unchanged; the text ends with the traceback."""
 
 
 class SaveError(TensorKVError, OSError):
-    """A save could not be written. The save that was there before is whole."""
+    """A save could not be written. The previous save is intact."""
 
 
 class LoadError(TensorKVError, ValueError):
-    """There is no save, or what is there is not one, or not whole. The store is as before."""
+    """There is no save, or it is corrupt or incomplete. The store is unchanged."""
 
 
 class WaitTimeout(TensorKVError, TimeoutError):
@@ -198,11 +198,11 @@ class WaitTimeout(TensorKVError, TimeoutError):
 
 
 class TransportUnavailable(TensorKVError, ConnectionError):
-    """The transport that was asked for cannot be had between two processes; the text says why."""
+    """The requested transport is not available between two processes; the text says why."""
 
 
 class MemoryLimitReached(TensorKVError, MemoryError):
-    """A process has no memory for what a call needs, or a limit forbids it; the text tells the numbers."""
+    """A process lacks the memory for a call, or a limit forbids it; the text has the numbers."""
 
 
 class PeerLostError(JobBroken):
@@ -222,34 +222,34 @@ class ProtocolError(JobBroken):
 
 
 def again(error: TensorKVError) -> TensorKVError:
-    """Return a copy of an error that several calls raise: one that is raised twice collects tracebacks."""
+    """Return a copy of an error that several calls raise: a single one would collect their tracebacks."""
     return type(error)(*error.args)
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:
-    """Return "; did you mean 'x'?" where a known name is close to one that is not, else nothing."""
+    """Return "; did you mean 'x'?" if a known name is close to `name`, else ""."""
     names = {str(each).lower(): str(each) for each in known}
     close = difflib.get_close_matches(str(name).lower(), names, n=1)
     return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
 MAX_HINTS = 16
-"""Maximum number of times that a store looks for keys like one that it has not: some programs ask for each
-key before they make it, and a look costs as much as there are keys."""
+"""Maximum number of times that a store looks for keys similar to a missing one: some programs ask for each
+key before they create it, and the cost of a look grows with the number of keys."""
 
 MAX_LIKELY = 50
-"""Maximum number of keys that are compared with a mistyped one letter by letter."""
+"""Maximum number of keys, by beginning and by end, that are compared with a mistyped one letter by letter."""
 
 
 @final
 class Hints:
-    """Finds the keys of a store that a mistyped one may stand for."""
+    """Finds the keys of a store that a mistyped one may mean."""
 
     def __init__(self) -> None:
         self._left = MAX_HINTS
 
     def near(self, key: object, known: Iterable[object]) -> list[str]:
-        """Return the keys among `known` that are most like `key`, best first, at most three."""
+        """Return the keys among `known` that are most similar to `key`, best first, at most three."""
         if not isinstance(key, str) or self._left == 0:
             return []
         self._left -= 1
@@ -264,7 +264,7 @@ class Hints:
 def _sharing(
     names: list[str], key: str, has: Callable[[str, str], bool], part: Callable[[int], str]
 ) -> list[str]:
-    """Return the names that have the longest beginning, or end, in common with a key; [] if none has any."""
+    """Return the names that share the longest beginning, or end, with a key; [] if none shares any."""
     found: list[str] = []
     for length in range(1, len(key) + 1):
         names = [name for name in names if has(name, part(length))]
@@ -281,7 +281,7 @@ def _likeness(key: str, name: str) -> float:
 
 
 def not_initialized(key: object, near: Sequence[str] = ()) -> KeyNotInitialized:
-    """Return the error of a call on a key that does not exist; `near` are keys that do, and are like it."""
+    """Return the error of a call on a key that does not exist; `near` are similar keys that do."""
     meant = f"did you mean {' or '.join(map(repr, near))}? Else " if near else ""
     return KeyNotInitialized(f"key {key!r} is not initialised; {meant}call init({key!r}, value) first")
 
@@ -295,7 +295,7 @@ def already_initialized(key: object, shape: tuple[int, ...]) -> KeyAlreadyInitia
 
 
 def not_elementwise(updater: str, key: object, shape: tuple[int, ...], num_slices: int) -> NotElementwise:
-    """Return the error of an updater that is set for a key in slices, and needs whole values."""
+    """Return the error of an updater that needs whole values but is set for a sliced key."""
     return NotElementwise(
         f"updater {updater!r} needs whole values, but key {key!r} of shape {tuple(shape)} is kept in "
         f"{num_slices} slices; set the updater before init, or use init(..., whole=True), or "
@@ -304,7 +304,7 @@ def not_elementwise(updater: str, key: object, shape: tuple[int, ...], num_slice
 
 
 def closed_meanwhile(what: str = "") -> StoreClosed:
-    """Return the error of a call, `what` if it is known, whose store another thread has closed."""
+    """Return the error of a call (`what`, if known) whose store another thread has closed."""
     text = "the store was closed by another thread during the call"
     return StoreClosed(f"{what}: {text}" if what else text)
 

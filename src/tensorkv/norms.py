@@ -1,7 +1,7 @@
-"""Norms of many tensors put together, without torch: the scheduler does this.
+"""Combines the norms of many tensors, without torch, for the scheduler.
 
-The result does not depend on the order or grouping of the parts, so that it is the same to the last bit
-wherever the tensors live.
+The result does not depend on the order or grouping of the parts, so it is bitwise the same wherever the
+tensors live.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EPSILON = 1e-6
 def total_norm(norms: Sequence[float]) -> float:
     """Return the Euclidean norm of the whole from those of its parts; 0 if there are none.
 
-    No square overflows or vanishes on the way. A part that is infinite or NaN makes the whole so.
+    No square overflows or underflows. An infinite or NaN part makes the result infinite or NaN.
     """
     if not all(map(math.isfinite, norms)):
         return sum(norms)
@@ -31,8 +31,8 @@ def total_norm(norms: Sequence[float]) -> float:
 
 
 def clip_factor(norm: float, max_norm: float | None) -> float:
-    """Return what the sums are multiplied by so that their norm is at most `max_norm`.
+    """Return the factor that reduces the norm of the sums to at most `max_norm`.
 
-    As torch.nn.utils.clip_grad_norm_ has it, also for a norm that is infinite (0) or NaN (NaN).
+    It is that of torch.nn.utils.clip_grad_norm_, also for a norm that is infinite (0) or NaN (NaN).
     """
     return 1.0 if max_norm is None else min(max_norm / (norm + EPSILON), 1.0)

@@ -1,10 +1,10 @@
-"""Which server holds which part of which value. The only such rule; nothing here imports torch.
+"""Decides which server holds which part of which value. The only such rule; nothing here imports torch.
 
-A value of at most `bound_bytes`, and every value that must stay whole, lives on one server: the one
-with the fewest bytes so far, large values first. A larger value is cut evenly over all servers, and
-each server's part into slices of at most `max_slice_bytes`. Cuts are multiples of 64 elements, so
-torch's vector loops never see a tail inside a value: they take two vectors at a time, of 32 halves each
-with AVX-512, and round what is left over in another way.
+A value of at most `bound_bytes`, and every value that must stay whole, lives on one server: the one with the
+fewest bytes so far, large values first. A larger value is cut evenly over all servers, and each server's part
+into slices of at most `max_slice_bytes`. Cuts are at multiples of 64 elements, so that torch's vector loops
+never see a tail inside a value: they process two vectors at a time, of 32 halves each with AVX-512, and round
+the tail differently.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CUT_ELEMS = 64
-"""Every cut is at a multiple of this many elements."""
+"""Number of elements of which every cut is at a multiple."""
 
 
 @dataclass(frozen=True, slots=True)
 class ValueSize:
-    """What the rule needs to know of a value. `sliceable`: its updater works element by element."""
+    """The properties of a value that the rule needs. `sliceable`: its updater is elementwise."""
 
     num_elems: int
     itemsize_bytes: int
@@ -27,7 +27,7 @@ class ValueSize:
 
     @property
     def size_bytes(self) -> int:
-        """The bytes of the whole value."""
+        """Size of the whole value."""
         return self.num_elems * self.itemsize_bytes
 
 
@@ -47,14 +47,14 @@ def place(
 
     Args:
         sizes: the new values, in list order.
-        load_bytes: what each server holds already.
-        bound_bytes: values above this are cut over all servers if they may be.
-        max_slice_bytes: no slice of a sliceable value is larger.
+        load_bytes: the bytes each server holds already.
+        bound_bytes: maximum size of a value that stays on one server; larger sliceable ones are cut over all.
+        max_slice_bytes: maximum size of a slice of a sliceable value.
     """
     num_servers = len(load_bytes)
     load = list(load_bytes)
     lightest = [(size_bytes, server) for server, size_bytes in enumerate(load)]
-    heapq.heapify(lightest)  # of each server one pair is right; those that are not are passed over
+    heapq.heapify(lightest)  # has one current pair per server; outdated ones are skipped
     parts: list[list[Part]] = [[] for _ in sizes]
     largest_first = sorted(range(len(sizes)), key=lambda index: -sizes[index].size_bytes)
     for index in largest_first:

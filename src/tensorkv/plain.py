@@ -1,4 +1,4 @@
-"""Plain data: what keys are, and what can travel and be saved."""
+"""Plain data: the types of keys, and of values that can travel and be saved."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ Key = int | str
 Plain = None | bool | int | float | str
 
 MAX_INT = 2**63 - 1
-"""The largest int that travels, and is saved; the smallest is `-MAX_INT - 1`."""
+"""Maximum int that can travel and be saved; the minimum is `-MAX_INT - 1`."""
 
 
 def may_travel(value: Any) -> bool:
-    """Whether a value can be sent and saved as plain data: an int of 64 bits, a float, a bool, valid Unicode,
-    None, or a list or tuple of those.
+    """Whether a value can be sent and saved as plain data.
+
+    That is: an int of 64 bits, a float, a bool, valid Unicode, None, or a list or tuple of those.
     """
     if type(value) is int:
         return -MAX_INT - 1 <= value <= MAX_INT

@@ -1,11 +1,11 @@
 """Sums over, and copies to, the devices of one process.
 
-A sum takes its tensors in list order, ((d0+d1)+d2), so that it is bitwise repeatable. Half-width floats
-add up in float32 and are rounded once. Tensors on other devices than the result are copied over one
-at a time; CPU tensors that are larger than a cache are walked in blocks, so that the running sum stays
-in the cache and every tensor crosses the memory bus once.
+A sum adds its tensors in list order, ((d0+d1)+d2), so that it is bitwise repeatable. Half-width floats are
+added in float32 and rounded once. Tensors on other devices than the result are copied over one at a time. CPU
+tensors that are larger than a cache are processed in blocks, so that the running sum stays in the cache and
+every tensor crosses the memory bus once.
 
-Nothing here writes to a tensor it was given to read.
+Nothing here writes to its input tensors.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tensorkv.arrays import accumulate_dtype
 from tensorkv.errors import DtypeMismatch
 
 BLOCK_BYTES = 4 << 20
-"""Bytes of the running sum per block. Measured: smaller ones cost more in calls than the cache saves."""
+"""Size of a block of the running sum. Measured: smaller blocks cost more in calls than the cache saves."""
 
 
 def sum_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
-    """Return the dtype of a sum over `tensors`: theirs, or the widest if they are different floats.
+    """Return the dtype of a sum over `tensors`: theirs, or the widest if their float dtypes differ.
 
     Raises:
         DtypeMismatch: the dtypes differ and are not all floating point.
@@ -39,12 +39,12 @@ def sum_devices(tensors: Sequence[torch.Tensor], out: torch.Tensor | None = None
 
     Args:
         tensors: one or more of the same shape, on any devices; only read.
-        out: where to write the sum, of the same shape, on any device. Its dtype may be another float,
-            to which the rounded sum is cast. It must not share memory with `tensors`.
+        out: destination of the sum, of the same shape, on any device. Its dtype may be another float; the
+            rounded sum is then cast to it. It must not share memory with `tensors`.
 
     Returns:
-        `out`; without it a tensor on the device of the first. The sum of a single tensor is then that
-        tensor itself: read it, do not write to it or keep it.
+        `out`; without it a tensor on the device of the first. The sum of a single tensor is then that tensor
+        itself: read it, but do not write to it or keep it.
 
     Raises:
         DtypeMismatch: as `sum_dtype`.
@@ -79,9 +79,9 @@ def broadcast(value: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
 
 
 def lightest(load_bytes: Mapping[torch.device, int], devices: Iterable[torch.device]) -> torch.device:
-    """Return the one of `devices` that holds the fewest bytes; of several the first.
+    """Return the first of `devices` that holds the fewest bytes.
 
-    Giving each key, the largest first, to the lightest of the devices it is pushed from spreads them.
+    To spread the keys, assign each, the largest first, to the lightest device it is pushed from.
     """
     return min(devices, key=lambda device: load_bytes.get(device, 0))
 
@@ -105,9 +105,9 @@ def _sum_block(tensors: Sequence[torch.Tensor], out: torch.Tensor, dtype: torch.
 
 
 def _addable(tensor: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """Return `tensor` so that it can be added in place: on the same device, and no 8-bit float.
+    """Convert `tensor` so that it can be added in place: on the same device, and not an 8-bit float.
 
-    The copy is not asynchronous: the caller may change its tensor when the sum has returned.
+    The copy is not asynchronous: the caller may change its tensor once the sum returns.
     """
     eight_bits = tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point
     return tensor.to(device=total.device, dtype=total.dtype if eight_bits else tensor.dtype)
@@ -120,13 +120,13 @@ def _walks_in_blocks(one: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
 
 
 def _blocks(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield the same range of each of some contiguous tensors of one shape, front to back."""
+    """Yield the same range of each tensor, front to back; all are contiguous and of one shape."""
     num_blocks = -(-tensors[0].numel() * tensors[0].dtype.itemsize // BLOCK_BYTES)
     return zip(*(torch.chunk(tensor.view(-1), num_blocks) for tensor in tensors), strict=True)
 
 
 def _apart(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no two share memory. If they do, walking in blocks would let an earlier one win in places."""
+    """Whether no two share memory. If two did, an earlier one could win in some blocks."""
     return len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
 
 

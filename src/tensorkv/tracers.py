@@ -1,9 +1,9 @@
-"""Those that trace or transform the caller's code: torch.compile goes around a store, all others are refused.
+"""Tracers and transforms of the caller's code: torch.compile steps over a store, all others are refused.
 
 A verb changes what other processes see, so it has to run once for each call, on numbers. Dynamo is told to
-step over it: it breaks its graph there, and runs the verb and all that it calls as plain Python. Under a
-transform of torch.func, and under a tracer that only records, there are no numbers to push, or the call would
-be made while the graph is drawn and never again.
+step over it: it breaks its graph there, and runs the verb and everything it calls as plain Python. A
+transform of torch.func, or a tracer that only records, has no numbers to push, or would run the call while it
+traces and never again.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _TRANSFORMS = {
 
 
 def opaque(function: _FunctionT) -> _FunctionT:
-    """Return a function that Dynamo steps over: it traces neither a call of it, nor what that calls.
+    """Return a function that Dynamo steps over: it traces neither the function nor anything it calls.
 
-    As `torch.compiler.disable` does, which takes seconds, for it imports all of Dynamo, and wraps each call.
+    `torch.compiler.disable` does the same, but takes seconds (it imports all of Dynamo) and wraps each call.
     """
     c_api = torch._C._dynamo.eval_frame
     mark = getattr(c_api, "set_code_exec_strategy", None)
-    if mark is None:  # a torch that can only skip a function itself, and not what it calls
+    if mark is None:  # this torch can only skip the function itself, not the functions it calls
         function = _around(function)
         c_api.skip_code(function.__code__)  # type: ignore[attr-defined]
     else:
@@ -73,7 +73,7 @@ def _around(function: _FunctionT) -> _FunctionT:
 
 
 def opaque_methods(cls: _ClassT) -> _ClassT:
-    """Let Dynamo step over every public method that a class defines. A property it may read into."""
+    """Make Dynamo step over every public method that a class defines. It may still trace into properties."""
     for name, each in list(vars(cls).items()):
         if isinstance(each, FunctionType) and (name[0] != "_" or name[:2] == "__"):
             setattr(cls, name, opaque(each))
@@ -81,7 +81,7 @@ def opaque_methods(cls: _ClassT) -> _ClassT:
 
 
 def check_traced(call: str, key: Any = None) -> None:
-    """Raise InvalidValue if the call is made under a tracer or a transform that would not let it through.
+    """Raise InvalidValue if the call is made under a tracer or a transform that a store cannot run under.
 
     Args:
         call: the verb, for the text.
@@ -98,7 +98,7 @@ def check_traced(call: str, key: Any = None) -> None:
 
 
 def _tracer() -> str | None:
-    """Return what traces or transforms the code that this thread runs, if that is in a store's way."""
+    """Return the tracer or transform that this thread runs under, if a store cannot run under it."""
     if _tracing_state() is not None:
         return "torch.jit.trace"
     transform = _transform()

@@ -535,7 +535,7 @@ def read_token(path: str) -> str:
 
 
 def _own_host(place: Place, environ: Mapping[str, str]) -> str:
-    """Return the host to listen at: TENSORKV_HOST or, with several hosts, the own address towards the master.
+    """Return the host to listen at: TENSORKV_HOST or, on several hosts, the address that the master sees.
 
     If TENSORKV_HOST is a wildcard it is the latter, too: other hosts need a real address.
     """

@@ -1,9 +1,9 @@
-"""Updaters: how a round's sum is combined with the stored value, for many keys at once.
+"""Updaters: how they combine a round's sum with the stored value, for many keys at once.
 
-An `UpdaterSpec` says which updater in plain data that may travel; `settings` makes the `Updater` from it.
-An updater works on `Update` records, one per slot: a slot is a whole value, or one slice of it where the
-updater is elementwise. It keeps its state per slot, under the number the caller gives the slot.
-Optimizers are in `optimizer`.
+An `UpdaterSpec` describes an updater as plain data that may travel; `settings` makes the `Updater` from it.
+An updater works on `Update` records, one per slot: a slot is a whole value, or one slice of it if the updater
+is elementwise. It keeps its state per slot, under the number the caller gives the slot. Optimizers are in
+`optimizer`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ UpdaterFunction = Callable[[Key, torch.Tensor, torch.Tensor], None]
 
 @dataclass(slots=True)
 class Update:
-    """One slot to be updated: change `stored` in place by `pushed`, both of the slot's shape and dtype.
+    """One slot to update: change `stored` in place by `pushed`, both of the slot's shape and dtype.
 
-    The memory of `pushed` is of this call only. It may be overwritten, unless it is borrowed.
+    `pushed` is valid during this call only. The updater may overwrite it, unless it is borrowed.
     """
 
     slot: int
@@ -40,15 +40,15 @@ class Update:
 
 
 class Updater(ABC):
-    """Changes stored values by what was pushed. Not thread-safe: one call at a time."""
+    """Changes stored values by pushed ones. Not thread-safe: one call at a time."""
 
     spec: UpdaterSpec
 
     @abstractmethod
     def apply(self, updates: Sequence[Update], options: dict[str, Any]) -> list[Failure]:
-        """Update every slot, and return for each the error it failed with, or None.
+        """Update every slot; return for each the error it failed with, or None.
 
-        A slot that failed has its value and state as before.
+        A slot that failed keeps its value and state.
         """
 
     def check_value(
@@ -59,20 +59,20 @@ class Updater(ABC):
         options: Mapping[str, Any] | None = None,
         device_type: str | None = "cpu",
     ) -> None:
-        """Raise if values of this shape and dtype cannot be updated. The others are for optimizers."""
-        return  # whatever can be stored
+        """Raise if values of this shape and dtype cannot be updated. Optimizers use the other arguments."""
+        return  # accepts any value that can be stored
 
     def forget(self, slot: int) -> None:
-        """Drop the state of a slot, if there is any."""
-        return  # there is none
+        """Drop the state of a slot, if it has any."""
+        return  # it has none
 
     def state(self, slot: int) -> dict[str, Any]:
         """Return the state of a slot, by name; empty if there is none. Not a copy."""
         return {}
 
     def restore(self, slot: int, state: dict[str, Any]) -> None:
-        """Go on with this state of a slot, in CPU tensors that are the updater's from now on."""
-        if state:  # of an updater that keeps none it cannot be
+        """Continue with this state of a slot, in CPU tensors that the updater owns from now on."""
+        if state:  # this updater keeps none
             raise LoadError(f"updater {self.spec.name!r} keeps no state, but there is some in what was saved")
 
 
@@ -100,7 +100,7 @@ class Add(Updater):
     def _apply_one(self, update: Update) -> Failure:
         stored, pushed = update.stored, update.pushed
         try:
-            if stored.is_floating_point() and stored.dtype.itemsize == 1:  # torch adds no 8-bit floats
+            if stored.is_floating_point() and stored.dtype.itemsize == 1:  # torch cannot add 8-bit floats
                 stored.copy_(stored.float().add_(pushed.float()))
             else:
                 stored.add_(pushed)
@@ -111,9 +111,9 @@ class Add(Updater):
 
 @final
 class FunctionUpdater(Updater):
-    """Call a user's function on a copy of the stored value, and keep the copy if it returns.
+    """Call a user's function on a copy of the stored value, and store the copy if the function returns.
 
-    Both tensors that it gets are its own from then on: whatever it keeps of them never changes.
+    The function owns both tensors that it gets: if it keeps them, they never change.
     """
 
     def __init__(self, function: UpdaterFunction, spec: UpdaterSpec) -> None:
@@ -147,7 +147,7 @@ class FunctionUpdater(Updater):
 
 @final
 class AwaitedUpdater(Updater):
-    """Stands for a function or class of a save until it is set again: only its name was saved.
+    """Placeholder for a function or class of a save, which has only its name, until it is set again.
 
     It keeps the state that was loaded for it, and refuses to update.
     """
@@ -177,14 +177,14 @@ class AwaitedUpdater(Updater):
 
 
 NAMED_UPDATERS: dict[str, type[Assign] | type[Add]] = {"assign": Assign, "add": Add}
-"""The updaters that have a name of their own."""
+"""The updaters that users can choose by name."""
 
 
 def named_spec(name: str) -> UpdaterSpec:
     """Return the spec of the updater called `name`.
 
     Raises:
-        UnknownUpdater: there is none; the text lists the known ones.
+        UnknownUpdater: no such updater; the text lists the known ones.
     """
     if name not in NAMED_UPDATERS:
         known = ", ".join(repr(each) for each in sorted(NAMED_UPDATERS))
@@ -207,12 +207,12 @@ def updater_error(name: str, key: Key, exc: BaseException) -> TensorKVError:
 
 
 def _is_ours(path: str) -> bool:
-    """Whether a frame is of this package, which is not where users look for what went wrong."""
+    """Whether a frame is of this package; users look for their mistake elsewhere."""
     return os.path.dirname(path) == os.path.dirname(__file__)
 
 
 def _shares_memory(returned: Any, stored: torch.Tensor) -> bool:
-    """Whether a function has returned `stored` itself, or a view of it, as `stored.add_(pushed)` does."""
+    """Whether a function returned `stored` itself, or a view of it, as `return stored.add_(pushed)` does."""
     if returned is stored:
         return True
     return (

@@ -1,16 +1,16 @@
-"""The definitions of a script: what of a training script a server executes, and what it leaves out.
+"""The definitions of a script: the parts of a training script that a server executes.
 
-A function of a script is found on a server by executing the script's definitions and nothing else, for
-most scripts train when they are run. Definitions are:
+To find a function of a script, a server executes the script's definitions and nothing else, since most
+scripts train when they are run. Definitions are:
 
     imports                                     also under `try` and `if`
     def and class                               if their decorators, defaults and bases are provided
     assignments of literals                     numbers, strings, None, containers and arithmetic of those
 
-An `if` counts where its condition has no effects, `sys.version_info >= (3, 12)` say; what stands under a
-condition with `__name__` never does. A name that another statement binds as well is not provided: the
-server would hold another value for it than the worker. What is decided here depends on the text of the
-script alone, so that worker and server agree. Nothing here imports or executes anything.
+An `if` counts if its condition has no side effects, such as `sys.version_info >= (3, 12)`; the body of a
+condition with `__name__` never does. A name that another statement binds as well is not provided: server and
+worker would hold different values for it. The decisions depend on the text of the script alone, so that
+worker and server agree. Nothing here imports or executes anything.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MODULE_NAMES = frozenset({"__name__", "__file__", "__doc__", "__package__", "__
 _BUILTIN_NAMES = frozenset(dir(builtins)) | _MODULE_NAMES
 _COMPREHENSIONS = frozenset({"listcomp", "setcomp", "dictcomp", "genexpr"})
 
-# Functions that may be called in the condition of an `if`: they only look.
+# Functions that the condition of an `if` may call: they have no side effects.
 _QUIET_FUNCTIONS = frozenset({"bool", "callable", "getattr", "hasattr", "int", "isinstance", "len", "str"})
 _QUIET_METHODS = frozenset({"endswith", "find_spec", "get", "getenv", "is_available", "startswith"})
 _QUIET_NODES = (
@@ -53,8 +53,8 @@ _QUIET_NODES = (
 class _Unit:
     """One def, class, import or assignment: the global names it binds, and those it touches.
 
-    `at_once` are the names needed to execute the statement, `uses` all names that the code in it
-    mentions, `sets` those that functions in it change by `global`.
+    `at_once` are the names needed to execute the statement, `uses` all names that its code mentions, `sets`
+    those that functions in it change by `global`.
     """
 
     line: int
@@ -68,7 +68,7 @@ class Definitions:
     """The definitions of one script, found in its text.
 
     Attributes:
-        tree: a module that holds the definitions, in the order of the script, ready to be compiled.
+        tree: a module of the definitions, in the order of the script, ready to be compiled.
         has_star: whether the script says `from module import *`, so that its names are not all known.
     """
 
@@ -92,11 +92,11 @@ class Definitions:
         return name in self._provided and name not in self._withheld
 
     def missing(self, name: str, known: Iterable[str] = ()) -> list[str]:
-        """Return a line for each global name that `name` needs, also by way of others, and lacks.
+        """Return a line for each global name that `name` needs, directly or indirectly, and lacks.
 
         Args:
             name: a function or class of the script.
-            known: names that are there although the text does not say so, from a star import.
+            known: names that exist although the text does not show it, from a star import.
         """
         known_names = frozenset(known)
         lacking: dict[str, str] = {}
@@ -125,7 +125,7 @@ class Definitions:
         return "the script does not define it"
 
     def _set_elsewhere(self, needed: list[_Unit], names: set[str]) -> dict[str, str]:
-        """Find names that a function which the servers do not call changes by `global`."""
+        """Find names that are changed by `global` in functions that `needed` does not include."""
         inside = {id(unit) for unit in needed}
         return {
             name: f"line {unit.line}: {'/'.join(sorted(unit.binds))} changes it, and only on the worker"
@@ -178,7 +178,7 @@ class Definitions:
         orelse, final = self._keep(node.orelse), self._keep(node.finalbody)
         if body:
             yield ast.copy_location(ast.Try(body, handlers, orelse, final), node)
-        else:  # what could fail is left out, and so is what follows from that
+        else:  # the statements that could fail are left out, and so are their handlers
             for handler in node.handlers:
                 for each in handler.body:
                     self._withhold(each, "it is bound if a statement fails that servers do not execute")
@@ -195,7 +195,7 @@ class Definitions:
                 yield ast.copy_location(ast.If(node.test, body or [ast.Pass()], orelse), node)
 
     def _is_quiet(self, test: ast.expr) -> bool:
-        """Whether a server can evaluate the condition, and nothing happens by it."""
+        """Whether a server can evaluate the condition without side effects."""
         for node in ast.walk(test):
             if not isinstance(node, _QUIET_NODES):
                 return False
@@ -210,7 +210,7 @@ class Definitions:
                     return False
         return True
 
-    # ---- what is known of names ------------------------------------------------------------------
+    # ---- names -----------------------------------------------------------------------------------
 
     def _is_there(self, name: str) -> bool:
         if name in self._withheld:
@@ -242,7 +242,7 @@ def _unit_of(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, path: 
 
 
 def _collect(table: symtable.SymbolTable, unit: _Unit, at_once: bool) -> None:
-    """Add the global names that a scope, and the scopes in it, use and set."""
+    """Add the global names that a scope and its inner scopes use and set."""
     is_module = table.get_type() == "module"
     for symbol in table.get_symbols():
         is_global = not symbol.is_assigned() if is_module else symbol.is_global()
@@ -258,7 +258,7 @@ def _collect(table: symtable.SymbolTable, unit: _Unit, at_once: bool) -> None:
 
 
 def _table(node: ast.stmt, path: str) -> symtable.SymbolTable:
-    # Annotations stay text on the server (see `functions`), so the names in them are not needed.
+    # Annotations stay text on the server (see `functions`), so it does not need their names.
     return symtable.symtable("from __future__ import annotations\n" + ast.unparse(node), path, "exec")
 
 
@@ -270,7 +270,7 @@ def _bound_symbols(node: ast.stmt, path: str) -> Iterator[tuple[str, symtable.Sy
 
 
 def _subscripted_names(node: ast.stmt) -> Iterator[str]:
-    """Names of containers of which the statement sets or deletes an item."""
+    """Yield the names of containers in which the statement sets or deletes an item."""
     for each in ast.walk(node):
         match each:
             case ast.Subscript(value=ast.Name(id=name), ctx=ast.Store() | ast.Del()):

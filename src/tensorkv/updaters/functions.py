@@ -1,11 +1,11 @@
 """How a user's function or optimizer class travels to a server: by its name, never as code.
 
-`describe` turns it into a `CodeRef` on the worker and refuses what a server could not find again;
+`describe` turns it into a `CodeRef` on the worker and refuses objects that a server could not find again;
 `load` finds it on the server. Nothing is ever unpickled. A name is looked up in one of two places:
 
-    a module        torch.optim, tensorkv, and what the launcher allowed with --allow-import
-    the script      the job's `__main__` file, which the server reads; of it only the definitions are
-                    executed (see `definitions`), for most scripts train when they are run
+    a module        torch.optim, tensorkv, and modules that the launcher allowed with --allow-import
+    the script      the job's `__main__` file, which the server reads; it executes only the definitions
+                    (see `definitions`), since most scripts train when they are run
 
 This module does without torch.
 """
@@ -31,7 +31,7 @@ from tensorkv.errors import NotShippable
 from tensorkv.updaters.definitions import Definitions
 
 ALWAYS_ALLOWED = ("torch.optim", "tensorkv")
-"""Modules from which servers load without being told to."""
+"""Modules from which servers always load."""
 
 MAX_SCRIPT_BYTES = 16 << 20
 _SCRIPT_MODULES = ("__main__", "__mp_main__")
@@ -43,12 +43,12 @@ _HINT_MODULE = (
 
 
 class CodeRef(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a function or class is found.
+    """Where to find a function or class.
 
-    `module` and `name` say where; `name` has no dots. If `script` is set, `module` is "__main__" and the
-    name is defined at the top level of that file: `script` is its absolute path, `sha256` the hash of
-    its bytes in hex, `package` what its relative imports start from. `adapter`, "module:class" of
-    TensorKV, is called with what was found, and its result is used instead.
+    `name`, without dots, is looked up in `module`. If `script` is set, `module` is "__main__" and the top
+    level of that file defines the name: `script` is its absolute path, `sha256` the hash of its bytes in hex,
+    `package` the base of its relative imports. `adapter`, "module:class" of TensorKV, is called with the
+    object found, and its result is used instead.
     """
 
     module: str
@@ -70,7 +70,7 @@ def describe(obj: Any) -> CodeRef:
 
     Raises:
         NotShippable: it is a lambda, a nested function, a method, a partial, another callable object;
-            it was defined in a notebook, with `-c` or in an interactive session; its name stands for
+            it was defined in a notebook, with `-c` or in an interactive session; its name refers to
             something else; or the script's definitions lack a name it uses. The text says what to do.
     """
     adapter = getattr(type(obj), "__tensorkv_adapter__", "")
@@ -89,7 +89,7 @@ def describe(obj: Any) -> CodeRef:
 
 
 def _full_name(obj: Any) -> tuple[str, str]:
-    """Return the module and name of `obj`, if a name is what servers can find it by."""
+    """Return the module and name of `obj`. Raises NotShippable if servers cannot find it by name."""
     if not isinstance(obj, (types.FunctionType, types.BuiltinFunctionType, type)):
         raise NotShippable(f"servers cannot find {_describe_object(obj)} by a name; {_HINT_MODULE}")
     name, module_name = obj.__qualname__, obj.__module__
@@ -138,7 +138,7 @@ def _describe_in_script(obj: Any, name: str, main: types.ModuleType | None) -> C
 
 
 def _check_defined_in(obj: Any, name: str, path: str) -> None:
-    """Refuse a function that was typed in after the script had run (`python -i`, a debugger)."""
+    """Refuse a function that was typed in after the script ran (`python -i`, a debugger)."""
     plain = inspect.unwrap(obj) if isinstance(obj, types.FunctionType) else obj
     if isinstance(plain, types.FunctionType):
         where = plain.__code__.co_filename
@@ -165,14 +165,14 @@ def load(ref: CodeRef, allowed_modules: Collection[str]) -> Any:
     """Return the function or class that `ref` names.
 
     Args:
-        ref: from a worker of this job; it is checked like anything that comes from a peer.
+        ref: from a worker of this job; it is checked like anything a peer sends.
         allowed_modules: modules that may be imported besides `ALWAYS_ALLOWED`; a package allows its
             submodules.
 
     Raises:
-        NotShippable: the module is not allowed (nothing was imported then), or cannot be imported; the
-            script cannot be read, is another one than the worker's, or its definitions fail; there is
-            no such function or class.
+        NotShippable: the module is not allowed (then nothing was imported), or cannot be imported; the
+            script cannot be read, differs from the worker's, or its definitions fail; or there is no such
+            function or class.
     """
     if not ref.name.isidentifier():
         raise NotShippable(f"{ref.name!r} is not the name of a function or class")
@@ -208,7 +208,7 @@ def _is_allowed(module_name: str, allowed: Collection[str]) -> bool:
 
 
 def _adapter(adapter: str) -> Any:
-    """Return the class of TensorKV that says of itself that it is this adapter."""
+    """Return the class of TensorKV that declares itself to be this adapter."""
     module_name, _, name = adapter.partition(":")
     found = _load_from_module(module_name, name, ()) if _is_allowed(module_name, ("tensorkv",)) else None
     if not isinstance(found, type) or getattr(found, "__tensorkv_adapter__", None) != adapter:
@@ -221,7 +221,7 @@ _scripts: dict[tuple[str, str], types.ModuleType] = {}
 
 def _load_from_script(ref: CodeRef) -> Any:
     module = _scripts.get((ref.script, ref.sha256))
-    if module is None:  # servers that are threads of one process may both come here; the first one counts
+    if module is None:  # two servers in threads of one process may both get here; the first wins
         module = _scripts.setdefault((ref.script, ref.sha256), _execute_definitions(ref))
     found = getattr(module, ref.name, None)
     if not _is_code(found) or found.__module__ != module.__name__:
@@ -230,7 +230,7 @@ def _load_from_script(ref: CodeRef) -> Any:
 
 
 def _execute_definitions(ref: CodeRef) -> types.ModuleType:
-    """Execute the definitions of a script in a module of its own, registered like an imported one."""
+    """Execute the definitions of a script in a new module, registered like an imported one."""
     source, sha256 = _read_script(ref.script)
     if sha256 != ref.sha256:
         raise NotShippable(
@@ -244,10 +244,10 @@ def _execute_definitions(ref: CodeRef) -> types.ModuleType:
     module.__package__ = ref.package
     folder = os.path.dirname(ref.script)
     if not ref.package and folder not in sys.path:
-        sys.path.insert(0, folder)  # where `python script.py` looks for the modules beside it
-    # Annotations stay text: names that are there for type checkers only are not needed.
+        sys.path.insert(0, folder)  # as `python script.py` does for modules beside it
+    # Annotations stay text: names for type checkers only are not needed.
     flags = __future__.annotations.compiler_flag
-    sys.modules[module.__name__] = module  # dataclasses and pickle look a class's module up
+    sys.modules[module.__name__] = module  # dataclasses and pickle look up a class's module
     try:
         exec(compile(tree, ref.script, "exec", flags=flags, dont_inherit=True), vars(module))
     except (Exception, SystemExit) as exc:  # the user's definitions may raise anything

@@ -1,8 +1,8 @@
-"""Which of torch's fused optimizers may be used for which values: those that give what torch's loop gives.
+"""Decides which of torch's fused optimizers are safe for which values: those that match torch's loop.
 
 A fused kernel updates a value in one pass, several times as fast as the loop over torch's operations. It is
-code of its own, and can be wrong where the loop is right: torch 2.9 to 2.13 has a fused SGD for CPUs that
-leaves every full vector of half-precision elements as it was. So each is tried, once, before it is used.
+separate code, and can be wrong where the loop is right: torch 2.9 to 2.13 has a fused SGD for CPUs that
+leaves every full vector of half-precision elements unchanged. So each kernel is tried once before it is used.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _TRIALS: tuple[dict[str, Any], ...] = (
     {"decoupled_weight_decay": True, "weight_decay": 0.25},
     {"lr_decay": 0.25},
 )
-"""Options that lead to code of their own in some kernel. An optimizer is tried with those it has."""
+"""Options that some kernel has separate code for. An optimizer is tried with those it has."""
 
 _TRIAL_ELEMS = 3 * 64 + 17
-"""Number of elements of the value that is tried: full vectors of every processor, and a tail."""
+"""Number of elements of the trial value: full vectors on every processor, and a tail."""
 
 _TRIAL_STEPS = 2
 
@@ -43,7 +43,7 @@ _found: dict[tuple[type[torch.optim.Optimizer], torch.dtype, str], bool] = {}
 def is_fused_right(
     optimizer_class: type[torch.optim.Optimizer], dtype: torch.dtype, device_type: str
 ) -> bool:
-    """Return whether torch's fused kernel exists for this and does what the loop does, from trying it out.
+    """Return whether torch has a fused kernel for this, and a trial of it matches the loop.
 
     The first call for an optimizer, dtype and type of device takes some milliseconds.
     """
@@ -60,14 +60,14 @@ def _try_out(optimizer_class: type[torch.optim.Optimizer], dtype: torch.dtype, d
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         expected = _trained(optimizer_class, dtype, device_type, fused=False)
         found = _trained(optimizer_class, dtype, device_type, fused=True)
-    tolerance = 4 * torch.finfo(dtype).eps  # they round in their own ways
+    tolerance = 4 * torch.finfo(dtype).eps  # the two round differently
     return torch.allclose(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
 def _trained(
     optimizer_class: type[torch.optim.Optimizer], dtype: torch.dtype, device_type: str, fused: bool
 ) -> torch.Tensor:
-    """Return a value per trial after some steps, which move every element by much more than a rounding."""
+    """Return a value per trial after some steps, which move every element by far more than rounding does."""
     parameters = inspect.signature(optimizer_class).parameters
     numbers = torch.linspace(0.5, 1.5, _TRIAL_ELEMS, dtype=torch.float64, device=device_type)
     signs = 1 - 2 * (torch.arange(_TRIAL_ELEMS, device=device_type) % 3 == 0).double()
@@ -78,7 +78,7 @@ def _trained(
     ]
     common: dict[str, Any] = {"lr": 1.0, "foreach": False, "fused": fused}
     if "eps" in parameters:
-        common["eps"] = 1e-2  # half floats have no 1e-8
+        common["eps"] = 1e-2  # half floats cannot represent 1e-8
     optimizer = optimizer_class([{"params": [value], **options} for value, options in values], **common)
     for step in range(_TRIAL_STEPS):
         for value, _ in values:

@@ -1,7 +1,7 @@
-"""What an optimizer that was made is for: the options and the keys of each of its groups.
+"""Reads an optimizer object: the options and the keys of each of its groups.
 
-Nothing of the object itself goes to the servers. It is made again there, from its class and the options that
-its groups have; that this gives the same groups is tried here first.
+The object itself does not go to the servers. They make it again, from its class and the options of its
+groups; this module first verifies that this gives the same groups.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tensorkv.updaters.optimizer import (
 )
 
 _NO_OPTIONS = frozenset({"params", "param_names", "initial_lr"})
-"""What a group holds beside options: torch's own entries, and that of learning rate schedulers."""
+"""Entries of a group that are not options: torch's own, and that of learning rate schedulers."""
 
 _COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _MODULES_OF_TORCH = "torch.optim."
@@ -33,7 +33,7 @@ _MODULES_OF_TORCH = "torch.optim."
 
 @dataclass(frozen=True, slots=True)
 class OptimizerGroup:
-    """Options of an optimizer, and the keys they are for; None means all."""
+    """Options of an optimizer, and the keys they apply to; None means all."""
 
     keys: tuple[Key, ...] | None
     options: dict[str, Any]
@@ -42,21 +42,21 @@ class OptimizerGroup:
 def groups_of(
     optimizer: torch.optim.Optimizer, keys: tuple[Key, ...] | None, keys_by_id: Mapping[int, Sequence[Key]]
 ) -> list[OptimizerGroup]:
-    """Return the groups of an optimizer; those with the same options are one.
+    """Return the groups of an optimizer, merging those with the same options.
 
-    A single one is for all keys. Of several, each is for the keys of its parameters: those that a parameter
-    was initialised as, or its name, where torch has recorded it.
+    A single group applies to all keys. Of several, each applies to the keys of its parameters: the keys that
+    were initialised with a parameter, or the parameter's name, if torch has recorded it.
 
     Args:
         optimizer: as the user has made it; it has made no step.
-        keys: what a single group is for instead.
-        keys_by_id: the keys that parameters were initialised as, by the id of the parameter.
+        keys: the keys of a single group, instead of all.
+        keys_by_id: the keys that were initialised with a parameter, by the id of the parameter.
 
     Raises:
         UnknownUpdater, UnsupportedOptimizer: a store cannot run its class.
-        InvalidOption: an option is not plain data, or cannot be told from its groups.
-        InvalidArgument: it has made steps; or it has several groups, and it cannot be told which keys they
-            are for, or `keys` says something else.
+        InvalidOption: an option is not plain data, or its groups do not tell it.
+        InvalidArgument: it has made steps; or it has several groups, and their keys are unknown, or `keys`
+            is given.
     """
     optimizer_class = find_optimizer(type(optimizer))
     found: list[tuple[dict[str, Any], list[int]]] = []
@@ -127,9 +127,9 @@ def _keys_of(
 def _options_of(
     optimizer_class: type[torch.optim.Optimizer], optimizer: torch.optim.Optimizer, number: int
 ) -> dict[str, Any]:
-    """Return the options that make a group what it is, without those that are so anyway.
+    """Return the options of a group that differ from the defaults.
 
-    What is left away counts: the store chooses how to step where `foreach`, say, is not given.
+    Omitting the others matters: the store chooses how to step if `foreach`, for example, is not given.
     """
     name = optimizer_class.__name__
     group = {
@@ -137,7 +137,7 @@ def _options_of(
         for option, value in optimizer.param_groups[number].items()
         if option not in _NO_OPTIONS
     }
-    if optimizer_class.__module__.startswith(_MODULES_OF_TORCH):  # these read nothing else
+    if optimizer_class.__module__.startswith(_MODULES_OF_TORCH):  # torch's own read nothing else
         group = {option: value for option, value in group.items() if option in optimizer.defaults}
     check_may_travel(optimizer_class, group)
     parameters = list(inspect.signature(optimizer_class).parameters.values())[1:]
@@ -168,12 +168,12 @@ def _options_of(
 def _check_makes_first_step(
     optimizer_class: type[torch.optim.Optimizer], optimizer: torch.optim.Optimizer, options: dict[str, Any]
 ) -> None:
-    """Raise InvalidArgument if there is state, momentum say, that the servers would not have."""
+    """Raise InvalidArgument if the optimizer has state, such as momentum, that the servers would lack."""
     for state in optimizer.state.values():
         step = state.get("step") if isinstance(state, Mapping) else None
         if isinstance(step, (int, float, torch.Tensor)):
             stepped = float(step) > 0
-        else:  # some have state from the beginning
+        else:  # some optimizers have state from the start
             stepped = bool(state) and not make_optimizer(optimizer_class, probe(), options).state
         if stepped:
             name = optimizer_class.__name__
@@ -185,7 +185,7 @@ def _check_makes_first_step(
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with NumPy's numbers as Python's."""
+    """Return options with NumPy numbers converted to Python's."""
     return {
         name: type(value)(map(_number, value)) if type(value) in (list, tuple) else _number(value)
         for name, value in options.items()
@@ -197,14 +197,14 @@ def _number(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return a number in a tensor, or of NumPy, as Python's."""
+    """Convert a number in a tensor, or of NumPy, to Python's."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.item()
     return _number(value)
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two options are the same. 0 and False are not."""
+    """Whether two options are equal. 0 and False are not."""
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(_same, one, other))
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)

@@ -1,17 +1,16 @@
-"""OptimizerUpdater: a torch optimizer as an updater, many keys at once; which optimizers, with which options.
+"""OptimizerUpdater: a torch optimizer as an updater of many keys; and which optimizers and options are valid.
 
 THEORY OF OPERATION
-Optimizers that are known to go element by element work on the stored values themselves, in one of two ways.
-*Fused*, where torch has a kernel that is right (`fusing`): one call for all slots of a dtype. It
-checks its arguments before it changes anything. Otherwise torch's *loop* over its operations, which may fail
-midway (a learning rate that float16 does not have, a division by zero after enough steps): so slots go in
-batches, of which copies are kept until the step is made. A batch that fails is put back and made again slot
-by slot, so that the slot that fails is the only one to fail, and is as before. All other optimizers run on a
-copy of value and state.
+Optimizers that are known to be elementwise work on the stored values themselves, in one of two ways. *Fused*,
+if torch has a kernel that is correct (`fusing`): one call for all slots of a dtype. The kernel checks its
+arguments before it changes anything. Otherwise torch's *loop* over its operations, which may fail midway (a
+learning rate that float16 cannot represent, a division by zero after enough steps): so slots go in batches,
+with copies kept until the step is done. A batch that fails is rolled back and retried slot by slot, so that
+only the slot that fails fails, and keeps its value. All other optimizers run on a copy of value and state.
 
 How a loop rounds half-precision floats depends on where torch's vectors begin and end: it rounds once in a
-full vector, twice in what is left over. Torch's threads cut large values anywhere, so here the loop gets them
-in blocks that one thread does alone, cut where vectors end. Servers cut values at such places, too
+full vector, twice in the tail. Torch's threads cut large values anywhere, so here the loop gets them in
+blocks that one thread processes alone, cut where vectors end. Servers cut values at such places, too
 (`tensorkv.partition`). So neither the number of threads nor that of servers changes a bit.
 """
 
@@ -58,7 +57,7 @@ ELEMENTWISE_OPTIMIZERS = frozenset(
         torch.optim.Rprop,
     }
 )
-"""Optimizers known to treat each element on its own."""
+"""Optimizers known to be elementwise."""
 
 _REFUSED = {
     torch.optim.LBFGS: "it needs a closure that evaluates the model again",
@@ -66,13 +65,13 @@ _REFUSED = {
 }
 
 _TORCH_GRAIN_ELEMS = 32768
-"""Number of elements from which on torch cuts an operation on a CPU for its threads."""
+"""Minimum number of elements of a CPU operation that torch divides among its threads."""
 
 _BLOCK_ELEMS = (_TORCH_GRAIN_ELEMS - 1) // CUT_ELEMS * CUT_ELEMS
-"""Number of elements of a half-precision value that the loop gets at once."""
+"""Maximum number of elements of a half-precision value that the loop gets at once."""
 
 _BATCH_BYTES = {True: 1 << 20, False: 64 << 20}
-"""Bytes of values of which a loop keeps copies together, on a CPU (True) or elsewhere. A slot may be more."""
+"""Maximum size of the values in a batch of the loop, on a CPU (True) or elsewhere. One slot may be larger."""
 
 
 class _Way(enum.Enum):
@@ -85,7 +84,7 @@ class _Way(enum.Enum):
 
 @final
 class _Snapshot:
-    """Copies of parameters and their state, to go back to if a step fails midway."""
+    """Copies of parameters and their state, for a rollback if a step fails midway."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]) -> None:
         self._optimizer = optimizer
@@ -98,7 +97,7 @@ class _Snapshot:
             )
 
     def put_back(self) -> None:
-        """Make values and state what they were, in the memory where they were."""
+        """Roll values and state back, in place."""
         for (parameter, value), entries in zip(self._values, self._states, strict=True):
             parameter.detach().copy_(value)
             self._optimizer.state.pop(parameter, None)
@@ -112,11 +111,10 @@ class _Snapshot:
 
 @final
 class OptimizerUpdater(Updater):
-    """A torch optimizer: what is pushed are gradients, its state is kept per slot.
+    """A torch optimizer: pushed values are gradients, and the state is kept per slot.
 
-    One optimizer object serves all slots; each call puts the slots concerned into its one parameter
-    group, so that torch can update them together. A slot is one parameter of it, or, where it goes in blocks,
-    one per block.
+    One optimizer object serves all slots; each call puts its slots into the only parameter group, so that
+    torch can update them together. A slot is one parameter or, if it is processed in blocks, one per block.
     """
 
     def __init__(self, optimizer_class: type[torch.optim.Optimizer], spec: UpdaterSpec) -> None:
@@ -124,13 +122,13 @@ class OptimizerUpdater(Updater):
         self._class = optimizer_class
         self._in_place = is_elementwise(optimizer_class)
         self._optimizer = make_optimizer(optimizer_class, probe(), spec.options)
-        self._makes_state = bool(self._optimizer.state)  # when it is built, as Adagrad does
+        self._makes_state = bool(self._optimizer.state)  # in its constructor, as Adagrad does
         self._optimizer.state.clear()
         self._parameters: dict[int, torch.nn.Parameter] = {}
         self._blocks: dict[int, tuple[torch.Size, list[torch.nn.Parameter]]] = {}
         self._states: dict[int, Any] = {}  # of slots that are updated on a copy
-        self._restored: dict[int, dict[str, Any]] = {}  # of slots that were not updated since
-        self._taken_shapes: set[tuple[int, ...]] = set()  # that it was found to take
+        self._restored: dict[int, dict[str, Any]] = {}  # of slots not updated since the restore
+        self._taken_shapes: set[tuple[int, ...]] = set()  # shapes that it is known to accept
 
     @property
     def optimizer_class(self) -> type[torch.optim.Optimizer]:
@@ -139,7 +137,7 @@ class OptimizerUpdater(Updater):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """All options with the values that hold unless a call has others."""
+        """All options with their default values, which a call may override."""
         return self._optimizer.defaults
 
     # ---- updates -----------------------------------------------------------------------------------
@@ -161,10 +159,10 @@ class OptimizerUpdater(Updater):
         return failures
 
     def _groups(self, updates: Sequence[Update], options: dict[str, Any]) -> list[tuple[_Way, list[int]]]:
-        """Return which slots are updated in one call, and how.
+        """Group the slots that are updated in one call, and choose the way for each group.
 
-        Slots without state are apart from those with: fused SGD takes momentum of all or of none. How a
-        slot is updated must not depend on the others of the call, for each way rounds in its own way.
+        Slots with state are separate from those without: fused SGD takes momentum of all or of none. The way
+        must not depend on the other slots of the call, since each way rounds differently.
         """
         groups: dict[tuple[bool, torch.dtype, torch.device | None], list[int]] = {}
         states, parameters = self._optimizer.state, self._parameters
@@ -199,8 +197,8 @@ class OptimizerUpdater(Updater):
         before = steps.clone() if isinstance(steps, torch.Tensor) else None
         try:
             self._step(parameters, options, fused=True)
-        except BaseException as exc:  # each slot is tried again on its own, and tells what it fails with
-            # The kernel looks at all it is given before it changes a value, but after the steps are counted.
+        except BaseException as exc:  # each slot is retried on its own below, which returns its error
+            # The kernel checks all its arguments before it changes a value, but after it counts the steps.
             counted = steps is not None and before is not None and not torch.equal(steps, before)
             for parameter in parameters:
                 if not known:
@@ -233,7 +231,7 @@ class OptimizerUpdater(Updater):
     def _apply_guarded(
         self, updates: Sequence[Update], options: dict[str, Any], fused: bool
     ) -> list[Failure]:
-        """Update slots together, or, if that fails, one by one; those that fail are as before."""
+        """Update slots together or, if that fails, one by one; those that fail stay unchanged."""
         parameters = self._parameters_of(updates, options, fused)
         snapshot: _Snapshot | None = None
         try:
@@ -261,7 +259,7 @@ class OptimizerUpdater(Updater):
                 self._states[slot] = _beside(self._restored[slot], stored, fused=False)
                 del self._restored[slot]
             parameter = torch.nn.Parameter(stored.clone(), requires_grad=False)
-            parameter.grad = update.pushed.clone()  # the optimizer's to keep, or to change
+            parameter.grad = update.pushed.clone()  # the optimizer may keep or change it
             if slot in self._states:
                 self._optimizer.state[parameter] = copy.deepcopy(self._states[slot])
             self._step([parameter], options, fused=False)
@@ -288,7 +286,7 @@ class OptimizerUpdater(Updater):
         try:
             if _default_device_is_cpu():
                 self._take_step(group)
-            else:  # what counts the steps is on the CPU all the same
+            else:  # step counters belong on the CPU in any case
                 with torch.device("cpu"):
                     self._take_step(group)
         finally:
@@ -307,7 +305,7 @@ class OptimizerUpdater(Updater):
     def _parameters_of(
         self, updates: Sequence[Update], options: dict[str, Any], fused: bool
     ) -> list[torch.nn.Parameter]:
-        """Return the parameters of slots, with what was pushed as their gradients."""
+        """Return the parameters of slots, with the pushed values as their gradients."""
         found: list[torch.nn.Parameter] = []
         for update in updates:
             slot, stored, pushed = update.slot, update.stored, update.pushed
@@ -330,7 +328,7 @@ class OptimizerUpdater(Updater):
         return found
 
     def _blocks_of(self, slot: int, stored: torch.Tensor, pushed: torch.Tensor) -> list[torch.nn.Parameter]:
-        """Return the parameters of a slot that goes in blocks, with their gradients."""
+        """Return the parameters of a slot that is processed in blocks, with their gradients."""
         views = _cut(stored.view(-1))
         if slot not in self._blocks:
             states = _split(_beside(self.state(slot), stored, fused=False), stored.shape, len(views))
@@ -351,7 +349,7 @@ class OptimizerUpdater(Updater):
             self._optimizer.state[parameter] = state
         return parameter
 
-    # ---- what it takes -----------------------------------------------------------------------------
+    # ---- which values it accepts -------------------------------------------------------------------
 
     def check_value(
         self,
@@ -364,15 +362,15 @@ class OptimizerUpdater(Updater):
         """Raise if the optimizer cannot update such values.
 
         Args:
-            key: what to name in the error.
+            key: named in the error.
             shape: of the whole value; Muon takes matrices only.
             dtype: of the value.
-            options: with which it is called; those of its spec if not given.
+            options: of the call; those of its spec if not given.
             device_type: where the value is; None if that is not known yet.
 
         Raises:
-            InvalidValue: it does not take this dtype or shape.
-            InvalidOption: `fused=True`, and torch's fused kernel is wrong for this dtype, or there is none.
+            InvalidValue: the optimizer does not accept this dtype or shape.
+            InvalidOption: `fused=True`, and torch has no fused kernel for this dtype or a wrong one.
         """
         options = self.spec.options if options is None else options
         name = self._class.__name__
@@ -394,7 +392,7 @@ class OptimizerUpdater(Updater):
         self._taken_shapes.add(tuple(shape))
 
     def _takes(self, dtype: torch.dtype) -> bool:
-        """Whether values of this dtype can be updated; tried out where the class is a stranger's."""
+        """Whether values of this dtype can be updated; found by a trial if the class is not a known one."""
         if self._in_place or (_is_trainable(dtype) and not dtype.is_complex):
             return _is_trainable(dtype)
         try:
@@ -402,12 +400,12 @@ class OptimizerUpdater(Updater):
                 parameter = torch.nn.Parameter(torch.zeros(2, 2).to(dtype), requires_grad=False)
                 parameter.grad = torch.zeros(2, 2).to(dtype)
                 self._class([parameter], **tuples(self.spec.options)).step()
-        except Exception:  # noqa: BLE001  # whatever it is: it would come with the first push, too
+        except Exception:  # noqa: BLE001  # whatever it is, the first push would raise it, too
             return False
         return True
 
     def _refusal(self, update: Update) -> TensorKVError:
-        """Return the error of a push that the optimizer cannot take: of a key that was loaded, say."""
+        """Return the error of a push that the optimizer cannot apply, to a loaded key for example."""
         name, dtype = self._class.__name__, update.stored.dtype
         text = (_wrong_fused_text if self._takes(dtype) else _wrong_dtype_text)(name, update.key, dtype)
         return UpdaterError(text)
@@ -429,7 +427,7 @@ class OptimizerUpdater(Updater):
             self._restored[slot] = state
 
     def adopt(self, awaited: AwaitedUpdater) -> None:
-        """Take over the state that was loaded while this optimizer was not there yet."""
+        """Adopt the state that was loaded before this optimizer was set."""
         self._restored.update(awaited.states)
 
     def forget(self, slot: int) -> None:
@@ -447,10 +445,10 @@ class OptimizerUpdater(Updater):
 
 
 def find_optimizer(optimizer: type[torch.optim.Optimizer] | str) -> type[torch.optim.Optimizer]:
-    """Return the optimizer class for a class or a name of torch.optim in any case.
+    """Return the optimizer class for a class or a name in torch.optim, ignoring case.
 
     Raises:
-        UnknownUpdater: no such name, or not a class of optimizers.
+        UnknownUpdater: no such name, or not an optimizer class.
         UnsupportedOptimizer: a store cannot run it.
     """
     found: Any = optimizer
@@ -477,8 +475,8 @@ def find_optimizer(optimizer: type[torch.optim.Optimizer] | str) -> type[torch.o
 def optimizer_spec(optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]) -> UpdaterSpec:
     """Return the spec of an optimizer after trying its options on a small parameter.
 
-    An option that its constructor does not take, but that its groups have with this very value, is left
-    away: AdamW's have `decoupled_weight_decay`.
+    An option that the constructor does not take, but that its groups have with the same value, is left out:
+    AdamW's groups have `decoupled_weight_decay`.
 
     Raises:
         InvalidOption: an option is unknown, has a refused value, or is not plain data.
@@ -511,7 +509,7 @@ def check_may_travel(optimizer_class: type[torch.optim.Optimizer], options: Mapp
 
 
 def _taken_options(optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options without those that say what is so anyway. Raises InvalidOption if one is unknown."""
+    """Return the options without redundant ones. Raises InvalidOption if one is unknown."""
     taken = option_names(optimizer_class)
     strange = [] if taken is None else [option for option in options if option not in taken]
     if not strange:
@@ -539,7 +537,7 @@ def unknown_option(
 
 
 def option_names(optimizer_class: type[torch.optim.Optimizer]) -> list[str] | None:
-    """Return the names of the options that an optimizer's constructor takes, None if that cannot be told."""
+    """Return the names of the options that an optimizer's constructor takes, None if they are unknown."""
     parameters = list(inspect.signature(optimizer_class).parameters.values())[1:]
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
         return None
@@ -547,7 +545,7 @@ def option_names(optimizer_class: type[torch.optim.Optimizer]) -> list[str] | No
 
 
 def is_elementwise(optimizer_class: type[torch.optim.Optimizer]) -> bool:
-    """Whether the optimizer may be run on a slice of a value. A class of ours says so itself."""
+    """Whether the optimizer may run on a slice of a value. A class of ours declares it itself."""
     if optimizer_class.__module__.startswith("tensorkv."):
         return bool(getattr(optimizer_class, "elementwise", False))
     return optimizer_class in ELEMENTWISE_OPTIMIZERS
@@ -558,7 +556,7 @@ def make_optimizer(
     parameters: Iterable[torch.nn.Parameter],
     options: dict[str, Any],
 ) -> torch.optim.Optimizer:
-    """Build the optimizer, with its complaint about an option turned into InvalidOption."""
+    """Build the optimizer; turn its error about an option into InvalidOption."""
     try:
         return optimizer_class(parameters, **tuples(options))
     except (
@@ -571,9 +569,9 @@ def make_optimizer(
 
 
 def check_state_names(settings: SavedSettings, records: Iterable[KeyRecord], where: str) -> None:
-    """Raise LoadError if a key has other state than the optimizer of torch that its settings name.
+    """Raise LoadError if a key's state is not that of the torch optimizer that its settings name.
 
-    Of optimizers that are not known to go element by element nothing is known of their state either.
+    Optimizers that are not known to be elementwise are not checked: their state is unknown, too.
     """
     classes = {full_name(each): each for each in ELEMENTWISE_OPTIMIZERS}
     for record in records:
@@ -602,7 +600,7 @@ def check_state_names(settings: SavedSettings, records: Iterable[KeyRecord], whe
 
 @functools.cache
 def _state_names(optimizer_class: type[torch.optim.Optimizer]) -> tuple[frozenset[str], frozenset[str]]:
-    """Return what the state of an optimizer always has, and all that it may have, from trying it out."""
+    """Return the names that an optimizer's state always has, and all that it may have, by trying it."""
     found: list[frozenset[str]] = []
     extras: list[dict[str, Any]] = [{}, {"momentum": 0.5}, {"amsgrad": True}, {"centered": True}]
     with torch.device("cpu"):  # whatever the caller's default is
@@ -626,7 +624,7 @@ def _is_trainable(dtype: torch.dtype) -> bool:
 
 
 def _goes_in_blocks(stored: torch.Tensor) -> bool:
-    """Whether torch's threads would cut the value where the results show it."""
+    """Whether torch's threads would cut the value at places that change the result."""
     return stored.is_cpu and stored.dtype.itemsize == 2 and stored.numel() > _BLOCK_ELEMS
 
 
@@ -640,7 +638,7 @@ def _cloned(each: Any) -> Any:
 
 
 def _beside(state: dict[str, Any], stored: torch.Tensor, fused: bool) -> dict[str, Any]:
-    """Return restored state where the optimizer expects it: beside the value, or on the CPU."""
+    """Move restored state to where the optimizer expects it: beside the value, or on the CPU."""
     return {
         name: each.to(stored.device) if isinstance(each, torch.Tensor) and (each.dim() or fused) else each
         for name, each in state.items()
@@ -648,7 +646,7 @@ def _beside(state: dict[str, Any], stored: torch.Tensor, fused: bool) -> dict[st
 
 
 def _split(state: dict[str, Any], shape: torch.Size, num_blocks: int) -> list[dict[str, Any]]:
-    """Return the state of each block of a value of this shape."""
+    """Split the state of a value of this shape into that of its blocks."""
     states: list[dict[str, Any]] = [{} for _ in range(num_blocks)]
     for name, each in state.items():
         if isinstance(each, torch.Tensor) and each.shape == shape:
@@ -661,7 +659,7 @@ def _split(state: dict[str, Any], shape: torch.Size, num_blocks: int) -> list[di
 
 
 def _joined(states: list[dict[str, Any]], shape: torch.Size, of_block: torch.Size) -> dict[str, Any]:
-    """Return the state of a value of this shape from that of its blocks, the first of shape `of_block`."""
+    """Join the states of the blocks of a value of this shape; the first block has shape `of_block`."""
     return {
         name: torch.cat([state[name] for state in states]).view(shape)
         if isinstance(each, torch.Tensor) and each.shape == of_block
@@ -671,7 +669,7 @@ def _joined(states: list[dict[str, Any]], shape: torch.Size, of_block: torch.Siz
 
 
 def _default_device_is_cpu() -> bool:
-    """Whether tensors go to the CPU unless told otherwise. Trying is six times as fast as torch's getter."""
+    """Whether new tensors go to the CPU by default. Trying is six times as fast as torch's getter."""
     return torch.empty(0).is_cpu
 
 
@@ -693,12 +691,12 @@ def _wrong_fused_text(name: str, key: Key, dtype: torch.dtype) -> str:
 
 
 def full_name(optimizer_class: type[torch.optim.Optimizer]) -> str:
-    """Return under which name an optimizer travels and is saved."""
+    """Return the name under which an optimizer travels and is saved."""
     return f"{optimizer_class.__module__}:{optimizer_class.__qualname__}"
 
 
 def is_optimizer_class(value: Any) -> bool:
-    """Whether it is a class of optimizers."""
+    """Whether it is an optimizer class."""
     return (
         isinstance(value, type)
         and issubclass(value, torch.optim.Optimizer)
@@ -707,7 +705,7 @@ def is_optimizer_class(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    """Return what an argument was, without the numbers of tensors."""
+    """Describe an argument, without the numbers of tensors."""
     text = f"a {type(value).__name__}" if isinstance(value, (torch.Tensor, list, dict)) else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -718,5 +716,5 @@ def tuples(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def probe() -> list[torch.nn.Parameter]:
-    """A parameter every optimizer takes: a matrix, because Muon wants one."""
+    """Return a parameter that every optimizer accepts: a matrix, because Muon needs one."""
     return [torch.nn.Parameter(torch.zeros(2, 2, device="cpu"), requires_grad=False)]

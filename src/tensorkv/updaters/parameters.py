@@ -1,7 +1,7 @@
 """ParameterTable: which parameters of a model the keys of a store were initialised with.
 
-For an optimizer made of these parameters, whose groups are told by them. And for a warning: gradients that
-are pushed while nothing was set replace the weights, without an error.
+It maps the groups of an optimizer made of these parameters to keys. And it serves a warning: gradients that
+are pushed before any updater is set replace the weights, without an error.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _PACKAGE = __name__.partition(".")[0]
 
 @final
 class ParameterTable:
-    """The parameters that keys were initialised with, held weakly, and the keys whose next push is looked at.
+    """The parameters that keys were initialised with, held weakly, and the keys whose next push is checked.
 
-    `watched` is emptied once anything was set or loaded, or somebody was warned.
+    `watched` becomes empty once an updater is set, a save is loaded, or the warning was given.
     """
 
     def __init__(self) -> None:
@@ -33,9 +33,9 @@ class ParameterTable:
         self.watched: set[Key] = set()
 
     def learn(self, keys: Iterable[Key], values: Iterable[Any], watch: bool) -> None:
-        """Note what keys were initialised with, as the caller gave it."""
+        """Note the values that keys were initialised with, as the caller passed them."""
         for key, value in zip(keys, values, strict=True):
-            if isinstance(value, (list, tuple)):  # one per device, and there is one
+            if isinstance(value, (list, tuple)):  # one per device, at least one
                 value = value[0]
             self.forget([key])
             if not isinstance(value, torch.nn.Parameter):
@@ -45,13 +45,13 @@ class ParameterTable:
                 self.watched.add(key)
 
     def forget(self, keys: Iterable[Key]) -> None:
-        """Drop what is known of keys."""
+        """Forget the parameters of keys."""
         for key in keys:
             self._parameters.pop(key, None)
             self.watched.discard(key)
 
     def keys_by_id(self) -> dict[int, list[Key]]:
-        """Return the keys of each parameter that is still there, by its id."""
+        """Return the keys of each parameter that is still alive, by its id."""
         found: dict[int, list[Key]] = {}
         for key, reference in list(self._parameters.items()):
             parameter = reference()
@@ -60,14 +60,14 @@ class ParameterTable:
         return found
 
     def stop_watching(self) -> None:
-        """Warn no more: the user has chosen, or was warned."""
+        """Stop warning: the user has chosen an updater, or was warned."""
         self._watches = False
         self.watched.clear()
 
     def check_push(self, batch: PushBatch) -> None:
-        """Warn if this is a watched key's first push, and not of the parameter itself.
+        """Warn at a watched key's first push, unless it pushes the parameter itself.
 
-        Whoever pushes a parameter, or a view of its memory, averages weights.
+        A program that pushes a parameter, or a view of its memory, averages weights.
         """
         if self.watched.isdisjoint(batch.keys):
             return

@@ -1,6 +1,6 @@
-"""Settings: which updater holds for which key, with which options; and how updaters are made.
+"""Settings: which updater applies to which key, with which options; and how updaters are made.
 
-A `SettingsTable` is the list of settings a store has been given, and says what holds for a key.
+A `SettingsTable` holds the settings a store has been given, and finds the one that applies to a key.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tensorkv.updaters.spec import UpdaterSpec
 
 
 def build(spec: UpdaterSpec, code: Any = None) -> Updater:
-    """Return the updater a spec describes. `code` is the function or class its name stands for."""
+    """Return the updater a spec describes. `code` is the function or class that it names."""
     if spec.type == "named":
         named_spec(spec.name)
         return NAMED_UPDATERS[spec.name]()
@@ -49,10 +49,10 @@ def build(spec: UpdaterSpec, code: Any = None) -> Updater:
 
 
 def build_saved(spec: UpdaterSpec, code: Any) -> Updater:
-    """Return the updater of a save: `code` is what `SettingsTable.find_code` has found for it.
+    """Return the updater of a save: `code` is the result of `SettingsTable.find_code` for it.
 
     Raises:
-        LoadError: it is said to be one of torch's optimizers, and torch has no such one.
+        LoadError: it names an optimizer of torch that this torch does not have.
     """
     if code is None and spec.type == "optimizer" and spec.name.startswith("torch.optim."):
         raise LoadError(f"the save was made with {spec.name!r}, which this version of torch does not have")
@@ -60,10 +60,10 @@ def build_saved(spec: UpdaterSpec, code: Any) -> Updater:
 
 
 def restored_settings(saved: SavedSettings, current: SettingsTable) -> SettingsTable:
-    """Return the settings of a save; functions and classes are torch's own, or those that `current` has.
+    """Return the settings of a save; functions and classes are torch's own, or those of `current`.
 
     Raises:
-        LoadError: an optimizer does not take its options.
+        LoadError: an optimizer refuses its options.
     """
     try:
         return SettingsTable.restore(saved, lambda _, spec: build_saved(spec, current.find_code(spec)))
@@ -89,7 +89,7 @@ def build_from_argument(updater: UpdaterFunction | str | None, elementwise: bool
         )
     if not callable(updater):
         raise UnknownUpdater(f"{updater!r} is no updater; pass a function (key, pushed, stored), or a name")
-    named = updater if hasattr(updater, "__qualname__") else type(updater)  # a callable object has none
+    named = updater if hasattr(updater, "__qualname__") else type(updater)  # a callable object lacks it
     spec = UpdaterSpec(
         type="function",
         name=f"{named.__module__}:{named.__qualname__}",
@@ -100,10 +100,10 @@ def build_from_argument(updater: UpdaterFunction | str | None, elementwise: bool
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Setting:
-    """What holds for a slot in a round: an updater and the options it is called with.
+    """The setting of a slot in a round: an updater and the options it is called with.
 
-    `asked` is the spec of the call that made it, None if it was not made by a call. The updater's own
-    spec may be that of an earlier call: a setting that was repeated goes on with the same updater.
+    `asked` is the spec of the call that made it, None if no call did. The updater's own spec may be that of
+    an earlier call: a repeated setting keeps the same updater.
     """
 
     updater: Updater
@@ -113,15 +113,15 @@ class Setting:
     def check_value(
         self, key: Key, shape: Sequence[int], dtype: torch.dtype, device_type: str | None = "cpu"
     ) -> None:
-        """Raise if it cannot hold for such a value: see `Updater.check_value`."""
+        """Raise if it cannot apply to such a value: see `Updater.check_value`."""
         self.updater.check_value(key, shape, dtype, self.options, device_type)
 
 
 class SettingsTable:
-    """The settings of a store, in the order they were made; the last one that names a key holds for it.
+    """The settings of a store, in the order they were made; the last one that names a key applies to it.
 
-    An updater keeps its state when a setting asks for what holds already, or repeats the last call
-    that made a setting; this is decided for each key by itself.
+    An updater keeps its state when a setting asks for what applies already, or repeats the last call that
+    made a setting; this is decided for each key separately.
     """
 
     def __init__(self) -> None:
@@ -129,11 +129,11 @@ class SettingsTable:
         self._of_key: dict[Key, Setting] = {}
 
     def setting(self, key: Key) -> Setting:
-        """Return what holds for `key`."""
+        """Return the setting that applies to `key`."""
         return self._of_key.get(key, self._default)
 
     def set_updater(self, updater: Updater, keys: tuple[Key, ...] | None) -> None:
-        """Make `updater`, which is new, hold for `keys`, or for all; where it holds already it stays."""
+        """Apply `updater`, which is new, to `keys` or to all; keys that have the same already keep theirs."""
         new = Setting(updater, tuples(updater.spec.options), updater.spec)
         current = [self._default, *self._of_key.values()] if keys is None else map(self.setting, keys)
         repeated = {id(setting): _repeated(setting, new) for setting in current}
@@ -146,11 +146,11 @@ class SettingsTable:
             self._of_key.update({key: repeated[id(self.setting(key))] or new for key in keys})
 
     def set_options(self, options: dict[str, Any], keys: tuple[Key, ...] | None) -> None:
-        """Change options of the optimizers that hold for `keys`, or for all that have one.
+        """Change options of the optimizers of `keys`, or of all keys that have one.
 
         Raises:
             InvalidOption: a named key, or with keys=None every key, has no optimizer; or an optimizer
-                refuses an option. Nothing is changed then.
+                refuses an option. Then nothing is changed.
         """
         current = [self._default, *self._of_key.values()] if keys is None else [self.setting(k) for k in keys]
         concerned = {id(s): s for s in current if isinstance(s.updater, OptimizerUpdater)}
@@ -183,7 +183,7 @@ class SettingsTable:
 
     @classmethod
     def restore(cls, saved: SavedSettings, load: Callable[[int, UpdaterSpec], Updater]) -> SettingsTable:
-        """Return the table that was described; `load` makes updater number i from its spec.
+        """Return the table that `describe` described; `load` makes updater number i from its spec.
 
         Raises what `load` raises, or InvalidOption.
         """
@@ -204,7 +204,7 @@ class SettingsTable:
         return table
 
     def find_code(self, spec: UpdaterSpec) -> Any:
-        """Return the function or class that a spec names, of torch.optim or one that is set here, or None."""
+        """Return the function or class that a spec names, from torch.optim or this table; None if unknown."""
         if spec.type == "optimizer":
             found: Any = getattr(torch.optim, spec.name.rpartition(":")[2], None)
             if is_optimizer_class(found) and full_name(found) == spec.name:
@@ -226,7 +226,7 @@ class SettingsTable:
 
 
 def apply_all(updates: Sequence[tuple[Setting, Update]]) -> list[Failure]:
-    """Apply updates, those with the same setting in one call, and return each one's failure or None."""
+    """Apply updates, those with the same setting in one call; return each one's failure or None."""
     groups: dict[int, list[int]] = {}
     for index, (setting, _) in enumerate(updates):
         groups.setdefault(id(setting), []).append(index)
@@ -252,7 +252,7 @@ def _with_options(setting: Setting, options: dict[str, Any]) -> Setting:
 
 
 def _repeated(current: Setting, new: Setting) -> Setting | None:
-    """Return `new` with the updater of `current`, if it asks for the same: the state is kept then."""
+    """Return `new` with the updater of `current`, and so its state, if it asks for the same; else None."""
     old, updater = current.updater, new.updater
     if isinstance(old, AwaitedUpdater):
         return _found(current, old, new)
@@ -270,14 +270,14 @@ def _repeated(current: Setting, new: Setting) -> Setting | None:
 
 
 def _asks_alike(current: Setting, new: Setting) -> bool:
-    """Whether two settings were made by the same call. Tuples that have travelled or were saved are lists."""
+    """Whether equal calls made both settings. Tuples that have travelled or were saved are lists."""
     if current.asked is None or new.asked is None:
         return False
     return tuples(current.asked.options) == tuples(new.asked.options)
 
 
 def _found(current: Setting, old: AwaitedUpdater, new: Setting) -> Setting | None:
-    """Return `new` with the state that was loaded for it, if it is what a loaded store has waited for."""
+    """Return `new` with the state that was loaded for it, if `old` is its placeholder; else None."""
     updater = new.updater
     if (old.spec.type, old.spec.name) != (updater.spec.type, updater.spec.name):
         return None

@@ -1,4 +1,4 @@
-"""UpdaterSpec: which updater, as plain data that may travel. Without torch, for the scheduler's sake."""
+"""UpdaterSpec: an updater as plain data that may travel. Without torch, for the scheduler's sake."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import msgspec
 
 
 class UpdaterSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Which updater, as plain data.
+    """An updater as plain data.
 
-    `type` tells how `name` is read: a name of `tensorkv.updaters.base` ("assign", "add"), or "module:name" of
-    a function or of an optimizer class. `options` are the optimizer's.
+    `type` says how to read `name`: as a name in `tensorkv.updaters.base` ("assign", "add"), or as
+    "module:name" of a function or of an optimizer class. `options` are the optimizer's.
     """
 
     type: Literal["named", "function", "optimizer"]

@@ -1,1 +1,1 @@
-"""What travels: typed messages and the frames that carry them. No socket and no thread."""
+"""The wire protocol: typed messages and the frames that carry them. No socket and no thread."""

@@ -7,8 +7,8 @@
          8      8  length of the payload, little-endian
         16         the message (MessagePack), then the payload
 
-Lengths are checked before any memory is taken: the message's against `MAX_HEADER_BYTES` (4 KiB until
-the peer has proved that it knows the token), the payload's by whoever knows what the message means.
+Lengths are checked before memory is allocated: the message's against `MAX_HEADER_BYTES` (4 KiB until the peer
+has proved that it knows the token), the payload's by the code that interprets the message.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PREFIX_BYTES = PREFIX.size
 MAX_HEADER_BYTES = 64 << 20
 MAX_HANDSHAKE_BYTES = 4096
 MAX_TEXT_CHARS = 200
-"""What is shown of a text that a peer has had a hand in."""
+"""Maximum number of characters shown of a text that a peer may have influenced."""
 
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def decode_prefix(
     """Return the lengths of message and payload, in bytes, from the prefix that begins at `start`.
 
     Raises:
-        ProtocolVersionError: the frame is ours but of another version.
+        ProtocolVersionError: it is a frame of another version.
         ProtocolError: it is not a frame, or its message is longer than `max_header_bytes`.
     """
     try:
@@ -66,7 +66,7 @@ def decode_prefix(
 
 
 class Decoder(Generic[T]):
-    """Decodes the messages of one side of a conversation, and refuses all others."""
+    """Decodes the messages of one side of a conversation, and rejects all others."""
 
     def __init__(self, union: Any) -> None:
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
@@ -75,7 +75,7 @@ class Decoder(Generic[T]):
         """Return the message.
 
         Raises:
-            ProtocolError: the bytes are no message that may come from this peer.
+            ProtocolError: the bytes are not a message that this peer may send.
         """
         try:
             return self._decoder.decode(body)
@@ -84,6 +84,6 @@ class Decoder(Generic[T]):
 
 
 def one_line(text: str) -> str:
-    """Return what a peer has had a hand in as a short line without control characters, for logs."""
+    """Return a text that a peer may have influenced as a short line without control characters, for logs."""
     line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:MAX_TEXT_CHARS])
     return line if len(text) <= MAX_TEXT_CHARS else line + "..."

@@ -1,8 +1,8 @@
-"""Every message of the protocol, as a typed record; with a payload where the docstring says so.
+"""Every message of the protocol, as a typed record; with a payload if its docstring says so.
 
-Three conversations: worker and server (data), every process and the scheduler (control), and the
-handshake that begins each connection. A request carries a number that its reply repeats; numbers of
-a connection only grow. Nothing here is ever unpickled: msgspec checks each field's type.
+There are three conversations: worker and server (data), every process and the scheduler (control), and the
+handshake that begins each connection. A request carries a number that its reply repeats; the numbers of a
+connection only grow. Nothing here is ever unpickled: msgspec checks each field's type.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Message(msgspec.Struct, array_like=True, tag_field="type", forbid_unknown_
 
 
 class Challenge(Message, tag=1):
-    """The accepting side's first words."""
+    """The accepting side's first message."""
 
     nonce: bytes
 
 
 class Hello(Message, tag=2):
-    """Who connects, with an HMAC over both nonces and its own identity."""
+    """The connecting side's identity, with an HMAC over both nonces and that identity."""
 
     nonce: bytes
     proof: bytes
@@ -51,7 +51,7 @@ class Accept(Message, tag=3):
 
 
 class Reject(Message, tag=4):
-    """The connection is refused, as `name` (an error class) and `text`."""
+    """The accepting side refuses the connection, with `name` (an error class) and `text`."""
 
     name: str
     text: str
@@ -75,14 +75,14 @@ class Failed(Message, tag=11):
 
 
 class AskWaiting(Message, tag=12):
-    """What is request `request` of a store waiting for?"""
+    """Ask what request `request` of a store is waiting for."""
 
     request: int
     store: int
 
 
 class Waiting(Message, tag=13):
-    """Answer to AskWaiting: ranks that are missing, and where, "round 812 of 'w'" say."""
+    """Answer to AskWaiting: the ranks that are missing, and where, such as "round 812 of 'w'"."""
 
     request: int
     ranks: list[int]
@@ -102,7 +102,7 @@ class SliceEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class KeySpec(msgspec.Struct, frozen=True, array_like=True):
-    """What init says about a key."""
+    """A key as init describes it."""
 
     key: Key
     shape: tuple[int, ...]
@@ -125,7 +125,7 @@ class KeyEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SettingRecord(msgspec.Struct, frozen=True):
-    """A setting as it travels: an updater (with the code it names), or options, for keys or all (None)."""
+    """A setting on the wire: an updater (with the code it names), or options, for some keys or all (None)."""
 
     keys: tuple[Key, ...] | None
     updater: UpdaterSpec | None = None
@@ -137,9 +137,9 @@ PayloadKind = Literal["dense", "absent"]
 
 
 class PayloadDescriptor(msgspec.Struct, frozen=True, array_like=True):
-    """How the bytes of a chunk are to be read.
+    """How to read the bytes of a chunk.
 
-    `kind` says what the value is ("dense", or "absent" without bytes), `codec` how it was packed.
+    `kind` is that of the value ("dense", or "absent" without bytes), `codec` how it was packed.
     """
 
     kind: PayloadKind
@@ -150,7 +150,7 @@ class PayloadDescriptor(msgspec.Struct, frozen=True, array_like=True):
 class ChunkEntry(msgspec.Struct, frozen=True, array_like=True):
     """A chunk of a plan: slices that travel in one frame, one after the other.
 
-    `lengths` are their elements, `counts` how often each counts in a mean.
+    `lengths` are their numbers of elements, `counts` how often each counts in a mean.
     """
 
     slice_ids: list[int]
@@ -164,10 +164,10 @@ PLACED_BYTES = 16 << 10
 
 
 class Placed(msgspec.Struct, frozen=True, array_like=True):
-    """A payload that lies in shared memory of who sends it, in `spans`: segment, offset and length in bytes.
+    """A payload in the sender's shared memory, in `spans`: segment, offset and length in bytes.
 
-    `number` is that of the loan of a push, of which the server tells when it has used it, or of a reply:
-    the worker tells how many it has copied.
+    In a push `number` is that of its loan, which the server returns when it has used the memory. In a reply
+    it is the reply's; the worker counts the replies that it has copied.
     """
 
     number: int
@@ -175,9 +175,9 @@ class Placed(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ShareSegment(Message, tag=45):
-    """Hand over a segment of shared memory: its descriptor comes with this frame.
+    """Share a segment of memory: its descriptor comes with this frame.
 
-    The first of a worker, number 0, holds what the two tell each other about loans, see `peer.shm`.
+    A worker's first one, number 0, is the control segment; see `peer.shm`.
     """
 
     segment: int
@@ -194,7 +194,7 @@ class DropSegment(Message, tag=46):
 
 
 class OpenStore(Message, tag=20):
-    """Make the store known on this connection."""
+    """Announce the store on this connection."""
 
     store: int
     name: str
@@ -230,8 +230,8 @@ class DropPlan(Message, tag=23):
 class Push(Message, tag=24):
     """A contribution to the current round of the slices of a chunk. Payload: their elements, or `placed`.
 
-    With `reply` other than 0 the values after that round are sent back as `Data` of that request. In a mean
-    each slice counts as `weight`, without one as the chunk says.
+    If `reply` is not 0, the server sends the values after that round back as `Data` of that request. In a
+    mean each slice counts as `weight` or, without one, as the chunk says.
     """
 
     plan: int
@@ -250,14 +250,14 @@ class Pull(Message, tag=25):
 
 
 class WaitMerged(Message, tag=26):
-    """Tell when this worker's last push of each slice of a plan is merged."""
+    """Ask to be told, by Merged, when this worker's last push of each slice of a plan is merged."""
 
     plan: int
     request: int
 
 
 class Commit(Message, tag=27):
-    """Apply what was pushed with apply=False."""
+    """Apply the values pushed with apply=False."""
 
     request: int
     store: int
@@ -267,7 +267,7 @@ class Commit(Message, tag=27):
 
 
 class PrepareSetting(Message, tag=28):
-    """Load what a setting needs, and keep it ready."""
+    """Load the code of a setting, and keep the setting ready."""
 
     request: int
     store: int
@@ -276,14 +276,14 @@ class PrepareSetting(Message, tag=28):
 
 
 class ActivateSetting(Message, tag=29):
-    """From this worker's next push of each key on the prepared setting holds."""
+    """Apply the prepared setting from this worker's next push of each key on."""
 
     store: int
     number: int
 
 
 class DeleteSlices(Message, tag=30):
-    """Drop slices with all that waits for them; `rank` has deleted these keys, each with its slices."""
+    """Drop slices and everything that waits for them; `rank` has deleted these keys, each with its slices."""
 
     request: int
     store: int
@@ -292,9 +292,9 @@ class DeleteSlices(Message, tag=30):
 
 
 class Flush(Message, tag=31):
-    """Answer when everything sent before on this connection has been taken in.
+    """Answer when everything sent before on this connection has been processed.
 
-    A commit that it has completed has then been decided.
+    A commit that was completed by it has then been decided.
     """
 
     request: int
@@ -351,7 +351,7 @@ class Committed(Message, tag=42):
 
 
 class Info(Message, tag=43):
-    """Rounds, versions, bytes of the optimizer's state, in the order asked, and the updater's name.
+    """Rounds, versions and sizes of the optimizer's state, in the order asked, and the updater's name.
 
     A slice that is gone has -1 as round and version, and no bytes.
     """
@@ -364,7 +364,7 @@ class Info(Message, tag=43):
 
 
 class Fault(Message, tag=44):
-    """A round this worker contributed to failed for these slices. Raised by its next call on the key.
+    """A round this worker contributed to failed for these slices. Its next call on the key raises this.
 
     `round` is 0 if the slices are gone.
     """
@@ -429,7 +429,7 @@ class ProposeInit(Message, tag=54):
 
 
 class InitReply(Message, tag=55):
-    """The entries of the keys; `lead[i]` tells the rank to send the value of key i to the servers."""
+    """The entries of the keys; if `lead[i]` is set, this rank sends the value of key i to the servers."""
 
     request: int
     entries: list[KeyEntry]
@@ -454,7 +454,7 @@ class ProposeSetting(Message, tag=57):
 
 
 class SettingReply(Message, tag=58):
-    """The setting agrees with that of the setting rank; or with `lead` this rank is to make it."""
+    """The setting agrees with that of the setting rank; or, with `lead`, this rank has to make it."""
 
     request: int
     number: int
@@ -479,7 +479,7 @@ class Lookup(Message, tag=60):
 
 
 class Entries(Message, tag=61):
-    """The entries asked for, in the order asked, or of init."""
+    """The entries that were asked for, in the order asked, or that of init."""
 
     request: int
     entries: list[KeyEntry]
@@ -494,7 +494,7 @@ class CountKeys(Message, tag=76):
 
 
 class NumKeys(Message, tag=77):
-    """How many of the keys that were asked about are initialised."""
+    """Answer to CountKeys: how many of the keys are initialised."""
 
     request: int
     number: int
@@ -509,14 +509,14 @@ class DeleteKeys(Message, tag=62):
 
 
 class Deleted(Message, tag=63):
-    """The entries that were still there, now to be dropped from the servers."""
+    """The entries that still existed; this rank now drops them from the servers."""
 
     request: int
     entries: list[KeyEntry]
 
 
 class ConcludeDelete(Message, tag=75):
-    """The servers have dropped what `deletion` (the request of a DeleteKeys) removed. Has no answer."""
+    """The servers have dropped the keys that `deletion` (the request of a DeleteKeys) removed. No answer."""
 
     store: int
     deletion: int
@@ -537,9 +537,9 @@ class Barrier(Message, tag=64):
 
 
 class GiveUp(Message, tag=72):
-    """The deadline of a request has passed. If it waits still it is taken back, and answered by Failed.
+    """The deadline of a request has passed. If it is still waiting, it is withdrawn and answered by Failed.
 
-    Else its reply is on the way. So worker and scheduler agree on which calls were made.
+    Otherwise its reply is in flight. So worker and scheduler agree on which calls were made.
     """
 
     store: int
@@ -547,14 +547,14 @@ class GiveUp(Message, tag=72):
 
 
 class LeaveStore(Message, tag=65):
-    """A rank has left the store, after the servers have been told."""
+    """A rank has left the store, after it has told the servers."""
 
     request: int
     store: int
 
 
 class Goodbye(Message, tag=66):
-    """The process leaves the job in good order; its connection closes next."""
+    """The process leaves the job cleanly; its connection closes next."""
 
 
 class Abandon(Message, tag=67):
@@ -564,7 +564,7 @@ class Abandon(Message, tag=67):
 
 
 class CommitReady(Message, tag=68):
-    """A server has all contributions of commit `number` of a store; `norms` are those of its slices."""
+    """A server has all contributions to commit `number` of a store; `norms` are those of its slices."""
 
     store: int
     number: int
@@ -575,7 +575,7 @@ class CommitReady(Message, tag=68):
 
 
 class CommitDecision(Message, tag=69):
-    """What all servers do with the commit."""
+    """The scheduler's decision about a commit, for all servers."""
 
     store: int
     number: int
@@ -598,13 +598,13 @@ class Stop(Message, tag=71):
 
 
 class Gone(Message, tag=73):
-    """A worker has left the job in good order: it has left every store, also those it never opened."""
+    """A worker has left the job cleanly: it has left every store, including those it never opened."""
 
     rank: int
 
 
 class WorkerLost(Message, tag=74):
-    """A worker is lost and the job goes on: it has left every store, also those it never opened.
+    """A worker is lost and the job goes on: it has left every store, including those it never opened.
 
     `dropped` are, by store, the slices of keys that it was about to create or delete; for servers only.
     """
@@ -619,7 +619,7 @@ class WorkerLost(Message, tag=74):
 
 
 class LoadedKey(msgspec.Struct, frozen=True, array_like=True):
-    """A key of a save, and the slices of it that a server is to make."""
+    """A key of a save, and those of its slices that a server has to create."""
 
     record: KeyRecord
     slices: list[SliceEntry]
@@ -644,14 +644,14 @@ class AskSlice(Message, tag=81):
 
 
 class AskSettings(Message, tag=82):
-    """Tell the newest settings."""
+    """Ask for the newest settings."""
 
     request: int
     store: int
 
 
 class PrepareRestore(Message, tag=83):
-    """Load what the settings of a save need, and keep them ready; code is None where only a name is known."""
+    """Load the code of a save's settings, and keep them ready; code is None if only a name is known."""
 
     request: int
     store: int
@@ -662,7 +662,7 @@ class PrepareRestore(Message, tag=83):
 class LoadSlices(Message, tag=84):
     """Create slices from the files of a save in a folder.
 
-    `check` has files whose checksums this server is to check; each file of a save is in one message.
+    `check` has the files whose checksums this server verifies; each file of a save is in one message.
     """
 
     request: int
@@ -686,14 +686,14 @@ class RestoreSlice(Message, tag=85):
 
 
 class FinishRestore(Message, tag=86):
-    """Let the prepared settings hold, and the slices that were created since go on with their state."""
+    """Install the prepared settings, and the state of the slices created since."""
 
     request: int
     store: int
 
 
 class SavedFile(Message, tag=90):
-    """The slices are on disk: the file, and where in it they are, in the order asked."""
+    """The slices are on disk: the file, and their places in it, in the order asked."""
 
     request: int
     file: FileRecord
@@ -701,7 +701,7 @@ class SavedFile(Message, tag=90):
 
 
 class SliceRecord(Message, tag=91):
-    """What a slice is; Data of the same request follows, its payload the tensors."""
+    """The description of a slice; Data of the same request follows, with the tensors as payload."""
 
     request: int
     version: int
@@ -720,7 +720,7 @@ class Settings(Message, tag=92):
 
 
 class Together(Message, tag=100):
-    """A rank makes a call that all make together; `call` says which, and must be the same for all.
+    """A rank makes a collective call; `call` says which, and must be the same for all.
 
     With `only_meet` nobody leads: it is answered when all have asked.
     """
@@ -732,7 +732,7 @@ class Together(Message, tag=100):
 
 
 class TogetherReply(Message, tag=101):
-    """With `lead` this rank is to do it now. Else it is done, and these settings hold if it was a load."""
+    """With `lead` this rank has to do it now. Otherwise it is done; after a load these settings apply."""
 
     request: int
     lead: bool
@@ -758,7 +758,7 @@ class ProposeLoad(Message, tag=103):
 
 
 class LoadReply(Message, tag=104):
-    """Where the slices of the keys are to be; `replaced` are the generations that are there until then."""
+    """The new placement of the keys' slices; `replaced` are the generations that exist until then."""
 
     request: int
     entries: list[KeyEntry]
@@ -880,4 +880,4 @@ REPLIES: dict[type[Message], type[Message]] = {
     ConcludeTogether: Done,
     ProposeLoad: LoadReply,
 }
-"""What a request that has one reply, without payload, is answered by. Any may be answered by Failed."""
+"""The reply to each request that has exactly one, without payload. Any request may be answered by Failed."""

@@ -1,7 +1,7 @@
-"""What is checked of keys, settings and slices that were sent, before anybody works with them.
+"""Semantic validation of the keys, settings and slices that a peer sent.
 
-A message that came has the right types in it; whether its numbers make sense is checked here. A worker
-checks what scheduler and servers tell it; a server checks a slice that is restored.
+msgspec checks types; values are checked here. A worker checks the replies of scheduler and servers; a server
+checks a slice that is restored.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from tensorkv.wire import messages as m
 
 MAX_STATE_TENSORS = 64
 MAX_STATE_BYTES = 1 << 30
-"""State of a slice that does not go element by element with its value, all of it together."""
+"""Maximum size of all state of a slice that is not elementwise."""
 
 MAX_DIMS = 64
 MAX_ELEMS = (1 << 59) - 1
-"""No tensor has more elements: their bytes could not be counted in 63 bits."""
+"""Maximum number of elements of a tensor; the bytes of more could not be counted in 63 bits."""
 
 
 def check_reply(message: Any, num_servers: int) -> None:
-    """Check what a reply of the scheduler says.
+    """Check the contents of a reply of the scheduler.
 
     Raises:
-        ProtocolError: a key or a setting in it cannot be one.
+        ProtocolError: a key or a setting in it is not valid.
     """
     match message:
         case m.InitReply() | m.Entries() | m.Deleted():
@@ -44,7 +44,7 @@ def check_reply(message: Any, num_servers: int) -> None:
 
 
 def check_entries(entries: Sequence[m.KeyEntry], num_servers: int) -> None:
-    """Check that the slices of each key make up its value; one long gone has none.
+    """Check that the slices of each key make up its value; a key that is long gone has none.
 
     Raises:
         ProtocolError: they do not.
@@ -64,7 +64,7 @@ def check_entries(entries: Sequence[m.KeyEntry], num_servers: int) -> None:
 
 
 def check_init(reply: m.InitReply, specs: Sequence[m.KeySpec]) -> None:
-    """Check that a reply to an init is about its keys.
+    """Check that the reply to an init is about its keys.
 
     Raises:
         ProtocolError: it is not.
@@ -96,10 +96,10 @@ def check_slice(
     tensors: Sequence[TensorRecord],
     plain: dict[str, Plain],
 ) -> int:
-    """Return how many bytes a slice with its state has, after checking that its tensors are of its size.
+    """Check the records of a slice and its state; return their total size in bytes.
 
     Raises:
-        ProtocolError: they are not.
+        ProtocolError: they are inconsistent or too large.
     """
     if not 0 <= start <= stop <= sent_size(shape):
         raise ProtocolError(f"slice [{start}, {stop}) of shape {shape}")
@@ -125,7 +125,7 @@ def sent_dtype(name: str) -> torch.dtype:
     """Return the dtype that a message names.
 
     Raises:
-        ProtocolError: there is none of this name, or values of it cannot be added.
+        ProtocolError: there is no such dtype, or its values cannot be added.
     """
     try:
         dtype = dtype_from_name(name)
@@ -141,7 +141,7 @@ def sent_size(shape: tuple[int, ...]) -> int:
     """Return the number of elements of a shape in a message.
 
     Raises:
-        ProtocolError: no tensor can have it.
+        ProtocolError: no tensor can have this shape.
     """
     if len(shape) > MAX_DIMS or any(size < 0 for size in shape):
         raise ProtocolError(f"a shape of {len(shape)} dimensions, the smallest {min(shape)}")
