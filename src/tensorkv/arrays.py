@@ -1,10 +1,10 @@
-"""Arrays at the door: whatever a user holds becomes a torch tensor here, and nothing else inside.
+"""Converts the arrays that users pass to torch tensors; the code inside sees nothing else.
 
-Torch tensors pass as they are (without autograd history), NumPy arrays share their memory, JAX and
-CuPy arrays and anything else with `__dlpack__` come in by DLPack. A store holds dense values that lie in
-memory: sparse, quantised, nested and lazy tensors are refused, and so are subclasses that keep their data
-elsewhere (DTensor, MaskedTensor, FakeTensor), each with what to pass instead. What passes here torch can
-read, or write, without an error of its own; only memory may still run out.
+Torch tensors pass as they are (without autograd history), NumPy arrays share their memory, JAX and CuPy
+arrays and anything else with `__dlpack__` are converted by DLPack. A store holds dense values in memory.
+Sparse, quantised, nested and lazy tensors are refused, and so are subclasses that keep their data elsewhere
+(DTensor, MaskedTensor, FakeTensor); each error says what to pass instead. Torch can read, or write, a
+converted tensor without raising an error; only memory may still run out.
 """
 
 from __future__ import annotations
@@ -30,13 +30,11 @@ from tensorkv.errors import (
 )
 from tensorkv.plain import Key
 
-"""The name of a value in a store: an int or a str, one of the two in one store."""
-
 REFUSED_DTYPES = frozenset({torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-"""A table, for torch imports modules of its own when it is asked for an attribute of their name."""
+"""A table, because getattr on torch imports submodules of the given name."""
 
-_NATIVE_DTYPES = frozenset(  # those that Python's memoryview can cast to bytes
+_NATIVE_DTYPES = frozenset(  # dtypes that Python's memoryview can cast to bytes
     {
         torch.float32,
         torch.float64,
@@ -51,7 +49,7 @@ _NATIVE_DTYPES = frozenset(  # those that Python's memoryview can cast to bytes
 
 
 _NO_MEMORY = "can't allocate memory"
-"""What torch's RuntimeError says when the system has no memory for a tensor on the CPU."""
+"""Text in torch's RuntimeError when the system has no memory for a tensor on the CPU."""
 
 _WAYS_OUT = {
     "full_tensor": "full_tensor() for the whole value",
@@ -60,15 +58,15 @@ _WAYS_OUT = {
     "get_data": "get_data() for what is stored",
     "to_tensor": "to_tensor(fill) for what is stored with the rest filled in",
 }
-"""Methods of tensor subclasses that return a dense tensor, and what each is for."""
+"""Methods of tensor subclasses that return a dense tensor, and the text that recommends each."""
 
 
 def to_tensor(value: Any, key: Key) -> torch.Tensor:
     """Return `value` as a dense tensor that shares its memory and carries no autograd history.
 
     Raises:
-        InvalidValue: `value` is no tensor or array, is sparse, quantised, nested, lazy or on the meta
-            device, keeps its data where it cannot be read, or has a dtype torch does not know.
+        InvalidValue: `value` is not a tensor or array; is sparse, quantised, nested, lazy or on the meta
+            device; keeps its data where it cannot be read; or has a dtype torch does not know.
     """
     if isinstance(value, torch.Tensor):
         tensor = _checked(_unwrapped(value, key), key)
@@ -91,13 +89,13 @@ def to_tensor(value: Any, key: Key) -> torch.Tensor:
 def to_out(value: Any, key: Key) -> torch.Tensor:
     """Return `value`, a destination, as a tensor that shares its memory.
 
-    Writing to the result is seen by autograd as a change of `value`.
+    Autograd sees a write to the result as a change of `value`.
 
     Raises:
         InvalidValue: as `to_tensor`.
-        InvalidOut: the memory cannot be written, or several elements share one place in it; or it is an
-            inference tensor and we are not in inference mode. Memory that cannot be written and whose owner
-            does not say so (a torch tensor over a read-only mapping, DLPack before 1.0) is not noticed.
+        InvalidOut: the memory is read-only, or several elements share one place in it; or it is an inference
+            tensor and we are not in inference mode. Read-only memory whose owner does not say so (a torch
+            tensor over a read-only mapping, DLPack before 1.0) is not detected.
     """
     if isinstance(value, torch.Tensor):
         tensor = _checked(_unwrapped(value, key), key)
@@ -130,9 +128,9 @@ def to_out(value: Any, key: Key) -> torch.Tensor:
 
 
 def unreadable(exc: Exception, key: Key, tensor: torch.Tensor | None = None) -> TensorKVError:
-    """Return the error of a value, or an out, that torch failed to copy: what it raised, with the key.
+    """Return the error of a value, or an out, that torch failed to copy: torch's error, with the key.
 
-    Running out of memory is the one failure that no look at a tensor foresees.
+    Running out of memory is the only failure that no check of a tensor foresees.
     """
     said = str(exc).partition("\n")[0]
     if isinstance(exc, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY in said:
@@ -150,7 +148,7 @@ def unreadable(exc: Exception, key: Key, tensor: torch.Tensor | None = None) -> 
 def new_tensor(
     key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Return a tensor of any content for a value. Raises MemoryLimitReached if there is no memory for it."""
+    """Return an uninitialised tensor for a value. Raises MemoryLimitReached if there is no memory for it."""
     try:
         return torch.empty(shape, dtype=dtype, device=device)
     except (RuntimeError, MemoryError) as exc:
@@ -161,7 +159,7 @@ def new_tensor(
 
 
 def _of_any_mode(tensor: torch.Tensor, key: Key) -> torch.Tensor:
-    """Return an inference tensor as one that shares its memory, and that other threads may write to."""
+    """Return a normal tensor over the memory of an inference tensor, which other threads may write to."""
     if not torch.is_inference_mode_enabled():
         raise InvalidOut(
             f"out for key {key!r} was made in inference mode, and can be written there only; pull inside "
@@ -173,10 +171,10 @@ def _of_any_mode(tensor: torch.Tensor, key: Key) -> torch.Tensor:
 
 
 def shape_of(tensor: torch.Tensor, key: Key) -> torch.Size:
-    """Return the shape of a tensor. Raises InvalidValue if it has none: nested tensors."""
+    """Return the shape of a tensor. Raises InvalidValue if it is nested and so has none."""
     try:
         return tensor.shape
-    except RuntimeError as exc:  # this costs nothing where there is a shape; to ask first would
+    except RuntimeError as exc:  # free in the common case; a check before would not be
         raise _nested(key) from exc
 
 
@@ -197,7 +195,7 @@ def _is_summable(dtype: torch.dtype, mean: bool) -> bool:
         if mean and (dtype.is_floating_point or dtype.is_complex):
             total.div_(2)
         torch.zeros(1, dtype=dtype, device="cpu").copy_(total)
-    except RuntimeError:  # NotImplementedError is one of them
+    except RuntimeError:  # includes NotImplementedError
         return False
     return True
 
@@ -237,19 +235,19 @@ def check_has_mean(key: Key, dtype: torch.dtype) -> None:
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which values of `dtype` are added up: float32 for the half-width floats."""
+    """Return the dtype in which values of `dtype` are summed: float32 for half-width floats."""
     if dtype.is_floating_point and dtype.itemsize < 4:
         return torch.float32
     return dtype
 
 
 def size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Return the bytes a dense tensor of `shape` and `dtype` takes."""
+    """Return the size in bytes of a dense tensor of `shape` and `dtype`."""
     return math.prod(shape) * dtype.itemsize
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name under which `dtype` travels, "float32" say."""
+    """Return the name under which `dtype` travels, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -272,7 +270,7 @@ def _nested(key: Key) -> InvalidValue:
 
 
 def _unwrapped(tensor: torch.Tensor, key: Key) -> torch.Tensor:
-    """Return a tensor as one of torch.Tensor itself, with the same memory and without autograd history."""
+    """Return a plain torch.Tensor with the same memory and without autograd history."""
     kind = type(tensor)
     if kind is torch.Tensor or kind is torch.nn.Parameter:
         return tensor.detach() if tensor.requires_grad or kind is not torch.Tensor else tensor
@@ -292,7 +290,7 @@ def _unwrapped(tensor: torch.Tensor, key: Key) -> torch.Tensor:
 
 
 def _hidden(kind: type[torch.Tensor], key: Key) -> InvalidValue:
-    """Return the error of a subclass whose data may lie anywhere: each operation on it is its own."""
+    """Return the error of a subclass whose data may lie anywhere, since it overrides all operations."""
     named = f"the tensor for key {key!r} is {_describe_type(kind)}"
     if any(each.__name__ == "FakeTensor" for each in kind.__mro__):
         return InvalidValue(f"{named}, which has no data; call the store outside of FakeTensorMode")
@@ -324,23 +322,23 @@ def _checked(tensor: torch.Tensor, key: Key) -> torch.Tensor:
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
-    """Whether all elements lie in memory. Torch itself does not look before it reads or writes."""
+    """Whether all elements lie in memory. Torch itself does not check before it reads or writes."""
     try:
         if tensor.numel() == 0 or tensor._is_zerotensor():
             return True
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         needed_bytes = (tensor.storage_offset() + last + 1) * tensor.dtype.itemsize
         return tensor.data_ptr() != 0 and tensor.untyped_storage().nbytes() >= needed_bytes
-    except RuntimeError:  # it stands for another: there is no storage
+    except RuntimeError:  # a placeholder for another tensor, without storage
         return False
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements of a tensor share a place in memory."""
+    """Whether two elements of a tensor share memory."""
     dims = sorted(
         (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
     )
-    last = 0  # the furthest place that the dimensions so far reach
+    last = 0  # the highest offset that the dimensions so far reach
     for stride, size in dims:
         if stride <= last or stride == 0:
             break
@@ -362,7 +360,7 @@ def _from_numpy(array: np.ndarray[Any, Any], key: Key) -> torch.Tensor:
             "or array.data for all that is stored"
         )
     try:
-        with warnings.catch_warnings():  # a read-only array is fine to read from
+        with warnings.catch_warnings():  # reading a read-only array is fine
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(array)
     except (TypeError, ValueError) as exc:
@@ -375,7 +373,7 @@ def _from_numpy(array: np.ndarray[Any, Any], key: Key) -> torch.Tensor:
 
 
 class _VersionedHead(ctypes.Structure):
-    """The beginning of DLPack's DLManagedTensorVersioned, since its version 1.0."""
+    """The beginning of DLManagedTensorVersioned, which DLPack has since 1.0."""
 
     _fields_ = (
         ("major", ctypes.c_uint32),
@@ -396,11 +394,11 @@ _pointer_of.argtypes, _pointer_of.restype = [ctypes.py_object, ctypes.c_char_p],
 
 
 class _Exporter:
-    """Hands the array of another library to torch, and sees what the library says of its memory."""
+    """Passes the array of another library to torch, and notes the library's flags of its memory."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
-        self.flags = 0  # also where the library speaks a DLPack that has none
+        self.flags = 0  # also if the library's DLPack is too old to have flags
 
     def __dlpack_device__(self) -> Any:
         return self._value.__dlpack_device__()
@@ -414,7 +412,7 @@ class _Exporter:
 
 
 def _from_dlpack(value: Any, key: Key) -> tuple[torch.Tensor, int]:
-    """Return a tensor that shares the memory of an array, and DLPack's flags of it."""
+    """Return a tensor that shares the memory of an array, and the array's DLPack flags."""
     exporter = _Exporter(value)
     try:
         tensor = torch.utils.dlpack.from_dlpack(exporter)
@@ -453,11 +451,11 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor as writable bytes, whatever its dtype. No copy.
 
     Raises:
-        RuntimeError: it has none. NumPy would give out bytes at address 0.
+        RuntimeError: it has no memory. NumPy would return bytes at address 0.
     """
     if tensor.data_ptr() == 0 and tensor.numel():
         raise RuntimeError("a tensor has no memory")
-    if tensor.dtype in _NATIVE_DTYPES and tensor.numel():  # a third of the time
+    if tensor.dtype in _NATIVE_DTYPES and tensor.numel():  # takes a third of the time
         return tensor.numpy().data.cast("B")
     array: np.ndarray[tuple[int], np.dtype[np.uint8]] = tensor.reshape(-1).view(torch.uint8).numpy()
     return array.data

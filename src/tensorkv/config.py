@@ -123,7 +123,7 @@ def read_peer_timeout_s(environ: Mapping[str, str]) -> float:
 
 
 def read_slice_bound_bytes(environ: Mapping[str, str]) -> int:
-    """Return the size above which values are sliced. Raises InvalidArgument if it is not a size."""
+    """Return the size above which values are sliced. Raises InvalidArgument if it is negative or no int."""
     return read_number(environ, ENV_SLICE_BOUND_BYTES, int, SLICE_BOUND_BYTES, least=0)
 
 

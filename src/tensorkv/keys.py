@@ -1,13 +1,13 @@
-"""Arguments become pairs: one key, a list of keys or a dict, and their values, checked and flattened.
+"""Parses the arguments of the verbs: checks and flattens one key, a list of keys or a dict, and their values.
 
-Every verb takes `key` and `value` in the same three forms; they are understood here and nowhere else:
+Every verb takes `key` and `value` in the same three forms; only this module interprets them:
 
     push("w", grad)                push("w", [grad_gpu0, grad_gpu1])        one key, one value per device
     push(["w", "b"], [gw, gb])     push(["w", "b"], [[gw0, gw1], [gb0, gb1]])
     push({"w": gw, "b": gb})
 
-A dict may also be written as pairs, `model.named_parameters()` say, or as a module, which stands for its
-parameters by name, or for their gradients where gradients are pushed.
+A dict may also be given as pairs, such as `model.named_parameters()`, or as a module, which stands for its
+parameters by name or, in a push of gradients, for their gradients.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _PLAIN = (False, torch.strided)
 _TENSORS = {torch.Tensor}
 _LISTS = {list, tuple}
 _LOWEST_ADDRESS = 1 << 22
-"""Lowest address of memory that a program can have got. Less is a place in a storage that was freed."""
+"""Minimum address of a program's memory; a lower one is an offset into a storage that was freed."""
 
 _plain_seen: set[tuple[Any, ...]] = set()  # traits of tensors that need no preparation
-_plain_outs_seen: set[tuple[Any, ...]] = set()  # and of outs; complex ones may be conjugated as they are read
+_plain_outs_seen: set[tuple[Any, ...]] = set()  # of outs; complex ones may be conjugated when read
 
 
 class _Absent(enum.Enum):
@@ -49,7 +49,7 @@ ABSENT = _Absent.ABSENT
 
 
 class Form(enum.Enum):
-    """In which of its three forms an argument was written, and so in which a pull answers."""
+    """The form of an argument, one of three; a pull answers in the same form."""
 
     SINGLE = "single"
     LIST = "list"
@@ -57,19 +57,19 @@ class Form(enum.Enum):
 
 
 Known = Callable[[tuple[Key, ...], list[Any]], bool]
-"""Whether a store knows keys and their values, or outs, so well from an earlier call that they need not be
-looked at one by one here."""
+"""Whether a store knows keys and their values, or outs, from an earlier call, so that they need not be
+checked one by one here."""
 
 
 class PushBatch:
-    """What one push call adds, a line per distinct key, in order of first appearance.
+    """The contributions of one push call, one entry per distinct key, in order of first appearance.
 
-    `tensors[i]` are the values of `keys[i]`, devices in list order, the same key twice one after the
-    other; an empty list stands for ABSENT. `counts[i]` is what the key counts in a mean.
-    `singles`, where it is not None, has one tensor for each key, and says it all: a list for each of
-    a thousand keys would keep Python's garbage collector busy. With `known` they are tensors of the dtypes
-    and shapes of an earlier call, and whether they need to be prepared was not looked at; `checked` does so.
-    In a mean every key counts as `weight` instead, if the caller sets one.
+    `tensors[i]` are the values of `keys[i]`, devices in list order; those of a repeated key follow each
+    other; an empty list stands for ABSENT. `counts[i]` is the weight of the key in a mean.
+    `singles`, if not None, has exactly one tensor per key and replaces the lists: a list for each of a
+    thousand keys would keep Python's garbage collector busy. With `known` they are tensors of the dtypes and
+    shapes of an earlier call, and nobody has checked whether they need preparation; `checked` does. If the
+    caller sets `weight`, every key has that weight in a mean instead.
     """
 
     __slots__ = ("_counts", "_tensors", "keys", "known", "singles", "weight")
@@ -90,7 +90,7 @@ class PushBatch:
         self._counts = counts
 
     def checked(self) -> PushBatch:
-        """Return the same, with every value looked at. Errors as `push_batch`."""
+        """Return the same batch with every value checked. Raises what `push_batch` raises."""
         if not self.known:
             return self
         batch = _push_of(self.keys, self.singles or [])
@@ -98,7 +98,7 @@ class PushBatch:
         return batch
 
     def weighted(self, weight: float) -> PushBatch:
-        """Return the same with a weight; with 0 every key is absent."""
+        """Return the same batch with a weight; with 0 every key is absent."""
         batch = self if weight else PushBatch(self.keys, [[] for _ in self.keys])
         batch.weight = weight or None
         return batch
@@ -112,17 +112,17 @@ class PushBatch:
 
     @property
     def counts(self) -> list[int]:
-        """What each key counts in a mean."""
+        """The weight of each key in a mean."""
         if self._counts is None:
             self._counts = list(map(len, self.tensors))
         return self._counts
 
 
 class PullBatch:
-    """Where one pull call writes: `outs[i]` are the destinations of `keys[i]`; empty means a new tensor.
+    """The destinations of one pull call: `outs[i]` are those of `keys[i]`; empty means a new tensor.
 
-    `keys` are in call order and may repeat. `given` is the caller's own `out`, to be returned. `singles`
-    is as in `PushBatch`; with `known` they are the very tensors of an earlier call.
+    `keys` are in call order and may repeat. `given` is the caller's own `out`, to be returned. `singles` is
+    as in `PushBatch`; with `known` they are the same tensors as in an earlier call.
     """
 
     __slots__ = ("_outs", "form", "given", "keys", "known", "singles")
@@ -144,7 +144,7 @@ class PullBatch:
         self._outs = outs
 
     def checked(self) -> PullBatch:
-        """Return the same, with every destination looked at. Errors as `pull_batch`."""
+        """Return the same batch with every destination checked. Raises what `pull_batch` raises."""
         return _batch_into(self.keys, self.singles or [], self.form, self.given) if self.known else self
 
     @property
@@ -161,11 +161,11 @@ def with_article(name: str) -> str:
 
 
 def check_keys(keys: Iterable[Any], known_type: type | None = None) -> tuple[Key, ...]:
-    """Return `keys` as a tuple after checking that they are all int or all str.
+    """Check that `keys` are all int or all str, and return them as a tuple.
 
     Args:
         keys: the keys of one call.
-        known_type: int or str if the store already has keys, and the type all must have then.
+        known_type: the type of the store's keys, int or str, if it has any; all keys must have it.
 
     Raises:
         InvalidKey: a bool, None, or anything else that is not int or str; or a mix of the two.
@@ -175,7 +175,7 @@ def check_keys(keys: Iterable[Any], known_type: type | None = None) -> tuple[Key
     if not checked:
         raise LengthMismatch("the list of keys is empty; pass at least one key")
     types = set(map(type, checked))
-    if known_type in types and len(types) == 1:  # mostly, so at once
+    if known_type in types and len(types) == 1:  # the common case first
         return checked
     if not types <= {int, str}:
         bad = next(key for key in checked if type(key) not in (int, str))
@@ -192,7 +192,7 @@ def check_keys(keys: Iterable[Any], known_type: type | None = None) -> tuple[Key
 
 
 def _no_key(bad: Any) -> str:
-    """Say why something is no key. Neither the weights of a module nor those of a tensor are printed."""
+    """Return why something is not a key, without printing the weights of a module or tensor."""
     if isinstance(bad, (torch.nn.Module, Mapping)):
         return (
             f"a key is an int or a str, not {with_article(type(bad).__name__)}; name its parameters one by "
@@ -221,15 +221,15 @@ def check_new_keys(keys: Iterable[Key]) -> None:
 
 
 def named_values(given: Any, grads: bool = False) -> tuple[list[Any], list[Any]] | None:
-    """Return the names and values that an argument holds: a dict, a module, or pairs. None if it is neither.
+    """Return the names and values of a dict, a module, or pairs; None if the argument is none of these.
 
     Args:
-        given: the argument. An iterator is used up.
+        given: the argument. An iterator is consumed.
         grads: a module stands for the gradients of its parameters, not for the parameters.
 
     Raises:
         LengthMismatch: a module has no parameters.
-        InvalidValue: an iterator yields tensors alone.
+        InvalidValue: an iterator yields tensors without names.
     """
     if isinstance(given, Mapping):
         return list(given), list(given.values())
@@ -259,15 +259,15 @@ def _unzipped(pairs: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
 
 
 def split_keys(key: Any, value: Any, grads: bool = False) -> tuple[list[Any], list[Any], Form]:
-    """Return the keys and values of a call in any of the forms, lengths checked, nothing else.
+    """Return the keys and values of a call in any of the forms. Only checks their numbers.
 
     Raises:
         LengthMismatch: keys and values differ in number, or there are none.
-        InvalidValue: `value` is missing, or is there beside a dict, module or pairs.
+        InvalidValue: `value` is missing, or is given besides a dict, module or pairs.
     """
     if type(key) in (int, str):
         return [key], [value], Form.SINGLE
-    if type(key) is list and type(value) is list and len(key) == len(value) > 0:  # mostly, so at once
+    if type(key) is list and type(value) is list and len(key) == len(value) > 0:  # the common case first
         return key.copy(), value.copy(), Form.LIST
     holds_values = isinstance(key, (Mapping, torch.nn.Module))
     if holds_values and value is not None:
@@ -294,7 +294,7 @@ def split_keys(key: Any, value: Any, grads: bool = False) -> tuple[list[Any], li
 def push_batch(
     key: Any, value: Any, known_type: type | None, known: Known | None = None, *, grads: bool = False
 ) -> PushBatch:
-    """Check and flatten the arguments of a push. Shapes and dtypes are not looked at here.
+    """Check and flatten the arguments of a push, but not shapes and dtypes.
 
     With `grads` a module stands for the gradients of its parameters.
 
@@ -318,7 +318,7 @@ def _push_of(keys: tuple[Key, ...], values: list[Any]) -> PushBatch:
 
 
 def pull_batch(key: Any, out: Any, known_type: type | None, known: Known | None = None) -> PullBatch:
-    """Check and flatten the arguments of a pull. Shapes and dtypes are not looked at here.
+    """Check and flatten the arguments of a pull, but not shapes and dtypes.
 
     Raises:
         InvalidKey, InvalidValue, InvalidOut, LengthMismatch.
@@ -340,7 +340,7 @@ def pull_batch(key: Any, out: Any, known_type: type | None, known: Known | None 
 def pull_batch_of(
     pushed: PushBatch, key: Any, out: Any, known_type: type | None, known: Known | None = None
 ) -> PullBatch:
-    """Check and flatten where a pushpull writes; `key` is what it was given, `pushed` what came of that.
+    """Check and flatten the destinations of a pushpull; `key` is its argument, `pushed` the batch made of it.
 
     Raises:
         InvalidArgument: `out` is a dict with other keys.
@@ -351,7 +351,7 @@ def pull_batch_of(
         and type(key) is list
         and len(out) == len(pushed.keys)
         and type(key[0]) in (int, str)
-    ):  # mostly, so at once
+    ):  # the common case first
         return _batch_of(pushed.keys, out.copy(), Form.LIST, out, known)
     is_dict = not isinstance(key, (int, str)) and named_values(key) is not None
     holds_outs = isinstance(out, (Mapping, torch.nn.Module)) or (
@@ -388,7 +388,7 @@ def _batch_into(keys: tuple[Key, ...], values: list[Any], form: Form, given: Any
 
 
 def answer(batch: PullBatch, tensors: list[torch.Tensor]) -> Any:
-    """Return what a pull returns: the caller's `out`, else `tensors` in the form the keys came in."""
+    """Return the result of a pull: the caller's `out`, or else `tensors` in the form of the keys."""
     if batch.given is not None:
         return batch.given
     if batch.form is Form.SINGLE:
@@ -409,7 +409,7 @@ def _singles(tensors: list[list[torch.Tensor]]) -> list[torch.Tensor] | None:
 
 
 def _are_plain(values: list[Any], outs: bool = False) -> bool:
-    """Whether all are tensors that need no preparation. A few vector operations, for a list of many."""
+    """Whether all are tensors that need no preparation. A few bulk operations, for long lists."""
     if set(map(type, values)) != _TENSORS:
         return False
     seen = _plain_outs_seen if outs else _plain_seen
@@ -420,7 +420,7 @@ def _are_plain(values: list[Any], outs: bool = False) -> bool:
         return False
     if outs and any(traits[0].is_complex for traits in found):
         return False
-    seen.update(found)  # as many as there are dtypes
+    seen.update(found)  # at most one per dtype
     return _lie_in_memory(values)
 
 
@@ -435,14 +435,14 @@ def _are_plain_outs(values: list[Any]) -> bool:
 
 
 def _flat(values: list[Any]) -> list[Any] | None:
-    """Return all values of a list of lists, one per device, in one list; None if it is none."""
+    """Flatten a list of lists, which have one value per device; None if it is anything else."""
     if values and _LISTS.issuperset(map(type, values)) and all(values):
         return list(chain.from_iterable(values))
     return None
 
 
 def _lie_in_memory(tensors: list[torch.Tensor]) -> bool:
-    """Whether all have an address. Empty ones have none, and freed, meta, lazily zero and traced ones."""
+    """Whether all have an address: tensors that are empty, freed, meta, lazily zero or traced have none."""
     try:
         return min(map(torch.Tensor.data_ptr, tensors)) >= _LOWEST_ADDRESS
     except RuntimeError:
@@ -475,7 +475,7 @@ def _out_list(value: Any, key: Key) -> list[torch.Tensor]:
 
 
 def _merge_repeated(keys: tuple[Key, ...], tensors: list[list[torch.Tensor]]) -> PushBatch:
-    """Join the values of a key that stands several times; together they count as one push of it."""
+    """Join the values of a repeated key; together they count as one push of it."""
     merged: dict[Key, list[torch.Tensor]] = {}
     counts: dict[Key, int] = {}
     for key, values in zip(keys, tensors, strict=True):

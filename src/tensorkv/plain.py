@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 Key = int | str
+"""The name of a value in a store. All keys of a store have the same type."""
+
 Plain = None | bool | int | float | str
 
 MAX_INT = 2**63 - 1

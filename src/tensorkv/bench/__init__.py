@@ -1,1 +1,1 @@
-"""`tensorkv bench`: what a step costs here, against what it costs when only the bytes move."""
+"""`tensorkv bench`: the cost of a step here, against the cost of only moving the bytes."""

@@ -1,4 +1,4 @@
-"""The command `tensorkv bench`: alone, where it starts jobs, or as each worker of a job that is there."""
+"""The command `tensorkv bench`: alone, where it starts jobs, or as each worker of an existing job."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from tensorkv.errors import TensorKVError
 FLOOR_TIMEOUT_S = 300.0
 END_S = 20.0
 IN_JOB = "job"
-"""In place of a transport, where the job is not of this command's making."""
+"""Used in place of a transport if this command did not start the job."""
 
 
 class BenchFailed(Exception):
-    """A job that was to be measured has failed; the text tells why."""
+    """A job to be measured has failed; the text says why."""
 
 
 def run_bench(options: BenchOptions, console: Console) -> int:
@@ -54,7 +54,7 @@ def run_bench(options: BenchOptions, console: Console) -> int:
 
 
 Results = list[tuple[str, Event, float | None]]
-"""The transport, what rank 0 has reported, and the floor in milliseconds."""
+"""The transport, the result that rank 0 reported, and the floor in milliseconds."""
 
 
 def _in_job() -> bool:
@@ -62,7 +62,7 @@ def _in_job() -> bool:
     return (config is not None and config.role == "worker") or "TORCHELASTIC_RUN_ID" in os.environ
 
 
-# ---- in a job that is there ------------------------------------------------------------------------
+# ---- in an existing job ----------------------------------------------------------------------------
 
 
 def _as_worker(options: BenchOptions, console: Console) -> int:
@@ -97,10 +97,10 @@ def _alone(options: BenchOptions, console: Console) -> Results:
 
 
 def _run_job(options: BenchOptions, transport: str, follow: Any) -> list[Event]:
-    """Start a job, follow its events, and return its results; nothing of it is left.
+    """Start a job, follow its events, and return its results; leave none of its processes behind.
 
     Raises:
-        BenchFailed: it has failed, or did not report all.
+        BenchFailed: it failed, or did not report all results.
     """
     plans = [f"--plan={json.dumps(asdict(plan))}" for plan in options.plans]
     command = [sys.executable, "-m", "tensorkv.bench.measuring", f"--kind={options.kind}", *plans]
@@ -141,7 +141,7 @@ def _run_job(options: BenchOptions, transport: str, follow: Any) -> list[Event]:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End a job that still runs: its launcher ends the rest."""
+    """End a job that is still running; its launcher ends the other processes."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -154,7 +154,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _floor_ms(options: BenchOptions, plan: Plan, transport: str) -> float | None:
-    """Return the median of a step in which the same bytes move and nothing else happens.
+    """Return the median duration of a step that only moves the same bytes.
 
     Raises:
         BenchFailed: it could not be measured.
@@ -183,7 +183,7 @@ def _floor_ms(options: BenchOptions, plan: Plan, transport: str) -> float | None
 
 @contextmanager
 def _progress(console: Console, options: BenchOptions, transport: str) -> Iterator[Any]:
-    """Show how far a job is, on a terminal; yields what hears of its events."""
+    """Show the progress of a job on a terminal; yields a callback for its events."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"{transport}: starting", total=2 * len(options.plans))
@@ -215,7 +215,7 @@ def _report(options: BenchOptions, results: Results, console: Console) -> None:
         table.add_row(*row.cells())
     plan = options.plans[0]
     sizes = [_counted(rows[0].num_workers, "worker")]
-    if options.is_dist and rows[0].transport != IN_JOB:  # there a worker does not know
+    if options.is_dist and rows[0].transport != IN_JOB:  # a worker of an existing job does not know
         sizes.append(_counted(options.num_servers, "server"))
     title = ", ".join([options.kind, *sizes, plan.updater, plan.dtype])
     console.print(machine.text(), title, sep="\n", highlight=False)
@@ -273,7 +273,7 @@ def _memory(options: BenchOptions, results: Results) -> list[MemoryRow]:
 
 
 MIN_MEMORY_BYTES = 64 << 20
-"""What smaller models add to a process is lost in what it takes anyway."""
+"""Minimum size of a model whose memory is reported; the growth of smaller ones is lost in the noise."""
 
 
 def _size_bytes(plan: Plan) -> int:

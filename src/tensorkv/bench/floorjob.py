@@ -1,4 +1,4 @@
-"""The processes of a floor measurement: what they move, how they start, end and report.
+"""The processes of a floor measurement: how much they move, and how they start, end and report.
 
 The ways themselves are in floorshm.py, floortcp.py and floorlocal.py; floor.py runs them.
 """
@@ -24,7 +24,7 @@ from tensorkv.bench.shapes import FLOAT_BYTES, Shape, num_elems
 from tensorkv.bench.steps import gradient_value, time_steps
 
 MIN_SHARE_BYTES = 4096
-"""Less than this per server is not worth a message of its own."""
+"""Minimum size of a server's share; less is not worth a message."""
 
 _FORK = mp.get_context("fork")  # the processes inherit descriptors and sockets
 
@@ -38,7 +38,7 @@ class FloorError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Floor:
-    """One measurement: how many processes move what, and how often."""
+    """One measurement: the processes, the tensors they move, and how often."""
 
     shapes: list[Shape]
     num_workers: int = 2
@@ -49,12 +49,12 @@ class Floor:
 
     @property
     def num_elems(self) -> int:
-        """The floats of all shapes together."""
+        """Number of floats in all shapes together."""
         return num_elems(self.shapes)
 
     @property
     def total(self) -> float:
-        """What every element of the sum is."""
+        """The value of every element of the sum."""
         return sum(gradient_value(rank, 0, 1, 1.0) for rank in range(self.num_workers))
 
     def cuts(self) -> list[tuple[int, int]]:
@@ -65,10 +65,10 @@ class Floor:
 
 
 def run_job(floor: Floor, servers: Sequence[ServerMain], workers: Sequence[WorkerMain]) -> list[float]:
-    """Run each in a process of its own, end them whatever happens, and return worker 0's times.
+    """Run each in its own process, end them whatever happens, and return worker 0's times.
 
     Raises:
-        FloorError: a process failed, or they took longer than `floor.timeout_s` together.
+        FloorError: a process failed, or the whole took longer than `floor.timeout_s`.
     """
     barrier = _FORK.Barrier(len(workers))
     times_s = RawArray(c_double, floor.steps)
@@ -123,7 +123,7 @@ def timed(step: Callable[[], None], floor: Floor, barrier: Barrier) -> list[floa
 
 
 def set_deadline(sock: socket.socket, timeout_s: float) -> None:
-    """Bound every receive and send, and leave the socket blocking: MSG_WAITALL needs that."""
+    """Set a timeout for every receive and send, but leave the socket blocking: MSG_WAITALL needs that."""
     sock.setblocking(True)
     value = struct.pack("ll", int(timeout_s), 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)

@@ -20,12 +20,12 @@ from tensorkv.bench.steps import (
 def measure_local(plan: Plan) -> list[float]:
     """Return the seconds of each step of bare torch in this process.
 
-    ASSIGN sums the devices' gradients into the stored values; SGD steps torch's fused optimizer on
-    them; either then copies the stored values to every device's tensors. As MXNet and TensorKV may,
-    it uses as many threads as torch likes.
+    ASSIGN sums the devices' gradients into the stored values; SGD steps torch's fused optimizer on them;
+    either then copies the stored values to every device's tensors. It uses torch's default number of threads,
+    as MXNet and TensorKV may.
 
     Raises:
-        WrongResult: the values were not what they should be.
+        WrongResult: the values were wrong.
     """
     sizes = [math.prod(shape) for shape in plan.shapes]
     grads = [_tensors(sizes, gradient_value(0, d, plan.num_devices, 1.0)) for d in range(plan.num_devices)]
@@ -47,7 +47,7 @@ def measure_local(plan: Plan) -> list[float]:
 
 
 def _nobody_to_wait_for() -> None:
-    """There is only one process."""
+    """Do nothing: there is only one process."""
 
 
 def _tensors(sizes: list[int], value: float) -> list[torch.Tensor]:

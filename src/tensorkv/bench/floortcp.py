@@ -44,7 +44,7 @@ def measure_tcp(floor: Floor) -> list[float]:
 
 
 def _receive(sock: socket.socket, into: memoryview) -> None:
-    """Fill `into`. A signal may cut one call short, hence the loop."""
+    """Fill `into`. A signal may interrupt a call early, hence the loop."""
     got = 0
     while got < len(into):
         count = sock.recv_into(into[got:], 0, socket.MSG_WAITALL)
@@ -62,12 +62,12 @@ def _send(sock: socket.socket, index: int, chunk: memoryview) -> None:
 
 
 def _chunks(num_bytes: int) -> list[tuple[int, int]]:
-    """Return the ranges of bytes, of at most CHUNK_BYTES each, that make up `num_bytes`."""
+    """Cut `num_bytes` bytes into ranges of at most CHUNK_BYTES each."""
     return [(start, min(start + CHUNK_BYTES, num_bytes)) for start in range(0, num_bytes, CHUNK_BYTES)]
 
 
 class _Shard:
-    """One server's range of the values: what each worker pushed of it, and the sum."""
+    """One server's range of the values: the contribution of each worker, and the sum."""
 
     def __init__(self, num_elems: int, floor: Floor) -> None:
         self.chunks = _chunks(num_elems * FLOAT_BYTES)
@@ -137,7 +137,7 @@ def _tune(sock: socket.socket, floor: Floor) -> None:
 
 
 class _Connection:
-    """A worker's connection to one server: sends its chunks, in a thread of its own if asked, and fetches."""
+    """A worker's connection to one server: sends the gradient's chunks and fetches the sums."""
 
     def __init__(self, address: tuple[str, int], rank: int, grad: memoryview, out: memoryview, floor: Floor):
         self._sock = socket.create_connection(address, timeout=floor.timeout_s)
@@ -172,7 +172,7 @@ def _tcp_worker(rank: int, addresses: list[tuple[str, int]], floor: Floor, barri
         threading.Thread(target=_send_on_demand, args=(connection, box), daemon=True)
         for connection, box in zip(connections, go, strict=True)
     ]
-    small = floor.num_elems * FLOAT_BYTES <= CHUNK_BYTES  # threads would cost more than they hide
+    small = floor.num_elems * FLOAT_BYTES <= CHUNK_BYTES  # threads would cost more than they save
 
     def step() -> None:
         for connection, box in zip(connections, go, strict=True):

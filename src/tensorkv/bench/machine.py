@@ -1,4 +1,4 @@
-"""Where and when something was measured."""
+"""The machine and date of a measurement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import final
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """A machine. `load` is how many processes wanted a core just before."""
+    """A machine. `load` is its load average of the last minute."""
 
     cpu: str
     num_cores: int
@@ -24,7 +24,7 @@ class Machine:
     load: float
 
     def text(self) -> str:
-        """Return it as one line."""
+        """Return the description as one line."""
         return (
             f"{self.date}, {self.cpu}, {self.num_cores} cores, {self.memory_gb:.0f} GB, {self.system}, "
             f"Python {self.python}; load before the start {self.load:.1f}"
@@ -32,7 +32,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Return what this machine is, now."""
+    """Return the description of this machine, now."""
     return Machine(
         cpu=_cpu_model(),
         num_cores=len(os.sched_getaffinity(0)),
@@ -45,7 +45,7 @@ def this_machine() -> Machine:
 
 
 def memory_bytes() -> int:
-    """Return the memory of this machine."""
+    """Return the size of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -34,7 +34,7 @@ def measure_sets(
     """Measure each plan in a store of its own; rank 0 reports.
 
     Raises:
-        WrongResult: a result was not what it should be.
+        WrongResult: a result was wrong.
         What `tensorkv.create` raises.
     """
     for number, plan in enumerate(plans):
@@ -86,7 +86,7 @@ def print_event(event: Event) -> None:
 
 
 def read_event(line: str) -> Event | None:
-    """Return the event that a line tells; None if it is any other line."""
+    """Return the event in a line; None if the line has none."""
     _, mark, text = line.partition(MARK)
     if not mark:
         return None
@@ -95,7 +95,7 @@ def read_event(line: str) -> Event | None:
 
 
 def main() -> None:
-    """Measure the plans of the command line, which are JSON, and print the events."""
+    """Measure the plans of the command line, given as JSON, and print the events."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", required=True)
     parser.add_argument("--plan", action="append", required=True)

@@ -1,4 +1,4 @@
-"""What the processes of a job take of memory, shared pages shared out: PSS, from `smaps_rollup`."""
+"""Memory of the processes of a job, with shared pages divided among their users: PSS, from `smaps_rollup`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def pss_bytes(pid: int) -> int:
 
 
 def pss_of_job() -> dict[str, int]:
-    """Return the bytes of each process of this worker's job that the same parent has started, by "server 0".
+    """Return the PSS, by name such as "server 0", of the processes of this job with the same parent.
 
-    Under `tensorkv run` these are all processes of this host but the launcher.
+    Under `tensorkv run` these are all processes of this host except the launcher.
     """
     found: dict[str, int] = {}
     for pid in _children(os.getppid()):

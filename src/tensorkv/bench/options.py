@@ -16,7 +16,7 @@ TRANSPORTS = ("shm", "tcp")
 
 
 class BadOption(Exception):
-    """An option has no meaning; the text says which, and what would."""
+    """An option is not valid; the text says which, and what would be."""
 
 
 @final
@@ -35,7 +35,7 @@ class BenchOptions:
 
     @property
     def is_dist(self) -> bool:
-        """Whether it takes servers."""
+        """Whether it needs servers."""
         return self.kind.startswith("dist")
 
 
@@ -58,7 +58,7 @@ def make_options(
     """Return the options.
 
     Raises:
-        BadOption: one of them has no meaning.
+        BadOption: one of them is not valid.
     """
     _one_of("--store", kind, KINDS)
     _one_of("--dtype", dtype, tuple(ITEMSIZES))

@@ -1,4 +1,4 @@
-"""Bandwidth over size as a picture. Needs matplotlib."""
+"""Plots bandwidth over size. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NO_MATPLOTLIB = "--plot needs matplotlib: pip install matplotlib"
 
 
 def has_matplotlib() -> bool:
-    """Whether a picture can be made."""
+    """Whether matplotlib is installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -22,7 +22,7 @@ def has_matplotlib() -> bool:
 
 
 def plot_bandwidth(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw what one worker pushes and pulls in a second over the bytes of a step, a line per transport."""
+    """Plot the bandwidth of one worker over the bytes of a step, a line per transport and way."""
     import matplotlib.figure
     import matplotlib.ticker
 

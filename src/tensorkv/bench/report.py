@@ -1,4 +1,4 @@
-"""What was measured, as rows: for the terminal, as JSON."""
+"""The results as rows, for the terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ COLUMNS = ("tensors", "keys", "size", "by", "step", "ms", "min", "p99", "GB/s", 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One way to do a step, over one transport.
+    """The results of one way to do a step, over one transport.
 
-    `floor_ms` is the median of a step in which the same bytes move and nothing else happens, None if it was
-    not measured.
+    `floor_ms` is the median of a step that only moves the same bytes, None if it was not measured.
     """
 
     tensors: str
@@ -37,17 +36,17 @@ class Row:
 
     @property
     def gb_per_s(self) -> float:
-        """What one worker pushes and pulls in a second, in units of 1e9 bytes."""
+        """Bandwidth of one worker, pushes and pulls together, in units of 1e9 bytes per second."""
         return 2 * self.size_bytes / self.median_ms / 1e6
 
     @property
     def total_gb_per_s(self) -> float:
-        """What all workers push and pull in a second."""
+        """Bandwidth of all workers together."""
         return self.gb_per_s * self.num_workers
 
     @property
     def of_floor(self) -> float | None:
-        """Which fraction of the floor's speed is reached."""
+        """Fraction of the floor's speed."""
         return None if self.floor_ms is None else self.floor_ms / self.median_ms
 
     def cells(self) -> list[str]:
@@ -68,7 +67,7 @@ class Row:
         ]
 
     def data(self) -> dict[str, object]:
-        """Return it as plain data."""
+        """Return the row as plain data."""
         derived = {
             "gb_per_s": self.gb_per_s,
             "total_gb_per_s": self.total_gb_per_s,
@@ -80,7 +79,7 @@ class Row:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRow:
-    """What a process takes above what it took before the first init, and how many models that is."""
+    """The memory growth of a process since before the first init, and as a multiple of the model."""
 
     tensors: str
     transport: str
@@ -90,7 +89,7 @@ class MemoryRow:
 
     @property
     def models(self) -> float:
-        """How many times the bytes of the model."""
+        """The growth as a multiple of the model's size."""
         return self.grown_bytes / self.model_bytes
 
 
@@ -105,7 +104,7 @@ def make_row(
     num_workers: int,
     floor_ms: float | None,
 ) -> Row:
-    """Return the row of some steps."""
+    """Return the row of the given steps."""
     ordered = sorted(times_s)
     return Row(
         tensors=tensors,
@@ -136,7 +135,7 @@ def write_json(
 
 
 def three_digits(number: float) -> str:
-    """Return a number with three digits that count."""
+    """Return a number with three significant digits."""
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 

@@ -1,6 +1,6 @@
 """The tensors that benchmarks move: the shapes of models, and sizes.
 
-Imports nothing but the standard library: environments of other systems have no torch.
+Imports only the standard library: environments of other systems have no torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def resnet50_shapes() -> list[Shape]:
 
 
 def _with_norm(kernel: Shape) -> list[Shape]:
-    """A convolution without bias, and the scale and shift of the normalisation after it."""
+    """Return the shapes of a convolution without bias and of the scale and shift of its normalisation."""
     return [kernel, kernel[:1], kernel[:1]]
 
 
@@ -93,15 +93,14 @@ SETS: dict[str, list[Shape]] = {
     "big": [(25_600_000,)],
     "quick": [(3, 5), (7,), (), (2000,)],
 }
-"""The models, and sets that ask for something else. "quick" is for the tests: it has a scalar and sizes that
-divide by nothing."""
+"""The models, and sets that test something else. "quick" is for the tests: a scalar and awkward sizes."""
 
 
 def shapes_of(name: str, itemsize: int = FLOAT_BYTES) -> list[Shape]:
-    """Return the shapes of a set; or a vector of so many bytes for a size like "4MB", 100 for "100x4MB".
+    """Return the shapes of a set; for a size like "4MB" a vector of that size, for "100x4MB" 100 of them.
 
     Raises:
-        ValueError: there is no such set, and it is no size.
+        ValueError: it is neither a set nor a size.
     """
     found = SETS.get(name)
     if found is not None:
@@ -115,7 +114,7 @@ def parse_size(text: str) -> int:
     """Return the bytes of a size like "4KB", in units of 1024.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a size.
     """
     match = re.fullmatch(r"(\d+)\s*([KMG]?B)", text.strip(), re.IGNORECASE)
     size_bytes = int(match[1]) * _UNITS[match[2].upper()] if match else 0
@@ -130,7 +129,7 @@ def parse_sizes(text: str) -> list[str]:
     """Return the sizes of a list, "4KB,1MB", or of a range, "4KB..256MB": each four times the one before.
 
     Raises:
-        ValueError: one of them is none, or the range is empty.
+        ValueError: one of them is not a size, or the range is empty.
     """
     first, dots, last = text.partition("..")
     if not dots:

@@ -1,8 +1,8 @@
-"""Measuring the steps of one job: the loop, the check of the results, and the line that reports them.
+"""Measures the steps of one job: the loop, the check of the results, and the line that reports them.
 
-Runs inside the jobs that are measured, in MXNet's environment too, and so needs only NumPy. A system
-under test is a `System`; `run` measures each of its ways to do a step. A step is: every worker pushes
-its gradients of all keys and has pulled all new values into its own tensors.
+It runs inside the measured jobs, in MXNet's environment too, and so needs only NumPy. A system under test is
+a `System`; `run` measures each of its ways to do a step. In a step every worker pushes its gradients of all
+keys and pulls all new values into its own tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from tensorkv.bench.shapes import Shape, shapes_of
 
 MARK = "BENCH_RESULT "
-"""Stands before the JSON of a result, which may be preceded by a launcher's prefix on its line."""
+"""Precedes the JSON of a result; a launcher's prefix may come before it on the line."""
 
 LEARNING_RATE = 0.01
 MOMENTUM = 0.9
@@ -31,20 +31,20 @@ ADAM_EPSILON = 1e-8
 
 ITEMSIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 TOLERANCES = {"float32": 1e-4, "float64": 1e-9, "float16": 4e-3, "bfloat16": 3e-2}
-"""What a result may be off by, relatively, after some steps of an optimizer."""
+"""Maximum relative error of a result after some steps of an optimizer."""
 
 MIN_STEPS, MAX_STEPS = 5, 1000
-"""So many steps are measured where a time is given instead."""
+"""Minimum and maximum number of measured steps if the plan gives a time instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What one job measures: a set of tensors, how they are updated, and how often.
+    """The plan of one job: a set of tensors, how they are updated, and how often.
 
     `tensors` is the name of a set, or a size. `updater` is "assign", or an optimizer of torch run by the
-    store; "sgd" is SGD with momentum. `steps` are measured, or, where that is 0, as many as fill `seconds`.
-    With `one_way` only the first of a system's ways is. With `pushes` a step is so many pushes and a pull,
-    for stores that apply each push by itself; all workers push the same gradients then.
+    store; "sgd" is SGD with momentum. `steps` is the number of measured steps; 0 means as many as fill
+    `seconds`. `one_way` measures only the first of a system's ways. With `pushes` a step is that many pushes
+    and a pull, for stores that apply each push by itself; then all workers push the same gradients.
     """
 
     tensors: str = "quick"
@@ -131,26 +131,26 @@ class System(Protocol):
 
 
 def gradient_value(rank: int, device: int, num_devices: int, scale: float) -> float:
-    """Return what every element of a gradient is, different for each device of each worker.
+    """Return the value of every element of a gradient, different for each device of each worker.
 
-    Where each push is applied by itself the order counts, and every worker takes rank 0's.
+    If each push is applied by itself the order matters, so every worker uses rank 0's value.
     """
     return scale * (rank * num_devices + device + 1)
 
 
 class Expectation(Protocol):
-    """Tells what every element of every result must be."""
+    """Computes the expected value of every element of every result."""
 
     def step(self, scale: float) -> float:
         """Return the value after one more step with gradients of this scale."""
 
 
 class Expected:
-    """What every element of every result must be after each step: the rules, worked out on scalars.
+    """The expected value of every element of every result after each step, computed on scalars.
 
     Args:
         updater: "assign", "sgd" (with momentum) or "adam".
-        num_tensors: how many gradients a step adds up.
+        num_tensors: how many gradients a step sums.
         initial: the value before the first step.
     """
 
@@ -185,7 +185,7 @@ class Expected:
 
 
 class EachPush:
-    """What results must be where each push of each worker is a step by itself; all push the same."""
+    """The expected results if each push of each worker is a step by itself; all push the same."""
 
     def __init__(self, of_one: Expectation, num_pushes: int) -> None:
         self._of_one = of_one
@@ -197,7 +197,7 @@ class EachPush:
 
 
 class WrongResult(Exception):
-    """A measured step did not compute what it should have."""
+    """A measured step computed a wrong result."""
 
 
 def check_results(
@@ -217,7 +217,7 @@ def time_steps(
     num_steps: int,
     tell: Callable[[int], None] = lambda number: None,
 ) -> list[float]:
-    """Return the seconds each step took, counted from the moment all workers were ready for it.
+    """Return the duration of each step in seconds, from the moment all workers were ready for it.
 
     `tell` is called with the number of each step before it, outside the measured time.
     """
@@ -232,7 +232,7 @@ def time_steps(
 
 
 Tell = Callable[[str, int, int], None]
-"""Hears of the progress: the way, the number of its step, and how many there will be."""
+"""Progress callback: called with the way, the number of its step, and the number of steps."""
 
 
 def run(
@@ -245,18 +245,18 @@ def run(
 ) -> dict[str, list[float]]:
     """Measure every way of the system and return the seconds per step, by the way's name.
 
-    The results of a warm-up step before, and of one more step after the measured ones, are checked.
+    It checks the results of a warm-up step before the measured ones, and of one more step after them.
 
     Args:
-        system: what is measured.
-        plan: what it does.
-        expected: what comes out; worked out here for "assign" and "sgd" if not given.
-        agree: returns rank 0's number, to every worker; where the plan gives a time and no steps.
-        tell: hears of the progress.
-        pull: pulls all values, after other workers' pushes; where the plan has pushes.
+        system: the system under test.
+        plan: the plan to run.
+        expected: the expected results; computed here for the updaters that `Expected` knows if not given.
+        agree: returns rank 0's number to every worker; needed if the plan gives a time and no steps.
+        tell: progress callback.
+        pull: pulls all values, after other workers' pushes; needed if the plan has pushes.
 
     Raises:
-        WrongResult: the results were not what they should be.
+        WrongResult: the results were wrong.
     """
     expected = expected or expectation(plan, system.num_workers)
     times_s: dict[str, list[float]] = {}
@@ -280,12 +280,12 @@ def run(
 
 
 def expectation(plan: Plan, num_workers: int, of_one: Expectation | None = None) -> Expectation:
-    """Return what comes out of a plan's steps.
+    """Return the expected results of a plan's steps.
 
     Args:
-        plan: what the workers do.
-        num_workers: how many there are.
-        of_one: what an update makes of one gradient; worked out here for those that `Expected` knows.
+        plan: the plan of the workers.
+        num_workers: the number of workers.
+        of_one: the expected result of one update; computed here for the updaters that `Expected` knows.
     """
     if plan.pushes:
         return EachPush(of_one or Expected(plan.updater, 1), plan.pushes * num_workers)
@@ -293,7 +293,7 @@ def expectation(plan: Plan, num_workers: int, of_one: Expectation | None = None)
 
 
 def steps_within(seconds: float, times_s: Sequence[float]) -> int:
-    """Return how many steps fill a time, going by what some have taken."""
+    """Return how many steps fill a time, estimated from the durations of some."""
     return max(MIN_STEPS, min(MAX_STEPS, int(seconds / statistics.median(times_s))))
 
 

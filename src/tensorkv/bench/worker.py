@@ -91,19 +91,19 @@ class TensorKVSystem:
         self._kv.barrier()
 
     def set_gradients(self, scale: float) -> None:
-        """Fill what is pushed."""
+        """Fill the gradients."""
         for grads in self._grads:
             for device, grad in enumerate(grads):
                 grad.fill_(gradient_value(0 if self._pushes else self.rank, device, len(grads), scale))
 
     def clear_results(self) -> None:
-        """Overwrite what is pulled into."""
+        """Overwrite the destinations of the pulls."""
         for outs in self._outs:
             for out in outs:
                 out.fill_(torch.nan)
 
     def results(self) -> Iterable[np.ndarray[Any, Any]]:
-        """Yield what was pulled."""
+        """Yield the pulled values."""
         return (_as_numpy(out) for outs in self._outs for out in outs)
 
     def agree(self, number: int) -> int:
@@ -121,11 +121,11 @@ class TensorKVSystem:
 
 @final
 class TorchExpected:
-    """What every element of every result must be after each step: what torch makes of one element.
+    """The expected value of every element of every result after each step: torch's result for one element.
 
     Args:
-        plan: what the store does.
-        num_tensors: how many gradients a step adds up.
+        plan: the plan of the store.
+        num_tensors: how many gradients a step sums.
     """
 
     def __init__(self, plan: Plan, num_tensors: int) -> None:
@@ -142,10 +142,10 @@ class TorchExpected:
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """Return an optimizer that works element by element, so that every element of a result must be equal.
+    """Return an elementwise optimizer, so that all elements of a result must be equal.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is no such optimizer.
     """
     try:
         found = find_optimizer(name)
@@ -158,7 +158,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 
 
 def optimizer_options(name: str) -> dict[str, Any]:
-    """Return the options it is measured with: SGD has momentum."""
+    """Return the options of a measured optimizer: SGD has momentum."""
     return {"lr": LEARNING_RATE, **({"momentum": MOMENTUM} if name.lower() == "sgd" else {})}
 
 
@@ -168,7 +168,7 @@ def measure(
     """Measure a store that is open and empty; return the seconds of each step, by way.
 
     Raises:
-        WrongResult: a result was not what it should be.
+        WrongResult: a result was wrong.
     """
     system = TensorKVSystem(kv, plan, lent)
     num_tensors = 1 if plan.pushes else kv.num_workers * plan.num_devices

@@ -1,4 +1,4 @@
-"""What is saved of a store: as records, in memory, and as files in a folder.
+"""Saves of a store: as records, in memory, and as files in a folder.
 
 THEORY OF OPERATION
 

@@ -14,8 +14,8 @@ At any moment the folder holds a complete save, whatever crashes or saves at the
 So concurrent saves do not wait for each other, and the folder holds the one published last.
 
 A claim is dead if its lock is free: the system releases the lock of a process that ends, however it ends.
-Locks may not work across a shared file system. So a free lock of another machine's claim, or a claim where
-there are no locks, counts as dead only if it has not been touched for `STALE_S`.
+Locks may not work across a shared file system. So a claim of another machine, even with a free lock, or a
+claim where there are no locks is dead only if it has not been touched for `STALE_S`.
 """
 
 from __future__ import annotations

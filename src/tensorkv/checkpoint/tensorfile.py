@@ -133,7 +133,7 @@ def _form(dtype: torch.dtype, shape: Sequence[int]) -> tuple[str, list[int]]:
 
 
 def _blocks(parts: Iterable[memoryview]) -> Iterator[memoryview]:
-    """Regroup bytes into blocks of equal size, but for the last. Each is valid until the next is taken."""
+    """Regroup bytes into blocks of equal size, except the last. Each is valid until the next is fetched."""
     buffer = memoryview(bytearray(_BLOCK_BYTES))
     used = 0
     for part in parts:

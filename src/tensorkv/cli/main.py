@@ -24,19 +24,19 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line of this process; ends by SystemExit."""
+    """Run the command line of this process; raises SystemExit at the end."""
     _open_closed_streams()
     try:
         app(prog_name="tensorkv")
-    except OSError as exc:  # of a disk that is full, say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to write is dropped, not tried again
+    except OSError as exc:  # a full disk, for example
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # drop the remaining output instead of retrying it
         sys.exit(_fail(str(exc), 1))
 
 
 def _open_closed_streams() -> None:
-    """Have streams that the caller has closed (`>&-`) lead nowhere.
+    """Redirect standard streams that the caller has closed (`>&-`) to /dev/null.
 
-    Their numbers would be given to the next files that are opened.
+    Otherwise the next files to be opened would get their numbers.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -46,7 +46,7 @@ def _open_closed_streams() -> None:
 
 
 def _count(number: int) -> int:
-    """Check a number of processes; the parser puts the option before what is raised."""
+    """Check a number of processes; the parser prefixes the error with the option."""
     if number < 1:
         raise typer.BadParameter(f"{number} is too few; at least one is needed.")
     return number
@@ -60,7 +60,7 @@ def _seconds(number: float | None) -> float | None:
 
 NumWorkers = Annotated[int, typer.Option("--workers", "-n", callback=_count, help="Number of workers.")]
 NumServers = Annotated[int, typer.Option("--servers", "-s", callback=_count, help="Number of servers.")]
-"""The same options in every command; by the names they have in `tensorkv.spawn` (`_known`), too."""
+"""Options that are the same in every command; `_known` accepts their names in `tensorkv.spawn`, too."""
 
 _OPTION_NAMES = {
     "num_workers": ("-n", "--workers", "--num-workers"),
@@ -69,12 +69,12 @@ _OPTION_NAMES = {
 
 
 def _known(name: str) -> str:
-    """Return the name by which an option is known: --num-workers is --workers."""
+    """Return the canonical name of an option: --num-workers is --workers."""
     return {"num-workers": "workers", "num-servers": "servers"}.get(name, name)
 
 
 class _Run(TyperCommand):
-    """Keeps the words of the command line as they were written."""
+    """Keeps the words of the command line as typed."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["tensorkv.words"] = list(args)
@@ -82,7 +82,7 @@ class _Run(TyperCommand):
 
 
 def misplaced(command: Sequence[str]) -> list[tuple[str, str]]:
-    """Return what in `command` looks like a number of workers or servers: parameter, option as written."""
+    """Find words in `command` that look like a number of workers or servers: parameter, option as typed."""
     found = []
     for name, options in _OPTION_NAMES.items():
         for place, word in enumerate(command[1:], 1):
@@ -97,10 +97,10 @@ def misplaced(command: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _warn_of_misplaced(ctx: typer.Context, command: Sequence[str]) -> None:
-    """Options that stand after the command are its own; who meant them for the launcher does not see why."""
+    """Warn of options after the command, which receives them although the user may mean the launcher."""
     words: list[str] = ctx.meta["tensorkv.words"]
     if words[: -len(command)][-1:] == ["--"]:
-        return  # it was said where the command begins
+        return  # the user marked where the command begins
     for name, written in misplaced(command):
         source = ctx.get_parameter_source(name)
         if source is not None and source.name == "DEFAULT":
@@ -294,5 +294,5 @@ def _fail(text: str, status: int) -> int:
 
 
 def _tell(text: str) -> None:
-    with contextlib.suppress(OSError):  # nothing can be told
+    with contextlib.suppress(OSError):  # stderr cannot be written
         typer.echo(f"tensorkv: {text}", err=True)

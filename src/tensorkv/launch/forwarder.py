@@ -21,7 +21,7 @@ _LAST_READS = 32
 
 @final
 class Forwarder:
-    """Reads the pipes of all processes and feeds an `Output`, in a thread of its own.
+    """Reads the pipes of all processes and feeds an `Output`, in its own thread.
 
     So a terminal that does not read (a pager, for example) blocks neither Ctrl-C nor the supervision.
 

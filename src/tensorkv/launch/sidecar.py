@@ -192,7 +192,7 @@ class Sidecar:
                 process.send_signal(signal.SIGUSR1)
 
     def _server_ended(self, rank: int) -> None:
-        """Report a server that failed before it could join to the scheduler: nobody else would."""
+        """Tell the scheduler about a server that failed before it could join: nobody else would."""
         status = self._servers[rank].wait()
         if status == 0 or (self._scheduler is not None and self._scheduler.has_joined("server", rank)):
             return

@@ -148,7 +148,7 @@ class Sender:
         return True
 
     def _break_off(self, exc: BaseException) -> None:
-        """A thread was interrupted while it sent or acquired the lock: the sender's own drops the rest."""
+        """Fail, as a thread was interrupted in a send or at the lock; the sender's thread drops the rest."""
         told, self._failed = self._failed, True
         self._work.set()
         if not told:

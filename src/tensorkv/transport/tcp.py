@@ -119,8 +119,8 @@ class TcpConnection(StreamConnection):
 
     def notice_silence(self, timeout_s: float) -> None:
         self._within_room = True
-        # The first probe comes after half the timeout, then one every second, the kernel's minimum. The
-        # kernel checks how long the peer has been silent only when it probes.
+        # The first probe comes after half the timeout, then one every second, the kernel's minimum. At each
+        # probe the kernel also checks how long the peer has been silent.
         timeout_s = min(_MAX_KEEPALIVE_S, timeout_s)
         idle_s = max(1, int(timeout_s / 2))
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle_s)
