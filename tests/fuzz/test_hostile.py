@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import hostile
 import pytest
 import torch
 from frames import Mutator, load
@@ -13,7 +14,6 @@ from hostile import WorkerFault, fuzz_worker, meet
 
 from tensorkv.errors import KeyNotInitialized, to_wire
 from tensorkv.server.shm import Sharing
-from tensorkv.testing import hostile
 from tensorkv.transport import unix
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import PREFIX, encode

@@ -41,7 +41,7 @@ class TcpConnection(StreamConnection):
     connection after TCP_USER_TIMEOUT, although a peer that is stopped or busy has a full window but answers.
     With nothing queued it sends keepalive probes, which ask only whether the peer's host is there.
 
-    A peer may not shrink the window that it has announced (RFC 9293, 3.8.6). So the connection asks the
+    A peer should not shrink the window that it has announced (RFC 9293, 3.8.6). So the connection asks the
     kernel again only when the last known window is used up, which saves two system calls for most messages.
     """
 
