@@ -33,7 +33,7 @@ def test_of_two_that_announce_at_once_one_is_told(board: Board) -> None:
 
 def test_what_a_round_tells_is_its_own(board: Board) -> None:
     first, second = "a" * 32, "b" * 32
-    record = JobRecord(host="::1", port=4321, num_workers=3, num_servers=2, keepers=(0, 2))
+    record = JobRecord(host="::1", port=4321, num_workers=3, num_servers=2, sidecars=(0, 2))
     board.tell(first, record)
     assert board.read(first) == record
     assert board.read(second) is None

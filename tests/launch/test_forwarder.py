@@ -38,12 +38,12 @@ def pipe() -> tuple[IO[bytes], IO[bytes]]:
 
 def test_everything_that_was_written_arrives() -> None:
     paper, over = Paper(), threading.Event()
-    pump = Forwarder(Output({"stdout": paper, "stderr": paper}), over.set)
+    forwarder = Forwarder(Output({"stdout": paper, "stderr": paper}), over.set)
     read0, write0 = pipe()
     read1, write1 = pipe()
-    pump.add(W0, "stdout", read0)
-    pump.add(W1, "stderr", read1)
-    pump.start()
+    forwarder.add(W0, "stdout", read0)
+    forwarder.add(W1, "stderr", read1)
+    forwarder.start()
     write0.write(b"at once\n")
     assert paper.written.acquire(timeout=DEADLINE_S)
     assert paper.text == "[worker 0] at once\n"
@@ -51,13 +51,13 @@ def test_everything_that_was_written_arrives() -> None:
         write0.write(b"half")
     assert paper.written.acquire(timeout=DEADLINE_S), "the end of a pipe finishes its line"
     write1.write(b"still open")
-    assert not pump.done
-    pump.finish()
+    assert not forwarder.done
+    forwarder.finish()
     assert over.wait(DEADLINE_S)
-    assert pump.done
-    assert pump.error is None
+    assert forwarder.done
+    assert forwarder.error is None
     assert paper.text == "[worker 0] at once\n[worker 0] half\n[worker 1] still open\n"
-    pump.close()
+    forwarder.close()
     assert read0.closed
     assert read1.closed
     write1.close()
@@ -65,9 +65,9 @@ def test_everything_that_was_written_arrives() -> None:
 
 def test_a_process_that_writes_for_ever_does_not_keep_it() -> None:
     paper, over = Paper(), threading.Event()
-    pump = Forwarder(Output({"stdout": paper, "stderr": paper}), over.set)
+    forwarder = Forwarder(Output({"stdout": paper, "stderr": paper}), over.set)
     read, write = pipe()
-    pump.add(W0, "stdout", read)
+    forwarder.add(W0, "stdout", read)
 
     def flood() -> None:
         with write:
@@ -79,52 +79,54 @@ def test_a_process_that_writes_for_ever_does_not_keep_it() -> None:
 
     thread = threading.Thread(target=flood)
     thread.start()
-    pump.start()
-    pump.finish()
+    forwarder.start()
+    forwarder.finish()
     assert over.wait(DEADLINE_S)
-    pump.close()
+    forwarder.close()
     thread.join(DEADLINE_S)
     assert not thread.is_alive()
 
 
 def test_an_output_that_cannot_be_written_is_told() -> None:
     error, over = BrokenPipeError(), threading.Event()
-    pump = Forwarder(Output({"stdout": Paper(error), "stderr": Paper()}), over.set)
+    forwarder = Forwarder(Output({"stdout": Paper(error), "stderr": Paper()}), over.set)
     read, write = pipe()
-    pump.add(W0, "stdout", read)
-    pump.start()
+    forwarder.add(W0, "stdout", read)
+    forwarder.start()
     with write:
         write.write(b"line\n")
     assert over.wait(DEADLINE_S)
-    assert pump.error is error
-    pump.close()
+    assert forwarder.error is error
+    forwarder.close()
 
 
 def test_one_that_was_never_started_is_closed_too() -> None:
-    pump = Forwarder(Output({"stdout": Paper(), "stderr": Paper()}), lambda: None)
+    forwarder = Forwarder(Output({"stdout": Paper(), "stderr": Paper()}), lambda: None)
     read, write = pipe()
-    pump.add(W0, "stdout", read)
-    pump.close()
+    forwarder.add(W0, "stdout", read)
+    forwarder.close()
     assert read.closed
     write.close()
 
 
 def test_the_launcher_says_a_line_meanwhile() -> None:
     paper, over = Paper(), threading.Event()
-    pump = Forwarder(Output({"stdout": paper, "stderr": paper}), over.set)
-    pump.start()
-    pump.say("nothing waits")
+    forwarder = Forwarder(Output({"stdout": paper, "stderr": paper}), over.set)
+    forwarder.start()
+    forwarder.say("nothing waits")
     assert paper.written.acquire(timeout=DEADLINE_S)
     assert paper.text == "tensorkv: nothing waits\n"
-    pump.finish()
+    forwarder.finish()
     assert over.wait(DEADLINE_S)
-    pump.close()
+    forwarder.close()
 
 
 def test_it_notifies_before_it_is_closed_or_never() -> None:
     """What `notify` writes to is gone after `close`: a descriptor of that number may be another's."""
     closed, notified = threading.Event(), list[bool]()
-    pump = Forwarder(Output({"stdout": Paper(), "stderr": Paper()}), lambda: notified.append(closed.is_set()))
+    forwarder = Forwarder(
+        Output({"stdout": Paper(), "stderr": Paper()}), lambda: notified.append(closed.is_set())
+    )
     told = threading.Event()
 
     class Done(threading.Event):
@@ -133,13 +135,13 @@ def test_it_notifies_before_it_is_closed_or_never() -> None:
             told.set()
             closed.wait(0.2)  # time enough for the launcher, which has seen it, to close
 
-    pump._done = Done()
-    pump.start()
-    pump.finish()
+    forwarder._done = Done()
+    forwarder.start()
+    forwarder.finish()
     assert told.wait(DEADLINE_S)
-    pump.close()
+    forwarder.close()
     closed.set()
-    pump._thread.join(DEADLINE_S)
+    forwarder._thread.join(DEADLINE_S)
     assert notified == [False]
 
 
@@ -152,17 +154,17 @@ def test_one_that_is_stuck_in_a_write_notifies_nobody_later() -> None:
             assert free.wait(DEADLINE_S)
 
     notified = list[int]()
-    pump = Forwarder(Output({"stdout": Full(), "stderr": Paper()}), lambda: notified.append(1))
+    forwarder = Forwarder(Output({"stdout": Full(), "stderr": Paper()}), lambda: notified.append(1))
     read, write = pipe()
-    pump.add(W0, "stdout", read)
-    pump.start()
+    forwarder.add(W0, "stdout", read)
+    forwarder.start()
     with write:
         write.write(b"line\n")
     assert stuck.wait(DEADLINE_S)
-    pump.finish()
-    pump.close()
+    forwarder.finish()
+    forwarder.close()
     free.set()
-    pump._thread.join(DEADLINE_S)
-    assert pump.done
+    forwarder._thread.join(DEADLINE_S)
+    assert forwarder.done
     assert notified == []
-    pump.close()  # now it is free
+    forwarder.close()  # now it is free

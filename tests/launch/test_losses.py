@@ -259,10 +259,10 @@ def test_a_failure_under_spawn_ends_the_job(tmp_path: Path) -> None:
         ("server", f"server 0 on host .+ was lost: {KILLED}"),
         ("scheduler", f"the scheduler on host 127.0.0.1 is gone: {KILLED}"),
     ],
-    ids=["server", "keeper"],
+    ids=["server", "sidecar"],
 )
 def test_a_killed_process_under_torchrun_ends_the_job(tmp_path: Path, lost: str, text: str) -> None:
-    """The keeper has the scheduler, and keeps the servers. It survives being asked who waits for whom."""
+    """The sidecar has the scheduler, and keeps the servers. It survives being asked who waits for whom."""
     with started("torchrun", "plain", tmp_path) as job:
         os.kill(job.with_variables(TENSORKV_ROLE="scheduler"), signal.SIGUSR1)
         told = f"^  store 'default': {ROUND} waits for worker 1$"

@@ -457,7 +457,7 @@ def test_a_killed_launcher_leaves_nothing() -> None:
 
 
 GUARD_KILLED = (
-    r"tensorkv: the guard of this job \(process (\d+)\) ended with status 137 \(SIGKILL\); "
+    r"tensorkv: the reaper of this job \(process (\d+)\) ended with status 137 \(SIGKILL\); "
     r"process (\d+) has taken its place\n"
 )
 
@@ -466,16 +466,16 @@ def test_a_killed_guard_is_replaced_and_the_next_one_knows_whom_to_kill() -> Non
     """Grandchildren are what it is for: the kernel kills the children of a launcher that is killed."""
     with launcher(python("server", 0, FAMILY), python("worker", 0, FAMILY)) as process:
         handles = watch_pids(process, 4)
-        guard = next(pid for pid in children(process.pid) if b"reaper.py" in cmdline(pid))
+        reaper = next(pid for pid in children(process.pid) if b"reaper.py" in cmdline(pid))
         for _ in range(2):
-            os.kill(guard, signal.SIGKILL)
+            os.kill(reaper, signal.SIGKILL)
             assert process.stderr is not None
             told = re.fullmatch(GUARD_KILLED, process.stderr.readline())
             assert told is not None
-            assert int(told[1]) == guard
-            guard = int(told[2])
-            assert guard in children(process.pid)
-        handles.append(os.pidfd_open(guard))
+            assert int(told[1]) == reaper
+            reaper = int(told[2])
+            assert reaper in children(process.pid)
+        handles.append(os.pidfd_open(reaper))
         process.kill()
         assert process.wait(DEADLINE_S) == -signal.SIGKILL
         assert_ended(handles)
@@ -483,41 +483,41 @@ def test_a_killed_guard_is_replaced_and_the_next_one_knows_whom_to_kill() -> Non
 
 class TestGuard:
     def test_one_that_lives_is_left_alone(self) -> None:
-        with Reaper() as guard:
-            assert guard.check() is None
+        with Reaper() as reaper:
+            assert reaper.check() is None
 
-    def kill(self, guard: Reaper) -> None:
-        guard._process.kill()
-        os.waitid(os.P_PID, guard._process.pid, os.WEXITED | os.WNOWAIT)
+    def kill(self, reaper: Reaper) -> None:
+        reaper._process.kill()
+        os.waitid(os.P_PID, reaper._process.pid, os.WEXITED | os.WNOWAIT)
 
     def test_a_job_does_not_start_guards_without_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "_MAX_GUARDS", 2)
-        with Reaper() as guard:
-            self.kill(guard)
-            told = guard.check()
+        with Reaper() as reaper:
+            self.kill(reaper)
+            told = reaper.check()
             assert told is not None
             assert "has taken its place" in told
-            self.kill(guard)
-            told = guard.check()
+            self.kill(reaper)
+            told = reaper.check()
             assert told is not None
             assert told.endswith("as those before it; the job goes on without one")
-            assert guard.check() is None
-            guard.add(os.getpid())
-            guard.remove(os.getpid())
+            assert reaper.check() is None
+            reaper.add(os.getpid())
+            reaper.remove(os.getpid())
 
     def test_a_system_without_room_for_another(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def no_process(*args: object, **options: object) -> None:
             raise BlockingIOError("no process to be had")
 
-        with Reaper() as guard:
-            self.kill(guard)
+        with Reaper() as reaper:
+            self.kill(reaper)
             monkeypatch.setattr(module.subprocess, "Popen", no_process)
-            told = guard.check()
+            told = reaper.check()
             assert told is not None
             assert "no other can be started (no process to be had)" in told
-            assert guard.check() is None
-            guard.add(os.getpid())
-            guard.remove(os.getpid())
+            assert reaper.check() is None
+            reaper.add(os.getpid())
+            reaper.remove(os.getpid())
 
 
 def cmdline(pid: int) -> bytes:

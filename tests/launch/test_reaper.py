@@ -1,4 +1,4 @@
-"""What the guard kills when the pipe to its launcher ends."""
+"""What the reaper kills when the pipe to its launcher ends."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def config(**changes: object) -> JobConfig:
 
 
 class Parent:
-    """A process that the keeper takes for the worker that started it."""
+    """A process that the sidecar takes for the worker that started it."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
@@ -57,42 +57,42 @@ class Parent:
 
 
 @contextmanager
-def running(keeper: Sidecar, parent: Parent) -> Iterator[threading.Thread]:
-    """Run a keeper in a thread; it ends with the parent at the latest."""
-    thread = threading.Thread(target=keeper.run, args=(parent.pidfd,))
+def running(sidecar: Sidecar, parent: Parent) -> Iterator[threading.Thread]:
+    """Run a sidecar in a thread; it ends with the parent at the latest."""
+    thread = threading.Thread(target=sidecar.run, args=(parent.pidfd,))
     thread.start()
     try:
         yield thread
     finally:
         parent.end()
         thread.join(DEADLINE_S)
-        assert not thread.is_alive(), "the keeper stays"
+        assert not thread.is_alive(), "the sidecar stays"
 
 
-def worker(keeper: Sidecar, rank: int) -> Session:
-    return Session(dataclasses.replace(keeper.config, role="worker", rank=rank))
+def worker(sidecar: Sidecar, rank: int) -> Session:
+    return Session(dataclasses.replace(sidecar.config, role="worker", rank=rank))
 
 
 def test_it_makes_a_token_that_only_this_user_can_read() -> None:
-    with Sidecar(config(), (), {}) as keeper:
-        keeper.write_token()
-        path = Path(keeper.token_file)
+    with Sidecar(config(), (), {}) as sidecar:
+        sidecar.write_token()
+        path = Path(sidecar.token_file)
         assert os.readlink(path).startswith("/memfd:"), "nobody need remove it, however this process ends"
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert path.read_text() == keeper.config.token
-        assert len(keeper.config.token) == 64
+        assert path.read_text() == sidecar.config.token
+        assert len(sidecar.config.token) == 64
     assert not path.exists()
 
 
 def test_a_token_that_is_given_stays() -> None:
-    with Sidecar(config(token="given"), (), {}) as keeper:
-        assert keeper.config.token == "given"
+    with Sidecar(config(token="given"), (), {}) as sidecar:
+        assert sidecar.config.token == "given"
 
 
 @contextmanager
-def server(keeper: Sidecar) -> Iterator[None]:
+def server(sidecar: Sidecar) -> Iterator[None]:
     """A server of the job, as threads of this process."""
-    threads = Server(dataclasses.replace(keeper.config, role="server"), updater_loader(()))
+    threads = Server(dataclasses.replace(sidecar.config, role="server"), updater_loader(()))
     threads.start()
     try:
         yield
@@ -101,24 +101,24 @@ def server(keeper: Sidecar) -> Iterator[None]:
 
 
 def test_it_stays_until_all_have_left_although_its_parent_is_gone() -> None:
-    with Parent() as parent, Sidecar(config(), (), {}) as keeper:
-        keeper.write_token()
-        path = keeper.token_file
-        with running(keeper, parent), server(keeper):
-            first, other = worker(keeper, 0), worker(keeper, 1)
+    with Parent() as parent, Sidecar(config(), (), {}) as sidecar:
+        sidecar.write_token()
+        path = sidecar.token_file
+        with running(sidecar, parent), server(sidecar):
+            first, other = worker(sidecar, 0), worker(sidecar, 1)
             first.close(m.Goodbye())
             parent.end()
             assert other.failure() is None, "one has not left yet"
             with pytest.raises(RankTaken, match="worker 1"):  # who comes too many can still read the token
-                worker(keeper, 1)
+                worker(sidecar, 1)
             assert os.path.exists(path)
             other.close(m.Goodbye())
     assert not os.path.exists(path)
 
 
 def test_a_lost_worker_ends_the_job() -> None:
-    with Parent() as parent, Sidecar(config(), (), {}) as keeper, running(keeper, parent), server(keeper):
-        first, other = worker(keeper, 0), worker(keeper, 1)
+    with Parent() as parent, Sidecar(config(), (), {}) as sidecar, running(sidecar, parent), server(sidecar):
+        first, other = worker(sidecar, 0), worker(sidecar, 1)
         first.close(m.Abandon("for a test"))
         parent.end()
         with pytest.raises(PeerLostError, match="worker 0"):
@@ -128,20 +128,20 @@ def test_a_lost_worker_ends_the_job() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nobody_joins_a_job_whose_starter_is_gone(rank: int) -> None:
-    """Not even in the moment before the keeper has noticed: who comes is of the launcher's next attempt."""
-    with Parent() as parent, Sidecar(config(), (), {}, parent.pidfd) as keeper, server(keeper):
+    """Not even in the moment before the sidecar has noticed: who comes is of the launcher's next attempt."""
+    with Parent() as parent, Sidecar(config(), (), {}, parent.pidfd) as sidecar, server(sidecar):
         parent.end()
         with pytest.raises(PeerLostError, match="the job is over: worker 0"):
-            worker(keeper, rank)
+            worker(sidecar, rank)
 
 
 def test_who_comes_late_may_join_when_worker_0_has_left_until_there_is_another() -> None:
-    with Parent() as parent, Sidecar(config(), (), {}, parent.pidfd) as keeper, server(keeper):
-        worker(keeper, 0).close(m.Goodbye())
+    with Parent() as parent, Sidecar(config(), (), {}, parent.pidfd) as sidecar, server(sidecar):
+        worker(sidecar, 0).close(m.Goodbye())
         parent.end()
-        late = worker(keeper, 1)
+        late = worker(sidecar, 1)
         with pytest.raises(PeerLostError, match="the job is over: worker 0"):
-            worker(keeper, 0)
+            worker(sidecar, 0)
         while late.failure() is None:
             os.sched_yield()
         assert "was lost: its process has ended" in str(late.failure())
@@ -149,30 +149,30 @@ def test_who_comes_late_may_join_when_worker_0_has_left_until_there_is_another()
 
 
 def test_it_does_not_outlive_a_parent_that_never_joined() -> None:
-    with Parent() as parent, Sidecar(config(), (), {}) as keeper, running(keeper, parent):
+    with Parent() as parent, Sidecar(config(), (), {}) as sidecar, running(sidecar, parent):
         pass
 
 
 def test_those_who_never_joined_are_waited_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LINGER_S", 0.0)
-    with Parent() as parent, Sidecar(config(), (), {}) as keeper, running(keeper, parent), server(keeper):
-        worker(keeper, 0).close(m.Goodbye())
+    with Parent() as parent, Sidecar(config(), (), {}) as sidecar, running(sidecar, parent), server(sidecar):
+        worker(sidecar, 0).close(m.Goodbye())
 
 
 def test_a_server_that_fails_at_its_start_is_a_lost_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "shielded", lambda argv, environ: ["false"])
-    with Parent() as parent, Sidecar(config(), (0,), os.environ) as keeper:
-        keeper.start_servers()
-        with running(keeper, parent), pytest.raises(PeerLostError, match="server 0"):
-            worker(keeper, 0)
+    with Parent() as parent, Sidecar(config(), (0,), os.environ) as sidecar:
+        sidecar.start_servers()
+        with running(sidecar, parent), pytest.raises(PeerLostError, match="server 0"):
+            worker(sidecar, 0)
 
 
 def test_a_keeper_without_a_scheduler_ends_with_its_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "shielded", lambda argv, environ: ["true"])
     elsewhere = config(scheduler_host="127.0.0.1", scheduler_port=1, token="t")
-    with Parent() as parent, Sidecar(elsewhere, (0,), os.environ) as keeper:
-        keeper.start_servers()
-        keeper.run(parent.pidfd)
+    with Parent() as parent, Sidecar(elsewhere, (0,), os.environ) as sidecar:
+        sidecar.start_servers()
+        sidecar.run(parent.pidfd)
 
 
 ASKED = """
@@ -188,13 +188,13 @@ def test_it_tells_who_waits_and_has_its_servers_tell(
 ) -> None:
     scripts = iter([ASKED, NOT_YET])
     monkeypatch.setattr(module, "shielded", lambda argv, environ: [sys.executable, "-c", next(scripts)])
-    with Parent() as parent, Sidecar(config(num_servers=2), (0, 1), os.environ) as keeper:
-        keeper.start_servers()
-        asked, not_yet = keeper._servers.values()
-        with running(keeper, parent):
+    with Parent() as parent, Sidecar(config(num_servers=2), (0, 1), os.environ) as sidecar:
+        sidecar.start_servers()
+        asked, not_yet = sidecar._servers.values()
+        with running(sidecar, parent):
             while not handles(asked.pid, signal.SIGUSR1):
                 assert asked.poll() is None
-            keeper.ask_report()
+            sidecar.ask_report()
             assert asked.wait(DEADLINE_S) == 0
             assert not_yet.poll() is None, "it would be killed by this signal"
     absent = ("worker 0", "worker 1", "server 0", "server 1")
@@ -206,18 +206,18 @@ def test_servers_that_nobody_tells_are_asked_to_end(monkeypatch: pytest.MonkeyPa
     script = "import signal; signal.pause()"
     monkeypatch.setattr(module, "shielded", lambda argv, environ: [sys.executable, "-c", script])
     monkeypatch.setattr(module, "SERVER_STOP_S", DEADLINE_S)
-    with Sidecar(config(scheduler_port=1, token="t"), (0, 1), os.environ) as keeper:
-        keeper.start_servers()
-    assert {server.returncode for server in keeper._servers.values()} == {-signal.SIGTERM}
+    with Sidecar(config(scheduler_port=1, token="t"), (0, 1), os.environ) as sidecar:
+        sidecar.start_servers()
+    assert {server.returncode for server in sidecar._servers.values()} == {-signal.SIGTERM}
 
 
 STARTER = """
 import os, sys
 import msgspec
 from tensorkv.config import from_env
-from tensorkv.launch.torchrun import start_keeper
+from tensorkv.launch.torchrun import start_sidecar
 
-record = start_keeper(from_env(), range(1), os.environ)
+record = start_sidecar(from_env(), range(1), os.environ)
 print(msgspec.json.encode(record).decode(), flush=True)
 sys.stdin.read()
 """
@@ -225,18 +225,18 @@ sys.stdin.read()
 
 @contextmanager
 def starter() -> Iterator[tuple[subprocess.Popen[bytes], JobRecord, list[int]]]:
-    """A process that has started a keeper; what that reported; pidfds of the keeper and of its server."""
+    """A process that has started a sidecar; what that reported; pidfds of the sidecar and of its server."""
     environ = {**os.environ, **config(token=secrets.token_hex(8)).to_env()}
     command = [sys.executable, "-c", STARTER]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe) as process:
         assert process.stdout is not None
         record = msgspec.json.decode(process.stdout.readline(), type=JobRecord)
-        [keeper] = children(process.pid)
-        [server] = children(keeper)
-        handles = [os.pidfd_open(keeper), os.pidfd_open(server)]
+        [sidecar] = children(process.pid)
+        [server] = children(sidecar)
+        handles = [os.pidfd_open(sidecar), os.pidfd_open(server)]
         try:
-            yield process, record, [keeper, *handles]
+            yield process, record, [sidecar, *handles]
         finally:
             process.kill()
             for handle in handles:
@@ -251,9 +251,9 @@ def children(pid: int) -> list[int]:
 @pytest.mark.e2e
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_servers_go_with_a_keeper_that_is_killed(signum: signal.Signals) -> None:
-    with starter() as (_, record, (keeper, *handles)):
+    with starter() as (_, record, (sidecar, *handles)):
         assert (record.host, record.num_servers, record.token_file) == ("127.0.0.1", 1, "")
-        os.kill(keeper, signum)
+        os.kill(sidecar, signum)
         for handle in handles:
             assert select.select([handle], [], [], DEADLINE_S)[0]
 

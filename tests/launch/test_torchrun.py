@@ -146,7 +146,7 @@ class TestReadToken:
         "path", ["", "/run/tensorkv-x.token", "/proc/self/fd/3", "/proc/1/fd/../environ"]
     )
     def test_where_no_keeper_writes(self, path: str) -> None:
-        with pytest.raises(AuthenticationError, match="where no keeper writes it"):
+        with pytest.raises(AuthenticationError, match="where no sidecar writes it"):
             read_token(path)
 
 
@@ -230,8 +230,8 @@ class TestJoinJob:
         told = {**variables(0, 1), **agent, "TENSORKV_HOST": "192.0.2.1"}
         with pytest.raises(PeerLostError, match=r"could not start .*192.0.2.1.*; set TENSORKV_HOST"):
             join_job({**os.environ, **told})
-        for keeper in torchrun._held:
-            keeper.wait(DEADLINE_S)
+        for sidecar in torchrun._held:
+            sidecar.wait(DEADLINE_S)
         torchrun._held.clear()
 
     def test_a_second_rank_0_where_the_first_holds_the_store(self, agent: dict[str, str]) -> None:
@@ -254,7 +254,7 @@ def test_a_keeper_is_started_by_a_process_with_many_open_files(
         while (opened := os.open(os.devnull, os.O_RDONLY)) < 1024:
             tidy.callback(os.close, opened)
         tidy.callback(os.close, opened)
-        record = torchrun.start_keeper(Rounds(tidy).config(0, num_servers=1), range(1), os.environ)
+        record = torchrun.start_sidecar(Rounds(tidy).config(0, num_servers=1), range(1), os.environ)
     assert "the process that runs them did not start" in record.error
     torchrun._held.pop().wait(DEADLINE_S)
 
@@ -301,7 +301,7 @@ class Rounds:
         self.board = Board(self.shelf, "tensorkv/run")
         self.started: list[SchedulerServer] = []
         self.gone: set[SchedulerServer] = set()  # those whose worker 0 has ended
-        self.served: list[list[int]] = []  # ranks of servers that rank 0's keepers were to start
+        self.served: list[list[int]] = []  # ranks of servers that rank 0's sidecars were to start
         self._tidy = tidy
 
     def place(self, rank: int, agent: bool = True, num_workers: int = 3) -> Place:
@@ -327,8 +327,8 @@ class Rounds:
         )
         return dataclasses.replace(plain, **changes)
 
-    def start_keeper(self, config: JobConfig, servers: range, environ: Mapping[str, str]) -> JobRecord:
-        """What a keeper of rank 0 does, in this process."""
+    def start_sidecar(self, config: JobConfig, servers: range, environ: Mapping[str, str]) -> JobRecord:
+        """What a sidecar of rank 0 does, in this process."""
         made: list[SchedulerServer] = []
         scheduler = SchedulerServer(
             num_workers=config.num_workers,
@@ -348,8 +348,8 @@ class Rounds:
         """Rank 0 begins a round, with one server."""
         name = self.board.announce(self.shelf.values.get("tensorkv/run/round", ""))
         config = self.config(0, num_servers=1, token=torchrun.round_token(token, name))
-        record = self.start_keeper(config, range(1), {})
-        self.board.tell(name, msgspec.structs.replace(record, keepers=(0, 2), **changes))
+        record = self.start_sidecar(config, range(1), {})
+        self.board.tell(name, msgspec.structs.replace(record, sidecars=(0, 2), **changes))
         return self.started[-1]
 
     def end(self, scheduler: SchedulerServer) -> None:
@@ -378,7 +378,7 @@ class Rounds:
 def rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rounds]:
     with ExitStack() as tidy:
         made = Rounds(tidy)
-        monkeypatch.setattr(torchrun, "start_keeper", made.start_keeper)
+        monkeypatch.setattr(torchrun, "start_sidecar", made.start_sidecar)
         monkeypatch.setattr(torchrun, "_LEAST_PAUSE_S", 0.0)
         monkeypatch.setattr(torchrun, "_MOST_PAUSE_S", 0.0)
         yield made
@@ -546,7 +546,7 @@ class TestRounds:
         assert rounds.join(0) == 0
         record = rounds.board.read(rounds.board.current())
         assert record is not None
-        assert (record.num_servers, record.keepers, rounds.served) == (2, (0, 2), [[0]])
+        assert (record.num_servers, record.sidecars, rounds.served) == (2, (0, 2), [[0]])
 
     def test_servers_are_dealt_out_over_the_hosts(self, rounds: Rounds) -> None:
         self.others_enlist(rounds)
@@ -604,8 +604,8 @@ attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others at once; here they tell why first
 kv = tensorkv.create("dist_sync")
 if kv.rank == 0:
-    [keeper] = children(os.getpid())
-    (folder / f"pids{attempt}").write_text(" ".join(map(str, [keeper, *children(keeper)])))
+    [sidecar] = children(os.getpid())
+    (folder / f"pids{attempt}").write_text(" ".join(map(str, [sidecar, *children(sidecar)])))
 kv.init("w", torch.zeros(2))
 kv.push("w", torch.ones(2))
 kv.pull("w")
@@ -724,7 +724,7 @@ def test_a_killed_worker_is_named_and_the_next_attempt_is_a_new_job(
     assert f"worker {victim}" in (tmp_path / "error").read_text()
     for attempt in ("0", "1"):
         pids = (tmp_path / f"pids{attempt}").read_text().split()
-        assert len(pids) == 2, "a keeper and a server"
+        assert len(pids) == 2, "a sidecar and a server"
         assert_ended([int(pid) for pid in pids])
     assert not list(temp_folder.glob("tensorkv-*"))
 
@@ -796,8 +796,8 @@ with tensorkv.create("dist_sync") as kv:
     kv.push("w", torch.ones(3) * (kv.rank + 1))
     assert kv.pull("w").tolist() == [3.0] * 3
     say(f"{'second' if again else 'first'} {kv.rank}")
-    [keeper] = children(os.getpid())
-    (folder / f"pids-{again}-{kv.rank}").write_text(" ".join(map(str, [keeper, *children(keeper)])))
+    [sidecar] = children(os.getpid())
+    (folder / f"pids-{again}-{kv.rank}").write_text(" ".join(map(str, [sidecar, *children(sidecar)])))
     (folder / f"pulled{kv.rank}").touch()
     if not again and kv.rank == victim:
         while not (folder / f"pulled{1 - victim}").exists():
@@ -828,7 +828,7 @@ def test_agents_of_two_hosts_that_count_restarts_differently(tmp_path: Path, vic
     lines = sorted(line for _, out, _ in ends for line in out)
     assert lines == [f"{attempt} {rank}" for attempt in ("first", "second") for rank in (0, 1)]
     started = [file.read_text().split() for file in tmp_path.glob("pids-*")]
-    assert list(map(len, started)) == [2, 2, 2, 2], "a keeper and a server, on each host, in each attempt"
+    assert list(map(len, started)) == [2, 2, 2, 2], "a sidecar and a server, on each host, in each attempt"
     assert_ended([int(pid) for pids in started for pid in pids])
 
 

@@ -105,7 +105,7 @@ class Reaper:
         status = self._process.poll()
         if status is None or self._replacements_left < 0:
             return None
-        ended = f"the guard of this job (process {self._process.pid}) ended with {status_text(status)}"
+        ended = f"the reaper of this job (process {self._process.pid}) ended with {status_text(status)}"
         self._replacements_left -= 1
         if self._replacements_left < 0:
             return f"{ended}, as those before it; the job goes on without one"
@@ -188,32 +188,32 @@ class ProcessGroup:
         Raises:
             OSError: a process could not be started. Those already started are ended.
         """
-        with SignalInbox() as inbox, Reaper() as guard:
-            pump = Forwarder(self._output, inbox.wake)
+        with SignalInbox() as inbox, Reaper() as reaper:
+            forwarder = Forwarder(self._output, inbox.wake)
             try:
-                self._start(pump, guard)
-                finish = self._supervise(pump, inbox, guard)
-                self._end_groups(guard)
-                written = self._flush(pump, inbox, finish)
+                self._start(forwarder, reaper)
+                finish = self._supervise(forwarder, inbox, reaper)
+                self._end_groups(reaper)
+                written = self._flush(forwarder, inbox, finish)
             finally:
-                self._end_groups(guard)
-                pump.close()
-        if written or pump.error is not None:
+                self._end_groups(reaper)
+                forwarder.close()
+        if written or forwarder.error is not None:
             with contextlib.suppress(OSError):  # usually the same error again
                 self._conclude(finish)
         return finish.status
 
-    def _start(self, pump: Forwarder, guard: Reaper) -> None:
+    def _start(self, forwarder: Forwarder, reaper: Reaper) -> None:
         for spec in self._specs:
             process = _spawn(spec)
             self._processes[spec.node] = process
-            guard.add(process.pid)
+            reaper.add(process.pid)
             for stream, pipe in zip(STREAMS, (process.stdout, process.stderr), strict=True):
                 assert pipe is not None
-                pump.add(spec.node, stream, pipe)
-        pump.start()
+                forwarder.add(spec.node, stream, pipe)
+        forwarder.start()
 
-    def _supervise(self, pump: Forwarder, inbox: SignalInbox, guard: Reaper) -> Finish:
+    def _supervise(self, forwarder: Forwarder, inbox: SignalInbox, reaper: Reaper) -> Finish:
         """Feed events to the supervisor and perform its actions, until it says that the job is over."""
         supervisor = self._supervisor
         while True:
@@ -223,13 +223,13 @@ class ProcessGroup:
             now = time.monotonic()
             actions: list[Action] = []
             if inbox.take_report():
-                self._tell(pump)
-            if line := guard.check():
-                pump.say(line)
+                self._tell(forwarder)
+            if line := reaper.check():
+                forwarder.say(line)
             for signum in signals:
                 actions += supervisor.signalled(signum, now)
-            if pump.done:
-                actions += supervisor.abort(*_lost_output(pump.error), now)
+            if forwarder.done:
+                actions += supervisor.abort(*_lost_output(forwarder.error), now)
             exits = self._exits()
             for node, status in exits.items():
                 if node.role == "worker" and status == 0:
@@ -243,16 +243,16 @@ class ProcessGroup:
                     return action
                 self._perform(action)
 
-    def _tell(self, pump: Forwarder) -> None:
+    def _tell(self, forwarder: Forwarder) -> None:
         """Write what the scheduler waits for, and send SIGUSR1 to every process that can report its waits."""
         for line in self._report():
-            pump.say(line)
+            forwarder.say(line)
         for node in self._supervisor.alive:
             pid = self._processes[node].pid
             if handles(pid, signal.SIGUSR1):
                 os.kill(pid, signal.SIGUSR1)
             else:
-                pump.say(
+                forwarder.say(
                     f"{node} (process {pid}) cannot be asked: it has not joined, or is a script around it"
                 )
 
@@ -301,28 +301,28 @@ class ProcessGroup:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._processes[node].pid, signum)
 
-    def _end_groups(self, guard: Reaper) -> None:
+    def _end_groups(self, reaper: Reaper) -> None:
         """Kill the rest of every group, and reap the leaders."""
         self._signal(self._processes, signal.SIGKILL)
         for process in self._processes.values():
-            guard.remove(process.pid)
+            reaper.remove(process.pid)
             with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel: reported before
                 process.wait(KILL_WAIT_S)
         self._processes.clear()
 
-    def _flush(self, pump: Forwarder, inbox: SignalInbox, finish: Finish) -> bool:
+    def _flush(self, forwarder: Forwarder, inbox: SignalInbox, finish: Finish) -> bool:
         """Wait until all output is written; return whether it is.
 
         Wait for a reader that does not read, unless the user wants the job to end.
         """
         interrupted = finish.status != 0 and finish.culprit is None
         deadline = time.monotonic() + _LAST_OUTPUT_S if interrupted else math.inf
-        pump.finish()
-        while not pump.done:
+        forwarder.finish()
+        while not forwarder.done:
             left_s = deadline - time.monotonic()
             if left_s <= 0 or inbox.wait(left_s if interrupted else None):
                 return False
-        return pump.error is None
+        return forwarder.error is None
 
     def _conclude(self, finish: Finish) -> None:
         """Write the reports and the outcome, below the last line of the processes."""

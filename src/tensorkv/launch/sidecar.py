@@ -49,7 +49,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Where to find a job. It passes through torchrun's store, which anybody can read, so it has no token.
 
     `token_file` is the path of a file on this host that only this user can read, "" if TENSORKV_TOKEN is set.
-    `keepers` are the ranks of the workers that start sidecars; the servers are dealt out to them in turn.
+    `sidecars` are the ranks of the workers that start sidecars; the servers are dealt out to them in turn.
     `error` says why there is no job; the other fields mean nothing then.
     """
 
@@ -57,7 +57,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 0
     num_workers: int = 0
     num_servers: int = 0
-    keepers: tuple[int, ...] = ()
+    sidecars: tuple[int, ...] = ()
     token_file: str = ""
     error: str = ""
 
@@ -238,27 +238,27 @@ def main(parent_pid: str, report_fd: str, server_ranks: str) -> int:
     ranks = [int(rank) for rank in server_ranks.split(",") if rank]
     with open(int(report_fd), "wb") as report:
         try:
-            keeper = Sidecar(config, ranks, os.environ, parent)
+            sidecar = Sidecar(config, ranks, os.environ, parent)
         except OSError as exc:
             report.write(msgspec.json.encode(JobRecord(error=str(exc))))
             return 1
-        with keeper, contextlib.ExitStack() as ending:
+        with sidecar, contextlib.ExitStack() as ending:
             ending.callback(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
-            signal.signal(signal.SIGUSR1, lambda number, frame: keeper.ask_report())
+            signal.signal(signal.SIGUSR1, lambda number, frame: sidecar.ask_report())
             if not config.token:
-                keeper.write_token()
-            keeper.start_servers()
-            host, port = keeper.config.scheduler_host, keeper.config.scheduler_port
+                sidecar.write_token()
+            sidecar.start_servers()
+            host, port = sidecar.config.scheduler_host, sidecar.config.scheduler_port
             record = JobRecord(
                 host=host,
                 port=port,
                 num_workers=config.num_workers,
                 num_servers=config.num_servers,
-                token_file=keeper.token_file,
+                token_file=sidecar.token_file,
             )
             report.write(msgspec.json.encode(record))
             report.close()
-            keeper.run(parent)
+            sidecar.run(parent)
     return 0
 
 

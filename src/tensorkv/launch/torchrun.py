@@ -259,7 +259,7 @@ def _enter(
     except DistError as exc:
         raise PeerLostError(f"{place.store_name} is gone, with the process that held it: {exc}") from exc
     try:
-        _keep_servers(place, config, record.keepers, environ)
+        _keep_servers(place, config, record.sidecars, environ)
     except BaseException:
         connection.shutdown()  # the scheduler tells the others that this worker is lost
         connection.close()
@@ -296,11 +296,11 @@ def _lead(
                 "started this one; start each worker with a rank of its own"
             )
         name = board.announce(last)
-    keepers = _count_hosts(place, board, name, search)
-    num_servers = config.num_servers or len(keepers)
+    sidecars = _count_hosts(place, board, name, search)
+    num_servers = config.num_servers or len(sidecars)
     job = dataclasses.replace(config, num_servers=num_servers, token=round_token(config.token, name))
-    record = start_keeper(job, _servers_of(0, keepers, num_servers), environ)
-    record = msgspec.structs.replace(record, keepers=tuple(keepers))
+    record = start_sidecar(job, _servers_of(0, sidecars, num_servers), environ)
+    record = msgspec.structs.replace(record, sidecars=tuple(sidecars))
     board.tell(name, record)
     if board.current() != name:
         raise _begun_anew()
@@ -428,17 +428,17 @@ def _enlisted(place: Place) -> Enlisted:
     )
 
 
-def _servers_of(rank: int, keepers: Sequence[int], num_servers: int) -> range:
+def _servers_of(rank: int, sidecars: Sequence[int], num_servers: int) -> range:
     """Return the servers of this worker's sidecar; the hosts take turns as the servers are dealt out."""
-    return range(keepers.index(rank), num_servers, len(keepers)) if rank in keepers else range(0)
+    return range(sidecars.index(rank), num_servers, len(sidecars)) if rank in sidecars else range(0)
 
 
 def _keep_servers(
-    place: Place, config: JobConfig, keepers: Sequence[int], environ: Mapping[str, str]
+    place: Place, config: JobConfig, sidecars: Sequence[int], environ: Mapping[str, str]
 ) -> None:
     """Start the servers of this host, if this worker represents it."""
-    servers = _servers_of(place.rank, keepers, config.num_servers)
-    answer = start_keeper(config, servers, environ) if servers else JobRecord()
+    servers = _servers_of(place.rank, sidecars, config.num_servers)
+    answer = start_sidecar(config, servers, environ) if servers else JobRecord()
     if answer.error:
         raise PeerLostError(f"the servers of worker {place.rank}'s host could not be started: {answer.error}")
 
@@ -448,7 +448,7 @@ def round_token(token: str, name: str) -> str:
     return hmac.new(token.encode(), f"round {name}".encode(), "sha256").hexdigest() if token else ""
 
 
-def start_keeper(config: JobConfig, servers: range, environ: Mapping[str, str]) -> JobRecord:
+def start_sidecar(config: JobConfig, servers: range, environ: Mapping[str, str]) -> JobRecord:
     """Start a sidecar as a child of this process, and return its report."""
     config = dataclasses.replace(config, role="scheduler", rank=0)
     read, write = os.pipe()
@@ -519,7 +519,7 @@ def read_token(path: str) -> str:
         AuthenticationError: there is no such file, or it belongs to another user or is not a token's.
     """
     if not _TOKEN_PATH.fullmatch(path):
-        raise AuthenticationError(f"the job's token is said to be in {path!r}, where no keeper writes it")
+        raise AuthenticationError(f"the job's token is said to be in {path!r}, where no sidecar writes it")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
