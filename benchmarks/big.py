@@ -25,22 +25,22 @@ NUM_WORKERS, NUM_SERVERS = 2, 2
 
 
 class WrongValue(Exception):
-    """A pulled value is not the sum of what was pushed."""
+    """A pulled value is not the sum of the pushed ones."""
 
 
 def pushed(rank: int, key: int, step: int) -> float:
-    """Return what every element of a gradient is. Sums of these are exact."""
+    """Return the value of every element of a gradient. Sums of these are exact."""
     return float(1000 * step + 10 * key + rank)
 
 
 def taken(rank: int) -> dict[str, int]:
-    """Return the bytes of this worker by PSS; on rank 0 those of all servers, too."""
+    """Return the PSS of this worker in bytes; on rank 0 also that of each server."""
     servers = pss_of_job() if rank == 0 else {}
     return servers | {f"worker {rank}": pss_bytes(os.getpid())}
 
 
 def work(rank: int, num_keys: int, num_steps: int) -> None:
-    """Make the keys, and go through the steps as one worker."""
+    """Create the keys and run the steps as one worker."""
     with tensorkv.create("dist_sync") as kv:
         kv.barrier()
         before = taken(rank)
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3)
     arguments = parser.parse_args(argv)
     num_keys = max(1, -(-int(arguments.gb * 1e9) // KEY_BYTES))
-    needed_bytes = 2 * num_keys * KEY_BYTES  # while all keys are being pushed, both workers' lie in windows
+    needed_bytes = 2 * num_keys * KEY_BYTES  # during the pushes, windows hold both workers' keys
     print(this_machine().text())
     print(f"{num_keys} keys of {KEY_BYTES / 1e6:.0f} MB: {num_keys * KEY_BYTES / 1e9:.2f} GB")
     if needed_bytes > memory_bytes():

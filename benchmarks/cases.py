@@ -1,4 +1,4 @@
-"""The cases that are measured, and what we ask of ourselves in each."""
+"""The measured cases, and our goals for each."""
 
 from __future__ import annotations
 
@@ -61,5 +61,5 @@ GOALS = [
 
 
 def quick(case: Case) -> Case:
-    """Return the case with tiny sizes and few steps, which shows that it runs and nothing else."""
+    """Return the case with tiny sizes and few steps, only to check that it runs."""
     return dataclasses.replace(case, plan=dataclasses.replace(case.plan, tensors="quick", warmup=1, steps=3))

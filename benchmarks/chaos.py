@@ -37,17 +37,17 @@ HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parent / "src"
 MARK = "TENSORKV_CHAOS_JOB"
 GONE_S = 8.0
-"""A job that must fail is gone within this time after the kill."""
+"""Maximum time from the kill to the end of a job that must fail."""
 
 HANG_S = 120.0
-"""A job that has not ended after this time hangs. Generous: it includes starting on a busy machine."""
+"""Timeout after which a job counts as hanging. Generous: it includes the start on a busy machine."""
 
 POLL_S = 0.002
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """What one job is, and whom it loses. `at` are steps; -1 means while it starts."""
+    """The parameters and victims of one job. `at` are steps; -1 means during the start."""
 
     number: int
     kind: str
@@ -60,7 +60,7 @@ class Draw:
 
     @property
     def goes_on(self) -> bool:
-        """Whether the job is to go on without the victims."""
+        """Whether the job must go on without the victims."""
         return (
             self.on_worker_loss == "continue"
             and all(role == "worker" for role, _ in self.victims)
@@ -79,7 +79,7 @@ class Draw:
 
 @dataclass(slots=True)
 class Summary:
-    """What was found in all jobs."""
+    """Results of all jobs."""
 
     kills: Counter[str] = field(default_factory=Counter)
     jobs: Counter[str] = field(default_factory=Counter)
@@ -88,7 +88,7 @@ class Summary:
     texts: list[str] = field(default_factory=list)
 
     def blame(self, what: str, draw: Draw, text: str) -> None:
-        """Take down a fault."""
+        """Record a fault."""
         self.faults[what] += 1
         self.texts.append(f"{what}: {draw}: {text}")
 
@@ -132,7 +132,7 @@ def draw_job(chance: random.Random, number: int, kills_left: int) -> Draw:
 
 
 class ChaosJob:
-    """One job under way, in a folder of its own."""
+    """A running job, in a folder of its own."""
 
     def __init__(self, draw: Draw, folder: Path, seed: int) -> None:
         self.draw = draw
@@ -144,7 +144,7 @@ class ChaosJob:
         self._shm = _shared_files()
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Start the launcher, its output in a file."""
+        """Start the launcher, with its output to a file."""
         draw = self.draw
         script = [
             sys.executable,
@@ -169,21 +169,21 @@ class ChaosJob:
             )
 
     def find(self, role: str, rank: int) -> int | None:
-        """Return the process id of a worker or server, None while there is none."""
+        """Return the process id of a worker or server, None if there is none yet."""
         for pid, env in self._processes().items():
             if env.get("TENSORKV_ROLE") == role and env.get("TENSORKV_RANK") == str(rank):
                 return pid
         return None
 
     def left(self) -> list[int]:
-        """Return the processes of this job that are there."""
+        """Return the live processes of this job."""
         return sorted(self._processes())
 
     def _processes(self) -> dict[int, dict[str, str]]:
         found: dict[int, dict[str, str]] = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
-                with contextlib.suppress(OSError):  # it has ended meanwhile, or is another user's
+                with contextlib.suppress(OSError):  # it has ended, or belongs to another user
                     pairs = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
                     env = dict(pair.partition("=")[::2] for pair in pairs)
                     if env.get(MARK) == self._mark:
@@ -191,7 +191,7 @@ class ChaosJob:
         return found
 
     def ledger(self, rank: int) -> tuple[int, int]:
-        """Return the pushes that a worker has issued, and of those the acknowledged ones."""
+        """Return the numbers of pushes that a worker has issued and got acknowledged."""
         with contextlib.suppress(FileNotFoundError):
             data = (self.folder / f"ledger-{rank}").read_bytes()
             if len(data) == LEDGER.size:
@@ -200,18 +200,18 @@ class ChaosJob:
         return 0, 0
 
     def is_done(self, role: str, rank: int) -> bool:
-        """Whether this is a worker that has written its result, and so is about to end."""
+        """Whether this is a worker that has written its result, and so will end soon."""
         return role == "worker" and (self.folder / f"result-{rank}.json").exists()
 
     def result(self, rank: int) -> dict[str, object]:
-        """Return what a worker has written at its end, nothing if it has not."""
+        """Return the result that a worker wrote at its end, an empty dict if there is none."""
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             result: dict[str, object] = json.loads((self.folder / f"result-{rank}.json").read_text())
             return result
         return {}
 
     def leftovers(self) -> list[str]:
-        """Return what the job has left behind."""
+        """Return the processes and files that the job has left behind."""
         deadline = time.monotonic() + GONE_S
         while self.left() and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -220,16 +220,16 @@ class ChaosJob:
         return found + [f"/dev/shm/{name}" for name in _shared_files() - self._shm]
 
     def output(self) -> str:
-        """Return the last lines of what the job has printed."""
+        """Return the last lines of the job's output."""
         return "\n".join((self.folder / "output").read_text(errors="replace").splitlines()[-25:])
 
 
 def kill_in_turn(
     job: ChaosJob, launcher: subprocess.Popen[bytes], chance: random.Random
 ) -> dict[tuple[str, int], float]:
-    """Kill each victim at its step; return who was killed, and when.
+    """Kill each victim at its step; return the killed processes, with the times.
 
-    A worker that has ended before its turn came has done its steps, and is none of the killed.
+    A worker that ended before its turn has done its steps, and does not count as killed.
     """
     killed: dict[tuple[str, int], float] = {}
     for (role, rank), at in sorted(zip(job.draw.victims, job.draw.at, strict=True), key=lambda each: each[1]):
@@ -242,7 +242,7 @@ def kill_in_turn(
         time.sleep(chance.uniform(0.0, 0.01))
         pid = launcher.pid if role == "launcher" else job.find(role, rank)
         while pid is None and at < 0 and launcher.poll() is None and time.monotonic() < deadline:
-            pid = job.find(role, rank)  # it is still to start
+            pid = job.find(role, rank)  # it has not started yet
         if pid is not None and launcher.poll() is None and not job.is_done(role, rank):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -280,7 +280,7 @@ def run_job(draw: Draw, seed: int, summary: Summary) -> None:
 
 
 def check_end(job: ChaosJob, killed: dict[tuple[str, int], float], status: int, summary: Summary) -> None:
-    """The job had to fail, soon, and those who could still say why had to name the process."""
+    """Check that the job failed in time, and that workers able to report why named the process."""
     draw = job.draw
     (role, rank), when = next(iter(killed.items()))
     while job.left() and time.monotonic() - when < HANG_S:
@@ -298,7 +298,7 @@ def check_end(job: ChaosJob, killed: dict[tuple[str, int], float], status: int, 
 
 
 def check_ledgers(job: ChaosJob, killed: set[int], summary: Summary) -> None:
-    """The job had to go on, and each element holds what the ledgers say."""
+    """Check that the job went on, and that each element agrees with the ledgers."""
     draw = job.draw
     alive = [rank for rank in range(draw.num_workers) if rank not in killed]
     for rank in alive:
@@ -325,7 +325,7 @@ def _shared_files() -> set[str]:
 
 
 def run(kills: int, seed: int) -> Summary:
-    """Run jobs until that many kills are done, and print each."""
+    """Run jobs until so many kills are done, and print each."""
     chance = random.Random(seed)
     summary = Summary()
     number = 0

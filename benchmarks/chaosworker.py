@@ -24,7 +24,7 @@ SHAPES = {"large": (300_000,), "small": (64,), "scalar": ()}
 
 
 class Ledger:
-    """Two counters in a file, written at one stroke each time."""
+    """Two counters in a file, written atomically."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_CREAT | os.O_WRONLY)
@@ -37,7 +37,7 @@ class Ledger:
 
 
 def counts(values: dict[str, torch.Tensor], num_workers: int) -> dict[str, list[list[int]]]:
-    """Return for each key and worker the fewest and the most pushes that an element holds."""
+    """Return for each key and worker the minimum and maximum number of pushes that an element holds."""
     found: dict[str, list[list[int]]] = {}
     for key, value in values.items():
         each = [(value >> (BITS * rank)) & ((1 << BITS) - 1) for rank in range(num_workers)]
@@ -46,7 +46,7 @@ def counts(values: dict[str, torch.Tensor], num_workers: int) -> dict[str, list[
 
 
 def work(kv: tensorkv.KVStore, ledger: Ledger, num_steps: int, seed: int) -> dict[str, object]:
-    """Push, and now and then pull, `num_steps` times; return what the store holds at the end."""
+    """Push, and sometimes pull, `num_steps` times; return the final content of the store."""
     chance = random.Random(seed * 1000 + kv.rank)
     mine = {key: torch.full(shape, 1 << (BITS * kv.rank)) for key, shape in SHAPES.items()}
     values = {key: torch.empty(shape, dtype=torch.int64) for key, shape in SHAPES.items()}
@@ -66,7 +66,7 @@ def work(kv: tensorkv.KVStore, ledger: Ledger, num_steps: int, seed: int) -> dic
 
 
 def main() -> None:
-    """Work until all is done or the job is broken, and say which."""
+    """Work until all is done or the job is broken, and record which."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", required=True)
     parser.add_argument("--on-worker-loss", required=True)

@@ -1,4 +1,4 @@
-"""The floor: see tensorkv.bench.floor, which this runs.
+"""Runs the floor; see tensorkv.bench.floor.
 
 python benchmarks/floor.py --set resnet50 --way shm --workers 2 --servers 2
 """

@@ -38,7 +38,7 @@ class GlooSystem:
         dist.all_reduce(self._flat)
 
     def _each(self) -> None:
-        # All are started before the first is waited for: the quicker way, measured in turn with one by one.
+        # Start all before waiting for the first: that is faster, measured in turn with one by one.
         for work in [dist.all_reduce(tensor, async_op=True) for tensor in self._tensors]:
             assert work is not None
             work.wait()
@@ -51,10 +51,10 @@ class GlooSystem:
         self._value = gradient_value(self.rank, 0, 1, scale)
 
     def clear_results(self) -> None:
-        """Nothing to do: results lie where the gradients do, which `barrier` writes."""
+        """Do nothing: results replace the gradients, which `barrier` rewrites."""
 
     def results(self) -> Iterable[np.ndarray[Any, Any]]:
-        # The last barrier of a checked step comes after this, so the sums are still there.
+        # The last barrier of a checked step comes after this, so the sums are still intact.
         return [self._flat.numpy()]
 
 

@@ -1,4 +1,4 @@
-"""What we ask of ourselves: so many times as fast as a peer, within so much of the floor, or in time."""
+"""Our goals: faster than a peer by a factor, within a factor of the floor, or below a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = ("case", "step", "asked", "found", "reached")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """Something asked of one step of ours. Made by `faster`, `within` and `time`."""
+    """A goal for one of our steps. Made by `faster`, `within` and `time`."""
 
     case: str
     step: tuple[str, str]  # system and way
@@ -27,23 +27,23 @@ class Goal:
 
     @classmethod
     def faster(cls, case: str, system: str, way: str, peer: str, peer_way: str, times: float) -> Goal:
-        """Return: at least so many times as fast as the peer's step."""
+        """Return the goal to be at least `times` as fast as the peer's step."""
         return cls(case=case, step=(system, way), peer=(peer, peer_way), at_least=times)
 
     @classmethod
     def within(cls, case: str, system: str, way: str, peer: str, peer_way: str, times: float) -> Goal:
-        """Return: at most so many times as long as the peer's step."""
+        """Return the goal to take at most `times` as long as the peer's step."""
         return cls(case=case, step=(system, way), peer=(peer, peer_way), at_most=times)
 
     @classmethod
     def time(cls, case: str, system: str, way: str, *, median_ms: float, p99_ms: float | None = None) -> Goal:
-        """Return: at most so long."""
+        """Return the goal to take at most this long."""
         return cls(case=case, step=(system, way), median_ms=median_ms, p99_ms=p99_ms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """A goal, and what was found. `reached` is None where a job failed that it needs."""
+    """A goal and its measured result. `reached` is None if a job that it needs failed."""
 
     goal: Goal
     asked: str
@@ -62,11 +62,11 @@ class Verdict:
 
 
 def judge(goals: Sequence[Goal], times: Mapping[str, Mapping[str, Times]]) -> list[Verdict]:
-    """Return a verdict for each goal whose systems were to be measured.
+    """Return a verdict for each goal whose systems were selected.
 
     Args:
-        goals: what is asked.
-        times: what `measure` returned, by case. A system without times is one that failed.
+        goals: the goals to judge.
+        times: results of `measure`, by case. A system without times has failed.
     """
     found = []
     for goal in goals:

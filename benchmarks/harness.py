@@ -1,4 +1,4 @@
-"""Starting the jobs that are measured, ending them whatever happens, and adding up what they report."""
+"""Starts the measured jobs, always ends them, and aggregates their results."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parent / "src"
 
 END_S = 20.0
-"""How long a process may take to end by itself after its job is done, or after SIGTERM."""
+"""Timeout for a process to end by itself after its job is done, or after SIGTERM."""
 
 
 class JobFailed(Exception):
-    """A measured job failed or ran out of time. The text ends with what it printed."""
+    """A measured job failed or timed out. The text ends with its output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
     """One process of a job.
 
-    The job is over when every process has ended that is not a `helper`. Helpers, servers say, are
-    expected to end by themselves then.
+    The job is over when all processes except `helper` ones have ended. Helpers, servers say, must
+    then end by themselves.
     """
 
     name: str
     command: Sequence[str]
-    env: Mapping[str, str] = field(default_factory=dict)  # beside this process's own
+    env: Mapping[str, str] = field(default_factory=dict)  # added to this process's own
     helper: bool = False
 
 
@@ -51,15 +51,15 @@ def python_script(script: str, *arguments: str, python: str = sys.executable) ->
 
 
 def threads_env(num_processes: int) -> dict[str, str]:
-    """Return OMP_NUM_THREADS as torchrun sets it: 1 if there are several processes, else as it was."""
+    """Return OMP_NUM_THREADS as torchrun sets it: 1 for several processes, else unchanged."""
     return {"OMP_NUM_THREADS": "1"} if num_processes > 1 else {}
 
 
 def run_job(processes: Sequence[Process], *, timeout_s: float) -> dict[str, list[float]]:
-    """Run a job and return the seconds of its steps by way, as its rank 0 printed them.
+    """Run a job and return the seconds of its steps by way, as printed by its rank 0.
 
     Raises:
-        JobFailed: a process ended with an error, the time was up, or there is no result.
+        JobFailed: a process ended with an error, the timeout expired, or there is no result.
     """
     (result,) = run_jobs([processes], timeout_s=timeout_s)
     return result
@@ -102,7 +102,7 @@ class _Running:
     def status(self) -> int | None:
         """Return the exit status, negative for a signal; None while it runs.
 
-        The process is not reaped, so that its number stays its own until its group has been ended.
+        Does not reap the process, so that its pid is not reused before its group has been ended.
         """
         ended = os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended is None:
@@ -119,10 +119,10 @@ class _Running:
 
 @contextmanager
 def _started(processes: Sequence[Process]) -> Iterator[list[_Running]]:
-    """Start processes, each as a group of its own, and end every group on the way out, SIGTERM included.
+    """Start processes, each in its own process group, and end every group on exit, even by SIGTERM.
 
-    In groups of their own they would outlive this process. SIGTERM raises SystemExit, but not between the
-    start of a process and its entry in the list.
+    In their own groups they would otherwise outlive this process. SIGTERM raises SystemExit, but not
+    between the start of a process and its entry in the list.
     """
     running: list[_Running] = []
     asked_to_leave = starting = False
@@ -165,7 +165,7 @@ def _start(process: Process, stack: ExitStack) -> _Running:
 
 
 def _end(running: Sequence[_Running]) -> None:
-    """Ask what still runs to end, so that a launcher can end its own, and kill what is left."""
+    """Send SIGTERM to running processes, so that a launcher can end its own, then SIGKILL to the rest."""
     alive = {each.descriptor for each in running if each.status() is None}
     for each in running:
         if each.descriptor in alive:
@@ -179,7 +179,7 @@ def _end(running: Sequence[_Running]) -> None:
 
 
 def _wait_for(wanted: Sequence[_Running], watched: Sequence[_Running], timeout_s: float) -> None:
-    """Return when all `wanted` have ended; raise if one of `watched` fails or the time is up."""
+    """Wait until all `wanted` have ended; raise if one of `watched` fails or the timeout expires."""
     deadline = time.monotonic() + timeout_s
     while True:
         for each in watched:
@@ -198,15 +198,15 @@ def _wait_for(wanted: Sequence[_Running], watched: Sequence[_Running], timeout_s
 
 
 Times = dict[str, list[list[float]]]
-"""Of one system: the name of a way to a list of seconds per round."""
+"""Times of one system: by way, a list of seconds per round."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What the steps of one way took over all rounds, in milliseconds, and against TensorKV.
+    """Step times of one way over all rounds, in milliseconds, and relative to TensorKV.
 
-    `ratio` is how many times as long as TensorKV's a step took, None for TensorKV itself or without it.
-    See `ratio_of_rounds`. `ratio_of_min` compares the quickest steps, which other load disturbs least.
+    `ratio` is the step time over TensorKV's, None for TensorKV itself or without it. See
+    `ratio_of_rounds`. `ratio_of_min` compares the fastest steps, which other load disturbs least.
     """
 
     median_ms: float
@@ -218,10 +218,10 @@ class Figures:
 
 
 def ratio_of_rounds(rounds: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]]) -> float:
-    """Return how many times as long as those of `baseline` steps took: the median of the rounds' ratios.
+    """Return the ratio of step times to those of `baseline`: the median of the rounds' ratios.
 
-    A round's jobs run one after another within a minute, so that what else the machine does weighs on
-    both sides alike.
+    A round's jobs run one after another within a minute, so that other load on the machine affects both
+    sides alike.
     """
     return middle(
         [
@@ -234,14 +234,14 @@ def ratio_of_rounds(rounds: Sequence[Sequence[float]], baseline: Sequence[Sequen
 def middle(ratios: Sequence[float]) -> float:
     """Return the median of ratios.
 
-    Of an even number of them it is the geometric mean of the two in the middle, so that it does not matter
-    which side is called the baseline.
+    For an even number it is the geometric mean of the middle two, so that it does not matter which side
+    is the baseline.
     """
     return math.exp(statistics.median(math.log(ratio) for ratio in ratios))
 
 
 def figures(rounds: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]] | None) -> Figures:
-    """Return the figures of a way from its seconds per step, a list for each round.
+    """Return the figures of a way from its step times.
 
     Args:
         rounds: the seconds of each step, a list per round.

@@ -1,4 +1,4 @@
-"""How each system under test is started for a case: the processes of its job and their environment."""
+"""The job of each system under test for a case: its processes and their environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MANY_KEYS = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One situation in which all systems are measured."""
+    """One setup in which all systems are measured."""
 
     name: str
     title: str
@@ -30,12 +30,12 @@ class Case:
 
     @property
     def is_dist(self) -> bool:
-        """Whether it takes several processes."""
+        """Whether it needs several processes."""
         return self.num_servers > 0
 
 
 def tensorkv_job(case: Case, transport: str = "tcp", lent: bool = False) -> list[Process]:
-    """Return TensorKV's job: the launcher starts the rest, in one process the script itself is all.
+    """Return TensorKV's job: the launcher, which starts the rest, or the script alone in one process.
 
     With `lent` it pushes from tensors of `empty_like`.
     """
@@ -52,15 +52,15 @@ def turns_job(
     turn: int,
     second: bool,
 ) -> list[Process]:
-    """Return a job of TensorKV that takes turns with another; see `turnsteps.py`.
+    """Return a TensorKV job that takes turns with another; see `turnsteps.py`.
 
     Args:
-        case: what is measured.
+        case: the case to measure.
         transport: the transport of its messages.
         lent: whether it pushes from tensors of `empty_like`.
         source: the `src` folder of a checkout.
-        fifos: of this job's turns, and of the other's.
-        turn: how many steps are made in a turn.
+        fifos: the FIFOs of this job's turns, and of the other's.
+        turn: number of steps in a turn.
         second: whether the other job begins.
     """
     of_turns = [f"--mine={fifos[0]}", f"--others={fifos[1]}", f"--turn={turn}"]
@@ -107,15 +107,15 @@ def mxnet_job(case: Case, python: str) -> list[Process]:
 
 
 def gloo_job(case: Case, folder: Path) -> list[Process]:
-    """Return the ranks of a gloo all-reduce, which meet in a file in the empty folder `folder`."""
+    """Return the ranks of a gloo all-reduce, which rendezvous by a file in the empty folder `folder`."""
     plan = case.plan
-    if len(plan.shapes) > MANY_KEYS:  # one by one they take a thousand times as long as together
+    if len(plan.shapes) > MANY_KEYS:  # one by one, keys take a thousand times as long as together
         plan = dataclasses.replace(plan, steps=min(plan.steps, 10))
     script = python_script("gloosteps.py", f"--meet={folder / 'meet'}", *plan.arguments())
     env = {
         "WORLD_SIZE": str(case.num_workers),
         **_checkout_first(),
-        "GLOO_SOCKET_IFNAME": "lo",  # as for the others, everything goes over loopback
+        "GLOO_SOCKET_IFNAME": "lo",  # loopback, as for the other systems
         **threads_env(case.num_workers),
     }
     return [
@@ -127,7 +127,7 @@ def gloo_job(case: Case, folder: Path) -> list[Process]:
 def ray_job(case: Case, python: str, folder: Path) -> list[Process]:
     """Return the driver of Ray actors, run by the interpreter `python`, which has Ray; it starts the rest.
 
-    Ray's logs and sockets go to the empty folder `folder`, whose path is to be short.
+    Ray's logs and sockets go to the empty folder `folder`, whose path must be short.
     """
     sizes = [f"--workers={case.num_workers}", f"--servers={case.num_servers}"]
     options = [f"--folder={folder}", *sizes, *case.plan.arguments()]
@@ -149,14 +149,14 @@ JobMaker = Callable[[Case], list[Process]]
 
 
 def _checkout_first(source: Path = SOURCE) -> dict[str, str]:
-    """Measure this source, by default the one beside this folder, whatever is installed."""
+    """Return an environment that measures this source, not an installed one; by default the one beside us."""
     inherited = os.environ.get("PYTHONPATH")
     paths = [str(source.resolve()), *([inherited] if inherited else [])]
     return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _free_port() -> int:
-    """Return a port that is free now. MXNet's scheduler cannot choose one itself."""
+    """Return a currently free port. MXNet's scheduler cannot choose one itself."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port

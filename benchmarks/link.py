@@ -31,7 +31,7 @@ from tensorkv.bench.shapes import FLOAT_BYTES, num_elems, shapes_of
 
 _NETWORK = ipaddress.ip_address("198.18.0.0") + 4 * (os.getpid() % (1 << 15))
 HERE, THERE = str(_NETWORK + 1), str(_NETWORK + 2)
-"""Of the range for tests between networks (RFC 2544); each process its own, as several may run at once."""
+"""Addresses in the range for benchmarks (RFC 2544); unique per process, as several may run at once."""
 
 QUEUE = "burst 128kb latency 20ms"
 CHUNK_BYTES = 1 << 20
@@ -52,7 +52,7 @@ with socket.create_connection(({HERE!r}, int(sys.argv[1])), timeout={TIMEOUT_S})
 
 
 class NoLink(Exception):
-    """A limited link cannot be made here; the text says why."""
+    """This machine cannot create a limited link; the text says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ class Link:
 
 @contextlib.contextmanager
 def limited_link(mbit: int) -> Iterator[Link]:
-    """Make a namespace at THERE, joined to HERE by a link of this many Mbit/s each way, and undo it.
+    """Create a namespace at THERE, joined to HERE by a link of `mbit` Mbit/s each way; remove it on exit.
 
     Raises:
         NoLink: it needs root, `ip` and `tc` (of iproute2), and a kernel with namespaces, veth and tbf.
@@ -107,7 +107,7 @@ def _run(command: str) -> subprocess.CompletedProcess[str]:
 
 
 def one_way_s(link: Link, size_bytes: int) -> float:
-    """Return the seconds that a bare socket takes for so many bytes, until the other side has said so."""
+    """Return the seconds that a bare socket takes for so many bytes, acknowledgement included."""
     with socket.create_server((HERE, 0)) as listener:
         port = str(listener.getsockname()[1])
         command = link.inside([sys.executable, "-c", SINK, port, str(size_bytes)])
@@ -149,7 +149,7 @@ class Result:
     steps_s: dict[str, list[float]] = field(default_factory=dict)
 
     def lines(self, size_bytes: int, mbit: int) -> list[str]:
-        """Return what was found, a line for each way."""
+        """Return the results, a line for each way."""
         alone_s = statistics.median(self.one_way_s)
         ideal_s = size_bytes * 8 / mbit / 1e6
         found = [
@@ -184,7 +184,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what the command line asks for; return the exit status."""
+    """Run the measurements of the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -45,23 +45,23 @@ class NoPlace(Exception):
 
 @dataclasses.dataclass(slots=True)
 class Measured:
-    """All that was measured so far, as markdown."""
+    """All results so far, as markdown."""
 
     machine: Machine
     tables: list[tuple[str, list[Row]]] = dataclasses.field(default_factory=list)
     times: dict[str, dict[str, Times]] = dataclasses.field(default_factory=dict)  # of the cases, by name
     found: dict[str, Found] = dataclasses.field(default_factory=dict)  # of the sweeps, by name
-    failed: list[str] = dataclasses.field(default_factory=list)  # systems, and in which case
+    failed: list[str] = dataclasses.field(default_factory=list)  # systems, each with its case
     missing: list[str] = dataclasses.field(default_factory=list)  # peers that could not be installed
     quick: bool = False
-    minutes: float | None = None  # all of it took; None as long as it is not done
+    minutes: float | None = None  # duration of the whole run; None until it is done
 
     def verdicts(self) -> list[Verdict]:
-        """Return what of the goals can be judged; nothing is asked of tiny sizes."""
+        """Return the verdicts on goals that were measured; tiny sizes have no goals."""
         return [] if self.quick else judge(GOALS, self.times)
 
     def note_failed(self, case: Case, times: Mapping[str, Times]) -> None:
-        """Note which systems have failed in a case."""
+        """Record the systems that have failed in a case."""
         self.failed += [f"{system} ({case.name})" for system, ways in times.items() if not ways]
 
     def markdown(self) -> str:
@@ -88,22 +88,22 @@ class Measured:
 
 
 def put_figures(page: Path, figures: str) -> None:
-    """Replace what stands between the marks of a page.
+    """Replace the text between the marks of a page.
 
     Raises:
-        NoPlace: it has no marks.
+        NoPlace: the page has no marks.
     """
     before, after = around_figures(page)
     new = page.with_suffix(".new")
     new.write_text(before + "\n" + figures.strip() + "\n\n" + after)
-    new.replace(page)  # so that there is no moment at which the page is cut off
+    new.replace(page)  # atomically, so that the page is never truncated
 
 
 def around_figures(page: Path) -> tuple[str, str]:
-    """Return what stands before and after the figures of a page, marks and all.
+    """Return the text before and after the figures of a page, marks included.
 
     Raises:
-        NoPlace: there is no such page, or it has no marks.
+        NoPlace: the page does not exist, or has no marks.
     """
     try:
         text = page.read_text()
@@ -120,9 +120,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and write the page."""
     started = time.monotonic()
     arguments = _parse(argv)
-    signal.signal(signal.SIGTERM, _leave)  # so that jobs are ended on the way out
+    signal.signal(signal.SIGTERM, _leave)  # so that exiting ends the jobs
     page, console = arguments.docs / "benchmarks.md", Console()
-    around_figures(page)  # now, not when the first of them are there
+    around_figures(page)  # fail now, not after the first measurement
     measured = Measured(this_machine(), quick=arguments.quick)
 
     def note_missing(peer: Peer, reason: NoPeer) -> None:
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _measure_all(
     measured: Measured, page: Path, pythons: Mapping[str, str], folder: Path, console: Console
 ) -> None:
-    """Measure everything. What was measured stays on the page, whatever happens next."""
+    """Measure everything. Results stay on the page even if a later step fails."""
 
     def times_of(case: Case, systems: Sequence[str], rounds: int) -> dict[str, Times]:
         case = quick(case) if measured.quick else case

@@ -29,15 +29,15 @@ from tensorkv.bench.steps import (
 class MXNetSystem:
     """A worker of MXNet's KVStore, all keys in one list per call.
 
-    MXNet's dist_sync keeps the one gradient of a worker as its buffer, and the next pull writes the
-    pulled value into it. So gradients are written anew in `barrier`, outside the measured time.
+    MXNet's dist_sync keeps a worker's only gradient as its buffer, and the next pull overwrites it
+    with the pulled value. So `barrier` rewrites the gradients, outside the measured time.
     """
 
     def __init__(self, kind: str, plan: Plan) -> None:
         self._plan = plan
         self._kv = mx.kv.create(kind)
         self._is_dist = kind.startswith("dist")
-        # MXNet ranks workers in the order of their ports. Here any order will do.
+        # MXNet ranks workers by their ports. Any order works here.
         self.rank = self._kv.rank
         self._grad_rank = 0 if plan.pushes else self.rank
         self.num_workers = self._kv.num_workers
@@ -62,7 +62,7 @@ class MXNetSystem:
 
     def _tensors(self) -> list[list[Any]]:
         devices = [mx.cpu(index) for index in range(self._plan.num_devices)]
-        # MXNet 1.9 has no tensors without dimensions.
+        # MXNet 1.9 has no 0-dim tensors.
         return [[mx.nd.zeros(shape or (1,), device) for device in devices] for shape in self._plan.shapes]
 
     def _push_pull(self) -> None:
@@ -84,7 +84,7 @@ class MXNetSystem:
         self._wait()
 
     def _wait(self) -> None:
-        """MXNet's calls return before their work is done."""
+        """Wait for MXNet's calls, which return before their work is done."""
         for outs in self._outs:
             for out in outs:
                 out.wait_to_read()

@@ -1,4 +1,4 @@
-"""Other systems in environments of their own: MXNet needs a NumPy that nothing else here would run with."""
+"""Virtual environments for other systems: MXNet needs a NumPy that nothing else here works with."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _CHECK_S = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """A system that is installed by itself: the module `name` in a version, and what pip is asked for.
+    """A system in its own environment: module `name`, its version, and pip's requirements.
 
-    `pythons` are the interpreters that `requirements` have been built for, the first choice first.
+    `pythons` are the interpreters that `requirements` support, in order of preference.
     """
 
     name: str
@@ -30,12 +30,12 @@ class Peer:
 
     @property
     def variable(self) -> str:
-        """The environment variable that names an interpreter which has it."""
+        """Environment variable that names an interpreter with this system."""
         return f"TENSORKV_BENCH_{self.name.upper()}_PYTHON"
 
     @property
     def option(self) -> str:
-        """The option of the command line that does."""
+        """Command-line option that names one."""
         return f"--{self.name}-python"
 
 
@@ -55,17 +55,17 @@ PEERS = (MXNET, RAY)
 
 
 class NoPeer(Exception):
-    """A peer cannot be run here; the text says why and what to do."""
+    """A peer cannot run here; the text says why and what to do."""
 
 
 def default_cache() -> Path:
-    """Return the folder in which environments are made unless another is given."""
+    """Return the default folder of the environments."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "tensorkv-benchmarks"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give a command line the options that `peer_pythons` reads."""
+    """Add the options that `peer_pythons` reads to a parser."""
     for peer in PEERS:
         parser.add_argument(
             peer.option,
@@ -84,9 +84,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def peer_pythons(
     systems: Sequence[str], arguments: argparse.Namespace, on_missing: Callable[[Peer, NoPeer], None]
 ) -> dict[str, str]:
-    """Return the interpreters of those peers that are among `systems`, by name.
+    """Return the interpreters of the peers among `systems`, by name.
 
-    A peer that cannot be had is left out; `on_missing` is called with it and the reason.
+    Omits an unavailable peer, and calls `on_missing` with it and the reason.
     """
     pythons: dict[str, str] = {}
     for peer in PEERS:
@@ -100,16 +100,16 @@ def peer_pythons(
 
 
 def peer_python(peer: Peer, given: str | None, cache: Path) -> str:
-    """Return the path of an interpreter that can import the peer, making an environment if need be.
+    """Return the path of an interpreter that can import the peer, creating an environment if needed.
 
     Args:
-        peer: which one.
-        given: the interpreter to use; None means what the peer's variable says, or else one in an
-            environment under `cache`, which is made if it is not there.
+        peer: the peer.
+        given: the interpreter to use; None means that of the peer's variable, else one in an
+            environment under `cache`, which is created if missing.
         cache: a folder; PIP_ARGS in the environment is passed on to pip.
 
     Raises:
-        NoPeer: it cannot be imported, or not be installed.
+        NoPeer: it cannot be imported or installed.
     """
     given = given or os.environ.get(peer.variable)
     if given:

@@ -1,4 +1,4 @@
-"""The sweeps as one picture, a panel each: what a step takes over the thing that changes."""
+"""The sweeps as one picture: a panel each, with the step time over the varied parameter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PANEL_INCHES = (4.6, 3.6)
 
 
 def plot_sweeps(sweeps: Sequence[Sweep], found: Mapping[str, Found], path: Path) -> None:
-    """Draw the sweeps that were measured and have numbers, two panels a row, on logarithmic axes."""
+    """Plot the measured sweeps with numeric values, two panels a row, on logarithmic axes."""
     drawn = [sweep for sweep in sweeps if sweep.name in found and sweep.name != "updates"]
     rows = (len(drawn) + 1) // 2
     width, height = PANEL_INCHES

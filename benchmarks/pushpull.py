@@ -43,9 +43,9 @@ if __doc__ is not None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for, and print or write the tables."""
+    """Run the measurements of the command line, and print or write the tables."""
     arguments = _parse(argv)
-    signal.signal(signal.SIGTERM, _leave)  # so that jobs are ended on the way out
+    signal.signal(signal.SIGTERM, _leave)  # so that exiting ends the jobs
     console, machine = Console(), this_machine()
     systems = arguments.system or (SYSTEMS if arguments.peers else OURS)
     pythons = peer_pythons(systems, arguments, _refuse)
@@ -98,7 +98,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    """Return the command to measure the same elsewhere, without what is this machine's own."""
+    """Return a command that repeats the measurement elsewhere, without this machine's own paths."""
     words = ["python", "benchmarks/pushpull.py"]
     words += [f"--{flag}" for flag in ("peers", "quick") if getattr(arguments, flag)]
     words += [f"--system={name}" for name in arguments.system or ()]
@@ -108,7 +108,7 @@ def _command(arguments: argparse.Namespace) -> str:
 
 
 def _refuse(peer: Peer, missing: NoPeer) -> NoReturn:
-    raise missing  # who asks for a peer wants it
+    raise missing  # the user asked for this peer
 
 
 def _leave(number: int, frame: object) -> NoReturn:

@@ -29,7 +29,7 @@ from tensorkv.bench.steps import (
 
 
 class Server:
-    """Holds some keys. Its optimizer, if there is one, is SGD with momentum."""
+    """Holds some keys. Its optimizer, if any, is SGD with momentum."""
 
     def __init__(self, shapes: list[Shape], updater: str) -> None:
         self._values = [np.zeros(shape, np.float32) for shape in shapes]
@@ -53,7 +53,7 @@ class Server:
 
 
 class Worker:
-    """Has gradients of all keys, and takes the new values into its own arrays."""
+    """Holds gradients of all keys, and copies the new values into its own arrays."""
 
     def __init__(self, rank: int, parts: list[list[Shape]]) -> None:
         self._rank = rank
@@ -67,7 +67,7 @@ class Worker:
                 grad.fill(gradient_value(self._rank, 0, 1, scale))
 
     def clear(self) -> None:
-        """Overwrite what is pulled into."""
+        """Overwrite the destinations of pulls."""
         for outs in self._outs:
             for out in outs:
                 out.fill(np.nan)
@@ -83,13 +83,13 @@ class Worker:
                 np.copyto(out, value)
 
     def lowest_and_highest(self) -> np.ndarray[Any, Any]:
-        """Return the lowest and the highest value of each array that was pulled into."""
+        """Return the minimum and maximum of each destination of a pull."""
         outs = [out for outs in self._outs for out in outs]
         return np.array([(out.min(), out.max()) for out in outs])
 
 
 class RaySystem:
-    """All of a job, seen by its driver."""
+    """A whole job, as its driver sees it."""
 
     def __init__(self, plan: Plan, num_workers: int, num_servers: int) -> None:
         self.rank = 0
@@ -110,7 +110,7 @@ class RaySystem:
         ray.get([worker.take.remote(*values) for worker in self._workers])
 
     def barrier(self) -> None:
-        """Nothing is under way between two steps."""
+        """Do nothing: no call is in flight between two steps."""
 
     def set_gradients(self, scale: float) -> None:
         ray.get([worker.fill.remote(scale) for worker in self._workers])
@@ -124,7 +124,7 @@ class RaySystem:
 
 
 def parts_of(shapes: list[Shape], num_servers: int) -> list[list[Shape]]:
-    """Share keys out among servers, the biggest first, each to whoever has least; none goes without."""
+    """Distribute keys over servers, the largest first, each to the least loaded; every server gets one."""
     parts: list[list[Shape]] = [[] for _ in range(num_servers)]
     sizes = [0] * num_servers
     for shape in sorted(shapes, key=lambda shape: -int(np.prod(shape))):
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--folder", help="for the logs and sockets of Ray (its own choice)")
     arguments: argparse.Namespace = parser.parse_args()
     plan = parse_plan(arguments)
-    # An actor reserves a core; there are to be enough of them, as there are for everybody else's processes.
+    # An actor reserves a core; declare enough, as the other systems' processes need no reservation.
     ray.init(
         num_cpus=arguments.workers + arguments.servers,
         include_dashboard=False,

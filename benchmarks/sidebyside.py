@@ -38,12 +38,12 @@ from tensorkv.bench.machine import this_machine
 
 TRANSPORTS = {"tensorkv": ("tcp", False), "tensorkv-shm": ("shm", False), "tensorkv-lent": ("shm", True)}
 TURNS_OF_A_CASE = 10
-"""Number of turns that the steps measured by `pushpull.py` make up."""
+"""Number of turns that `pushpull.py`'s steps of a case are split into."""
 STEPS_FACTOR = 5
-"""Number of times that those steps are made."""
+"""Factor by which a job multiplies those steps."""
 
 Ratios = Sequence[float]
-"""Of a way, the ratio of each round."""
+"""Ratio of each round, for one way."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,13 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare(case: Case, other: Path, rounds: int, systems: Sequence[str] | None = None) -> dict[str, Ratios]:
-    """Return for each way of each of our systems how many times as long as in `other` a step takes here.
+    """Return the ratio of the step time here to that in `other`, for each way of each of our systems.
 
     Args:
-        case: what is measured.
+        case: the case to measure.
         other: the `src` folder of the other checkout.
-        rounds: how often two new jobs are started.
-        systems: of `TRANSPORTS`; None for all.
+        rounds: number of rounds, each with two new jobs.
+        systems: some of `TRANSPORTS`; None for all.
 
     Raises:
         JobFailed: a job failed; nothing of it is left running.
@@ -88,7 +88,7 @@ def compare(case: Case, other: Path, rounds: int, systems: Sequence[str] | None 
 
 
 def _round(case: Case, system: str, other: Path, turn: int, here_first: bool) -> dict[str, float]:
-    """Run both jobs and return the ratio of each way. The one that is started first has the first turn."""
+    """Run both jobs and return the ratio of each way. The job started first gets the first turn."""
     transport, lent = TRANSPORTS[system]
     with tempfile.TemporaryDirectory() as folder:
         fifos = [Path(folder, name) for name in ("here", "there")]

@@ -34,40 +34,40 @@ HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parent / "src"
 MARK = "TENSORKV_SOAK_JOB"
 END_S = 120.0
-"""Time that a job has to end after its time is over."""
+"""Timeout for a job to end after its time is over."""
 
 MEMORY = "resident memory, MB"
 SHARED = "of it shared, MB"
 MAY_GROW = {MEMORY: 0.05}
-"""By what part of itself a figure may grow and is still flat."""
+"""Maximum relative growth of a figure that still counts as flat."""
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
-"""What glibc begins with, held fast: large memory that is freed goes back to the system. Left to itself glibc
-keeps more and more of it for later, and resident memory does not tell what the job holds."""
+"""glibc's initial settings, pinned: freed large memory goes back to the system. By default glibc adapts and
+keeps more and more of it, and resident memory no longer shows what the job holds."""
 
 EARLY = (0.2, 0.4)
 LATE = (0.8, 1.0)
 LEAST = 0.1
-"""The parts of all looks that are compared, and which of their looks in ascending order."""
+"""The compared parts of all samples, and the quantile of each that counts."""
 
 LAUNCHER = "launcher, scheduler"
 
 
 @dataclass(slots=True)
 class Track:
-    """What was seen of one process: seconds since the start, and figures by their names."""
+    """Samples of one process: seconds since the start, and figures by name."""
 
     times_s: list[float] = field(default_factory=list)
     figures: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, time_s: float, figures: dict[str, float]) -> None:
-        """Take down one look."""
+        """Add a sample."""
         self.times_s.append(time_s)
         for name, figure in figures.items():
             self.figures.setdefault(name, []).append(figure)
 
     def least(self, name: str, part: tuple[float, float]) -> float:
-        """Return what nine of ten looks in a part of all do not fall below."""
+        """Return the value that nine of ten samples in a part of all do not fall below."""
         figures = self.figures[name]
         low, high = (int(share * len(figures)) for share in part)
         found = sorted(figures[low : max(high, low + 1)])
@@ -75,12 +75,12 @@ class Track:
 
 
 def is_flat(name: str, early: float, late: float) -> bool:
-    """Whether a figure counts as not grown. What is shared counts as a part of the memory only."""
+    """Whether a figure has not grown. Shared memory counts only as a part of resident memory."""
     return name == SHARED or late <= early * (1 + MAY_GROW.get(name, 0.0))
 
 
 def look(pid: int) -> dict[str, float]:
-    """Return resident memory, how much of it is shared, threads and open files of a process."""
+    """Return resident memory, its shared part, threads and open files of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     lines = dict(line.split(":", 1) for line in status.splitlines())
     return {
@@ -97,7 +97,7 @@ def find(mark: str) -> dict[str, int]:
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
-        with contextlib.suppress(OSError):  # it has ended meanwhile, or is another user's
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             pairs = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
             env = dict(pair.partition("=")[::2] for pair in pairs)
             if env.get(MARK) == mark and "TENSORKV_ROLE" in env:
@@ -114,10 +114,10 @@ def watch(
     every_s: float,
     show: Callable[[str], None],
 ) -> dict[str, Track]:
-    """Look at every process now and then until the job has ended. Looks at a part of the job are dropped.
+    """Sample every process periodically until the job has ended. Drops samples of an incomplete job.
 
     Raises:
-        TimeoutError: the job goes on when its time is long over.
+        TimeoutError: the job still runs long after its time is over.
     """
     tracks: dict[str, Track] = {}
     start = time.monotonic()
@@ -129,7 +129,7 @@ def watch(
         for name, pid in sorted({**find(mark), LAUNCHER: job.pid}.items()):
             with contextlib.suppress(OSError, KeyError):  # it is just ending
                 seen[name] = look(pid)
-        if len(seen) == num_processes:  # else some are still starting, or ending
+        if len(seen) == num_processes:  # otherwise some are still starting, or ending
             for name, figures in seen.items():
                 tracks.setdefault(name, Track()).add(time_s, figures)
         show(f"{time_s / 60:.1f} of {total_s / 60:g} minutes, {len(seen)} processes")
@@ -159,7 +159,7 @@ def table(tracks: dict[str, Track]) -> tuple[list[str], bool]:
 
 
 def plot(tracks: dict[str, Track], path: Path, title: str) -> None:
-    """Draw each figure over time, from 0, a line per process. 900 pixels wide."""
+    """Plot each figure over time, from 0, a line per process. 900 pixels wide."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -172,7 +172,7 @@ def plot(tracks: dict[str, Track], path: Path, title: str) -> None:
     for axes, name in zip(all_axes, names, strict=True):
         for number, (process, track) in enumerate(sorted(tracks.items())):
             minutes = [time_s / 60 for time_s in track.times_s]
-            # Where lines lie upon each other the lower ones show through the gaps.
+            # Dashes, so that lower lines show through the gaps of overlapping ones.
             dashes = (2.0 * number, (6, 2)) if number else "solid"
             axes.plot(minutes, track.figures[name], label=process, linewidth=1.3, linestyle=dashes)
         axes.set_ylabel(name)
@@ -188,7 +188,7 @@ def plot(tracks: dict[str, Track], path: Path, title: str) -> None:
 
 
 def soak(arguments: argparse.Namespace) -> tuple[int, dict[str, Track]]:
-    """Run the job; return its status, and what was seen of it."""
+    """Run the job; return its status and samples."""
     total_s = arguments.minutes * 60
     mark = f"{os.getpid()}-{arguments.seed}"
     path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH", "")]))
@@ -243,5 +243,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the job is ended on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that exiting ends the job
     sys.exit(main())

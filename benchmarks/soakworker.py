@@ -27,23 +27,23 @@ from tensorkv.errors import KeyDeleted, KeyNotInitialized, ShapeMismatch
 
 RAMP = torch.arange(1.0, 8.0, dtype=torch.float64)
 SIZES = [1, 64, 1000, 40_000, 600_000, 1_500_000]
-"""In elements. The last two are sliced over the servers."""
+"""Sizes of values in elements. The last two are sliced over the servers."""
 
 SIZE_WEIGHTS = [4, 4, 4, 4, 1, 1]
 MAX_KEYS = 30
 BUSY_S = 12.0
 REST_S = 4.0
-"""All rest for so long, once they have been busy for so long. That is more than `soak.LEAST` of the time."""
+"""Duration of a rest of all workers, after `BUSY_S` of work. It is more than `soak.LEAST` of the time."""
 
 TIMEOUT_S = 120.0
 
 
 class WrongValue(Exception):
-    """A value is not what all pushes together make of it."""
+    """A value is not the result of all pushes."""
 
 
 def keep_half(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
-    """An updater: half of what is there, and what is pushed."""
+    """An updater: half of the stored value plus the pushed one."""
     stored.mul_(0.5).add_(pushed)
 
 
@@ -54,15 +54,15 @@ RULES: dict[str, dict[str, float]] = {
     "sgd": {"lr": 0.125, "momentum": 0.5},
     "adam": {"lr": 0.125},
 }
-"""Updaters, with the options of those that are optimizers."""
+"""Updaters, with the options of optimizers."""
 
 IN_ANY_ORDER: dict[str, dict[str, float]] = {"assign": {}, "add": {}, "sgd": {"lr": 0.125}}
-"""For async mode: the order of pushes does not matter, or their last one counts."""
+"""Updaters for async mode: the order of pushes does not matter, or only the last one counts."""
 
 
 @dataclass(slots=True)
 class Expected:
-    """What a key must hold: seven elements, which it repeats to its size."""
+    """The expected value of a key: seven elements, which it repeats to its size."""
 
     num_elems: int
     value: torch.Tensor
@@ -74,7 +74,7 @@ class Expected:
 
 
 class Trial:
-    """Uses one store, and knows what must be in it. All workers make the same calls of it."""
+    """Uses one store, and knows its expected content. All workers make the same calls on it."""
 
     def __init__(self, kv: tensorkv.KVStore, chance: random.Random, counts: collections.Counter[str]) -> None:
         self.kv = kv
@@ -93,7 +93,7 @@ class Trial:
             kv.set_updater(self.rule)
 
     def step(self) -> None:
-        """Make some keys, use some in three of many ways, delete some."""
+        """Create some keys, use some in three of many ways, delete some."""
         self.make(self.chance.randint(1, 4))
         ways: list[Callable[[], None]] = [self.put_some, self.delete_in_use, self.make_mistakes]
         if self.is_async:
@@ -110,7 +110,7 @@ class Trial:
     # ---- keys ------------------------------------------------------------------------------------
 
     def make(self, number: int) -> None:
-        """Init keys of names and sizes by chance."""
+        """Init keys with random names and sizes."""
         made: dict[str, torch.Tensor] = {}
         for _ in range(number):
             key = f"k{self.chance.randrange(100_000)}"
@@ -130,15 +130,15 @@ class Trial:
         return torch.optim.Adam([value], **self.options) if self.rule == "adam" else None
 
     def some(self) -> list[str]:
-        """Return keys by chance."""
+        """Return random keys."""
         return self.chance.sample(sorted(self.keys), min(len(self.keys), self.chance.randint(1, 10)))
 
     def someone(self) -> int:
-        """Return a rank by chance, the same on all workers."""
+        """Return a random rank, the same on all workers."""
         return self.chance.randrange(self.kv.num_workers)
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Let one worker delete keys while nobody uses them."""
+        """Let one worker delete keys while no worker uses them."""
         if not keys:
             return
         rank = self.someone()
@@ -154,25 +154,25 @@ class Trial:
         """Let one worker delete a key that the others push and pull meanwhile."""
         num_elems, rank = self.chance.choice(SIZES), self.someone()
         self.kv.init("in use", torch.zeros(num_elems))
-        self.kv.barrier()  # in async mode it might be deleted before all have made it
+        self.kv.barrier()  # in async mode it could be deleted before all have initialised it
         with suppress(KeyDeleted, KeyNotInitialized):
             for number in range(4):
                 self.kv.pushpull("in use", torch.ones(num_elems))
                 if number == 1 and self.kv.rank == rank:
                     self.kv.delete("in use")
                     break
-        with suppress(KeyDeleted):  # a push that nobody has waited for
+        with suppress(KeyDeleted):  # from a push without a later wait
             self.kv.barrier()
         self.kv.barrier()
         if "in use" in self.kv:
             raise WrongValue(f"{self.kv!r}: a key is there after it was deleted")
-        self.kv.barrier()  # others might make it again, in their next step, before all have looked
+        self.kv.barrier()  # others could recreate it, in their next step, before all have checked
         self.counts["keys deleted in use"] += 1
 
     # ---- values ----------------------------------------------------------------------------------
 
     def push_and_pull(self) -> None:
-        """Push a list of keys, one or two values each, perhaps none of one worker, and pull them."""
+        """Push a list of keys, one or two values each, perhaps none from one worker, and pull them."""
         keys, totals, mine = self.draw()
         self.kv.push(keys, mine)
         self.update(keys, totals)
@@ -182,14 +182,14 @@ class Trial:
             self.check(keys, [out[number] for out in outs])
 
     def pushpull(self) -> None:
-        """The same in one call, with a dict."""
+        """Push and pull in one call, with a dict."""
         keys, totals, mine = self.draw()
         self.update(keys, totals)
         pulled = self.kv.pushpull(dict(zip(keys, mine, strict=True)))
         self.check(keys, [pulled[key] for key in keys])
 
     def call_async(self) -> None:
-        """The same by calls that do not wait, twice, so that the second push waits for the first."""
+        """Push and pull with async calls, twice, so that the second push waits for the first."""
         keys, totals, mine = self.draw()
         for _ in range(2):
             self.kv.push(keys, mine, async_op=True)
@@ -197,7 +197,7 @@ class Trial:
         self.check(keys, self.kv.pull(keys, async_op=True).result())
 
     def commit(self) -> None:
-        """Push a list of keys to be clipped and applied together, or skipped."""
+        """Push a list of keys, then clip and apply them together, or skip."""
         keys, totals, mine = self.draw()
         skips, bound = self.chance.random() < 0.3, self.chance.choice([None, 1.0, 1e9])
         self.kv.push(keys, mine, apply=False)
@@ -213,7 +213,7 @@ class Trial:
         self.check(keys, self.kv.pull(keys))
 
     def push_in_any_order(self) -> None:
-        """Push a list of keys in async mode, pull them while others push, and when all have."""
+        """Push a list of keys in async mode, pull them while others push, and again when all have."""
         keys, by_rank, mine = self.draw_by_rank()
         before = {key: self.keys[key].value.clone() for key in keys}
         self.kv.push(keys, mine)
@@ -223,7 +223,7 @@ class Trial:
         self.kv.barrier()
         for key, first, last in zip(keys, early, late, strict=True):
             expected, old = self.keys[key], before[key]
-            if self.rule == "assign":  # slices may be of different workers
+            if self.rule == "assign":  # slices may come from different workers
                 possible = by_rank[key] or [old]
                 if not torch.stack([expected.full(each) == last for each in possible]).any(0).all():
                     raise WrongValue(f"{self.kv!r}: {key!r} holds what nobody has assigned")
@@ -241,7 +241,7 @@ class Trial:
             self.put(keys)
 
     def draw(self) -> tuple[list[str], dict[str, torch.Tensor], list[Any]]:
-        """Return keys, what of each is pushed in all as its updater gets it, and this worker's share."""
+        """Return keys, the total push of each as its updater gets it, and this worker's share."""
         keys, by_rank, mine = self.draw_by_rank()
         totals = {key: torch.stack(each).sum(0) for key, each in by_rank.items()}
         if self.kv.reduction == "mean":
@@ -249,7 +249,7 @@ class Trial:
         return keys, totals, mine
 
     def draw_by_rank(self) -> tuple[list[str], dict[str, list[torch.Tensor]], list[Any]]:
-        """Return keys, what each worker pushes of them (in the mean, by value), and this worker's share."""
+        """Return keys, each worker's push of them (for a mean, per value), and this worker's share."""
         keys, num_values, scale = self.some(), self.chance.randint(1, 2), self.chance.randint(1, 3)
         ranks = list(range(self.kv.num_workers))
         if len(ranks) > 1 and self.chance.random() < 0.2:
@@ -264,7 +264,7 @@ class Trial:
         return keys, by_rank, mine
 
     def update(self, keys: Sequence[str], totals: dict[str, torch.Tensor]) -> None:
-        """Do with what is expected what an update does with the values."""
+        """Apply an update to the expected values."""
         for key in keys:
             expected = self.keys[key]
             value, total = expected.value, totals[key].to(expected.value.dtype)
@@ -280,7 +280,7 @@ class Trial:
                 value.copy_(total)
 
     def check(self, keys: Sequence[str], values: Sequence[torch.Tensor]) -> None:
-        """Compare values with what is expected.
+        """Compare values with the expected ones.
 
         Raises:
             WrongValue: an element differs by more than rounding.
@@ -307,13 +307,13 @@ class Trial:
         for key in keys:
             self.keys[key].value.copy_(RAMP * number)
         self.check(keys, self.kv.pull(keys))
-        self.kv.barrier()  # in async mode others' next pushes would be in what is still to be pulled
+        self.kv.barrier()  # in async mode a pull could otherwise see others' next pushes
         self.counts["values put"] += len(keys)
 
     # ---- the rest --------------------------------------------------------------------------------
 
     def make_mistakes(self) -> None:
-        """Make calls that are refused, and change nothing."""
+        """Make calls that are refused and change nothing."""
         key = self.some()[0]
         calls: list[Callable[[], Any]] = [
             lambda: self.kv.push(key, torch.ones(3, 3)),
@@ -337,8 +337,8 @@ class Trial:
         self.counts["settings made"] += 1
 
     def save_and_load(self, folder: str) -> None:
-        """Save the store and load it, values and state of the optimizer, or take them as a dict."""
-        if self.rule == "function":  # of which a save has the name only
+        """Save and load the store, values and optimizer state, by files or as a dict."""
+        if self.rule == "function":  # a save has only its name
             return
         if self.chance.random() < 0.5:
             self.kv.save(folder)
@@ -350,7 +350,7 @@ class Trial:
 
 
 def rest(trial: Trial) -> None:
-    """Delete all keys of a store, and do nothing for a while."""
+    """Delete all keys of a store, and idle for a while."""
     trial.delete(sorted(trial.keys))
     gc.collect()
     time.sleep(REST_S)
@@ -359,7 +359,7 @@ def rest(trial: Trial) -> None:
 
 
 def open_store(chance: random.Random, number: int) -> tensorkv.KVStore:
-    """Open a store by chance, of a new name or of one that others have had before."""
+    """Open a random store, with a new name or one used before."""
     kind = chance.choices(["dist_sync", "dist_async", "local", "embedded"], [4, 4, 1, 1])[0]
     name = chance.choice(["second", f"number {number}"])
     reduction = chance.choice(["sum", "mean"])

@@ -52,12 +52,12 @@ class Round:
 
     @property
     def allowed_s(self) -> float:
-        """What the job may take."""
+        """Maximum time of the job."""
         return 2 * self.imports_s + 1.0
 
 
 def measure_imports() -> float:
-    """Return the seconds that two processes take side by side to import torch and to end."""
+    """Return the seconds that two concurrent processes take to import torch and end."""
     begin = time.monotonic()
     processes = [subprocess.Popen([sys.executable, "-c", IMPORT], env=_environ()) for _ in range(2)]
     statuses = [process.wait(TIMEOUT_S) for process in processes]
@@ -77,7 +77,7 @@ def measure_job() -> float:
 
 
 def launcher_modules() -> str:
-    """Run a job, and return what its launcher, with the scheduler in it, has imported."""
+    """Run a job, and return the imports and memory of its launcher, which includes the scheduler."""
     printed = _run([sys.executable, "-c", LAUNCHER, *_arguments()])
     found = re.search(r"launcher: (.+)", printed)
     if found is None:
@@ -86,7 +86,7 @@ def launcher_modules() -> str:
 
 
 def report(rounds: Sequence[Round]) -> list[str]:
-    """Return the lines that say how it went."""
+    """Return the results as lines."""
     imports_s = statistics.median(each.imports_s for each in rounds)
     job_s = statistics.median(each.job_s for each in rounds)
     allowed_s = 2 * imports_s + 1.0
@@ -113,7 +113,7 @@ def _run(command: Sequence[str]) -> str:
 
 
 def _environ() -> dict[str, str]:
-    """Measure the source beside this folder, whatever is installed."""
+    """Return an environment that measures the source beside this folder, not an installed one."""
     paths = [str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 

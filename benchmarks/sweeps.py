@@ -1,4 +1,4 @@
-"""How the cost of a step grows: one thing at a time is changed, the others stay."""
+"""How the cost of a step grows: each sweep varies one parameter and keeps the others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ AROUND = Case(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """One thing that changes: `points` are its values and the cases that have them."""
+    """One varied parameter: `points` are its values, with their cases."""
 
     name: str
     title: str
@@ -38,14 +38,14 @@ class Sweep:
     points: Sequence[tuple[str, Case]]
 
     def fitting(self) -> tuple[list[tuple[str, Case]], list[str]]:
-        """Return the points to measure, and the values of those that take over half of the memory."""
+        """Return the points to measure, and the values of those that need over half of the memory."""
         limit_bytes = memory_bytes() // 2
         fits = [(value, case) for value, case in self.points if needed_bytes(case) <= limit_bytes]
         return fits, [value for value, case in self.points if needed_bytes(case) > limit_bytes]
 
 
 def needed_bytes(case: Case) -> int:
-    """Return what a case takes, about: each worker's gradients, results and window, the servers' values."""
+    """Estimate the memory of a case: each worker's gradients, results and window, the servers' values."""
     model_bytes = num_elems(case.plan.shapes) * ITEMSIZES[case.plan.dtype]
     states = {"assign": 0, "sgd": 1, "adam": 2}[case.plan.updater]
     return model_bytes * (3 * case.num_workers + case.num_workers + 2 + states)
@@ -102,11 +102,11 @@ SWEEPS = [
 
 
 Found = Mapping[str, Mapping[str, Times]]
-"""What a sweep has found: value, then system, to its times."""
+"""Results of a sweep: times by value, then system."""
 
 
 def medians_ms(found: Found) -> dict[str, dict[str, float]]:
-    """Return the median step in milliseconds by line and value. A system is a line; the floor is two."""
+    """Return the median step in milliseconds by line and value. Each system is a line; the floor has two."""
     lines: dict[str, dict[str, float]] = {}
     for value, systems in found.items():
         for system, ways in systems.items():

@@ -1,4 +1,4 @@
-"""The systems that are measured, which of them can do a case, and measuring them in turn."""
+"""The measured systems, which of them support a case, and measuring them in turn."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.console import Console
 from tables import Row
 
 SYSTEMS = ("tensorkv", "tensorkv-shm", "tensorkv-lent", "mxnet", "gloo", "ray", "floor")
-"""In the order in which they are measured. TensorKV goes over TCP, as MXNet and gloo do, "tensorkv-shm"
-through shared memory, and "tensorkv-lent" too, from tensors of `empty_like`."""
+"""The systems, in the order of measurement. "tensorkv" uses TCP, as MXNet and gloo do; "tensorkv-shm" uses
+shared memory, and so does "tensorkv-lent", which pushes tensors of `empty_like`."""
 
 OURS = ("tensorkv", "tensorkv-shm", "tensorkv-lent", "floor")
 NEED_A_PYTHON = tuple(peer.name for peer in PEERS)
@@ -24,12 +24,12 @@ JOB_TIMEOUT_S = 300.0
 def job_makers(
     case: Case, systems: Sequence[str], pythons: Mapping[str, str], folder: Path
 ) -> dict[str, JobMaker]:
-    """Return the systems that can do the case, in order, with what makes their jobs.
+    """Return the systems that support the case, in order, with the makers of their jobs.
 
     Args:
-        case: what they are to do.
+        case: the case to measure.
         systems: names out of SYSTEMS.
-        pythons: the interpreters that have MXNet and Ray; without its own a system cannot do anything.
+        pythons: the interpreters with MXNet and Ray; a system without its interpreter is omitted.
         folder: an empty folder that lasts as long as the jobs.
     """
     makers: dict[str, JobMaker] = {
@@ -49,7 +49,7 @@ def job_makers(
 
 
 def can_do(system: str, case: Case) -> bool:
-    """Whether a system can do what a case asks for."""
+    """Whether a system supports a case."""
     plan, of_float32 = case.plan, case.plan.dtype == "float32"
     if system == "tensorkv":
         return True
@@ -59,19 +59,19 @@ def can_do(system: str, case: Case) -> bool:
         return case.is_dist and plan.updater == "assign" and not plan.pushes and of_float32
     if system == "mxnet":
         return of_float32
-    if system == "gloo":  # an all-reduce has no updater, and with one worker nothing to do
+    if system == "gloo":  # an all-reduce has no updater, and is trivial with one worker
         reduces = case.is_dist and case.num_workers > 1
         return reduces and plan.updater == "assign" and not plan.pushes
     if system == "ray":
         return case.kind == "dist_sync" and plan.updater in ("assign", "sgd") and of_float32
-    # There is no floor of several processes with an optimizer.
+    # There is no floor for several processes with an optimizer.
     return of_float32 and not plan.pushes and (not case.is_dist or plan.updater == "assign")
 
 
 def measure(case: Case, makers: Mapping[str, JobMaker], rounds: int, console: Console) -> dict[str, Times]:
-    """Run every system once per round, in turn, and return what each step took.
+    """Run every system once per round, in turn, and return the step times.
 
-    A peer of which a job fails is left out: it has no times then.
+    A peer with a failed job is omitted: it has no times.
 
     Raises:
         JobFailed: a job of ours failed; nothing of it is left running.
@@ -98,7 +98,7 @@ def measure(case: Case, makers: Mapping[str, JobMaker], rounds: int, console: Co
 
 
 def rows_of(case: Case, times: Mapping[str, Times]) -> list[Row]:
-    """Return the table's rows for what `measure` returned."""
+    """Return the table's rows for results of `measure`."""
     ours = times.get("tensorkv", {})
     rows = []
     for system, ways in times.items():

@@ -54,7 +54,7 @@ def terminal_table(title: str, rows: Sequence[Row]) -> Table:
 
 
 def goals_table(verdicts: Sequence[Verdict]) -> Table:
-    """Return what was asked and what was found as a table for rich."""
+    """Return goals and results as a table for rich."""
     table = Table(*goals.COLUMNS, title="Goals", title_justify="left", box=SIMPLE_HEAD)
     for verdict in verdicts:
         style = "yellow" if verdict.reached is None else "green" if verdict.reached else "red"
@@ -63,7 +63,7 @@ def goals_table(verdicts: Sequence[Verdict]) -> Table:
 
 
 def goals_markdown(verdicts: Sequence[Verdict]) -> str:
-    """Return what was asked and what was found as markdown: what was reached first, what falls short last."""
+    """Return goals and results as markdown: reached goals first, missed ones last."""
     ordered = sorted(verdicts, key=lambda verdict: not verdict.reached)
     lines = [_line(goals.COLUMNS), _line(["---"] * 3 + ["--:", "---"])]
     return "\n".join([*lines, *(_line(verdict.cells()) for verdict in ordered), ""])

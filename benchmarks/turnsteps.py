@@ -15,17 +15,17 @@ from tensorkv.stores.registry import create
 
 
 class Turns:
-    """This job's turns: `next` is called before each step, and waits after every `num_steps` of them.
+    """This job's turns: call `next` before each step; it waits after every `num_steps` of them.
 
     Args:
-        mine: the FIFO in which a byte is this job's turn.
-        others: the other job's.
-        num_steps: how many steps a turn is.
+        mine: the FIFO in which a byte gives this job the turn.
+        others: the FIFO of the other job.
+        num_steps: number of steps in a turn.
         second: whether the other job begins, once this one is ready.
     """
 
     def __init__(self, mine: str, others: str, num_steps: int, second: bool) -> None:
-        # Open for both, so that neither open nor write waits for the other job, or fails after its end.
+        # Open read-write, so that neither open nor write waits for the other job, or fails after its end.
         self._mine = os.open(mine, os.O_RDWR | os.O_CLOEXEC)
         self._others = os.open(others, os.O_RDWR | os.O_CLOEXEC)
         self._num_steps = num_steps
@@ -33,7 +33,7 @@ class Turns:
         self._is_mine = second
 
     def next(self) -> None:
-        """Wait until a step may be made."""
+        """Wait until this job may run a step."""
         if not self._left:
             if self._is_mine:
                 self.end()
@@ -43,7 +43,7 @@ class Turns:
         self._left -= 1
 
     def end(self) -> None:
-        """Give the turn to the other job."""
+        """Pass the turn to the other job."""
         os.write(self._others, b"1")
 
 
@@ -73,7 +73,7 @@ def main() -> None:
         num_tensors = 1 if plan.pushes else kv.num_workers * plan.num_devices
         of_one = None if plan.updater == "assign" else TorchExpected(plan, num_tensors)
         expected = expectation(plan, kv.num_workers, of_one)
-        if kv.rank != 0:  # the others wait for rank 0 in its barriers
+        if kv.rank != 0:  # the others wait for rank 0 in the barriers
             run(system, plan, expected, pull=system.pull)
             return
         turns = Turns(arguments.mine, arguments.others, arguments.turn, arguments.second)

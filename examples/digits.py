@@ -78,7 +78,7 @@ def train_epoch(kv: tensorkv.KVStore, net: nn.Module, data: Digits, indices: tup
     weights = dict(net.named_parameters())
     kv.barrier()
     start = time.perf_counter()
-    shown = kv.rank == 0 and get_console().is_terminal  # elsewhere a bar would leave a blank line
+    shown = kv.rank == 0 and get_console().is_terminal  # without a terminal, a bar leaves a blank line
     for chosen in track(indices, "training", transient=True, disable=not shown):
         mine = chosen[kv.rank :: kv.num_workers]
         pushed = gradients(net, data.train_images[mine], data.train_labels[mine], len(chosen))
@@ -103,8 +103,8 @@ def main() -> None:
         kv.set_optimizer(torch.optim.SGD, keys=list(weights), lr=0.05, momentum=0.9)
         if args.save and Path(args.save, "tensorkv.json").exists():
             kv.load(args.save)
-        kv.init({**weights, "epochs": torch.tensor(0)})  # where a save was loaded they stay as they are
-        kv.pull(out=weights)  # everybody starts from rank 0's weights, or those of the save
+        kv.init({**weights, "epochs": torch.tensor(0)})  # keeps the values of a loaded save
+        kv.pull(out=weights)  # every worker starts from rank 0's weights, or those of the save
         for epoch in range(int(kv.pull("epochs")) + 1, args.epochs + 1):
             seconds = train_epoch(kv, net, data, batches(num_images, args.batch, args.seed, epoch))
             if kv.rank == 0:

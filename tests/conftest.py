@@ -1,7 +1,7 @@
-"""What holds for every test: seeds, a clean environment, and nothing left behind.
+"""Fixtures of every test: seeds, a clean environment, and no leaks.
 
-A test fails if it leaves a thread, a child process or a socket. What ends by itself within a few
-seconds of the test's end is not a leak; what has to be ended by somebody is.
+A test fails if it leaks a thread, a child process or a socket. Those that end by themselves within a few
+seconds of the test's end are not leaks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Before torch is imported, here or in a process that a test starts: whole jobs run on few cores.
+# Set before torch is imported, here or in a process of a test: whole jobs run on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
@@ -24,13 +24,13 @@ import numpy as np
 import pytest
 import torch
 
-pytest_plugins = ["barepeers"]  # of tests/helpers
+pytest_plugins = ["barepeers"]  # in tests/helpers
 
 SEED = int(os.environ.get("TEST_SEED", "0"))
 GRACE_S = 10.0
 
-# Ignored under nohup, and in the background of a script; then also in all that tests start, and some of
-# them wait for what these do. Of whoever handles them they stay.
+# nohup, and a script's background, ignore these signals. Processes of tests would inherit that, and some
+# tests wait for the signals' effect. Handlers other than SIG_IGN stay.
 for _signum, _usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(_signum) is signal.SIG_IGN:
         signal.signal(_signum, _usual)
@@ -40,13 +40,13 @@ hypothesis.settings.load_profile("tensorkv")
 
 
 def pytest_report_header() -> str:
-    """Tell the seed of this run."""
+    """Print the seed of this run."""
     return f"seed of random, numpy and torch: {SEED} (TEST_SEED sets it)"
 
 
 @pytest.fixture(autouse=True)
 def seeds() -> None:
-    """Start every test from the same random numbers."""
+    """Seed every test with the same numbers."""
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
@@ -54,7 +54,7 @@ def seeds() -> None:
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """Run every test outside a job, and undo what it does to the environment."""
+    """Run every test outside a job, and restore the environment after it."""
     before = dict(os.environ)
     for name in before:
         if name.startswith("TENSORKV_"):
@@ -66,7 +66,7 @@ def environment() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """Fail a test that leaves threads, child processes or sockets behind."""
+    """Fail a test that leaks threads, child processes or sockets."""
     threads, children, sockets = _threads(), _children(), _sockets()
     yield
     deadline = time.monotonic() + GRACE_S
@@ -81,7 +81,7 @@ def nothing_left() -> Iterator[None]:
 
 @pytest.fixture
 def count_descriptors() -> Callable[[], int]:
-    """Counts the open descriptors of this process; garbage of other tests holds none of them any more."""
+    """Return a function that counts this process's open descriptors; collects other tests' garbage first."""
     gc.collect()
     return lambda: len(os.listdir("/proc/self/fd"))
 
@@ -103,12 +103,12 @@ def _children() -> set[int]:
         try:
             pids.update(int(pid) for pid in (task / "children").read_text().split())
         except (FileNotFoundError, ProcessLookupError):
-            continue  # that thread ended while we looked
+            continue  # that thread has just ended
     return {pid for pid in pids if not _is_helper(pid)}
 
 
 def _is_helper(pid: int) -> bool:
-    """Whether a child is multiprocessing's own, which lives as long as this process."""
+    """Whether a child belongs to multiprocessing itself, and lives as long as this process."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -143,7 +143,7 @@ def _sockets() -> set[str]:
         try:
             target = os.readlink(f"/proc/self/fd/{entry}")
         except FileNotFoundError:
-            continue  # the descriptor of this very listing
+            continue  # the descriptor of this listing
         if target.startswith("socket:"):
             names.add(target)
     return names
@@ -151,5 +151,5 @@ def _sockets() -> set[str]:
 
 def _left_sockets(before: set[str]) -> list[str]:
     if _sockets() - before:
-        gc.collect()  # one that only a cycle of garbage holds is reported by its own ResourceWarning
+        gc.collect()  # a socket held only by a garbage cycle reports itself by a ResourceWarning
     return sorted(_sockets() - before)

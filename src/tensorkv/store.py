@@ -1,11 +1,11 @@
-"""KVStore: the contract of every store, and the one place where its promises are written.
+"""KVStore: the contract of every store, and the only place that states its promises.
 
-The public methods check what every kind checks alike (closed, forked, keys, forms of arguments) and
-call one abstract method each, which a kind of store implements once. Which kinds there are stands in
-`tensorkv.stores`; that they keep the promises is shown by `tensorkv.testing`, one suite for all.
+Each public method does the checks common to all kinds (closed, forked, keys, forms of arguments), then
+calls one abstract method, which each kind implements. `tensorkv.stores` lists the kinds;
+`tensorkv.testing`, one suite for all, checks that they keep the promises.
 
-Words: a worker's n-th push of a key belongs to round n of that key. A round is open while
-contributions arrive, merged when every worker that must contribute has, applied when the updater
+Terms: a worker's n-th push of a key belongs to round n of that key. A round is open while
+contributions arrive, merged when every worker that must contribute has done so, applied when the updater
 has run. `round` counts rounds, `version` counts updates.
 """
 
@@ -44,23 +44,23 @@ Reduction = Literal["sum", "mean"]
 UpdaterFunction = Callable[[Key, torch.Tensor, torch.Tensor], None]
 Names = Key | Iterable[Key] | None
 
-opaque_methods(Work)  # from here: work.py does without torch
+opaque_methods(Work)  # here, because work.py does not import torch
 
 MIN_WEIGHT, MAX_WEIGHT = 1e-18, 1e18
-"""Least and greatest weight of a push: its products with values overflow hardly sooner than values do."""
+"""Minimum and maximum weight of a push: weighted values overflow hardly sooner than the values do."""
 
 MAX_TIMEOUT_S = 1e9
-"""A deadline that is further away, infinitely far say, counts as this: 31 years. The system takes no more."""
+"""Maximum timeout, 31 years; longer ones, even infinite, are clipped to it. The system takes no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyInfo:
-    """What a store knows about a key.
+    """Information about a key.
 
-    `version` counts updates applied, `round` rounds, also empty ones; of a sliced value both are those
-    of its slice that is least far. `num_slices` is 1 for a whole value. `generation` counts the
-    initialisations of this name, from 1. `state_bytes` is the size of what the optimizer keeps for the key
-    where its value lives, momentum say, over all slices; `value_bytes` that of the value itself.
+    `version` counts applied updates, `round` rounds, including empty ones; of a sliced value both are the
+    minimum over its slices. `num_slices` is 1 for a whole value. `generation` counts the
+    initialisations of this name, from 1. `state_bytes` is the size of the optimizer's state of the key,
+    momentum say, over all slices; it lives with the value. `value_bytes` is the size of the value itself.
     """
 
     key: Key
@@ -75,16 +75,16 @@ class KeyInfo:
 
     @property
     def value_bytes(self) -> int:
-        """The size of the value."""
+        """Size of the value."""
         return size_bytes(self.shape, self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitResult:
-    """What a commit did.
+    """Outcome of a commit.
 
     `applied` is False if some worker asked to skip or, with `check_finite`, an element was not finite;
-    then no value changed. `norm` is the Euclidean norm of all that was pushed, before clipping; None
+    then no value changed. `norm` is the Euclidean norm of all pushed values, before clipping; None
     if neither `max_norm` nor `check_finite` was given.
     """
 
@@ -96,19 +96,19 @@ class CommitResult:
 class KVStore(ABC):
     """A place to share tensors across devices and machines.
 
-    Keys are ints or strings, one of the two in a store. Values are dense tensors of a fixed shape and
-    dtype. Every verb takes one key, a list of keys with a list of values, or a dict; where a value
-    stands, a list of values, one per device, may stand. Torch tensors, NumPy arrays and arrays with
-    `__dlpack__` are taken; a store never keeps the caller's memory.
+    The keys of a store are either ints or strings. Values are dense tensors of a fixed shape and
+    dtype. Every verb takes one key, a list of keys with a list of values, or a dict; each value
+    may also be a list of values, one per device. A store accepts torch tensors, NumPy arrays and arrays
+    with `__dlpack__`, and never keeps the caller's memory.
 
-    Where a dict may stand, so may pairs, `model.named_parameters()` say, and a module. A module stands for
-    its parameters under the names of `named_parameters()`, frozen ones included and one that is tied under
-    its first name; where gradients are expected, in `push` and `pushpull`, for the `.grad` of each. Buffers
-    are not among them: most are no floats, and none has a gradient. `kv.init(model.named_buffers())` and
-    `kv.put(model.named_buffers())` share those, `model.state_dict()` both.
+    Instead of a dict, a verb also takes pairs, `model.named_parameters()` say, or a module. A module stands
+    for its parameters under the names of `named_parameters()`: frozen ones included, a tied one under its
+    first name. In `push` and `pushpull`, which expect gradients, it stands for the `.grad` of each. Buffers
+    are excluded: most are not floats, and none has a gradient. Share them with
+    `kv.init(model.named_buffers())` and `kv.put(model.named_buffers())`, or both with `model.state_dict()`.
 
-    A store is a context manager. A call that is refused changes nothing. Methods may be called from
-    several threads; calls of one thread on one key take effect in program order.
+    A store is a context manager. A refused call changes nothing. Several threads may call methods;
+    one thread's calls on one key take effect in program order.
     """
 
     def __init__(self, kind: str, *, store: str, reduction: Reduction, timeout_s: float) -> None:
@@ -123,7 +123,7 @@ class KVStore(ABC):
         self._reduction: Reduction = reduction
         self._timeout_s = seconds("timeout_s", timeout_s)
         self._parameters = ParameterTable()
-        self._watched = self._parameters.watched  # beside it, for a push that is made again and again
+        self._watched = self._parameters.watched  # an alias: a repeated push is a fast path
         self._key_type: type | None = None  # int or str once the store has a key
         self._closed = False
         self._pid = os.getpid()
@@ -132,7 +132,7 @@ class KVStore(ABC):
 
     @property
     def kind(self) -> str:
-        """The kind of store, as given to `create`.
+        """Kind of the store, as given to `create`.
 
         Example:
             ```python
@@ -144,7 +144,7 @@ class KVStore(ABC):
 
     @property
     def name(self) -> str:
-        """The name of the store within its job, as given to `create(store=...)`.
+        """Name of the store within its job, as given to `create(store=...)`.
 
         Example:
             ```python
@@ -157,7 +157,7 @@ class KVStore(ABC):
 
     @property
     def reduction(self) -> Reduction:
-        """ "sum", or "mean" over all tensors that went into a round.
+        """ "sum", or "mean" over all tensors of a round.
 
         Example:
             ```python
@@ -171,7 +171,7 @@ class KVStore(ABC):
     @property
     @abstractmethod
     def rank(self) -> int:
-        """The number of this worker in its job, from 0, in the order of the launcher.
+        """Number of this worker in its job, from 0, in the launcher's order.
 
         Example:
             ```python
@@ -185,7 +185,7 @@ class KVStore(ABC):
     @property
     @abstractmethod
     def num_workers(self) -> int:
-        """The number of workers in the job.
+        """Number of workers in the job.
 
         Example:
             ```python
@@ -196,7 +196,7 @@ class KVStore(ABC):
 
     @property
     def world_size(self) -> int:
-        """The number of workers, under the name torch.distributed gives it.
+        """Number of workers, under torch.distributed's name for it.
 
         Example:
             ```python
@@ -210,24 +210,24 @@ class KVStore(ABC):
     # ---- values ----------------------------------------------------------------------------------
 
     def init(self, key: Any, value: Any = None, *, whole: bool = False) -> None:
-        """Create keys with their first values, which are copied.
+        """Create keys with copies of their initial values.
 
         Rank 0's value counts. On another rank the call waits for rank 0's and compares shape and
-        dtype. A key can be initialised once, and again after `delete`.
+        dtype. You can initialise a key once, and again after `delete`.
 
         Args:
             key: a key, a list of keys, a dict of key to value, pairs, or a module for its parameters.
-            value: a tensor of any shape and device for each key; values stay fixed in shape and dtype.
-            whole: keep each value on one server even where its updater would allow to slice it.
+            value: a tensor of any shape and device for each key; it fixes the value's shape and dtype.
+            whole: keep each value on one server, even if its updater would allow slicing it.
 
         Raises:
-            KeyAlreadyInitialized: one of the keys exists; none is created then.
-            DuplicateKey: a key stands twice in the call.
+            KeyAlreadyInitialized: one of the keys exists; none is created.
+            DuplicateKey: a key appears twice in the call.
             SettingMismatch: shape, dtype or `whole` differ from rank 0's.
-            InvalidKey: also an int of more than 64 bits, and text that is not valid Unicode.
+            InvalidKey: also for an int of more than 64 bits, or text that is not valid Unicode.
             InvalidValue: a tensor that is not dense or keeps its data elsewhere, a DTensor say; a dtype that
-                torch cannot add, uint16 say, or not take a mean of.
-            MemoryLimitReached: there is no memory to make a value contiguous.
+                torch cannot add, uint16 say, or cannot average.
+            MemoryLimitReached: no memory to make a value contiguous.
             InvalidArgument, LengthMismatch, WaitTimeout, PeerLostError.
 
         Blocks until the values are stored.
@@ -261,25 +261,25 @@ class KVStore(ABC):
     ) -> Work | None:
         """Add values to the current round of their keys.
 
-        The values of several devices are summed first, in list order; then the workers' sums, in rank
-        order; the updater combines the result with the stored value. In `dist_async` every push is a
+        The store sums the values of several devices first, in list order; then the workers' sums, in rank
+        order. The updater combines the result with the stored value. In `dist_async` every push is a
         round of its own.
 
-        The default updater replaces the value by the result. Rank 0 is warned once (UserWarning) if it
-        pushes anything but the parameter itself to a key that it gave a parameter that requires a gradient,
-        while nothing was set or loaded: gradients, most likely.
+        The default updater replaces the value by the result. Rank 0 gets one UserWarning if no updater or
+        optimizer was set and nothing loaded, it initialised a key with a parameter that requires a gradient,
+        and it pushes anything but that parameter to the key: gradients, most likely.
 
         Args:
             key: a key, a list of keys, a dict of key to value, pairs, or a module for the gradients of its
                 parameters. The same key twice is the sum.
             value: per key a tensor, a list of tensors (one per device), or `tensorkv.ABSENT` to take
-                part without a value, where a parameter has no gradient say. Shapes as initialised; floats
+                part without a value, if a parameter has no gradient say. Shapes as initialised; floats
                 are cast to the stored dtype.
             apply: False only merges; `commit` then applies.
-            weight: with reduction="mean", what each key of this push counts in the mean of its round,
-                whatever the number of its tensors: how many samples it stands for, say. None counts each
-                tensor as one. 0 is as ABSENT. Where nobody else pushes to a round, and so in one process
-                and in `dist_async`, it makes no difference.
+            weight: with reduction="mean", the weight of each key of this push in the mean of its round,
+                whatever the number of its tensors: its number of samples, say. None counts each
+                tensor as one. 0 is like ABSENT. If no other worker pushes to the round, as in one process
+                and in `dist_async`, the weight makes no difference.
             async_op: return a `Work` at once; the tensors must not change until it is complete.
 
         Returns:
@@ -290,7 +290,7 @@ class KVStore(ABC):
             UpdaterError: the updater raised in an earlier round this worker contributed to.
             KeyDeleted, InvalidKey, InvalidValue, InvalidArgument, LengthMismatch, PeerLostError.
 
-        Returns when the caller may change its tensors. Waits for other workers only where an earlier
+        Returns once the caller may change its tensors. Waits for other workers only if an earlier
         push of the same key is not merged yet.
 
         Example:
@@ -320,18 +320,18 @@ class KVStore(ABC):
         call waits for that round. In `dist_async` it gets the newest value, each slice read whole.
 
         Args:
-            key: a key or a list of keys; left away if `out` is a dict of key to destination, pairs, or a
-                module whose parameters are to be written.
+            key: a key or a list of keys; omit it if `out` is a dict of key to destination, pairs, or a
+                module whose parameters to write.
             out: per key a tensor, or a list of tensors (one per device), of the initialised shape; any
-                float dtype for a float value. Without it new tensors are made, on the CPU.
+                float dtype for a float value. Without it, pull creates new tensors on the CPU.
             async_op: return a `Work` whose `result()` is the value.
 
         Returns:
             `out` if given; else a tensor, or a list of tensors for a list of keys; or the Work.
 
         Raises:
-            KeyNotInitialized, ShapeMismatch, DtypeMismatch, InvalidOut: nothing was written. Memory that is
-                read-only is refused where its owner says so: NumPy's flag, DLPack since 1.0, JAX.
+            KeyNotInitialized, ShapeMismatch, DtypeMismatch, InvalidOut: nothing was written. Read-only
+                memory is refused if its owner marks it so: NumPy's flag, DLPack since 1.0, JAX.
             UncommittedPush: this worker pushed the key with `apply=False` and has not committed.
             UpdaterError: the updater raised in a round this worker contributed to.
             WaitTimeout: the round was not complete in time; `out` may be partly written.
@@ -368,11 +368,11 @@ class KVStore(ABC):
         Args:
             key, value, weight: as in `push`.
             out: as in `pull`, a destination per distinct key in the order of their first appearance; a
-                dict, pairs or a module if `key` is one of them. Without it new tensors are returned.
+                dict, pairs or a module if `key` is one of them. Without it, new tensors are returned.
             async_op: return a `Work` whose `result()` is the value.
 
         Returns:
-            As `pull`; for a dict, pairs or a module without `out` a dict.
+            As `pull`; a dict if `key` is a dict, pairs or a module and there is no `out`.
 
         Raises:
             What `push` and `pull` raise.
@@ -400,18 +400,18 @@ class KVStore(ABC):
         return self._pushpull(pushed, pulled, async_op)
 
     def empty_like(self, key: Any) -> Any:
-        """Return new tensors to push from, of the shape and dtype of keys and of any content, on the CPU.
+        """Return new CPU tensors to push from, uninitialised, with the shape and dtype of keys.
 
-        Where workers and servers share memory (see `create`) they lie in it, and a push of them copies
-        nothing: it lends them to the servers, which read them where they lie. So after a push they must
-        not be changed until a pull of their keys by this worker has returned. Everywhere else they are
-        tensors like any other, and a push of them, too.
+        If workers and servers share memory (see `create`), the tensors lie in it, and a push of them is
+        zero-copy: it lends them to the servers, which read them in place. So after a push, do not change
+        them until this worker's pull of their keys has returned. Otherwise they are ordinary tensors,
+        pushed like any other.
 
         Args:
-            key: a key or a list of keys. Asked for in one call they lie together, which is quickest to push.
+            key: a key or a list of keys. Tensors of one call are contiguous, which is fastest to push.
 
         Returns:
-            A tensor, or a list of tensors for a list of keys. Let them go, and their memory is free.
+            A tensor, or a list of tensors for a list of keys. Dropping them frees their memory.
 
         Raises:
             KeyNotInitialized, InvalidKey, LengthMismatch.
@@ -433,7 +433,7 @@ class KVStore(ABC):
         return found if is_list else found[0]
 
     def broadcast(self, key: Any, value: Any = None, out: Any = None) -> Any:
-        """Init, then pull into `out`: every worker ends with rank 0's value. Once per key, as `init`.
+        """Init, then pull into `out`, so that every worker has rank 0's value. Once per key, like `init`.
 
         Args, returns and errors are those of `init` and `pull`; `broadcast(model, out=model)` gives every
         worker rank 0's parameters.
@@ -458,24 +458,24 @@ class KVStore(ABC):
         return self._pull(asked, False)
 
     def put(self, key: Any, value: Any = None) -> None:
-        """Replace values outside rounds: this worker alone says what they are from now on.
+        """Replace values outside rounds: this worker alone sets them.
 
         For restoring, publishing and statistics. No updater runs; `round` and the optimizer's state stay,
-        `version` goes up by one. It takes effect slice by slice, each whole: after this worker's own last
-        push of the key is applied, and before any round that is still open is. Nobody else need call it.
+        `version` goes up by one. A put is atomic per slice: it takes effect after this worker's own last
+        push of the key is applied, and before any round that is still open. No other worker need call it.
 
         Args:
             key: a key, a list of keys, a dict of key to value, pairs, or a module for its parameters.
-            value: one tensor for each key, of the shape as initialised; floats are cast to the stored dtype.
+            value: one tensor for each key, of the initialised shape; floats are cast to the stored dtype.
 
         Raises:
             KeyNotInitialized, ShapeMismatch, DtypeMismatch, UncommittedPush: no value was changed.
-            DuplicateKey: a key stands twice, or has values of several devices, in the call.
+            DuplicateKey: a key appears twice in the call, or has values of several devices.
             UpdaterError: the updater raised in an earlier round this worker contributed to.
-            KeyDeleted: another worker has deleted a key meanwhile; others of the call may be replaced.
+            KeyDeleted: another worker has deleted a key meanwhile; other values of the call may be replaced.
             InvalidKey, InvalidValue, InvalidArgument, LengthMismatch, WaitTimeout, PeerLostError.
 
-        Blocks until every server has replaced what it holds.
+        Blocks until every server has replaced its part.
 
         Example:
             ```python
@@ -495,16 +495,16 @@ class KVStore(ABC):
     def commit(
         self, *, max_norm: float | None = None, skip: bool = False, check_finite: bool = False
     ) -> CommitResult:
-        """Apply everything that was pushed with `apply=False`, on all workers together.
+        """Apply all pushes made with `apply=False`, on all workers together.
 
-        The norm is taken, and the clipping done, on the sum of each round (or its mean) as it is handed
-        to the updater: rounded to the dtype the key is stored in. Squares are added up in float64,
-        so neither float16 nor a huge element makes the norm overflow. The norm is the same to
-        the last bit in every kind of store for values that are not sliced.
+        Norm and clipping use the sum of each round (or its mean) as passed to the updater: rounded to the
+        stored dtype of the key. Squares are accumulated in float64, so neither float16 nor a huge element
+        makes the norm overflow. For values that are not sliced, the norm is bitwise equal in every kind of
+        store.
 
         Args:
-            max_norm: scale all that was pushed so that its Euclidean norm over all keys is at most
-                this, as torch.nn.utils.clip_grad_norm_ does.
+            max_norm: maximum Euclidean norm over all keys; scales all pushed values down to it, as
+                torch.nn.utils.clip_grad_norm_ does.
             skip: drop the round instead; OR-ed over the workers.
             check_finite: drop the round if an element of it is infinite or NaN.
 
@@ -514,8 +514,8 @@ class KVStore(ABC):
         Raises:
             CommitMismatch: the workers' keys, `max_norm` or `check_finite` differ; every worker gets
                 this and nothing is committed.
-            DtypeMismatch: `max_norm` is given and a key that was pushed is neither float nor complex;
-                every worker gets this, nothing is committed, and commit may be called again without it.
+            DtypeMismatch: `max_norm` is given and a pushed key is neither float nor complex; every worker
+                gets this, nothing is committed, and you may call commit again without it.
             NotSupported: in `dist_async`, which has no rounds to commit.
             UpdaterError, WaitTimeout, PeerLostError.
 
@@ -537,25 +537,25 @@ class KVStore(ABC):
     # ---- settings --------------------------------------------------------------------------------
 
     def set_updater(self, updater: UpdaterFunction | str | None, *, elementwise: bool = False) -> None:
-        """Choose how a round's sum is combined with the stored value, for all keys.
+        """Set the function that combines a round's sum with the stored value, for all keys.
 
         Args:
             updater: `fn(key, pushed, stored)`, which changes `stored` in place, by `stored.add_(pushed)` say;
                 or a name: "assign" (also None; the default), "add". A function runs on a copy that is kept
-                only if it succeeds; functions run one at a time, in list order. Both tensors are the
-                function's own to keep: neither changes after the call. To return anything but `stored` or
-                nothing is an error (UpdaterError, by the push). To bind `stored` anew, by
-                `stored = stored + pushed`, changes nothing and cannot be noticed.
+                only if it succeeds; functions run one at a time, in list order. The function may keep both
+                tensors: neither changes after the call. Returning anything but `stored` or None is an
+                error (UpdaterError, raised by the push). Rebinding `stored`, as in
+                `stored = stored + pushed`, changes nothing and cannot be detected.
             elementwise: the function treats each element on its own, so values may be sliced.
 
-        In a distributed store the setting is rank 0's and must agree on all ranks that make it; it
-        holds from rank 0's next push of each key. The function must be found by name on the servers:
-        at the top level of the script or in a module.
+        In a distributed store rank 0's setting counts, and all ranks that make it must agree; it
+        applies from rank 0's next push of each key. Servers must find the function by name: at the top
+        level of the script or in a module.
 
         Raises:
             UnknownUpdater, NotShippable, NotElementwise, SettingMismatch, WaitTimeout, PeerLostError.
 
-        Blocks until every server has taken it.
+        Blocks until every server has the setting.
 
         Example:
             ```python
@@ -580,18 +580,18 @@ class KVStore(ABC):
         keys: Names = None,
         **options: Any,
     ) -> None:
-        """Let a torch optimizer be the updater: what is pushed are gradients, what is stored parameters.
+        """Use a torch optimizer as the updater: workers push gradients, the store holds parameters.
 
-        Its state stays where the value lives. It is kept for each key for which the call asks for what
-        holds already, the same optimizer with the same options, or repeats the last call that was made
-        for the key; anything else starts afresh.
+        Its state lives with the value. A key keeps its state if the call asks for the setting in force
+        (the same optimizer with the same options), or repeats the last call made for the key; any other
+        call starts afresh.
 
-        An optimizer that was made for a model stands for its class and the options of its groups, as they are
-        now; nothing else of it goes to the servers, and it is not changed. One group, or several of the same
-        options, is for all keys. Of several each is for the keys of its parameters: those that a parameter
-        was given to `init` as, else its name, where torch has recorded it (`named_parameters()`); other keys
-        stay as they are. A learning rate scheduler goes on with the object here: tell the servers by
-        `set_optimizer_options(lr=...)`.
+        An optimizer instance stands for its class and the current options of its groups; nothing else of it
+        goes to the servers, and the call does not change it. One group, or several with the same options,
+        applies to all keys. Otherwise each group applies to the keys of its parameters: those that `init`
+        was given the parameter for, else its name, if torch has recorded it (`named_parameters()`); other
+        keys stay as they are. A learning rate scheduler changes only the local object: update the servers
+        with `set_optimizer_options(lr=...)`.
 
             decay, rest = [net.weight], [net.bias]
             groups = [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
@@ -599,25 +599,25 @@ class KVStore(ABC):
             kv.set_optimizer(torch.optim.AdamW(groups, lr=1e-3))
 
         Args:
-            optimizer: a class, `torch.optim.SGD` say, its name in any case, "sgd", or an optimizer that has
+            optimizer: a class, `torch.optim.SGD` say, its name in any case, "sgd", or an instance that has
                 made no step.
-            keys: for these keys only, whether they are there yet or not; None means for all, those still
-                to come included. A later call for all replaces those for some.
+            keys: for these keys only, whether they exist yet or not; None means for all, including future
+                ones. A later call for all replaces those for some.
             **options: its options, `lr=0.1, momentum=0.9` say: plain numbers, bools, strings, None or
-                tuples of those. An optimizer that was made has its own.
+                tuples of those. An instance has its own.
 
         Raises:
             UnknownUpdater: no such optimizer; the text lists the known names.
             UnsupportedOptimizer: LBFGS (needs a closure), SparseAdam (needs sparse gradients).
-            InvalidOption: the optimizer refuses an option; or what it was made with cannot be told from its
-                groups (where a class of one's own does not keep it there): pass the class.
-            InvalidArgument: the optimizer has made steps, so that its state would be lost; or it cannot be
-                told which keys its groups are for. No group's setting is made then.
-            InvalidValue: it does not take the dtype or shape of a key.
-            NotElementwise: it needs whole values and a key it is for is sliced.
+            InvalidOption: the optimizer refuses an option; or the groups of an instance do not show its
+                options (a custom class may not keep them there): pass the class.
+            InvalidArgument: the instance has made steps, so its state would be lost; or the keys of its
+                groups are unknown. No group's setting is made then.
+            InvalidValue: it does not accept the dtype or shape of a key.
+            NotElementwise: it needs whole values and one of its keys is sliced.
             NotShippable, SettingMismatch, WaitTimeout, PeerLostError.
 
-        Blocks until every server has taken it. Holds from the same round as `set_updater`.
+        Blocks until every server has the setting. Applies from the same round as `set_updater`.
 
         Example:
             ```python
@@ -645,10 +645,10 @@ class KVStore(ABC):
         self._parameters.stop_watching()
 
     def set_optimizer_options(self, *, keys: Names = None, **options: Any) -> None:
-        """Change options of the optimizer, the learning rate say; its state is kept.
+        """Change options of the optimizer, the learning rate say, and keep its state.
 
         Args:
-            keys: for these keys only, whether they are there yet or not; None means for all.
+            keys: for these keys only, whether they exist yet or not; None means for all.
             **options: as in `set_optimizer`.
 
         Raises:
@@ -671,18 +671,18 @@ class KVStore(ABC):
     # ---- state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return values, optimizer state, versions and settings, all of it copied, for `load_state_dict`.
+        """Return copies of values, optimizer state, versions and settings, for `load_state_dict`.
 
-        A plain dict that `torch.save` writes and `torch.load(weights_only=True)` reads: "values" and
-        "versions" by key; "optimizer_state" by key and name, tensors that go with the value in its shape,
-        wherever its slices were; "settings" and "reduction" as plain data.
+        It is a plain dict that `torch.save` writes and `torch.load(weights_only=True)` reads: "values" and
+        "versions" by key; "optimizer_state" by key and name, per-element tensors in the shape of the value,
+        however it was sliced; "settings" and "reduction" as plain data.
 
-        Every worker that has not left has to call it, as a barrier. Rank 0 (the lowest that is still there)
-        gets the dict, the others an empty one. What sits in a round that waits for somebody, or for a
-        commit, is not in it. Each key is in it as of one moment, as in `save`.
+        Every worker that has not left must call it, like a barrier. Rank 0 (the lowest that has not left)
+        gets the dict, the others an empty one. The dict excludes rounds that wait for a worker or for a
+        commit. It is a consistent snapshot of each key, as in `save`.
 
         Raises:
-            SaveError: an optimizer keeps what is neither a tensor nor plain.
+            SaveError: an optimizer's state is neither tensors nor plain data.
             SettingMismatch: another worker has made another call of this kind.
             WaitTimeout, PeerLostError.
 
@@ -701,19 +701,19 @@ class KVStore(ABC):
         return self._state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` has returned, in a job of any size and in any kind of store.
+        """Restore what `state_dict` has returned, in a job of any size and in any kind of store.
 
-        Keys are created, or replaced if they are there with this very shape and dtype; others stay as they
-        are. Each is a new generation, so rounds start at 0, and versions go on. The next `init` of such a key
-        by each worker checks shape and dtype and leaves the value. The settings of the store are
-        replaced; a `set_optimizer` that repeats what was in force keeps the state. A function, and an
-        optimizer that is not torch's own, is in the dict by name only: set it before or after.
+        Keys are created, or replaced if they exist with the same shape and dtype; others stay as they
+        are. Each becomes a new generation, so rounds start at 0, and versions go on. Each worker's next
+        `init` of such a key checks shape and dtype and keeps the value. The settings of the store are
+        replaced; a `set_optimizer` that repeats the setting in force keeps the state. The dict holds a
+        function, or an optimizer that is not torch's own, by name only: set it before or after.
 
-        Every worker that has not left has to call it. Rank 0's dict counts; others may pass an empty one.
+        Every worker that has not left must call it. Rank 0's dict counts; others may pass an empty one.
 
         Raises:
-            LoadError: it is no such dict; every worker gets this, and nothing has changed.
-            ShapeMismatch, DtypeMismatch: a key is there with another shape or dtype; nothing has changed.
+            LoadError: the dict is invalid; every worker gets this, and nothing has changed.
+            ShapeMismatch, DtypeMismatch: a key exists with another shape or dtype; nothing has changed.
             SettingMismatch, WaitTimeout, PeerLostError.
 
         Blocks until the servers have everything.
@@ -734,19 +734,19 @@ class KVStore(ABC):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write values, optimizer state, versions and settings to a folder, as safetensors and an index.
 
-        Each server writes what it holds, so the folder, which is made if it is not there, has to be on a file
-        system that all of them and rank 0 share. A crash at any moment leaves an earlier save in the folder
-        whole; its files are removed when the new one is complete, and what crashes have left too. No other
-        files are touched. Others may save into the folder at the same time: it has the save that came last.
-        Rank 0 shows a progress bar on a terminal if there is much to write.
+        Each server writes its part, so all servers and rank 0 must share the file system of the folder,
+        which is created if missing. A crash at any moment leaves an earlier save in the folder intact; its
+        files, and any left by crashes, are removed once the new save is complete. No other files are
+        touched. Concurrent saves into the folder are safe: the last one wins. Rank 0 shows a progress bar on
+        a terminal if there is much to write.
 
-        Every worker that has not left has to call it, with the same folder, as a barrier: what all have
-        pushed before is in the save. What sits in a round that waits for somebody, or for a commit, is not.
-        Each key is saved as of one moment: what other threads do to the store waits meanwhile.
+        Every worker that has not left must call it, with the same folder, like a barrier: the save includes
+        all earlier pushes, but not rounds that wait for a worker or for a commit. It is a consistent
+        snapshot of each key: other threads' calls that change the store wait meanwhile.
 
         Raises:
-            SaveError: a file cannot be written, a server does not share the folder, or an optimizer keeps
-                what cannot be saved; every worker gets this, and an earlier save is as it was.
+            SaveError: a file cannot be written, a server does not share the folder, or an optimizer's
+                state cannot be saved; every worker gets this, and an earlier save stays intact.
             SettingMismatch: the workers name different folders, or make different calls.
             WaitTimeout, PeerLostError.
 
@@ -766,14 +766,14 @@ class KVStore(ABC):
         self._save(_folder("save", directory))
 
     def load(self, directory: str | os.PathLike[str]) -> None:
-        """Take over what `save` has written, with any number of workers and servers, in any kind of store.
+        """Restore what `save` has written, with any number of workers and servers, in any kind of store.
 
-        What becomes of keys, rounds, versions and settings is told at `load_state_dict`. Every worker that
-        has not left has to call it, with the same folder.
+        See `load_state_dict` for its effect on keys, rounds, versions and settings. Every worker that
+        has not left must call it, with the same folder.
 
         Raises:
             LoadError: there is no save, or it is corrupt; every worker gets this, and nothing has changed.
-            ShapeMismatch, DtypeMismatch: a key is there with another shape or dtype; nothing has changed.
+            ShapeMismatch, DtypeMismatch: a key exists with another shape or dtype; nothing has changed.
             SettingMismatch: the workers name different folders, or make different calls.
             WaitTimeout, PeerLostError.
 
@@ -802,15 +802,15 @@ class KVStore(ABC):
     # ---- together --------------------------------------------------------------------------------
 
     def barrier(self, *, timeout_s: float | None = None) -> None:
-        """Wait until every worker that has not left this store has called barrier as often.
+        """Wait until every worker that has not left this store has called barrier equally often.
 
-        All that the workers pushed before is then applied, or sits in a round that waits for somebody.
+        By then all earlier pushes are applied, or belong to a round that still waits for a worker.
 
         Args:
-            timeout_s: seconds to wait; None means the store's own timeout.
+            timeout_s: timeout in seconds; None means the store's own.
 
         Raises:
-            WaitTimeout: the text names the ranks that are missing.
+            WaitTimeout: the text names the missing ranks.
             InvalidArgument: `timeout_s` is not a positive number.
             UpdaterError: the updater raised in a round this worker contributed to.
             PeerLostError.
@@ -843,7 +843,7 @@ class KVStore(ABC):
         return self._keys()
 
     def info(self, key: Key) -> KeyInfo:
-        """Return shape, dtype, version, bytes held and more of a key.
+        """Return shape, dtype, version, sizes and more of a key.
 
         Raises:
             KeyNotInitialized, InvalidKey.
@@ -862,10 +862,10 @@ class KVStore(ABC):
         return self._info(key)
 
     def delete(self, key: Any) -> None:
-        """Remove a key, or a list of keys, with values, optimizer state and open rounds.
+        """Delete a key, or a list of keys, with values, optimizer state and open rounds.
 
-        A call that waits for such a round on any worker ends with KeyDeleted. A key that another worker
-        has deleted meanwhile is passed over.
+        On any worker, a call that waits for such a round raises KeyDeleted. A key that another worker
+        has deleted meanwhile is skipped.
 
         Raises:
             KeyNotInitialized: a key never existed; nothing is deleted.
@@ -886,7 +886,7 @@ class KVStore(ABC):
         self._parameters.forget(checked)
 
     def __contains__(self, key: object) -> bool:
-        """Whether `key` is initialised. Costs the same however many keys there are.
+        """Whether `key` is initialised. Takes constant time.
 
         Example:
             ```python
@@ -898,10 +898,10 @@ class KVStore(ABC):
         self._check_usable("in")
         if isinstance(key, (int, str)) and type(key) in (int, str):
             return self._has(key)
-        return False  # a bool, say, is no key
+        return False  # a bool, say, is not a key
 
     def __len__(self) -> int:
-        """The number of keys. Costs the same however many there are.
+        """Number of keys. Takes constant time.
 
         Example:
             ```python
@@ -931,9 +931,9 @@ class KVStore(ABC):
         return self._closed or self._pid != os.getpid()
 
     def close(self) -> None:
-        """Leave the store. What this worker pushed counts; pushes not committed are dropped.
+        """Leave the store. This worker's pushes count; those not committed are dropped.
 
-        Raises what only the servers knew: an UpdaterError, say. A second close does nothing.
+        Raises errors that only the servers knew: an UpdaterError, say. A second close does nothing.
 
         Example:
             ```python
@@ -959,7 +959,7 @@ class KVStore(ABC):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close. After an exception the worker counts as lost, not as having left; sys.exit(0) is none."""
+        """Close. After an exception, sys.exit(0) excepted, the worker counts as lost, not as having left."""
         if exc_type is None or (isinstance(exc, SystemExit) and exc.code in (None, 0)):
             self.close()
         elif not self.closed:
@@ -967,7 +967,7 @@ class KVStore(ABC):
             self._abandon(f"{exc_type.__name__}: {exc}")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A store is a place in a job, or memory of this process: neither can be copied or sent."""
+        """Refuse: a store is a place in a job, or memory of this process, and cannot be copied or sent."""
         raise NotPicklable(
             f"store {self._name!r} of kind {self._kind!r} cannot be pickled or copied: it belongs to this "
             "process. Call tensorkv.create in the process that uses it, in a function given to "
@@ -987,14 +987,14 @@ class KVStore(ABC):
     def _knows_values(self, keys: tuple[Key, ...], values: list[Any]) -> bool:
         """Whether all values are tensors of the dtypes and shapes of an earlier push of these keys.
 
-        Where it says so, `_push` and `_pushpull` get a batch that is `known`.
+        If so, `_push` and `_pushpull` get a batch that is `known`.
         """
         return False
 
     def _knows_outs(self, keys: tuple[Key, ...], outs: list[Any]) -> bool:
-        """Whether the destinations are the very tensors of an earlier pull of these keys.
+        """Whether the destinations are the same tensor objects as in an earlier pull of these keys.
 
-        Where it says so, `_pull` and `_pushpull` get a batch that is `known`.
+        If so, `_pull` and `_pushpull` get a batch that is `known`.
         """
         return False
 
@@ -1005,7 +1005,7 @@ class KVStore(ABC):
 
     @abstractmethod
     def _check_push(self, batch: PushBatch) -> Any:
-        """Raise if it cannot be pushed."""
+        """Raise if the batch cannot be pushed."""
 
     @abstractmethod
     def _push(self, batch: PushBatch, apply: bool, async_op: bool) -> Work | None: ...
@@ -1082,14 +1082,14 @@ class KVStore(ABC):
             )
 
     def _weighted(self, call: str, batch: PushBatch, weight: Any) -> PushBatch:
-        """Return a push with a weight. Raises what the push would without one, and `_checked_weight`."""
+        """Return a push with a weight. Raises the errors of the push itself and of `_checked_weight`."""
         number = self._checked_weight(call, batch.keys, weight)
         if not number:
-            self._check_push(batch)  # none of it is pushed, but a mistake is one
+            self._check_push(batch)  # weight 0 pushes nothing, but a mistake must still raise
         return batch.weighted(number)
 
     def _checked_weight(self, call: str, keys: tuple[Key, ...], weight: Any) -> float:
-        """Return the weight of a push. Raises InvalidArgument if it is none, or the store takes no mean."""
+        """Return the weight of a push. Raises InvalidArgument if it is invalid, or the store has no mean."""
         if self._reduction != "mean":
             raise InvalidArgument(
                 f"{call} of key {keys[0]!r}: weight={weight!r} is for a mean, and this store has "
@@ -1112,9 +1112,9 @@ class KVStore(ABC):
         return checked
 
     def _init_batch(self, key: Any, value: Any) -> tuple[PushBatch, list[Any]]:
-        """Check the arguments of an init: one value per key, each of which can be kept and added to.
+        """Check the arguments of an init: one value per key, of a supported shape and dtype.
 
-        Return them, and beside them the value of each key as it was given.
+        Return them, and the value of each key as given.
         """
         names, given, _ = split_keys(key, value)
         batch = push_batch(names, given, self._key_type)
@@ -1136,7 +1136,7 @@ def _check_one_each(call: str, batch: PushBatch) -> None:
 
 
 def _folder(call: str, directory: Any) -> str:
-    """Return the absolute path of a folder. Every kind of store refuses one that could not be sent."""
+    """Return the absolute path of a folder. Every kind of store refuses a path that cannot be sent."""
     try:
         folder = os.path.abspath(os.fsdecode(directory))
     except TypeError as exc:
@@ -1149,22 +1149,22 @@ def _folder(call: str, directory: Any) -> str:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return an argument that is True or False, also NumPy's. Raises InvalidArgument if it is neither."""
+    """Return a bool argument, NumPy's included. Raises InvalidArgument if it is neither True nor False."""
     if not isinstance(value, (bool, np.bool_)):
         raise InvalidArgument(f"{name}={value!r} is neither True nor False; pass bool({name})")
     return bool(value)
 
 
 def _number(value: Any) -> float:
-    """Return an argument that is a number, NaN if it is none."""
+    """Return an argument as a float, NaN if it is not a number."""
     try:
         return math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # no number, many of them, or 10**400
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # not a number, several, or 10**400
         return math.nan
 
 
 def positive(name: str, value: Any) -> float:
-    """Return an argument that is a positive number. Raises InvalidArgument if it is not."""
+    """Return a positive number. Raises InvalidArgument if the argument is not one."""
     number = _number(value)
     if not number > 0:
         raise InvalidArgument(f"{name}={value!r} is not a positive number")
@@ -1172,5 +1172,5 @@ def positive(name: str, value: Any) -> float:
 
 
 def seconds(name: str, value: Any) -> float:
-    """Return an argument that is a time to wait. Raises InvalidArgument if it is not a positive number."""
+    """Return a timeout in seconds, clipped to `MAX_TIMEOUT_S`. Raises InvalidArgument if not positive."""
     return min(positive(name, value), MAX_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""Work: the handle of a call that was started with `async_op=True`, as in torch.distributed."""
+"""Work: the handle of a call started with `async_op=True`, as in torch.distributed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 def _tell_unseen(what: str, error: BaseException | None) -> None:
-    if error is not None and not isinstance(error, PeerLostError):  # that one every later call raises
+    if error is not None and not isinstance(error, PeerLostError):  # every later call raises that one
         logger.warning("%s with async_op, whose Work nobody waited for: %s", what, error)
 
 
 def _seconds(timeout: Any) -> float:
-    """Return a timeout in seconds, of which the system takes some centuries at most."""
+    """Return a timeout in seconds, clipped to the system's maximum of some centuries."""
     value = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
         raise InvalidArgument(
@@ -34,13 +34,13 @@ def _seconds(timeout: Any) -> float:
 
 @final
 class Work(concurrent.futures.Future[Any]):
-    """A call that may still be going on. It is complete when the blocking call would have returned.
+    """A call that may still be in progress. It is complete when the blocking call would have returned.
 
     In a coroutine it can be awaited: `weight = await kv.pull("w", async_op=True)`. It is a
     `concurrent.futures.Future` too, so `asyncio.wrap_future`, `concurrent.futures.wait` and
     `add_done_callback` take it; callbacks run in the thread that completes the call, and must not block.
-    A call that is under way cannot be cancelled: `cancel` returns False, and a coroutine that stops to wait,
-    by `asyncio.wait_for` say, stops nothing else.
+    A call in progress cannot be cancelled: `cancel` returns False, and a coroutine that stops waiting, by
+    `asyncio.wait_for` say, does not stop the call.
     """
 
     def __init__(
@@ -51,17 +51,17 @@ class Work(concurrent.futures.Future[Any]):
         whom: Callable[[], str] | None = None,
     ) -> None:
         super().__init__()
-        self.set_running_or_notify_cancel()  # from now on it cannot be cancelled
+        self.set_running_or_notify_cancel()  # now it cannot be cancelled
         self._what = what
-        self._timeout_s = timeout_s  # how long the blocking call would wait
-        self._whom = whom  # finds out whom the call waits for; may take a moment
-        self._seen = False  # whether somebody has asked how it ended
+        self._timeout_s = timeout_s  # timeout of the blocking call
+        self._whom = whom  # finds out which peers the call waits for; may take a moment
+        self._seen = False  # whether a caller has asked for the outcome
         self._end = _Completes(self)
         future.add_done_callback(self._end)
 
     @classmethod
     def completed(cls, value: Any, what: str) -> Work:
-        """Return a work that is done and has `value` as its result.
+        """Return a completed work with `value` as its result.
 
         Example:
             ```python
@@ -78,11 +78,11 @@ class Work(concurrent.futures.Future[Any]):
         """Block until the call is complete and return True.
 
         Args:
-            timeout: seconds, or a timedelta; None waits as long as the call itself would.
+            timeout: seconds, or a timedelta; None waits as long as the blocking call would.
 
         Raises:
-            InvalidArgument: `timeout` is no time.
-            WaitTimeout: `timeout` passed; the call goes on and may be waited for again.
+            InvalidArgument: `timeout` is not a time.
+            WaitTimeout: `timeout` passed; the call goes on, and you may wait for it again.
             TensorKVError: what the blocking call would have raised.
 
         Example:
@@ -97,7 +97,7 @@ class Work(concurrent.futures.Future[Any]):
         return True
 
     def is_completed(self) -> bool:
-        """Return whether the call is complete, also if it failed. Never blocks.
+        """Return whether the call is complete, even if it failed. Never blocks.
 
         Example:
             ```python
@@ -111,7 +111,7 @@ class Work(concurrent.futures.Future[Any]):
         return self.done()
 
     def result(self, timeout: float | timedelta | None = None) -> Any:
-        """Block until complete and return what the blocking call would have returned. Otherwise as `wait`.
+        """Block until complete and return the blocking call's result. Otherwise like `wait`.
 
         Example:
             ```python
@@ -124,7 +124,7 @@ class Work(concurrent.futures.Future[Any]):
         return self._outcome(timeout)
 
     def exception(self, timeout: float | timedelta | None = None) -> BaseException | None:
-        """Return the error of a complete call, None if it succeeded. Blocks until complete, or `timeout`.
+        """Block until complete, or until `timeout`. Return the call's error, None if it succeeded.
 
         Example:
             ```python
@@ -137,7 +137,7 @@ class Work(concurrent.futures.Future[Any]):
         return super().exception(None if timeout is None else _seconds(timeout))
 
     def add_done_callback(self, fn: Callable[[Any], object]) -> None:
-        """Call `fn(work)` when the call is complete: at once, or later in the thread that completes it.
+        """Call `fn(work)` once the call is complete: now, or later in the thread that completes it.
 
         Example:
             ```python
@@ -155,34 +155,34 @@ class Work(concurrent.futures.Future[Any]):
         super().add_done_callback(fn)
 
     def __await__(self) -> Generator[Any, None, Any]:
-        """Wait in a coroutine, as long as the call itself would, and return what it would have returned."""
+        """Wait in a coroutine, as long as the blocking call would, and return its result."""
         return self._awaited().__await__()
 
     async def _awaited(self) -> Any:
-        import asyncio  # most programs do without
+        import asyncio  # most programs do not need it
 
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await asyncio.wrap_future(self)
         except TimeoutError as exc:
-            if self.done():  # it is the call's own, or has come at the last moment
+            if self.done():  # the call's own timeout, or it completed at the last moment
                 return self._outcome(None)
             missing = None
             if self._whom is not None:
-                missing = await asyncio.to_thread(self._whom)  # it may take a moment
+                missing = await asyncio.to_thread(self._whom)  # may take a moment
             raise self._late(self._timeout_s, missing) from exc
 
     def _outcome(self, timeout: float | timedelta | None) -> Any:
         timeout_s = None if timeout is None else _seconds(timeout)
         whom = None
-        if timeout_s is None:  # nobody is asked at the end of a shorter wait: those may come by the thousand
+        if timeout_s is None:  # a shorter wait asks no peer when it ends: there may be thousands of those
             timeout_s, whom = self._timeout_s, self._whom
         self._seen = True
         try:
             return super().result(timeout_s)
         except concurrent.futures.TimeoutError as exc:
             self._seen = self.done()
-            if self._seen:  # the call itself ended with a timeout of its own
+            if self._seen:  # the call itself failed with a timeout
                 raise
             raise self._late(timeout_s, None if whom is None else whom()) from exc
 
@@ -191,7 +191,7 @@ class Work(concurrent.futures.Future[Any]):
         return WaitTimeout(f"{text}: {missing}" if missing else text)
 
     def __del__(self) -> None:
-        """A call whose error nobody has seen is told of in the log: nothing else would."""
+        """Log an error that no caller has seen: nothing else would report it."""
         if not self._seen and self.done() and not sys.is_finalizing():
             _tell_unseen(self._what, super().exception())
 
@@ -201,9 +201,9 @@ class Work(concurrent.futures.Future[Any]):
 
 @final
 class _Completes:
-    """Completes a work when its call is; of one that is gone by then it tells the log.
+    """Completes a work when its call completes. If the work is gone by then, logs the call's error.
 
-    It keeps the work, as `kept`, only if somebody is to be called.
+    Keeps the work alive, as `kept`, only if it has a callback.
     """
 
     kept: Work | None = None

@@ -1,8 +1,8 @@
-"""Frames that real processes have sent, kept in files, and what a hostile peer makes of them.
+"""Recorded frames of real processes, and their mutations by a hostile peer.
 
-A `Conversation` is all that one server or scheduler was sent, by whom, in the order of arrival. A
-`Mutator` takes its frames and flips, cuts, splices, repeats and swaps them, and puts numbers, texts and
-lists into their messages that nobody would send. It is seeded: the same seed makes the same frames.
+A `Conversation` has all frames sent to one server or scheduler, with their senders, in the order of
+arrival. A `Mutator` flips, cuts, splices, repeats and swaps its frames, and puts invalid numbers, texts
+and lists into their messages. It is seeded: the same seed makes the same frames.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TEXTS = (
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
-    """One frame, whole with its payload, and the process that sent it."""
+    """One whole frame, payload included, and the process that sent it."""
 
     role: Role
     rank: int
@@ -54,7 +54,7 @@ def save(path: Path, conversation: Conversation) -> None:
 
 
 def load(folder: Path, target: str) -> dict[str, Conversation]:
-    """Return the kept conversations with a target, "server" say, by the name of their file."""
+    """Return the recorded conversations with a target, "server" say, by file name."""
     return {
         path.stem: _decoder.decode(path.read_bytes()) for path in sorted(folder.glob(f"{target}-*{SUFFIX}"))
     }
@@ -77,7 +77,7 @@ def framed(message: bytes, payload: bytes = b"") -> bytes:
 
 @final
 class Mutator:
-    """Makes hostile frames from good ones.
+    """Mutates valid frames into hostile ones.
 
     Args:
         seed: the same seed makes the same frames.
@@ -96,17 +96,17 @@ class Mutator:
         ]  # fmt: skip
 
     def frame(self, good: bytes) -> bytes:
-        """Return bytes that may not be a frame any more."""
+        """Return bytes that may no longer be a frame."""
         if self.random.random() < 0.5:
             return self.random.choice(self._of_frames)(good)
         return framed(self.message(message_of(good)), payload_of(good))
 
     def message(self, good: bytes) -> bytes:
-        """Return an encoded message that may not be one any more."""
+        """Return bytes that may no longer be an encoded message."""
         return self.random.choice(self._of_messages)(good)
 
     def connection(self, good: Sequence[bytes]) -> Iterator[bytes]:
-        """Yield what a hostile peer sends on one connection, made from what a good one has sent."""
+        """Yield the frames of a hostile peer on one connection, mutated from those of an honest one."""
         begin = self.random.randrange(len(good))
         frames = list(good[begin : begin + self.random.randint(1, 12)])
         if self.random.random() < 0.3:
@@ -164,7 +164,7 @@ class Mutator:
             msgspec.DecodeError,
             UnicodeDecodeError,
             RecursionError,
-        ):  # itself hostile: it was found
+        ):  # the message is hostile already: it comes from a finding
             return self._flip(message)
         places: list[tuple[Any, Any]] = []
         _find_places(tree, places)
@@ -209,7 +209,7 @@ class Mutator:
                 return [*value, self.random.choice(NUMBERS)]
 
     def _count(self, message: bytes) -> bytes:
-        """Say of a list, map, text or bytes that it has far more elements than come."""
+        """Claim far more elements for a list, map, text or bytes than it has."""
         heads = [at for at, byte in enumerate(message) if 0x80 <= byte <= 0xBF or byte in (0xC4, 0xD9, 0xDC)]
         if not heads:
             return message

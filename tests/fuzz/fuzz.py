@@ -3,10 +3,10 @@
     python tests/fuzz/fuzz.py --frames 1000000 --seed 7
     python tests/fuzz/fuzz.py --frames 20000 --only worker
 
-Whatever comes, the codec and the state machines raise ProtocolError and nothing else, never ask for more
-memory than allowed, and serve on; a server or scheduler ends the one connection, with one line of its
-log and no traceback. A `Finding` is raised where that does not hold: it has the seed, and the
-conversation that shows it, to be kept in the corpus. What holds of a worker stands in `hostile`.
+On any input, the codec and the state machines raise only ProtocolError, never allocate more memory than
+allowed, and keep serving; a server or scheduler closes just that connection, with one line in its log
+and no traceback. Otherwise the fuzzer raises a `Finding`, with the seed, and the conversation that
+reproduces it, for the corpus. `hostile` states what a worker must guarantee.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ UNUSED = 987_654_321_987
 """A number that no hostile message has."""
 
 CHECK = "check"
-"""The store of the honest worker."""
+"""Name of the honest worker's store."""
 
 SOCKET_WAYS = (("server", False), ("scheduler", False), ("server", True))
-"""What is fuzzed over sockets, in turn, and whether memory can be shared with it."""
+"""Targets over sockets, fuzzed in turn, and whether they share memory."""
 
 PLACES = 60
-"""Workers of a job over sockets: a place is taken for ever by the first who proves itself there."""
+"""Number of workers of a job over sockets: the first process to authenticate in a place keeps it forever."""
 
 TARGETS = ("server", "scheduler", "worker")
 PHASES = ("codec", "server", "scheduler", "sockets", "worker")
@@ -75,7 +75,7 @@ REFUSALS = (ProtocolError, ProtocolVersionError)
 
 
 class Finding(Exception):
-    """Something did not hold. `conversation` is what was sent, `target` to whom."""
+    """A guarantee did not hold. `conversation` has the frames sent to `target`."""
 
     def __init__(self, target: str, text: str, conversation: Conversation) -> None:
         super().__init__(f"{target}: {text}; the last of {len(conversation)} frames shows it")
@@ -87,11 +87,11 @@ class Finding(Exception):
 
 
 def feed_codec(data: bytes) -> None:
-    """Decode what may be a frame, as each side of each conversation does."""
+    """Decode bytes that may be a frame, as each side of each conversation does."""
     try:
         message_bytes, _ = decode_prefix(data, MAX_HEADER_BYTES)
     except REFUSALS:
-        message_bytes = len(data)  # what is there may still be a message
+        message_bytes = len(data)  # the rest may still be a message
     body = data[PREFIX.size : PREFIX.size + message_bytes]
     for decoder in _DECODERS:
         with suppress(ProtocolError):
@@ -103,7 +103,7 @@ def feed_codec(data: bytes) -> None:
 
 @final
 class ServerTarget:
-    """A ServerState as the loop of a server uses it, without the loop."""
+    """A ServerState, used like the loop of a server does, without the loop."""
 
     name = "server"
 
@@ -114,13 +114,13 @@ class ServerTarget:
         )
 
     def feed(self, entry: Entry) -> None:
-        """Take in a frame's message, with a payload of the length that it must have.
+        """Handle a frame's message, with a payload of the required length.
 
         Raises:
             ProtocolError: it was refused.
         """
         message = _to_server.decode(message_of(entry.frame))
-        if isinstance(message, (m.ShareSegment, m.DropSegment)):  # the loop keeps these from the state
+        if isinstance(message, (m.ShareSegment, m.DropSegment)):  # the loop handles these itself
             raise ProtocolError("shared memory, over a connection that cannot hand it over")
         size_bytes = self._state.payload_bytes(entry.rank, message)
         if size_bytes > MAX_PAYLOAD_BYTES:
@@ -138,7 +138,7 @@ class ServerTarget:
                 )
 
     def check(self) -> None:
-        """Raise unless a store of its own still works for a worker."""
+        """Raise unless a worker can still use a store of its own."""
         store = plan = slice_id = UNUSED
         chunk = m.ChunkEntry([slice_id], [2], m.PayloadDescriptor("dense", "float32"), [1])
         for message in (
@@ -155,7 +155,7 @@ class ServerTarget:
 
 @final
 class SchedulerTarget:
-    """A Membership as the threads of a scheduler use it."""
+    """A Membership, used like the threads of a scheduler do."""
 
     name = "scheduler"
 
@@ -163,7 +163,7 @@ class SchedulerTarget:
         self._membership = Membership(NUM_WORKERS, 1, 1 << 12)
 
     def feed(self, entry: Entry) -> None:
-        """Take in a frame's message. Raises ProtocolError if it was refused."""
+        """Handle a frame's message. Raises ProtocolError if it was refused."""
         self._membership.handle(entry.role, entry.rank, _to_scheduler.decode(message_of(entry.frame)))
         for _, _, message in self._membership.out:
             encode(message)
@@ -187,10 +187,10 @@ STATES: dict[str, Callable[[], ServerTarget | SchedulerTarget]] = {
 
 
 def replay(target: str, conversation: Conversation) -> None:
-    """Play a conversation to a state machine, past what it refuses.
+    """Replay a conversation to a state machine, continuing after refusals.
 
     Raises:
-        Finding: it raised something else than ProtocolError, or does not serve any more.
+        Finding: it raised another error than ProtocolError, or no longer serves.
     """
     machine = STATES[target]()
     for number, entry in enumerate(conversation):
@@ -199,7 +199,7 @@ def replay(target: str, conversation: Conversation) -> None:
 
 
 def _feed(machine: ServerTarget | SchedulerTarget, entry: Entry, so_far: Conversation) -> bool:
-    """Return whether the machine has taken the frame in."""
+    """Return whether the machine has accepted the frame."""
     try:
         machine.feed(entry)
     except ProtocolError:
@@ -234,7 +234,7 @@ def fuzz_state(target: str, mutator: Mutator, good: Sequence[Conversation], num_
             if hostile and chance() < 0.2:
                 entry = Entry(entry.role, mutator.random.randrange(NUM_WORKERS), entry.frame)
             elif hostile and chance() < 0.3:
-                entry = mutator.random.choice(conversation)  # not its turn
+                entry = mutator.random.choice(conversation)  # out of turn
             elif hostile:
                 message = mutator.message(message_of(entry.frame))
                 entry = Entry(entry.role, entry.rank, framed(message))
@@ -277,8 +277,8 @@ def _logged() -> Iterator[list[logging.LogRecord]]:
 class SocketTarget:
     """A server, or only a scheduler, that listens on loopback, and an honest worker that watches it.
 
-    With `shared` hostile workers come through the server's Unix socket, and may share memory with it. They
-    do not know its scheduler, which would declare them lost, and so the job.
+    With `shared`, hostile workers connect to the server's Unix socket, and may share memory with it. They do
+    not connect to its scheduler, which would declare them lost, and end the job.
     """
 
     def __init__(self, name: str, shared: bool = False) -> None:
@@ -323,7 +323,7 @@ class SocketTarget:
             self._server.stop()
 
     def hostile(self) -> Connection | None:
-        """Return a connection past its handshake, None if there is no place left."""
+        """Return a connection past its handshake, None if no place is free."""
         rank = next(self._ranks, None)
         if rank is None:
             return None
@@ -332,13 +332,13 @@ class SocketTarget:
         return connection
 
     def stranger(self) -> Connection:
-        """Return a connection that has proved nothing."""
+        """Return an unauthenticated connection."""
         if self._shared and self._server is not None:
             return unix.connect(self._server.addresses[1][0], DEADLINE_S)
         return connect(*self._address, DEADLINE_S)
 
     def serves(self) -> None:
-        """Raise unless the honest worker is answered."""
+        """Raise unless the honest worker gets answers."""
         number = next(self._numbers)
         if self._server is not None:
             self._say(m.Flush(number, 1))
@@ -351,7 +351,7 @@ class SocketTarget:
         self._honest.send(encode(message), (), deadline_tick(DEADLINE_S, "the honest worker"))
 
     def _hear(self, expected: Any) -> None:
-        """Receive until the expected reply has come: a scheduler also tells who is lost."""
+        """Receive until the expected reply arrives: a scheduler also reports lost processes."""
         heard: list[Any] = [None]
 
         def sink(body: memoryview, payload_bytes: int) -> list[memoryview]:
@@ -365,10 +365,10 @@ class SocketTarget:
 def fuzz_sockets(mutator: Mutator, good: dict[str, list[Conversation]], num_frames: int) -> int:
     """Send at least so many hostile frames to a scheduler and a server; return how many.
 
-    To the scheduler over TCP; to the server over TCP and, where there is some, through shared memory.
+    The scheduler gets them over TCP; the server over TCP and, where available, through shared memory.
 
     Raises:
-        Finding: one of them does not answer any more, or has logged more than one line, or a traceback.
+        Finding: one of them no longer answers, or has logged more than one line, or a traceback.
     """
     sent = 0
     ways = itertools.cycle(SOCKET_WAYS if not unix.why_not() else SOCKET_WAYS[:2])
@@ -394,7 +394,7 @@ def _fuzz_one(
     num_frames: int,
     records: list[logging.LogRecord],
 ) -> int:
-    """Send frames until there is no place left in this job; return how many."""
+    """Send frames until this job has no free place; return how many."""
     sent = 0
     while sent < num_frames:
         connection = target.stranger() if mutator.random.random() < 0.3 else target.hostile()
@@ -416,9 +416,9 @@ def _send_all(connection: Connection, frames: Sequence[bytes], mutator: Mutator)
             if is_shared(connection):
                 frame = with_descriptor(frame, descriptors, mutator.random)
             connection.send(frame, (), tick)
-        connection.send(bytes(64), (), tick)  # no frame: whoever is still listening ends the connection
+        connection.send(bytes(64), (), tick)  # not a frame: a peer that still listens ends the connection
     except ConnectionError:
-        pass  # it was ended before all was sent
+        pass  # the peer ended it before all frames were sent
     finally:
         descriptors.close()
 
@@ -440,13 +440,13 @@ def _check_after(
 
 
 def _check_log(name: str, records: list[logging.LogRecord], so_far: Conversation) -> None:
-    """Raise unless each connection has at most one line, a warning without a traceback."""
-    records = list(records)  # the threads of the target go on logging
+    """Raise unless each connection has at most one log line, a warning without a traceback."""
+    records = list(records)  # a copy, as the target's threads still log
     lines = [record.getMessage() for record in records]
     about = [
         line.split(": ")[:2] for line in lines
     ]  # "server 0: worker 5: ...", "scheduler: refused HOST:PORT: ..."
-    unnamed = ["server 0", f"refused process {os.getpid()} of this host"]  # strangers of one process
+    unnamed = ["server 0", f"refused process {os.getpid()} of this host"]  # strangers from one process
     for record, subject in zip(records, about, strict=True):
         repeated = about.count(subject) > 1 and subject != unnamed
         if repeated or record.exc_info or record.levelno > logging.WARNING:
@@ -454,7 +454,7 @@ def _check_log(name: str, records: list[logging.LogRecord], so_far: Conversation
 
 
 def _until_the_end(connection: Connection, target: SocketTarget) -> None:
-    """Wait until the other side has ended the connection; end it where a frame waits for its rest."""
+    """Wait until the other side has ended the connection; end it if a frame is incomplete."""
 
     def sink(body: memoryview, payload_bytes: int) -> list[memoryview]:
         return [memoryview(bytearray(payload_bytes))] if payload_bytes else []
@@ -475,14 +475,14 @@ def _until_the_end(connection: Connection, target: SocketTarget) -> None:
 def fuzz(
     corpus: Path, seed: int, num_frames: int, say: Callable[[str], None], only: str | None = None
 ) -> int:
-    """Run so many frames against everything, or one of `PHASES`, and return how many they were.
+    """Run so many frames against all targets, or one of `PHASES`, and return their number.
 
     Three quarters go to the codec, most others to the state machines, one in a hundred over sockets, one in
-    four hundred to workers. All of it runs in an empty folder: a server writes files where an authenticated
-    worker tells it to.
+    four hundred to workers. The fuzzer runs in an empty folder: a server writes files where an
+    authenticated worker tells it to.
 
     Raises:
-        Finding, WorkerFault: something did not hold.
+        Finding, WorkerFault: a guarantee did not hold.
     """
     kept = {target: list(load(corpus, target).values()) for target in TARGETS}
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
@@ -517,7 +517,7 @@ def _fuzz_all(
 
 
 def _shares(num_frames: int, only: str | None) -> dict[str, int]:
-    """Return how many frames each phase gets."""
+    """Return the number of frames of each phase."""
     if only is not None:
         return {only: num_frames}
     shares = {"sockets": max(num_frames // 100, 1), "worker": max(num_frames // 400, 1)}
@@ -537,7 +537,7 @@ def _fuzz_codec(mutator: Mutator, frames: Sequence[bytes], num_frames: int) -> i
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Fuzz as the command line says; a finding is written to the corpus folder. Return 1 for one."""
+    """Fuzz as the command line says. On a finding, write it to the corpus folder and return 1."""
     parser = argparse.ArgumentParser(prog="python tests/fuzz/fuzz.py", description="hostile frames")
     parser.add_argument("--corpus", type=Path, default=CORPUS, help="folder of kept conversations")
     parser.add_argument("--frames", type=int, default=20_000)

@@ -1,11 +1,11 @@
-"""Fuzzing a worker: its scheduler and servers are honest for a while, and then send hostile frames.
+"""Fuzzing a worker: its scheduler and servers are honest for a while, then send hostile frames.
 
-A job of one worker in this process. What the worker is told comes from the real state machines, and is
-changed on its way: `meet` runs a program of many calls against that. Each call must end, with a result or
-with an error of the package; no byte outside of the tensors asked for is written; no thread dies.
+The job has one worker and runs in this process. The real state machines make the frames for the worker, and
+the fuzzer mutates them in flight; `meet` runs a program of many calls against that. Each call must end, with
+a result or an error of the package, must not write outside the requested tensors, and no thread may die.
 
-The servers may share memory with the worker. Then they also hand over descriptors of wrong kinds and
-sizes, tell places that there are not, and take back what is in use.
+The servers may share memory with the worker. Then they also pass descriptors of wrong kinds and sizes, send
+invalid places, and drop segments in use.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ NUM_SERVERS = 2
 SLICE_BOUND_BYTES = 1 << 12
 DEADLINE_S = 30.0
 READ_S = 0.02
-"""So long hostile frames are left to be read before the connections end."""
+"""Maximum time for the worker to read hostile frames before the connections end."""
 
 WARM_JOBS = 50
 MAX_GROWTH_MB = 100.0
@@ -78,7 +78,7 @@ _OTHERS: list[Any] = [
 
 
 class WorkerFault(Exception):
-    """A worker has not withstood a hostile frame. The text has the seed of its job."""
+    """A worker failed on a hostile frame. The text has the seed of its job."""
 
 
 # ---- the peers -------------------------------------------------------------------------------------
@@ -86,10 +86,10 @@ class WorkerFault(Exception):
 
 @final
 class HostilePeers:
-    """A scheduler and servers in threads, until `stop`. `num_hostile` counts frames that were changed.
+    """A scheduler and servers in threads, until `stop`. `num_hostile` counts mutated frames.
 
     Args:
-        mutator: makes the frames, and decides when.
+        mutator: makes hostile frames, and decides when to send them.
         shared: the servers share memory with the worker, over Unix sockets.
     """
 
@@ -99,16 +99,16 @@ class HostilePeers:
         self._mutator = mutator
         self._honest_left = mutator.random.randrange(40)
         self._token = secrets.token_hex(8)
-        self._lock = threading.Lock()  # guards the state machines, and all that is sent
+        self._lock = threading.Lock()  # guards the state machines, and all sending
         self._pool = BufferPool()
         self._membership = Membership(1, NUM_SERVERS, SLICE_BOUND_BYTES)
         self._shared = [SharedValues() for _ in range(NUM_SERVERS if shared else 0)]
-        self._sharings: dict[int, Sharing] = {}  # by server, once the worker is there
+        self._sharings: dict[int, Sharing] = {}  # by server, once the worker has connected
         self._descriptors = Descriptors(mutator.random)
         self._servers = [self._server(rank) for rank in range(NUM_SERVERS)]
         self._connections: dict[int, Connection] = {}
         self._sent: dict[int, list[tuple[bytes, bytes]]] = {}
-        self._stores = {1}  # those that the worker has joined, and the one that it will
+        self._stores = {1}  # the stores that the worker has joined, and its next one
         self._ended = False
         self._listeners: list[Listener] = [listen("inproc")]
         for rank in range(NUM_SERVERS):
@@ -171,7 +171,7 @@ class HostilePeers:
             while True:
                 self._receive(server, connection)
         except (EOFError, ConnectionError):
-            self._end()  # the worker has ended it, or has itself sent what makes no sense
+            self._end()  # the worker has ended it, or has itself sent an invalid frame
         except Exception as exc:  # noqa: BLE001  # told by `meet`
             self.faults.append(f"its peer {server} failed: {type(exc).__name__}: {exc}")
             self._end()
@@ -247,7 +247,7 @@ class HostilePeers:
     # ---- hostility -------------------------------------------------------------------------------
 
     def _send(self, server: int, head: bytes, payload: bytes) -> None:
-        """Send a frame to the worker, or what becomes of it."""
+        """Send a frame to the worker, perhaps mutated."""
         if self._ended:
             return
         connection, chance = self._connections[server], self._mutator.random.random
@@ -265,16 +265,16 @@ class HostilePeers:
                 frames.insert(self._mutator.random.choice((0, len(frames))), (head, payload))
         self._sent.setdefault(server, []).append((head, payload))
         tick = deadline_tick(DEADLINE_S, "a worker that does not read")
-        with contextlib.suppress(ConnectionError):  # it was ended
+        with contextlib.suppress(ConnectionError):  # the connection has ended
             for frame in frames:
                 parts = [part for part in frame if part]
-                if parts:  # it may have been cut to nothing
+                if parts:  # the mutator may have cut the frame to nothing
                     connection.send_rest(parts, tick)
         if ends:
             self._end_when_read(connection)
 
     def _end_when_read(self, connection: Connection) -> None:
-        """End all when the worker has read what was sent, or after a moment. A socket keeps it anyway."""
+        """End all connections once the worker has read its frames, or after `READ_S`. Sockets buffer them."""
         if isinstance(connection, InprocConnection):
             deadline = time.monotonic() + READ_S
             while not connection._outgoing.empty() and time.monotonic() < deadline:
@@ -289,7 +289,7 @@ class HostilePeers:
         before = self._sent.get(server) or [(head, payload)]
         if chance < 0.5:
             return [(framed(self._changed_message(server, message)), payload)]
-        if chance < 0.65:  # to the right request, mostly, but of another kind
+        if chance < 0.65:  # mostly for the right request, but of another type
             request = msgspec.msgpack.decode(message)[1]
             kind = m.FromScheduler if server == SCHEDULER else m.FromServer
             other = msgspec.structs.replace(choose([each for each in _OTHERS if isinstance(each, kind)]))
@@ -306,7 +306,7 @@ class HostilePeers:
         return [(self._mutator.frame(head), choose((b"", payload)))]
 
     def _false_sharing(self, head: bytes) -> bytes:
-        """Return the head of a frame about memory that is not as it says."""
+        """Return the head of a frame with false claims about shared memory."""
         choose, below = self._mutator.random.choice, self._mutator.random.randrange
         number = choose((0, 1, 2, 3, MAX_SEGMENTS, -1, 1 << 40))
         size_bytes = choose((0, 1, 4096, CONTROL_BYTES, SEGMENT_BYTES, 1 << 40, -1))
@@ -332,7 +332,7 @@ class HostilePeers:
         return frame
 
     def _changed_message(self, server: int, message: bytes) -> bytes:
-        """Return a message that mostly still is one, so that what it says is believed."""
+        """Return a mutated message that is mostly still valid, so that the worker believes it."""
         decoder = _from_scheduler if server == SCHEDULER else _from_server
         for _ in range(self._mutator.random.choice((1, 20))):
             changed = self._mutator.message(message)
@@ -343,16 +343,16 @@ class HostilePeers:
         return changed
 
     def _end(self) -> None:
-        """End all connections: the scheduler's too, so that the worker does not wait for its word."""
+        """End all connections: the scheduler's too, so that the worker does not wait for its report."""
         self._ended = True
         for connection in list(self._connections.values()):
             connection.shutdown()
 
 
 def _falls_short(head: bytes, payload: bytes) -> bool:
-    """Whether a frame has fewer bytes than its prefix claims, or no whole prefix.
+    """Whether a frame has fewer bytes than its prefix claims, or an incomplete prefix.
 
-    The worker waits for the rest. It cannot know that none comes, unless the connection ends.
+    The worker waits for the rest. Only the end of the connection shows that there is none.
     """
     if len(head) < PREFIX_BYTES:
         return True
@@ -363,14 +363,14 @@ def _falls_short(head: bytes, payload: bytes) -> bool:
 
 
 def _tells_false_lead(honest: bytes, frame: bytes) -> bool:
-    """Whether a worker is told that another leads a call, or it itself, and that is not so.
+    """Whether a frame gives the worker a false answer on whether it leads a call.
 
-    It cannot know. Where nobody leads, all wait to their deadlines, unless the connection ends.
+    The worker cannot tell. If no rank leads, all wait to their deadlines, unless the connection ends.
     """
     lead = getattr(_from_scheduler.decode(honest[PREFIX.size :]), "lead", None)
     with contextlib.suppress(ProtocolError):
         told = _from_scheduler.decode(frame[PREFIX.size :])
-        if isinstance(told, m.Failed):  # then it does not lead, and others may wait for it
+        if isinstance(told, m.Failed):  # so it does not lead, and others may wait for it
             return lead is not None
         return getattr(told, "lead", lead) is not lead
     return False
@@ -381,7 +381,7 @@ def _tells_false_lead(honest: bytes, frame: bytes) -> bool:
 
 @final
 class _Guarded:
-    """Tensors to pull into, with memory around them that nobody may write to."""
+    """Tensors to pull into, with guard memory around them that must stay unchanged."""
 
     def __init__(self) -> None:
         self._all: list[torch.Tensor] = []
@@ -393,14 +393,14 @@ class _Guarded:
         return whole[MARGIN:-MARGIN]
 
     def intact(self) -> bool:
-        """Whether nothing was written around them."""
+        """Whether the guard memory is unchanged."""
         return all(
             bool((each[:MARGIN] == _BEFORE).all() and (each[-MARGIN:] == _BEFORE).all()) for each in self._all
         )
 
 
 BIG = 1 << 14
-"""Elements of a value that each server has enough of to place it in shared memory."""
+"""Number of elements of a value large enough for each server to place its part in shared memory."""
 
 
 def _calls(kv: KVStore, guarded: _Guarded, folder: str) -> list[Callable[[], object]]:
@@ -414,7 +414,7 @@ def _calls(kv: KVStore, guarded: _Guarded, folder: str) -> list[Callable[[], obj
         lambda: kv.push("w", torch.ones(3)),
         lambda: kv.pull("w", out=w),
         lambda: kv.push(values),
-        lambda: kv.push(values),  # waits until the first is merged
+        lambda: kv.push(values),  # waits until the first push is merged
         lambda: kv.pull(["a", "big", "w"], out=[torch.empty(2, 2), big, w]),
         lambda: kv.pull("big"),
         lambda: kv.pushpull("w", torch.ones(3), out=w),
@@ -441,14 +441,14 @@ def _calls(kv: KVStore, guarded: _Guarded, folder: str) -> list[Callable[[], obj
 
 
 def meet(seed: int, pool: Sequence[bytes]) -> int:
-    """Let one worker meet hostile peers; return how many hostile frames they sent.
+    """Run one worker against hostile peers; return the number of hostile frames they sent.
 
     Args:
-        seed: decides what is sent, and when. With an odd one the servers share memory with the worker.
+        seed: decides the frames and their times. With an odd seed the servers share memory with the worker.
         pool: frames to take parts from.
 
     Raises:
-        WorkerFault: it did not withstand.
+        WorkerFault: the worker broke a guarantee.
     """
     faults: list[str] = []
     peers = HostilePeers(Mutator(seed, pool), shared=seed % 2 == 1 and not unix.why_not())
@@ -476,7 +476,7 @@ def _work(peers: HostilePeers, guarded: _Guarded, folder: str, faults: list[str]
         calls = iter(_calls(kv, guarded, folder))
     except TensorKVError as error:
         _note(error, "joining", faults)
-    except Exception as exc:  # noqa: BLE001  # what is looked for
+    except Exception as exc:  # noqa: BLE001  # any error is a finding
         faults.append(f"joining raised {type(exc).__name__}: {exc}")
     for number, call in enumerate(calls):
         try:
@@ -486,7 +486,7 @@ def _work(peers: HostilePeers, guarded: _Guarded, folder: str, faults: list[str]
             failed += 1
             if failed == 3:
                 break
-        except Exception as exc:  # noqa: BLE001  # what is looked for
+        except Exception as exc:  # noqa: BLE001  # any error is a finding
             faults.append(f"call {number} raised {type(exc).__name__}: {exc}")
             break
     if job is not None:
@@ -500,7 +500,7 @@ def _note(error: TensorKVError, what: str, faults: list[str]) -> None:
 
 @contextlib.contextmanager
 def _thread_faults(faults: list[str]) -> Iterator[None]:
-    """Take note of exceptions that end a thread."""
+    """Record exceptions that end a thread."""
 
     def note(args: Any) -> None:
         name = args.thread.name if args.thread else "?"
@@ -514,10 +514,10 @@ def _thread_faults(faults: list[str]) -> Iterator[None]:
 
 
 def fuzz_worker(source: random.Random, pool: Sequence[bytes], num_frames: int) -> int:
-    """Let workers meet hostile peers until so many hostile frames were sent; return how many.
+    """Run workers against hostile peers until these have sent so many hostile frames; return how many.
 
     Raises:
-        WorkerFault: as `meet`, or the memory of this process has grown.
+        WorkerFault: as in `meet`, or the memory of this process has grown.
     """
     met = jobs = 0
     begin_mb = 0.0
@@ -532,7 +532,7 @@ def fuzz_worker(source: random.Random, pool: Sequence[bytes], num_frames: int) -
 
 
 def resident_mb() -> float:
-    """Return the memory that this process has in use."""
+    """Return the resident memory of this process."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024

@@ -1,6 +1,6 @@
-"""Hostility through shared memory: what a worker of the same host can hand over, and write where it may.
+"""Attacks through shared memory: descriptors that a worker on the same host passes, and its writes.
 
-Descriptors of wrong kinds, sizes and seals, and too many of them; places that are none; counters that lie.
+It passes descriptors of wrong kinds, sizes and seals, or too many; invalid places; false counters.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ _decoder: Decoder[m.ToServer] = Decoder(m.ToServer)
 
 
 def shared_conversations(store_name: str) -> list[Conversation]:
-    """Return what honest workers say that share memory with their server; the first makes the only slice.
+    """Return the conversations of honest workers that share memory with their server.
 
-    Each frame has its payload behind it.
+    The first one creates the only slice. Each frame has its payload behind it.
+
     """
     chunk = m.ChunkEntry([5], [NUM_ELEMS], m.PayloadDescriptor("dense", "float32"), [1])
     init = m.InitSlices(1, 1, "v", (NUM_ELEMS,), "float32", [m.SliceEntry(5, 0, 0, NUM_ELEMS)])
@@ -53,7 +54,7 @@ def shared_conversations(store_name: str) -> list[Conversation]:
 
 @final
 class Descriptors:
-    """Descriptors to hand over, honest and other; owns those it has made until `close`."""
+    """Descriptors to pass, honest and others; owns those it has created until `close`."""
 
     def __init__(self, chance: random.Random) -> None:
         self._random = chance
@@ -72,7 +73,7 @@ class Descriptors:
         ]
 
     def memory(self, size_bytes: int, seals: int = SEALED) -> int:
-        """Return memory of this size, sealed as asked for."""
+        """Return memory of this size with these seals."""
         descriptor = os.memfd_create("tensorkv-hostile", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(descriptor, size_bytes)
         if seals:
@@ -84,7 +85,7 @@ class Descriptors:
         return self._keep(self._random.choice(self._kinds)())
 
     def honest(self, message: m.ShareSegment) -> int:
-        """Return the memory that a message announces, if that is not too much; with any content."""
+        """Return the memory that a message announces, unless that is too much; with any content."""
         descriptor = self._keep(self.memory(max(0, min(message.size_bytes, SEGMENT_BYTES))))
         with suppress(OSError):
             os.pwrite(descriptor, self._random.randbytes(64), 0)
@@ -121,5 +122,5 @@ def _announcement(frame: bytes) -> m.ShareSegment | None:
 
 
 def is_shared(connection: object) -> bool:
-    """Whether descriptors can be handed over."""
+    """Whether the connection can pass descriptors."""
     return isinstance(connection, UnixConnection)

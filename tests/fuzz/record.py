@@ -1,9 +1,9 @@
-"""Record the conversations of `tests/corpus` anew, after a change of the protocol.
+"""Record the conversations of `tests/corpus` again, after a change of the protocol.
 
     python tests/fuzz/record.py
 
-Small jobs run in this process; what their scheduler and server are sent, and what the server answers, is
-written to files. What was found by fuzzing (`*-found-*`) stays as it is.
+Runs small jobs in this process, and writes all frames sent to their scheduler and server, and the server's
+replies, to files. Findings of the fuzzer (`*-found-*`) stay unchanged.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def optimizers(kv: KVStore) -> None:
     kv.push("w", torch.ones(3))
     kv.pull("w")
     kv.set_optimizer_options(lr=0.2)
-    for _ in range(3):  # the second has to wait for the first
+    for _ in range(3):  # the second must wait for the first
         kv.push("w", torch.ones(3))
     kv.pull("w")
     kv.set_updater("add")
@@ -110,7 +110,7 @@ def saving(kv: KVStore) -> None:
 
 
 class Recorder:
-    """Notes every frame that a connection of this process sends."""
+    """Records every frame that a connection of this process sends."""
 
     def __init__(self) -> None:
         self.sent: dict[str, Conversation] = {"server": [], "scheduler": [], "worker": []}
@@ -120,7 +120,7 @@ class Recorder:
 
     def send_rest(self, connection: InprocConnection, buffers: Any, *rest: Any) -> None:
         frame = b"".join(map(bytes, buffers))
-        with self._lock:  # the order of arrival is that of the notes
+        with self._lock:  # so that frames arrive in the recorded order
             self._note(connection, frame)
             self._real(connection, buffers, *rest)
 
@@ -140,7 +140,7 @@ class Recorder:
 
 
 def _portable(message: Any, frame: bytes) -> bytes:
-    """Return the frame as one process sends it to another: code by its name, no name or path of this host."""
+    """Return the frame as if sent to another process: code by name, no name or path of this host."""
     if isinstance(message, m.Together):
         message.call = message.call.split()[0].partition("(")[0]
         return framed(msgspec.msgpack.encode(message))
@@ -162,14 +162,14 @@ def _portable(message: Any, frame: bytes) -> bytes:
 
 
 def _by_name(code: Any, spec: Any) -> Any:
-    """Return a reference to a class of torch.optim instead of to an object of this process."""
+    """Return a reference to a class of torch.optim in place of an object of this process."""
     if code is None:
         return None
     return msgspec.structs.replace(code, module="torch.optim", name=spec.name.rpartition(":")[2])
 
 
 def record(name: str, program: Callable[[KVStore], None], **job: Any) -> None:
-    """Run a job of two workers and a server, and write down what was said."""
+    """Run a job of two workers and a server, and record the conversations."""
     recorder = Recorder()
 
     def send_rest(connection: InprocConnection, buffers: Any, *rest: Any) -> None:

@@ -1,4 +1,4 @@
-"""Kept conversations, and that the same seed makes the same hostile frames of them."""
+"""The corpus, and that the same seed makes the same hostile frames from it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_same_seed_makes_the_same_frames() -> None:
 
 
 def test_what_is_made_is_refused_in_many_ways_and_taken_in_many() -> None:
-    """A mutator that made noise only, or nothing new, would find nothing."""
+    """A mutator that makes only noise, or nothing new, finds nothing."""
     mutator, decoder = Mutator(1, GOOD), Decoder(m.ToServer | m.FromServer)
     refusals: set[str] = set()
     taken: set[bytes] = set()
@@ -58,7 +58,7 @@ def test_what_is_made_is_refused_in_many_ways_and_taken_in_many() -> None:
 
 @pytest.mark.parametrize("target", ["server", "scheduler", "worker"])
 def test_the_corpus_is_of_this_version(target: str) -> None:
-    """And most messages are in it; what is rare, a refusal say, is made by mutation."""
+    """It also has most messages; mutation makes the rare ones, a refusal say."""
     union = {"server": m.ToServer, "scheduler": m.ToScheduler, "worker": m.FromServer}[target]
     decoder = Decoder(union)
     seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""What is kept is replayed, and 20,000 fresh hostile frames are tried, in every run of the tests."""
+"""Every test run replays the corpus and tries 20,000 fresh hostile frames."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test_what_was_found_stays_fixed(target: str, name: str) -> None:
 
 
 def test_twenty_thousand_hostile_frames() -> None:
-    """New ones in every run. A failure tells the seed; `python tests/fuzz/fuzz.py` runs it again."""
+    """Every run has new ones. A failure prints the seed; `python tests/fuzz/fuzz.py` reruns it."""
     seed = random.SystemRandom().randrange(1 << 32)
     said: list[str] = []
     try:
         assert fuzz(CORPUS, seed, 20_000, said.append) >= 20_000
     except BaseException:
-        print(f"the seed was {seed}; {said}")  # shown by pytest with the failure
+        print(f"the seed was {seed}; {said}")  # pytest shows it with the failure
         raise
     assert [line.split(":")[0] for line in said] == [
         "codec", "server", "scheduler", "sockets", "worker",

@@ -1,4 +1,4 @@
-"""Workers withstand hostile peers, and one that would not is found out."""
+"""Workers withstand hostile peers, and the fuzzer detects those that do not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POOL = [entry.frame for conversation in load(CORPUS, "worker").values() for entr
 
 
 def test_a_hundred_hostile_frames() -> None:
-    """New ones in every run. A failure tells the seed of the job: `meet` runs it again."""
+    """Every run has new ones. A failure prints the seed of the job; `meet` reruns it."""
     assert fuzz_worker(random.Random(random.SystemRandom().randrange(1 << 32)), POOL, 100) >= 100
 
 
@@ -37,7 +37,7 @@ def test_a_frame_may_be_cut_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_frame_may_claim_more_than_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody could tell it from one that comes slowly, so the connection ends; else a call would wait."""
+    """A worker cannot tell it from a slow frame, so the connection ends; otherwise a call would wait."""
 
     def longer(self: Mutator, frame: bytes) -> bytes:
         magic, version, message_bytes, payload_bytes = PREFIX.unpack_from(frame)
@@ -80,7 +80,7 @@ def test_a_thread_that_dies_and_a_call_that_hangs_are_found(monkeypatch: pytest.
 
 @pytest.mark.skipif(bool(unix.why_not()), reason=unix.why_not())
 def test_servers_share_memory_and_tell_places_that_there_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Honest values come through shared memory; a worker that believed every place is found."""
+    """Honest values arrive through shared memory; the fuzzer detects a worker that trusts every place."""
     placed: list[bool] = []
     real = Sharing.reply
 
@@ -106,7 +106,7 @@ def test_servers_share_memory_and_tell_places_that_there_are_not(monkeypatch: py
 
 
 def test_a_false_leader_is_noticed() -> None:
-    """A worker waits for whom it is told, to the deadline if need be: so the connection is to end then."""
+    """A worker waits for the leader it is told of, until its deadline: so the connection must end."""
     lead, follow = encode(m.TogetherReply(3, True, None)), encode(m.TogetherReply(3, False, None))
     assert hostile._tells_false_lead(lead, follow)
     assert hostile._tells_false_lead(follow, lead)

@@ -1,4 +1,4 @@
-"""What a hostile worker shares: the honest part of it works, so that the rest comes near enough to harm."""
+"""A hostile worker's shared memory: its honest part works, so that the rest gets deep enough to do harm."""
 
 from __future__ import annotations
 

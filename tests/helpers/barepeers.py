@@ -1,4 +1,4 @@
-"""Peers made of a bare connection: they say what a test wants them to say."""
+"""Peers on a bare connection, which send whatever a test wants."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AnyMessage = m.ToServer | m.FromServer
 
 
 class Peer:
-    """One end of a connection, in the hands of a test."""
+    """One end of a connection, driven by a test."""
 
     def __init__(self, connection: Connection, union: Any = AnyMessage) -> None:
         self.connection = connection
@@ -31,7 +31,7 @@ class Peer:
         self.connection.send(encode(message, sum(map(len, parts))), parts)
 
     def hear(self) -> Any:
-        """Return the next message; its payload is in `heard`."""
+        """Receive and return the next message; its payload is in `heard`."""
         messages: list[Any] = []
 
         def sink(body: memoryview, payload_bytes: int) -> list[memoryview]:
@@ -44,7 +44,7 @@ class Peer:
 
 
 def deadline(ticks: int = 80) -> Callable[[], None]:
-    """Return a tick that gives up after so many quarters of a second."""
+    """Return a tick that raises TimeoutError after `ticks` calls, each a quarter of a second."""
     left = iter(range(ticks))
 
     def tick() -> None:
@@ -70,7 +70,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Connection, Connectio
 
 @pytest.fixture
 def join_as() -> Iterator[Callable[..., Peer]]:
-    """Connect to a scheduler or server as a process of its job, and be let in."""
+    """Connect to a scheduler or server as a process of its job, and pass its handshake."""
     connections: list[Connection] = []
 
     def join(config: JobConfig, address: tuple[str, int], union: Any) -> Peer:
@@ -86,7 +86,7 @@ def join_as() -> Iterator[Callable[..., Peer]]:
 
 
 class Gate(Connection):
-    """A connection that lets frames out one by one, and fails when told; nothing is received."""
+    """A send-only connection that releases frames one by one, and fails on request."""
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
@@ -134,13 +134,13 @@ class Gate(Connection):
         return False
 
     def notice_silence(self, timeout_s: float) -> None:
-        """Nobody is silent here."""
+        """Do nothing: no peer is silent here."""
 
     def shutdown(self) -> None:
-        """Nothing to wake."""
+        """Do nothing: there is no receiver to wake."""
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there is nothing to free."""
 
 
 @pytest.fixture

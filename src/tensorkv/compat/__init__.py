@@ -1,1 +1,1 @@
-"""The names of older systems over a TensorKV store."""
+"""The APIs of older systems on top of a TensorKV store."""

@@ -1,10 +1,10 @@
 """The arithmetic of MXNet's optimizers, as torch optimizers that a store can run on servers.
 
-They differ from torch's in where weight decay and clipping come in, and in Adam's epsilon. `w` is the
+They differ from torch's in the order of weight decay and clipping, and in Adam's epsilon. `w` is the
 weight, `g` the gradient; `clip` limits each element and does nothing unless `clip_gradient` > 0.
 
-`set_number` changes nothing of it. A store keeps the state when it is given the optimizer that it has, and
-MXNet does not: a number of its own makes each `set_optimizer` another one.
+`set_number` does not affect the arithmetic. A store keeps the state if the same optimizer is set again, and
+MXNet does not: a unique number makes each `set_optimizer` a different one.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SGD(_MXNetOptimizer):
 
 
 class Adam(_MXNetOptimizer):
-    """Adam with weight decay inside of the clipping, and epsilon outside of the bias correction.
+    """Adam with weight decay inside the clipping, and epsilon outside the bias correction.
 
     h = clip(rescale_grad * g + wd * w); m and v are the decaying means of h and h * h;
     w -= lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + epsilon)
@@ -125,7 +125,7 @@ class Adam(_MXNetOptimizer):
 
 
 class Test(_MXNetOptimizer):
-    """w += rescale_grad * g: what MXNet's tests use."""
+    """w += rescale_grad * g, as MXNet's tests use it."""
 
     def __init__(self, params: Parameters, rescale_grad: float = 1.0, set_number: int = 0) -> None:
         _check_numbers(rescale_grad)

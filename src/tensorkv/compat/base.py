@@ -1,6 +1,6 @@
-"""MXNetError, and the errors of TensorKV and of Python as ones of its kind.
+"""MXNetError, and subclasses of it for the errors of TensorKV and of Python.
 
-What is raised under MXNet's names is caught by `except MXNetError` as well as by the error's own class:
+Both `except MXNetError` and the error's own class catch the errors of MXNet's API:
 `tensorkv.compat.base.KeyNotInitialized` is both `tensorkv.errors.KeyNotInitialized` and MXNetError, and
 `MXNetIndexError` both IndexError and MXNetError.
 """
@@ -14,7 +14,7 @@ from tensorkv import errors
 
 
 class MXNetError(RuntimeError):
-    """Base of what is raised under MXNet's names."""
+    """Base of all errors of MXNet's API."""
 
 
 def _as_mxnet_class(error_class: type[errors.TensorKVError]) -> type[errors.TensorKVError]:
@@ -31,25 +31,25 @@ globals().update({each.__name__: each for each in _CLASSES.values()})  # where p
 
 
 class MXNetIndexError(MXNetError, IndexError):
-    """An element that is not there."""
+    """An element that does not exist."""
 
 
 class MXNetKeyError(MXNetError, KeyError):
-    """A name that is not known."""
+    """An unknown name."""
 
     __str__ = Exception.__str__  # KeyError shows its text in quotes
 
 
 class MXNetOverflowError(MXNetError, OverflowError):
-    """A number too large."""
+    """A number that is too large."""
 
 
 class MXNetTypeError(MXNetError, TypeError):
-    """A value of a type that is not taken."""
+    """A value of an unsupported type."""
 
 
 class MXNetValueError(MXNetError, ValueError):
-    """A value that is not taken."""
+    """An unsupported value."""
 
 
 _STANDARD: dict[type[Exception], type[MXNetError]] = {
@@ -61,13 +61,13 @@ _STANDARD: dict[type[Exception], type[MXNetError]] = {
     RuntimeError: MXNetError,
     ArithmeticError: MXNetError,
 }
-"""Python's errors, and what stands for them. RuntimeError is torch's, ArithmeticError a division by zero."""
+"""Python's errors and their MXNet classes. RuntimeError is torch's, ArithmeticError a division by zero."""
 
 _TRANSLATED: tuple[type[Exception], ...] = (errors.TensorKVError, *_STANDARD)
 
 
 def translate(error: Exception) -> Exception:
-    """Return `error` as one that is an MXNetError too, with the same text, cause and traceback."""
+    """Return `error` as an MXNetError, with the same text, cause and traceback."""
     if isinstance(error, MXNetError):
         return error
     translated: Exception
@@ -82,7 +82,7 @@ def translate(error: Exception) -> Exception:
 
 @contextmanager
 def mxnet_errors() -> Iterator[None]:
-    """Let errors leave the `with`, or the function that this decorates, as MXNetErrors."""
+    """Translate errors that leave the `with`, or the decorated function, to MXNetErrors."""
     try:
         yield
     except _TRANSLATED as exc:

@@ -1,7 +1,7 @@
-"""MXNet's contexts: where an array lives.
+"""MXNet's contexts: the device of an array.
 
-`cpu(i)` with any i is memory of this machine: as in MXNet, several of them stand for devices where
-there is no GPU. `gpu(i)` is CUDA device i.
+`cpu(i)` with any i is memory of this machine: as in MXNet, several of them stand in for devices on a
+machine without a GPU. `gpu(i)` is CUDA device i.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tensorkv.compat.base import MXNetError, MXNetKeyError
 
 @final
 class Context:
-    """Where an array lives: `Context("cpu", 1)`, or for short `cpu(1)`. In a `with` it is the default."""
+    """The device of an array: `Context("cpu", 1)`, or for short `cpu(1)`. In a `with` it is the default."""
 
     devtype2num: ClassVar[dict[str, int]] = {"cpu": 1, "gpu": 2, "cpu_pinned": 3, "cpu_shared": 5}
     _default = threading.local()
@@ -37,11 +37,11 @@ class Context:
 
     @property
     def device_typeid(self) -> int:
-        """The number MXNet gives the type of device."""
+        """MXNet's number of the device type."""
         return self.devtype2num[self.device_type]
 
     def torch_device(self) -> torch.device:
-        """Return the device of torch that this context stands for.
+        """Return the torch device of this context.
 
         Raises:
             MXNetError: this machine has no such GPU.
@@ -85,25 +85,25 @@ def cpu(device_id: int = 0) -> Context:
 
 
 def cpu_pinned(device_id: int = 0) -> Context:
-    """Return a context of this machine's memory; here no different from `cpu`."""
+    """Return a context of this machine's memory; the same as `cpu` here."""
     return Context("cpu_pinned", device_id)
 
 
 def gpu(device_id: int = 0) -> Context:
-    """Return the context of a GPU. Whether there is one matters first when an array is made there."""
+    """Return the context of a GPU. Its existence is checked only when an array is created there."""
     return Context("gpu", device_id)
 
 
 def num_gpus() -> int:
-    """Return how many GPUs torch sees."""
+    """Return the number of GPUs torch sees."""
     return torch.cuda.device_count()
 
 
 def current_context() -> Context:
-    """Return the context in which arrays are made if none is given."""
+    """Return the default context of new arrays."""
     return Context.default_ctx()
 
 
 def context_of(tensor: torch.Tensor) -> Context:
-    """Return the context that stands for the device of a tensor."""
+    """Return the context of a tensor's device."""
     return gpu(tensor.device.index or 0) if tensor.device.type == "cuda" else cpu(0)

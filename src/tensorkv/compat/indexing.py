@@ -1,4 +1,4 @@
-"""MXNet's rules of shapes and indices: what `reshape` makes of special numbers, and what an index selects."""
+"""MXNet's rules for shapes and indices: the special numbers of `reshape`, and what an index selects."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 
 
 def reshaped(shape: tuple[int, ...], wanted: Sequence[int], reverse: bool = False) -> tuple[int, ...]:
-    """Return the shape that MXNet gives an array of `shape` that is asked to be `wanted`.
+    """Return the shape that MXNet's `reshape` to `wanted` gives an array of `shape`.
 
-    Besides lengths there may be in `wanted`, read beside the dimensions that are there:
+    Besides lengths, `wanted` may contain these numbers, which refer to the dimensions of `shape` in turn:
 
         0       this dimension as it is
-        -1      once: whatever is left
-        -2      all dimensions that are left
+        -1      once: the remaining elements
+        -2      all remaining dimensions
         -3      this dimension times the next
-        -4 a b  this dimension as two, of which one may be -1
+        -4 a b  this dimension split in two; one of them may be -1
 
     Args:
-        shape: the shape that is.
+        shape: the current shape.
         wanted: as above.
-        reverse: both are read from the right.
+        reverse: read both from the right.
 
     Raises:
-        ValueError: there are not as many elements, or dimensions.
+        ValueError: the number of elements or dimensions does not match.
     """
     if reverse:
         return reshaped(shape[::-1], wanted[::-1])[::-1]
@@ -66,7 +66,7 @@ def reshaped(shape: tuple[int, ...], wanted: Sequence[int], reverse: bool = Fals
 
 
 def _split(length: int, first: int, second: int) -> tuple[int, int]:
-    """Return the two lengths whose product is `length`; one of them may be asked for as -1."""
+    """Return two lengths whose product is `length`; one of the arguments may be -1."""
     first = length // second if first == -1 else first
     second = length // first if second == -1 else second
     if first < 1 or second < 1:
@@ -75,20 +75,20 @@ def _split(length: int, first: int, second: int) -> tuple[int, int]:
 
 
 def torch_index(key: Any, shape: tuple[int, ...]) -> tuple[tuple[Any, ...], bool]:
-    """Return what selects in a tensor of `shape` as `key` does in MXNet, and whether torch gives a view then.
+    """Return a torch index that selects as `key` does in MXNet, and whether it gives a view.
 
-    An entry of a key is an int, a slice, `...`, None, or an array or list, whose numbers are taken as ints.
+    An entry of a key is an int, a slice, `...`, None, or an array or list, whose numbers are cast to ints.
 
     Raises:
-        ValueError: an entry is of another kind, or the step of a slice is 0.
-        IndexError: an array names an element that is not there.
+        ValueError: an entry has another type, or the step of a slice is 0.
+        IndexError: an index in an array is out of range.
     """
     if isinstance(key, slice) and key == slice(None):
-        return (), True  # `a[:]` is `a`, also where it has no dimensions
+        return (), True  # `a[:]` is `a`, even if it has no dimensions
     entries = tuple(_entry(each) for each in (key if isinstance(key, tuple) else (key,)))
     if not any(isinstance(each, np.ndarray) or _is_backwards(each) for each in entries):
         return entries, True
-    # NumPy selects as MXNet does; torch has no steps backwards, and puts some dimensions elsewhere.
+    # NumPy selects as MXNet does; torch has no negative steps, and orders some dimensions differently.
     places = np.arange(math.prod(shape)).reshape(shape)[entries]
     return tuple(torch.as_tensor(each, device="cpu") for each in np.unravel_index(places, shape)), False
 
@@ -106,7 +106,7 @@ def _entry(entry: Any) -> Any:
     if isinstance(entry, torch.Tensor):
         entry = entry.cpu().numpy()
     if isinstance(entry, (list, tuple, range, np.ndarray)):
-        return np.asarray(entry).astype(np.int64)  # a mask too: MXNet takes its False and True as 0 and 1
+        return np.asarray(entry).astype(np.int64)  # a mask too: MXNet reads False and True as 0 and 1
     raise ValueError(f"an NDArray cannot be indexed with {entry!r} of type {type(entry).__name__}")
 
 

@@ -1,4 +1,4 @@
-"""MXNet's KVStore over a TensorKV store. It translates arguments and errors, and decides nothing."""
+"""MXNet's KVStore on top of a TensorKV store. It only translates arguments and errors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tensorkv.tracers import opaque_methods
 @final
 @opaque_methods
 class KVStore:
-    """A store with the methods of MXNet's.
+    """A store with the methods of MXNet's KVStore.
 
-    Keys are ints or strings; values NDArrays, and where one stands a list of them, one per device.
-    `priority` is taken and has no effect. Calls return None, as MXNet's do; errors are MXNetErrors and
-    at the same time those of the TensorKV call.
+    Keys are ints or strings; a value is an NDArray, or a list of them, one per device.
+    `priority` is accepted and has no effect. Calls return None, like MXNet's; their errors are both
+    MXNetErrors and those of the TensorKV call.
 
     Attributes:
         store: the TensorKV store underneath.
@@ -33,21 +33,21 @@ class KVStore:
 
     @property
     def type(self) -> str:
-        """The kind of store, as given to `create`."""
+        """Kind of the store, as given to `create`."""
         return self.store.kind
 
     @property
     def rank(self) -> int:
-        """The number of this worker, from 0."""
+        """Number of this worker, from 0."""
         return self.store.rank
 
     @property
     def num_workers(self) -> int:
-        """The number of workers."""
+        """Number of workers."""
         return self.store.num_workers
 
     def init(self, key: Any, value: Any) -> None:
-        """Create a key, or a list of keys, with first values."""
+        """Create a key, or a list of keys, with initial values."""
         with mxnet_errors():
             self.store.init(key, _unwrap(value))
 
@@ -64,7 +64,7 @@ class KVStore:
             self.store.pull(key, _unwrap(out))
 
     def pushpull(self, key: Any, value: Any, out: Any = None, priority: int = 0) -> None:
-        """Push `value`, then pull into `out`; without it into `value` itself."""
+        """Push `value`, then pull into `out`, or into `value` itself if there is no `out`."""
         with mxnet_errors():
             self.store.pushpull(key, _unwrap(value), _unwrap(value if out is None else out))
 
@@ -74,16 +74,16 @@ class KVStore:
             self.store.broadcast(key, _unwrap(value), _unwrap(out))
 
     def _set_updater(self, updater: Callable[[Any, NDArray, NDArray], Any]) -> None:
-        """Let `updater(key, input, stored)` combine what is pushed with what is stored, in place."""
+        """Set `updater(key, input, stored)`, which combines the pushed with the stored value in place."""
         with mxnet_errors():
             if not callable(updater):
                 raise UnknownUpdater(f"{updater!r} is not a function of a key and two arrays")
             self.store.set_updater(MXNetUpdater(updater))
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
-        """Let an optimizer of `tensorkv.compat.optimizer` be the updater, where the values live.
+        """Use an optimizer of `tensorkv.compat.optimizer` as the updater, where the values live.
 
-        Each call starts afresh, without the momentum so far, also if the optimizer is the same.
+        Each call starts afresh, without the previous momentum, even with the same optimizer.
         """
         with mxnet_errors():
             if not isinstance(optimizer, Optimizer):
@@ -101,21 +101,22 @@ class KVStore:
             self.store.barrier()
 
     def close(self) -> None:
-        """Leave the store. MXNet has no such call; there the store is left when the program ends."""
+        """Leave the store. MXNet has no such call: it leaves the store when the program ends."""
         with mxnet_errors():
             self.store.close()
 
 
 def create(name: str = "local", **options: Any) -> KVStore:
-    """Open a store of a kind, "local" or "dist_sync" say.
+    """Open a store.
 
     Args:
-        name: the kind. MXNet takes any text here and makes a local store of it; here it is an error.
+        name: its kind, "local" or "dist_sync" say. MXNet opens a local store for an unknown kind; here that
+            is an error.
         **options: those of `tensorkv.create`.
 
     Raises:
         TypeError: `name` is not a str.
-        UnknownKind, NotInJob, and what else `tensorkv.create` raises, each an MXNetError.
+        UnknownKind, NotInJob, and the other errors of `tensorkv.create`, each an MXNetError.
     """
     with mxnet_errors():
         if not isinstance(name, str):
@@ -124,7 +125,7 @@ def create(name: str = "local", **options: Any) -> KVStore:
 
 
 def _unwrap(value: Any) -> Any:
-    """Replace NDArrays, also in lists, by their tensors. Anything else is for the store to judge."""
+    """Replace NDArrays, even in lists, by their tensors. The store checks all other values."""
     if isinstance(value, NDArray):
         return value.tensor
     if isinstance(value, (list, tuple)):

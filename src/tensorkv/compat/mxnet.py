@@ -1,10 +1,10 @@
-"""The names of MXNet over a TensorKV store: `from tensorkv.compat import mxnet as mx`.
+"""MXNet's API on top of a TensorKV store: `from tensorkv.compat import mxnet as mx`.
 
     mx.kv.create("dist_sync")          mx.nd.ones((2, 3), mx.cpu(1))        mx.optimizer.create("sgd")
     mx.kvstore                         mx.nd.NDArray, .array, .zeros, ...   mx.base.MXNetError
 
-What MXNet's tutorial on its key-value store uses runs as it is; `docs/from-mxnet.md` says what differs.
-Only names are here: contexts, arrays, optimizers and the store have a module each in this folder.
+MXNet's tutorial on its key-value store runs unchanged; `docs/from-mxnet.md` lists the differences.
+This module only has the names: contexts, arrays, optimizers and the store each have a module in this folder.
 """
 
 from __future__ import annotations

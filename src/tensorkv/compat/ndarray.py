@@ -1,6 +1,6 @@
-"""MXNet's NDArray over a torch tensor, and its functions that make arrays.
+"""MXNet's NDArray on top of a torch tensor, and its functions that create arrays.
 
-Operations take effect at once; there is nothing to wait for but the GPU.
+Operations take effect at once; only the GPU is asynchronous.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Shape = int | tuple[int, ...] | list[int]
 
 
 class NDArray:
-    """An array of MXNet, which holds a torch tensor.
+    """An MXNet array that holds a torch tensor.
 
-    Arithmetic is element by element and broadcasts; both arrays need the same dtype. As in MXNet a number is
-    first cast to the array's dtype, so that 1.7 beside an array of ints is 1. Quotients of ints are rounded
-    towards 0, and their powers computed in float32. Comparisons give 0 and 1 in the array's dtype. Beside a
-    number an array of bools is one of int64.
+    Arithmetic is elementwise and broadcasts; both arrays need the same dtype. As in MXNet a number is
+    first cast to the array's dtype, so 1.7 becomes 1 with an array of ints. Quotients of ints are rounded
+    towards 0, and their powers computed in float32. Comparisons give 0 and 1 in the array's dtype. With a
+    number, an array of bools counts as int64.
 
-    A part that lies in one piece in memory, `a[i]`, `a[i:j]` or `a[i, j:k]` say, shares the memory of `a`.
-    Any other part is a copy: a column, every second row, what an array of indices selects.
+    A contiguous part, `a[i]`, `a[i:j]` or `a[i, j:k]` say, shares the memory of `a`. Any other part is a
+    copy: a column, every second row, a selection by an array of indices.
 
-    What is raised is an MXNetError, and the error of Python that MXNet raises there as well.
+    Errors are both MXNetErrors and the Python errors that MXNet raises there.
     """
 
     def __init__(self, tensor: torch.Tensor, ctx: Context) -> None:
@@ -42,37 +42,37 @@ class NDArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The length of each dimension."""
+        """Length of each dimension."""
         return tuple(self.tensor.shape)
 
     @property
     def dtype(self) -> type:
-        """The NumPy type of the elements, `numpy.float32` say."""
+        """NumPy type of the elements, `numpy.float32` say."""
         return _numpy_type(self.tensor.dtype)
 
     @property
     def size(self) -> int:
-        """The number of elements."""
+        """Number of elements."""
         return self.tensor.numel()
 
     @property
     def ndim(self) -> int:
-        """The number of dimensions."""
+        """Number of dimensions."""
         return self.tensor.dim()
 
     @property
     def context(self) -> Context:
-        """Where the array lives."""
+        """Context (device) of the array."""
         return self._ctx
 
     @property
     def ctx(self) -> Context:
-        """Where the array lives."""
+        """Context (device) of the array."""
         return self._ctx
 
     @property
     def stype(self) -> str:
-        """How the array is stored: always "default", which is dense."""
+        """Storage type of the array: always "default", which is dense."""
         return "default"
 
     @property
@@ -91,10 +91,10 @@ class NDArray:
 
     @mxnet_errors()
     def asscalar(self) -> Any:
-        """Return the one element as a number of NumPy's.
+        """Return the only element as a NumPy number.
 
         Raises:
-            ValueError: there is not exactly one element.
+            ValueError: the array does not have exactly one element.
         """
         if self.size != 1:
             raise ValueError(f"an array of shape {self.shape} is not a scalar")
@@ -122,21 +122,21 @@ class NDArray:
 
     @mxnet_errors()
     def as_in_context(self, context: Context) -> NDArray:
-        """Return this array if it lives in `context`, else a copy that does."""
+        """Return this array if it is in `context`, else a copy there."""
         return self if context == self._ctx else self.copyto(context)
 
     @mxnet_errors()
     def astype(self, dtype: Any, copy: bool = True) -> NDArray:
-        """Return the array in another dtype: a copy, unless `copy` is False and nothing changes."""
+        """Return the array in another dtype: a copy, unless `copy` is False and the dtype is the same."""
         return self._new(self.tensor.to(_torch_dtype(dtype), copy=copy))
 
     @mxnet_errors()
     def reshape(self, *shape: Any, **options: Any) -> NDArray:
-        """Return the same elements, in the same memory, in another shape: `a.reshape(3, 2)` or `((3, 2))`.
+        """Return a view in another shape: `a.reshape(3, 2)` or `((3, 2))`.
 
-        Besides lengths it takes 0 (this dimension as it is), -1 (once: whatever is left), -2 (all dimensions
-        that are left), -3 (the product of the next two) and -4 (the next one as the two lengths that follow);
-        with `reverse=True` they are read from the right.
+        Besides lengths it takes 0 (this dimension as it is), -1 (once: the remaining elements), -2 (all
+        remaining dimensions), -3 (the product of the next two) and -4 (the next one split into the two
+        lengths that follow); with `reverse=True` it reads them from the right.
 
         Raises:
             MXNetValueError: the number of elements differs.
@@ -144,13 +144,13 @@ class NDArray:
         wanted: Any = shape[0] if len(shape) == 1 and not _is_int(shape[0]) else shape
         wanted = wanted if shape else options.pop("shape", ())
         reverse = bool(options.pop("reverse", False))
-        options.pop("shape", None)  # MXNet, too, prefers the one that came without a name
+        options.pop("shape", None)  # MXNet, too, prefers the positional one
         if options:
             raise TypeError(f"reshape takes shape and reverse, and no {', '.join(options)}")
         return self._new(self.tensor.reshape(reshaped(self.shape, _shape(wanted), reverse)))
 
     def wait_to_read(self) -> None:
-        """Return when the array can be read."""
+        """Wait until the array can be read."""
         waitall()
 
     @mxnet_errors()
@@ -310,7 +310,7 @@ class NDArray:
             raise TypeError(f"type {type(other)} is not supported beside an NDArray")
         try:
             result = function(its, mine) if reflected else function(mine, its)
-        except RuntimeError as exc:  # shapes that do not broadcast, devices that differ
+        except RuntimeError as exc:  # shapes that do not broadcast, or different devices
             name = function.__name__.strip("_")
             raise MXNetError(f"{name} of {self.shape} and {_shape_of(other)}: {exc}") from exc
         return self._new(result.to(mine.dtype))
@@ -335,7 +335,7 @@ class NDArray:
 
 @mxnet_errors()
 def array(source_array: Any, ctx: Context | None = None, dtype: Any = None) -> NDArray:
-    """Return a copy of an array, number or nested list; float32 unless it is an NDArray or `dtype` says."""
+    """Return a copy of an array, number or nested list; float32 by default, except for an NDArray."""
     if isinstance(source_array, NDArray):
         source = source_array.tensor
     else:
@@ -369,7 +369,7 @@ def ones(shape: Shape, ctx: Context | None = None, dtype: Any = None) -> NDArray
 
 @mxnet_errors()
 def empty(shape: Shape, ctx: Context | None = None, dtype: Any = None) -> NDArray:
-    """Return an array whose elements may be anything."""
+    """Return an uninitialised array."""
     ctx = current_context() if ctx is None else ctx
     return NDArray(torch.empty(_shape(shape), device=ctx.torch_device(), dtype=_torch_dtype(dtype)), ctx)
 
@@ -391,16 +391,16 @@ def arange(
 
 
 def waitall() -> None:
-    """Return when all operations are done."""
+    """Wait until all operations are done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 @final
 class MXNetUpdater:
-    """An updater of a store that calls an MXNet-style function, whose arrays are NDArrays.
+    """An updater of a store that calls an MXNet-style function on NDArrays.
 
-    `__tensorkv_adapter__` lets it travel to servers as its function's name and its own (see
+    `__tensorkv_adapter__` lets a store send it to servers as two names, its function's and its own (see
     `tensorkv.updaters.functions`).
     """
 
@@ -410,16 +410,16 @@ class MXNetUpdater:
         self.function = function
         named = function if hasattr(function, "__qualname__") else type(function)
         self.__name__, self.__qualname__ = named.__name__, named.__qualname__
-        self.__module__ = named.__module__  # a store tells its updater by these
+        self.__module__ = named.__module__  # a store identifies its updater by these
 
-    def __eq__(self, other: object) -> bool:  # setting the same function again is no other setting
+    def __eq__(self, other: object) -> bool:  # setting the same function again is the same setting
         return isinstance(other, MXNetUpdater) and other.function == self.function
 
     def __hash__(self) -> int:
         return hash(self.function)
 
     def __call__(self, key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
-        """Call the function; it changes `stored` in place."""
+        """Call the function, which changes `stored` in place."""
         self.function(key, NDArray(pushed, context_of(pushed)), NDArray(stored, context_of(stored)))
 
 
@@ -440,17 +440,17 @@ def _shape_of(value: Any) -> str:
 
 
 def _scalar(value: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return a number as MXNet takes it: a double that is cast to the dtype, whatever number it was."""
+    """Return a number as MXNet reads it: converted to a double, then cast to the dtype."""
     if not _is_number(value):
         raise TypeError(f"{value!r} is not a number")
     return torch.tensor(float(value), dtype=torch.float64, device="cpu").to(dtype)
 
 
 def _from_host(value: Any) -> torch.Tensor:
-    """Return an array of NumPy, or what becomes one, as a tensor."""
+    """Return a NumPy array, or anything that converts to one, as a tensor."""
     try:
         numbers = np.asarray(value)
-    except ValueError as exc:  # lists of several lengths
+    except ValueError as exc:  # lists of different lengths
         raise TypeError(f"{value!r} is no array: {exc}") from exc
     if numbers.dtype.kind not in "biuf":
         raise TypeError(f"{value!r} is no array of numbers")
@@ -477,7 +477,7 @@ def _plain(key: Any) -> Any:
 
 
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
-    """Whether values of `shape` can be assigned to a part of shape `target`."""
+    """Whether values of `shape` broadcast to a part of shape `target`."""
     extra = len(shape) - len(target)
     if extra > 0 and any(length != 1 for length in shape[:extra]):
         return False

@@ -1,4 +1,4 @@
-"""MXNet's optimizers as one writes them down: a class, or `create` with a name, and MXNet's arguments.
+"""MXNet's optimizers as the user writes them: a class, or `create` with a name, and MXNet's arguments.
 
 They are descriptions. The arithmetic is in `tensorkv.compat.arithmetic` and runs where the value lives.
 """
@@ -16,22 +16,22 @@ from tensorkv.updaters.optimizer import optimizer_spec
 
 
 class Optimizer:
-    """An optimizer with its options, to be given to `KVStore.set_optimizer`. It does not change."""
+    """An optimizer with its options, for `KVStore.set_optimizer`. It is immutable."""
 
-    __slots__ = ("_options",)  # an attribute that MXNet has and that would be ignored here is an error
+    __slots__ = ("_options",)  # so setting an MXNet attribute that is not supported here raises
 
     torch_class: ClassVar[type[torch.optim.Optimizer]]
     """The torch optimizer that a store runs."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset()
-    """Arguments that MXNet takes and this optimizer does not use."""
+    """Arguments that MXNet accepts and this optimizer ignores."""
 
     def __init__(self, **options: Any) -> None:
-        """Take the options of MXNet.
+        """Set the options, with MXNet's names.
 
         Raises:
-            InvalidOption: there is no such option, or not with such a value.
-            NotSupported: an option of MXNet that a TensorKV store does not have.
+            InvalidOption: an unknown option, or an invalid value.
+            NotSupported: an MXNet option that a TensorKV store does not support.
         """
         with mxnet_errors():
             used = {name: value for name, value in options.items() if name not in self.without_effect}
@@ -40,7 +40,7 @@ class Optimizer:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that were given, for the torch optimizer."""
+        """The given options, for the torch optimizer."""
         return dict(self._options)
 
     @property
@@ -64,7 +64,7 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """Adam: learning_rate=0.001, beta1=0.9, beta2=0.999, epsilon=1e-8, begin_num_update=0, and as SGD the
+    """Adam: learning_rate=0.001, beta1=0.9, beta2=0.999, epsilon=1e-8, begin_num_update=0, and SGD's
     arguments wd, rescale_grad, clip_gradient.
     """
 
@@ -90,7 +90,7 @@ class Test(Optimizer):
 _KNOWN: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "test": Test}
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "lazy_update": (True, False),  # about sparse gradients, which do not occur
+    "lazy_update": (True, False),  # for sparse gradients, which do not occur
     "learning_rate": (None,),
     "multi_precision": (False,),
     "param_idx2name": (None, {}),
@@ -98,15 +98,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "sym": (None,),
     "param_dict": (None, {}),
 }
-"""Values of MXNet's arguments with which they change nothing, so that they are left away."""
+"""Values of MXNet's arguments that have no effect, so that they are omitted."""
 
 
 def create(name: str, **kwargs: Any) -> Optimizer:
     """Return the optimizer called `name`, in any case, with MXNet's arguments.
 
     Raises:
-        MXNetValueError: there is no optimizer of this name here.
-        InvalidOption, NotSupported: as of the class.
+        MXNetValueError: the name is unknown here.
+        InvalidOption, NotSupported: as from the class.
     """
     with mxnet_errors():
         if not isinstance(name, str):

@@ -1,8 +1,8 @@
-"""`tensorkv.spawn`: a job whose workers call a function, in the manner of torch.multiprocessing.spawn.
+"""`tensorkv.spawn`: a job whose workers call a function, like torch.multiprocessing.spawn.
 
-Workers are processes of `multiprocessing`, started fresh; it hands function and arguments from this
-process to its own children, and nothing from the network comes near that. The scheduler is a few threads
-of this process, the servers are processes as under `tensorkv run`. All of them die with this process.
+Workers are fresh processes of `multiprocessing`, which passes function and arguments from this process
+to its own children; no data from the network is involved. The scheduler is a few threads of this
+process, the servers are processes as under `tensorkv run`. All of them die with this process.
 """
 
 from __future__ import annotations
@@ -62,23 +62,23 @@ def spawn(
 
     Args:
         fn: a function of a module or of the script: every worker is a fresh process that imports it. The
-            script has to call `spawn` under `if __name__ == "__main__":`.
-        args: what else it is called with: what can be pickled, and what torch.multiprocessing hands to
-            new processes. Tensors are moved to shared memory; queues, locks and events have to be made by
+            script must call `spawn` under `if __name__ == "__main__":`.
+        args: the further arguments: picklable objects, and those that torch.multiprocessing passes to new
+            processes. Tensors are moved to shared memory; create queues, locks and events with
             `multiprocessing.get_context("spawn")`.
-        num_workers, num_servers: how many processes of each.
-        timeout_s: deadline of a waiting call, in seconds; None for what the environment says, or 1800.
+        num_workers, num_servers: number of processes of each.
+        timeout_s: timeout of a waiting call in seconds; None uses the environment's, else 1800.
         allow_import: modules that servers may import for updaters and optimizers.
         transport: how workers reach servers: "shm" by shared memory, "tcp" by TCP, "auto" by shared memory
-            where it can be had; None for what the environment says, or "auto".
+            where available; None uses the environment's, else "auto".
 
     Raises:
         JobFailed: a worker raised, or a process ended with another status than 0. The text names the
-            first that failed, and ends with the worker's traceback. All others were ended. A worker whose
-            stores say on_worker_loss="continue" is told of in the log instead, if others return.
-        InvalidArgument: a number is out of its range, or `fn` or `args` cannot be handed to a worker.
+            first that failed, and ends with the worker's traceback. All others were ended. If the failed
+            worker's stores say on_worker_loss="continue" and others return, the failure is logged instead.
+        InvalidArgument: a number is out of range, or `fn` or `args` cannot be passed to a worker.
 
-    Blocks. When it ends, by KeyboardInterrupt too, no process of the job is left.
+    Blocks. When it ends, even by KeyboardInterrupt, no process of the job is left.
 
     Example:
         <!-- file: sums.py -->
@@ -115,7 +115,7 @@ def spawn(
 
 
 def _check_function(fn: Any, args: Any) -> None:
-    """Refuse early what would fail in every worker, with a text that nobody understands."""
+    """Refuse arguments that would fail in every worker with an obscure error."""
     if not callable(fn):
         raise InvalidArgument(f"fn is {fn!r}, which cannot be called")
     if not isinstance(args, tuple):
@@ -129,16 +129,16 @@ def _check_function(fn: Any, args: Any) -> None:
 
 
 def _start_worker(worker: SpawnProcess) -> None:
-    """Start a process. Its arguments are pickled then and not before: some can be only once per process.
+    """Start a process. This pickles its arguments; not earlier, as some can be pickled once per process only.
 
     Raises:
-        InvalidArgument: they cannot be.
+        InvalidArgument: they cannot be pickled.
     """
     try:
         worker.start()
-    except OSError:  # there is no process, or no descriptor, to be had
+    except OSError:  # out of processes or file descriptors
         raise
-    except Exception as exc:  # objects may raise anything when they are pickled
+    except Exception as exc:  # pickling an object may raise anything
         raise InvalidArgument(
             f"fn and args cannot be handed to another process: {exc}; fn has to stand at the top level of a "
             "module, args must be picklable, and queues, locks and events have to be made by "
@@ -148,7 +148,7 @@ def _start_worker(worker: SpawnProcess) -> None:
 
 @final
 class _Job:
-    """The processes of a job and who watches them. Leaving the block ends them all."""
+    """The processes of a job and their supervisor. Leaving the block ends them all."""
 
     def __init__(self, options: JobOptions, environ: Mapping[str, str]) -> None:
         self._environ = environ
@@ -165,7 +165,7 @@ class _Job:
         self._config = dataclasses.replace(self._config, scheduler_host=host, scheduler_port=port)
         self._servers: dict[Node, subprocess.Popen[bytes]] = {}
         self._workers: dict[Node, SpawnProcess] = {}
-        self._reports: dict[Node, Connection] = {}  # by which a worker tells its traceback
+        self._reports: dict[Node, Connection] = {}  # pipes that deliver a worker's traceback
         self._tracebacks: dict[Node, str] = {}
         self._pidfds: dict[int, Node] = {}
         nodes = [Node("server", rank) for rank in range(options.num_servers)]
@@ -193,7 +193,7 @@ class _Job:
             os.close(descriptor)
 
     def start(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
-        """Start all processes. Does not wait for them."""
+        """Start all processes, without waiting for them."""
         context = multiprocessing.get_context("spawn")
         for node in self._supervisor.alive:
             config = dataclasses.replace(self._config, role=node.role, rank=node.rank)
@@ -246,7 +246,7 @@ class _Job:
                 self._perform(action)
 
     def _spared(self, exits: Mapping[Node, int]) -> list[Node]:
-        """Return the workers whose failure the job survives. Nobody asks once the job is ending."""
+        """Return the failed workers that the job survives; none once the job is ending."""
         return [
             node
             for node, returncode in exits.items()
@@ -259,7 +259,7 @@ class _Job:
     def _take_report(self, node: Node, report: Connection) -> None:
         try:
             text = report.recv_bytes(_MAX_REPORT_BYTES).decode("utf-8", "replace")
-        except (EOFError, OSError):  # it ended without one, or was killed in the middle of it
+        except (EOFError, OSError):  # it ended without a report, or was killed while sending it
             text = ""
         report.close()
         if text:
@@ -292,13 +292,13 @@ class _Job:
                 absent = [
                     node for node in self._servers if not self._scheduler.has_joined("server", node.rank)
                 ]
-                # These first: else one may find that the scheduler has gone, and say so.
+                # These first: otherwise one may find the scheduler gone, and report it.
                 for further in self._supervisor.dismiss(absent):
                     self._perform(further)
                 self._scheduler.stop()
 
     def _signal(self, node: Node, signum: signal.Signals) -> None:
-        """Signal a process that has not been waited for; a server's number is that of its group."""
+        """Signal a process that has not been reaped yet; for a server, its process group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if node.role == "server":
                 if self._servers[node].returncode is None:
@@ -313,7 +313,7 @@ class _Job:
             return
         culprit, text = finish.culprit, finish.text
         first = self._first_lost()
-        if first in self._tracebacks:  # it has told why, but took longer to end than those that followed it
+        if first in self._tracebacks:  # it reported its failure, but ended later than those that followed it
             culprit, text = first, f"{first} failed with {status_text(1)}"
         words = self._tracebacks.get(culprit) if culprit is not None else None
         outcome = "the job went on without it" if finish.went_on else "the job was ended"
@@ -326,7 +326,7 @@ class _Job:
 def _work(
     fn: Callable[..., object], args: tuple[Any, ...], config: JobConfig, parent_pid: int, told: Connection
 ) -> None:
-    """Be a worker: runs in its process, as the target of multiprocessing."""
+    """Run a worker, in its own process, as the target of multiprocessing."""
     die_with(parent_pid)
     os.register_at_fork(after_in_child=told.close)
     os.environ.update(config.to_env())
@@ -339,10 +339,10 @@ def _work(
     except KeyboardInterrupt as exc:  # Ctrl-C reaches all processes; the parent ends the job
         sys.last_value = exc
         sys.exit(128 + signal.SIGINT)
-    except Exception as exc:  # whatever the user's function raises goes to the parent
+    except Exception as exc:  # any error of the user's function goes to the parent
         text = described(exc).encode("utf-8", "replace")
         told.send_bytes(text[-_MAX_REPORT_BYTES:])
-        sys.last_value = exc  # as the interpreter does: leaving the job is a loss then, and says why
+        sys.last_value = exc  # as the interpreter does: leaving the job then counts as a loss, with its cause
         raise SystemExit(1) from exc
     finally:
         told.close()

@@ -1,17 +1,17 @@
-"""What the scheduler knows of one store: its members, keys, placements, settings and barriers.
+"""The scheduler's state of one store: its members, keys, placements, settings and barriers.
 
 RULES
-1. The setting rank is the lowest rank that has not left. Only it creates keys and makes settings; the
-   scheduler tells it so (`lead`), it does so on the servers, and concludes.
-2. A rank's k-th init of a key is matched with generation k of that key, its k-th setting with the k-th
-   of the setting rank. It waits until there is one, and must agree with it.
+1. The setting rank is the lowest rank that has not left. Only it creates keys and makes settings: the
+   scheduler tells it to (`lead`), it does so on the servers, and concludes.
+2. The scheduler matches a rank's k-th init of a key with generation k of that key, and its k-th setting
+   with the k-th of the setting rank. The rank waits until there is one, and must agree with it.
 3. A refused proposal changes nothing. A setting that the servers refused counts: other ranks that make
    it get the same refusal.
-4. Names whose key is deleted are remembered, each with its generations, but only the last
-   `MAX_DELETED_NAMES`; an older one is as if it had never been.
+4. The catalog remembers the names and generations of the last `MAX_DELETED_NAMES` deleted keys. It
+   evicts older ones, and then treats them as new.
 
-Answers are (rank, message) pairs in `out`. Nothing here waits; what cannot be answered yet is kept and
-tried again after every change.
+Answers are (rank, message) pairs in `out`. Nothing here blocks: calls that cannot be answered yet are
+queued and retried after every change.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ from tensorkv.wire.messages import KeyEntry, KeySpec, SettingRecord, SliceEntry
 
 MAX_REMEMBERED_GENERATIONS = 64
 MAX_DELETED_NAMES = 4096
-"""So many names without a key are remembered; workers and servers remember as many deleted keys."""
+"""Maximum names remembered without a key; workers and servers remember as many deleted keys."""
 
 MAX_JOB_BYTES = 1 << 44
-"""All values of a job together: what is more is a mistake, and its slices alone would fill the memory."""
+"""Maximum size of all values of a job. More is a mistake, and its slices alone would fill the memory."""
 
 MAX_WAITS = 4096
-"""Calls of one rank that wait at one time."""
+"""Maximum calls of one rank that wait at one time."""
 _AGREED = ("shape", "dtype", "whole")
 
 
 @final
 @dataclass(slots=True)
 class Placement:
-    """How values are placed: the bounds of `tensorkv.partition`, and the bytes each server holds so far."""
+    """State of placement: the bounds of `tensorkv.partition`, and the bytes each server holds so far."""
 
     bound_bytes: int
     max_slice_bytes: int
@@ -71,20 +71,20 @@ class Placement:
 @final
 @dataclass(slots=True)
 class _KeyHistory:
-    """All generations of one name. `specs` remembers what the latest ones were initialised with."""
+    """All generations of one name. `specs` holds the init arguments of the latest ones."""
 
     generation: int = 0
     alive: KeyEntry | None = None
     creating: bool = False
     specs: dict[int, tuple[KeySpec, KeyEntry]] = field(default_factory=dict)
     inits: dict[int, int] = field(default_factory=dict)  # by rank
-    loaded: int = 0  # the generation that a load has made, whose init checks shape and dtype only
+    loaded: int = 0  # the generation that a load made; its init checks shape and dtype only
 
 
 @final
 @dataclass(slots=True)
 class _WaitingInit:
-    """An init that waits; `missing` is the first key that the setting rank has yet to create."""
+    """A waiting init; `missing` is the first key that the setting rank has yet to create."""
 
     rank: int
     message: m.ProposeInit
@@ -104,7 +104,7 @@ class Catalog:
         self._placement = placement
         self._keys: dict[Key, _KeyHistory] = {}
         self._num_alive = 0
-        self._deleted: dict[Key, None] = {}  # those of `_keys` that have no key now, oldest first
+        self._deleted: dict[Key, None] = {}  # names in `_keys` without a key now, oldest first
         self._creating: dict[int, tuple[int, _KeyHistory, KeySpec, KeyEntry]] = {}  # by key id; first is rank
         self._settings = SettingLog()
         self._gathering = Gathering()
@@ -128,10 +128,10 @@ class Catalog:
     # ---- init ------------------------------------------------------------------------------------
 
     def propose_init(self, rank: int, message: m.ProposeInit) -> None:
-        """A rank calls init: lead, agree, refuse, or wait for the setting rank.
+        """Handle a rank's init: lead, agree, refuse, or wait for the setting rank.
 
         Raises:
-            ProtocolError: the list has a key twice, a shape that no value has, or the rank waits too often.
+            ProtocolError: the list has a key twice or an impossible shape, or the rank waits too often.
         """
         _check_specs(message.keys)
         self._check_waits(rank, (each.rank for each in self._waiting_inits))
@@ -173,7 +173,7 @@ class Catalog:
         return True
 
     def _still_missing(self, rank: int, spec: KeySpec) -> bool:
-        """Whether a rank waits on for this key: then its whole list need not be looked at again."""
+        """Whether a rank still waits for this key; if so, the rest of its list need not be checked."""
         try:
             return self._leads(rank, spec, self._history(spec.key)) is None
         except TensorKVError:
@@ -184,7 +184,7 @@ class Catalog:
             raise ProtocolError(f"rank {rank} waits for {MAX_WAITS} answers already")
 
     def _leads(self, rank: int, spec: KeySpec, history: _KeyHistory) -> bool | None:
-        """Return whether this rank creates the key, False if it agrees, None if it must wait."""
+        """Return True if this rank creates the key, False if it agrees, None if it must wait."""
         number = history.inits.get(rank, 0) + 1
         if number <= history.generation:
             if number in history.specs:
@@ -236,17 +236,17 @@ class Catalog:
         return entry
 
     def _history(self, key: Key) -> _KeyHistory:
-        """Return what is remembered of a name: a new record, which is not kept, if nothing is."""
+        """Return the history of a name, or a new one, which is not stored."""
         return self._keys.get(key) or _KeyHistory()
 
     def _begin(self, key: Key, history: _KeyHistory) -> None:
-        """A key of this name is being created."""
+        """Note that a key of this name is being created."""
         history.creating = True
         self._keys[key] = history
         self._deleted.pop(key, None)
 
     def _end(self, key: Key, history: _KeyHistory) -> None:
-        """Creating a key of this name has ended, or the key was deleted: forget what need not be kept."""
+        """Note that creating a key of this name has ended, or that it was deleted; evict old records."""
         history.creating = False
         if history.alive is not None:
             return
@@ -280,7 +280,7 @@ class Catalog:
             self._placement.load_bytes[each.server] += (each.stop - each.start) * bytes_per_elem
 
     def conclude_init(self, rank: int, message: m.ConcludeInit) -> None:
-        """The leading rank has stored the values, or has not: then the keys do not exist."""
+        """Handle the end of an init: the leading rank has stored the values, or the keys do not exist."""
         for key_id in message.key_ids:
             created = self._creating.get(key_id)
             if created is None:
@@ -305,7 +305,7 @@ class Catalog:
     # ---- keys ------------------------------------------------------------------------------------
 
     def lookup(self, rank: int, message: m.Lookup) -> None:
-        """Answer with the entries of keys, all of them in the order of init for None."""
+        """Answer with the entries of keys; of all keys, in the order of init, for None."""
         if message.keys is None:
             alive = [history.alive for history in self._keys.values() if history.alive is not None]
             self.out.append((rank, m.Entries(message.request, sorted(alive, key=lambda e: e.key_id))))
@@ -321,7 +321,7 @@ class Catalog:
         self.out.append((rank, m.Entries(message.request, entries)))
 
     def count_keys(self, rank: int, message: m.CountKeys) -> None:
-        """Answer with the number of keys that are initialised, of those that were named or of all."""
+        """Answer with the number of initialised keys, among the named ones or in all."""
         if message.keys is None:
             number = self._num_alive
         else:
@@ -330,7 +330,7 @@ class Catalog:
         self.out.append((rank, m.NumKeys(message.request, number)))
 
     def delete(self, rank: int, message: m.DeleteKeys) -> None:
-        """Remove the named generations; those that are gone are passed over."""
+        """Delete the named generations; skip those that are gone."""
         removed: list[KeyEntry] = []
         for key, key_id in message.keys:
             history = self._keys.get(key)
@@ -341,7 +341,7 @@ class Catalog:
             self._add_load(history.alive, -spec.itemsize_bytes)
             history.alive = None
             self._num_alive -= 1
-            if history.generation == history.loaded:  # nobody need have initialised it
+            if history.generation == history.loaded:  # perhaps no rank has initialised it
                 history.inits = {r: max(n, history.loaded) for r, n in history.inits.items()}
             self._end(key, history)
         if removed:
@@ -353,13 +353,13 @@ class Catalog:
         self._retry()
 
     def conclude_delete(self, rank: int, message: m.ConcludeDelete) -> None:
-        """The rank has told all servers: whoever dies now leaves nothing of these keys there."""
+        """Note that the rank has told all servers: if it dies now, they hold nothing of these keys."""
         self._deleting.pop((rank, message.deletion), None)
 
     # ---- settings --------------------------------------------------------------------------------
 
     def propose_setting(self, rank: int, message: m.ProposeSetting) -> None:
-        """A rank makes its next setting: lead, agree, refuse, or wait for the setting rank.
+        """Handle a rank's next setting: lead, agree, refuse, or wait for the setting rank.
 
         Raises:
             ProtocolError: the rank waits too often.
@@ -372,7 +372,7 @@ class Catalog:
         number = self._settings.num_made(rank)
         if number == self._settings.num_begun:
             sliced = self._sliced_key(message.record)
-            if sliced is not None:  # the setting rank's would be refused too, so nobody waits for that
+            if sliced is not None:  # the setting rank's would be refused too, so do not wait for it
                 self._refuse(rank, message.request, sliced)
                 return True
             if rank != self.setting_rank:
@@ -395,7 +395,7 @@ class Catalog:
         return True
 
     def _sliced_key(self, record: SettingRecord) -> NotElementwise | None:
-        """Return why an updater that needs whole values cannot be set: a key it is for is sliced."""
+        """Return the error if this updater needs whole values and one of its keys is sliced."""
         if record.updater is None or record.updater.elementwise:
             return None
         for key in self._keys if record.keys is None else record.keys:
@@ -409,7 +409,7 @@ class Catalog:
         return None
 
     def conclude_setting(self, rank: int, message: m.ConcludeSetting) -> None:
-        """The setting rank has made the setting on all servers, or they have refused it."""
+        """Handle the end of a setting: the setting rank has made it on all servers, or they refused it."""
         self._settings.conclude(rank, message.number, message.error, self.members)
         self.out.append((rank, m.Done(message.request)))
         self._retry()
@@ -417,17 +417,17 @@ class Catalog:
     # ---- saving and loading ----------------------------------------------------------------------
 
     def together(self, rank: int, message: m.Together) -> None:
-        """A rank makes a call that all make together."""
+        """Handle a rank's arrival at a collective call."""
         self._gathering.add(rank, message)
         self._retry()
 
     def propose_load(self, rank: int, message: m.ProposeLoad) -> None:
-        """The rank that leads a load asks where the slices are to be.
+        """Place the slices of a load for the rank that leads it.
 
-        If it asks again the load before has failed: another save took the place of what it read.
+        If it asks again, its previous load has failed: another save replaced the one it read.
 
         Raises:
-            ProtocolError: it does not lead, or the list cannot be.
+            ProtocolError: the rank does not lead, or the list is invalid.
         """
         if rank != self._gathering.leader:
             raise ProtocolError(f"rank {rank} loads keys, but does not lead a load")
@@ -465,10 +465,10 @@ class Catalog:
         return None
 
     def conclude_together(self, rank: int, message: m.ConcludeTogether) -> None:
-        """The rank that leads is done, or has failed.
+        """Handle the end of a collective call: the leader is done, or has failed.
 
         Raises:
-            ProtocolError: the settings cannot be those of a load.
+            ProtocolError: the settings are not valid for a load.
         """
         if rank == self._gathering.leader:
             if message.settings is not None:
@@ -482,7 +482,7 @@ class Catalog:
         self._retry()
 
     def _end_load(self, settings: SavedSettings | None) -> None:
-        """The keys and settings of a load are there; or, with None, they are not."""
+        """Adopt the keys and settings of a load; with None, withdraw them."""
         loading, self._loading = self._loading, []
         for history, spec, entry in loading:
             if settings is None:
@@ -498,7 +498,7 @@ class Catalog:
             history.specs.pop(entry.generation - MAX_REMEMBERED_GENERATIONS, None)
             history.inits = dict.fromkeys(range(self.num_workers), entry.generation - 1)
             self._end(entry.key, history)
-        if settings is not None:  # from here on the settings of all ranks are counted anew
+        if settings is not None:  # restart the count of settings for all ranks
             updaters = settings.updaters
             records = [SettingRecord(each.keys, updater=updaters[each.updater]) for each in settings.entries]
             self._settings.replace(records, self.num_workers)
@@ -506,14 +506,14 @@ class Catalog:
     # ---- barriers and leaving --------------------------------------------------------------------
 
     def barrier(self, rank: int, message: m.Barrier) -> None:
-        """A rank has arrived; when all members have, all go on."""
+        """Handle a rank's arrival; when all members have arrived, all go on."""
         self._barrier[rank] = message.request
         self._retry()
 
     def give_up(self, rank: int, request: int) -> None:
-        """The rank's call has reached its deadline: it waits no more, and is told so.
+        """Stop waiting for a call that has reached its deadline, and tell its rank.
 
-        A request that does not wait here has its reply on the way: that call was made, and counts.
+        If the request does not wait here, its reply is in flight: that call was made, and counts.
         """
         waiting = self.waiting(rank, request)
         self._gathering.give_up(rank, request)
@@ -529,7 +529,7 @@ class Catalog:
             self._refuse(rank, request, WaitTimeout(f"{waiting.where} was given up"))
 
     def unfinished(self, rank: int) -> list[tuple[Key, list[int]]]:
-        """Return the keys that a rank is about to create or delete on the servers, each with its slices."""
+        """Return the keys that a rank is creating or deleting on the servers, each with its slices."""
         entries = [entry for leader, _, _, entry in self._creating.values() if leader == rank]
         if rank == self._gathering.leader:
             entries += [entry for _, _, entry in self._loading]
@@ -539,7 +539,7 @@ class Catalog:
         return [(entry.key, [each.slice_id for each in entry.slices]) for entry in entries]
 
     def close_for(self, rank: int, message: m.LeaveStore) -> None:
-        """A rank leaves in good order. Other threads of it may be in calls that wait here."""
+        """Handle a clean leave. Refuse calls of this rank's other threads that still wait here."""
         for waiter, request in self._waits():
             if waiter == rank:
                 self._refuse(rank, request, closed_meanwhile())
@@ -547,7 +547,7 @@ class Catalog:
         self.out.append((rank, m.Done(message.request)))
 
     def leave(self, rank: int) -> None:
-        """A rank has left. What it was about to create or set is withdrawn."""
+        """Remove a rank. Withdraw the keys it was creating and the settings it was making."""
         self.left.add(rank)
         self._deleting = {name: gone for name, gone in self._deleting.items() if name[0] != rank}
         self._barrier.pop(rank, None)
@@ -565,14 +565,14 @@ class Catalog:
         self._retry()
 
     def close(self) -> None:
-        """All have left: give back what the store's keys counted in the placement of others."""
+        """Release the load of this store's keys in the shared placement. All ranks have left."""
         for history in self._keys.values():
             if history.alive is not None:
                 self._add_load(history.alive, -history.specs[history.generation][0].itemsize_bytes)
                 history.alive = None
 
     def waiting(self, rank: int, request: int) -> m.Waiting | None:
-        """Return whom a request of this rank waits for, None if it is not one that waits here."""
+        """Return which ranks a request of this rank waits for, None if it does not wait here."""
         if self._barrier.get(rank) == request:
             return m.Waiting(request, sorted(self.members - set(self._barrier)), "a barrier")
         gathering = self._gathering.waiting(rank, request, self.members)
@@ -588,14 +588,14 @@ class Catalog:
         return None
 
     def _waits(self) -> list[tuple[int, int]]:
-        """Return rank and request of every call that waits here."""
+        """Return rank and request of every waiting call."""
         calls = [*self._barrier.items()]
         calls += [(each.rank, each.message.request) for each in self._waiting_inits]
         calls += [(rank, each.request) for rank, each in self._waiting_settings]
         return calls + self._gathering.waiters()
 
     def report(self) -> list[str]:
-        """Say which calls wait here, and for which workers."""
+        """Return a line per waiting call, with the workers it waits for."""
         lines: list[str] = []
         for rank, request in self._waits():
             waiting = self.waiting(rank, request)
@@ -605,7 +605,7 @@ class Catalog:
         return lines
 
     def _retry(self) -> None:
-        """Answer whatever can be answered now."""
+        """Answer all calls that can be answered now."""
         again = True
         while again:
             inits, self._waiting_inits = self._waiting_inits, []
@@ -625,17 +625,17 @@ class Catalog:
 
 @final
 class CommitReduction:
-    """Collects what every server says of a commit, and decides when all have."""
+    """Collects the servers' reports of a commit, and decides once all are in."""
 
     def __init__(self, num_servers: int) -> None:
         self._num_servers = num_servers
         self._ready: dict[tuple[int, int], dict[int, m.CommitReady]] = {}
 
     def add(self, server: int, ready: m.CommitReady) -> m.CommitDecision | None:
-        """Return the decision if this was the last server.
+        """Add a server's report. Return the decision if it was the last.
 
         Raises:
-            ProtocolError: it is not the commit that is under way, or has a norm below 0.
+            ProtocolError: another commit is under way, or a norm is below 0.
         """
         if any(store == ready.store and number != ready.number for store, number in self._ready):
             raise ProtocolError(
@@ -656,7 +656,7 @@ class CommitReduction:
         return m.CommitDecision(ready.store, ready.number, not skip and error is None, norm, error)
 
     def forget(self, store: int) -> None:
-        """The store has ended."""
+        """Drop the reports of a store that has ended."""
         for name in [name for name in self._ready if name[0] == store]:
             del self._ready[name]
 
@@ -679,12 +679,12 @@ def _check_agrees(rank: int, spec: KeySpec, first: KeySpec, agreed: Sequence[str
 
 
 def _unknown(spec: KeySpec, generation: int) -> KeyEntry:
-    """Stand for a generation so old that it is forgotten: it is deleted, and has no slices."""
+    """Return an entry for an evicted generation: it is deleted, and has no slices."""
     return KeyEntry(spec.key, 0, generation, spec.shape, spec.dtype, m.EPOCH, [])
 
 
 def _can_be(spec: KeySpec) -> bool:
-    """Whether a tensor can have this shape; its bytes are numbered in 63 bits."""
+    """Whether a tensor can have this shape. Byte offsets have 63 bits."""
     product = 1
     for size in spec.shape:
         product *= max(size, 1)

@@ -1,15 +1,15 @@
-"""A call that all workers of a store make together, and one of them carries out: save and load.
+"""Collective calls: all workers of a store make them, and one carries them out (save, load).
 
-A save takes two gatherings. In the first all only meet; then each holds back what its other threads do
-to the store, sees to it that what they have done has arrived, and comes to the second. So whoever leads
-finds each key at one moment, and nobody is held back while somebody still needs him to arrive.
+A save takes two gatherings. In the first, all workers only meet. Then each blocks its other threads'
+calls on the store, flushes what they have sent, and enters the second. So the leader sees a consistent
+snapshot of every key, and no worker blocks its threads while another still needs them to arrive.
 
 RULES
-1. It begins when every member has asked for it; all must have asked for the same.
-2. The lowest rank leads: it is told so, does what is to be done, and concludes. Then all others are told.
-3. If the leader leaves before that, the others get an error.
-4. If they have come only to meet, nobody leads, and all are told at once.
-5. Who comes while another leads has given up its part in that call: it waits for the next.
+1. A call begins when every member has asked for it; all must have asked for the same.
+2. The lowest rank leads: it is told to, carries out the call, and concludes. Then all others are told.
+3. If the leader leaves before it concludes, the others get an error.
+4. If they only meet, no rank leads, and all are answered at once.
+5. A rank that arrives while another leads has given up its part in that call: it waits for the next.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Answers = list[tuple[int, m.Message]]
 
 @final
 class Gathering:
-    """The call of one store that is under way, if one is."""
+    """The collective call of one store that is under way, if any."""
 
     def __init__(self) -> None:
         self.leader: int | None = None
@@ -33,7 +33,7 @@ class Gathering:
         self._next: dict[int, m.Together] = {}
 
     def add(self, rank: int, message: m.Together) -> None:
-        """A rank has arrived."""
+        """Add a rank that has arrived."""
         asked = self._asked if self.leader is None else self._next
         asked[rank] = message
 
@@ -45,7 +45,7 @@ class Gathering:
         if len({(each.call, each.only_meet) for _, each in asked}) > 1:
             differ = (
                 len({each.only_meet for _, each in asked}) > 1
-            )  # one has given the call up, and begins anew
+            )  # one rank has given the call up, and begins anew
             told = ", ".join(
                 f"rank {rank} {'begins' if differ and each.only_meet else 'calls'} {each.call}"
                 for rank, each in asked
@@ -58,7 +58,7 @@ class Gathering:
         return [(self.leader, m.TogetherReply(self._asked[self.leader].request, True, None))]
 
     def conclude(self, error: tuple[str, str] | None, settings: SavedSettings | None) -> Answers:
-        """The leader is done: tell the others."""
+        """Tell the others that the leader is done."""
         answers: Answers = []
         for rank, each in sorted(self._asked.items()):
             if rank != self.leader:
@@ -72,7 +72,7 @@ class Gathering:
         self._asked, self._next = self._next, {}
 
     def leave(self, rank: int) -> Answers:
-        """A rank has left. If it was to lead, the others learn that it will not."""
+        """Remove a rank that has left. If it led, refuse the call of the others."""
         self._next.pop(rank, None)
         asked = self._asked.pop(rank, None)
         if asked is None or rank != self.leader:
@@ -82,14 +82,14 @@ class Gathering:
         )
 
     def give_up(self, rank: int, request: int) -> None:
-        """A rank's call has reached its deadline."""
+        """Withdraw a rank's call that has reached its deadline. A leader's call stays."""
         if rank in self._next and self._next[rank].request == request:
             del self._next[rank]
         elif rank != self.leader and rank in self._asked and self._asked[rank].request == request:
             del self._asked[rank]
 
     def waiting(self, rank: int, request: int, members: set[int]) -> m.Waiting | None:
-        """Return whom a request waits for, None if it is not this call."""
+        """Return which ranks a request waits for, None if it is not this call."""
         for asked in (self._asked, self._next):
             if rank in asked and asked[rank].request == request:
                 missing = sorted(members - set(asked)) if self.leader is None else [self.leader]
@@ -97,7 +97,7 @@ class Gathering:
         return None
 
     def waiters(self) -> list[tuple[int, int]]:
-        """Return rank and request of those that wait: all but the leader."""
+        """Return rank and request of every waiting call: all but the leader's."""
         led = [(rank, each.request) for rank, each in sorted(self._asked.items()) if rank != self.leader]
         return led + [(rank, each.request) for rank, each in sorted(self._next.items())]
 

@@ -1,4 +1,4 @@
-"""The scheduler: serves `Membership` to all processes of a job. A few threads; imports no torch."""
+"""The scheduler's threads: they serve `Membership` to all processes of a job. Imports no torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAST_WORDS_S = 1.0
 class _Peer:
     connection: Connection
     sender: Sender
-    ended: threading.Event  # set when its last message is taken in
+    ended: threading.Event  # set when its last message is handled
 
 
 @final
@@ -44,12 +44,12 @@ class SchedulerServer:
         token: the job's secret.
         host: the address to bind to; "inproc" serves threads of this process only.
         port: 0 lets the system choose.
-        slice_bound_bytes: values larger than this are sliced where they may be.
+        slice_bound_bytes: larger values are sliced where they may be.
         peer_timeout_s: how many seconds the host of a process may be silent before it counts as lost.
-        starter_gone: tells whether worker 0 has ended, where worker 0 has started this scheduler. No
-            worker is let in then, unless worker 0 has left in good order.
+        starter_gone: returns whether worker 0 has ended, if worker 0 started this scheduler. The scheduler
+            admits no worker after that, unless worker 0 has left cleanly.
 
-    `start` it, tell everybody its `address`, and `stop` it when the workers have ended.
+    `start` it, give its `address` to all processes, and `stop` it when the workers have ended.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class SchedulerServer:
         self._peer_timeout_s = peer_timeout_s
         self._starter_gone = starter_gone
         self._listener = listen(host, port)
-        self._lock = threading.Lock()  # guards what stands below
+        self._lock = threading.Lock()  # guards everything below
         self._membership = Membership(num_workers, num_servers, slice_bound_bytes)
         self._size: dict[Role, int] = {"worker": num_workers, "server": num_servers}
         self._peers: dict[tuple[Role, int], _Peer] = {}
-        self._taken: set[tuple[Role, int]] = set()  # places of processes that have proved themselves
+        self._taken: set[tuple[Role, int]] = set()  # places of authenticated processes
         self._newcomers = Admission(num_workers + num_servers + SPARE_NEWCOMERS)
         self._threads: list[threading.Thread] = []
         self._stopped = False
@@ -101,12 +101,12 @@ class SchedulerServer:
             return self._membership.count_workers()
 
     def report(self) -> list[str]:
-        """Return lines that tell who has not joined, and which calls wait at the scheduler; one at least."""
+        """Return lines that name the missing processes and the calls that wait here; at least one line."""
         with self._lock:
             return self._membership.report() or ["nothing waits at the scheduler"]
 
     def worker_exited(self, rank: int) -> None:
-        """The launcher has seen a worker end with status 0; perhaps it never opened a store."""
+        """Note that the launcher saw a worker end with status 0; it may never have opened a store."""
         with self._lock:
             if not self._membership.has_joined("worker", rank):
                 self._membership.worker_exited(rank)
@@ -114,11 +114,11 @@ class SchedulerServer:
         self._pump()
 
     def worker_failed(self, rank: int, cause: str) -> bool:
-        """The launcher has seen a worker end, and not with status 0; return whether the job goes on.
+        """Note that the launcher saw a worker fail (status not 0); return whether the job goes on.
 
-        A worker that had joined is lost now, even if it has left its stores before. Blocks until what it
-        said last is taken in, which has come already; for a second at most, as its own children may hold
-        its connection open.
+        A worker that had joined is lost now, even if it has left its stores before. Blocks while the
+        scheduler drains the worker's last messages, which have arrived already; for a second at most, as
+        the worker's own children may hold its connection open.
         """
         with self._lock:
             peer = self._peers.get(("worker", rank))
@@ -133,7 +133,7 @@ class SchedulerServer:
         return goes_on
 
     def start(self) -> None:
-        """Begin to accept processes. Returns at once."""
+        """Start to accept processes. Returns at once."""
         self._spawn("accept", self._accept)
 
     def stop(self) -> None:
@@ -177,7 +177,7 @@ class SchedulerServer:
                 self._spawn(connection.peer, self._serve, connection)
 
     def _serve(self, connection: Connection) -> None:
-        """One process, from its handshake to its end."""
+        """Serve one process, from its handshake to its end."""
         connection.notice_silence(self._peer_timeout_s)
         try:
             role, rank = accept(connection, self._token, self._check_place)
@@ -190,13 +190,13 @@ class SchedulerServer:
         finally:
             self._newcomers.remove(connection)
         with self._lock:
-            if self._stopped:  # `stop` would not see this connection any more
+            if self._stopped:  # `stop` would miss this connection
                 connection.close()
                 return
             unsent: list[BaseException] = []
 
             def give_up(exc: BaseException) -> None:
-                if isinstance(exc, ProtocolError):  # else its loss is all there is to tell
+                if isinstance(exc, ProtocolError):  # otherwise the report of its loss is enough
                     logger.warning("scheduler: closed the connection of %s %d: %s", role, rank, exc)
                 unsent.append(exc)
                 connection.shutdown()
@@ -205,7 +205,7 @@ class SchedulerServer:
             ended = threading.Event()
             self._peers[role, rank] = _Peer(connection, sender, ended)
         cause = self._read(connection, role, rank)
-        if unsent:  # it was the sending that failed; the reading was then ended from here
+        if unsent:  # sending failed, and `give_up` then ended the reading
             cause = ended_because(unsent[0])
         with self._lock:
             if not self._stopped:
@@ -228,7 +228,7 @@ class SchedulerServer:
             if isinstance(exc, TensorKVError):
                 logger.warning("scheduler: closed the connection of %s %d: %s", role, rank, exc)
             return ended_because(exc)
-        except Exception as exc:  # a message that makes no sense, or a fault of ours: it ends this process
+        except Exception as exc:  # an invalid message, or a bug of ours: drop this process
             logger.exception("scheduler: closed the connection of %s %d", role, rank)
             return f"the scheduler could not handle its message: {type(exc).__name__}: {exc}"
 
@@ -252,16 +252,16 @@ class SchedulerServer:
         return None
 
     def _over(self, rank: int) -> str:
-        """Return why nobody can become worker `rank` any more, "" if the job goes on. With the lock held.
+        """Return why no process can become worker `rank` any more, "" if one can. Requires the lock.
 
-        Where a launcher starts all workers anew, those of the next attempt may come here, and are to look
-        elsewhere: to be let in, or to be told of a taken rank, would be wrong. So it is not waited until
-        the scheduler has heard of a loss.
+        If a launcher restarts all workers, those of the next attempt may connect to this scheduler. They
+        must look elsewhere: admitting them, or refusing their rank as taken, would be wrong. So this does
+        not wait until the scheduler has heard of a loss.
         """
         membership = self._membership
         if membership.lost is None and self._starter_gone():
             if rank == 0 or not (membership.has_left(0) or membership.is_dropped(0)):
-                # If this is rank 0 of the next attempt, whoever came late to this one must not stay in it.
+                # If this is rank 0 of the next attempt, late workers of this attempt must not stay in it.
                 membership.declare_lost("worker", 0, "its process has ended")
                 self._flush()
             if rank == 0:
@@ -273,7 +273,7 @@ class SchedulerServer:
         return f"worker {rank} was lost" if peer is not None and peer.connection.ended and not stays else ""
 
     def _flush(self) -> None:
-        """Queue what the state machine wants to be sent. With the lock held, so that the order stays."""
+        """Queue the messages of the state machine. Requires the lock, so that their order is kept."""
         for role, rank, message in self._membership.out:
             peer = self._peers.get((role, rank))
             if peer is not None:

@@ -1,17 +1,17 @@
-"""Membership: the job as the scheduler sees it. Who is in, which stores there are, who is lost.
+"""Membership: the scheduler's state of the job. Its members, its open stores and its losses.
 
 RULES
-1. Servers are in when they have registered; workers are told the servers' addresses once all are.
-2. A process is lost when its connection ends without a Goodbye, when it says Abandon, or when whoever
-   started it saw it end with another status than 0. Nothing it says afterwards is heard.
+1. Once all servers have registered, workers are told the servers' addresses.
+2. A process is lost when its connection ends without a Goodbye, when it sends Abandon, or when its
+   launcher saw it end with another status than 0. Its later messages are dropped.
 3. A lost worker is dropped, and the job goes on, if every open store it is a member of says so, and
-   somebody is left to go on. Any other loss ends the job: the first such loss is the cause that
-   everybody is told, and after it nothing else matters.
-4. A worker that has said Goodbye, or is dropped, has left every store. A dropped one may have been in the
-   middle of creating or deleting keys on the servers; those are told which slices must go.
+   another worker is left. Any other loss ends the job: the first such loss is the cause that all
+   processes are told, and later ones are ignored.
+4. A worker that has said Goodbye, or is dropped, has left every store. A dropped one may have been
+   creating or deleting keys on the servers; the servers are told which slices to delete.
 5. A store lives from the first JoinStore of its name until every worker has left it.
 
-Messages go out through `out`, as (role, rank, message). Nothing here waits and nothing knows a socket.
+Outgoing messages are (role, rank, message) tuples in `out`. Nothing here blocks or uses a socket.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tensorkv.scheduler.catalog import Catalog, CommitReduction, Placement
 from tensorkv.wire import messages as m
 
 MAX_STORES = 4096
-"""Stores that are open at one time."""
+"""Maximum stores open at one time."""
 
 MAX_NAME_CHARS = 255
 MAX_CAUSE_CHARS = 10_000
@@ -78,11 +78,11 @@ class Membership:
         return (role, rank) in self._processes
 
     def has_left(self, rank: int) -> bool:
-        """Whether this worker has said Goodbye, or was seen to end in good order."""
+        """Whether this worker has said Goodbye, or the launcher saw it end with status 0."""
         return rank in self._goodbyes
 
     def holder(self, role: Role, rank: int) -> str:
-        """Return which process has this place of the job, for a text."""
+        """Describe the process that holds this place of the job, for error texts."""
         process = self._processes.get((role, rank))
         if process is None:
             return "another process"
@@ -95,10 +95,10 @@ class Membership:
         return len(workers), sum(not process.gone for process in workers)
 
     def handle(self, role: Role, rank: int, message: Any) -> None:
-        """Take in a message of a process.
+        """Handle a message of a process.
 
         Raises:
-            ProtocolError: a process in this place may not say so now.
+            ProtocolError: a process in this place may not send it now.
         """
         if isinstance(message, m.Register) == self.has_joined(role, rank):
             raise ProtocolError(f"{type(message).__name__} of {role} {rank}: out of turn")
@@ -107,7 +107,7 @@ class Membership:
         if isinstance(message, m.CommitReady) != (role == "server") and not isinstance(message, _OF_BOTH):
             raise ProtocolError(f"{type(message).__name__} is not for a {role} to say")
         if role == "worker" and rank in self._dropped:
-            return  # it was on its way
+            return  # it was in flight
         match message:
             case m.Register():
                 self._register(role, rank, message)
@@ -125,7 +125,7 @@ class Membership:
                 self._handle_store(rank, message)
 
     def _commit_ready(self, rank: int, message: m.CommitReady) -> None:
-        if message.store in self._stores:  # else it has ended meanwhile: nobody asks for the commit any more
+        if message.store in self._stores:  # else the store has ended, and no worker waits for the commit
             decision = self._commits.add(rank, message)
             if decision is not None:
                 self._to_servers(decision)
@@ -133,7 +133,7 @@ class Membership:
     def _handle_store(self, rank: int, message: Any) -> None:
         directory = self._stores.get(message.store)
         left = directory is not None and rank in directory.left and not isinstance(message, m.LeaveStore)
-        if directory is None or left:  # another of its threads has closed the store meanwhile
+        if directory is None or left:  # another thread of this worker has closed the store
             if type(message) in m.REPLIES:
                 self.out.append(("worker", rank, m.Failed(message.request, *to_wire(closed_meanwhile()))))
             return
@@ -174,7 +174,7 @@ class Membership:
             raise ProtocolError(f"an address of {role} {rank} that cannot be one")
         address = m.ServerAddress(message.host, message.port, message.socket_name)
         self._processes[role, rank] = _Process(address, message.hostname, message.pid)
-        if self.lost is not None:  # it comes too late
+        if self.lost is not None:  # the job has ended already
             self.out.append((role, rank, self.lost))
             return
         if role == "server":
@@ -229,7 +229,7 @@ class Membership:
             self.worker_exited(rank)
 
     def worker_exited(self, rank: int) -> None:
-        """A worker has ended in good order, perhaps without ever having joined."""
+        """Note that a worker has ended cleanly, perhaps without ever having joined."""
         if rank in self._goodbyes:
             return
         self._goodbyes.add(rank)
@@ -237,13 +237,13 @@ class Membership:
         self._leave_all(rank)
 
     def disconnected(self, role: Role, rank: int, cause: str) -> None:
-        """A connection has ended: that is a loss unless the process had said Goodbye."""
+        """Note that a connection has ended: a loss, unless the process had said Goodbye."""
         process = self._processes.get((role, rank))
         if process is None or not process.gone:
             self.declare_lost(role, rank, cause)
 
     def declare_lost(self, role: Role, rank: int, cause: str) -> None:
-        """Declare a process lost, also one that has said Goodbye; once. Drop it, or end the job."""
+        """Declare a process lost, once, even after its Goodbye. Drop it, or end the job."""
         process = self._processes.get((role, rank))
         if process is not None:
             process.gone = True
@@ -259,14 +259,14 @@ class Membership:
                 self.out.append((each_role, each_rank, self.lost))
 
     def _goes_on_without(self, rank: int) -> bool:
-        """Whether all stores that a worker is a member of, or all there are, have it that the job goes on."""
+        """Whether all stores that a worker is a member of (if of none, all stores) let the job go on."""
         stores = list(self._stores.values())
         mine = [each for each in stores if rank not in each.left] or stores
         others = self.num_workers - len(self._gone | {rank})
         return others > 0 and bool(mine) and all(each.opened.on_worker_loss == "continue" for each in mine)
 
     def _drop(self, lost: m.WorkerLost) -> None:
-        """Take a worker out of every store, and tell everybody."""
+        """Remove a worker from every store, and tell all processes."""
         self._dropped[lost.rank] = lost
         unfinished = [
             (number, keys)
@@ -286,11 +286,11 @@ class Membership:
             self._collect(directory)
 
     def stop(self) -> None:
-        """The job is over: tell the servers."""
+        """Tell the servers that the job is over."""
         self._to_servers(m.Stop())
 
     def report(self) -> list[str]:
-        """Say who has not joined yet, and which calls wait at the scheduler."""
+        """Return a line for each missing process and for each call that waits here."""
         places = [("worker", rank) for rank in range(self.num_workers) if rank not in self._goodbyes]
         places += [("server", rank) for rank in range(self.num_servers)]
         lines = [
@@ -323,7 +323,7 @@ class Membership:
 
 
 def _terms(opened: m.JoinStore) -> str:
-    """What all ranks must agree on when they open a store, for a text."""
+    """Describe what all ranks must agree on when they open a store, for error texts."""
     return (
         f"kind {opened.kind!r}, reduction {opened.reduction!r} and on_worker_loss {opened.on_worker_loss!r}"
     )

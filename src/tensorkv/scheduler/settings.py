@@ -1,12 +1,13 @@
-"""Settings of one store at the scheduler, in the order of the setting rank, while others may still make them.
+"""Log of a store's settings at the scheduler, in the setting rank's order, until all ranks have made them.
 
 RULES
-1. A rank's k-th setting is matched with the k-th that was made, and must agree with it.
-2. What every member has made is forgotten. A rank that makes none holds back all others' settings: of those
-   at most the newest `MAX_REMEMBERED_SETTINGS` are kept. What is forgotten agrees with anything.
-3. Of a setting that is forgotten only stays for which keys its updater works element by element.
+1. The log matches a rank's k-th setting with the k-th that was made; they must agree.
+2. The log evicts a setting once every member has made it. A rank that makes none keeps all others' settings
+   in the log, of which at most the newest `MAX_REMEMBERED_SETTINGS` stay. An evicted setting agrees with
+   any.
+3. Of an evicted setting, the log keeps only whether its updater is elementwise, by key.
 
-So a job that sets an option in every step takes no more memory the longer it runs.
+So a job that sets an option in every step runs in constant memory.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MAX_REMEMBERED_SETTINGS = 1024
 @final
 @dataclass(slots=True)
 class Attempt:
-    """A setting of the setting rank: under way (`done` False), made, or refused with `error`."""
+    """A setting of the setting rank: in flight (`done` False), made, or refused with `error`."""
 
     record: SettingRecord
     leader: int
@@ -37,32 +38,32 @@ class Attempt:
 
 @final
 class SettingLog:
-    """All settings that were made or are under way, as far as somebody may still have to agree with them."""
+    """Settings, made or in flight, that another rank may still have to agree with."""
 
     def __init__(self) -> None:
         self._kept: deque[Attempt] = deque()
-        self._first = 0  # the number of the first that is kept
-        self._made: dict[int, int] = {}  # by rank: how many settings it has made
-        self._elementwise: dict[Key | None, bool] = {None: True}  # of those forgotten; None: all other keys
+        self._first = 0  # the number of the first setting in `_kept`
+        self._made: dict[int, int] = {}  # by rank: number of settings it has made
+        self._elementwise: dict[Key | None, bool] = {None: True}  # of evicted ones; None: all other keys
 
     @property
     def num_begun(self) -> int:
-        """How many settings were ever made, with those under way."""
+        """Number of settings ever made, including those in flight."""
         return self._first + len(self._kept)
 
     def num_made(self, rank: int) -> int:
-        """Return how many settings a rank has made: the number of its next one."""
+        """Return the number of settings a rank has made, which is the index of its next one."""
         return self._made.get(rank, 0)
 
     def begin(self, rank: int, record: SettingRecord) -> int:
-        """The setting rank makes a new setting; return its number."""
+        """Add a new setting of the setting rank; return its number."""
         names = None if record.keys is None else frozenset(record.keys)
         self._kept.append(Attempt(record, rank, names=names))
         self._made[rank] = self.num_begun
         return self.num_begun - 1
 
     def match(self, rank: int, record: SettingRecord) -> Attempt | None:
-        """Return what a rank's next setting is matched with, None if that is forgotten.
+        """Return the setting that a rank's next one must agree with, None if that is evicted.
 
         Raises:
             SettingMismatch: they do not agree.
@@ -79,20 +80,20 @@ class SettingLog:
         return attempt
 
     def agreed(self, rank: int, members: Iterable[int]) -> None:
-        """A rank has made its next setting, after `match`."""
+        """Count a rank's next setting as made. Call it after `match`."""
         self._made[rank] = self.num_made(rank) + 1
         self.tidy(members)
 
     def conclude(self, rank: int, number: int, error: tuple[str, str] | None, members: Iterable[int]) -> None:
-        """The rank that makes a setting has made it, or was refused. Passed over if it is not its to make."""
+        """Note that a rank has made a setting, or was refused. Ignored if the rank does not lead it."""
         if self._first <= number < self.num_begun:
             attempt = self._kept[number - self._first]
-            if attempt.leader == rank and not attempt.done:  # else its own was withdrawn when it left
+            if attempt.leader == rank and not attempt.done:  # else the rank left, and its own was withdrawn
                 attempt.done, attempt.error = True, error
                 self.tidy(members)
 
     def replace(self, records: Iterable[SettingRecord], num_workers: int) -> None:
-        """A load has brought these settings. From here on those of all ranks are counted anew."""
+        """Replace the log by the settings of a load, and restart the count for all ranks."""
         self._first = self.num_begun
         self._kept.clear()
         self._made = dict.fromkeys(range(num_workers), self._first)
@@ -100,14 +101,14 @@ class SettingLog:
             self._remember_elementwise(record)
 
     def leave(self, rank: int, members: Iterable[int]) -> None:
-        """A rank has left: what it has under way is withdrawn, and nobody waits for it to agree."""
+        """Remove a rank that has left: withdraw its settings in flight, and no longer wait for it."""
         while self._kept and not self._kept[-1].done and self._kept[-1].leader == rank:
             self._kept.pop()
         self._made.pop(rank, None)
         self.tidy(members)
 
     def is_elementwise(self, key: Key) -> bool:
-        """Whether the updater that holds for a key allows it to be sliced. ASSIGN does."""
+        """Whether the updater of a key is elementwise, so that the key may be sliced. ASSIGN is."""
         for attempt in reversed(self._kept):
             updater, keys = attempt.record.updater, attempt.names
             if updater is not None and attempt.error is None and (keys is None or key in keys):
@@ -115,7 +116,7 @@ class SettingLog:
         return self._elementwise.get(key, self._elementwise[None])
 
     def tidy(self, members: Iterable[int]) -> None:
-        """Forget what every member has made, and what is too old."""
+        """Evict settings that every member has made, or that are too old."""
         made_by_all = min((self.num_made(rank) for rank in members), default=self.num_begun)
         while self._kept and self._kept[0].done:
             if self._first >= made_by_all and len(self._kept) <= MAX_REMEMBERED_SETTINGS:

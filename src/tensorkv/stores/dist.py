@@ -1,8 +1,8 @@
 """DistStore: `dist_sync` and `dist_async`, a store whose values and updaters live on server processes.
 
-This file turns the calls of the contract into messages, and their replies into results, with the help
-of `tensorkv.worker`: `keytable` (what is known of keys), `plancache`, `pusher` and `pullcall`. On the other
-side, `tensorkv.server.shard` holds rounds and updates, and `tensorkv.scheduler.catalog` keys, settings and
+This file turns the calls of the contract into messages, and replies into results. It builds on
+`tensorkv.worker`: `keytable` (the known keys), `plancache`, `pusher` and `pullcall`. On the other side,
+`tensorkv.server.shard` holds rounds and updates, and `tensorkv.scheduler.catalog` keys, settings and
 barriers.
 """
 
@@ -59,13 +59,13 @@ from tensorkv.worker.pusher import Pusher
 from tensorkv.worker.session import Session, join
 from tensorkv.worker.transfers import Destinations, gathered
 
-if TYPE_CHECKING:  # a worker needs no scheduler and no server, unless it is a job by itself
+if TYPE_CHECKING:  # only an embedded job imports the scheduler and servers
     from tensorkv.launch.cluster import LocalCluster
 
 
 @final
 class _Led:
-    """How something that this rank led has ended."""
+    """Outcome of an operation this rank performs for all (init, setting, load)."""
 
     __slots__ = ("error",)
 
@@ -73,11 +73,11 @@ class _Led:
         self.error = error
 
     def told(self) -> tuple[str, str] | None:
-        """Return the error as the scheduler is told of it."""
+        """Return the error in the form sent to the scheduler."""
         return None if self.error is None else to_wire(self.error)
 
     def check(self) -> None:
-        """Raise the error if there was one. Nothing keeps it: its traceback holds what was sent."""
+        """Raise the error if there was one. Drop our reference: its traceback holds the sent tensors."""
         error, self.error = self.error, None
         if error is not None:
             try:
@@ -105,9 +105,11 @@ class DistStore(KVStore):
         self._job = job
         self._embedded = embedded
         self._is_async = kind == "dist_async"
-        self._setting = threading.RLock()  # held while a setting is made: each builds on the one before
-        self._at_barrier = threading.RLock()  # held during a barrier: scheduler and servers know one call
-        self._committing = threading.RLock()  # of a worker, not one of each of its threads
+        self._setting = threading.RLock()  # held while making a setting: each builds on the previous one
+        # Held during a barrier or a commit: scheduler and servers know one such call per worker, not one
+        # per thread.
+        self._at_barrier = threading.RLock()
+        self._committing = threading.RLock()
         self._settings = SettingsTable()
         policy = "async" if self._is_async else "sync"
         at_loss = on_worker_loss or ("continue" if self._is_async else "fail")
@@ -129,12 +131,12 @@ class DistStore(KVStore):
 
     @property
     def rank(self) -> int:
-        """The number of this worker, in the order of the launcher."""
+        """Number of this worker, in the launcher's order."""
         return self._job.config.rank
 
     @property
     def num_workers(self) -> int:
-        """The number of workers in the job."""
+        """Number of workers in the job."""
         return self._job.config.num_workers
 
     def _forget(self, states: Sequence[KeyState]) -> None:
@@ -142,11 +144,11 @@ class DistStore(KVStore):
         self._pusher.forget(states)
 
     def on_gone(self, gone: m.KeysGone) -> None:
-        """Other workers have deleted keys: what is kept to push and pull them again is of no more use."""
+        """Drop the cached plans of keys that other workers have deleted."""
         self._forget(self._table.gone(gone.key_ids))
 
     def on_fault(self, fault: m.Fault) -> None:
-        """A round that this worker contributed to has failed; its next call on the key raises it."""
+        """Record that a round this worker contributed to has failed. Its next call on the key raises it."""
         self._table.on_fault(fault)
 
     # ---- init ------------------------------------------------------------------------------------
@@ -181,14 +183,14 @@ class DistStore(KVStore):
         self._settings.setting(key).check_value(key, value.shape, value.dtype)
 
     def _lead_init(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> _Led:
-        """Store the values of keys this rank creates on the servers, and tell the scheduler."""
+        """Store the values of the keys this rank creates on the servers, and tell the scheduler."""
         key_ids = [entry.key_id for entry, _ in created]
 
         def send() -> None:
             try:
                 self._send_values(created, what)
             except TensorKVError:
-                if self._job.failure() is None:  # what other servers, or other keys, have got is dropped
+                if self._job.failure() is None:  # delete what was stored already
                     gone = [(entry.key, [each.slice_id for each in entry.slices]) for entry, _ in created]
                     self._job.ask_all(
                         lambda n: m.DeleteSlices(n, self._store, self.rank, gone),
@@ -203,10 +205,11 @@ class DistStore(KVStore):
         return led
 
     def _lead(self, lead: Callable[[], Any], errors: type[BaseException] = BaseException) -> _Led:
-        """Do what this rank leads, and return how it has ended; raise the error if the job is broken.
+        """Run what this rank leads, and return the outcome; raise the error if the job is broken.
 
-        Ctrl-C is an error, too: the scheduler can still be told, so that nobody waits for what will not come.
-        Between the request that may make this rank the leader and `lead` it can not: see `Session.whole`.
+        Ctrl-C counts as an error too: the scheduler can still be told, so that no rank waits for this one.
+        Between the request that may make this rank the leader and `lead` it cannot be told: see
+        `Session.whole`.
         """
         try:
             lead()
@@ -217,7 +220,7 @@ class DistStore(KVStore):
         return _Led()
 
     def _conclude(self, message: m.ConcludeInit | m.ConcludeSetting | m.ConcludeTogether, what: str) -> None:
-        """Tell the scheduler how what this rank leads has ended, and wait until it knows."""
+        """Report the outcome of what this rank leads to the scheduler, and wait for its acknowledgement."""
 
         def make(number: int) -> m.Message:
             message.request = number
@@ -226,7 +229,7 @@ class DistStore(KVStore):
         self._job.control.request(make, what, self._timeout_s, self._store)
 
     def _send_values(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> None:
-        """Send each value as a push of one key would be, one message per key and server."""
+        """Send each value like a push of one key: one message per key and server."""
         exchanges: list[tuple[ServerLink, int, SingleReply]] = []
         messages = [each for entry, value in created for each in self._init_messages(entry, value)]
         with self._job.order, self._job.whole:
@@ -238,7 +241,7 @@ class DistStore(KVStore):
     def _init_messages(
         self, entry: m.KeyEntry, value: torch.Tensor
     ) -> Iterator[tuple[ServerLink, Callable[[int], m.Message], list[memoryview]]]:
-        """Yield what each server is told of a new key. Nothing is sent: torch may fail to copy the value."""
+        """Yield the messages of a new key to the servers. Sends nothing: copying the value may fail."""
         state = KeyState.of(entry)
         plan = build_plan(0, [state], [value.dtype], [1], len(self._job.links))
         flat = [_on_cpu(value, entry.key)]
@@ -263,7 +266,7 @@ class DistStore(KVStore):
         return [entry.key for entry in reply.entries]
 
     def _has(self, key: Key) -> bool:
-        if not may_travel(key):  # so it cannot be asked about, and nobody can have initialised it
+        if not may_travel(key):  # it cannot be sent, so no worker can have initialised it
             return False
         reply = self._job.control.request(
             lambda n: m.CountKeys(n, self._store, [key]), f"{key!r} in", self._timeout_s, self._store
@@ -321,7 +324,7 @@ class DistStore(KVStore):
         states = self._table.known(list(dict.fromkeys(keys)))
         names = [(state.key, state.key_id) for state in states]
         what = f"delete of {keys[0]!r}"
-        with self._job.whole:  # once the scheduler has deleted a key, calls wait at its slices for ever
+        with self._job.whole:  # deleting at the scheduler alone would leave calls waiting at slices forever
             reply = self._job.control.request(
                 lambda n: m.DeleteKeys(n, self._store, names), what, self._timeout_s, self._store
             )
@@ -350,7 +353,7 @@ class DistStore(KVStore):
         weight = batch.weight
         sent = None if self._pusher.busy(plan) else self._pusher.send(plan, values, apply, None, weight)
         if sent is None:
-            if batch.known:  # part of it may go before torch refuses the rest
+            if batch.known:  # part of it may be sent before torch refuses the rest
                 plan, values = self._check_push(batch.checked())
             return self._push_busy(plan, values, apply, weight, async_op, what)
         if not async_op:
@@ -367,7 +370,7 @@ class DistStore(KVStore):
         async_op: bool,
         what: str,
     ) -> Work | None:
-        """Push the free keys of a list at once, and each other one when its last push is merged."""
+        """Push the free keys of a list at once, and each busy one when its last push is merged."""
         values = _all_on_cpu(plan, values)
         sent, late = self._pusher.push_around(plan, values, apply, weight)
         states = [plan.states[place] for place in late]
@@ -384,8 +387,8 @@ class DistStore(KVStore):
         return None
 
     def _check_push(self, batch: PushBatch) -> tuple[Plan, list[torch.Tensor]]:
-        """Check a push wholly, sum over devices, and return its plan and a tensor per key, on any device."""
-        if self._is_async:  # in sync mode a pull, or the wait for a merge, brings the faults
+        """Check a whole push, sum over devices, and return its plan and a tensor per key, on any device."""
+        if self._is_async:  # in sync mode, a pull or the wait for a merge delivers the faults
             self._job.poll()
         if self._table.faults:
             self._table.raise_faults(batch.keys)
@@ -437,7 +440,7 @@ class DistStore(KVStore):
         self._table.raise_faults(keys)
 
     def _send_put(self, plan: Plan, values: list[torch.Tensor], what: str) -> int:
-        """Put values, wait until that is done, and return how many pushes were made before it."""
+        """Put values, wait until the servers have them, and return the number of pushes made before."""
         payloads = [[gathered(plan, chunk, values) for chunk in part.chunks] for part in plan.parts]
         exchanges: list[tuple[ServerLink, int, SingleReply]] = []
         with self._hold.turn(what):
@@ -452,7 +455,7 @@ class DistStore(KVStore):
         return up_to
 
     def _await_single(self, exchanges: list[tuple[ServerLink, int, SingleReply]], what: str) -> None:
-        """Send what is queued and wait for the one reply of each exchange; raise the first refusal."""
+        """Send the queued frames and wait for the single reply of each exchange; raise the first refusal."""
         for link in self._job.links:
             link.pump()
         waits = [(link, number) for link, number, _ in exchanges]
@@ -501,7 +504,7 @@ class DistStore(KVStore):
     def _send_pushpull(
         self, call: PullCall, plan: Plan, values: list[torch.Tensor], pushed: PushBatch, pulled: PullBatch
     ) -> bool:
-        """Send a push and ask for the values after it; False, and nothing is done, if a key is busy."""
+        """Send a push and request the values after it. If a key is busy, do nothing and return False."""
         if pushed.keys == pulled.keys and (pushed.singles is not None or 0 not in pushed.counts):
             call.plan = plan
             return call.push(self._job, self._pusher, values, pushed.weight)
@@ -511,7 +514,7 @@ class DistStore(KVStore):
         return True
 
     def _after_deferred(self, plan: Plan, call: Callable[[], Any], async_op: bool, what: str) -> Any:
-        """Run a call that must wait before it can even be sent."""
+        """Run a call that must wait before it can be sent."""
         if async_op:
             return self._pusher.later_work(plan.states, call, what)
         self._pusher.await_deferred(plan.states, what)
@@ -530,7 +533,7 @@ class DistStore(KVStore):
         return call.result()
 
     def _prepare_pull(self, batch: PullBatch) -> PullCall:
-        """Check a pull wholly, and return the call that is to be sent."""
+        """Check a whole pull, and return the call to send."""
         if self._table.faults:
             self._table.raise_faults(batch.keys)
         last, singles = self._plans.last_pull.get(batch.keys), batch.singles
@@ -576,9 +579,9 @@ class DistStore(KVStore):
         return PullCall(plan, destinations, finish)
 
     def _forget_deleted(self, states: Sequence[KeyState]) -> None:
-        """One of these keys is gone, the error does not say which: the next call asks for all anew.
+        """Forget these keys: one was deleted, and the error does not say which. The next call looks all up.
 
-        Those that wait for a commit stay: nothing else may be done with them.
+        Keys that wait for a commit stay: only a commit may use them.
         """
         self._table.forget([state for state in states if state.key_id not in self._table.uncommitted])
 
@@ -598,7 +601,7 @@ class DistStore(KVStore):
 
         @contextmanager
         def turn() -> Iterator[None]:
-            """Note what is committed when that can change no more: it is known only after a hold."""
+            """Note what is committed once that can no longer change: it is known only after a hold."""
             nonlocal up_to
             with self._hold.turn("commit"):
                 up_to = self._pusher.count
@@ -647,7 +650,7 @@ class DistStore(KVStore):
         self._make_setting(m.SettingRecord(keys=keys, options=options), None)
 
     def _make_setting(self, record: m.SettingRecord, built: Updater | None) -> None:
-        """Make a setting if this is the setting rank, else see that it agrees with that rank's."""
+        """Make a setting if this is the setting rank; otherwise check that it agrees with that rank's."""
         with self._one_setting():
             table = self._settings.copy()
             if built is not None:
@@ -671,7 +674,7 @@ class DistStore(KVStore):
     def _one_at_a_time(
         self, lock: threading.RLock, what: str, timeout_s: float
     ) -> AbstractContextManager[None]:
-        """Make one such call at a time; a second thread's waits for the first's, up to its deadline."""
+        """Serialize such calls: a second thread waits for the first, up to its deadline."""
         whom = f"another thread, which is in {what}"
         wait = self._job.wait(what, timeout_s, store=self._store, whom=lambda: whom)
         return taken(lock, wait)
@@ -696,8 +699,8 @@ class DistStore(KVStore):
             led = self._lead(lambda: self._activate_setting(number, what))
         arrived = led
         if led.error is None:
-            # In async mode another rank's push may come before the setting, unless it waits for this. And a
-            # setting is concluded when it is on its way no more: the loss of this worker undoes nothing.
+            # In async mode another rank's push could overtake the setting unless that rank waits for this
+            # flush. A setting is concluded once it is no longer in flight: losing this worker undoes nothing.
             arrived = self._lead(
                 lambda: self._job.ask_all(
                     lambda n: m.Flush(n, self._store), what, self._timeout_s, self._store
@@ -735,10 +738,10 @@ class DistStore(KVStore):
         self._together(f"load({folder!r})", lambda: self._transfer.load(folder, self._settings))
 
     def _at_rest(self, call: str, lead: Callable[[], None]) -> None:
-        """Do it as `_together`, while no thread of any worker changes the store.
+        """Run a collective call, like `_together`, while no thread of any worker changes the store.
 
-        Only when all have arrived does any worker hold its other threads back: the rest of this one's
-        earlier calls, and so its arrival, may need what others push meanwhile.
+        A worker blocks its other threads only once all workers have arrived: until then, its own earlier
+        calls, and so its arrival, may need what others push.
         """
         with self._hold.one_call(call):
             self._pusher.await_deferred(None, call)
@@ -746,23 +749,23 @@ class DistStore(KVStore):
                 lambda n: m.Together(n, self._store, call, only_meet=True), call, self._timeout_s, self._store
             )
             with self._job.whole, self._hold.back():
-                self._flush(self._timeout_s)  # all that was begun before has arrived on every server
+                self._flush(self._timeout_s)  # all earlier calls have reached every server
                 led = self._lead_or_follow(call, lead, BaseException)
         led.check()
 
     def _together(self, call: str, lead: Callable[[], SavedSettings | None]) -> None:
-        """Let all workers arrive, the lowest rank do it, and all know what came of it."""
+        """Run a collective call: all workers arrive, the lowest rank leads, and all learn the outcome."""
         with self._hold.one_call(call):
             self._pusher.await_deferred(None, call)
-            self._flush(self._timeout_s)  # what this worker has pushed has arrived
-            with self._job.whole:  # Ctrl-C too: it may come when some servers have changed, and some have not
+            self._flush(self._timeout_s)  # this worker's pushes have reached the servers
+            with self._job.whole:  # even Ctrl-C leaves the job here: perhaps only some servers have changed
                 led = self._lead_or_follow(call, lead, Exception)
         led.check()
 
     def _lead_or_follow(
         self, call: str, lead: Callable[[], SavedSettings | None], errors: type[BaseException]
     ) -> _Led:
-        """Return how the lead of this rank has ended; raise the error with which another's has."""
+        """Return the outcome if this rank led; raise the error if another rank led and failed."""
         reply = self._job.control.request(
             lambda n: m.Together(n, self._store, call, only_meet=False), call, self._timeout_s, self._store
         )
@@ -790,16 +793,16 @@ class DistStore(KVStore):
 
     def _meet(self, timeout_s: float) -> None:
         self._pusher.await_all_deferred("barrier", timeout_s)
-        settled = self._pusher.settled  # then no server has anything to add
+        settled = self._pusher.settled  # if so, no server has anything to report
         if not settled:
             self._flush(timeout_s)
         self._job.control.request(lambda n: m.Barrier(n, self._store), "barrier", timeout_s, self._store)
         if not settled:
-            self._flush(timeout_s)  # what others pushed before may have failed a round of ours
+            self._flush(timeout_s)  # earlier pushes of others may have failed a round of ours
         self._table.raise_faults()
 
     def _flush(self, timeout_s: float) -> None:
-        """Wait until the servers have taken in all that this worker has sent."""
+        """Wait until the servers have handled all that this worker has sent."""
         self._job.ask_all(lambda n: m.Flush(n, self._store), "barrier", timeout_s, self._store)
 
     def _close(self) -> None:
@@ -811,7 +814,7 @@ class DistStore(KVStore):
                 self._timeout_s,
                 self._store,
                 leave=True,
-                turn=self._hold.turn("close"),  # a leave completes rounds, and so changes values
+                turn=self._hold.turn("close"),  # leaving completes rounds, and so changes values
             )
             self._job.control.request(
                 lambda n: m.LeaveStore(n, self._store), "close", self._timeout_s, self._store
@@ -843,7 +846,7 @@ def open_dist(
     on_worker_loss: m.WorkerLossPolicy | None = None,
     transport: Transport | None = None,
 ) -> KVStore:
-    """Open a distributed store in the job this process belongs to, or, `embedded`, in one of its own.
+    """Open a distributed store in this process's job or, if `embedded`, in a job of its own.
 
     Raises:
         NotInJob: this process was not started as a worker of a job, and `embedded` is False.
@@ -893,7 +896,7 @@ def open_dist(
 
 
 def _job_of_launcher(timeout_s: float, transport: Transport | None) -> Session | None:
-    from tensorkv.launch.torchrun import join_job  # most jobs are started otherwise
+    from tensorkv.launch.torchrun import join_job  # imported late: few jobs use torchrun
 
     return join_job(timeout_s=timeout_s, transport=transport)
 
@@ -928,10 +931,10 @@ def _open_embedded(
 
 
 def _held_weakly(method: Callable[[Sequence[KeyState]], None]) -> Callable[[Sequence[KeyState]], None]:
-    """Return a call of a bound method that does not keep its object alive.
+    """Return a call to a bound method that does not keep its object alive.
 
-    Nothing that a store owns refers back to it, so that its plans, with the memory they receive in, are freed
-    with it: the garbage collector, which counts objects and not bytes, may not come by for a long time.
+    Nothing that a store owns refers back to it, so its plans and their receive buffers are freed with it.
+    The garbage collector counts objects, not bytes, and may not run for a long time.
     """
     found = weakref.WeakMethod(method)
 
@@ -947,10 +950,10 @@ _Pushed = TypeVar("_Pushed")
 
 
 def _gathered(batch: PushBatch, push: Callable[[PushBatch], _Pushed]) -> _Pushed:
-    """Push a batch that may be known; where torch refuses its tensors as they are, with each looked at.
+    """Push a batch that may be known. If torch refuses its tensors, check each of them and push again.
 
-    Those of a known batch have the right dtypes and shapes. That one of them requires a gradient torch finds
-    itself, sooner than a look at each would.
+    Tensors of a known batch have the right dtypes and shapes. Torch finds one that requires a gradient
+    faster than checking each would.
     """
     try:
         return push(batch)

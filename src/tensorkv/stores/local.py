@@ -1,11 +1,11 @@
-"""LocalStore: the store of a single process, with several devices or one.
+"""LocalStore: the store of a single process, with one or several devices.
 
 `local` sums on the CPU and keeps its values there. `device` sums on the GPUs and keeps each value on
-one of them: a key is given its GPU by its first push, the least loaded of those it is pushed from.
+one of them: the first push of a key places it on the least loaded GPU among those it is pushed from.
 
-The one worker's push is the whole round, so a push merges and applies before it returns, and whatever
-the updater raises is raised by that push. One lock, `_lock`, is held throughout a call; an updater that
-calls its own store from the same thread is let in.
+The one worker's push is the whole round, so a push merges and applies before it returns, and raises
+any error of the updater. A call holds one lock, `_lock`, throughout; it is reentrant, so an updater may
+call its own store from the same thread.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ _Load = tuple[KeyRecord, Callable[[KeyRecord], SliceState]]
 
 @dataclass(slots=True)
 class _Uncommitted:
-    """A round that is merged and waits for commit. `merged` is None if it was ABSENT."""
+    """A merged round that waits for commit. `merged` is None if the push was ABSENT."""
 
     merged: torch.Tensor | None
     setting: Setting
@@ -102,7 +102,7 @@ class _Uncommitted:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """A key of the store. `value` is ours alone, contiguous; `setting` holds for rounds to come."""
+    """A key of the store. `value` is private to us and contiguous; `setting` applies to later rounds."""
 
     number: int
     key: Key
@@ -110,13 +110,13 @@ class _Slot:
     generation: int
     setting: Setting
     pull_device: torch.device  # of a pull without out
-    placed: bool = False  # whether `value` has found its device
+    placed: bool = False  # whether `value` is on its final device
     round: int = 0
     version: int = 0
-    buffer: torch.Tensor | None = None  # sums that do not go straight into `value`; kept between pushes
+    buffer: torch.Tensor | None = None  # for sums not written straight into `value`; kept between pushes
     uncommitted: _Uncommitted | None = None
-    whole: bool = False  # as init said; of meaning where a save is loaded in a job
-    loaded: bool = False  # by a load; the next init finds it there and leaves it
+    whole: bool = False  # as passed to init; matters if a save is loaded in a job
+    loaded: bool = False  # created by a load; the next init keeps its value
 
 
 @final
@@ -130,14 +130,14 @@ class LocalStore(KVStore):
         self._slots: dict[Key, _Slot] = {}
         self._settings = SettingsTable()
         self._generations: dict[Key, int] = {}
-        self._uncommitted: dict[int, _Slot] = {}  # by number: those with an `uncommitted` round
+        self._uncommitted: dict[int, _Slot] = {}  # by number: slots with an `uncommitted` round
         self._load_bytes: dict[torch.device, int] = {}
         self._next_number = 0
         self._hints = Hints()
 
     @property
     def rank(self) -> int:
-        """0: there is one worker."""
+        """0, as there is one worker."""
         return 0
 
     @property
@@ -234,7 +234,7 @@ class LocalStore(KVStore):
                     )
             finally:
                 for slot, setting, _ in updates:
-                    if setting.updater is not slot.setting.updater:  # it was changed after the push
+                    if setting.updater is not slot.setting.updater:  # the updater changed after the push
                         setting.updater.forget(slot.number)
             return CommitResult(applied=applied, norm=norm)
 
@@ -278,7 +278,7 @@ class LocalStore(KVStore):
                 table.setting(key).check_value(key, slot.value.shape, slot.value.dtype, self._device_type())
 
     def _settings_changed(self, keys: tuple[Key, ...] | None) -> None:
-        """A setting was made for these keys, or for all."""
+        """Adopt a new setting of these keys, or of all."""
         names = self._slots if keys is None else [key for key in keys if key in self._slots]
         for slot in map(self._slots.__getitem__, names):
             old, slot.setting = slot.setting, self._settings.setting(slot.key)
@@ -348,7 +348,7 @@ class LocalStore(KVStore):
         load_newest(folder, take_over)
 
     def _take_over(self, reduction: str, settings: SavedSettings, loads: Sequence[_Load]) -> None:
-        """Make keys and settings those of a save, or change nothing."""
+        """Adopt the keys and settings of a save, or change nothing."""
         check_reduction(reduction, self._reduction)
         if self._slots and loads:
             check_keys([record.key for record, _ in loads], type(next(iter(self._slots))))
@@ -430,9 +430,9 @@ class LocalStore(KVStore):
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Hold the lock, and make tensors of our own that any later call may change.
+        """Hold the lock, and create tensors that any later call may change.
 
-        Those made under the caller's inference mode could not be changed outside of it.
+        Tensors created under the caller's inference mode could not be changed outside of it.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             yield
@@ -451,7 +451,7 @@ class LocalStore(KVStore):
         self._settings.setting(key).check_value(key, value.shape, value.dtype, self._device_type())
 
     def _device_type(self) -> str | None:
-        """Return where updates run, None if that is known only when a key is pushed."""
+        """Return the device type that runs updates, None if only a push of a key decides it."""
         return None if self._on_devices and torch.accelerator.is_available() else "cpu"
 
     def _check_push(self, batch: PushBatch) -> list[_Slot]:
@@ -515,17 +515,17 @@ class LocalStore(KVStore):
                 else:
                     updates.append((slot, setting, self._merge(slot, tensors, count)))
                 slot.round += 1
-        except (RuntimeError, MemoryError) as exc:  # this key and those after it are as before
+        except (RuntimeError, MemoryError) as exc:  # this key and those after it are unchanged
             raise unreadable(exc, slot.key, tensors[0]) from exc
         finally:
             if updates:
                 _apply(updates)
 
     def _can_be_lent(self, slot: _Slot, tensors: list[torch.Tensor]) -> bool:
-        """Whether the updater may work on the caller's tensor itself, and no copy be made.
+        """Whether the updater may work on the caller's tensor itself, without a copy.
 
-        For this the updater must be known not to change what was pushed, and the tensor be laid out
-        as the value is. A single tensor is its own mean.
+        This needs an updater known not to change the pushed tensor, and a tensor with the value's
+        layout. A single tensor is its own mean.
         """
         tensor, value = tensors[0], slot.value
         return (
@@ -538,7 +538,7 @@ class LocalStore(KVStore):
         )
 
     def _merge(self, slot: _Slot, tensors: list[torch.Tensor], count: int) -> torch.Tensor:
-        """Return the sum or mean of `tensors` in the slot's buffer, in dtype and place of its value."""
+        """Return the sum or mean of `tensors` in the slot's buffer, with its value's dtype and device."""
         if slot.buffer is None:
             slot.buffer = torch.empty_like(slot.value)
         buffer = slot.buffer
@@ -551,7 +551,7 @@ class LocalStore(KVStore):
         return buffer.copy_(sum_devices(tensors, out=total).div_(count))
 
     def _place(self, slots: list[_Slot], batch: PushBatch) -> None:
-        """Give each key that is pushed for the first time its device; the largest choose first."""
+        """Place each key that is pushed for the first time on a device, the largest key first."""
         new: list[tuple[_Slot, list[torch.device]]] = []
         for slot, tensors in zip(slots, batch.tensors, strict=True):
             if tensors:
@@ -579,7 +579,7 @@ class LocalStore(KVStore):
 
 
 def _check_init_of_loaded(slot: _Slot, value: torch.Tensor) -> None:
-    """Raise unless a key that is there was loaded, and is now initialised for the first time since."""
+    """Raise unless an existing key was loaded, and this is its first init since."""
     there = slot.value
     if not slot.loaded:
         raise already_initialized(slot.key, tuple(there.shape))
@@ -591,7 +591,7 @@ def _check_init_of_loaded(slot: _Slot, value: torch.Tensor) -> None:
 
 
 def _apply(updates: Sequence[tuple[_Slot, Setting, torch.Tensor]]) -> None:
-    """Run the updaters and raise what failed, after all others have been applied."""
+    """Run all updaters, then raise the failures."""
     failures = apply_all(
         [
             (setting, Update(slot=slot.number, key=slot.key, pushed=merged, stored=slot.value))
@@ -617,7 +617,7 @@ def _no_memory(what: str, size_bytes: int | None) -> MemoryLimitReached:
 
 
 def _work(call: Callable[[], Any], what: str) -> Work:
-    """Run `call` and return the finished work, which holds its result or its error."""
+    """Run `call` and return the completed work, with its result or error."""
     future: concurrent.futures.Future[Any] = concurrent.futures.Future()
     try:
         future.set_result(call())
@@ -627,9 +627,9 @@ def _work(call: Callable[[], Any], what: str) -> Work:
 
 
 def _only_reads(setting: Setting, value: torch.Tensor) -> bool:
-    """Whether the updater is known to leave the pushed tensor as it is.
+    """Whether the updater is known not to change the pushed tensor.
 
-    The named ones do, and the known optimizers, except torch's `foreach` versions: some of those use
+    Named updaters do not, nor do known optimizers, except torch's `foreach` versions: some of those use
     the gradient as scratch memory, and on a GPU they are the default.
     """
     spec = setting.updater.spec
@@ -656,7 +656,7 @@ def _check_scalable(merged: Sequence[tuple[_Slot, torch.Tensor]]) -> None:
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> tuple[float, bool]:
-    """Return the Euclidean norm over all `tensors`, and whether all is finite."""
+    """Return the Euclidean norm over all `tensors`, and whether all elements are finite."""
     norms = norms_of(tensors)
     return total_norm(norms), all(map(math.isfinite, norms)) or all_finite(tensors)
 

@@ -1,4 +1,4 @@
-"""Which kinds of store there are, by their exact names, and how one is made."""
+"""The kinds of store by name, and `create`, which opens one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tensorkv.tracers import opaque
 Factory = Callable[..., KVStore]
 """Called as `factory(kind, **options)` with every option of `create`, as given or by default.
 
-`timeout_s` is a number always: without one, what the environment says."""
+`timeout_s` is always a number: if none was given, that of the environment."""
 
 
 @opaque
@@ -33,20 +33,20 @@ def create(
 
     Args:
         kind: "local" and "device" work in this process, "dist_sync" and "dist_async" in a job with
-            servers. The error for an unknown kind lists all.
-        store: the name of the store within its job; workers that use the same name share it.
+            servers. The error for an unknown kind lists all kinds.
+        store: name of the store within its job; workers that use the same name share it.
         reduction: "sum", or "mean" over all tensors that go into a round.
-        timeout_s: seconds after which a waiting call gives up, joining the job included; None for what
-            the launcher was told (`tensorkv run --timeout`) or TENSORKV_TIMEOUT_S says, 1800 if nothing.
-        embedded: make a job of one worker in this process, servers and all; for distributed kinds.
-        num_servers: how many servers an embedded job has.
-        on_worker_loss: what a lost worker (killed, or ended by an exception) does to the others. "fail",
-            the default of dist_sync: every call of theirs raises PeerLostError. "continue", the default
-            of dist_async: they go on without it; what it had sent whole counts, the rest is dropped. All
-            workers must say the same. A lost server or scheduler ends the job always.
-        transport: how this worker reaches the servers: "shm", memory that they share, and which only
-            those of this host can; "tcp"; or "auto", shared memory where it can be had. None for what the
-            launcher was told, "auto" if nothing. The first store of a process decides.
+        timeout_s: timeout of a waiting call in seconds, joining the job included. None uses the launcher's
+            (`tensorkv run --timeout`), or that in TENSORKV_TIMEOUT_S, else 1800.
+        embedded: run a job of one worker in this process, servers included; for distributed kinds.
+        num_servers: number of servers of an embedded job.
+        on_worker_loss: how the other workers react to a lost one (killed, or ended by an exception).
+            "fail", the default of dist_sync: each of their calls raises PeerLostError. "continue", the
+            default of dist_async: they go on without it; its complete contributions count, the rest is
+            dropped. All workers must pass the same. A lost server or scheduler always ends the job.
+        transport: how this worker reaches the servers: "shm", shared memory, with servers on this host
+            only; "tcp"; or "auto", shared memory where available. None uses the launcher's, else "auto".
+            The first store of a process decides.
 
     Returns:
         The store. Close it, or use it in a `with`.
@@ -54,7 +54,7 @@ def create(
     Raises:
         UnknownKind: no such kind, or not a str.
         NotSupported: a kind that is not built yet.
-        InvalidArgument: an option is out of its range, or makes no sense for the kind.
+        InvalidArgument: an option is out of range, or makes no sense for the kind.
         NotInJob: a distributed kind outside a job, without `embedded`.
         StoreMismatch: another worker has opened the name with another kind, reduction or on_worker_loss.
         TransportUnavailable: transport="shm", and a server shares no memory with this process.
@@ -94,7 +94,7 @@ def register(kind: str, factory: Factory) -> None:
     """Add a kind of store, for this process.
 
     Args:
-        kind: its name; it must be new.
+        kind: its name, which must be new.
         factory: called as `factory(kind, **options)` with every option of `create`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a user may get wrong, as a table: the call, the error, and that nothing has changed after it."""
+"""Table of user mistakes: the call, the error it must raise, and that it changes nothing."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Snapshot = dict[Key, tuple[torch.Tensor, KeyInfo]]
 
 @dataclass(frozen=True, slots=True)
 class BadInput:
-    """A call that is refused.
+    """A call that must be refused.
 
-    `call(kv)` runs in a store with the str keys of `prepare`. It must raise `error`, which is also a
-    `standard` error, with every one of `texts` in its text.
+    `call(kv)` runs in a store with the str keys of `prepare`. It must raise `error`, a subclass of
+    `standard` too, with every one of `texts` in its text.
     """
 
     name: str
@@ -37,7 +37,7 @@ class BadInput:
     texts: tuple[str, ...] = ()
 
     def run(self, maker: StoreMaker) -> None:
-        """Make the call in a store of its own and look that nothing has changed."""
+        """Make the call in a store of its own and assert that nothing has changed."""
         in_one(maker, self._refused)
 
     def _refused(self, kv: KVStore) -> None:
@@ -57,12 +57,12 @@ def prepare(kv: KVStore) -> None:
 
 
 def snapshot(kv: KVStore) -> Snapshot:
-    """Return all values and all that the store says about them."""
+    """Return all values and all info of the keys."""
     return {key: (kv.pull(key), kv.info(key)) for key in kv.keys()}  # noqa: SIM118  (a store is no dict)
 
 
 def assert_unchanged(kv: KVStore, before: Snapshot) -> None:
-    """Assert that keys, values, versions and rounds are as they were."""
+    """Assert that keys, values, versions and rounds are unchanged."""
     assert kv.keys() == list(before) and len(kv) == len(before), f"the keys are now {kv.keys()}"
     for key, (value, info) in before.items():
         same(kv.pull(key), value, f"{key!r} after the refused call")
@@ -70,7 +70,7 @@ def assert_unchanged(kv: KVStore, before: Snapshot) -> None:
 
 
 def assert_usable(kv: KVStore) -> None:
-    """Assert that the updater still is "add", and that the store works."""
+    """Assert that the updater is still "add", and that the store works."""
     kv.push(["w", "n"], [full(1), torch.tensor([1, 1])])
     same(kv.pull("w"), 6.0, "w, after a good push")
     same(kv.pull("n"), torch.tensor([4, 5]), "n, after a good push")
@@ -83,7 +83,7 @@ def _readonly() -> np.ndarray[Any, Any]:
 
 
 def _nested(layout: torch.layout = torch.strided) -> torch.Tensor:
-    with warnings.catch_warnings():  # torch calls them a prototype
+    with warnings.catch_warnings():  # torch warns that they are a prototype
         warnings.simplefilter("ignore", UserWarning)
         return torch.nested.nested_tensor([full(1, 3), full(1, 2)], layout=layout)
 
@@ -414,7 +414,7 @@ def _settings() -> list[BadInput]:
 
 
 def _folders() -> list[BadInput]:
-    """Folders that no system call takes, or that could not be told to the servers."""
+    """Folders that no system call accepts, or whose path cannot be sent to the servers."""
     bad: dict[str, Any] = {"nul": "a\0b", "no_unicode": "/tmp/\udcff", "bytes": b"/tmp/\xff", "number": 3.5}
     return [
         BadInput(
@@ -430,7 +430,7 @@ def _folders() -> list[BadInput]:
 
 
 def _flags() -> list[BadInput]:
-    """Arguments that are True or False, and nothing that merely counts as one of them."""
+    """Flags take True or False only, not values that are merely truthy or falsy."""
     one: Any = full(1)
     bad: list[Any] = [1, 0, "no", None, torch.tensor(True), np.array([True])]
     calls: list[tuple[str, str, Callable[[KVStore, Any], Any]]] = [
@@ -492,7 +492,7 @@ def check_bad_options_keep_the_optimizer(maker: StoreMaker) -> None:
 
 @check()
 def check_numpy_bools(maker: StoreMaker) -> None:
-    """NumPy's True and False are as good as Python's."""
+    """Flags accept NumPy's True and False."""
 
     def work(kv: KVStore) -> None:
         yes: Any = np.bool_(True)
@@ -524,7 +524,7 @@ def check_create_arguments(maker: StoreMaker) -> None:
 
 @check()
 def check_long_deadlines(maker: StoreMaker) -> None:
-    """A deadline may be infinitely far."""
+    """A timeout may be infinite."""
 
     def work(kv: KVStore) -> None:
         kv.init("w", full(1))
@@ -576,7 +576,7 @@ def _nothing(kv: KVStore) -> None:
 
 @check()
 def check_use_after_close(maker: StoreMaker) -> None:
-    """Every call on a closed store says that it is closed; closing again is fine."""
+    """Every call on a closed store raises StoreClosed; closing again is fine."""
 
     def work(kv: KVStore) -> None:
         kv.init("w", full(1))
@@ -642,7 +642,7 @@ def _refused_in_child(kv: KVStore) -> int:
 def _in_fork(child: Callable[[], int]) -> int:
     """Run `child` in a forked process and return the exit status it returns; 255 after an error."""
     reader, writer = os.pipe()
-    with warnings.catch_warnings():  # forking beside threads is what is tested here
+    with warnings.catch_warnings():  # this test forks beside threads on purpose
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
@@ -650,9 +650,9 @@ def _in_fork(child: Callable[[], int]) -> int:
         try:
             status = child()
         finally:
-            os._exit(status)  # no clean-up of what belongs to the parent
+            os._exit(status)  # skips clean-up of the parent's resources
     os.close(writer)
-    ended, _, _ = select.select([reader], [], [], DEADLINE_S)  # end of file when the child is gone
+    ended, _, _ = select.select([reader], [], [], DEADLINE_S)  # end of file once the child has ended
     os.close(reader)
     if not ended:
         os.kill(pid, signal.SIGKILL)

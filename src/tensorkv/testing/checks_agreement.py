@@ -1,4 +1,4 @@
-"""Checks of several workers: settings, init and commit on which they must agree; delete; errors; stores."""
+"""Checks of several workers: agreement on settings, init and commit; delete; errors; stores."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check_rank_0_initialises(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL)
 def check_init_must_agree(maker: StoreMaker, workers: int) -> None:
-    """Another rank's init with another shape or dtype is refused there, and changes nothing."""
+    """An init with another shape or dtype than rank 0's is refused on its rank, and changes nothing."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         if kv.rank != 1:
@@ -85,7 +85,7 @@ def check_init_must_agree(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL)
 def check_keys_used_without_init(maker: StoreMaker, workers: int) -> None:
-    """A rank may use keys that it did not init, once rank 0 has; before, the key does not exist."""
+    """A rank may use a key that it did not init, once rank 0 has; before, the key does not exist."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         if kv.rank == 1:
@@ -110,7 +110,7 @@ def check_keys_used_without_init(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL, only="sync")
 def check_setting_holds_from_the_next_push_of_rank_0(maker: StoreMaker, workers: int) -> None:
-    """A setting holds from the first round rank 0 pushes after it, whatever is in already."""
+    """A setting applies from the first round rank 0 pushes after it, whatever others have pushed already."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init(["w", "b"], [full(10), full(10)])
@@ -150,7 +150,7 @@ def check_settings_must_agree(maker: StoreMaker, workers: int) -> None:
         elif kv.rank == 1:
             meeting.signal("1 sets")
             raises(SettingMismatch, lambda: kv.set_updater("assign"), "assign", "add")
-            kv.set_updater("add")  # what was refused does not count
+            kv.set_updater("add")  # the refused setting does not count
             raises(SettingMismatch, lambda: kv.set_optimizer("sgd", lr=0.25), "0.25", "0.5")
             kv.set_optimizer("sgd", lr=0.5)
             kv.set_optimizer_options(lr=1.0)
@@ -164,7 +164,7 @@ def check_settings_must_agree(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL)
 def check_optimizers_made_by_every_rank(maker: StoreMaker, workers: int) -> None:
-    """Each rank passes an optimizer that it has made for its own model; what differs is refused."""
+    """Each rank passes an optimizer made for its own model; one that differs is refused."""
 
     def made(slow: torch.nn.Parameter, fast: torch.nn.Parameter) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = [{"params": [slow]}, {"params": [fast], "lr": 1.0}]
@@ -207,7 +207,7 @@ def check_followers_need_no_settings(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL, only="async")
 def check_setting_holds_when_the_call_returns(maker: StoreMaker, workers: int) -> None:
-    """In an asynchronous kind a push after the call is under the new setting, on any rank."""
+    """In an asynchronous kind a push after the call uses the new setting, on any rank."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init(["a", "b", "c"], [full(0)] * 3)
@@ -313,7 +313,7 @@ def check_commit_skip_is_ored(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL, only="sync")
 def check_commit_must_agree(maker: StoreMaker, workers: int) -> None:
-    """Differing keys or max_norm are an error on every rank, commit nothing, and may be repeated right."""
+    """Different keys or max_norm raise on every rank and commit nothing; a correct retry works."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init(["a", "b"], [full(0), full(0)])
@@ -334,7 +334,7 @@ def check_commit_must_agree(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL, only="sync")
 def check_commit_cannot_scale_integers_of_workers(maker: StoreMaker, workers: int) -> None:
-    """max_norm over an integer key is refused on every rank; committed again without it the round counts."""
+    """max_norm over an integer key is refused on every rank; a retry without it commits the round."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init(["a", "n"], [full(0), torch.tensor([0])])
@@ -353,7 +353,7 @@ def check_commit_cannot_scale_integers_of_workers(maker: StoreMaker, workers: in
 
 @check(workers=SEVERAL, only="sync")
 def check_delete_while_another_waits(maker: StoreMaker, workers: int) -> None:
-    """A call that waits for a round of a deleted key ends with an error that names who deleted it."""
+    """A call that waits for a round of a deleted key raises an error that names the deleting rank."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init(["w", "b"], [full(0), full(0)])
@@ -383,7 +383,7 @@ def check_delete_while_another_waits(maker: StoreMaker, workers: int) -> None:
 
 
 def _use(kv: KVStore, key: str) -> None:
-    """Use a deleted key until its worker has learnt that it is gone: told who deleted it, then as unknown."""
+    """Use a deleted key until its worker has learnt of it: first KeyDeleted, then KeyNotInitialized."""
     try:
         kv.pull(key)
     except KeyDeleted:
@@ -392,7 +392,7 @@ def _use(kv: KVStore, key: str) -> None:
 
 @check(workers=SEVERAL)
 def check_delete_of_an_old_generation(maker: StoreMaker, workers: int) -> None:
-    """Everybody may delete the same key; who knew only the old generation does not touch the new one."""
+    """All ranks may delete the same key; a rank that knew only the old generation keeps the new one."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init(["w", "b"], [full(1), full(2)])
@@ -407,7 +407,7 @@ def check_delete_of_an_old_generation(maker: StoreMaker, workers: int) -> None:
             kv.init("b", full(3))
         meeting.everybody()
         if kv.rank == 1:
-            kv.delete("b")  # does nothing: the "b" it knew is gone
+            kv.delete("b")  # does nothing: the generation it knew is gone
         elif kv.rank > 1:
             raises(KeyDeleted, lambda: kv.pull("b"), "'b'", "rank 0")
         meeting.everybody()
@@ -447,7 +447,7 @@ def check_stores_of_workers(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL)
 def check_stores_must_agree(maker: StoreMaker, workers: int) -> None:
-    """A name that is open with another kind or reduction is refused, and what is open goes on."""
+    """Opening a name with another kind or reduction is refused, and the open store goes on."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         if kv.rank == 0:
@@ -473,7 +473,7 @@ def check_stores_must_agree(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL, only="sync")
 def check_updater_error_of_workers(maker: StoreMaker, workers: int) -> None:
-    """Each contributor is told once; the value is as before, the round counts, the version does not."""
+    """Each contributor gets the error once; value and version stay as they were, and the round counts."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init(["w", "b"], [full(1), full(1)])
@@ -495,7 +495,7 @@ def check_updater_error_of_workers(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL, only="async")
 def check_updater_error_of_one_worker(maker: StoreMaker, workers: int) -> None:
-    """In an asynchronous kind only the worker whose push failed is told."""
+    """In an asynchronous kind only the worker whose push failed gets the error."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init("w", full(1))
@@ -538,7 +538,7 @@ def check_refused_calls_change_nothing(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=(2,))
 def check_an_exit_in_good_order_inside_with(maker: StoreMaker, workers: int) -> None:
-    """sys.exit() and sys.exit(0) inside a `with` are leavings, no losses: the others go on."""
+    """sys.exit() and sys.exit(0) inside a `with` are a leave, not a loss: the others go on."""
 
     def work(kv: KVStore) -> None:
         kv.init("w", full(0))

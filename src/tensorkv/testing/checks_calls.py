@@ -31,7 +31,7 @@ from tensorkv.work import Work
 
 @check(only="sync")
 def check_commit(maker: StoreMaker) -> None:
-    """apply=False only merges; commit applies all keys so pushed; until then the keys are blocked."""
+    """apply=False only merges; commit applies all such keys; until then they are blocked."""
 
     def work(kv: KVStore) -> None:
         kv.init(["a", "b", "c"], [full(1), full(2), full(3)])
@@ -107,7 +107,7 @@ def check_commit_skips(maker: StoreMaker) -> None:
 
 @check(only="sync")
 def check_commit_cannot_scale_integers(maker: StoreMaker) -> None:
-    """max_norm over a key that is no float is refused, by its name; without it the round is committed."""
+    """max_norm over a key that is not a float is refused, naming it; without it the round is committed."""
 
     def work(kv: KVStore) -> None:
         ints = torch.tensor([3, 4])
@@ -160,7 +160,7 @@ def check_commit_of_huge_and_tiny_values(maker: StoreMaker) -> None:
 
 @check(only="sync")
 def check_commit_of_half_floats(maker: StoreMaker) -> None:
-    """Norm and clipping are those of the sum of the round as rounded to the stored dtype."""
+    """Norm and clipping use the sum of the round, rounded to the stored dtype."""
 
     def work(kv: KVStore) -> None:
         for dtype in (torch.float16, torch.bfloat16):
@@ -245,7 +245,7 @@ def check_work_handles(maker: StoreMaker) -> None:
 
 @check()
 def check_work_in_coroutines(maker: StoreMaker) -> None:
-    """A Work is awaited, alone or with others, and wrapped as a future of asyncio."""
+    """A Work can be awaited, alone or with others, and wrapped as an asyncio future."""
 
     def work(kv: KVStore) -> None:
         kv.init(["a", "b"], [full(1), full(2)])
@@ -276,7 +276,7 @@ def check_work_in_coroutines(maker: StoreMaker) -> None:
 
 @check()
 def check_work_carries_errors(maker: StoreMaker) -> None:
-    """What the blocking call would have raised is raised by wait and result, and returned by exception."""
+    """wait and result raise the blocking call's error; exception returns it."""
 
     def work(kv: KVStore) -> None:
         kv.init("a", full(1))
@@ -293,7 +293,7 @@ def check_work_carries_errors(maker: StoreMaker) -> None:
 
 @check()
 def check_threads_with_own_keys(maker: StoreMaker) -> None:
-    """Threads that push keys of their own do not disturb each other, and each sees its calls in order."""
+    """Threads that push their own keys do not interfere, and each sees its calls in order."""
 
     def work(kv: KVStore) -> None:
         names = [f"w{number}" for number in range(4)]
@@ -313,7 +313,7 @@ def check_threads_with_own_keys(maker: StoreMaker) -> None:
 
 @check()
 def check_threads_on_one_key(maker: StoreMaker) -> None:
-    """Pushes of one key from several threads are each counted once."""
+    """Each push of one key from several threads counts once."""
 
     def work(kv: KVStore) -> None:
         kv.init("w", full(0))
@@ -363,7 +363,7 @@ def check_who(maker: StoreMaker) -> None:
 
 @check()
 def check_stores_beside_each_other(maker: StoreMaker) -> None:
-    """Stores of other names, also of another kind, share nothing; a name that all have closed is empty."""
+    """Stores with different names, or kinds, share nothing; a name that all have closed is empty."""
 
     def work(kv: KVStore) -> None:
         kv.init("w", full(1))

@@ -29,7 +29,7 @@ OTHERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.
 
 @check()
 def check_small_shapes(maker: StoreMaker) -> None:
-    """Scalars (0-dim) and empty tensors are values like others."""
+    """Scalars (0-dim) and empty tensors are ordinary values."""
 
     def work(kv: KVStore) -> None:
         kv.init(["scalar", "empty", "flat"], [torch.tensor(1.5), torch.zeros(2, 0, 3), torch.zeros(0)])
@@ -50,7 +50,7 @@ def check_small_shapes(maker: StoreMaker) -> None:
 
 @check()
 def check_dtypes(maker: StoreMaker) -> None:
-    """Every dtype torch can add is stored, summed and returned as it is."""
+    """Every dtype torch can add is stored, summed and returned unchanged."""
 
     def work(kv: KVStore) -> None:
         dtypes = FLOATS + OTHERS
@@ -72,7 +72,7 @@ def check_dtypes(maker: StoreMaker) -> None:
 
 @check()
 def check_half_floats_accumulate_wide(maker: StoreMaker) -> None:
-    """float16 and bfloat16 are added up in float32: 2048 + 1 + 1 is 2050, and 256 + 1 + 1 is 258."""
+    """float16 and bfloat16 accumulate in float32: 2048 + 1 + 1 is 2050, and 256 + 1 + 1 is 258."""
 
     def work(kv: KVStore) -> None:
         for dtype, start in ((torch.float16, 2048), (torch.bfloat16, 256)):
@@ -85,7 +85,7 @@ def check_half_floats_accumulate_wide(maker: StoreMaker) -> None:
 
 @check()
 def check_eight_bit_floats(maker: StoreMaker) -> None:
-    """float8 is stored, added up in float32, added to what is stored, and taken a mean of."""
+    """float8 is stored, accumulated in float32, added to the stored value, and averaged."""
 
     def work(kv: KVStore) -> None:
         for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
@@ -145,7 +145,7 @@ def check_sums_in_list_order(maker: StoreMaker) -> None:
 
 @check()
 def check_mean(maker: StoreMaker) -> None:
-    """reduction="mean" divides by the tensors that went in; a key twice in a push counts one."""
+    """reduction="mean" divides by the number of tensors; a key twice in a push counts one."""
 
     def work(kv: KVStore) -> None:
         kv.init("w", full(0))
@@ -166,7 +166,7 @@ def check_mean(maker: StoreMaker) -> None:
 
 @check()
 def check_weight_of_the_only_push(maker: StoreMaker) -> None:
-    """The weight of a round's only push cancels, to the last bit; 0 is as ABSENT."""
+    """The weight of a round's only push cancels out bitwise; 0 is like ABSENT."""
 
     def work(kv: KVStore) -> None:
         kv.init("w", full(9))
@@ -197,7 +197,7 @@ def check_weight_of_the_only_push(maker: StoreMaker) -> None:
 
 @check()
 def check_weights_that_are_refused(maker: StoreMaker) -> None:
-    """A weight is a number from 1e-18 to 1e18 or 0, of a store that takes a mean; else nothing is pushed."""
+    """A weight is 0 or from 1e-18 to 1e18, in a store with a mean; otherwise nothing is pushed."""
 
     def work(kv: KVStore) -> None:
         kv.init("w", full(9))
@@ -250,7 +250,7 @@ def check_absent(maker: StoreMaker) -> None:
 
 @check()
 def check_caller_keeps_its_memory(maker: StoreMaker) -> None:
-    """What was handed in or out may be changed at once without changing what is stored."""
+    """Changing a tensor that was passed in or returned does not change the stored value."""
 
     def work(kv: KVStore) -> None:
         for size in (6, 50_000):

@@ -27,11 +27,11 @@ from tensorkv.testing.suite import (
 from tensorkv.work import Work
 
 SEVERAL = (2, 3)
-IN_TIME_S = 0.02  # a wait that must not succeed is given up after this
+IN_TIME_S = 0.02  # timeout of a wait that must not succeed
 
 
 def assert_waits(work: object, what: str) -> Work:
-    """Assert that `work` is a handle of a call that cannot be complete yet, and return it."""
+    """Assert that `work` is the handle of an incomplete call, and return it."""
     assert isinstance(work, Work), f"{what} gave {work!r}, not a Work"
     try:
         work.wait(timeout=IN_TIME_S)
@@ -43,7 +43,7 @@ def assert_waits(work: object, what: str) -> Work:
 
 @check(workers=SEVERAL, only="sync")
 def check_rounds_add_up(maker: StoreMaker, workers: int) -> None:
-    """Round n is the sum of every worker's n-th push; each pulls exactly the value after its round."""
+    """Round n sums every worker's n-th push; each worker pulls exactly the value after its round."""
 
     def work(kv: KVStore, meeting: Meeting) -> list[torch.Tensor]:
         assert kv.num_workers == kv.world_size == workers and kv.kind == maker.kind
@@ -101,7 +101,7 @@ def check_pull_waits_for_the_round(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL, only="sync")
 def check_pushed_memory_is_free_at_once(maker: StoreMaker, workers: int) -> None:
-    """When push has returned the caller may change its tensors, though the round is still open."""
+    """Once push has returned, the caller may change its tensors, even if the round is still open."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init(["w", "large"], [full(0), full(0, 50_000)])
@@ -121,7 +121,7 @@ def check_pushed_memory_is_free_at_once(maker: StoreMaker, workers: int) -> None
 
 @check(workers=SEVERAL, only="sync")
 def check_sums_in_rank_order(maker: StoreMaker, workers: int) -> None:
-    """Devices in list order, then workers in rank order, bit for bit, for every order of arrival."""
+    """Sums go over devices in list order, then workers in rank order, bitwise, for any order of arrival."""
     parts = [[noise(10 * rank + device, 97) for device in range(3)] for rank in range(workers)]
     sums = [(first + second) + third for first, second, third in parts]
     expected = sums[0]
@@ -152,7 +152,7 @@ def _extreme(rank: int, workers: int) -> list[torch.Tensor]:
 
 @check(workers=SEVERAL, only="sync")
 def check_double_push(maker: StoreMaker, workers: int) -> None:
-    """A worker's second push of a key waits until the first is merged, and counts in a round of its own."""
+    """A worker's second push of a key waits until the first is merged, and belongs to the next round."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init("w", full(0))
@@ -202,7 +202,7 @@ def check_free_keys_go_at_once(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL, only="sync")
 def check_uneven_pushes(maker: StoreMaker, workers: int) -> None:
-    """Workers with different numbers of batches: who is done leaves, and the others go on."""
+    """Workers with different numbers of batches: those that are done leave, and the others go on."""
 
     def work(kv: KVStore, meeting: Meeting) -> list[float]:
         kv.init("w", full(0))
@@ -222,7 +222,7 @@ def check_uneven_pushes(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL, only="sync")
 def check_what_a_left_worker_pushed_counts(maker: StoreMaker, workers: int) -> None:
-    """Leaving completes the rounds that waited for the worker; what it pushed before stays in."""
+    """Leaving completes the rounds that waited for the worker; its earlier pushes count."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init(["w", "b"], [full(0), full(0)])
@@ -251,7 +251,7 @@ def check_what_a_left_worker_pushed_counts(maker: StoreMaker, workers: int) -> N
 
 @check(workers=SEVERAL, only="sync")
 def check_leaving_drops_uncommitted(maker: StoreMaker, workers: int) -> None:
-    """A push that was never committed does not count when its worker leaves."""
+    """An uncommitted push is dropped when its worker leaves."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init("w", full(0))
@@ -270,7 +270,7 @@ def check_leaving_drops_uncommitted(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=(2,), only="sync")
 def check_who_stops_to_await_a_pull(maker: StoreMaker, workers: int) -> None:
-    """A coroutine that waits no longer leaves the pull, and the store, as they were."""
+    """A coroutine that stops waiting does not affect the pull or the store."""
 
     async def give_up(pulled: Work) -> None:
         try:
@@ -298,7 +298,7 @@ def check_who_stops_to_await_a_pull(maker: StoreMaker, workers: int) -> None:
 
 
 def weighted_mean(pushes: list[tuple[torch.Tensor, float]], dtype: torch.dtype) -> torch.Tensor:
-    """Return what a mean is by its definition: of sums over devices, in rank order, each with its factor."""
+    """Return the mean by its definition: over sums of devices, in rank order, each with its weight."""
     wide = torch.float32 if dtype.itemsize < 4 else dtype
     products = [value.to(wide) * factor for value, factor in pushes]
     return sum(products[1:], start=products[0]).to(wide)
@@ -306,7 +306,7 @@ def weighted_mean(pushes: list[tuple[torch.Tensor, float]], dtype: torch.dtype) 
 
 @check(workers=SEVERAL, only="sync")
 def check_weighted_mean(maker: StoreMaker, workers: int) -> None:
-    """sum(weight * value) / sum(weight) in rank order, to the last bit, whoever comes first."""
+    """The mean is sum(weight * value) / sum(weight) in rank order, bitwise, for any order of arrival."""
     weights = [300, 1.7, 12345][:workers]
     dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -317,7 +317,7 @@ def check_weighted_mean(maker: StoreMaker, workers: int) -> None:
             values = [noise(10 * turn + rank, size, dtype=dtype) / 256 for rank in range(workers)]
             for step in range(2):
                 meeting.everybody()
-                if kv.rank == step:  # another comes first each time
+                if kv.rank == step:  # a different rank comes first each time
                     kv.push(key, values[kv.rank], weight=weights[kv.rank])
                     arrived(kv, key)
                     meeting.signal(f"{key} {step}")
@@ -332,7 +332,7 @@ def check_weighted_mean(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL, only="sync")
 def check_weights_of_some(maker: StoreMaker, workers: int) -> None:
-    """Beside a weight an unweighted tensor counts one; several devices share their push's weight."""
+    """Next to a weighted push an unweighted tensor counts one; several devices share their push's weight."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init(["w", "v"], [full(-1), full(-1)])
@@ -361,7 +361,7 @@ def check_weights_of_some(maker: StoreMaker, workers: int) -> None:
         kv.push("w", full(1), weight=4 if first else None, apply=False)
         assert kv.commit(max_norm=100).applied
         same(kv.pull("w"), full(4 + others) / (4 + others), "committed")
-        for _ in range(3):  # ahead: all but the first push wait for the round before
+        for _ in range(3):  # running ahead: all but the first push wait for the previous round
             last = kv.push("w", full(2), weight=2 if first else 1, async_op=True)
         assert last is not None and last.wait()
         same(kv.pull("w"), full(4 + 2 * others) / (2 + others), "pushed ahead")
@@ -414,7 +414,7 @@ def check_absent_workers(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL)
 def check_barrier(maker: StoreMaker, workers: int) -> None:
-    """Nobody passes before all are there, and what was pushed before is applied then."""
+    """No worker passes before all have arrived, and all earlier pushes are applied by then."""
     there: list[int] = []
 
     def work(kv: KVStore, meeting: Meeting) -> None:
@@ -436,7 +436,7 @@ def check_barrier(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL)
 def check_barriers_of_threads(maker: StoreMaker, workers: int) -> None:
-    """Each thread's barrier counts: it meets one of every other worker, and none is forgotten."""
+    """Each thread's barrier counts: it meets one of every other worker, and none is lost."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         def meet() -> None:
@@ -450,7 +450,7 @@ def check_barriers_of_threads(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL)
 def check_barrier_timeout(maker: StoreMaker, workers: int) -> None:
-    """A barrier that not everybody reaches ends with an error that names who is missing."""
+    """A barrier that not all workers reach raises an error that names the missing ones."""
 
     def work(kv: KVStore, meeting: Meeting) -> str:
         text = ""
@@ -483,7 +483,7 @@ def check_barrier_without_those_who_left(maker: StoreMaker, workers: int) -> Non
 
 @check(workers=SEVERAL)
 def check_many_keys_of_workers(maker: StoreMaker, workers: int) -> None:
-    """A thousand keys, pushed by every worker in one call, in an order of its own."""
+    """Every worker pushes a thousand keys in one call, each in its own order."""
     names = list(range(1000))
 
     def work(kv: KVStore, meeting: Meeting) -> None:
@@ -501,7 +501,7 @@ def check_many_keys_of_workers(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=SEVERAL)
 def check_large_values_of_workers(maker: StoreMaker, workers: int) -> None:
-    """Values of several MB, cut into slices or whole, are summed the same."""
+    """Values of several MB give the same sums, sliced or whole."""
     size = 600_011
     parts = [noise(rank, size) for rank in range(workers)]
     expected = parts[0]
@@ -532,7 +532,7 @@ def check_large_values_of_workers(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=(1, *SEVERAL), only="async")
 def check_every_push_is_a_round(maker: StoreMaker, workers: int) -> None:
-    """In an asynchronous kind each push is applied by itself, and none is lost."""
+    """In an asynchronous kind each push is applied on its own, and none is lost."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init("w", full(0))

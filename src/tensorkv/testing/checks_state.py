@@ -1,4 +1,4 @@
-"""Checks of putting, saving and loading: what is done to values, and their state, outside rounds."""
+"""Checks of put, save and load: changes to values and their state outside rounds."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_put(maker: StoreMaker) -> None:
         kv.push("a", full(1))
         one = full(5)
         kv.put("a", one)
-        one.zero_()  # the store has kept nothing of it
+        one.zero_()  # the store does not keep the caller's memory
         same(kv.pull("a"), 5.0, "a")
         info = kv.info("a")
         assert (info.round, info.version) == (1, 2), info
@@ -75,7 +75,7 @@ def check_put(maker: StoreMaker) -> None:
 
 @check()
 def check_put_keeps_optimizer_state(maker: StoreMaker) -> None:
-    """The optimizer goes on with its state from the value that was put."""
+    """The optimizer continues from the put value, with its state."""
 
     def work(kv: KVStore) -> None:
         kv.set_optimizer(torch.optim.SGD, lr=1.0, momentum=0.5)
@@ -90,7 +90,7 @@ def check_put_keeps_optimizer_state(maker: StoreMaker) -> None:
 
 @check()
 def check_put_of_large_values(maker: StoreMaker) -> None:
-    """Values in many slices, and views of other memory, are put whole."""
+    """put replaces values in many slices, from views too, completely."""
     wide = noise(1, 1500, 1000)
 
     def work(kv: KVStore) -> None:
@@ -148,7 +148,7 @@ def check_put_in_an_open_round(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=(2,), only="sync")
 def check_put_after_own_push(maker: StoreMaker, workers: int) -> None:
-    """A put comes after what this worker pushed before, also where that round waits for somebody."""
+    """A put comes after this worker's earlier pushes, even if their round waits for another worker."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init("w", full(1))
@@ -202,7 +202,7 @@ def _folder() -> Iterator[str]:
 
 @check()
 def check_bytes_held(maker: StoreMaker) -> None:
-    """info tells the bytes of a value and of what its optimizer keeps: nothing, a copy, two and a number."""
+    """info has the bytes of a value and of its optimizer state: none, a copy, two copies and a number."""
 
     def run(kv: KVStore) -> None:
         kv.init(
@@ -226,7 +226,7 @@ def check_bytes_held(maker: StoreMaker) -> None:
         assert held() == [(size, size) for size in sizes], held()
         kv.set_optimizer("adam", lr=0.1, keys=["large"])
         push()
-        numbers = 4 * kv.info("large").num_slices  # how many steps it was, in each slice
+        numbers = 4 * kv.info("large").num_slices  # the step count, once per slice
         assert held() == [(24, 24), (10, 10), (2_400_000, 4_800_000 + numbers)], held()
         kv.set_updater("add")
         push()
@@ -237,7 +237,7 @@ def check_bytes_held(maker: StoreMaker) -> None:
 
 @check(workers=(1, 2, 3))
 def check_bytes_held_of_workers(maker: StoreMaker, workers: int) -> None:
-    """Every worker is told the same, however many there are: the state stands where the value does, once."""
+    """Every worker gets the same sizes, for any number of workers: state lives with the value, once."""
 
     def run(kv: KVStore, meeting: Meeting) -> tuple[int, int]:
         kv.init("w", torch.zeros(600_000))
@@ -283,7 +283,7 @@ def check_saved_state_as_dict(maker: StoreMaker) -> None:
 
 @check(workers=(1, 2, 3))
 def check_save_and_load(maker: StoreMaker, workers: int) -> None:
-    """A run that was saved and resumed ends with the very bits of one that was not interrupted."""
+    """A saved and resumed run ends bitwise equal to an uninterrupted one."""
 
     def first(kv: KVStore, meeting: Meeting) -> Any:
         _start(kv)
@@ -292,13 +292,13 @@ def check_save_and_load(maker: StoreMaker, workers: int) -> None:
         return _steps(kv, 3, 5)
 
     def second(kv: KVStore, meeting: Meeting) -> None:
-        _start(kv, folder)  # init leaves the values
+        _start(kv, folder)  # init keeps the loaded values
         meeting.everybody()
         info = kv.info("w")
         assert info.round == 0 and info.version == 3 * (workers if maker.is_async else 1), info
         meeting.everybody()
         found = _steps(kv, 3, 5)
-        if workers == 1 or not maker.is_async:  # else the order of arrival shows
+        if workers == 1 or not maker.is_async:  # otherwise the result depends on the order of arrival
             _same_values(found, expected)
 
     with _folder() as folder:
@@ -308,7 +308,7 @@ def check_save_and_load(maker: StoreMaker, workers: int) -> None:
 
 @check()
 def check_settings_are_saved(maker: StoreMaker) -> None:
-    """Options that were changed hold after a load, also for some keys; the state is kept with them."""
+    """Changed options survive a load, even those for some keys; so does the state."""
 
     def first(kv: KVStore) -> tuple[torch.Tensor, torch.Tensor]:
         kv.set_optimizer(torch.optim.SGD, lr=1.0, momentum=0.5)
@@ -326,7 +326,7 @@ def check_settings_are_saved(maker: StoreMaker) -> None:
         same(kv.pull("a"), a, "a")
         same(kv.pull("b"), b, "b")
         kv.set_optimizer_options(lr=0.125)
-        kv.set_optimizer(torch.optim.SGD, lr=1.0, momentum=0.5)  # the call that began it all
+        kv.set_optimizer(torch.optim.SGD, lr=1.0, momentum=0.5)  # repeats the original call
         kv.push("a", full(0))
         same(kv.pull("a"), -2.0, "a, whose momentum was halved to 0.75")
 
@@ -344,7 +344,7 @@ def check_settings_are_saved(maker: StoreMaker) -> None:
 
 @check()
 def check_function_is_saved_by_name(maker: StoreMaker) -> None:
-    """A function is not in a save: it is refused to update until it is set again, and then it does."""
+    """A save does not contain a function: updates are refused until it is set again, and then work."""
 
     def first(kv: KVStore) -> None:
         kv.set_updater(add_twice)
@@ -372,7 +372,7 @@ def check_function_is_saved_by_name(maker: StoreMaker) -> None:
 
 @check()
 def check_load_into_a_store_in_use(maker: StoreMaker) -> None:
-    """Keys that are there are replaced, in a new generation; others stay; the next init only checks."""
+    """Existing keys are replaced, in a new generation; others stay; the next init only checks."""
 
     def work(kv: KVStore) -> None:
         kv.init({"w": full(1), "x": full(2, 4)})
@@ -410,12 +410,12 @@ SAVED_DTYPES = {
     torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool, torch.complex64, torch.complex128,
 }  # fmt: skip
-"""Dtypes that at least can be kept, in every version of torch."""
+"""Dtypes that every version of torch can at least store."""
 
 
 @check()
 def check_values_of_all_kinds_are_saved(maker: StoreMaker) -> None:
-    """Each dtype of torch that `init` takes, no elements, no dimensions, NaN: all bits come back."""
+    """Each dtype that `init` accepts, no elements, no dimensions, NaN: all come back bitwise equal."""
     dtypes = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
     noises = {number: noise(number, 60).view(torch.uint8) for number, _ in enumerate(dtypes)}
     noises = {
@@ -423,7 +423,7 @@ def check_values_of_all_kinds_are_saved(maker: StoreMaker) -> None:
         for number, data in noises.items()
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch tells once that complex32 is experimental
+        warnings.simplefilter("ignore", UserWarning)  # torch warns once that complex32 is experimental
         torch.empty(0, dtype=torch.complex32)
         values = {number: data.view(dtypes[number]).view(3, 5) for number, data in noises.items()}
     values |= {-1: torch.tensor(2.5), 100: torch.empty(0, 3), 101: torch.tensor([math.nan, math.inf, -0.0])}
@@ -457,7 +457,7 @@ def check_values_of_all_kinds_are_saved(maker: StoreMaker) -> None:
 
 @check()
 def check_bad_saves(maker: StoreMaker) -> None:
-    """A save that is missing, cut off, foreign or points elsewhere is refused, and nothing has changed."""
+    """A save that is missing, truncated, foreign or points elsewhere is refused, and changes nothing."""
 
     def spoil(text: str, replacement: str) -> Callable[[str], None]:
         def change(folder: str) -> None:
@@ -534,7 +534,7 @@ def check_bad_saves(maker: StoreMaker) -> None:
 
 @check()
 def check_where_a_save_goes(maker: StoreMaker) -> None:
-    """A folder that cannot be is refused; a second save removes the files of the first, and no others."""
+    """An invalid folder is refused; a second save removes the files of the first, and no others."""
 
     def work(kv: KVStore) -> None:
         kv.init("w", full(1))
@@ -589,7 +589,7 @@ def check_saving_is_a_call_of_all(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=(2,), only="sync")
 def check_open_rounds_are_not_saved(maker: StoreMaker, workers: int) -> None:
-    """What waits for somebody, or for a commit, is not in a save; those that have left are not waited for."""
+    """A save excludes rounds that wait for a worker or a commit, and does not wait for ranks that left."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init({"a": full(1), "b": full(1)})
@@ -620,7 +620,7 @@ def check_open_rounds_are_not_saved(maker: StoreMaker, workers: int) -> None:
 
 @check(workers=(2,), only="sync")
 def check_put_waits_for_own_round(maker: StoreMaker, workers: int) -> None:
-    """A put behind a push whose round is open has the deadline of every call."""
+    """A put behind a push whose round is open has the usual deadline."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
         kv.init("w", full(1))
@@ -632,4 +632,4 @@ def check_put_waits_for_own_round(maker: StoreMaker, workers: int) -> None:
         if kv.rank == 1:
             kv.push("w", full(3))
 
-    in_workers(maker, workers, work, timeout_s=3.0)  # time enough for joining and `init`, too
+    in_workers(maker, workers, work, timeout_s=3.0)  # long enough to join and `init`, too

@@ -33,7 +33,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 class Twin:
-    """The same optimization in torch alone: what a store must come to."""
+    """The same optimization in torch alone: the result a store must reach."""
 
     def __init__(self, start: torch.Tensor, name: str, **options: Any) -> None:
         self.parameter = torch.nn.Parameter(start.clone())
@@ -52,7 +52,7 @@ class Twin:
 
 @check()
 def check_optimizers_by_class(maker: StoreMaker) -> None:
-    """Torch's optimizers do in a store what they do in torch."""
+    """Torch's optimizers give the same results in a store as in torch."""
 
     def work(kv: KVStore) -> None:
         for name, options in OPTIMIZERS.items():
@@ -72,12 +72,12 @@ def check_optimizers_by_class(maker: StoreMaker) -> None:
 
 @check()
 def check_optimizer_by_name(maker: StoreMaker) -> None:
-    """An optimizer is found by its name in any case; float32 values agree with torch to rounding."""
+    """Names of optimizers are case-insensitive; float32 values agree with torch to rounding."""
 
     def work(kv: KVStore) -> None:
         kv.init(["w", "b"], [full(1), full(1, 3)])
         twins = [Twin(full(1), "AdamW", lr=0.1), Twin(full(1, 3), "AdamW", lr=0.1)]
-        for name in ("adamw", "ADAMW", "AdamW"):  # the same setting: the state is kept
+        for name in ("adamw", "ADAMW", "AdamW"):  # the same setting, which keeps the state
             kv.set_optimizer(name, lr=0.1)
             gradients = [noise(len(name), 2, 3), noise(7, 3)]
             kv.push(["w", "b"], gradients)
@@ -90,7 +90,7 @@ def check_optimizer_by_name(maker: StoreMaker) -> None:
 
 @check()
 def check_optimizer_with_its_groups(maker: StoreMaker) -> None:
-    """An optimizer that was made for a model is taken with its groups; one like it keeps the state."""
+    """A store takes an optimizer instance with its groups; an equal one keeps the state."""
 
     def work(kv: KVStore) -> None:
         weight, bias = torch.nn.Parameter(noise(1, 3, 4)), torch.nn.Parameter(noise(2, 4))
@@ -119,7 +119,7 @@ def check_optimizer_with_its_groups(maker: StoreMaker) -> None:
 
 @check()
 def check_optimizer_for_some_keys(maker: StoreMaker) -> None:
-    """An optimizer for some keys leaves the others as they are, also when set before init."""
+    """An optimizer for some keys leaves the others unchanged, even when set before init."""
 
     def work(kv: KVStore) -> None:
         kv.set_optimizer("sgd", keys=["late"], lr=1.0)
@@ -190,7 +190,7 @@ def check_options_change_later(maker: StoreMaker) -> None:
 
 @check()
 def check_repeated_setting_keeps_state(maker: StoreMaker) -> None:
-    """The same optimizer set again keeps its momentum; another one, or other options, start afresh."""
+    """Setting the same optimizer again keeps its momentum; another one, or other options, start afresh."""
 
     def work(kv: KVStore) -> None:
         kv.init("w", full(0))
@@ -215,7 +215,7 @@ def check_repeated_setting_keeps_state(maker: StoreMaker) -> None:
 
 @check()
 def check_options_as_they_are_keep_state(maker: StoreMaker) -> None:
-    """A setting that asks for what holds already keeps the state; so does the last call made again."""
+    """Repeating the setting in force keeps the state; so does repeating the last call."""
 
     def work(kv: KVStore) -> None:
         kv.init("w", full(0))
@@ -254,7 +254,7 @@ def check_options_as_they_are_keep_state(maker: StoreMaker) -> None:
 
 @check()
 def check_each_key_keeps_its_own_state(maker: StoreMaker) -> None:
-    """Whether a setting keeps the state is decided for each key by what holds for that key."""
+    """Whether a setting keeps the state is decided per key, by the setting in force for that key."""
 
     def work(kv: KVStore) -> None:
         kv.init(["a", "b"], [full(0), full(0)])
@@ -291,7 +291,7 @@ def check_each_key_keeps_its_own_state(maker: StoreMaker) -> None:
 
 @check()
 def check_updater_error(maker: StoreMaker) -> None:
-    """An updater that raises: told once, with its traceback; the value is as before, the round counts."""
+    """An updater's error is raised once, with its traceback; the value is unchanged, the round counts."""
 
     def work(kv: KVStore) -> None:
         kv.init(["a", "b"], [full(1), full(1)])
@@ -320,7 +320,7 @@ def check_updater_error(maker: StoreMaker) -> None:
 
 @check()
 def check_updater_errors_of_several_keys(maker: StoreMaker) -> None:
-    """Where the updater raised for several keys of a call, the first is raised; the others are its notes."""
+    """If the updater raises for several keys of a call, the call raises the first; the others are notes."""
 
     def work(kv: KVStore) -> None:
         kv.init(["a", "b", "c"], [full(1), full(1), full(1)])
@@ -343,7 +343,7 @@ def check_updater_errors_of_several_keys(maker: StoreMaker) -> None:
 
 @check()
 def check_optimizer_error(maker: StoreMaker) -> None:
-    """What an optimizer does not take is refused when it is set; what it fails with is told of the key."""
+    """set_optimizer refuses what an optimizer does not support; a failing update names its key."""
 
     def work(kv: KVStore) -> None:
         kv.init("n", torch.ones(3, dtype=torch.int64))
@@ -365,7 +365,7 @@ def check_optimizer_error(maker: StoreMaker) -> None:
 
 @check()
 def check_updater_error_at_barrier(maker: StoreMaker) -> None:
-    """An updater's error that no call on the key has told is told by the barrier, or was by the push."""
+    """The barrier raises an updater's error that no call on the key has raised, unless the push did."""
 
     def work(kv: KVStore) -> None:
         kv.init("a", full(1))

@@ -1,4 +1,4 @@
-"""Checks of one worker: values in and out, in every form in which they may be written."""
+"""Checks of one worker: values in and out, in every form that the calls accept."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_tutorial(maker: StoreMaker) -> None:
 
 @check()
 def check_assign_and_add(maker: StoreMaker) -> None:
-    """By default what is pushed replaces the value; "add" adds it; None is "assign" again."""
+    """By default a push replaces the value; "add" adds to it; None is "assign" again."""
 
     def work(kv: KVStore) -> None:
         kv.init("w", full(5))
@@ -75,7 +75,7 @@ def check_assign_and_add(maker: StoreMaker) -> None:
 
 @check()
 def check_empty_like(maker: StoreMaker) -> None:
-    """Tensors to push from have shape and dtype of their keys; pushed over and over, they are what counts."""
+    """Tensors of empty_like have their keys' shape and dtype; each push sends their current values."""
 
     def work(kv: KVStore) -> None:
         kv.init(["v", "w"], [full(5), torch.zeros(3, dtype=torch.float64)])
@@ -107,7 +107,7 @@ def check_empty_like(maker: StoreMaker) -> None:
 
 @check()
 def check_function_gets_the_key(maker: StoreMaker) -> None:
-    """A function updater is called with the key as the caller wrote it."""
+    """A function updater gets the key as the caller wrote it."""
 
     def work(kv: KVStore) -> None:
         kv.init([5, -7], [full(0), full(0)])
@@ -145,7 +145,7 @@ def check_push_forms(maker: StoreMaker) -> None:
 
 @check()
 def check_pull_forms(maker: StoreMaker) -> None:
-    """Without out new tensors; into one, a list, per-device lists, a dict; `out` itself is returned."""
+    """Without out, pull returns new tensors; else it writes to and returns `out`, in each form."""
 
     def work(kv: KVStore) -> None:
         kv.init(["a", "b"], [full(1), full(2)])
@@ -172,7 +172,7 @@ def check_pull_forms(maker: StoreMaker) -> None:
 
 @check()
 def check_aliased_outs(maker: StoreMaker) -> None:
-    """The same destination several times is fine; of several keys the last in list order wins."""
+    """A destination may appear several times; if it does for several keys, the last in list order wins."""
 
     def work(kv: KVStore) -> None:
         kv.init(["a", "b"], [full(1), full(2)])
@@ -189,7 +189,7 @@ def check_aliased_outs(maker: StoreMaker) -> None:
 
 @check()
 def check_pushpull(maker: StoreMaker) -> None:
-    """pushpull is push then pull, in each form; also into what was pushed."""
+    """pushpull is push then pull, in each form; even into the pushed tensors."""
 
     def work(kv: KVStore) -> None:
         kv.init(["a", "b"], [full(0), full(0)])
@@ -244,7 +244,7 @@ def check_numpy_and_dlpack(maker: StoreMaker) -> None:
     """NumPy arrays and arrays with __dlpack__ come in, and NumPy arrays and DLPack tensors go out."""
 
     class Exporter:
-        """An array that offers nothing but DLPack."""
+        """An array that supports only DLPack."""
 
         def __init__(self, tensor: torch.Tensor) -> None:
             self.tensor = tensor
@@ -281,8 +281,8 @@ def check_parameters(maker: StoreMaker) -> None:
     def work(kv: KVStore) -> None:
         parameter = torch.nn.Parameter(full(1))
         kv.init("w", parameter)
-        kv.set_updater("assign")  # as it is; said so, for a warning is given otherwise
-        kv.push("w", parameter * 2)  # has a history; the store takes the numbers
+        kv.set_updater("assign")  # the default; set it to avoid the warning
+        kv.push("w", parameter * 2)  # has an autograd history; the store takes only the numbers
         before = parameter._version
         loss = (parameter * parameter).sum()
         kv.pull("w", [parameter])
@@ -311,7 +311,7 @@ def check_state_dict(maker: StoreMaker) -> None:
 
 @check()
 def check_views_that_cannot_be_out(maker: StoreMaker) -> None:
-    """A conjugated view may be pushed; as out it is refused, and nothing is written."""
+    """A store accepts a conjugated view in push, and refuses it as out without writing anything."""
 
     def work(kv: KVStore) -> None:
         number = full(1, 2) + 2j
@@ -329,7 +329,7 @@ def check_views_that_cannot_be_out(maker: StoreMaker) -> None:
 
 @check()
 def check_views(maker: StoreMaker) -> None:
-    """Transposed, strided and partial tensors may be pushed and pulled into; nothing beside them changes."""
+    """Transposed, strided and partial tensors work in push and pull; memory beside them does not change."""
 
     def work(kv: KVStore) -> None:
         base = torch.arange(24.0).reshape(4, 6)

@@ -1,4 +1,4 @@
-"""A whole job in one process: scheduler and servers in threads, each worker a thread of its own."""
+"""A whole job in one process: scheduler, servers and workers all run in threads."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def run_job(
     """Run `fn(kv)` as each worker of a job and return the results by rank.
 
     Args:
-        fn: gets its worker's store; it is closed when `fn` returns.
-        num_workers, num_servers: the size of the job.
+        fn: called with its worker's store, which is closed when `fn` returns.
+        num_workers, num_servers: size of the job.
         kind, store, reduction, timeout_s, on_worker_loss: as in `tensorkv.create`.
-        slice_bound_bytes: values larger than this are sliced where they may be.
+        slice_bound_bytes: larger values are sliced where they may be.
         host: "inproc" for no sockets, "127.0.0.1" for real ones.
-        transport: how workers reach servers, if by sockets.
+        transport: how workers reach servers, with real sockets.
 
     Raises:
-        The first error that a worker raised. It is lost then: no other worker waits for it.
+        The first error of a worker. That worker counts as lost: no other worker waits for it.
     """
     cluster = LocalCluster(
         num_workers,

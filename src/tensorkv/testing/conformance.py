@@ -1,6 +1,6 @@
 """The conformance suite: the promises of `tensorkv.store.KVStore` as checks, for every kind of store.
 
-Whoever writes a kind of store writes a `StoreMaker` for it and runs
+The author of a kind of store writes a `StoreMaker` for it and runs
 
     @pytest.mark.parametrize("case", applicable(MAKER), ids=lambda case: case.name)
     def test_conformance(case):
@@ -15,7 +15,7 @@ The suite needs no test framework: a check raises AssertionError.
 
 from __future__ import annotations
 
-from tensorkv.testing import (  # noqa: F401  (importing them enters their checks in the table)
+from tensorkv.testing import (  # noqa: F401  (importing them registers their checks)
     checks_agreement,
     checks_calls,
     checks_numbers,
@@ -31,7 +31,7 @@ __all__ = ["BAD_INPUTS", "CHECKS", "BadInput", "Case", "Check", "StoreMaker", "a
 
 
 def applicable(maker: StoreMaker) -> list[Case]:
-    """Return the checks that the stores of `maker` have to pass, each with a number of workers."""
+    """Return the checks that the stores of `maker` must pass, each with a number of workers."""
     return [
         Case(check, workers)
         for check in CHECKS

@@ -1,4 +1,4 @@
-"""How the conformance suite opens a store of each kind that comes with TensorKV."""
+"""The conformance suite's makers of TensorKV's own kinds of store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tensorkv.testing.cluster import run_job
 
 @dataclass(frozen=True)
 class InProcess:
-    """`local` and `device`: one worker, and the store in its process."""
+    """`local` and `device`: one worker, with the store in its process."""
 
     kind: str
     max_workers: int = 1
@@ -37,7 +37,7 @@ class InProcess:
 
 @dataclass(frozen=True)
 class _OnServers:
-    """What the distributed kinds have in common."""
+    """Base of the distributed kinds."""
 
     kind: str
     num_servers: int = 2
@@ -71,9 +71,9 @@ class Embedded(_OnServers):
 
 @dataclass(frozen=True)
 class WholeJob(_OnServers):
-    """A job in this process, each worker a thread; `host` "127.0.0.1" connects them by real sockets.
+    """A job in this process, each worker a thread; with `host` "127.0.0.1" they use real sockets.
 
-    `transport` says which then.
+    `transport` then selects the transport.
     """
 
     max_workers: int = 3

@@ -1,11 +1,11 @@
-"""The specification as a small dictionary: what a store of any kind must compute, and nothing else.
+"""An executable specification, a small dictionary: the results of any kind of store, and nothing else.
 
-No threads, no waiting, no speed. Every method takes the rank that calls it; a call that would have to
+It has no threads, no waiting, no speed. Every method takes the calling rank; a call that would have to
 wait for another worker raises `WouldWait` and changes nothing. Tests run random programs on a real
-store and here and compare.
+store and on this one, and compare.
 
-It knows values of the dtype they are stored in, sums and means, rounds, ABSENT, commit, leaving,
-deleting, and updaters that are functions. Optimizers are such functions as well.
+It supports values of the stored dtype, sums and means, rounds, ABSENT, commit, leaving, deleting, and
+updaters that are functions. Optimizers are such functions as well.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ NAMED: dict[str, UpdaterFunction] = {"assign": _assign, "add": _add}
 
 
 class WouldWait(Exception):
-    """The call has to wait for another worker."""
+    """The call would have to wait for another worker."""
 
 
 @dataclass
 class _Push:
-    """One worker's part of a round: the sum over its devices (None: absent), and how many they were."""
+    """One worker's part of a round: the sum over its devices (None: absent), and their number."""
 
     total: torch.Tensor | None
     count: int
@@ -90,7 +90,7 @@ class _Entry:
     pushes: list[list[_Push | None]]
     round: int = 0
     version: int = 0
-    failures: dict[int, UpdaterError] = field(default_factory=dict)  # by contributor, until it is told
+    failures: dict[int, UpdaterError] = field(default_factory=dict)  # by contributor, until raised
 
 
 @dataclass
@@ -125,7 +125,7 @@ class ReferenceStore:
     ) -> None:
         """Contribute to the next round of this rank: one tensor per device, or ABSENT.
 
-        In a mean they count as `weight`; without one as `count`, by default as many as they are.
+        In a mean they count as `weight`; without one as `count`, by default their number.
         """
         entry = self._entry(key)
         tensors = [] if values is ABSENT or weight == 0 else list(values)  # type: ignore[call-overload]
@@ -139,7 +139,7 @@ class ReferenceStore:
             if other == rank:
                 count = len(tensors) if count is None else count
                 pushes.append(_Push(total, count, weight, apply, self._updater))
-            elif self.is_async:  # a round in which nobody else takes part
+            elif self.is_async:  # a round without other workers
                 pushes.append(None)
         self._advance(key, entry)
 
@@ -150,7 +150,7 @@ class ReferenceStore:
         return entry.value.clone()
 
     def put(self, rank: int, key: Key, value: torch.Tensor) -> None:
-        """Replace a value outside rounds, after all that this rank has pushed."""
+        """Replace a value outside rounds, after all of this rank's pushes."""
         entry = self._entry(key)
         self._check_free(entry, rank, key)
         entry.value.copy_(value)
@@ -159,7 +159,7 @@ class ReferenceStore:
     def commit(
         self, rank: int, *, max_norm: float | None = None, skip: bool = False, check_finite: bool = False
     ) -> CommitResult | None:
-        """Commit what was pushed with `apply=False`: the last worker's call does it, others get None."""
+        """Commit pushes made with `apply=False`: the last worker's call applies them, others get None."""
         self._commits[rank] = skip
         if len(self._commits) + len(self.left) < self.num_workers:
             return None
@@ -184,11 +184,11 @@ class ReferenceStore:
         return CommitResult(applied=not skip, norm=None if max_norm is None and not check_finite else norm)
 
     def set_updater(self, rank: int, updater: UpdaterFunction | str) -> None:
-        """Choose the updater, from the next push of this rank on: in a real job rank 0's choice counts."""
+        """Set the updater, from this rank's next push on: in a real job rank 0's setting counts."""
         self._updater = NAMED[updater] if isinstance(updater, str) else updater
 
     def leave(self, rank: int) -> None:
-        """Rounds wait for this rank no longer; what it pushed counts, what it did not commit is dropped."""
+        """Remove a rank: rounds no longer wait for it. Its pushes count; uncommitted ones are dropped."""
         self.left.add(rank)
         for key, entry in self.entries.items():
             if self._is_uncommitted(entry, rank):
@@ -196,7 +196,7 @@ class ReferenceStore:
             self._advance(key, entry)
 
     def delete(self, rank: int, key: Key) -> None:
-        """Forget a key, its open round included; the name may be initialised again."""
+        """Delete a key and its open round; the name may be initialised again."""
         del self.entries[self._known(key)]
 
     def info(self, rank: int, key: Key) -> tuple[int, int, int]:
@@ -254,7 +254,7 @@ class ReferenceStore:
         return mean.to(total.dtype)
 
     def _apply(self, key: Key, entry: _Entry, total: torch.Tensor | None) -> None:
-        """End the open round. The updater is the one its lowest rank pushed under."""
+        """End the open round. It uses the updater in force when its lowest rank pushed."""
         parts = self._parts(entry)
         for part in parts.values():
             part.apply = True
@@ -266,7 +266,7 @@ class ReferenceStore:
         changed = entry.value.clone()
         try:
             parts[min(parts)].updater(key, total, changed)
-        except Exception as exc:  # noqa: BLE001  (told to everybody who contributed)
+        except Exception as exc:  # noqa: BLE001  (raised at each contributor)
             error = UpdaterError(f"key {key!r}: {''.join(traceback.format_exception(exc))}")
             entry.failures.update(dict.fromkeys(parts, error))
             return

@@ -1,8 +1,8 @@
-"""What the conformance checks are made of: the maker of stores, the table of checks, helpers.
+"""Base of the conformance checks: the maker of stores, the table of checks, helpers.
 
-A check is a function that gets a `StoreMaker`, opens stores through it and asserts one promise of
-`tensorkv.store.KVStore`. The checks stand in the `checks_*` modules; `tensorkv.testing.conformance`
-imports them all and says which of them a kind of store has to pass.
+A check is a function that takes a `StoreMaker`, opens stores through it and asserts one promise of
+`tensorkv.store.KVStore`. The checks are in the `checks_*` modules; `tensorkv.testing.conformance`
+imports them all and selects those that a kind of store must pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tensorkv.plain import Key
 from tensorkv.store import KVStore
 
 DEADLINE_S = 20.0
-"""No wait of a check lasts longer. Reached only when the store under test hangs."""
+"""Maximum wait of a check. Reached only when the store under test hangs."""
 
 
 class StoreMaker(Protocol):
@@ -31,11 +31,11 @@ class StoreMaker(Protocol):
 
     @property
     def max_workers(self) -> int:
-        """How many workers a job may have; 1 for a store in one process."""
+        """Maximum number of workers of a job; 1 for a store in one process."""
 
     @property
     def distributed(self) -> bool:
-        """Whether values live outside the worker, so that an updater's error may come a call later."""
+        """Whether values live outside the worker, so that a later call may raise an updater's error."""
 
     @property
     def is_async(self) -> bool:
@@ -43,7 +43,7 @@ class StoreMaker(Protocol):
 
     @property
     def other_kind(self) -> str:
-        """A kind of which a store may be open in the same job, beside one of this kind."""
+        """Another kind whose stores may be open in the same job, beside one of this kind."""
 
     def open(self, kv: KVStore, kind: str, store: str, **create_options: Any) -> KVStore:
         """Open another store in the job of `kv`, as the same worker. The caller closes it."""
@@ -51,10 +51,10 @@ class StoreMaker(Protocol):
     def run(self, fn: Callable[[KVStore], Any], num_workers: int = 1, **create_options: Any) -> list[Any]:
         """Open a store in each of `num_workers` workers, call `fn(kv)` there, close the stores.
 
-        The workers are threads of this process: the checks of several workers let them meet in memory.
+        The workers are threads of this process: checks of several workers synchronise them in memory.
 
         Returns:
-            What `fn` returned, by rank.
+            The results of `fn`, by rank.
 
         Raises:
             The first error that `fn` or the store raised.
@@ -68,11 +68,11 @@ FunctionT = TypeVar("FunctionT", bound=CheckFunction)
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the table of checks.
+    """One entry of the table of checks.
 
     `function` is called as `function(maker)` if `workers` is (1,), else as `function(maker, n)` for
     each number n of workers. `only` restricts it to synchronous or asynchronous kinds, and
-    `distributed` to kinds that keep values elsewhere.
+    `distributed` to kinds that keep values outside the worker.
     """
 
     function: CheckFunction
@@ -85,7 +85,7 @@ class Check:
         return self.function.__name__.removeprefix("check_")
 
     def suits(self, maker: StoreMaker) -> bool:
-        """Whether a kind of store has to pass this check, number of workers aside."""
+        """Whether a kind of store must pass this check, number of workers aside."""
         if self.distributed and not maker.distributed:
             return False
         return self.only is None or (self.only == "async") == maker.is_async
@@ -93,7 +93,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A check with a number of workers: what one test runs."""
+    """A check with a number of workers: one test."""
 
     check: Check
     workers: int
@@ -103,7 +103,7 @@ class Case:
         return self.check.name if self.check.workers == (1,) else f"{self.check.name}-{self.workers}"
 
     def run(self, maker: StoreMaker) -> None:
-        """Run the check; an AssertionError or a TensorKVError says what is wrong with the store."""
+        """Run the check. Raises AssertionError or TensorKVError if the store is faulty."""
         if self.check.workers == (1,):
             self.check.function(maker)
         else:
@@ -117,7 +117,7 @@ CHECKS: list[Check] = []
 def check(
     *, workers: tuple[int, ...] = (1,), only: Only | None = None, distributed: bool = False
 ) -> Callable[[FunctionT], FunctionT]:
-    """Enter the decorated function in the table of checks."""
+    """Add the decorated function to the table of checks."""
 
     def enter(function: FunctionT) -> FunctionT:
         CHECKS.append(Check(function, workers, only, distributed))
@@ -130,7 +130,7 @@ def check(
 
 
 class Meeting:
-    """Where the workers of a check wait for each other, outside the store."""
+    """Barrier and events for the workers of a check, outside the store."""
 
     def __init__(self, workers: int) -> None:
         self._barrier = threading.Barrier(workers)
@@ -139,23 +139,23 @@ class Meeting:
         self._failed = False
 
     def everybody(self) -> None:
-        """Wait until every worker is here."""
+        """Wait until every worker has arrived."""
         self._barrier.wait(DEADLINE_S)
 
     def signal(self, name: str) -> None:
-        """Let those pass who wait for `name`, now and later."""
+        """Release all waiters for `name`, now and later."""
         with self._changed:
             self._signals.add(name)
             self._changed.notify_all()
 
     def wait_for(self, name: str) -> None:
-        """Wait until somebody has signalled `name`."""
+        """Wait until a worker has signalled `name`."""
         with self._changed:
             there = self._changed.wait_for(lambda: self._failed or name in self._signals, DEADLINE_S)
             assert there and not self._failed, f"nobody signalled {name!r}"
 
     def fail(self) -> None:
-        """End all waiting: a worker has failed and will not come."""
+        """End all waits: a worker has failed and will not arrive."""
         self._barrier.abort()
         with self._changed:
             self._failed = True
@@ -163,7 +163,7 @@ class Meeting:
 
 
 def in_threads(calls: list[Callable[[], None]]) -> None:
-    """Make each call in a thread of its own, and raise the first error of any."""
+    """Run each call in a thread of its own, and raise the first error."""
     with ThreadPoolExecutor(len(calls)) as pool:
         for future in [pool.submit(call) for call in calls]:
             future.result(DEADLINE_S)
@@ -179,7 +179,7 @@ def in_workers(
 ) -> list[Any]:
     """Run `fn(kv, meeting)` in each worker of a job and return the results by rank.
 
-    The error that came first is raised; those it causes in other workers are not.
+    Raises the first error only, not those it causes in other workers.
     """
     meeting = Meeting(workers)
     errors: list[Exception] = []
@@ -209,8 +209,8 @@ def full(value: float, *shape: int, dtype: torch.dtype = torch.float32) -> torch
 
 
 def noise(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return numbers of very different size, so that the order of a sum shows in its last bits."""
-    with torch.device("cpu"):  # which draws the same numbers wherever the tensor goes
+    """Return numbers of very different magnitude, so that the last bits of a sum depend on its order."""
+    with torch.device("cpu"):  # draws the same numbers whatever the default device
         generator = torch.Generator().manual_seed(seed)
         small = torch.randn(shape, generator=generator, dtype=torch.float64)
         power = torch.randint(-8, 9, shape, generator=generator)
@@ -218,7 +218,7 @@ def noise(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.T
 
 
 def same(actual: Any, expected: torch.Tensor | float, what: str = "value") -> None:
-    """Assert that a tensor equals `expected` bit for bit, on any device; a number is a tensor full of it."""
+    """Assert that a tensor equals `expected` bitwise, on any device. A number stands for a full tensor."""
     assert isinstance(actual, torch.Tensor), f"{what} is a {type(actual).__name__}, not a tensor"
     if not isinstance(expected, torch.Tensor):
         expected = torch.full_like(actual, expected)
@@ -250,9 +250,9 @@ def raises(error: type[ErrorT], call: Callable[[], Any], *texts: str) -> ErrorT:
 
 
 def arrived(kv: KVStore, key: Key) -> None:
-    """Return when all that this worker has pushed of `key` has reached the place where it lives.
+    """Wait until all of this worker's pushes of `key` have reached its server.
 
-    Connections are first-in first-out, so the answer to a later question proves it.
+    Connections are FIFO, so the reply to a later request proves it.
     """
     kv.info(key)
 
@@ -263,7 +263,7 @@ def _short(tensor: torch.Tensor) -> str:
 
 
 # ---- updaters ------------------------------------------------------------------------------------------
-# Functions of a module, so that servers in other processes find them by name.
+# At module level, so that servers in other processes find them by name.
 
 
 def add_twice(key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
@@ -272,17 +272,17 @@ def add_twice(key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
 
 
 def keep_half(key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
-    """An updater in which the order of rounds shows."""
+    """An updater whose result depends on the order of rounds."""
     stored.copy_(stored * 0.5 + pushed)
 
 
 def add_key(key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
-    """Adds the number of the key, an int, for each element."""
+    """Adds the key, an int, to each element."""
     stored += pushed * int(key)
 
 
 def refuse_negative(key: Key, pushed: torch.Tensor, stored: torch.Tensor) -> None:
-    """Adds what was pushed, and raises if there is a negative number in it, after spoiling `stored`."""
+    """Adds the pushed tensor; if it has a negative element, raises after corrupting `stored`."""
     stored += pushed
     if bool((pushed < 0).any()):
         raise ArithmeticError(f"negative gradient for {key!r}")
