@@ -185,6 +185,7 @@ def test_a_call_that_is_broken_off_leaves_no_torn_value(
         for place in itertools.count(1 + random.Random(SEED).randrange(stride), stride):
             now = bench()
             where = interrupt(lambda now=now: call(now), place)  # type: ignore[misc]
+            assert torch.is_grad_enabled(), f"seed {SEED}, {where}: gradients are off"
             if where is None:
                 break
             told = ""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tensorkv.worker import devices
-from tensorkv.worker.devices import NoGrad, copy_each, join_into, joined, on, streams_of
+from tensorkv.worker.devices import copy_each, join_into, joined, no_grad, on, streams_of
 from tensorkv.worker.plans import COALESCE_BYTES
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -80,17 +80,21 @@ def test_copies_go_through_the_streams_of_the_caller() -> None:
 
 
 def test_without_gradients_as_before() -> None:
-    """Also within another block, after an error, and where gradients were off."""
+    """Also within another call, after an error, and where gradients were off."""
     weight = torch.ones(2, requires_grad=True)
-    with NoGrad():
-        with NoGrad():
-            assert not (weight * 2).requires_grad
-        assert not torch.is_grad_enabled()
+
+    @no_grad
+    def call(then: object) -> bool:
+        if callable(then):
+            then()
+        return torch.is_grad_enabled() or (weight * 2).requires_grad
+
+    assert not call(None)
+    assert not call(lambda: call(None))
     assert torch.is_grad_enabled()
-    with pytest.raises(ZeroDivisionError), NoGrad():
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        call(lambda: 1 // 0)
     assert torch.is_grad_enabled()
     with torch.no_grad():
-        with NoGrad():
-            pass
+        call(None)
         assert not torch.is_grad_enabled()

@@ -6,10 +6,11 @@ sent. What is pulled is copied from where it lies, or was received, to the devic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from operator import attrgetter
-from typing import final
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -20,19 +21,28 @@ Streams = tuple[torch.cuda.Stream, ...]
 _device_of = attrgetter("device")
 _HERE: AbstractContextManager[None] = nullcontext()
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
-@final
-class NoGrad:
-    """`torch.no_grad`, for what every small call does: 0.4 microseconds where that takes 2.3."""
 
-    __slots__ = ("_before",)
+def no_grad(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function without gradients, as `torch.no_grad` does, in 0.4 microseconds where that takes 2.3.
 
-    def __enter__(self) -> None:
-        self._before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
+    Ctrl-C leaves gradients as they were. `torch.no_grad`, and any context manager, may leave them off: when
+    it comes between the end of `__enter__` and the block.
+    """
 
-    def __exit__(self, *exc: object) -> None:
-        torch._C._set_grad_enabled(self._before)
+    @functools.wraps(function)
+    def without_gradients(*args: P.args, **kwargs: P.kwargs) -> T:
+        before = torch.is_grad_enabled()
+        try:
+            torch._C._set_grad_enabled(False)
+            result = function(*args, **kwargs)  # assigned: so what follows the call is in the block, too
+        finally:
+            torch._C._set_grad_enabled(before)
+        return result
+
+    return without_gradients
 
 
 def joined(pieces: Tensors) -> torch.Tensor:
@@ -61,18 +71,18 @@ def join_into(target: torch.Tensor, pieces: Tensors) -> None:
     torch.cat([piece.cpu() for piece in pieces], out=target)
 
 
+@no_grad
 def copy_each(targets: Tensors, sources: Tensors) -> None:
     """Copy each source, on the CPU, to its target on any device, of the same shape. Without gradients.
 
     The sources have one dtype. When it returns the targets are written, and the sources may be changed.
     """
-    with NoGrad():
-        if len(targets) == 1:
-            targets[0].copy_(sources[0])
-        elif targets[0].is_cpu:
-            torch._foreach_copy_(targets, sources)
-        else:
-            _copy_across(targets, sources)
+    if len(targets) == 1:
+        targets[0].copy_(sources[0])
+    elif targets[0].is_cpu:
+        torch._foreach_copy_(targets, sources)
+    else:
+        _copy_across(targets, sources)
 
 
 def _copy_across(targets: Tensors, sources: Tensors) -> None:

@@ -15,7 +15,7 @@ import torch
 from tensorkv.arrays import bytes_of, new_tensor, unreadable
 from tensorkv.errors import ProtocolError, TensorKVError, from_wire
 from tensorkv.wire import messages as m
-from tensorkv.worker.devices import NoGrad, Tensors, copy_each, join_into, joined, on, streams_of
+from tensorkv.worker.devices import Tensors, copy_each, join_into, joined, no_grad, on, streams_of
 from tensorkv.worker.link import Exchange
 from tensorkv.worker.nontemporal import stream
 from tensorkv.worker.plans import KeyState, Piece, Plan, PlanChunk, ServerPart, Staging
@@ -86,20 +86,26 @@ def _culprit(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> int:
     return chunk.pieces[0].value
 
 
+@no_grad  # a value that was known may have come to require a gradient
 def gather_into(target: torch.Tensor, chunk: PlanChunk, values: Sequence[torch.Tensor]) -> None:
     """Copy the payload of a chunk, which is not absent, to `target`: flat, in the chunk's dtype."""
     pieces: tuple[torch.Tensor, ...] | list[torch.Tensor]
-    with NoGrad():  # a value that was known may have come to require a gradient
-        if chunk.pick is not None and chunk.one_dim:
-            pieces = chunk.pick(values)
-        else:
-            pieces = [_flat_piece(piece, values) for piece in chunk.pieces]
-        if chunk.streams and pieces[0].is_cpu and torch.get_num_threads() == 1:
-            for piece in pieces:
-                stream(target[: piece.numel()], piece)
-                target = target[piece.numel() :]
-        else:
-            join_into(target, pieces)
+    if chunk.pick is not None and chunk.one_dim:
+        pieces = chunk.pick(values)
+    else:
+        pieces = [_flat_piece(piece, values) for piece in chunk.pieces]
+    if chunk.streams and pieces[0].is_cpu and torch.get_num_threads() == 1:
+        for piece in pieces:
+            stream(target[: piece.numel()], piece)
+            target = target[piece.numel() :]
+    else:
+        join_into(target, pieces)
+
+
+@no_grad
+def _stream_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        stream(target, source)
 
 
 def _flat_piece(piece: Piece, values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -201,9 +207,8 @@ class Destinations:
             for piece in chunk.pieces
         ]
         if chunk.streams and targets[0].is_cpu and torch.get_num_threads() == 1:
-            with NoGrad(), on(self._streams):
-                for target, source in zip(targets, sources, strict=True):
-                    stream(target, source)
+            with on(self._streams):
+                _stream_each(targets, sources)
         else:
             self._copy_each(targets, sources)
 
@@ -229,16 +234,19 @@ class Destinations:
 
     def finish(self) -> None:
         """All has been received: fill what was not received in place, and tell autograd what was."""
-        if not self._flat and not self._of_device:
-            return
-        with NoGrad(), on(self._streams):
-            for value in sorted(self._flat.keys() | self._of_device.keys()):
-                try:
-                    whole = self._fill(value)
-                    for other in self._others[value] if self._others else ():
-                        other.copy_(whole)
-                except (RuntimeError, MemoryError) as exc:
-                    raise unreadable(exc, self.states[value].key, self._firsts[value]) from exc
+        if self._flat or self._of_device:
+            with on(self._streams):
+                self._fill_all()
+
+    @no_grad
+    def _fill_all(self) -> None:
+        for value in sorted(self._flat.keys() | self._of_device.keys()):
+            try:
+                whole = self._fill(value)
+                for other in self._others[value] if self._others else ():
+                    other.copy_(whole)
+            except (RuntimeError, MemoryError) as exc:
+                raise unreadable(exc, self.states[value].key, self._firsts[value]) from exc
 
     def _fill(self, value: int) -> torch.Tensor:
         """Fill the caller's first tensor for a value, and return all of the value as it came."""
