@@ -88,7 +88,9 @@ def spawn(
         def work(rank):
             with tensorkv.create("dist_sync") as kv:
                 kv.init("w", torch.zeros(1))
-                print(kv.pushpull("w", torch.ones(1)))  # both push, and the servers add up
+                total = kv.pushpull("w", torch.ones(1))  # both push, and the servers add up
+            if rank == 0:
+                print(total)
 
         if __name__ == "__main__":
             tensorkv.spawn(work, num_workers=2)
@@ -96,7 +98,6 @@ def spawn(
 
         ```console
         $ python sums.py
-        tensor([2.])
         tensor([2.])
         ```
     """
