@@ -68,16 +68,20 @@ def test_a_host_that_vanishes_while_it_does_not_read_is_noticed_as_soon(
         while "worker 1, in init" not in "".join(cluster.scheduler.report()):
             time.sleep(0.01)
         there.send_signal(signal.SIGSTOP)
-        kv.init(names, [torch.zeros(1)] * len(names))
-        time.sleep(2 * PEER_TIMEOUT_S)
-        assert cluster.scheduler.lost is None
+        try:
+            kv.init(names, [torch.zeros(1)] * len(names))
+            time.sleep(2 * PEER_TIMEOUT_S)
+            assert cluster.scheduler.lost is None
 
-        subprocess.run(["ip", "link", "set", namespace, "down"], timeout=20, check=True)
-        began = time.monotonic()
-        with pytest.raises(PeerLostError, match=r"worker 1 on host .* was lost: its host does not answer"):
-            kv.barrier()
-        assert time.monotonic() - began < PEER_TIMEOUT_S + SLACK_S
-        there.kill()
+            subprocess.run(["ip", "link", "set", namespace, "down"], timeout=20, check=True)
+            began = time.monotonic()
+            with pytest.raises(
+                PeerLostError, match=r"worker 1 on host .* was lost: its host does not answer"
+            ):
+                kv.barrier()
+            assert time.monotonic() - began < PEER_TIMEOUT_S + SLACK_S
+        finally:
+            there.kill()  # else a failure would wait for a process that is stopped
     job.close(m.Abandon("the test is over"))
     cluster.stop()
 

@@ -6,11 +6,13 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
 import termios
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,111 @@ def test_a_peer_that_ends_while_it_has_no_room_is_noticed(
         bare.close()
         with pytest.raises(ConnectionError, match="is gone"):
             sending.result(DEADLINE_S)
+
+
+class Reset:
+    """A socket whose peer resets it. It tells the reset as what a silent host ends in, a timeout.
+
+    As the kernel does, it tells that once: the next call gets EPIPE, or the end.
+    """
+
+    def __init__(self, sock: socket.socket, told: Callable[[], None] = lambda: None) -> None:
+        self._sock = sock
+        self._told = told
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def send(self, *arguments: Any) -> int:
+        return int(self._call("send", arguments))
+
+    def recv_into(self, *arguments: Any) -> int:
+        return int(self._call("recv_into", arguments))
+
+    def _call(self, name: str, arguments: Sequence[Any]) -> Any:
+        try:
+            return getattr(self._sock, name)(*arguments)
+        except ConnectionResetError:
+            self._told()
+            raise TimeoutError(errno.ETIMEDOUT, "Connection timed out") from None
+
+
+@pytest.fixture
+def reset(ends: tuple[tcp.TcpConnection, socket.socket]) -> tcp.TcpConnection:
+    """A connection that is reset by now."""
+    connection, bare = ends
+    bare.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    bare.close()
+    found = select.poll()
+    found.register(connection, select.POLLRDHUP)
+    assert found.poll(1000 * DEADLINE_S)
+    connection._sock = Reset(connection._sock)  # type: ignore[assignment]
+    return connection
+
+
+def no_sink(body: memoryview, payload_bytes: int) -> list[memoryview]:
+    raise AssertionError("nothing comes")
+
+
+def test_a_silent_host_is_told_to_both_threads_whoever_the_kernel_told(reset: tcp.TcpConnection) -> None:
+    calls = [lambda: reset.send_now([b"x"]), lambda: reset.receive(no_sink)]
+    for call in (*calls, *calls):
+        with pytest.raises(ConnectionError, match="is gone: .*timed out") as caught:
+            call()
+        assert getattr(caught.value.__cause__, "errno", 0) == errno.ETIMEDOUT
+
+
+def test_a_silent_host_that_the_receiving_thread_was_told_of(reset: tcp.TcpConnection) -> None:
+    for call in (lambda: reset.receive(no_sink), lambda: reset.send_now([b"x"])):
+        with pytest.raises(ConnectionError, match="timed out"):
+            call()
+
+
+def test_the_receiving_thread_waits_for_what_the_sending_thread_is_told(reset: tcp.TcpConnection) -> None:
+    """The kernel has told one thread, and the other sees the end before that one has got any further."""
+
+    class Told(threading.Event):
+        asked = threading.Event()
+
+        def wait(self, timeout: float | None = None) -> bool:
+            self.asked.set()
+            return super().wait(DEADLINE_S)  # longer than in earnest: this machine may be busy
+
+    reset._told = Told()
+    consumed = threading.Event()
+
+    def told() -> None:
+        consumed.set()
+        assert Told.asked.wait(DEADLINE_S)
+
+    reset._sock = Reset(reset._sock._sock, told)  # type: ignore[assignment, attr-defined]
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(reset.send_now, [b"x"])
+        assert consumed.wait(DEADLINE_S)
+        with pytest.raises(ConnectionError, match="timed out"):
+            reset.receive(no_sink)
+        with pytest.raises(ConnectionError, match="timed out"):
+            sending.result(DEADLINE_S)
+
+
+def test_a_peer_that_resets_or_ends_the_connection_is_told_as_before(
+    ends: tuple[tcp.TcpConnection, socket.socket],
+) -> None:
+    connection, bare = ends
+    bare.shutdown(socket.SHUT_WR)
+    with pytest.raises(EOFError, match="ended the connection"):
+        connection.receive(no_sink)
+    bare.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    bare.close()
+
+    def send_on() -> None:
+        while True:
+            connection.send_now([bytes(1000)])
+
+    with pytest.raises(ConnectionError, match="is gone"):
+        send_on()
+    with pytest.raises(EOFError, match="ended the connection"):
+        connection.receive(no_sink)
 
 
 def test_what_this_side_ends_or_closes_is_a_connection_error(

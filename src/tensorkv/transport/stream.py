@@ -17,7 +17,7 @@ import time
 import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from tensorkv.transport.base import TICK_S, Buffer, Connection, Listener, Sink, Tick, no_tick
 from tensorkv.transport.memorylimits import with_the_way_out
@@ -97,10 +97,15 @@ class StreamConnection(Connection):
             raise
         except OSError as exc:
             self._broken = True
-            raise self._gone(exc) from exc
+            self._raise_gone(exc)
 
-    def _gone(self, exc: OSError) -> ConnectionError:
-        return ConnectionError(f"the connection to {self.peer} is gone: {exc}")
+    def _raise_gone(self, exc: OSError) -> NoReturn:
+        reason = self._reason(exc) or exc
+        raise ConnectionError(f"the connection to {self.peer} is gone: {reason}") from reason
+
+    def _reason(self, exc: OSError | None) -> OSError | None:
+        """Return why the connection has ended; `exc` is what this thread was told, None for its end."""
+        return exc
 
     def receive(self, sink: Sink, tick: Tick = no_tick) -> None:
         self._next_tick = 0.0
@@ -237,7 +242,7 @@ class StreamConnection(Connection):
         except BlockingIOError:
             raise
         except OSError as exc:
-            raise self._gone(exc) from exc
+            self._raise_gone(exc)
         return got or self._at_end()
 
     def _receive_with(
@@ -249,13 +254,16 @@ class StreamConnection(Connection):
         except BlockingIOError:
             raise
         except OSError as exc:
-            raise self._gone(exc) from exc
+            self._raise_gone(exc)
         return got or self._at_end(), ancillary
 
     def _at_end(self) -> int:
         """Raise the reason why the connection has ended."""
         if self._ended_here:
             raise ConnectionError(f"this side has ended the connection to {self.peer}")
+        if reason := self._reason(None):
+            self._broken = self._broken or self.in_frame
+            self._raise_gone(reason)
         if self.in_frame:
             self._broken = True
             raise ConnectionError(f"{self.peer} ended the connection in the middle of a frame")

@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 import termios
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, final
@@ -29,6 +30,7 @@ _NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 
 _INFO_BYTES = 232
 _SND_WND_AT = 228  # offset in `struct tcp_info`, the answer of TCP_INFO; shorter before Linux 5.4
+_TCP_CLOSE = 7  # a state of Linux: both directions have ended, by an error or by both sides
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 
 
@@ -50,6 +52,8 @@ class TcpConnection(StreamConnection):
         super().__init__(sock, peer)
         self._within_room = False
         self._room_bytes = 0  # lower bound of what still fits in the peer's window
+        self._error: OSError | None = None  # what the kernel has told one of our threads
+        self._told = threading.Event()  # set after that
         self._end = select.poll()
         self._end.register(sock, select.POLLRDHUP)
 
@@ -108,14 +112,37 @@ class TcpConnection(StreamConnection):
             info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
         except (OSError, ValueError) as exc:  # ValueError: the socket is closed
             self._broken = True
-            cause = exc if isinstance(exc, OSError) else OSError(errno.EBADF, os.strerror(errno.EBADF))
-            raise self._gone(cause) from cause
+            self._raise_gone(
+                exc if isinstance(exc, OSError) else OSError(errno.EBADF, os.strerror(errno.EBADF))
+            )
         if len(info) < _INFO_BYTES:
             return sys.maxsize
         (window,) = struct.unpack_from("=I", info, _SND_WND_AT)
         (unanswered_bytes,) = struct.unpack("=i", unanswered)
         room_bytes: int = window - unanswered_bytes
         return room_bytes
+
+    def _reason(self, exc: OSError | None) -> OSError | None:
+        """Return why the connection has ended, also to the thread to which the kernel does not tell it.
+
+        The kernel tells an error once, to the thread that sends or to the one that receives. The other gets
+        EPIPE or the end of the connection, as when the peer's process ends, and
+        so waits a moment for the first.
+        """
+        if exc is not None and not isinstance(exc, BrokenPipeError):
+            self._error = exc
+            self._told.set()
+            return exc
+        if not self._ended_here and self._has_failed():
+            self._told.wait(TICK_S)
+        return exc if isinstance(self._error, ConnectionResetError) else self._error or exc
+
+    def _has_failed(self) -> bool:
+        """Whether the connection has failed, rather than that the peer has ended it."""
+        try:
+            return self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
+        except OSError:
+            return False  # the socket is closed
 
     def notice_silence(self, timeout_s: float) -> None:
         self._within_room = True
