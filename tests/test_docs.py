@@ -9,7 +9,7 @@ How a block is read:
   far in it and the repository's `examples/`, and must succeed. The lines below a command must be among the
   lines it prints, in any order; `...` at the end of a line stands for any rest.
 - A ```console block after `<!-- not run: why -->` is only shown. There is no such way out for python.
-- ```text blocks are for everything that is no code.
+- ```text blocks are for everything that is no code, ```mermaid blocks are drawings.
 
 The blocks below `Example:` in a docstring are read in the same way. They find `torch` and `tensorkv`
 imported, and say what comes out: by a print with its comment, an assert, or the lines below a command.
@@ -196,7 +196,9 @@ def _run(blocks: list[Block], page: Path, folder: Path, names: dict[str, Any]) -
         elif block.language == "console" and not block.mark.startswith("not run: "):
             _run_console(block, page, folder)
         else:
-            assert block.language in ("text", "console"), f"{page.name}:{block.line}: which language?"
+            assert block.language in ("text", "console", "mermaid"), (
+                f"{page.name}:{block.line}: which language?"
+            )
 
 
 @pytest.mark.timeout(180)

@@ -97,7 +97,7 @@ class Bench:
         self,
         num_workers: int = 2,
         *,
-        is_async: bool = False,
+        policy: str = "sync",
         mean: bool = False,
         functions: dict[str, Callable[..., None]] | None = None,
         workers: Sequence[int] | None = None,
@@ -112,7 +112,7 @@ class Bench:
         self.plans: dict[int, tuple[int, list[m.ChunkEntry]]] = {}
         self.settings = itertools.count(0)
         for worker in range(num_workers) if workers is None else workers:
-            self.state.handle(worker, m.OpenStore(STORE, "default", is_async, mean))
+            self.state.handle(worker, m.OpenStore(STORE, "default", policy, mean))
 
     def _load(self, record: m.SettingRecord) -> Updater:
         assert record.updater is not None
@@ -233,9 +233,9 @@ class Bench:
     def check_empty(self) -> None:
         """Fail if a buffer, a contribution or a waiting call is left."""
         assert self.pool.out == {}
-        for name in ("_contributions", "_held", "_pulls", "_puts", "_merge_waits"):
+        for name in ("_to_commit", "_replies", "_waits", "_merge_waits"):
             assert not getattr(self.shard, name), name
-        assert not self.shard._holder.any()
+        assert all(each.cohort.at_rest for each in self.shard.slices)
 
 
 def settle(out: Sequence[Outgoing]) -> None:

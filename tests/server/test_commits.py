@@ -5,57 +5,76 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from tensorkv.errors import CommitMismatch, DtypeMismatch
+from tensorkv.server.cohorts import Cohort
 from tensorkv.server.commits import CommitGather, all_finite, norms_of, scale, unscalable
+from tensorkv.server.layouts import Contribution, Layout, Slice
+from tensorkv.server.memory import EMPTY
+from tensorkv.server.slots import Slot
+from tensorkv.updaters.base import Assign
+from tensorkv.updaters.settings import Setting
 from tensorkv.wire.messages import Commit
 
-NAMES = {0: "'a'", 1: "'b'", 2: "'c'"}
+
+def a_slice(key: str) -> Slice:
+    cohort = Cohort()
+    made = Slice(ord(key), key, 0, 2, (2,), Slot(torch.zeros(2)), 0, Setting(Assign()), cohort)
+    cohort.add(made)
+    return made
+
+
+SLICES = [a_slice(key) for key in "abc"]
+
+
+def contribution(worker: int) -> Contribution:
+    return Contribution(worker, Layout([], []), torch.float32, False, [], True, EMPTY, False, None, 1)
 
 
 def gather(*asked: tuple[dict[str, Any], set[int]]) -> CommitGather:
     made = CommitGather(1)
     for worker, (arguments, slices) in enumerate(asked):
         every = {"max_norm": None, "skip": False, "check_finite": False, **arguments}
-        made.add(worker, Commit(worker + 1, 1, **every), {index: 10 * worker + index + 1 for index in slices})
+        made.add(worker, Commit(worker + 1, 1, **every), {SLICES[i]: contribution(worker) for i in slices})
     return made
 
 
 def test_equal_commits_agree_and_one_skip_is_enough() -> None:
     made = gather(({"max_norm": 2.0}, {0, 1}), ({"max_norm": 2.0, "skip": True}, {1, 0}))
-    assert made.disagreement(NAMES.__getitem__) is None
+    assert made.disagreement() is None
     assert (made.skip, made.max_norm, made.check_finite, made.wants_norm) == (True, 2.0, False, True)
     made = gather(({}, set()))
-    assert made.disagreement(NAMES.__getitem__) is None
+    assert made.disagreement() is None
     assert (made.skip, made.wants_norm) == (False, False)
     assert gather(({"check_finite": True}, set())).wants_norm
 
 
 @pytest.mark.parametrize("other", [{"max_norm": 3.0}, {"check_finite": True}])
 def test_other_arguments_are_a_mismatch(other: dict[str, Any]) -> None:
-    error = gather(({}, {0}), ({}, {0}), (other, {0})).disagreement(NAMES.__getitem__)
+    error = gather(({}, {0}), ({}, {0}), (other, {0})).disagreement()
     assert isinstance(error, CommitMismatch)
     assert "rank 2" in str(error)
     assert str(next(iter(other.values()))) in str(error)
 
 
 def test_other_keys_are_a_mismatch_that_names_them() -> None:
-    error = gather(({}, {0, 1}), ({}, {1, 2})).disagreement(NAMES.__getitem__)
+    error = gather(({}, {0, 1}), ({}, {1, 2})).disagreement()
     assert isinstance(error, CommitMismatch)
     assert "only one of them has pushed 'a', 'c'" in str(error)
 
 
 def test_what_was_dropped_since_is_left_out() -> None:
     made = gather(({}, {0, 1}), ({}, {0}))
-    holder = np.zeros((2, 3), np.int64)
-    holder[0, 0], holder[1, 0] = 1, 11
-    holder[0, 1] = 99  # the index belongs to another slice now
-    made.forget_dropped(holder)
-    assert made.pushes == {0: {0: 1}, 1: {0: 11}}
-    assert made.disagreement(NAMES.__getitem__) is None
+    kept = [made.pushes[worker][SLICES[0]] for worker in range(2)]
+    SLICES[0].cohort.inbox = dict(enumerate(kept))
+    SLICES[1].cohort.inbox = {0: contribution(0)}  # of a later round
+    made.forget_dropped(lambda each: True)
+    assert made.pushes == {0: {SLICES[0]: kept[0]}, 1: {SLICES[0]: kept[1]}}
+    assert made.disagreement() is None
+    made.forget_dropped(lambda each: each is not SLICES[0])  # it was deleted
+    assert made.pushes == {0: {}, 1: {}}
 
 
 def test_norms_are_taken_of_every_dtype() -> None:

@@ -235,8 +235,8 @@ class Job:
     on_worker_loss = "fail"
     dtype = torch.float32  # of all values; pushed are always float32
 
-    def __init__(self, t: Any, programs: list[Program], chunk_slices: list[int], **store: bool) -> None:
-        self.store = {"is_async": False, "mean": False, **store}
+    def __init__(self, t: Any, programs: list[Program], chunk_slices: list[int], **store: Any) -> None:
+        self.store = {"policy": "sync", "mean": False, **store}
         self.settle = t.settle
         self.value_of = value_of
         self.pools = [t.CheckedPool() for _ in range(NUM_SERVERS)]
@@ -395,30 +395,28 @@ class Job:
         assert [state._stores for state in self.states] == [{}] * NUM_SERVERS
         assert [state._store_of_plan for state in self.states] == [{}] * NUM_SERVERS
         for shard in self.shards:
-            shard.general()
-            assert not shard._contributions
-            assert not shard._holder.any()
-            assert not shard._pulls
+            assert not shard._to_commit
+            assert not shard._replies
+            assert not shard._waits
             assert not shard._merge_waits
+            assert not any(each.cohort.inbox for each in shard.slices)
         assert self.membership.finished
         assert not self.membership._stores
         assert self.membership._placement.load_bytes == [0] * NUM_SERVERS
 
     def info(self, shard: Any, each: Any) -> tuple[int, int]:
         """Return round and version of a slice; those of a store that has ended are its last."""
-        members = [worker for worker, left in enumerate(shard.rounds.left) if not left]
+        members = [worker for worker in range(len(self.workers)) if not shard.has_left(worker)]
         if not members:
-            return shard.rounds.applied[each.index], shard.rounds.version[each.index]
+            return each.applied, each.version
         state = next(state for state in self.states if shard in state._stores.values())
-        (out,) = state.handle(members[0], m.AskInfo(1, shard.store, [each.slice_id]))
+        (out,) = state.handle(members[0], m.AskInfo(1, shard.opened.store, [each.slice_id]))
         return out.message.rounds[0], out.message.versions[0]
 
     def slices(self, key: str) -> list[Any]:
         """Return the stored slices of a key in element order, with the shard of each."""
         shards = {id(shard): shard for shard in self.shards}.values()
-        for shard in shards:
-            shard.general()  # what is kept in lockstep is written to the arrays
-        found = [(each, shard) for shard in shards for each in shard._slices.values() if each.key == key]
+        found = [(each, shard) for shard in shards for each in shard.slices if each.key == key]
         return sorted(found, key=lambda pair: pair[0].start)
 
 
@@ -595,7 +593,9 @@ class Worker:
     ) -> Generator[Condition, None, None]:
         if not (yield from self.may_use(keys)):
             return
-        late = [key for key in keys if self.is_noted(self.unpulled, key) and not self.job.store["is_async"]]
+        late = [
+            key for key in keys if self.is_noted(self.unpulled, key) and self.job.store["policy"] == "sync"
+        ]
         free = [key for key in keys if key not in late]
         request = next(self.numbers) if reply and not late else 0
         values = {key: self.job.value_of(key, self.rank, step, nan) for key in keys}
@@ -952,12 +952,10 @@ def test_deleting_ends_every_wait_and_leaves_nothing(
     job = Job(t, programs, chunks)
     job.run(choices)
     for shard in {id(shard): shard for shard in job.shards}.values():
-        alive = {each.slice_id for each in shard._slices.values()}
-        assert alive == shard._index_of.keys()
-        assert shard._held <= shard._slices.keys()
-        shard.general()
-        for pull in shard._pulls:
-            assert {each.slice_id for each in pull.layout.slices} <= alive
+        alive = set(shard.slices)
+        assert all(set(each.cohort.slices) <= alive for each in alive)
+        for wait in (*shard._waits, *shard._merge_waits):
+            assert set(wait.layout.slices) <= alive
     leave_all(job, choices)
 
 
@@ -990,7 +988,7 @@ def test_in_async_every_push_counts_once_and_own_pushes_are_seen(
     t: Any, programs: list[Program], choices: list[int], chunks: list[int]
 ) -> None:
     """Push number n adds 2 to the n, so that a value tells which pushes it holds."""
-    job = Job(t, programs, chunks, is_async=True)
+    job = Job(t, programs, chunks, policy="async")
     job.value_of = lambda key, rank, step, nan: torch.full(SHAPES[key], 2.0**step)
     everything = {"a": 0, "big": 0}
     for program in programs:
@@ -1138,7 +1136,7 @@ def check_reads_of_survivors(job: Job, programs: list[Program]) -> None:
                     for low, high in counted(value - start_of(key), pushed[key]):
                         if rank == worker.rank:
                             assert low <= made[key] <= high
-                        elif not job.store["is_async"]:
+                        elif job.store["policy"] == "sync":
                             assert low <= made[key]
                             assert rank in job.crashed or high >= min(made[key], len(pushed[key]))
 
@@ -1171,7 +1169,7 @@ def test_without_a_lost_worker_the_others_go_on_and_every_push_counts_as_promise
     t: Any, is_async: bool, choices: list[int], chunks: list[int], data: st.DataObject
 ) -> None:
     programs = data.draw(programs_alike(is_async))
-    job = Enduring(t, programs, chunks, is_async=is_async)
+    job = Enduring(t, programs, chunks, policy="async" if is_async else "sync")
     job.value_of = lambda key, rank, step, nan: torch.full(SHAPES[key], 4.0**step)
     for _ in range(data.draw(st.integers(1, len(programs) - 1))):
         job.kill_at_some_time(data, choices)
@@ -1210,7 +1208,7 @@ def test_a_lost_worker_leaves_nothing_behind(
         }
     for state in job.states:
         for shard in state._stores.values():
-            assert shard._index_of.keys() <= known
+            assert {each.slice_id for each in shard.slices} <= known
     leave_all(job, choices)
 
 
@@ -1268,7 +1266,7 @@ class TwoThreads(Worker):
             if self.unmerged.isdisjoint(keys):
                 break
         self.push_now(keys, step, True)
-        if not self.job.store["is_async"]:
+        if self.job.store["policy"] == "sync":
             self.unmerged |= set(keys)
         elif step % 2:
             yield from self.flush()  # else all is pushed before a save has begun
@@ -1363,7 +1361,7 @@ class Saving(Job):
             for key, value in found.items():
                 added = (value - start_of(key).reshape(-1)).unique().tolist()
                 assert len(added) <= 1, f"{key!r} is of more than one moment: {added}"
-                if added and self.store["is_async"]:
+                if added and self.store["policy"] == "async":
                     assert int(added[0]) & self.before[number, key] == self.before[number, key]
 
 
@@ -1401,7 +1399,7 @@ def test_a_save_is_of_one_moment_per_key_while_other_threads_go_on(
     data: st.DataObject,
 ) -> None:
     script = data.draw(scripts(is_async))
-    job = Saving(t, script, num_workers, turns, is_async=is_async)
+    job = Saving(t, script, num_workers, turns, policy="async" if is_async else "sync")
     job.random = None if seed is None else random.Random(seed)
     job.run(choices)
     assert all(worker.condition is None for worker in job.workers), "a call hangs"
@@ -1431,7 +1429,9 @@ def test_each_part_of_that_rule_is_needed(
     monkeypatch.setattr(TwoThreads, "leaves_out", left_out)
     for seed in range(400):
         numbers = random.Random(seed)
-        job = Saving(t, script, 2, [numbers.randrange(2) for _ in range(60)], is_async=is_async)
+        job = Saving(
+            t, script, 2, [numbers.randrange(2) for _ in range(60)], policy="async" if is_async else "sync"
+        )
         job.random = numbers
         job.run([])
         try:

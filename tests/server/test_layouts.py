@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from tensorkv.server.layouts import Chunk, Contribution, Layout, Slice
-from tensorkv.server.memory import Memory
+from tensorkv.server.cohorts import Cohort
+from tensorkv.server.layouts import Chunk, Layout, Slice
 from tensorkv.server.slots import Slot
 from tensorkv.updaters.base import Add, Assign
 from tensorkv.updaters.settings import Setting
 
 
-def a_slice(index: int, slot: Slot, offset: int, length: int, shape: tuple[int, ...] = ()) -> Slice:
-    return Slice(
-        100 + index, index, f"k{index}", 0, length, shape or (length,), slot, offset, Setting(Assign())
+def a_slice(number: int, slot: Slot, offset: int, length: int, shape: tuple[int, ...] = ()) -> Slice:
+    cohort = Cohort()
+    made = Slice(
+        100 + number, f"k{number}", 0, length, shape or (length,), slot, offset, Setting(Assign()), cohort
     )
+    cohort.add(made)
+    return made
 
 
 def test_neighbours_in_chunk_and_slot_are_one_run() -> None:
@@ -24,7 +27,8 @@ def test_neighbours_in_chunk_and_slot_are_one_run() -> None:
     assert [(run.low, run.high, run.offset) for run in layout.runs] == [(0, 7, 2), (7, 8, 10), (8, 10, 0)]
     assert layout.runs[0].stored.tensor.tolist() == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
     assert layout.bounds(1) == (3, 7)
-    assert layout.position == {0: 0, 1: 1, 2: 2, 3: 3}
+    assert [layout.position[each] for each in slices] == [0, 1, 2, 3]
+    assert layout.slices_in(layout.runs[0]) == slices[:2]
 
 
 def test_a_gap_in_the_chunk_ends_a_run() -> None:
@@ -59,21 +63,28 @@ def test_all_assign_is_looked_up_when_settings_change() -> None:
     assert not layout.all_assign(1)
 
 
+def test_a_slice_counts_rounds_and_updates_from_its_own_offsets_on() -> None:
+    each = a_slice(0, Slot(torch.zeros(2)), 0, 2)
+    each.cohort.applied, each.cohort.updates = 5, 3
+    each.round_offset, each.version_offset = 2, -1
+    assert (each.applied, each.version) == (7, 2)
+
+
+def test_cohorts_are_looked_up_when_the_epoch_changes() -> None:
+    slot = Slot(torch.zeros(4))
+    layout = Layout([a_slice(0, slot, 0, 2), a_slice(1, slot, 2, 2)], [0, 2])
+    first, second = (each.cohort for each in layout.slices)
+    assert layout.cohorts(1) == [first, second]
+    first.join(second)
+    assert layout.cohorts(1) == [first, second]
+    assert layout.cohorts(2) == [first]
+
+
 def test_a_chunk_knows_its_bytes_and_what_is_gone() -> None:
     layout = Layout([a_slice(0, Slot(torch.zeros(4)), 0, 2)], [3])
-    chunk = Chunk([7, 100], [3, 2], [1, 1], torch.float16, False, 5, layout, [1], [6])
+    chunk = Chunk([7, 100], [3, 2], [1, 1], torch.float16, False, 5, layout, [1], [6], whole=False)
     assert chunk.payload_bytes == 10
     assert chunk.gone() == [7]
     absent = Chunk([7, 100], [3, 2], [0, 0], torch.float16, True, 5, layout, [0], [6])
     assert absent.payload_bytes == 0
-    chunk.numbers = [5, 6]
-    assert chunk.gone() == []
-
-
-def test_a_contribution_is_read_in_the_pushed_dtype() -> None:
-    values = torch.arange(5, dtype=torch.float64)
-    buffer = torch.cat([values.view(torch.uint8), torch.zeros(7, dtype=torch.uint8)])
-    layout = Layout([], [])
-    contribution = Contribution(1, 0, layout, torch.float64, False, [1], Memory(buffer), True, 1)
-    assert contribution.elements(1, 4).tolist() == [1.0, 2.0, 3.0]
-    assert contribution.elements(5, 5).tolist() == []
+    assert absent.gone() == []

@@ -57,7 +57,7 @@ def test_plans_belong_to_one_worker_and_are_dropped(t: Any) -> None:
 
 def test_stores_share_nothing(t: Any) -> None:
     bench = t.Bench(1)
-    bench.state.handle(0, m.OpenStore(2, "other", False, False))
+    bench.state.handle(0, m.OpenStore(2, "other", "sync", False))
     bench.init("w", torch.zeros(1))
     bench.send(0, m.Leave(1, 1))
     assert [type(each.message) for each in bench.send(0, m.Flush(2, 2))] == [m.Done]
@@ -95,8 +95,8 @@ def test_a_worker_that_is_gone_has_left_every_store_also_those_of_later(t: Any) 
     bench.pull(0, plan)
     (out,) = bench.state.worker_gone(1)
     assert out.payload[0].tensor.tolist() == [1.0]
-    bench.state.handle(0, m.OpenStore(2, "later", False, False))
-    assert bench.state._stores[2].rounds.left.tolist() == [False, True]
+    bench.state.handle(0, m.OpenStore(2, "later", "sync", False))
+    assert [bench.state._stores[2].has_left(worker) for worker in range(2)] == [False, True]
     assert bench.state.worker_gone(1) == []
 
 
@@ -154,7 +154,7 @@ def test_a_plan_is_refused_before_memory_is_taken(t: Any, chunk: m.ChunkEntry) -
 def test_plans_without_end_are_refused_unless_they_are_dropped(
     t: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tensorkv.server.shard.MAX_PLANNED", 5 * 1100)
+    monkeypatch.setattr("tensorkv.server.planbook.MAX_PLANNED", 5 * 1100)
     bench = t.Bench(2)
     chunk = m.ChunkEntry([9], [1], descriptor(), [1])
     for number in range(100):
@@ -171,18 +171,18 @@ def test_stores_without_end_are_refused(t: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("tensorkv.server.state.MAX_STORES", 3)
     bench = t.Bench(1)
     for number in (2, 3):
-        bench.state.handle(0, m.OpenStore(number, "more", False, False))
+        bench.state.handle(0, m.OpenStore(number, "more", "sync", False))
     with pytest.raises(ProtocolError, match="3 stores"):
-        bench.state.handle(0, m.OpenStore(4, "more", False, False))
+        bench.state.handle(0, m.OpenStore(4, "more", "sync", False))
     bench.send(0, m.Leave(1, 3))
-    bench.state.handle(0, m.OpenStore(4, "more", False, False))
+    bench.state.handle(0, m.OpenStore(4, "more", "sync", False))
 
 
 def test_a_store_is_opened_by_all_alike(t: Any) -> None:
     bench = t.Bench(2)
-    for is_async, mean in ((True, False), (False, True)):
-        with pytest.raises(ProtocolError, match="another mode or reduction"):
-            bench.state.handle(1, m.OpenStore(1, "default", is_async, mean))
+    for policy, mean in (("async", False), ("sync", True)):
+        with pytest.raises(ProtocolError, match="another policy or reduction"):
+            bench.state.handle(1, m.OpenStore(1, "default", policy, mean))
 
 
 def test_of_a_lost_worker_counts_what_came_whole_and_is_not_to_be_committed(t: Any) -> None:
@@ -229,7 +229,7 @@ def test_what_a_lost_worker_was_about_to_create_or_delete_goes(t: Any) -> None:
     dropped: list[Any] = [(1, [("new", [new]), ("old", ids), ("older", [99])]), (7, [("x", [1])])]
     (failed,) = bench.state.worker_lost(m.WorkerLost(1, "host", "cause", dropped))
     assert (failed.worker, str(t.error_of(failed.message))) == (0, "key 'old' was deleted by rank 1")
-    assert bench.shard._index_of.keys() == {kept}
+    assert bench.shard._slices.keys() == {kept}
     bench.check_empty()
 
 

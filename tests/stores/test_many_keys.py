@@ -156,9 +156,9 @@ def test_deletes_one_by_one_lay_out_a_list_of_keys_once() -> None:
         kv.push(names, [ones() for _ in names])
         kv.pull(names)  # so far the server has come
         shards: Any = parts_of(kv)
-        (shard,) = [each for each in shards if type(each).__name__ == "StoreShard"]
+        (plans,) = [each.plans for each in shards if type(each).__name__ == "StoreShard"]
         calls = 0
-        lay_out = type(shard)._lay_out
+        lay_out = type(plans)._lay_out
 
         def count(*args: Any) -> None:
             nonlocal calls
@@ -166,7 +166,7 @@ def test_deletes_one_by_one_lay_out_a_list_of_keys_once() -> None:
             lay_out(*args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(shard), "_lay_out", count)
+            patch.setattr(type(plans), "_lay_out", count)
             for name in names[:30]:
                 kv.delete(name)
             assert calls == 0

@@ -41,7 +41,7 @@ def open_store(job: Session, name: str = "default") -> int:
     number: int = joined.store
     with job.order:
         for link in job.links:
-            link.put(m.OpenStore(number, name, False, False))
+            link.put(m.OpenStore(number, name, "sync", False))
     return number
 
 

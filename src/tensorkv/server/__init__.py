@@ -3,19 +3,21 @@
 THEORY OF OPERATION
 
 STATE
-A value lies in one or more slices. A slice has an id, which is never used again, and an index, its position
-in the arrays, which is. `ServerState` has the stores of a server; a `StoreShard` has the slices of one store:
-- `rounds`: for each slice, `pushed` counts the pushes of each worker, `merged` and `applied` count rounds,
-  and `version` counts updates and puts. `left` tells which workers have left the store.
-- `_contributions`: what was pushed and is still needed, each with its buffer, its counts or weight, and
-  `live`, the number of slices that need it. `_holder` tells, by worker and slice, which contribution is
-  pending (0: none).
-- `_held`: slices whose round is merged and waits for a commit. `_commit`: which workers have asked for it.
-- `_plans`: each worker's numbered lists of slices, cut into chunks. A chunk has a `Layout`: where its slices
-  lie in a frame and in memory. Workers that push the same slices in the same order share the layout object.
-- `_slices`: each slice, with `slot`, the memory of its value, and `setting`, its updater and options.
-  `schedule` has the newest settings, and those that wait for their round.
-- `_pulls`, `_puts`, `_merge_waits`, `_flushes`: calls that wait. `_locksteps`: layouts on the fast path.
+A value lies in one or more slices. A slice has an id, which is never used again. `ServerState` has the stores
+of a server; a `StoreShard` has the slices of one store:
+- Each slice is in a `Cohort`, with the slices that have the same history. The cohort counts the rounds
+  (`applied`) and updates, and its `inbox` has what each worker has contributed to the open round.
+- A `Contribution` is one push: its buffer, its counts or weight, and `live`, the number of slices that need
+  it.
+- The `Policy` of the store knows its members, the workers that have not left, and says when a round is
+  merged.
+- `plans` has each worker's numbered lists of slices, cut into chunks. A chunk has a `Layout`: where its
+  slices lie in a frame and in memory. Workers that push the same slices in the same order share the layout
+  object.
+- Each slice has `slot`, the memory of its value, and `setting`, its updater and options. `schedule` has the
+  newest settings, and those that wait for their round.
+- `_replies`, `_waits`, `_merge_waits`, `_flushes`: calls that wait. `_commit`: which workers have asked for
+  it.
 
 WHO MAY CHANGE IT
 One thread, the loop, runs all of this, updaters included. So there is no lock, and no handler blocks for
@@ -25,13 +27,13 @@ handlers set a flag and write to an eventfd. Files do block the loop: a server t
 serves nobody meanwhile.
 
 RULES
-1. A worker's n-th push of a slice belongs to round n of that slice. Round `merged + 1` is open. It merges
-   when every worker that has not left has pushed it, and at least one worker has.
-2. In sync a worker has at most one push of a slice that is not merged; the server refuses another. In async
-   each push is a round of its own, and no pull waits.
-3. `merged == applied`, except for slices in `_held`: there `merged == applied + 1`.
+1. A worker's n-th push of a slice belongs to round n of that slice. In sync the round merges when every
+   worker that has not left has pushed it, and at least one worker has. In async each push is a round of its
+   own.
+2. A worker has at most one push of a slice that is not applied; the server refuses another.
+3. A merged round is applied at once, unless it is held: then it waits for a commit.
 4. Each merged round is applied once and in order, also if it is empty, skipped or failed. So a failure leaves
-   no pull behind. A round adds to `version` only if an update succeeded.
+   no pull behind. A round adds to the version only if an update succeeded.
 5. The server takes a sum when its round is applied, or for a commit when all have asked: in rank order, in
    the stored dtype (narrow floats in float32). The order of arrival has no influence, so runs repeat bit by
    bit.
@@ -50,21 +52,19 @@ THE LIFE OF A PUSH
 message of a frame is there, `_place` decodes it, compares the length of the payload with the plan, and says
 where the payload goes: into a buffer of the pool, or nowhere if it lies in the worker's window. When the
 payload is complete, `_take` ends finished leases and calls `ServerState.handle`, which finds the shard.
-`StoreShard.push` counts the push and stores its contribution. If that completes a round, `_merge` applies it,
-or holds it for the commit. `_apply` takes the settings that are due, adds up, runs the updaters, releases the
-contributions, and answers the pulls and puts that waited. Answers gather in `out`; the loop sends them as far
-as that goes without waiting, and sending threads do the rest.
+`StoreShard.push` leaves the contribution in the cohorts of its slices. If the policy finds a round complete,
+`_merge` applies it, or holds it for the commit. `_apply` takes the settings that are due, adds up, runs the
+updaters, releases the contributions, and answers the pulls and puts that waited. Answers gather in `out`; the
+loop sends them as far as that goes without waiting, and sending threads do the rest.
 
 WHAT IS HARD
 - *Messages between the two halves of a frame.* Another worker may delete a key after `_place` and before
   `_take`. The length of a payload depends only on the lengths that the plan named, so it stays right, and a
   deleted slice leaves a gap. `ServerState._asked` keeps the chunk between the two calls; a delete or a loss
   clears it, because the chunk has to be laid out anew.
-- *Lockstep.* Where all workers push one layout round after round, a few integers stand for its columns of the
-  arrays, which are stale meanwhile. Whatever else needs these rounds writes them back first: `general` ends
-  all locksteps, `_end_locksteps_of` those that share slices with another list. A lockstep begins only in sync
-  and at rest, while no worker has left and no setting is pending. A list whose lockstep another list has
-  ended within 8 rounds gets none again.
+- *Splits and joins.* A push of part of a cohort splits it in the middle of a round; waiting calls then wait
+  at both halves. Joins are for speed, and happen at rest only. `cohorts` has the rules, and what keeps a
+  store from splitting and joining in each step.
 - *Leases.* A lease begins when the reply is made, not when it is sent. An update that finds its slot leased
   moves the slot to fresh memory, so no reader stops a writer. Small slices share a slot: a reader of one
   moves them all. For a reply in shared memory the worker counts what it has copied; `_settle` looks at that
@@ -72,15 +72,14 @@ WHAT IS HARD
 - *Accumulators.* The first buffer of a sum may serve as the accumulator, unless it is borrowed from a
   worker's window. A commit overwrites none: if it is refused, the contributions stay for the next one.
 - *Settings.* A server prepares a setting first, which may fail and changes no slice. Activated, the setting
-  holds for each slice from round `pushed + 1` of its sender: setting and pushes come on one connection, so
-  the number is the same for every order of arrival. In async it holds at once. A setting for a later round,
-  made by a rank that was ahead and has left, is overtaken by one that was made after it.
+  holds for each slice from the round after its sender's last push: setting and pushes come on one
+  connection, so the number is the same for every order of arrival. In async it holds at once. A setting for a
+  later round, made by a rank that was ahead and has left, is overtaken by one that was made after it.
 - *Commits.* When all members have asked, the server adds up and reports to the scheduler, which decides for
   all servers. What a worker has asked for stands if it leaves: servers may learn of that before or after they
-  report, and must do the same. A slice deleted before the decision is left out; it is found by identity,
-  because its index may have a new owner. If some workers pushed with apply=False and some without, the round
-  is dropped, and the commit forgets those pushes. A flush waits for the decision of a commit that was
-  reported.
+  report, and must do the same. A slice deleted before the decision is left out. If some workers pushed with
+  apply=False and some without, the round is dropped, and the commit forgets those pushes. A flush waits for
+  the decision of a commit that was reported.
 - *Leaving and losses.* Both end in `leave`. It withdraws what the worker has pushed with apply=False and not
   asked to commit, then counts the worker as left, then merges the rounds that waited only for it. Of a lost
   worker the loop first takes in what has come whole, for a second at most; the slices of keys that it was
@@ -98,10 +97,11 @@ WHAT IS HARD
 
 REJECTED
 - A receiving thread per worker: they hand each other the interpreter in small requests, 40 us a time.
-- Arrays alone, without lockstep: a step of one key took a server 88 us instead of 26.
+- Rows of arrays, a column for each slice: a step of one key took a server 88 us instead of 26, and the plain
+  counters beside them, for lists that are pushed round after round, had to be kept equal at 14 places.
 - Shared slots of a megabyte: their values lie in several chunks, and while one chunk was read, an update of
   the next moved the whole slot. 128 KiB makes that a twentieth.
-- Looking through all waiting pulls at every update: each waits at one slice that it needs (`roundwaits`).
+- Looking through all waiting pulls at every update: each waits in the cohorts that it needs.
 - Reading a lost worker until nothing more comes: it may live, and send as fast as it is read.
 - A message for each chunk to return a loan or to confirm a copy: it would cost more than what it tells.
 - `torch.add` with `alpha` for weights: some processors round product and sum together, and others do not.
@@ -109,8 +109,8 @@ REJECTED
 
 FILES
 Shells: `loop` (threads, connections), `shm` (memory shared with local workers), `statefiles` (saved files).
-Pure: `state` (stores, dispatch, payload lengths), `shard` (one store), `rounds` (counters), `lockstep` (the
-fast path), `roundwaits` (waiting pulls), `layouts` (slices, chunks, contributions), `slots` (memory of
-values, leases), `memory` (buffers), `sums`, `settings` (from which round), `commits` (gathering, norms),
-`checkpoint` (contents of saves).
+Pure: `state` (stores, dispatch, payload lengths), `shard` (one store), `cohorts` (rounds, and who waits for
+them), `policy` (when a round merges), `planbook` (lists of slices), `layouts` (slices, chunks,
+contributions), `updates` (sums and updaters), `sums`, `slots` (memory of values, leases), `memory` (buffers),
+`settings` (from which round), `commits` (gathering, norms), `checkpoint` (contents of saves).
 """

@@ -54,7 +54,6 @@ class StateFiles(ABC):
 
 def save_slices(shard: StoreShard, files: StateFiles, worker: int, message: m.SaveSlices) -> None:
     """Write slices to a file. Raises SaveError."""
-    shard.general()
     if not FILE_NAME.fullmatch(message.name):
         raise ProtocolError(f"{message.name!r} is not a file of a save")
     slices = [shard.find(slice_id) for slice_id in message.slice_ids]
@@ -65,7 +64,6 @@ def save_slices(shard: StoreShard, files: StateFiles, worker: int, message: m.Sa
 
 def ask_slice(shard: StoreShard, worker: int, message: m.AskSlice) -> None:
     """Send a slice and its state. Raises SaveError."""
-    shard.general()
     each = _state_of(shard, shard.find(message.slice_id))
     records, tensors, plain = records_of(each)
     shard.out.append(Outgoing(worker, m.SliceRecord(message.request, each.version, records, plain)))
@@ -77,7 +75,7 @@ def _state_of(shard: StoreShard, each: Slice) -> SliceState:
     updater = each.setting.updater
     kept = shard.schedule.newest(each.key).updater is updater
     state = updater.state(each.slice_id) if kept else {}
-    return slice_state(each.key, each.value, int(shard.rounds.version[each.index]), state)
+    return slice_state(each.key, each.value, each.version, state)
 
 
 def ask_settings(shard: StoreShard, worker: int, message: m.AskSettings) -> None:

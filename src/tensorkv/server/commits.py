@@ -11,8 +11,7 @@ import torch
 
 from tensorkv.errors import CommitMismatch, DtypeMismatch, TensorKVError
 from tensorkv.plain import Key
-from tensorkv.server.layouts import Slice
-from tensorkv.server.rounds import Index
+from tensorkv.server.layouts import Contribution, Slice
 from tensorkv.wire.messages import Commit
 
 _SQUARES_ARE_EXACT = 1e-140  # above this norm, squares too small for float64 do not count
@@ -23,31 +22,34 @@ _SQUARES_ARE_EXACT = 1e-140  # above this norm, squares too small for float64 do
 class CommitGather:
     """One commit of a store: who has asked for it, for which pushes, and later the sums.
 
-    `pushes` are by worker and slice index the numbers of the contributions to be committed. What a
-    worker has asked for stands, also if it leaves then: servers may learn of that before or after they
-    report, and must do the same. `slices` are those that take part, `totals` their sums but for those
-    whose round is empty.
+    `pushes` are by worker and slice the contributions to be committed. What a worker has asked for stands,
+    also if it leaves then: servers may learn of that before or after they report, and must do the same.
+    `slices` are those that take part, `totals` their sums but for those whose round is empty.
     """
 
     number: int
     asked: dict[int, Commit] = field(default_factory=dict)
-    pushes: dict[int, dict[int, int]] = field(default_factory=dict)
+    pushes: dict[int, dict[Slice, Contribution]] = field(default_factory=dict)
     reported: bool = False
     slices: list[Slice] = field(default_factory=list)
     totals: list[tuple[Slice, torch.Tensor]] = field(default_factory=list)
 
-    def add(self, worker: int, commit: Commit, pushes: Mapping[int, int]) -> None:
+    def add(self, worker: int, commit: Commit, pushes: Mapping[Slice, Contribution]) -> None:
         """A worker has asked, and has made these pushes for it."""
         self.asked[worker] = commit
         self.pushes[worker] = dict(pushes)
 
-    def forget_dropped(self, holder: Index) -> None:
-        """Leave out pushes whose round was dropped meanwhile; `holder` tells what is still there."""
+    def forget_dropped(self, exists: Callable[[Slice], bool]) -> None:
+        """Leave out pushes whose round was dropped meanwhile, and those of slices that are gone."""
         for worker, pushes in self.pushes.items():
-            self.pushes[worker] = {i: number for i, number in pushes.items() if holder[worker, i] == number}
+            self.pushes[worker] = {
+                each: pushed
+                for each, pushed in pushes.items()
+                if exists(each) and each.cohort.inbox.get(worker) is pushed
+            }
 
-    def disagreement(self, name_of: Callable[[int], str]) -> TensorKVError | None:
-        """Return why the workers do not agree, or None. `name_of` tells the key of a slice."""
+    def disagreement(self) -> TensorKVError | None:
+        """Return why the workers do not agree, or None."""
         first_worker = min(self.asked)
         first = self.asked[first_worker]
         for worker, commit in sorted(self.asked.items()):
@@ -59,7 +61,7 @@ class CommitGather:
                 )
             different = self.pushes[worker].keys() ^ self.pushes[first_worker].keys()
             if different:
-                keys = sorted({name_of(index) for index in different})
+                keys = sorted({repr(each.key) for each in different})
                 return CommitMismatch(
                     f"commit: ranks {first_worker} and {worker} have not pushed the same keys with "
                     f"apply=False: only one of them has pushed {', '.join(keys)}"

@@ -26,7 +26,7 @@ from tensorkv.wire.messages import SettingRecord
 @dataclass(slots=True)
 class _Pending:
     table: SettingsTable
-    from_round: dict[int, int]  # by slice index; who is in here still waits for its round
+    from_round: dict[int, int]  # by slice id; who is in here still waits for its round
 
 
 @final
@@ -70,8 +70,8 @@ class SettingSchedule:
 
         Args:
             number: of the setting.
-            from_round: by slice index, of those it may be for.
-            keys: what each slice belongs to, by slice index.
+            from_round: by slice id, of those it may be for.
+            keys: what each slice belongs to, by slice id.
 
         Raises:
             ProtocolError: it was not prepared.
@@ -80,9 +80,9 @@ class SettingSchedule:
             raise ProtocolError(f"setting {number} was activated but not prepared")
         before, (self._latest, _) = self._latest, self._prepared.pop(number)
         changed = {
-            index: first
-            for index, first in from_round.items()
-            if self._latest.setting(keys[index]) is not before.setting(keys[index])
+            slice_id: first
+            for slice_id, first in from_round.items()
+            if self._latest.setting(keys[slice_id]) is not before.setting(keys[slice_id])
         }
         self._pending.append(_Pending(self._latest, changed))
 
@@ -124,7 +124,7 @@ class SettingSchedule:
         """Return what holds for a new slice of `key`."""
         return self._latest.setting(key)
 
-    def due(self, index: int, key: Key, round_number: int) -> Setting | None:
+    def due(self, slice_id: int, key: Key, round_number: int) -> Setting | None:
         """Return the setting that holds for a slice from this round on, if one has waited for it.
 
         A setting that was made earlier and waits for a later round is overtaken: the rank that made it
@@ -132,16 +132,16 @@ class SettingSchedule:
         """
         found: Setting | None = None
         for number, pending in enumerate(self._pending):
-            if pending.from_round.get(index, round_number + 1) <= round_number:
+            if pending.from_round.get(slice_id, round_number + 1) <= round_number:
                 found = pending.table.setting(key)
                 for overtaken in self._pending[: number + 1]:
-                    overtaken.from_round.pop(index, None)
+                    overtaken.from_round.pop(slice_id, None)
         return found
 
-    def forget(self, index: int) -> None:
+    def forget(self, slice_id: int) -> None:
         """A slice is gone."""
         for pending in self._pending:
-            pending.from_round.pop(index, None)
+            pending.from_round.pop(slice_id, None)
 
     def tidy(self) -> None:
         """Drop settings that nobody waits for any more."""

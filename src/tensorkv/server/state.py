@@ -131,8 +131,8 @@ class ServerState:
     def _open(self, message: m.OpenStore) -> None:
         shard = self._stores.get(message.store)
         if shard is not None:
-            if (shard.is_async, shard.mean) != (message.is_async, message.mean):
-                raise ProtocolError(f"store {message.store} is open with another mode or reduction")
+            if (shard.opened.policy, shard.opened.mean) != (message.policy, message.mean):
+                raise ProtocolError(f"store {message.store} is open with another policy or reduction")
             return
         if len(self._stores) >= MAX_STORES:
             raise ProtocolError(f"there are {MAX_STORES} stores already")
@@ -158,10 +158,10 @@ class ServerState:
             case m.DefinePlan():
                 if (worker, message.plan) in self._store_of_plan:
                     raise ProtocolError(f"worker {worker} has defined plan {message.plan} already")
-                shard.define_plan(worker, message)
+                shard.plans.define(worker, message)
                 self._store_of_plan[worker, message.plan] = shard
             case m.DropPlan():
-                shard.drop_plan(worker, message)
+                shard.plans.drop(worker, message.plan)
                 self._asked = None
                 del self._store_of_plan[worker, message.plan]
             case m.WaitMerged():
@@ -225,7 +225,7 @@ class ServerState:
         self._gone.add(worker)
         out: list[Outgoing] = []
         for shard in list(self._stores.values()):
-            if not shard.rounds.left[worker]:
+            if not shard.has_left(worker):
                 self._leave(shard, worker)
                 out += shard.out
                 shard.out = []
@@ -234,14 +234,14 @@ class ServerState:
     def _leave(self, shard: StoreShard, worker: int) -> None:
         for name in shard.leave(worker):
             del self._store_of_plan[name]
-        if shard.rounds.left.all():
+        if shard.is_over:
             shard.end()
-            del self._stores[shard.store]
+            del self._stores[shard.opened.store]
 
     def report(self) -> list[str]:
         """Say of each store whom its open rounds wait for, a line per key and round."""
         return [
-            f"store {shard.name!r}: {line}"
+            f"store {shard.opened.name!r}: {line}"
             for shard in list(self._stores.values())
             for line in shard.report()
         ]
@@ -261,7 +261,7 @@ class ServerState:
         shard = self._stores.get(message.store)
         if shard is None:
             raise ProtocolError(f"store {message.store} is not open")
-        if shard.rounds.left[worker]:
+        if shard.has_left(worker):
             raise ProtocolError(f"worker {worker} has left store {message.store}")
         return shard
 
@@ -271,8 +271,8 @@ class ServerState:
         It is asked for twice: before there is memory for the payload, and after that has come.
         """
         if message is not self._asked or self._found is None:
-            shard = self._plan(worker, message.plan)
-            self._found = shard, shard.chunk(worker, message.plan, message.chunk)
+            shard = self._store_of_plan.get((worker, message.plan)) or self._plan(worker, message.plan)
+            self._found = shard, shard.plans.chunk(worker, message.plan, message.chunk)
             self._asked = message
         return self._found
 

@@ -127,7 +127,7 @@ class DistStore(KVStore):
         job.enter(self._store, self, weakly=embedded is not None)
         with job.order, job.whole:
             for link in job.links:
-                link.put(m.OpenStore(self._store, store, self._is_async, reduction == "mean"))
+                link.put(m.OpenStore(self._store, store, policy, reduction == "mean"))
 
     @property
     def rank(self) -> int:

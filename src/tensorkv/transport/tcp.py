@@ -126,8 +126,7 @@ class TcpConnection(StreamConnection):
         """Return why the connection has ended, also to the thread to which the kernel does not tell it.
 
         The kernel tells an error once, to the thread that sends or to the one that receives. The other gets
-        EPIPE or the end of the connection, as when the peer's process ends, and
-        so waits a moment for the first.
+        EPIPE or the end of the connection, as when the peer's process ends; it waits a moment for the first.
         """
         if exc is not None and not isinstance(exc, BrokenPipeError):
             self._error = exc

@@ -198,7 +198,7 @@ class OpenStore(Message, tag=20):
 
     store: int
     name: str
-    is_async: bool
+    policy: str
     mean: bool
 
 

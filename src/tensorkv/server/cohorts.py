@@ -1,0 +1,190 @@
+"""Cohorts: slices with one history, and the rounds that they are in.
+
+THEORY OF OPERATION
+A training loop pushes the same keys in every step, so the same numbers stand for all their slices: which
+round is open, and who has contributed to it. A cohort holds these numbers once for all of its slices. So a
+push, a merge and an update of a thousand slices in one cohort cost as much bookkeeping as those of one slice.
+
+What a cohort says is true of each of its slices. So a push that names part of a cohort first splits it, into
+the slices that the push names and the rest; both go on with the same open round. Pulls and puts only look at
+cohorts, and split none. The slices that nobody has pushed are in one cohort, however many they are.
+
+Joining is the reverse. It is there for speed alone. Cohorts may join when they are at rest, that is when no
+round of theirs is open or held and nobody waits. Then they differ only in the numbers of their rounds and
+updates, and each slice keeps the difference (`Slice.round_offset`, `Slice.version_offset`). A layout joins
+the cohorts that it covers when a push has found them at rest for the `patience`-th time, at first the second.
+Each split of what a layout has joined doubles its patience. So if a store's keys are pushed in one list now
+and in others then, its cohorts soon stay as small as the smallest list needs them. Otherwise each step would
+split and join a thousand of them.
+
+RULES
+1. The slices of a cohort have the same contributors in the open round and wait for the same peers.
+2. `applied` counts rounds, also empty and failed ones; `updates` counts successful updates of the cohort.
+   What differs by slice (a failed update, a put, a later start) is in the slice's offsets.
+3. A held round is merged but not applied: it waits for a commit.
+4. A peer has at most one contribution to a cohort: to the open round, or to the held one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from tensorkv.server.layouts import Chunk, Contribution, Layout, Slice
+    from tensorkv.server.memory import Memory
+
+FIRST_PATIENCE = 2
+"""Pushes that find the cohorts of their layout at rest before these are joined for the first time."""
+
+
+@final
+@dataclass(slots=True, eq=False)
+class Wait:
+    """A chunk that a worker waits for. `late` counts the cohorts whose round is not applied yet.
+
+    A pull is answered by the values of the chunk; `put` has those of a put.
+    """
+
+    worker: int
+    request: int
+    layout: Layout
+    chunk: int
+    late: int = 0
+    put: tuple[Chunk, Memory] | None = None
+
+
+@final
+@dataclass(slots=True, eq=False)
+class MergeWait:
+    """Slices whose merging a worker waits for, each with its position in the worker's plan."""
+
+    worker: int
+    request: int
+    layout: Layout
+    numbers: dict[Slice, int]
+
+
+@final
+class Cohort:
+    """Slices with one history.
+
+    `inbox` has the contributions of the open round, or of the held one, by peer. `waits` has the calls that
+    wait, each with the round that must be applied first; `merge_waits` those that wait for the open round to
+    merge.
+    """
+
+    __slots__ = ("applied", "held", "inbox", "joined_by", "merge_waits", "slices", "updates", "waits")
+
+    def __init__(self) -> None:
+        self.slices: dict[Slice, None] = {}  # in the order in which they came
+        self.applied = 0
+        self.updates = 0
+        self.held = False
+        self.inbox: dict[int, Contribution] = {}
+        self.waits: list[tuple[int, Wait]] = []
+        self.merge_waits: list[MergeWait] = []
+        self.joined_by: Layout | None = None
+
+    @property
+    def merged(self) -> int:
+        """The number of merged rounds."""
+        return self.applied + self.held
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no slice was ever pushed, so that a new slice has the same history."""
+        return not self.applied and self.at_rest and self.joined_by is None
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no round is open or held, and nobody waits."""
+        return not (self.inbox or self.held or self.waits or self.merge_waits)
+
+    def contributions(self) -> list[Contribution]:
+        """Return what was contributed to the open or held round, by rank: the order of every sum."""
+        inbox = self.inbox
+        return [inbox[peer] for peer in sorted(inbox)]
+
+    def finish_round(self) -> None:
+        """The round is applied, whatever came of it; the next one is open."""
+        self.applied += 1
+        self.held = False
+        self.inbox = {}
+
+    def add(self, each: Slice) -> None:
+        """Take in a slice that has the history of the others."""
+        each.cohort = self
+        self.slices[each] = None
+
+    def split(self, slices: Iterable[Slice]) -> Cohort:
+        """Move slices to a cohort of their own, with the same history, and return it."""
+        part = Cohort()
+        part.applied, part.updates, part.held = self.applied, self.updates, self.held
+        part.inbox = dict(self.inbox)
+        for each in slices:
+            del self.slices[each]
+            part.add(each)
+        if self.waits:
+            waits, self.waits = self.waits, []
+            for need, wait in waits:
+                concerned = _concerned(wait, (self, part))
+                wait.late += len(concerned) - 1
+                for cohort in concerned:
+                    cohort.waits.append((need, wait))
+        if self.merge_waits:
+            merge_waits, self.merge_waits = self.merge_waits, []
+            for merge_wait in merge_waits:
+                for cohort in _concerned(merge_wait, (self, part)):
+                    cohort.merge_waits.append(merge_wait)
+        if self.joined_by is not None:
+            self.joined_by.patience *= 2
+            self.joined_by = None
+        return part
+
+    def join(self, other: Cohort) -> None:
+        """Take over the slices of another cohort. Both must be at rest."""
+        rounds, updates = other.applied - self.applied, other.updates - self.updates
+        for each in other.slices:
+            each.round_offset += rounds
+            each.version_offset += updates
+            self.add(each)
+        other.slices = {}
+
+
+def cohorts_of(slices: Iterable[Slice]) -> list[Cohort]:
+    """Return the cohorts of slices, each once, in the order of the slices."""
+    return list(dict.fromkeys(each.cohort for each in slices))
+
+
+def split_for(layout: Layout, cohorts: Sequence[Cohort]) -> list[Cohort]:
+    """Split cohorts of which a layout names only a part; return those that have just its slices."""
+    named: dict[Cohort, list[Slice]] = {cohort: [] for cohort in cohorts}
+    for each in layout.slices:
+        named[each.cohort].append(each)
+    return [
+        cohort if len(slices) == len(cohort.slices) else cohort.split(slices)
+        for cohort, slices in named.items()
+    ]
+
+
+def join_for(layout: Layout, cohorts: Sequence[Cohort]) -> Cohort | None:
+    """Join the cohorts that a layout covers, if they are at rest, and it has found them so often enough."""
+    if not all(cohort.at_rest for cohort in cohorts):
+        return None
+    layout.found_at_rest += 1
+    if layout.found_at_rest < layout.patience:
+        return None
+    layout.found_at_rest = 0
+    first = cohorts[0]
+    for other in cohorts[1:]:
+        first.join(other)
+    first.joined_by = layout
+    return first
+
+
+def _concerned(wait: Wait | MergeWait, cohorts: Sequence[Cohort]) -> list[Cohort]:
+    """Return those of `cohorts` that a call waits for."""
+    found = {each.cohort for each in wait.layout.slices}
+    return [cohort for cohort in cohorts if cohort in found]

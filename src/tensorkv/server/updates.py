@@ -1,0 +1,132 @@
+"""Updates: adds up what was contributed to slices, and runs their updaters on the sums.
+
+Where all workers pushed one layout, whole runs of memory are added up. Slices that came in different chunks
+are added up one by one. Both return what failed, by slice: such a slice keeps its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import final
+
+import torch
+
+from tensorkv.errors import TensorKVError, UpdaterError
+from tensorkv.server.layouts import Contribution, Layout, Run, Slice
+from tensorkv.server.memory import NoMemory, short_of
+from tensorkv.server.sums import add_up, weigh
+from tensorkv.updaters.base import Update
+from tensorkv.updaters.settings import Setting, apply_all
+
+Failed = dict[Slice, Exception]
+"""What failed, by slice."""
+
+Sum = tuple[Slice, torch.Tensor, bool]
+"""A slice, the sum of its contributions, and whether that memory is borrowed."""
+
+
+@final
+class Updates:
+    """Sums and updates of one store; in a store that takes means, sums are divided."""
+
+    def __init__(self, mean: bool, error_of: NoMemory) -> None:
+        self._mean = mean
+        self._no_memory = error_of
+
+    def of_layout(self, layout: Layout, parts: Sequence[Contribution], settings_epoch: int) -> Failed:
+        """Add up whole runs of memory, and update all slices of a layout in one call.
+
+        `parts` are the contributions that are not absent, at least one, in rank order. All are of this
+        layout, and the counts of each are alike.
+        """
+        divisor, factors = (
+            weigh([(each.weight, each.counts[0]) for each in parts]) if self._mean else (1, None)
+        )
+        if layout.all_assign(settings_epoch):
+            return self._assign_runs(layout, parts, divisor, factors)
+        stop = layout.bounds(len(layout.slices) - 1)[1]
+        found = [each.buffer.elements(each.dtype, 0, stop) for each in parts]
+        borrowed = parts[0].buffer.borrowed
+        dtype = layout.slices[0].dtype
+        total = add_up(found, dtype, divisor, may_overwrite=not borrowed, factors=factors)
+        borrowed = borrowed and total is found[0]
+        sums = [
+            (each, total[low : low + each.num_elems], borrowed)
+            for low, each in zip(layout.lows, layout.slices, strict=True)
+        ]
+        return run_updaters(sums, layout.only_setting(settings_epoch))
+
+    def sum_of(
+        self, each: Slice, contributions: Iterable[Contribution], may_overwrite: bool = True
+    ) -> Sum | None:
+        """Return the sum of one slice's contributions, which are in rank order; None if all are absent."""
+        parts: list[torch.Tensor] = []
+        shares: list[tuple[float | None, int]] = []
+        borrowed = False
+        for pushed in contributions:
+            if not pushed.absent:
+                position = pushed.layout.position[each]
+                borrowed = borrowed if parts else pushed.buffer.borrowed
+                parts.append(pushed.buffer.elements(pushed.dtype, *pushed.layout.bounds(position)))
+                shares.append((pushed.weight, pushed.counts[position]))
+        if not parts:
+            return None
+        may_overwrite = may_overwrite and not borrowed
+        divisor, factors = weigh(shares) if self._mean else (1, None)
+        total = add_up(parts, each.dtype, divisor, may_overwrite=may_overwrite, factors=factors)
+        return each, total, borrowed and total is parts[0]
+
+    def sum_error(self, exc: Exception) -> TensorKVError:
+        """Return the error to tell of a sum that could not be taken."""
+        short = short_of(exc, "a round of what was pushed", self._no_memory)
+        text = f"what was pushed could not be added up or applied: {type(exc).__name__}: {exc}"
+        return short or UpdaterError(text)
+
+    def _assign_runs(
+        self, layout: Layout, parts: Sequence[Contribution], divisor: float, factors: Sequence[float] | None
+    ) -> Failed:
+        """Add whole runs straight into the stored values."""
+        failed: Failed = {}
+        for run in layout.runs:
+            try:
+                _assign_run(run, layout.slices[0].dtype, parts, divisor, factors)
+            except Exception as exc:  # noqa: BLE001  # whatever torch refuses; the other runs are assigned
+                error = self.sum_error(exc)
+                failed.update(dict.fromkeys(layout.slices_in(run), error))
+        return failed
+
+
+def run_updaters(sums: Sequence[Sum], only: Setting | None = None) -> Failed:
+    """Run the updater of each slice on its sum. `only` is the setting of them all, if known."""
+    for each, _, _ in sums:
+        each.slot.make_writable()
+    updates = [
+        Update(each.slice_id, each.key, total.view(each.shape), each.value, borrowed)
+        for each, total, borrowed in sums
+    ]
+    if only is not None:
+        failures = only.updater.apply(updates, only.options)
+    else:
+        failures = apply_all(
+            [(each.setting, update) for (each, *_), update in zip(sums, updates, strict=True)]
+        )
+    return {each: failure for (each, *_), failure in zip(sums, failures, strict=True) if failure is not None}
+
+
+def _assign_run(
+    run: Run,
+    dtype: torch.dtype,
+    parts: Sequence[Contribution],
+    divisor: float,
+    factors: Sequence[float] | None,
+) -> None:
+    may_overwrite = not parts[0].buffer.borrowed
+    found = [each.buffer.elements(each.dtype, run.low, run.high) for each in parts]
+    if run.slot.lease.readers:
+        if run.is_whole_slot:  # nothing of the old value is needed
+            fresh = run.slot.fresh()
+            add_up(found, dtype, divisor, fresh, may_overwrite=may_overwrite, factors=factors)
+            run.slot.replace(fresh)
+            return
+        run.slot.make_writable()
+    add_up(found, dtype, divisor, run.stored.tensor, may_overwrite=may_overwrite, factors=factors)

@@ -1,0 +1,104 @@
+"""Updates: whole layouts and single slices are added up alike, and what fails keeps its value."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tensorkv.errors import UpdaterError
+from tensorkv.server.cohorts import Cohort
+from tensorkv.server.layouts import Contribution, Layout, Slice
+from tensorkv.server.memory import Memory, no_memory
+from tensorkv.server.slots import Slot
+from tensorkv.server.updates import Updates, run_updaters
+from tensorkv.updaters.base import Add, Assign, Updater
+from tensorkv.updaters.settings import Setting
+
+
+def layout_of(updater: Updater, dtype: torch.dtype = torch.float32) -> Layout:
+    """Three slices of two elements, the last one in memory of its own."""
+    shared, own, setting = (
+        Slot(torch.zeros(4, dtype=dtype)),
+        Slot(torch.zeros(2, dtype=dtype)),
+        Setting(updater),
+    )
+    places = [(shared, 0), (shared, 2), (own, 0)]
+    cohort = Cohort()
+    slices = [
+        Slice(number, f"k{number}", 0, 2, (2,), slot, offset, setting, cohort)
+        for number, (slot, offset) in enumerate(places)
+    ]
+    return Layout(slices, [0, 2, 4])
+
+
+def pushed(
+    layout: Layout,
+    values: torch.Tensor,
+    peer: int = 0,
+    *,
+    count: int = 1,
+    weight: float | None = None,
+    absent: bool = False,
+) -> Contribution:
+    counts = [count] * len(layout.slices)
+    memory = Memory(values.clone())
+    return Contribution(
+        peer, layout, values.dtype, absent, counts, True, memory, True, weight, len(layout.slices)
+    )
+
+
+def stored(layout: Layout) -> torch.Tensor:
+    return torch.cat([each.value for each in layout.slices])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("updater", [Assign, Add])
+@pytest.mark.parametrize("weights", [(None, None), (2.0, None), (0.5, 3.0)])
+def test_a_layout_is_added_up_as_its_slices_are(
+    dtype: torch.dtype, updater: type[Updater], weights: tuple[float | None, float | None]
+) -> None:
+    generator = torch.Generator().manual_seed(8)
+    values = [torch.randn(6, generator=generator).to(dtype) for _ in weights]
+    updates = Updates(True, no_memory)
+    whole, single = layout_of(updater(), dtype), layout_of(updater(), dtype)
+    parts = [pushed(whole, each, count=2, weight=w) for each, w in zip(values, weights, strict=True)]
+    assert updates.of_layout(whole, parts, 0) == {}
+    parts = [pushed(single, each, count=2, weight=w) for each, w in zip(values, weights, strict=True)]
+    sums = [updates.sum_of(each, parts) for each in single.slices]
+    assert run_updaters([each for each in sums if each is not None]) == {}
+    assert torch.equal(stored(whole), stored(single))
+    assert bool((stored(whole) != 0).all())
+
+
+def test_a_slice_that_nobody_has_values_for_has_no_sum() -> None:
+    layout = layout_of(Add())
+    nothing = pushed(layout, torch.ones(6), absent=True)
+    assert Updates(False, no_memory).sum_of(layout.slices[0], [nothing]) is None
+    found = Updates(False, no_memory).sum_of(layout.slices[1], [nothing, pushed(layout, torch.ones(6), 1)])
+    assert found is not None
+    assert found[1].tolist() == [1.0, 1.0]
+
+
+def test_a_commit_leaves_what_was_pushed_as_it_is() -> None:
+    layout = layout_of(Add())
+    parts = [pushed(layout, torch.ones(6)), pushed(layout, torch.ones(6), 1)]
+    found = Updates(False, no_memory).sum_of(layout.slices[0], parts, may_overwrite=False)
+    assert found is not None
+    assert found[1].tolist() == [2.0, 2.0]
+    assert all(each.buffer.tensor.tolist() == [1.0] * 6 for each in parts)
+
+
+def test_a_run_that_cannot_be_assigned_fails_for_its_slices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layout_of(Assign())
+    first = layout.slices[0].slot
+    first.lease.readers = 1  # the first run has to move, which needs memory
+
+    def refuse(self: Slot) -> torch.Tensor:
+        raise RuntimeError("no place")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slot, "fresh", refuse)
+        failed = Updates(False, no_memory).of_layout(layout, [pushed(layout, torch.ones(6))], 0)
+    assert list(failed) == layout.slices[:2]
+    assert all(isinstance(error, UpdaterError) and "no place" in str(error) for error in failed.values())
+    assert stored(layout).tolist() == [0.0] * 4 + [1.0] * 2
