@@ -1,6 +1,6 @@
-"""What goes into a save of a store's slices on one server, and how slices come out of one.
+"""Save and load of a store's slices on one server.
 
-The files are somebody else's: `StateFiles` is all that is known of them here.
+This module accesses files only through `StateFiles`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tensorkv.wire import messages as m
 
 
 class SavedPieces(Protocol):
-    """Pieces of a save that are open to be read."""
+    """The pieces of a save that is open for reading."""
 
     def load(self, record: KeyRecord, start: int, stop: int) -> SliceState:
         """Return elements [start, stop) of a key with their state. Raises LoadError."""
@@ -42,11 +42,11 @@ class StateFiles(ABC):
 
     @abstractmethod
     def check(self, folder: str, files: Mapping[str, FileRecord]) -> None:
-        """Raise LoadError unless these files are as they were saved, where that can be told."""
+        """Raise LoadError unless these files are as they were saved, as far as that can be checked."""
 
     @abstractmethod
     def open(self, folder: str) -> AbstractContextManager[SavedPieces]:
-        """Read from the files of the save in a folder."""
+        """Open the files of the save in a folder for reading."""
 
 
 # ---- out ---------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def ask_slice(shard: StoreShard, worker: int, message: m.AskSlice) -> None:
 
 
 def _state_of(shard: StoreShard, each: Slice) -> SliceState:
-    """Return a copy of a slice, with the state of its optimizer if the next round will have it too."""
+    """Return a copy of a slice, with the state of its optimizer if the newest setting keeps its updater."""
     updater = each.setting.updater
     kept = shard.schedule.newest(each.key).updater is updater
     state = updater.state(each.slice_id) if kept else {}
@@ -79,7 +79,7 @@ def _state_of(shard: StoreShard, each: Slice) -> SliceState:
 
 
 def ask_settings(shard: StoreShard, worker: int, message: m.AskSettings) -> None:
-    """Tell the newest settings."""
+    """Send the newest settings."""
     shard.out.append(Outgoing(worker, m.Settings(message.request, shard.schedule.table().describe())))
 
 
@@ -87,7 +87,7 @@ def ask_settings(shard: StoreShard, worker: int, message: m.AskSettings) -> None
 
 
 def prepare_restore(shard: StoreShard, worker: int, message: m.PrepareRestore) -> None:
-    """Make the settings of a save ready; raises what is wrong with them."""
+    """Load the settings of a save; raises if they are invalid."""
     shard.schedule.prepare_restore(message.settings, message.codes)
     for each in shard.slices:
         each.restored = None
@@ -95,7 +95,7 @@ def prepare_restore(shard: StoreShard, worker: int, message: m.PrepareRestore) -
 
 
 def load_slices(shard: StoreShard, files: StateFiles, worker: int, message: m.LoadSlices) -> None:
-    """Create slices from files. Raises LoadError; some may be there then."""
+    """Create slices from files. Raises LoadError; some slices may exist then."""
     files.check(message.folder, message.check)
     with files.open(message.folder) as saved:
         for each in message.keys:
@@ -107,7 +107,7 @@ def load_slices(shard: StoreShard, files: StateFiles, worker: int, message: m.Lo
 
 
 def restore_slice(shard: StoreShard, worker: int, message: m.RestoreSlice, payload: Memory) -> None:
-    """Create a slice from what has travelled."""
+    """Create a slice from a received payload."""
     each = unpack(payload.tensor, message.tensors, message.version, message.plain)
     restore(shard, message.entry, message.key, message.shape, each)
     shard.out.append(Outgoing(worker, m.Done(message.request)))
@@ -116,12 +116,12 @@ def restore_slice(shard: StoreShard, worker: int, message: m.RestoreSlice, paylo
 def restore(
     shard: StoreShard, entry: m.SliceEntry, key: Key, shape: tuple[int, ...], each: SliceState
 ) -> None:
-    """Create a slice, and keep what its updater will go on with."""
+    """Create a slice, and keep the state that its updater will continue with."""
     shard.create(entry, key, shape, each.value, each.version).restored = each
 
 
 def finish_restore(shard: StoreShard, worker: int, message: m.FinishRestore) -> None:
-    """Let the settings of the save hold, and the new slices go on with their state."""
+    """Install the settings of the save, and hand the states of the new slices to their updaters."""
     shard.install_settings(shard.schedule.take_restored())
     for each in shard.slices:
         if each.restored is not None:

@@ -1,4 +1,4 @@
-"""Commits on one server: gather every worker's, and check that they agree."""
+"""Commits on one server: gather the requests of all workers, and check that they agree."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tensorkv.plain import Key
 from tensorkv.server.layouts import Contribution, Slice
 from tensorkv.wire.messages import Commit
 
-_SQUARES_ARE_EXACT = 1e-140  # above this norm, squares too small for float64 do not count
+_SQUARES_ARE_EXACT = 1e-140  # above this norm, squares that underflow are negligible
 
 
 @final
 @dataclass(slots=True)
 class CommitGather:
-    """One commit of a store: who has asked for it, for which pushes, and later the sums.
+    """One commit of a store: which workers have asked for it, for which pushes, and later the sums.
 
-    `pushes` are by worker and slice the contributions to be committed. What a worker has asked for stands,
-    also if it leaves then: servers may learn of that before or after they report, and must do the same.
-    `slices` are those that take part, `totals` their sums but for those whose round is empty.
+    `pushes` holds the contributions to commit, by worker and slice. A worker's request stands even if it
+    leaves then: servers may learn of that before or after they report, and must do the same. `slices` are
+    those that take part, `totals` their sums; a slice whose round is empty has none.
     """
 
     number: int
@@ -35,12 +35,12 @@ class CommitGather:
     totals: list[tuple[Slice, torch.Tensor]] = field(default_factory=list)
 
     def add(self, worker: int, commit: Commit, pushes: Mapping[Slice, Contribution]) -> None:
-        """A worker has asked, and has made these pushes for it."""
+        """Record a worker's request and the pushes that it commits."""
         self.asked[worker] = commit
         self.pushes[worker] = dict(pushes)
 
     def forget_dropped(self, exists: Callable[[Slice], bool]) -> None:
-        """Leave out pushes whose round was dropped meanwhile, and those of slices that are gone."""
+        """Remove pushes whose round was dropped meanwhile, and those of deleted slices."""
         for worker, pushes in self.pushes.items():
             self.pushes[worker] = {
                 each: pushed
@@ -49,7 +49,7 @@ class CommitGather:
             }
 
     def disagreement(self) -> TensorKVError | None:
-        """Return why the workers do not agree, or None."""
+        """Return why the workers disagree, or None."""
         first_worker = min(self.asked)
         first = self.asked[first_worker]
         for worker, commit in sorted(self.asked.items()):
@@ -90,12 +90,12 @@ class CommitGather:
 
 
 def norms_of(tensors: Iterable[torch.Tensor]) -> list[float]:
-    """Return the Euclidean norm of each tensor, taken in float64. Infinite or NaN elements show."""
+    """Return the Euclidean norm of each tensor, taken in float64. Infinite and NaN elements propagate."""
     return [_norm(_computable(tensor)) for tensor in tensors]
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether no element is infinite or NaN. The norm of elements that are finite may not be."""
+    """Whether no element is infinite or NaN. The norm of finite elements may still be infinite."""
     return all(bool(_computable(tensor).isfinite().all()) for tensor in tensors)
 
 
@@ -125,7 +125,7 @@ def _norm(tensor: torch.Tensor) -> float:
     norm: float = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
     if _SQUARES_ARE_EXACT < norm < math.inf or not tensor.numel():
         return norm
-    largest: float = tensor.abs().max().item()  # squares may have overflowed or vanished
+    largest: float = tensor.abs().max().item()  # squares may have overflowed or underflowed
     if largest == 0 or not math.isfinite(largest):
         return norm
     scaled: float = torch.linalg.vector_norm(tensor.to(torch.float64) / largest).item()

@@ -20,10 +20,11 @@ from tensorkv.updaters.settings import Setting
 @final
 @dataclass(slots=True, eq=False)
 class Slice:
-    """One slice of a value: elements [start, stop) of `key`, kept in `slot` from `offset` on.
+    """One slice of a value: elements [start, stop) of `key`, stored in `slot` from `offset` on.
 
-    `shape` is the value's own where the slice is all of it, else (stop - start,). Rounds and updates are
-    counted by the cohort, from the two offsets on. `restored` is what a load under way has brought.
+    `shape` is the shape of the value if the slice is all of it, otherwise (stop - start,). The cohort counts
+    rounds and updates; the slice adds its two offsets. `restored` is the state that a load in progress has
+    brought.
     """
 
     slice_id: int
@@ -41,17 +42,17 @@ class Slice:
 
     @property
     def applied(self) -> int:
-        """The number of rounds that were applied, also empty and failed ones."""
+        """Number of applied rounds, including empty and failed ones."""
         return self.cohort.applied + self.round_offset
 
     @property
     def version(self) -> int:
-        """The number of updates that succeeded, and of puts."""
+        """Number of successful updates and of puts."""
         return self.cohort.updates + self.version_offset
 
     @property
     def num_elems(self) -> int:
-        """Elements of the slice."""
+        """Number of elements of the slice."""
         return self.stop - self.start
 
     @property
@@ -68,7 +69,7 @@ class Slice:
 @final
 @dataclass(slots=True)
 class Run:
-    """Elements [low, high) of a chunk that lie together in one slot, from `offset` on."""
+    """Elements [low, high) of a chunk that are contiguous in one slot, from `offset` on."""
 
     low: int
     high: int
@@ -84,7 +85,7 @@ class Run:
 
     @property
     def is_whole_slot(self) -> bool:
-        """Whether nothing else lies in the slot."""
+        """Whether the run fills its slot."""
         return self.offset == 0 and self.stop_offset == self.slot.tensor.numel()
 
     @property
@@ -98,10 +99,10 @@ class Run:
 
 @final
 class Layout:
-    """Slices as they lie in a chunk: where each begins and ends there, and which runs of memory they make.
+    """How slices lie in a chunk: where each begins and ends, and which runs of memory they form.
 
     Workers that push the same slices in the same order share one layout object, so that their
-    contributions can be added as whole runs. A slice that was deleted leaves a gap.
+    contributions can be added as whole runs. A deleted slice leaves a gap.
     """
 
     def __init__(self, slices: list[Slice], lows: list[int]) -> None:
@@ -110,7 +111,7 @@ class Layout:
         self.position = {each: number for number, each in enumerate(slices)}
         self.runs = self._find_runs()
         self.patience = FIRST_PATIENCE
-        self.found_at_rest = 0  # how often in a row `join_for` has found its cohorts so
+        self.found_at_rest = 0  # how often `join_for` has found its cohorts at rest since it last joined
         self._cohorts: list[Cohort] = []
         self._cohorts_epoch = -1
         self._settings_epoch = -1
@@ -128,20 +129,20 @@ class Layout:
         return [each for low, each in starts if run.low <= low and low + each.num_elems <= run.high]
 
     def cohorts(self, epoch: int) -> list[Cohort]:
-        """Return the cohorts of the slices; looked up anew when `epoch` has changed."""
+        """Return the cohorts of the slices; cached until `epoch` changes."""
         if self._cohorts_epoch != epoch:
             self._cohorts = cohorts_of(self.slices)
             self._cohorts_epoch = epoch
         return self._cohorts
 
     def all_assign(self, settings_epoch: int) -> bool:
-        """Whether ASSIGN holds for every slice; looked up anew when `settings_epoch` has changed."""
+        """Whether every slice has the updater ASSIGN; cached until `settings_epoch` changes."""
         if self._settings_epoch != settings_epoch:
             self._look_up_settings(settings_epoch)
         return self._all_assign
 
     def only_setting(self, settings_epoch: int) -> Setting | None:
-        """Return the setting that holds for every slice, None if there are several; as `all_assign`."""
+        """Return the setting of all slices, None if there are several; cached as in `all_assign`."""
         if self._settings_epoch != settings_epoch:
             self._look_up_settings(settings_epoch)
         return self._only_setting
@@ -158,7 +159,7 @@ class Layout:
             low, high = self.bounds(number)
             last = runs[-1] if runs else None
             if last and last.slot is each.slot and last.high == low and last.stop_offset == each.offset:
-                last.high = high  # nobody has asked for `stored` yet
+                last.high = high  # `stored` is not cached yet
             else:
                 runs.append(Run(low, high, each.slot, each.offset))
         return runs
@@ -167,12 +168,12 @@ class Layout:
 @final
 @dataclass(slots=True)
 class Chunk:
-    """A chunk of a worker's plan: a layout, and how the worker's bytes for it are to be read.
+    """A chunk of a worker's plan: a layout, and how to read the worker's bytes for it.
 
-    `slice_ids` and `lengths` are those the worker named; the layout holds what still exists of them.
-    `dtype` is the pushed one, `absent` means that no bytes come. `counts` and `numbers` (positions in the
-    whole plan) stand per slice of the layout; `alike` tells that all counts are equal, `whole` that no
-    slice is gone. A push carries `payload_bytes` bytes.
+    `slice_ids` and `lengths` are as the worker named them; the layout holds the slices that still exist.
+    `dtype` is the pushed one; `absent` means that no bytes come. `counts` and `numbers` (positions in the
+    whole plan) have an entry for each slice of the layout; `alike` says that all counts are equal, `whole`
+    that no slice is deleted. A push carries `payload_bytes` bytes.
     """
 
     slice_ids: list[int]
@@ -192,7 +193,7 @@ class Chunk:
         self.payload_bytes = 0 if self.absent else sum(self.lengths) * self.dtype.itemsize
 
     def gone(self) -> list[int]:
-        """Return the ids of its slices that do not exist any more."""
+        """Return the ids of its deleted slices."""
         if self.whole:
             return []
         there = set(self.numbers)
@@ -200,12 +201,12 @@ class Chunk:
 
 
 @final
-class Contribution(msgspec.Struct, eq=False):  # made in a third of the time of a dataclass
-    """What one peer pushed for a chunk, until each of its slices is applied or dropped.
+class Contribution(msgspec.Struct, eq=False):  # created in a third of the time of a dataclass
+    """One peer's push of a chunk, until each of its slices is applied or dropped.
 
-    In a mean a slice counts as `weight`, or as `counts` says if that is None; `alike` tells that all counts
-    are equal. `live` counts the slices that are left; at 0 the buffer goes back to its pool, and a push that
-    asked for the values gets them: `request` is that of the pull, 0 for none, `number` the chunk's.
+    In a mean a slice counts as `weight`, or as in `counts` if that is None; `alike` says that all counts are
+    equal. `live` counts the remaining slices; at 0 the buffer returns to its pool, and a push that asked for
+    the values gets them. `request` is the number of that pull, 0 for none; `number` is that of the chunk.
     """
 
     peer: int

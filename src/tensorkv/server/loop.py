@@ -1,10 +1,10 @@
 """The server: serves `ServerState` to the workers. `python -m tensorkv.server.loop` is a server process.
 
-One thread, the loop, receives from all workers and from the scheduler as their bytes come: a payload
-goes straight into a buffer of the pool, then the state machine runs, and what it answers is sent as far
-as that goes without waiting. So threads do not hand the interpreter to each other in the middle of a
-small request, and a worker that stops in the middle of a frame stops nobody. Torch is set to one thread
-in a server process: servers are many, and each adds what fits its cache.
+One thread, the loop, receives from all workers and from the scheduler as bytes arrive. A payload goes
+directly into a buffer of the pool, then the state machine runs, and the loop sends its answers as far as
+possible without blocking. So a small request needs no thread switch, and a worker that stalls in the middle
+of a frame blocks no other. A server process sets torch to one thread: there are many servers, and each adds
+what fits its cache.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, final
 
-if __name__ == "__main__":  # a server process; nothing that imports make is garbage, and `main` goes on
-    gc.disable()  # the collector takes a sixth of the time of importing torch
+if __name__ == "__main__":  # a server process: imports create no garbage, and `main` enables gc again
+    gc.disable()  # collections take a sixth of the time of importing torch
 
 import torch
 
@@ -57,21 +57,21 @@ from tensorkv.transport.unix import UnixConnection
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 
-logger = logging.getLogger("tensorkv.server.loop")  # also where this module is the program
+logger = logging.getLogger("tensorkv.server.loop")  # the same name if this module is __main__
 JOIN_TIMEOUT_S = 5.0
 FRAMES_PER_TURN = 16
-"""So many frames of one worker are taken in before others have their turn."""
+"""Maximum number of frames of one worker that the loop takes before others have their turn."""
 
 SCRAP_BYTES = 1 << 20
-"""A payload for which there is no memory is received over and over into so much."""
+"""Size of the buffer that receives, piece by piece, a payload for which there is no memory."""
 
 LAST_WORDS_S = 1.0
-"""So long what a lost worker has sent is taken in, while all others wait."""
+"""Timeout in seconds for draining a lost worker's connection. Every other worker waits meanwhile."""
 
 
 @final
 class _Peer:
-    """A connection that the loop reads, a worker's or the scheduler's, and the frame that is coming."""
+    """A connection that the loop reads, a worker's or the scheduler's, and its incoming frame."""
 
     def __init__(self, connection: Connection, name: str, worker: int, server: Server) -> None:
         self.connection = connection
@@ -81,9 +81,9 @@ class _Peer:
         self.message: Any = None
         self.buffer = EMPTY
         self.ended = False
-        self.no_room: MemoryLimitReached | None = None  # for the payload of the frame that is coming
-        self.refused: Exception | None = None  # why nothing more is sent to it, if that is its fault
-        self.gone = False  # it does not take what is sent to it
+        self.no_room: MemoryLimitReached | None = None  # for the payload of the incoming frame
+        self.refused: Exception | None = None  # why sending to it ended, if that is its fault
+        self.gone = False  # sending to it failed
         self.sharing = server._share_with(self)
 
     def _cannot_send(self, exc: BaseException) -> None:
@@ -100,7 +100,7 @@ class Server:
 
     Args:
         config: its place in the job; `host` is the address it binds to.
-        load_updater: makes an updater from a setting that has travelled.
+        load_updater: makes an updater from a received setting.
     """
 
     def __init__(self, config: JobConfig, load_updater: LoadUpdater) -> None:
@@ -108,7 +108,7 @@ class Server:
         self._pool = BufferPool()
         self._listeners = _listen(config)
         self._values = SharedValues() if len(self._listeners) > 1 else None
-        self._state = ServerState(  # the loop's alone
+        self._state = ServerState(  # only for the loop
             config.num_workers,
             self._pool,
             load_updater,
@@ -117,15 +117,15 @@ class Server:
             allocate_private if self._values is None else self._values.allocate,
             self._no_memory,
         )
-        self._scrap = memoryview(bytearray(SCRAP_BYTES))  # where a payload goes for which there is no memory
-        self._peers: dict[int, _Peer] = {}  # by worker; the loop's alone
+        self._scrap = memoryview(bytearray(SCRAP_BYTES))  # receives payloads that have no memory
+        self._peers: dict[int, _Peer] = {}  # by worker; only for the loop
         self._worker_decoder: Decoder[m.ToServer] = Decoder(m.ToServer)
         self._scheduler_decoder: Decoder[m.FromScheduler] = Decoder(m.FromScheduler)
-        self._released: deque[list[Lease]] = deque()  # by sending threads, settled by the loop
+        self._released: deque[list[Lease]] = deque()  # filled by sending threads, settled by the loop
         self._lock = threading.Lock()  # guards _taken, _arrived and _threads
-        self._taken: set[int] = set()  # ranks of workers that have proved themselves
+        self._taken: set[int] = set()  # ranks of authenticated workers
         self._newcomers = Admission(config.num_workers + SPARE_NEWCOMERS)
-        self._arrived: list[_Peer] = []  # workers that the loop is to take over
+        self._arrived: list[_Peer] = []  # workers for the loop to take over
         self._threads: list[threading.Thread] = []
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._refusals = SeldomLog(logger, "refused connections")
@@ -137,7 +137,7 @@ class Server:
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
-        """Where it listens; the first is its address for other hosts."""
+        """Addresses that it listens at; the first is for other hosts."""
         return [listener.address for listener in self._listeners]
 
     def start(self) -> None:
@@ -165,12 +165,12 @@ class Server:
         return self._failure
 
     def ask_report(self) -> None:
-        """Have the loop write to stderr which rounds are open. For a signal handler: takes no lock."""
+        """Make the loop write the open rounds to stderr. For a signal handler: takes no lock."""
         self._report_wanted = True
         os.eventfd_write(self._wake, 1)
 
     def terminate(self) -> None:
-        """Have the loop give up the job, as lost. For a signal handler: takes no lock."""
+        """Make the loop abandon the job: the server counts as lost. For a signal handler: takes no lock."""
         self.terminated = True
         os.eventfd_write(self._wake, 1)
 
@@ -200,7 +200,7 @@ class Server:
         self._refusals.end()
 
     def _spawn(self, name: str, target: Callable[..., None], *args: Any) -> None:
-        """Start a thread that `stop` joins. With the lock held."""
+        """Start a thread that `stop` joins. The caller holds the lock."""
         rank = self._config.rank
         thread = threading.Thread(target=target, args=args, name=f"tensorkv-server{rank}-{name}", daemon=True)
         self._threads.append(thread)
@@ -227,7 +227,7 @@ class Server:
                 self._spawn(connection.peer, self._greet, connection)
 
     def _greet(self, connection: Connection) -> None:
-        """Let a worker prove itself, and hand it over to the loop."""
+        """Authenticate a worker, and hand it over to the loop."""
         try:
             _, worker = accept(connection, self._config.token, self._check_place)
         except (TensorKVError, EOFError, ConnectionError) as exc:
@@ -258,14 +258,14 @@ class Server:
     def _loop(self) -> None:
         try:
             self._serve()
-        except BaseException as exc:  # whatever it is: without its loop the server is of no use
+        except BaseException as exc:  # of any kind: a server without its loop is useless
             logger.exception("server %d: cannot go on", self._config.rank)
             self._end(TensorKVError(f"the server failed: {type(exc).__name__}: {exc}"))
             for peer in [*self._peers.values(), *([self._scheduler] if self._scheduler else [])]:
-                peer.connection.shutdown()  # so that nobody waits for it: it may be a thread of a worker
+                peer.connection.shutdown()  # so that no peer waits: the server may be a thread of a worker
 
     def _serve(self) -> None:
-        """Read whoever has sent something, until the job is over."""
+        """Read from every peer that has sent something, until the job is over."""
         assert self._scheduler is not None
         poller = select.poll()
         poller.register(self._wake, select.POLLIN)
@@ -276,7 +276,7 @@ class Server:
             poller.register(peer.connection.fileno(), select.POLLIN)
 
         admit(self._scheduler)
-        unread: dict[int, _Peer] = {}  # those with more to read, whatever the poller says
+        unread: dict[int, _Peer] = {}  # peers with more to read, whatever the poller reports
         while not self._ended.is_set():
             ready, unread = unread, {}
             for descriptor, _ in poller.poll(0 if ready else TICK_S * 1000):
@@ -295,7 +295,7 @@ class Server:
                     del peers[descriptor]
 
     def _serve_signals(self) -> None:
-        """Do what a signal handler has asked for."""
+        """Do what signal handlers have asked for."""
         if self._report_wanted:
             self._report_wanted = False
             who = f"server {self._config.rank} (process {os.getpid()} on {hostname()})"
@@ -313,14 +313,14 @@ class Server:
             arrived, self._arrived = self._arrived, []
         for peer in arrived:
             self._peers[peer.worker] = peer
-            if self._state.is_gone(peer.worker):  # lost while it was let in
+            if self._state.is_gone(peer.worker):  # lost before the loop took it over
                 self._dismiss(peer)
         return arrived
 
     def _read(self, peer: _Peer, to_the_end: bool = False) -> bool:
-        """Take in what a peer has sent, a few frames at most; return whether there may be more.
+        """Take what a peer has sent, at most FRAMES_PER_TURN frames; return whether there may be more.
 
-        With `to_the_end` the system is asked for more until it has none.
+        With `to_the_end`, ask the system for more until it has none.
         """
         cause: Exception
         if peer.ended:
@@ -331,34 +331,34 @@ class Server:
                 if not connection.receive_now(peer.sink):
                     return False
                 self._take(peer)
-                if peer.refused is not None:  # else what it has sent already would be answered in vain
+                if peer.refused is not None:  # do not answer the rest of what it has sent
                     raise peer.refused
                 if (connection.drained and not to_the_end) or peer.ended:
                     return False
             return True
         except (EOFError, ConnectionError) as exc:  # ProtocolError too
             cause = exc
-        except Exception as exc:  # a message that makes no sense, or a fault of ours
+        except Exception as exc:  # an invalid message, or a bug of ours
             logger.exception("server %d: a message of worker %d", self._config.rank, peer.worker)
             cause = exc
         self._lose(peer, cause)
         return False
 
     def _dismiss(self, peer: _Peer) -> None:
-        """Nothing more is taken from this peer, nor sent to it."""
+        """Stop receiving from this peer, and sending to it."""
         peer.ended = True
         peer.connection.shutdown()
-        if isinstance(peer.message, m.Push) and peer.buffer is not EMPTY:  # its payload has not come whole
+        if isinstance(peer.message, m.Push) and peer.buffer is not EMPTY:  # its payload is incomplete
             self._pool.give(peer.buffer)
         peer.buffer = EMPTY
         if peer.sharing is not None:
             peer.sharing.end()
 
     def _drop(self, lost: m.WorkerLost) -> None:
-        """A worker is lost, and the job goes on: take in what has come whole of it, and nothing after.
+        """Handle a lost worker while the job goes on: take its complete frames, and nothing after.
 
-        Only its connection to the scheduler need have ended. One that lives and sends on, as fast as it is
-        read, must not keep the loop from all others.
+        Only its connection to the scheduler need have ended. A worker that lives and sends as fast as it is
+        read must not keep the loop from all others.
         """
         peer = self._peers.get(lost.rank)
         if peer is not None:
@@ -375,19 +375,22 @@ class Server:
         self._queue(self._state.worker_lost(lost))
 
     def _lose(self, peer: _Peer, cause: Exception) -> None:
-        """A connection has ended, or is ended since its peer broke the rules. Nothing else is."""
+        """Handle the end of a connection, or end it since its peer broke the protocol.
+
+        The server goes on without a worker, but ends without the scheduler.
+        """
         self._dismiss(peer)
         cause = peer.refused or cause
         has_left = peer.refused is None and (peer.gone or isinstance(cause, EOFError))
         if peer.worker == SCHEDULER and isinstance(cause, (EOFError, ConnectionError)):
             self._end(scheduler_lost_error(self._config.scheduler_host, cause))
-        elif peer.worker == SCHEDULER:  # deaf to the scheduler the server is of no use
+        elif peer.worker == SCHEDULER:  # a server without its scheduler is useless
             self._end(TensorKVError(f"the server failed: {type(cause).__name__}: {cause}"))
         elif not has_left and not self._ended.is_set():  # else the scheduler knows whether it was lost
             logger.warning("server %d: worker %d: %s", self._config.rank, peer.worker, cause)
 
     def _place(self, peer: _Peer, body: memoryview, payload_bytes: int) -> list[memoryview]:
-        """Decode a message, check the length of its payload, and say where that goes."""
+        """Decode a message, check the length of its payload, and return where to receive it."""
         message: Any
         if peer.worker == SCHEDULER:
             message, expected = self._scheduler_decoder.decode(body), 0
@@ -429,7 +432,7 @@ class Server:
         )
 
     def _take(self, peer: _Peer) -> None:
-        """Let the state machine take in a message, and send what it answers."""
+        """Pass a complete message to the state machine, and send its answers."""
         self._settle()
         if peer.worker != SCHEDULER:
             payload, peer.buffer = peer.buffer, EMPTY
@@ -454,7 +457,7 @@ class Server:
                 self._end(None)
 
     def _settle(self) -> None:
-        """End the leases of what has been sent, or copied."""
+        """End the leases of replies that were sent or copied."""
         while self._released:
             for lease in self._released.popleft():
                 lease.readers -= 1
@@ -462,7 +465,7 @@ class Server:
             self._values.settle()
 
     def _queue(self, out: list[Outgoing]) -> None:
-        """Send, in order, as far as that goes without waiting; sending threads do the rest."""
+        """Send in order, as far as possible without blocking; sending threads do the rest."""
         for each in out:
             peer = self._scheduler if each.worker == SCHEDULER else self._peers.get(each.worker)
             if peer is None or peer.ended:
@@ -475,7 +478,7 @@ class Server:
                 peer.sender.send([encode(each.message, sum(map(len, parts))), *parts], on_sent)
 
     def _reply_in_place(self, peer: _Peer, reply: Outgoing) -> bool:
-        """Tell a worker of this host where the values lie that it asked for, if it can copy them there."""
+        """Tell a worker of this host where its requested values lie, if it can copy them from there."""
         if peer.sharing is None or type(reply.message) is not m.Data:
             return False
         return peer.sharing.reply(reply.message, reply.payload, reply.leases)
@@ -486,7 +489,7 @@ class Server:
         return self._values.share_with(peer.connection, lambda frame: peer.sender.send([frame]))
 
     def _share(self, peer: _Peer, message: m.ShareSegment | m.DropSegment) -> None:
-        """A worker hands over a segment of its own, or takes one back."""
+        """Map a segment that a worker hands over, or drop one that it takes back."""
         if peer.sharing is None:
             raise ProtocolError("shared memory, over a connection that cannot hand it over")
         if isinstance(message, m.DropSegment):
@@ -496,7 +499,7 @@ class Server:
 
 
 def _listen(config: JobConfig) -> list[Listener]:
-    """Return where a server listens: at its address, and, for workers of its host, at a Unix socket."""
+    """Return a server's listeners: at its address and, for workers of its host, at a Unix socket."""
     listeners = [listen(config.host)]
     if config.host != "inproc" and config.transport != "tcp":
         if why := unix.why_not():
@@ -507,18 +510,18 @@ def _listen(config: JobConfig) -> list[Listener]:
 
 
 def _memory_bytes() -> int:
-    """Return the memory of this host: a payload that announces more can be refused at once."""
+    """Return the size of this host's memory; a payload that announces more can be refused at once."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _handle_signals(server: Server) -> None:
-    if threading.current_thread() is threading.main_thread():  # only there can it be done
+    if threading.current_thread() is threading.main_thread():  # other threads may not set signal handlers
         signal.signal(signal.SIGUSR1, lambda signum, frame: server.ask_report())
         signal.signal(signal.SIGTERM, lambda signum, frame: server.terminate())
 
 
 def _end_signals() -> None:
-    """The process is about to end: SIGUSR1 does nothing from now on."""
+    """Ignore SIGUSR1 and restore SIGTERM: the process is about to end."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -531,7 +534,7 @@ def main() -> int:
         if config is None or config.role != "server":
             raise NotInJob("a server process is started by `tensorkv run -n WORKERS -s SERVERS ...`")
         torch.set_num_threads(1)
-        gc.freeze()  # else every full collection walks all of torch's objects, 40 ms in which all wait
+        gc.freeze()  # otherwise each full collection walks torch's objects: all wait for 40 ms
         gc.enable()
         logging.basicConfig(format="%(name)s: %(message)s")
         server = Server(config, updater_loader(config.allow_import))
@@ -545,7 +548,7 @@ def main() -> int:
             _end_signals()
             server.stop()
         if server.terminated:
-            signal.raise_signal(signal.SIGTERM)  # so that the status tells; the job may have ended before it
+            signal.raise_signal(signal.SIGTERM)  # for the exit status, even if the job has ended
     except (TensorKVError, OSError) as error:
         sys.stderr.write(f"tensorkv server: {with_the_way_out(error)}\n")
         return 1

@@ -1,7 +1,7 @@
-"""Memory as both sides of a server see it: elements to the arithmetic, bytes to the transport.
+"""Memory in two views: elements for the arithmetic, bytes for the transport.
 
-Making the one view of a tensor from the other takes longer than adding up a small value. So memory that
-is used again in every step keeps both.
+Creating one view of a tensor from the other takes longer than adding up a small value. So memory that is
+reused in every step keeps both.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tensorkv.errors import MemoryLimitReached
 LARGE_BYTES = 1 << 20
 EXACT_BYTES = 8 << 20
 SWEEP_TAKES = 256
-"""So often large buffers are taken until those are freed that nobody has needed meanwhile."""
+"""Number of large buffers taken between two sweeps. A sweep frees those that stayed idle since the last."""
 
 
 NoMemory = Callable[[str, int | None], MemoryLimitReached]
-"""Makes the error of a call for which there is no memory: what for, and how many bytes, if that is known."""
+"""Makes the error of a call that lacks memory, from its purpose and, if known, the number of bytes."""
 
 _SHORT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 _TORCH_SHORT = re.compile(
@@ -33,13 +33,13 @@ _TORCH_BYTES = re.compile(r"allocate (\d+) bytes")
 
 
 def no_memory(what: str, size_bytes: int | None = None) -> MemoryLimitReached:
-    """Return the error of a server that knows nothing of its limits."""
+    """Return the error of a server that does not know its limits."""
     size = "" if size_bytes is None else f"{size_bytes} bytes of "
     return MemoryLimitReached(f"a server has no memory for {size}{what}")
 
 
 def is_short_of_memory(exc: BaseException | None) -> bool:
-    """Whether an exception, or its cause, says that the system has no memory, or no descriptor for it."""
+    """Whether an exception or its cause says that memory, or a descriptor for it, is lacking."""
     while exc is not None:
         if isinstance(exc, (MemoryError, MemoryLimitReached)):
             return True
@@ -52,7 +52,7 @@ def is_short_of_memory(exc: BaseException | None) -> bool:
 
 
 def short_of(exc: BaseException, what: str, error_of: NoMemory) -> MemoryLimitReached | None:
-    """Return the error to tell if an exception is that of missing memory, else None."""
+    """Return the error to report if an exception means a lack of memory, otherwise None."""
     if isinstance(exc, MemoryLimitReached):
         return exc
     if not is_short_of_memory(exc):
@@ -65,8 +65,8 @@ def short_of(exc: BaseException, what: str, error_of: NoMemory) -> MemoryLimitRe
 class Memory:
     """A flat, contiguous tensor, and its memory as bytes.
 
-    Borrowed memory may only be read; `give_back` tells its owner that nobody does any more. `place` is for
-    the owner of memory that is shared: where it is, if that was looked up.
+    Borrowed memory may only be read; `give_back` returns it to its owner. `place` is for the owner of shared
+    memory: its location, once looked up.
     """
 
     __slots__ = ("__weakref__", "_elements", "_part", "bytes", "give_back", "place", "tensor")
@@ -81,11 +81,11 @@ class Memory:
 
     @property
     def borrowed(self) -> bool:
-        """Whether it is not the store's, and may only be read."""
+        """Whether it belongs to another owner, and may only be read."""
         return self.give_back is not None
 
     def elements(self, dtype: torch.dtype, low: int, high: int) -> torch.Tensor:
-        """Return elements [low, high) of memory that holds `dtype`. The last answer is kept: steps repeat."""
+        """Return elements [low, high) of memory that holds `dtype`. Caches the last answer: steps repeat."""
         part = (dtype, low, high)
         if part != self._part:
             itemsize = dtype.itemsize
@@ -98,7 +98,7 @@ EMPTY = Memory(torch.empty(0, dtype=torch.uint8, device="cpu"))
 
 
 def fresh(size_bytes: int) -> Memory:
-    """Return new uint8 memory, of any content.
+    """Return new, uninitialised uint8 memory.
 
     Raises:
         MemoryLimitReached: the system has none.
@@ -111,20 +111,20 @@ def fresh(size_bytes: int) -> Memory:
 
 @final
 class BufferPool:
-    """Memory for what is being received, used again and again: fresh memory costs a page fault per 4 KiB.
+    """Reuses the buffers for received payloads, since fresh memory costs a page fault per 4 KiB.
 
-    Buffers come in powers of two, the largest just as large as they were asked for. Small ones are kept, as
-    many as were in use at one time; large ones while steps need them: one moment in which much was in use
-    is no reason to keep so much for ever. One thread at a time.
+    Sizes are powers of two; the largest buffers have exactly the requested size. The pool keeps as many
+    small buffers as were in use at one time. It keeps large ones only while steps need them, so that a
+    single peak does not hold memory for ever. One thread at a time.
     """
 
     def __init__(self) -> None:
         self._free: dict[int, list[Memory]] = {}
         self._large_takes = 0
-        self._spare: dict[int, int] = {}  # of large ones, by size: so many lay free since the last sweep
+        self._spare: dict[int, int] = {}  # by size, of large ones: how many stayed idle since the last sweep
 
     def take(self, size_bytes: int) -> Memory:
-        """Return uint8 memory of at least `size_bytes` bytes, of any content. Errors as `fresh`."""
+        """Return uninitialised uint8 memory of at least `size_bytes` bytes. Raises as `fresh`."""
         capacity = max(4096, 1 << (size_bytes - 1).bit_length()) if size_bytes else 4096
         if size_bytes > EXACT_BYTES:  # rare, and rounding up would waste much
             capacity = size_bytes
@@ -138,19 +138,19 @@ class BufferPool:
         return buffer
 
     def _count_large(self, capacity: int, num_free: int) -> None:
-        """A large buffer is taken, and `num_free` of its size are left; sweep now and then."""
+        """Count a taken large buffer, with `num_free` of its size left; sweep if due."""
         if num_free < self._spare.get(capacity, 0):
             self._spare[capacity] = num_free
         self._large_takes += 1
         if self._large_takes == SWEEP_TAKES:
             self._large_takes = 0
             for size, num_spare in self._spare.items():
-                del self._free[size][:num_spare]  # the last ones are those in use
+                del self._free[size][:num_spare]  # those in use are at the end
             self._free = {size: free for size, free in self._free.items() if free}
             self._spare = {size: len(free) for size, free in self._free.items() if size >= LARGE_BYTES}
 
     def give(self, buffer: Memory) -> None:
-        """Take a buffer back, or give it back if it is borrowed. Nobody may use it any more."""
+        """Take a buffer back, or return it to its owner if it is borrowed. It must not be used afterwards."""
         if buffer.give_back is not None:
             buffer.give_back()
             return

@@ -14,10 +14,11 @@ from tensorkv.wire import messages as m
 from tensorkv.wire.validate import sent_dtype
 
 MAX_PLANNED = 1 << 24
+"""Maximum number of slices that the plans of one worker in one store name together. Each plan counts as
+PLAN_WEIGHT slices more, and each of its chunks as CHUNK_WEIGHT."""
+
 PLAN_WEIGHT = 1024
 CHUNK_WEIGHT = 16
-"""The plans of one worker in one store may name so many slices together; a plan counts as so many, too,
-and each chunk of it."""
 
 MAX_COUNT = (1 << 31) - 1
 """Maximum count of a value in a mean."""
@@ -31,14 +32,14 @@ class PlanBook:
         self._find = find
         self._max_payload_bytes = max_payload_bytes
         self._plans: dict[tuple[int, int], list[Chunk]] = {}
-        self._outdated: set[tuple[int, int]] = set()  # to be laid out anew: slices were deleted
-        self._planned: dict[int, int] = {}  # by worker: how many slices its plans name
+        self._outdated: set[tuple[int, int]] = set()  # to be laid out again, since slices were deleted
+        self._planned: dict[int, int] = {}  # by worker: weight of its plans, in slices
         self._layouts: WeakValueDictionary[tuple[tuple[int, ...], tuple[int, ...]], Layout] = (
             WeakValueDictionary()
         )
 
     def define(self, worker: int, message: m.DefinePlan) -> None:
-        """Remember a worker's list of slices under its number."""
+        """Add a worker's list of slices under its number."""
         planned = self._planned.get(worker, 0) + _weight(entry.slice_ids for entry in message.chunks)
         if planned > MAX_PLANNED:
             raise ProtocolError(f"worker {worker} has defined too many plans and dropped too few")
@@ -90,7 +91,7 @@ class PlanBook:
         return names
 
     def forget(self, gone: Container[Slice]) -> None:
-        """Slices were deleted: their plans are laid out anew when they are next used."""
+        """Mark the plans of deleted slices: they are laid out again when they are next used."""
         for name, chunks in self._plans.items():
             if name not in self._outdated and any(
                 each in gone for chunk in chunks for each in chunk.layout.slices
@@ -98,14 +99,14 @@ class PlanBook:
                 self._outdated.add(name)
 
     def _lay_out_anew(self, name: tuple[int, int]) -> None:
-        """Take out of a plan what has been deleted. Only when it is used: many deletes cost it once."""
+        """Remove deleted slices from a plan. Called at its next use, so that many deletes cost it once."""
         self._outdated.discard(name)
         for chunk in self._plans[name]:
             if any(self._find(each.slice_id) is None for each in chunk.layout.slices):
                 self._lay_out(chunk, {each.slice_id for each in chunk.layout.slices})
 
     def _check_chunk(self, entry: m.ChunkEntry, dtype: torch.dtype) -> None:
-        """Everything about a chunk that a push of it need not look at any more."""
+        """Check everything about a chunk that its pushes then need not check."""
         if not 0 < len(entry.slice_ids) == len(entry.lengths) == len(entry.counts):
             raise ProtocolError("a chunk without slices, or its lengths and counts differ in number")
         if len(set(entry.slice_ids)) != len(entry.slice_ids):
@@ -119,7 +120,7 @@ class PlanBook:
             )
 
     def _lay_out(self, chunk: Chunk, among: Container[int] | None = None) -> None:
-        """Find where the chunk's slices are; those that are gone, or not in `among` (ids), leave a gap."""
+        """Find where a chunk's slices are; those that are deleted, or not in `among` (ids), leave a gap."""
         slices: list[Slice] = []
         lows: list[int] = []
         chunk.counts, chunk.numbers = [], []
@@ -146,10 +147,10 @@ class PlanBook:
 
 
 def _is_cast(pushed: torch.dtype, stored: torch.dtype) -> bool:
-    """Whether what is pushed may be added to what is stored: floats are cast, others must be equal."""
+    """Whether pushed values may be added to stored ones: floats are cast, other dtypes must be equal."""
     return pushed == stored or (pushed.is_floating_point and stored.is_floating_point)
 
 
 def _weight(slice_ids: Iterable[Sequence[int]]) -> int:
-    """Return what a plan with these chunks counts as, in slices."""
+    """Return the weight of a plan with these chunks, in slices."""
     return PLAN_WEIGHT + sum(CHUNK_WEIGHT + len(each) for each in slice_ids)

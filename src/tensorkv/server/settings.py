@@ -1,8 +1,8 @@
-"""From which round a setting holds: the settings of one store on one server.
+"""The settings of one store on one server, and from which round each holds.
 
-In sync mode a setting holds from the first round that the setting rank pushes after the call, for every
-key. Setting and pushes come over one connection in order, so that round is known when the setting
-comes, and is the same for all orders of arrival. In async mode a setting holds at once.
+In sync mode a setting holds, for every key, from the first round that the setting rank pushes after the
+call. Setting and pushes arrive in order on one connection, so that round is known when the setting arrives,
+and is the same for every order of arrival. In async mode a setting holds at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tensorkv.wire.messages import SettingRecord
 @dataclass(slots=True)
 class _Pending:
     table: SettingsTable
-    from_round: dict[int, int]  # by slice id; who is in here still waits for its round
+    from_round: dict[int, int]  # by slice id; the slices in here wait for their round
 
 
 @final
@@ -46,9 +46,9 @@ class SettingSchedule:
         return bool(self._pending)
 
     def prepare(self, number: int, record: SettingRecord) -> None:
-        """Load what a setting needs and try it on a copy of the newest settings.
+        """Load what a setting needs and apply it to a copy of the newest settings.
 
-        Raises what the loader raises, or InvalidOption; nothing is changed then.
+        Raises what the loader raises, or InvalidOption; nothing has changed then.
         """
         table = self._latest.copy()
         if record.updater is not None:
@@ -62,16 +62,16 @@ class SettingSchedule:
         return self._prepared[number][1] if number in self._prepared else None
 
     def prepared(self, number: int, key: Key) -> Setting:
-        """Return what will hold for `key` when this setting, which was prepared, is activated."""
+        """Return what will hold for `key` once this prepared setting is activated."""
         return self._prepared[number][0].setting(key)
 
     def activate(self, number: int, from_round: dict[int, int], keys: dict[int, Key]) -> None:
-        """Make the prepared setting the newest; slices get it from these rounds on, if it is for them.
+        """Make the prepared setting the newest; the slices that it is for get it from these rounds on.
 
         Args:
-            number: of the setting.
-            from_round: by slice id, of those it may be for.
-            keys: what each slice belongs to, by slice id.
+            number: number of the setting.
+            from_round: first round of each slice that it may be for, by slice id.
+            keys: key of each slice, by slice id.
 
         Raises:
             ProtocolError: it was not prepared.
@@ -115,20 +115,20 @@ class SettingSchedule:
         return table
 
     def install(self, table: SettingsTable) -> None:
-        """Let these settings be the newest, and the only ones: nothing waits for its round any more."""
+        """Make these settings the newest and the only ones: drop those prepared or waiting for a round."""
         self._latest = table
         self._prepared = {}
         self._pending = []
 
     def newest(self, key: Key) -> Setting:
-        """Return what holds for a new slice of `key`."""
+        """Return the setting of a new slice of `key`."""
         return self._latest.setting(key)
 
     def due(self, slice_id: int, key: Key, round_number: int) -> Setting | None:
         """Return the setting that holds for a slice from this round on, if one has waited for it.
 
-        A setting that was made earlier and waits for a later round is overtaken: the rank that made it
-        was ahead and has left.
+        It supersedes a setting that was made earlier and waits for a later round: the rank that made that
+        one was ahead and has left.
         """
         found: Setting | None = None
         for number, pending in enumerate(self._pending):
@@ -139,10 +139,10 @@ class SettingSchedule:
         return found
 
     def forget(self, slice_id: int) -> None:
-        """A slice is gone."""
+        """Forget a deleted slice."""
         for pending in self._pending:
             pending.from_round.pop(slice_id, None)
 
     def tidy(self) -> None:
-        """Drop settings that nobody waits for any more."""
+        """Drop settings that no slice waits for."""
         self._pending = [each for each in self._pending if each.from_round]

@@ -1,14 +1,14 @@
-"""StoreShard: one store's slices on one server. Messages of workers in, messages to workers out.
+"""StoreShard: one store's slices on one server. It takes messages of workers and returns messages to them.
 
 THEORY OF OPERATION
 A push leaves a contribution in the inbox of each cohort that its chunk names. When the policy finds the round
 complete, the contributions are added in rank order, the updaters run, and the pulls that waited for the round
-are answered. A push with apply=False is added up only at the commit, when the servers have told each other,
-through the scheduler, the norms.
+are answered. A push with apply=False is added up only at the commit, and applied when the servers have
+exchanged the norms through the scheduler.
 
-Everything here runs in one thread, the loop of its server, so without a lock, and never waits. Cohorts hold
-the rounds (`cohorts.py`), policies say when one is merged (`policy.py`), `updates.py` adds up and runs
-updaters, `settings.py` knows from which round a setting holds.
+All of this runs in one thread, the loop of its server, so it needs no lock. It never blocks. Cohorts hold the
+rounds (`cohorts.py`), policies say when one is merged (`policy.py`), `updates.py` adds up and runs updaters,
+and `settings.py` knows from which round a setting holds.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from tensorkv.wire.validate import sent_dtype
 
 MAX_TOMBSTONES = 4096
 MAX_REPORTED = 50
-"""So many open rounds of a store are told of one by one."""
+"""Maximum number of open rounds of a store that a report lists one by one."""
 MAX_WAITS = 1 << 18
-"""Chunks of one store that one worker may wait for."""
+"""Maximum number of chunks of one store that one worker may wait for."""
 
 
 @final
@@ -70,7 +70,7 @@ class Outgoing(msgspec.Struct, eq=False):
 SCHEDULER = -1
 
 _Pull = tuple[int, int, int]
-"""Worker, request and number of the chunk that it asks for."""
+"""Worker, request and number of the requested chunk."""
 
 
 @final
@@ -101,16 +101,16 @@ class StoreShard:
         self._tombstones: dict[int, str] = {}
         self.plans = PlanBook(self._slices.get, max_payload_bytes)
         self._updates = Updates(opened.mean, error_of)
-        self._newborn = Cohort()  # of the slices that nobody has pushed
+        self._newborn = Cohort()  # of slices that were never pushed
         self._cohorts_epoch = 0  # changes when cohorts split or join
         self._settings_epoch = 0
         self._to_commit: dict[Contribution, None] = {}  # pushed with apply=False
-        self._refused: dict[Contribution, MemoryLimitReached] = {}  # those for which there was no memory
+        self._refused: dict[Contribution, MemoryLimitReached] = {}  # for lack of memory
         self._replies: dict[Contribution, None] = {}  # pushes that ask for the values
-        self._waits: dict[Wait, None] = {}  # pulls and puts, in the order in which they came
+        self._waits: dict[Wait, None] = {}  # pulls and puts, in order of arrival
         self._merge_waits: dict[MergeWait, None] = {}
         self._commit: CommitGather = CommitGather(1)
-        self._flushes: list[tuple[int, int]] = []  # worker and request that wait for its decision
+        self._flushes: list[tuple[int, int]] = []  # worker and request; wait for its decision
 
     def has_left(self, worker: int) -> bool:
         """Whether a worker has left the store."""
@@ -141,7 +141,7 @@ class StoreShard:
     def create(
         self, entry: m.SliceEntry, key: Key, shape: tuple[int, ...], value: torch.Tensor, version: int
     ) -> Slice:
-        """Create one slice with this value, which is flat, and this version."""
+        """Create one slice with this flat value and this version."""
         if entry.slice_id in self._slices or value.numel() != entry.stop - entry.start:
             raise ProtocolError(f"slice {entry.slice_id} exists already, or has not {value.numel()} elements")
         ((slot, offset),) = self._allocate(key, [entry], value.dtype)
@@ -186,7 +186,7 @@ class StoreShard:
         """Return a slice.
 
         Raises:
-            KeyDeleted: it is gone.
+            KeyDeleted: it was deleted.
         """
         each = self._slices.get(slice_id)
         if each is None:
@@ -204,8 +204,8 @@ class StoreShard:
         self._reply(worker, m.Done(message.request))
 
     def drop_keys(self, rank: int, keys: Sequence[tuple[Key, list[int]]]) -> None:
-        """Drop slices of keys that `rank` has deleted; those that are gone are passed over."""
-        gone: dict[Slice, str] = {}  # what to tell who waits
+        """Drop slices of keys that `rank` has deleted; slices that are gone already are skipped."""
+        gone: dict[Slice, str] = {}  # error text for waiting calls
         for key, slice_ids in keys:
             text = f"key {key!r} was deleted by rank {rank}"
             for slice_id in slice_ids:
@@ -232,7 +232,7 @@ class StoreShard:
             self._use_up(pushed, 1)
 
     def _end_waits_for(self, gone: dict[Slice, str]) -> None:
-        """End the calls that wait for slices that are gone; `gone` has the text of their error."""
+        """End the calls that wait for deleted slices; `gone` has the text of their error."""
         ended: dict[tuple[int, int], str] = {}
         waits: list[Wait | MergeWait] = [*self._waits, *self._merge_waits]
         asked = [(wait.worker, wait.request, wait.layout) for wait in waits]
@@ -252,7 +252,7 @@ class StoreShard:
             del self._replies[pushed]
 
     def _drop_waits(self, has_ended: Callable[[Wait | MergeWait], bool]) -> None:
-        """Forget the calls that have ended otherwise."""
+        """Remove the waits of calls that have ended otherwise."""
         waits: list[Wait | MergeWait] = [*self._waits, *self._merge_waits]
         ended = [wait for wait in waits if has_ended(wait)]
         self._waits = {wait: None for wait in self._waits if not has_ended(wait)}
@@ -271,10 +271,10 @@ class StoreShard:
         payload: Memory,
         refused: MemoryLimitReached | None = None,
     ) -> None:
-        """Take in a worker's contribution; `payload` is uint8, from the pool, and now the shard's.
+        """Add a worker's contribution. `payload` is uint8, from the pool or borrowed; the shard owns it now.
 
-        `chunk` is the one that the message names. `refused` tells that there was no memory for the payload:
-        the round then fails for all who contribute to it.
+        `chunk` is the one that the message names. `refused` says that there was no memory for the payload:
+        the round then fails for all its contributors.
         """
         layout = chunk.layout
         cohorts: Sequence[Cohort] = layout.cohorts(self._cohorts_epoch)
@@ -334,7 +334,7 @@ class StoreShard:
             raise ProtocolError(f"worker {worker} waits for {MAX_WAITS} chunks already")
 
     def _covered_by(self, layout: Layout, cohorts: Sequence[Cohort]) -> Sequence[Cohort]:
-        """Return cohorts that have just the slices of a layout: its `cohorts`, split or joined."""
+        """Return cohorts that have exactly the slices of a layout: its `cohorts`, split or joined."""
         if sum(len(cohort.slices) for cohort in cohorts) > len(layout.slices):
             cohorts = split_for(layout, cohorts)
         elif joined := join_for(layout, cohorts):
@@ -347,7 +347,7 @@ class StoreShard:
     def _tell_gone(self, worker: int, reply: int, chunk: Chunk) -> bool:
         """Tell a worker that slices it pushed are deleted; return whether that answers its request.
 
-        Without a request, it learns so by its next call on the key.
+        Without a request, its next call on the key raises the error.
         """
         if reply:
             return self._refuse_gone(worker, reply, [chunk])
@@ -357,7 +357,7 @@ class StoreShard:
         return False
 
     def _refuse_gone(self, worker: int, request: int, chunks: Sequence[Chunk]) -> bool:
-        """Refuse a request for chunks of which slices are deleted; return whether some are."""
+        """Refuse a request for chunks if some of their slices are deleted; return whether some are."""
         gone = [slice_id for chunk in chunks for slice_id in chunk.gone()]
         if gone:
             text = self._tombstones.get(gone[0], "the key was deleted")
@@ -367,7 +367,7 @@ class StoreShard:
     # ---- merge and apply -------------------------------------------------------------------------
 
     def _merge(self, cohorts: list[Cohort]) -> None:
-        """The open rounds of these cohorts are complete: apply them, or hold them for the commit."""
+        """Apply the complete rounds of these cohorts, or hold them for the commit."""
         applying = self._hold(cohorts) if self._to_commit else cohorts
         if applying:
             self._apply(applying)
@@ -375,7 +375,7 @@ class StoreShard:
             self._answer_merge_waits(cohorts)
 
     def _hold(self, cohorts: list[Cohort]) -> list[Cohort]:
-        """Hold the rounds that were pushed for a commit; return the cohorts to be applied now."""
+        """Hold the rounds that were pushed for a commit; return the cohorts to apply now."""
         applying: list[Cohort] = []
         mixed: list[Cohort] = []
         for cohort in cohorts:
@@ -400,13 +400,13 @@ class StoreShard:
         self._finish(cohorts)
 
     def _apply(self, cohorts: list[Cohort]) -> None:
-        """Add up the contributions of merged cohorts, run the updaters, and answer who waits."""
+        """Add up the contributions of merged cohorts, run the updaters, and answer the waiting calls."""
         if self.schedule.has_pending:
             self._take_due_settings(_slices_in(cohorts))
         updating = self._blame_refused(cohorts) if self._refused else cohorts
         try:
             failed = self._update(updating) if updating else {}
-        except Exception as exc:  # noqa: BLE001  # whatever torch refuses is the round's fault, not one peer's
+        except Exception as exc:  # noqa: BLE001  # any error fails the round, not one peer
             self._blame_all(updating, exc)
         else:
             for each, error in failed.items():
@@ -414,7 +414,7 @@ class StoreShard:
         self._finish(cohorts)
 
     def _blame_refused(self, cohorts: list[Cohort]) -> list[Cohort]:
-        """Fail rounds that lack a contribution for want of memory; return the other cohorts."""
+        """Fail rounds that lack a contribution since there was no memory; return the other cohorts."""
         updating: list[Cohort] = []
         for cohort in cohorts:
             refused = [pushed for pushed in cohort.contributions() if pushed in self._refused]
@@ -425,7 +425,7 @@ class StoreShard:
         return updating
 
     def _update(self, cohorts: list[Cohort]) -> Failed:
-        """Run the updaters on the sums of what was contributed, and count updates; return what failed."""
+        """Run the updaters on the sums of contributions, and count updates; return what failed."""
         contributions = cohorts[0].contributions()
         if _have_all_of_one_layout(contributions, cohorts):
             parts = [pushed for pushed in contributions if not pushed.absent]
@@ -453,7 +453,7 @@ class StoreShard:
         return failed
 
     def _finish(self, cohorts: list[Cohort]) -> None:
-        """The rounds of these cohorts are applied, whatever came of them: answer who waited for that."""
+        """Finish the applied rounds of these cohorts, whatever their outcome; answer waiting calls."""
         pulls: dict[Layout, list[_Pull]] = {}
         for cohort in cohorts:
             inbox = cohort.inbox
@@ -468,9 +468,9 @@ class StoreShard:
             self._make_put(put)
 
     def _use_up(self, pushed: Contribution, count: int) -> bool:
-        """So many slices need a contribution no more; its buffer goes back when none does.
+        """Mark `count` slices of a contribution as done; release its buffer when all are.
 
-        Returns whether that is so, and its worker now gets the values that it asked for.
+        Returns whether all are done and its worker now gets the values that it asked for.
         """
         pushed.live -= count
         if pushed.live:
@@ -487,14 +487,14 @@ class StoreShard:
     # ---- blame -----------------------------------------------------------------------------------
 
     def _blame(self, each: Slice, error: Exception) -> None:
-        """The round of a slice that is being applied failed: tell every contributor."""
+        """Tell every contributor that the round of a slice that is being applied failed."""
         error = short_of(error, f"an update of key {each.key!r}", self._no_memory) or error
         for worker in sorted(each.cohort.inbox):
             fault = m.Fault(self.opened.store, [each.slice_id], each.applied + 1, *to_wire(error))
             self._reply(worker, fault)
 
     def _blame_all(self, cohorts: Iterable[Cohort], exc: Exception) -> None:
-        """The round of these cohorts failed in a way that nobody has foreseen: tell every contributor."""
+        """Tell every contributor that the round of these cohorts failed as a whole."""
         by_round: dict[tuple[int, int], list[int]] = {}
         for cohort in cohorts:
             for worker in cohort.inbox:
@@ -507,7 +507,7 @@ class StoreShard:
     # ---- pull, put, and waits --------------------------------------------------------------------
 
     def pull(self, worker: int, message: m.Pull) -> None:
-        """Answer chunk by chunk, each as soon as this worker's last round of its slices is applied."""
+        """Answer each chunk as soon as this worker's last round of its slices is applied."""
         chunks = self.plans.chunks(worker, message.plan)
         if chunks is None:
             raise ProtocolError(f"there is no plan {message.plan}")
@@ -521,7 +521,7 @@ class StoreShard:
             self._send_chunks(layout, [(worker, request, number)])
 
     def put(self, worker: int, message: m.Put, payload: Memory) -> None:
-        """Replace the values of a chunk, or remember to when this worker's last round is applied."""
+        """Replace the values of a chunk, as soon as this worker's last round is applied."""
         chunk = self.plans.chunk(worker, message.plan, message.chunk)
         if chunk.absent:
             raise ProtocolError(f"a put of chunk {message.chunk}, which has no values")
@@ -536,7 +536,7 @@ class StoreShard:
             self._make_put(wait)
 
     def _must_wait(self, wait: Wait) -> bool:
-        """Let a call wait if a round that it needs is not applied yet; return whether it does."""
+        """Make a call wait if a round that it needs is not applied yet; return whether it waits."""
         last_round, worker = self._policy.last_round, wait.worker
         for cohort in wait.layout.cohorts(self._cohorts_epoch):
             need = last_round(cohort, worker)
@@ -553,7 +553,7 @@ class StoreShard:
             raise ProtocolError(f"worker {worker} waits for {MAX_WAITS} chunks already")
 
     def _end_waits(self, cohorts: list[Cohort], pulls: dict[Layout, list[_Pull]]) -> list[Wait]:
-        """Rounds of these cohorts were applied: add the pulls that waited for them, and return the puts."""
+        """End the waits for applied rounds of these cohorts: add pulls to `pulls`, and return the puts."""
         puts: list[Wait] = []
         for wait in _ready(cohorts):
             del self._waits[wait]
@@ -564,7 +564,7 @@ class StoreShard:
         return puts
 
     def _send_chunks(self, layout: Layout, pulls: Sequence[_Pull]) -> None:
-        """Send the present values of a layout to these pulls."""
+        """Answer these pulls with the current values of a layout."""
         payload = [run.stored for run in layout.runs]
         leases = [run.slot.lease for run in layout.runs]
         for lease in leases:
@@ -592,7 +592,7 @@ class StoreShard:
         self._reply(wait.worker, m.Done(wait.request))
 
     def wait_merged(self, worker: int, message: m.WaitMerged) -> None:
-        """Tell, as it happens, which slices of a plan have this worker's last push merged."""
+        """Report the slices of a plan as soon as this worker's last push of them is merged."""
         chunks = self.plans.chunks(worker, message.plan) or []
         if self._refuse_gone(worker, message.request, chunks):
             return
@@ -619,7 +619,7 @@ class StoreShard:
             self._tell_merged(wait, merged)
 
     def _tell_merged(self, wait: MergeWait, cohorts: list[Cohort]) -> None:
-        """Tell which slices of these cohorts a call waited for, and end it when it waits for none more."""
+        """Report to a call its merged slices in these cohorts, and end it when it waits for no other."""
         numbers = [wait.numbers.pop(each) for each in _slices_in(cohorts) if each in wait.numbers]
         if numbers:
             self._reply(wait.worker, m.Merged(wait.request, sorted(numbers)))
@@ -629,7 +629,7 @@ class StoreShard:
     # ---- settings --------------------------------------------------------------------------------
 
     def prepare_setting(self, worker: int, message: m.PrepareSetting) -> None:
-        """Load a setting; raises what is wrong with it, also for values that other workers have made."""
+        """Load a setting; raises if it is invalid, also for values that other workers have created."""
         self.schedule.prepare(message.number, message.record)
         for each in self._slices_of_keys(self.schedule.keys_of(message.number)):
             setting = self.schedule.prepared(message.number, each.key)
@@ -638,7 +638,7 @@ class StoreShard:
         self._reply(worker, m.Done(message.request))
 
     def activate_setting(self, worker: int, message: m.ActivateSetting) -> None:
-        """From this worker's next push of each key on the prepared setting holds."""
+        """Make the prepared setting hold from this worker's next push of each key on."""
         found = self._slices_of_keys(self.schedule.keys_of(message.number))
         last = {each: self._policy.last_round(each.cohort, worker) for each in found}
         self.schedule.activate(
@@ -649,13 +649,13 @@ class StoreShard:
         self._take_due_settings(each for each, rounds in last.items() if rounds == each.cohort.applied)
 
     def _slices_of_keys(self, keys: Sequence[Key] | None) -> list[Slice]:
-        """Return the slices of these keys, of all if that is None."""
+        """Return the slices of these keys, of all keys if `keys` is None."""
         if keys is None:
             return list(self._slices.values())
         return [each for key in keys for each in self._slices_of.get(key, ())]
 
     def install_settings(self, table: SettingsTable) -> None:
-        """Let these settings hold for every slice from now on."""
+        """Make these settings hold for every slice from now on."""
         self.schedule.install(table)
         for each in self._slices.values():
             setting = table.setting(each.key)
@@ -677,7 +677,7 @@ class StoreShard:
     # ---- commit ----------------------------------------------------------------------------------
 
     def commit(self, worker: int, message: m.Commit) -> None:
-        """A worker asks to commit what it pushed with apply=False."""
+        """Record that a worker asks to commit what it pushed with apply=False."""
         self._commit.add(worker, message, self._uncommitted(worker))
         self._check_commit()
 
@@ -695,7 +695,7 @@ class StoreShard:
         return self._slices.get(each.slice_id) is each
 
     def _check_commit(self) -> None:
-        """When every member has asked, tell the scheduler what this server has."""
+        """Report to the scheduler when every member has asked."""
         gather = self._commit
         if gather.reported or not gather.asked or not self._members <= gather.asked.keys():
             return
@@ -736,14 +736,14 @@ class StoreShard:
         return next((error for error in found if error is not None), None)
 
     def _add_up_commit(self, gather: CommitGather) -> None:
-        """Take the sums of what all have asked for, in an order that is the same in every run."""
+        """Take the sums of what all workers have asked to commit, in the same order in every run."""
         agreed = next(iter(gather.pushes.values()))
         gather.slices = sorted(agreed, key=lambda each: each.slice_id)
         for each in gather.slices:
             contributions = each.cohort.contributions()
             refused = [pushed for pushed in contributions if pushed in self._refused]
             if refused and gather.skip:
-                continue  # nothing of it is needed
+                continue  # its sum is not needed
             if refused:
                 raise self._refused[refused[0]]
             found = self._updates.sum_of(each, contributions, may_overwrite=False)
@@ -752,7 +752,7 @@ class StoreShard:
                 gather.totals.append((each, total.clone() if borrowed else total))  # it may be scaled
 
     def decide_commit(self, decision: m.CommitDecision) -> None:
-        """All servers are ready: apply, skip, or refuse."""
+        """Apply, skip or refuse the commit: all servers are ready."""
         gather = self._commit
         if decision.number != gather.number or not gather.reported:
             raise ProtocolError(f"commit {decision.number} was decided, but {gather.number} is under way")
@@ -778,7 +778,7 @@ class StoreShard:
         self._answer_flushes()
 
     def flush(self, worker: int, message: m.Flush) -> None:
-        """Tell that all that came before is taken in; a commit that was reported, when it is decided."""
+        """Confirm that all earlier messages are processed; wait for the decision of a reported commit."""
         self._flushes.append((worker, message.request))
         if not self._commit.reported:
             self._answer_flushes()
@@ -800,7 +800,7 @@ class StoreShard:
     # ---- the rest --------------------------------------------------------------------------------
 
     def info(self, worker: int, message: m.AskInfo) -> None:
-        """Tell rounds, versions, and the size of what optimizers keep."""
+        """Report rounds, versions, and the sizes of optimizer states."""
         found = [self._slices.get(slice_id) for slice_id in message.slice_ids]
         rounds = [each.applied if each else -1 for each in found]
         versions = [each.version if each else -1 for each in found]
@@ -810,9 +810,9 @@ class StoreShard:
         self._reply(worker, m.Info(message.request, rounds, versions, sizes, name))
 
     def leave(self, worker: int) -> list[tuple[int, int]]:
-        """A worker is gone for good: its pushes count, but what it has not asked to commit is dropped.
+        """Remove a worker for good: its pushes count, but what it has not asked to commit is dropped.
 
-        Returns its plans, each by worker and number, which are no more.
+        Returns its dropped plans, each by worker and number.
         """
         self._drop_replies(lambda pushed: pushed.peer == worker)
         self._drop_waits(lambda wait: wait.worker == worker)
@@ -833,14 +833,14 @@ class StoreShard:
             self._use_up(cohort.inbox.pop(worker), len(cohort.slices))
 
     def end(self) -> None:
-        """All have left: give back what is still here."""
+        """Release the remaining buffers: all workers have left."""
         for cohort in cohorts_of(self._slices.values()):
             for pushed in cohort.inbox.values():
                 self._use_up(pushed, len(cohort.slices))
             cohort.inbox = {}
 
     def waiting(self, worker: int, message: m.AskWaiting) -> None:
-        """Tell whom a request of this worker waits for."""
+        """Report which workers a request of this worker waits for."""
         ranks, where = self._missing(worker, message.request)
         self._reply(worker, m.Waiting(message.request, ranks, where))
 
@@ -872,7 +872,7 @@ class StoreShard:
         return sorted(self._members - self._commit.asked.keys())
 
     def report(self) -> list[str]:
-        """Say whom each open round waits for, one line per key and round; and whom the commit."""
+        """Return which workers each open round, one line per key and round, and the commit wait for."""
         lines: dict[str, None] = {}
         for each in self._slices.values():
             if each.cohort.held or each.cohort.inbox:
@@ -893,7 +893,7 @@ def _slices_in(cohorts: Iterable[Cohort]) -> list[Slice]:
 
 
 def _have_all_of_one_layout(contributions: Sequence[Contribution], cohorts: Sequence[Cohort]) -> bool:
-    """Whether these are the contributions of all cohorts, and those have all slices of the layout of each.
+    """Whether all cohorts have these contributions, of one layout and equal counts, and all its slices.
 
     `contributions` are those of the first cohort.
     """
@@ -910,7 +910,7 @@ def _have_all_of_one_layout(contributions: Sequence[Contribution], cohorts: Sequ
 
 
 def _ready(cohorts: Iterable[Cohort]) -> list[Wait]:
-    """Take out of these cohorts the calls whose round is applied; return those that wait for no other."""
+    """Remove the calls whose round is applied from these cohorts; return those that wait for no other."""
     ready: list[Wait] = []
     for cohort in cohorts:
         waits, cohort.waits = cohort.waits, []

@@ -1,9 +1,8 @@
-"""Sharing: the memory that a server and one worker of its host share, as the server sees it.
+"""Sharing: the server's side of the memory that it shares with one worker of its host.
 
-A push lies in the worker's window; the server adds it up from there, and then marks its loan as returned.
-A reply names where values lie in the server's own segments; the worker copies them out, and counts. Both
-marks stand in the control segment, which the worker has made: a message for each would cost more than
-what it tells.
+A push lies in the worker's window; the server adds it up from there, then marks its loan as returned. A
+reply names places in the server's own segments; the worker copies the values from there, and counts. Both
+marks are in the control segment, which the worker created: a message for each would be too expensive.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from tensorkv.wire.codec import encode
 Send = Callable[[bytes], None]
 
 MAX_KNOWN_PLACES = 256
-"""So many places of a worker's pushes are kept as tensors, and as many older ones: a step that pushes up to a
-gigabyte to one server finds all its places again. Each takes 2 KB."""
+"""Maximum number of places of a worker's pushes that are cached as tensors, plus as many older ones. A step
+that pushes up to a gigabyte to one server finds all its places again. Each takes 2 KB."""
 
 
 @final
 class SharedValues:
-    """The segments that a server keeps its values in, where workers of its host can copy them from.
+    """The segments of a server's values, from which workers of its host can copy.
 
-    The server's loop alone uses it. Owns a descriptor of each segment, until `close`.
+    Only the server's loop uses it, except `share_with`. Owns a descriptor of each segment, until `close`.
     """
 
     def __init__(self) -> None:
@@ -50,28 +49,28 @@ class SharedValues:
         return torch.from_numpy(self._arena.take(size_bytes))
 
     def share_with(self, connection: UnixConnection, send: Send) -> Sharing:
-        """Share with a worker. `send` sends it a frame, of one part. Safe from any thread."""
+        """Share with a worker. `send` sends it a frame of one part. Safe from any thread."""
         sharing = Sharing(connection, send, self)
         self._sharings.append(sharing)
         return sharing
 
     def settle(self) -> None:
-        """End the leases of what workers have copied meanwhile."""
+        """End the leases of replies that workers have copied."""
         for sharing in self._sharings:
             sharing.settle()
 
     def end(self, sharing: Sharing) -> None:
-        """Share no more with a worker."""
+        """Stop sharing with a worker."""
         if sharing in self._sharings:
             self._sharings.remove(sharing)
 
     def close(self) -> None:
-        """Nobody maps them any more who does not yet."""
+        """Close the descriptors; afterwards no other worker can map the segments."""
         while self._segments:
             os.close(self._segments.popitem()[1][1])
 
     def spans_of(self, payload: Sequence[Memory]) -> list[tuple[int, int, int]] | None:
-        """Return where a payload lies, None if some of it is not in these segments."""
+        """Return where a payload lies, None if part of it is not in these segments."""
         spans: list[tuple[int, int, int]] = []
         for memory in payload:
             if memory.place is None:
@@ -98,34 +97,34 @@ class SharedValues:
 
 @final
 class Sharing:
-    """What is shared with one worker. The server's loop alone uses it."""
+    """The memory shared with one worker. Only the server's loop uses it."""
 
     def __init__(self, connection: UnixConnection, send: Send, values: SharedValues) -> None:
         self._connection = connection
         self._send = send
         self._values = values
-        self._told: set[int] = set()  # segments of the values that the worker maps
+        self._told: set[int] = set()  # segments of values that were announced to the worker
         self._segments: dict[int, Segment] = {}
-        self._unmapped: dict[int, tuple[m.ShareSegment, int]] = {}  # for want of memory, with the descriptor
+        self._unmapped: dict[int, tuple[m.ShareSegment, int]] = {}  # for lack of memory, with the descriptor
         self._control: memoryview | None = None
         self._copied: memoryview | None = None
-        self._known: dict[tuple[int, int, int, int], Memory] = {}  # places of pushes, those of late
+        self._known: dict[tuple[int, int, int, int], Memory] = {}  # recent places of pushes
         self._known_before: dict[tuple[int, int, int, int], Memory] = {}
-        self._lent: deque[tuple[list[Lease], list[Memory]]] = deque()  # replies that are not copied yet
-        self._settled = 0  # how many were, when we last looked
+        self._lent: deque[tuple[list[Lease], list[Memory]]] = deque()  # replies not copied yet
+        self._settled = 0  # number of replies found copied so far
 
     def attach(self, message: m.ShareSegment) -> None:
         """Map a segment that the worker has handed over.
 
         Raises:
-            ProtocolError: it is none, or not a new one.
+            ProtocolError: it is not a valid segment, or not a new one.
         """
         descriptor = self._connection.claim_descriptor()
-        with contextlib.suppress(MemoryLimitReached):  # what is pushed there tries again, and is told
+        with contextlib.suppress(MemoryLimitReached):  # a push there tries again, and reports it
             self._map(message, descriptor)
 
     def _map(self, message: m.ShareSegment, descriptor: int) -> None:
-        """Map a segment, or keep its descriptor. Raises MemoryLimitReached, ProtocolError."""
+        """Map a segment; without memory, keep its descriptor. Raises MemoryLimitReached, ProtocolError."""
         kept = os.dup(descriptor)
         try:
             segment = map_segment(message, descriptor, self._segments, writable=message.segment == 0)
@@ -144,7 +143,7 @@ class Sharing:
         self._segments[segment.number] = segment
 
     def drop(self, message: m.DropSegment) -> None:
-        """The worker does not use a segment any more."""
+        """Drop a segment that the worker no longer uses."""
         if (unmapped := self._unmapped.pop(message.segment, None)) is not None:
             os.close(unmapped[1])
             return
@@ -160,7 +159,7 @@ class Sharing:
         """Return the memory of a push. Giving it back returns the loan.
 
         Raises:
-            ProtocolError: there is no such place, or it has not `size_bytes` bytes.
+            ProtocolError: there is no such place, or its size is not `size_bytes`.
             MemoryLimitReached: there is no memory to map it; the loan is returned.
         """
         if len(placed.spans) != 1:
@@ -181,7 +180,7 @@ class Sharing:
             if memory is None:
                 give_back = self._return_of(placed.number)
                 memory = Memory(tensor_at(self._segments, segment, offset, length), give_back)
-            if len(self._known) >= MAX_KNOWN_PLACES:  # what steps use comes over from there again
+            if len(self._known) >= MAX_KNOWN_PLACES:  # places still in use move back from there
                 self._known_before, self._known = self._known, {}
             self._known[name] = memory
         return memory
@@ -194,9 +193,9 @@ class Sharing:
     # ---- replies -----------------------------------------------------------------------------------
 
     def reply(self, data: m.Data, payload: list[Memory], leases: list[Lease]) -> bool:
-        """Tell the worker where the values lie that it asked for; False if it cannot copy them from there.
+        """Tell the worker where its requested values lie; return False if they must be sent instead.
 
-        The leases are held until it has.
+        The leases are held until it has copied them.
         """
         if self._copied is None or sum(len(memory.bytes) for memory in payload) < m.PLACED_BYTES:
             return False
@@ -212,13 +211,13 @@ class Sharing:
         return True
 
     def forget(self, number: int) -> None:
-        """A segment of the values is not used any more."""
+        """Tell the worker that a segment of values is no longer used."""
         if number in self._told:
             self._told.discard(number)
             self._send(encode(m.DropSegment(number)))
 
     def settle(self) -> None:
-        """End the leases of replies that were copied meanwhile."""
+        """End the leases of replies that the worker has copied."""
         if not self._lent:
             return
         assert self._copied is not None
@@ -229,13 +228,13 @@ class Sharing:
                 lease.readers -= 1
 
     def end(self) -> None:
-        """The connection is shut down: what the worker still copies it does not use, see `ServerLink`."""
+        """Stop sharing after the connection is shut down. The worker uses no later copy, see `ServerLink`."""
         self._values.end(self)
         while self._lent:
             for lease in self._lent.popleft()[0]:
                 lease.readers -= 1
         while self._unmapped:
             os.close(self._unmapped.popitem()[1][1])
-        self._segments.clear()  # what was pushed stays mapped until it is used up
+        self._segments.clear()  # pushes stay mapped until they are used up
         self._known.clear()
         self._known_before.clear()

@@ -1,8 +1,8 @@
-"""Where a server keeps its values: slots of memory, leased to readers, shared by small values.
+"""The memory of a server's values: slots, leased to readers and shared by small values.
 
-A slot is one flat tensor that holds one or more slices. A reply lends a slot's memory to the transport
-until the bytes are sent; an update that finds it lent moves the slot to fresh memory first. So nobody
-reads a half-written value, and no reader stops a writer.
+A slot is one flat tensor that holds one or more slices. A reply leases a slot's memory until the bytes are
+sent; an update that finds it leased moves the slot to fresh memory first. So no reader sees a half-written
+value, and no reader blocks a writer.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import final
 import torch
 
 Allocate = Callable[[int], torch.Tensor]
-"""Returns so many bytes of new memory, uint8, of any content.
+"""Returns this many bytes of new, uninitialised uint8 memory.
 
 Raises RuntimeError, MemoryError or OSError if there is none.
 """
 
 
 def allocate_private(size_bytes: int) -> torch.Tensor:
-    """Return memory of this process."""
+    """Return private memory of this process."""
     return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
 
 
 PACKED_BYTES = 32 << 10
-"""Slices up to this size share slots, so that a list of small keys is one run of memory."""
+"""Maximum size of slices that share slots, so that a list of small keys is one run of memory."""
 
 PACKED_SLOT_BYTES = 128 << 10
 
 
 @final
 class Lease:
-    """Counts who is reading one piece of memory."""
+    """Counts the readers of one piece of memory."""
 
     __slots__ = ("readers",)
 
@@ -42,7 +42,7 @@ class Lease:
 
 @final
 class Slot:
-    """A flat tensor, with the lease on its present memory."""
+    """A flat tensor, with the lease on its current memory."""
 
     __slots__ = ("_allocate", "lease", "tensor")
 
@@ -52,23 +52,23 @@ class Slot:
         self._allocate = allocate
 
     def make_writable(self) -> None:
-        """Move to fresh memory if somebody still reads the present one."""
+        """Move to fresh memory if the current memory still has readers."""
         if self.lease.readers:
             self.replace(self.fresh().copy_(self.tensor))
 
     def fresh(self) -> torch.Tensor:
-        """Return memory like this slot's, of any content."""
+        """Return uninitialised memory of this slot's size and dtype."""
         return self._allocate(self.tensor.nbytes).view(self.tensor.dtype)
 
     def replace(self, tensor: torch.Tensor) -> None:
-        """Let the slot be this memory. Whoever reads the old one has it for as long as that takes."""
+        """Switch to this memory. Readers of the old memory keep it until they are done."""
         self.tensor = tensor
         self.lease = Lease()
 
 
 @final
 class SlotAllocator:
-    """Hands out places in slots: a slot of its own for a large slice, a shared one for small slices."""
+    """Allocates places in slots: a slot of its own for a large slice, a shared one for small slices."""
 
     def __init__(self, allocate: Allocate = allocate_private) -> None:
         self._allocate = allocate

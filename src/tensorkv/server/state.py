@@ -16,19 +16,19 @@ from tensorkv.wire import messages as m
 from tensorkv.wire.validate import check_slice, sent_dtype, sent_size
 
 MAX_STORES = 4096
-"""Stores that are open at one time."""
+"""Maximum number of stores that are open at one time."""
 
 
 _ANSWERED = (*m.REPLIES, m.AskSlice, m.WaitMerged, m.Pull)
-"""Requests: a refusal of one is told by Failed."""
+"""Requests; a refused one gets the reply Failed."""
 
 
 @final
 class ServerState:
     """The stores that a server serves. One thread at a time.
 
-    A payload of more than `max_payload_bytes` is refused before memory is taken for it. `allocate` gives
-    the memory of the values.
+    A payload of more than `max_payload_bytes` is refused before memory is allocated for it. `allocate`
+    returns the memory of values.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class ServerState:
         self._stores: dict[int, StoreShard] = {}
         self._store_of_plan: dict[tuple[int, int], StoreShard] = {}
         self._gone: set[int] = set()
-        self._asked: Any = None  # the message whose chunk was asked for last
-        self._found: tuple[StoreShard, Chunk] | None = None  # and the answer
+        self._asked: Any = None  # the message whose chunk was looked up last
+        self._found: tuple[StoreShard, Chunk] | None = None  # its result
 
     def payload_bytes(self, worker: int, message: Any) -> int:
-        """Return how many payload bytes `message` must carry, before any memory is taken for them.
+        """Return how many payload bytes `message` must carry, before any memory is allocated for them.
 
         Raises:
             ProtocolError: the message names something this worker has not defined.
@@ -77,7 +77,7 @@ class ServerState:
     def _init_bytes(self, message: m.InitSlices) -> int:
         itemsize = sent_dtype(message.dtype).itemsize
         whole, low = sent_size(message.shape), 0
-        for entry in message.slices:  # in ascending order, so that no element is there twice
+        for entry in message.slices:  # must ascend, so that no element occurs twice
             if not low <= entry.start <= entry.stop <= whole:
                 raise ProtocolError(f"slice [{entry.start}, {entry.stop}) of {whole} elements, after {low}")
             low = entry.stop
@@ -95,13 +95,13 @@ class ServerState:
         payload: Memory = EMPTY,
         refused: MemoryLimitReached | None = None,
     ) -> list[Outgoing]:
-        """Take in a worker's message, and return what is to be sent, in order.
+        """Process a worker's message, and return the messages to send, in order.
 
-        The payload of a push is the store's from now on, unless the push is refused. `refused` tells that
+        The store owns the payload of a push from now on, unless the push is refused. `refused` says that
         there was no memory for the payload.
 
         Raises:
-            ProtocolError: the worker has broken the rules; nothing of the message has taken effect.
+            ProtocolError: the worker has broken the protocol; a push, put, plan or init had no effect.
         """
         if type(message) is m.Push:  # the message of every step
             shard, chunk = self._find(worker, message)
@@ -175,7 +175,7 @@ class ServerState:
             case m.ActivateSetting():
                 shard.activate_setting(worker, message)
             case m.DeleteSlices():
-                self._asked = None  # the chunk asked for last may have to be laid out anew
+                self._asked = None  # the chunk looked up last may have to be laid out again
                 shard.delete_slices(worker, message)
             case m.Flush():
                 shard.flush(worker, message)
@@ -202,9 +202,9 @@ class ServerState:
                 shard.out.append(Outgoing(worker, m.Done(message.request)))
 
     def worker_lost(self, lost: m.WorkerLost) -> list[Outgoing]:
-        """A worker is lost, and the job goes on: what came whole of it counts, and nothing more comes.
+        """Handle a lost worker while the job goes on: its complete messages count, and no more come.
 
-        What it was about to create or delete is dropped.
+        The keys that it was about to create or delete are dropped.
         """
         self._asked = None  # as for DeleteSlices
         out = self.worker_gone(lost.rank)
@@ -221,7 +221,7 @@ class ServerState:
         return worker in self._gone
 
     def worker_gone(self, worker: int) -> list[Outgoing]:
-        """A worker has left the job: with it every store, also those it never opened."""
+        """A worker has left the job: it leaves every store, also those that it never opened."""
         self._gone.add(worker)
         out: list[Outgoing] = []
         for shard in list(self._stores.values()):
@@ -239,7 +239,7 @@ class ServerState:
             del self._stores[shard.opened.store]
 
     def report(self) -> list[str]:
-        """Say of each store whom its open rounds wait for, a line per key and round."""
+        """Return which workers the open rounds of each store wait for, a line per key and round."""
         return [
             f"store {shard.opened.name!r}: {line}"
             for shard in list(self._stores.values())
@@ -247,7 +247,7 @@ class ServerState:
         ]
 
     def decide_commit(self, decision: m.CommitDecision) -> list[Outgoing]:
-        """Take in the scheduler's decision on a commit."""
+        """Carry out the scheduler's decision on a commit."""
         shard = self._stores.get(decision.store)
         if shard is None:
             return []
@@ -266,9 +266,9 @@ class ServerState:
         return shard
 
     def _find(self, worker: int, message: m.Push | m.Put) -> tuple[StoreShard, Chunk]:
-        """Return the chunk that a message names, and whose it is.
+        """Return the chunk that a message names, and its store.
 
-        It is asked for twice: before there is memory for the payload, and after that has come.
+        It is looked up twice: before memory is allocated for the payload, and when that is complete.
         """
         if message is not self._asked or self._found is None:
             shard = self._store_of_plan.get((worker, message.plan)) or self._plan(worker, message.plan)
@@ -284,7 +284,7 @@ class ServerState:
 
 
 def _restored_bytes(message: m.RestoreSlice, max_payload_bytes: int) -> int:
-    """Return the payload of a slice with its state, after checking that its tensors are of its size."""
+    """Return the payload size of a slice with its state, after checking the sizes of its tensors."""
     entry = message.entry
     size_bytes = check_slice(
         entry.start, entry.stop, message.shape, message.version, message.tensors, message.plain

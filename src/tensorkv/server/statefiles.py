@@ -14,18 +14,18 @@ from tensorkv.server.checkpoint import StateFiles
 
 @final
 class FolderFiles(StateFiles):
-    """Writes and reads safetensors files. Its owner waits meanwhile."""
+    """Writes and reads safetensors files. Blocks its caller meanwhile."""
 
     def write(
         self, folder: str, name: str, slices: Sequence[tuple[Key, int, int, SliceState]]
     ) -> tuple[FileRecord, list[PieceRecord]]:
-        """Write slices to a file that is whole on disk when this returns. Raises SaveError."""
+        """Write slices to a file that is complete on disk when this returns. Raises SaveError."""
         return write_slices(folder, name, slices)
 
     def check(self, folder: str, files: Mapping[str, FileRecord]) -> None:
-        """Read files wholly to see whether they are as they were saved. Raises LoadError."""
+        """Read whole files to check that they are as they were saved. Raises LoadError."""
         check_files(folder, files)
 
     def open(self, folder: str) -> PieceReader:
-        """Read from the files of the save in a folder."""
+        """Open the files of the save in a folder for reading."""
         return PieceReader(folder)

@@ -1,7 +1,7 @@
-"""Sums of contributions: in rank order, in the stored dtype, half-width floats in float32.
+"""Sums of contributions: in rank order, in the stored dtype, narrow floats in float32.
 
-The order is fixed, ((w0 + w1) + w2), whatever the order of arrival, so runs are bitwise repeatable. So it is
-with weights: each contribution is multiplied by a number first, and every product is rounded once.
+The order is fixed, ((w0 + w1) + w2), whatever the order of arrival, so runs are bitwise repeatable. This
+also holds with weights: each contribution is first multiplied by a number, and every product is rounded once.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def add_up(
 
     Args:
         parts: at least one; their dtypes may differ from `dtype` if all are floats.
-        dtype: of the result; the sum itself is taken in float32 for half-width floats.
+        dtype: dtype of the result; the sum itself is taken in float32 for narrow floats.
         divisor: what a mean divides by.
-        out: where the result goes, if given; it must not overlap the parts. It is as before if this raises:
-            nothing is written there until all memory is there.
-        may_overwrite: the first part may be used as the accumulator.
-        factors: multiply each part by its own first, in the dtype of the sum.
+        out: receives the result, if given; it must not overlap the parts. It is unchanged if this raises:
+            nothing is written there until all memory is allocated.
+        may_overwrite: whether the first part may serve as the accumulator.
+        factors: each part is first multiplied by its own, in the dtype of the sum.
     """
     if factors is not None:
         return _add_up_products(parts, dtype, divisor, out, factors)
@@ -40,7 +40,7 @@ def add_up(
         return torch.add(parts[0], parts[1], out=out)
     wide = accumulate_dtype(dtype)
     first, rest = parts[0], parts[1:]
-    # The third part is cast, which takes memory, when the sum of the first two is written.
+    # A cast of the third part allocates memory after the sum of the first two is written.
     in_place = dtype == wide and (len(parts) < 3 or all(part.dtype == wide for part in rest[1:]))
     target = out if in_place else None
     if not rest:
@@ -64,11 +64,11 @@ def add_up(
 
 
 def weigh(shares: Sequence[tuple[float | None, int]]) -> tuple[float, list[float] | None]:
-    """Return the divisor of a mean, and the factors of its contributions; None if all of these are 1.
+    """Return the divisor of a mean, and the factors of its contributions, None if all of them are 1.
 
     Args:
-        shares: of each contribution its weight, None if it has none, and how often it counts then. Where
-            only one contributes, its weight cancels.
+        shares: weight of each contribution, None if it has none, and its count. If there is only one
+            contribution, its weight cancels.
     """
     if len(shares) == 1 or all(weight is None for weight, _ in shares):
         return sum(count for _, count in shares), None
@@ -83,7 +83,7 @@ def _add_up_products(
     out: torch.Tensor | None,
     factors: Sequence[float],
 ) -> torch.Tensor:
-    """No `add` with `alpha`: that rounds sum and product together on some processors, and not on others."""
+    """Add up products. `add` with `alpha` would round sum and product together on some processors only."""
     wide = accumulate_dtype(dtype)
     total = parts[0].to(wide) * factors[0]
     for part, factor in zip(parts[1:], factors[1:], strict=True):
@@ -93,7 +93,7 @@ def _add_up_products(
 
 
 def _is_plain(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
-    """Whether nothing is cast: two small contributions added up in one operation are the usual case."""
+    """Whether nothing is cast: usually two small contributions are added up in one operation."""
     return accumulate_dtype(dtype) == dtype == parts[0].dtype == parts[1].dtype
 
 

@@ -1,7 +1,7 @@
-"""Updates: adds up what was contributed to slices, and runs their updaters on the sums.
+"""Updates: adds up contributions to slices, and runs the updaters on the sums.
 
-Where all workers pushed one layout, whole runs of memory are added up. Slices that came in different chunks
-are added up one by one. Both return what failed, by slice: such a slice keeps its value.
+If all workers pushed one layout, whole runs of memory are added up. Slices that came in different chunks are
+added up one by one. Both return the errors by slice; a slice that failed keeps its value.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tensorkv.updaters.base import Update
 from tensorkv.updaters.settings import Setting, apply_all
 
 Failed = dict[Slice, Exception]
-"""What failed, by slice."""
+"""Errors of slices that failed, by slice."""
 
 Sum = tuple[Slice, torch.Tensor, bool]
 """A slice, the sum of its contributions, and whether that memory is borrowed."""
@@ -27,7 +27,7 @@ Sum = tuple[Slice, torch.Tensor, bool]
 
 @final
 class Updates:
-    """Sums and updates of one store; in a store that takes means, sums are divided."""
+    """Sums and updates of one store; if the store takes means, sums are divided."""
 
     def __init__(self, mean: bool, error_of: NoMemory) -> None:
         self._mean = mean
@@ -36,8 +36,8 @@ class Updates:
     def of_layout(self, layout: Layout, parts: Sequence[Contribution], settings_epoch: int) -> Failed:
         """Add up whole runs of memory, and update all slices of a layout in one call.
 
-        `parts` are the contributions that are not absent, at least one, in rank order. All are of this
-        layout, and the counts of each are alike.
+        `parts` are the contributions that are not absent, at least one, in rank order. All have this layout,
+        and the counts of each are equal.
         """
         divisor, factors = (
             weigh([(each.weight, each.counts[0]) for each in parts]) if self._mean else (1, None)
@@ -77,7 +77,7 @@ class Updates:
         return each, total, borrowed and total is parts[0]
 
     def sum_error(self, exc: Exception) -> TensorKVError:
-        """Return the error to tell of a sum that could not be taken."""
+        """Return the error to report for a failed sum."""
         short = short_of(exc, "a round of what was pushed", self._no_memory)
         text = f"what was pushed could not be added up or applied: {type(exc).__name__}: {exc}"
         return short or UpdaterError(text)
@@ -85,19 +85,19 @@ class Updates:
     def _assign_runs(
         self, layout: Layout, parts: Sequence[Contribution], divisor: float, factors: Sequence[float] | None
     ) -> Failed:
-        """Add whole runs straight into the stored values."""
+        """Add whole runs directly into the stored values."""
         failed: Failed = {}
         for run in layout.runs:
             try:
                 _assign_run(run, layout.slices[0].dtype, parts, divisor, factors)
-            except Exception as exc:  # noqa: BLE001  # whatever torch refuses; the other runs are assigned
+            except Exception as exc:  # noqa: BLE001  # any error; the other runs are assigned
                 error = self.sum_error(exc)
                 failed.update(dict.fromkeys(layout.slices_in(run), error))
         return failed
 
 
 def run_updaters(sums: Sequence[Sum], only: Setting | None = None) -> Failed:
-    """Run the updater of each slice on its sum. `only` is the setting of them all, if known."""
+    """Run the updater of each slice on its sum. `only` is the setting of all slices, if known."""
     for each, _, _ in sums:
         each.slot.make_writable()
     updates = [
@@ -123,7 +123,7 @@ def _assign_run(
     may_overwrite = not parts[0].buffer.borrowed
     found = [each.buffer.elements(each.dtype, run.low, run.high) for each in parts]
     if run.slot.lease.readers:
-        if run.is_whole_slot:  # nothing of the old value is needed
+        if run.is_whole_slot:  # the old value is not needed
             fresh = run.slot.fresh()
             add_up(found, dtype, divisor, fresh, may_overwrite=may_overwrite, factors=factors)
             run.slot.replace(fresh)

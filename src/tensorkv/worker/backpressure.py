@@ -1,7 +1,7 @@
-"""Backpressure: learns, as it happens, which of this worker's last pushes are merged.
+"""Backpressure: learns of the merge of this worker's last pushes as it happens.
 
-A worker may push a key again only then. The servers tell slice by slice; a value is free when all its
-slices are.
+A worker may push a key again only after that. The servers report each slice; a value is free when all its
+slices are merged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tensorkv.worker.session import Session
 
 @final
 class _MergeExchange(Exchange):
-    """One server's answers: positions of slices, as they merge."""
+    """One server's answers: the positions of slices, as they merge."""
 
     def __init__(self, part: ServerPart, merged: Callable[[list[int] | TensorKVError], None]) -> None:
         self._part = part
@@ -63,7 +63,7 @@ class Backpressure:
         self._wait = job.wait(what, timeout_s, self._ask_waiting, store, self._whom)
 
     def ask(self) -> None:
-        """Queue the question to each server. The caller holds the job's order."""
+        """Queue the question to each server. Called with the job's order held."""
         for part in self._plan.parts:
             link = self._job.links[part.server]
             number = link.open(_MergeExchange(part, self._merged))
@@ -94,7 +94,7 @@ class Backpressure:
                 self._wait.tick()
 
     def close(self) -> None:
-        """Give up what is still open."""
+        """Give up the exchanges that are still open."""
         for link, number in self._numbers:
             link.drop(number)
 

@@ -1,6 +1,6 @@
-"""What the leading worker does to save and load the store of a job: it tells the servers what to do.
+"""What the leading worker does to save and load a store of a job: it tells the servers what to do.
 
-Values never pass through a worker on their way to a file or from it; for `state_dict` they do.
+Values go from servers to files and back without passing through a worker; for `state_dict` they do pass.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PROGRESS_BYTES = 64 << 20
-"""From this size on a save or load shows how far it is."""
+"""Minimum size of a save or load that shows its progress."""
 
 _Open = list[tuple[ServerLink, int, SingleReply]]
 
 
 @final
 class StateTransfer:
-    """Saves and loads one store. For the worker that leads; the others wait meanwhile."""
+    """Saves and loads one store, in the worker that leads; the others wait meanwhile."""
 
     def __init__(self, job: Session, store: int, reduction: Literal["sum", "mean"], timeout_s: float) -> None:
         self._job = job
@@ -69,7 +69,7 @@ class StateTransfer:
     # ---- out -------------------------------------------------------------------------------------
 
     def save(self, folder: str) -> None:
-        """Let every server write what it holds, then let the save count."""
+        """Let every server write its slices, then publish the save."""
         entries, settings = self._entries(), self._settings()
         with Saving(folder) as save:
             files, pieces = self._write_files(folder, save, entries)
@@ -81,7 +81,7 @@ class StateTransfer:
     def _write_files(
         self, folder: str, save: Saving, entries: Sequence[m.KeyEntry]
     ) -> tuple[dict[str, FileRecord], dict[int, PieceRecord]]:
-        """Let every server write what it holds; return the files, and the pieces by slice."""
+        """Let every server write its slices; return the files, and the pieces by slice."""
         files: dict[str, FileRecord] = {}
         pieces: dict[int, PieceRecord] = {}
         todo = [
@@ -129,7 +129,7 @@ class StateTransfer:
     # ---- in --------------------------------------------------------------------------------------
 
     def load(self, folder: str, current: SettingsTable) -> SavedSettings:
-        """Let every server read what it is to hold; return the settings that hold then."""
+        """Let every server read its slices; return the settings that apply afterwards."""
         return load_newest(folder, lambda index: self._load(folder, index, current))
 
     def _load(self, folder: str, index: Index, current: SettingsTable) -> SavedSettings:
@@ -153,7 +153,7 @@ class StateTransfer:
         return index.settings
 
     def load_state_dict(self, state_dict: Mapping[str, Any], current: SettingsTable) -> SavedSettings:
-        """Send every server what it is to hold; return the settings that hold then."""
+        """Send every server its slices; return the settings that apply afterwards."""
         reduction, settings, keys = from_state_dict(state_dict)
         pieces_of = {each.record.key: each for each in keys}
 
@@ -195,10 +195,10 @@ class StateTransfer:
         current: SettingsTable,
         send: Callable[[Sequence[m.KeyEntry]], None],
     ) -> None:
-        """Make keys and settings those of a save, or change nothing."""
+        """Replace keys and settings with those of a save, or change nothing."""
         check_reduction(reduction, self._reduction)
         self._check_keys(records)
-        restored_settings(settings, current)  # what is wrong with them is found before anything is sent
+        restored_settings(settings, current)  # finds what is wrong with them before anything is sent
         codes = [self._code(current, spec) for spec in settings.updaters]
         specs = [
             m.KeySpec(r.key, r.shape, r.dtype, dtype_from_name(r.dtype).itemsize, r.whole) for r in records
@@ -271,10 +271,10 @@ class StateTransfer:
         make: Callable[..., m.Message],
         take: Callable[[int, int, list[Any], Any], None] | None = None,
     ) -> None:
-        """Ask every server for one thing after the other, all servers at a time; show how far it is.
+        """Send each server one batch after the other, all servers at a time; show the progress.
 
         `per_server` has for each server pairs of a thing and its size in bytes. `make` gets the number of the
-        request, and by name `server`, `number` (of the batch) and `things`.
+        request and, by name, `server`, `number` (of the batch) and `things`.
         """
         groups = [_groups(lines) for lines in per_server]
         total = sum(size for lines in per_server for _, size in lines)
@@ -305,7 +305,7 @@ class StateTransfer:
 
 @final
 class _SliceExchange(Exchange):
-    """A slice from a server: first what it is, then its bytes."""
+    """A slice from a server: first its record, then its bytes."""
 
     def __init__(self, entry: m.KeyEntry, part: m.SliceEntry) -> None:
         self._entry = entry
@@ -343,7 +343,7 @@ class _SliceExchange(Exchange):
         self._record = record
 
     def result(self) -> SliceState:
-        """Return the slice. Raises what the server has refused it with."""
+        """Return the slice. Raises the error with which the server refused it."""
         if self._error is not None:
             raise self._error
         assert self._record is not None
@@ -365,7 +365,7 @@ def _shared_out(
 ) -> dict[tuple[int, int], dict[str, FileRecord]]:
     """Return which files each server checks with which of its requests, every file once.
 
-    Where slices lie as they did when they were saved, each server checks what it reads anyway.
+    If the slices are placed as in the save, each server checks the files that it reads anyway.
     """
     shares: dict[tuple[int, int], dict[str, FileRecord]] = {
         (server, number): {} for server, count in enumerate(num_requests) for number in range(count)
@@ -376,7 +376,7 @@ def _shared_out(
 
 
 def _progress(total_bytes: int) -> Progress:
-    from rich.console import Console  # only for this, and every worker would import it as it starts
+    from rich.console import Console  # not at the top: every worker would import it at its start
     from rich.progress import Progress
 
     hidden = total_bytes < PROGRESS_BYTES or not sys.stderr.isatty()

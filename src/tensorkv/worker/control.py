@@ -33,7 +33,7 @@ JOIN_TIMEOUT_S = 5.0
 
 @final
 class _Reply:
-    """Where the reply to a request will be."""
+    """A place for the reply to a request."""
 
     def __init__(self, wait: Wait) -> None:
         self.ready = threading.Event()
@@ -44,14 +44,14 @@ class _Reply:
 
 @final
 class ControlClient:
-    """Requests to the scheduler and what it announces. Safe from any thread.
+    """Requests to the scheduler, and its announcements. Safe from any thread.
 
     `on_failure` is called once, from any thread, when the job is declared broken, `on_gone` when other
-    workers have deleted keys. After `close` requests raise PeerLostError. `connection` is that to the
-    scheduler, where it was made already.
+    workers have deleted keys. After `close`, requests raise PeerLostError. `connection` is an existing
+    connection to the scheduler, if any.
 
     Raises:
-        PeerLostError, AuthenticationError, ProtocolVersionError, ProtocolError: it cannot be joined.
+        PeerLostError, AuthenticationError, ProtocolVersionError, ProtocolError: the job cannot be joined.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ControlClient:
         self.notify(m.Register("", 0, hostname(), os.getpid()))
 
     def servers(self) -> list[m.ServerAddress]:
-        """Wait until all servers are there, and return their addresses."""
+        """Wait until all servers have joined, and return their addresses."""
         self._await(self._welcome)
         self._welcome.wait.end()
         servers: list[m.ServerAddress] = self._welcome.message.servers
@@ -104,7 +104,7 @@ class ControlClient:
             WaitTimeout: no reply in time; the text names who is missing.
             PeerLostError, or the error of a refused request.
         """
-        if self.failure is not None:  # the scheduler may go on to answer, but the job is broken
+        if self.failure is not None:  # the scheduler may still answer, but the job is broken
             raise again(self.failure) from None
         number = next(self._numbers)
         wait = Wait(
@@ -133,13 +133,13 @@ class ControlClient:
         return reply.message
 
     def _was_made(self, reply: _Reply) -> bool:
-        """Return whether the reply of a request was on the way when that was given up.
+        """Return whether the reply to a request was in flight when the request was given up.
 
-        It has then happened for the others: to say here that it has not would make this rank count wrongly.
+        The request has then taken effect for the others. An error here would make this rank count wrongly.
         """
         grace_s = (
             0.0 if reply.wait.open_question else ASK_GRACE_S
-        )  # else the scheduler does not answer at all
+        )  # an open question: the scheduler does not answer
         answered = reply.ready.wait(grace_s) and reply.message is not None
         withdrawn = isinstance(reply.message, m.Failed) and reply.message.name == WaitTimeout.__name__
         return answered and not withdrawn
@@ -170,7 +170,7 @@ class ControlClient:
                 self._take(receive_message(self._connection, decoder))
         except (EOFError, ConnectionError) as exc:
             self._fail(exc)
-        except Exception as exc:  # a fault of ours: what waits must not wait for a thread that has ended
+        except Exception as exc:  # our own bug: no call may wait for a thread that has ended
             logger.exception("worker: a message of the scheduler could not be handled")
             self._fail(exc)
         self._connection.shutdown()

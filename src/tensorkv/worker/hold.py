@@ -1,8 +1,8 @@
-"""Hold: what would change a store waits in its worker while the store is saved.
+"""Hold: calls that would change a store wait in their worker while the store is saved.
 
-All workers make the call, so all hold back what their other threads do to the store. A call's messages
-are queued to all servers with the job's order held, and so does the hold begin: each call goes to every
-server before it, or to none until it ends.
+All workers take part, so each holds back the calls of its own other threads. A call queues its messages to
+all servers with the job's order held, and the hold begins with the order held, too. So each call is queued to
+every server before the hold, or to none until the hold ends.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ class Hold:
         self._job = job
         self._store = store
         self._timeout_s = timeout_s
-        self._calls = threading.RLock()  # held by the call that is under way
+        self._calls = threading.RLock()  # held by the call in progress
         self._over = threading.Event()
         self._over.set()
-        self.on = False  # a plain attribute: every push looks at it
+        self.on = False  # a plain attribute, since every push reads it
 
     @contextmanager
     def one_call(self, what: str) -> Iterator[None]:
-        """Make one call at a time that all workers make together; a second thread's waits for the first's.
+        """Make one collective call at a time; the call of a second thread waits for that of the first.
 
         Args:
             what: names the call, for texts.
 
         Raises:
-            WaitTimeout, PeerLostError, StoreClosed: it had to wait, and that ended so.
+            WaitTimeout, PeerLostError, StoreClosed: it had to wait, and the wait failed.
         """
         wait = self._job.wait(
             what, self._timeout_s, store=self._store, whom=lambda: "another thread, which saves or loads"
@@ -51,9 +51,9 @@ class Hold:
 
     @contextmanager
     def back(self) -> Iterator[None]:
-        """Hold changes back, within `one_call`. Those already begun are on their way to every server.
+        """Hold changes back, within `one_call`. Those already begun are in flight to every server.
 
-        Within `Session.whole`, too: Ctrl-C as it ends may leave them held back.
+        Use it within `Session.whole`, too: Ctrl-C at its end may leave changes held back.
         """
         try:
             with self._job.order:
@@ -80,9 +80,9 @@ class Hold:
 
     @contextmanager
     def turn(self, what: str) -> Iterator[None]:
-        """Hold the job's order at a moment at which nothing is held back; `what` names the call.
+        """Hold the job's order at a moment when nothing is held back; `what` names the call.
 
-        Blocks until there is one.
+        Blocks until such a moment.
 
         Raises:
             WaitTimeout, PeerLostError, StoreClosed.

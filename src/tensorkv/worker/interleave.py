@@ -1,7 +1,7 @@
-"""Receiving long answers from several servers at once, by the one thread that waits for them.
+"""Receiving long answers from several servers at once, in the one thread that waits for them.
 
-One after the other would be slower over a network: while the answers of the first server come, those of
-the second fill what the system holds of them and stop, and the link carries only half of what it could.
+Receiving from one server after the other is slower over a network: while the answers of the first server
+arrive, those of the second fill the system's buffers and stall, and the network is only half used.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from tensorkv.transport.base import TICK_S
 from tensorkv.worker.link import ServerLink
 
 MIN_BYTES = 1 << 20
-"""Answers under this size are not stopped: the system holds them until they are asked for."""
+"""Minimum size of answers received in turn; smaller ones fit in the system's buffers and do not stall."""
 
 
 def pays(numbers: Sequence[tuple[ServerLink, int]], size_bytes: int) -> bool:
-    """Whether answers of so many bytes come quicker in turn. Those in shared memory do not travel."""
+    """Whether answers of this size arrive faster in turn. Those in shared memory do not travel."""
     return size_bytes >= MIN_BYTES and len(numbers) > 1 and all(link.carries_values for link, _ in numbers)
 
 
 def receive_in_turn(
     numbers: Sequence[tuple[ServerLink, int]], wait: Wait, turn_to: Callable[[int], None]
 ) -> None:
-    """Take in the frames of several servers, one of each in turn, until only one still has to answer.
+    """Receive frames from several servers, one from each in turn, until only one still has to answer.
 
-    Meanwhile this thread leads all their links. Where another thread leads one of them nothing is done.
+    This thread leads all their links meanwhile. If another thread leads one of them, this does nothing.
 
     Args:
-        numbers: links and the exchanges that are waited for there.
+        numbers: the exchanges to wait for, each with its link.
         wait: the deadline.
-        turn_to: hears the place of the first exchange that has not ended.
+        turn_to: called with the index of the first exchange that has not ended.
 
     Raises:
         What `wait.tick` and `ServerLink.receive_one` raise.
@@ -46,7 +46,7 @@ def receive_in_turn(
                 if not link.begin_to_lead(wait.tick):
                     return
                 led += [link]
-        except BaseException as exc:  # Ctrl-C: between the two nobody knows of the lead
+        except BaseException as exc:  # Ctrl-C: this thread may lead without a note in `led`
             links[0].broken_off(exc)
             raise
         _receive_leading(links, numbers, wait, turn_to)
@@ -54,7 +54,7 @@ def receive_in_turn(
         try:
             for link in led:
                 link.end_leading()
-        except BaseException as exc:  # Ctrl-C: nobody would give the others back
+        except BaseException as exc:  # Ctrl-C: the other leads would never be released
             links[0].broken_off(exc)
             raise
 
@@ -73,7 +73,7 @@ def _receive_leading(
             if len({numbers[place][0] for place in missing}) < 2:
                 return
             turn_to(missing[0])
-            ready = [link for link in links if link.readable()]  # also those that others wait for
+            ready = [link for link in links if link.readable()]  # also those that only others wait for
             if not ready:
                 _sleep_until_readable(links)
             for link in ready:
@@ -85,7 +85,7 @@ def _sleep_until_readable(links: Sequence[ServerLink]) -> None:
     poll = select.poll()
     for link in links:
         descriptor = link.fileno()
-        if descriptor < 0:  # another thread has closed it: the next look tells
+        if descriptor < 0:  # another thread has closed it; the next check shows that
             return
         poll.register(descriptor, select.POLLIN | select.POLLRDHUP)
     poll.poll(TICK_S * 1000)

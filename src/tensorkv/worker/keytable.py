@@ -21,14 +21,14 @@ from tensorkv.worker.plans import KeyState
 from tensorkv.worker.session import Session
 
 MAX_GONE = 4096
-"""So many keys that others have deleted are remembered; servers remember as many."""
+"""Maximum number of keys deleted by others that are remembered; servers remember as many."""
 
 
 @final
 class KeyTable:
     """Keys by name, each in the generation this worker knows. Safe from any thread.
 
-    `on_forget` is called with the generations that are forgotten, with the lock held.
+    `on_forget` is called, with the lock held, with the generations that are forgotten.
     `uncommitted` are the ids of keys that were pushed with apply=False.
     """
 
@@ -49,7 +49,7 @@ class KeyTable:
         self._raised: dict[int, int] = {}  # key id -> the last round whose fault was reported
 
     def known(self, keys: Sequence[Key]) -> list[KeyState]:
-        """Return what is known of keys, asking the scheduler about those this rank did not init.
+        """Return what is known of keys, asking the scheduler about the unknown ones.
 
         Raises:
             KeyNotInitialized: one of them does not exist.
@@ -57,7 +57,7 @@ class KeyTable:
         unknown = [key for key in keys if key not in self.states]
         if unknown:
             for key in unknown:
-                if not may_travel(key):  # so it cannot be asked about, and nobody can have initialised it
+                if not may_travel(key):  # so it cannot be sent, and no rank can have initialised it
                     raise not_initialized(key)
             what = f"lookup of {unknown[0]!r}"
             reply = self._job.control.request(
@@ -70,12 +70,12 @@ class KeyTable:
             raise KeyNotInitialized(f"key {exc.args[0]!r} was deleted during the call") from exc
 
     def learn(self, entries: Sequence[m.KeyEntry]) -> None:
-        """Remember keys; a generation older than the known one, or long gone, is passed over."""
+        """Remember keys; skip a generation that is older than the known one, or long gone."""
         replaced: list[KeyState] = []
         with self.lock:
             for entry in entries:
                 if not entry.slices:
-                    continue  # so old that the scheduler knows no more than that it was deleted
+                    continue  # so old that the scheduler knows only that it was deleted
                 known = self.states.get(entry.key)
                 if known is not None:
                     if known.key_id >= entry.key_id:  # ids only grow; generations may begin anew
@@ -89,9 +89,9 @@ class KeyTable:
             self._tell_forgotten(replaced)
 
     def gone(self, key_ids: Sequence[int]) -> list[KeyState]:
-        """Others have deleted these generations; return those that were known.
+        """Note that others have deleted these generations; return those that were known.
 
-        The last ones stay known, so that the next call on such a key is told that it was deleted.
+        The last ones stay known, so that the next call on such a key learns that it was deleted.
         """
         with self.lock:
             found = [self._of_id[key_id] for key_id in key_ids if key_id in self._of_id]
@@ -101,14 +101,14 @@ class KeyTable:
         return found
 
     def those_known(self, keys: Sequence[Key] | None) -> list[KeyState]:
-        """Return what is known of these keys, of all for None, without asking anybody."""
+        """Return what is known of these keys (None: all), without asking the scheduler."""
         with self.lock:
             if keys is None:
                 return list(self.states.values())
             return [self.states[key] for key in keys if key in self.states]
 
     def names_of(self, key_ids: Iterable[int]) -> list[Key]:
-        """Return the keys of generations, as far as they are known."""
+        """Return the keys of these generations, without the unknown ones."""
         with self.lock:
             return [self._of_id[key_id].key for key_id in key_ids if key_id in self._of_id]
 
@@ -146,7 +146,7 @@ class KeyTable:
                     )
 
     def on_fault(self, fault: m.Fault) -> None:
-        """A round that this worker contributed to has failed; its next call on the key raises it."""
+        """Note a failed round that this worker contributed to; its next call on the key raises the error."""
         error = from_wire(fault.name, fault.text)
         with self.lock:
             for slice_id in fault.slice_ids:
@@ -168,7 +168,7 @@ class KeyTable:
                 self.faults.pop(key, None)
 
     def raise_faults(self, keys: Sequence[Key] | None = None) -> None:
-        """Raise what servers have reported about these keys (None: all), each once."""
+        """Raise the errors that servers have reported for these keys (None: all), each once."""
         if not self.faults:
             return
         with self.lock:

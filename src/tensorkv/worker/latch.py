@@ -1,4 +1,4 @@
-"""Latch: opens when a number of things have happened. Cheaper than a future where nobody waits."""
+"""Latch: opens after a number of events. Cheaper than a future if no thread waits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import final
 
 @final
 class Latch:
-    """Counts down to zero, then is open for good. Safe from any thread."""
+    """Counts down to zero, then stays open. Safe from any thread."""
 
     __slots__ = ("_left", "_lock", "_waiters")
 
@@ -20,11 +20,11 @@ class Latch:
 
     @property
     def open(self) -> bool:
-        """Whether all has happened."""
+        """Whether all events have happened."""
         return self._left == 0
 
     def down(self) -> None:
-        """One of the things has happened."""
+        """Count one event."""
         with self._lock:
             self._left -= 1
             if self._left:
@@ -34,7 +34,7 @@ class Latch:
             waiter()
 
     def then(self, call: Callable[[], None]) -> None:
-        """Have `call` called once the latch opens; at once if it is open."""
+        """Call `call` once the latch opens; at once if it is open."""
         with self._lock:
             if self._left:
                 self._waiters.append(call)
@@ -51,4 +51,4 @@ class Latch:
 
 
 OPEN = Latch(0)
-"""Where there is nothing to wait for."""
+"""An open latch, for when there is nothing to wait for."""

@@ -1,7 +1,7 @@
 """Lending: tensors in the window, which are pushed without a copy.
 
-`empty_like` hands them out. When they are pushed, the servers of this host read them where they lie. A
-chunk travels so if its pieces lie one after the other: the plan of such a push is cut accordingly.
+`empty_like` returns them. When they are pushed, the servers of this host read them in place. A chunk is lent
+in place if its pieces are adjacent, so the plan of such a push is cut accordingly.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from tensorkv.worker.plans import KeyState, Known, Lent, Origins, Plan, PlanChun
 from tensorkv.worker.window import Window
 
 APART_BYTES = 1 << 48
-"""Origins that do not follow each other are so far apart: more than any memory is long."""
+"""Spacing in bytes of the origins of values that are not adjacent; larger than any memory."""
 
 
 def empty_tensors(window: Window, states: Sequence[KeyState]) -> list[torch.Tensor]:
-    """Return a new tensor for each key, of any content, in the window if a server shares it.
+    """Return a new, uninitialised tensor for each key, in the window if a server shares it.
 
-    Whole values of one server and dtype lie one after the other, so that they travel together.
+    Whole values of one server and dtype are adjacent, so that they travel together.
 
     Raises:
         MemoryLimitReached: there is no memory for them.
@@ -49,7 +49,7 @@ def empty_tensors(window: Window, states: Sequence[KeyState]) -> list[torch.Tens
 
 
 def arranged(window: Window, plans: PlanCache, plan: Plan, values: Sequence[torch.Tensor]) -> Plan:
-    """Return a plan of the same push whose chunks are cut as the values lie; mostly `plan` itself."""
+    """Return a plan of the same push, with chunks cut by the layout of the values; mostly `plan` itself."""
     if _known_spans(plan, values) is not None:
         return plan
     origins = _origins(window, values)
@@ -59,7 +59,7 @@ def arranged(window: Window, plans: PlanCache, plan: Plan, values: Sequence[torc
 def spans_of(window: Window, plan: Plan, values: Sequence[torch.Tensor]) -> list[Span | None]:
     """Return where each frame of a push lies in the window; None for one that has to be copied.
 
-    Steps push the same tensors: they are looked at one by one only in the first.
+    Steps push the same tensors, so only the first step checks them one by one.
     """
     spans = _known_spans(plan, values)
     if spans is None:
@@ -70,7 +70,7 @@ def spans_of(window: Window, plan: Plan, values: Sequence[torch.Tensor]) -> list
 
 
 def _known_spans(plan: Plan, values: Sequence[torch.Tensor]) -> list[Span | None] | None:
-    """Return where the frames lie if these are the tensors of the last push, as they were."""
+    """Return where the frames lie if these are the tensors of the last push, unchanged in layout."""
     lent = plan.lent  # another thread may replace it
     if lent is None or not lent.values.are(values) or not all(map(torch.Tensor.is_contiguous, values)):
         return None
@@ -78,7 +78,7 @@ def _known_spans(plan: Plan, values: Sequence[torch.Tensor]) -> list[Span | None
 
 
 def _origins(window: Window, values: Sequence[torch.Tensor]) -> Origins:
-    """Return how values lie to each other in the window, see `Origins`: the same wherever that is."""
+    """Return the relative layout of values in the window (see `Origins`), whatever their addresses."""
     places = [
         window.where(address, value.nbytes) if address else None  # a sparse tensor has no nbytes
         for address, value in zip(map(_address, values), values, strict=True)
@@ -94,7 +94,7 @@ def _origins(window: Window, values: Sequence[torch.Tensor]) -> Origins:
 
 
 def _address(value: torch.Tensor) -> int:
-    """Return where a value begins; 0 where its memory does not show its elements one after the other."""
+    """Return the address of a value; 0 unless its memory holds its elements in order, unmodified."""
     if not value.is_cpu or value.layout != torch.strided:
         return 0
     if not value.is_contiguous() or value.is_neg() or value.is_conj():

@@ -1,9 +1,9 @@
 """ServerLink: a worker's connection to one server.
 
-Nobody has a thread here for receiving. Whoever waits for an answer takes the lead and receives frames,
-also those that others wait for, until its own is there; then another takes the lead. So a small
-request costs no change of threads. Only while calls with `async_op` are under way does a thread of
-the link lead.
+Callers receive in their own threads. A caller that waits for an answer takes the lead: it receives frames,
+also those for other callers, until its own has arrived. Then another caller takes the lead. So a small
+request costs no thread switch. A thread of the link leads only while exchanges that no caller waits in are
+in flight (`watch`), as in calls with `async_op`.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from tensorkv.worker.window import Window, WindowEnd
 
 JOIN_TIMEOUT_S = 5.0
 STALL_S = 10.0
-"""How long a frame whose end does not come is waited for beyond the deadline of whoever receives it."""
+"""Timeout in seconds for the rest of a frame once the deadline of its receiver has passed."""
 
 DISCARD_BYTES = 1 << 20
 MAX_DISCARDED_BYTES = 1 << 40
-"""More than any chunk has; longer ones end the connection."""
+"""Maximum size of a discarded payload, more than any chunk has; a longer one ends the connection."""
 
 _decoder: Decoder[m.FromServer] = Decoder(m.FromServer)
 
 
 class Exchange(ABC):
-    """A request to one server until it is answered. Its methods are called by whoever leads."""
+    """A request to one server until it is answered. The leader calls its methods."""
 
     @abstractmethod
     def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
         """Return where the payload of `message` goes."""
 
     def copy(self, message: m.Data, parts: list[torch.Tensor]) -> None:
-        """Copy a payload, which lies in `parts` (uint8, of another process), to where it goes."""
+        """Copy a payload from `parts` (uint8, memory of another process) to its destination."""
         size_bytes = sum(part.nbytes for part in parts)
         buffers = self.place(message, size_bytes)
         payload = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -65,9 +65,9 @@ class Exchange(ABC):
 
     @abstractmethod
     def take(self, message: Any) -> bool:
-        """Take in a reply, its payload in place, and return whether it was the last.
+        """Handle a reply whose payload is in place, and return whether it was the last.
 
-        `message` may also be a TensorKVError instead of a reply: then it is the last.
+        `message` may also be a TensorKVError instead of a reply; then it is the last.
         """
 
 
@@ -105,11 +105,11 @@ class ServerLink:
         name: "server 1", for texts.
         failure: returns why the job is broken, None while it is not.
         on_fault: called with every Fault of this server.
-        broken_off: called when Ctrl-C, say, has ended a call inside a message.
+        broken_off: called when a call was interrupted inside a message, by Ctrl-C for example.
         window: memory to share with the server, if the connection can hand it over.
 
     Raises:
-        OSError: memory is to be shared, and there is none.
+        OSError: there is no memory to share.
     """
 
     def __init__(
@@ -130,15 +130,15 @@ class ServerLink:
         self._numbers = itertools.count(1)
         self._exchanges: dict[int, Exchange] = {}
         self._waits: dict[int, Wait] = {}
-        self._reading = threading.Lock()  # who holds it leads
+        self._reading = threading.Lock()  # its holder leads
         self._turn = threading.Condition(
             threading.RLock()
-        )  # told when an exchange ends, and when the lead is free
-        self._waiting = 0  # threads in _turn.wait; counted up with _turn held
-        self._message: Any = None  # the one that is being received, by whoever leads
-        self._tick: Tick = no_tick  # of whoever leads
+        )  # notified when an exchange ends or the lead is free
+        self._waiting = 0  # threads in _turn.wait; changed with _turn held
+        self._message: Any = None  # the one that the leader is receiving
+        self._tick: Tick = no_tick  # of the leader
         self._stalled = 0  # how often its deadline has come inside a frame
-        self._watched: set[int] = set()  # exchanges that nobody waits for; guarded by _turn
+        self._watched: set[int] = set()  # exchanges that no caller waits in; guarded by _turn
         self._thread: threading.Thread | None = None
         self._closing = False
         self._lost: TensorKVError | None = None  # why nothing more can be received; guarded by _reading
@@ -149,7 +149,7 @@ class ServerLink:
     # ---- sending ---------------------------------------------------------------------------------
 
     def open(self, exchange: Exchange) -> int:
-        """Return a number under which `exchange` gets the replies to a request."""
+        """Return a new request number; `exchange` gets the replies to it."""
         number = next(self._numbers)
         self._exchanges[number] = exchange
         return number
@@ -157,7 +157,7 @@ class ServerLink:
     def ask(
         self, make: Callable[[int], m.Message], parts: list[memoryview] | None = None
     ) -> tuple[int, SingleReply]:
-        """Queue the request that `make` builds from its number, as `put`; return number and exchange."""
+        """Queue, like `put`, the request that `make` builds from its number; return number and exchange."""
         exchange = SingleReply()
         number = self.open(exchange)
         message = make(number)
@@ -178,7 +178,7 @@ class ServerLink:
         self._sender.put([frame], on_sent)
 
     def pump(self) -> None:
-        """Send what is queued, as far as that goes without waiting."""
+        """Send as much of the queue as possible without blocking."""
         self._sender.pump()
 
     def _cannot_send(self, exc: BaseException) -> None:
@@ -192,7 +192,7 @@ class ServerLink:
         return PeerLostError(f"the connection to {self.name} has ended") if self._sender.failed else None
 
     def drop(self, number: int) -> None:
-        """Give up an exchange: replies that still come are received and thrown away."""
+        """Give up an exchange: its later replies are received and discarded."""
         self._exchanges.pop(number, None)
 
     # ---- receiving -------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ class ServerLink:
         Raises:
             WaitTimeout, PeerLostError: it has not.
         """
-        self._waits[number] = wait  # as `answering`, which as a context manager takes a microsecond longer
+        self._waits[number] = wait  # like `answering`, whose context manager costs a microsecond more
         try:
             self._lead_until(lambda: number not in self._exchanges, wait.tick)
         finally:
@@ -211,12 +211,12 @@ class ServerLink:
 
     @contextmanager
     def answering(self, number: int, wait: Wait) -> Iterator[None]:
-        """Hand the server's word on whom this exchange waits for to `wait`, as long as the block lasts."""
+        """Within the block, pass the server's reports of whom this exchange waits for to `wait`."""
         self._waits[number] = wait
         try:
             yield
         finally:
-            self._waits.pop(number, None)  # who watches it may have been sooner
+            self._waits.pop(number, None)  # the watching thread may have removed it
 
     def is_open(self, number: int) -> bool:
         """Whether the exchange with this number has not ended."""
@@ -224,22 +224,22 @@ class ServerLink:
 
     @property
     def carries_values(self) -> bool:
-        """Whether values travel through a socket, and not through memory."""
+        """Whether values travel through a socket instead of shared memory."""
         return self.shared is None and isinstance(self._connection, StreamConnection)
 
     def fileno(self) -> int:
-        """Return a descriptor that polls as readable when something has come, or the end."""
+        """Return a descriptor that polls as readable when data, or the end of the connection, has arrived."""
         return self._connection.fileno()
 
     def readable(self) -> bool:
-        """Whether something has come that nobody has received. By whoever leads."""
+        """Whether something has arrived that was not received yet. For the leader only."""
         return self._connection.readable()
 
     def begin_to_lead(self, tick: Tick) -> bool:
-        """Take the lead, if nobody has it: until `end_leading` only this thread receives here."""
+        """Take the lead if it is free: until `end_leading` only this thread receives here."""
         try:
             leads = self._reading.acquire(blocking=False)
-        except BaseException as exc:  # Ctrl-C: it may lead, and nobody would give the lead back
+        except BaseException as exc:  # Ctrl-C: this thread may lead and would never release the lead
             self._broken_off(exc)
             raise
         if leads:
@@ -247,36 +247,36 @@ class ServerLink:
         return leads
 
     def broken_off(self, exc: BaseException) -> None:
-        """Ctrl-C, say, came where the lead may not have been given back: the worker leaves the job."""
+        """Leave the job, as an interrupt (Ctrl-C) came where the lead may not have been released."""
         self._broken_off(exc)
 
     def end_leading(self) -> None:
-        """Give the lead back."""
+        """Release the lead."""
         self._reading.release()
         if self._waiting:
             self._tell()
 
     def receive_one(self) -> None:
-        """Receive one frame and hand it on. By whoever leads."""
+        """Receive one frame and dispatch it. For the leader only."""
         self._receive()
 
     def poll(self) -> None:
-        """Receive what has come already, without waiting, unless somebody else leads."""
+        """Receive what has already arrived, without blocking, unless another thread leads."""
         if self.begin_to_lead(self._check_failure):
             try:
                 while self._connection.readable():
                     self._receive()
-            finally:  # not `end_leading`: Ctrl-C may end a call of ours before it has begun
+            finally:  # not `end_leading`: Ctrl-C may end a call before its first step
                 self._reading.release()
                 if self._waiting:
                     self._tell()
 
     def watch(self, number: int, wait: Wait | None = None) -> None:
-        """See to it that this exchange ends although nobody waits for it.
+        """Let the link's thread receive for this exchange, which no caller waits in.
 
         Args:
             number: of the exchange.
-            wait: told whom the exchange waits for, if it asks.
+            wait: gets the server's reports of whom the exchange waits for, if it asks.
         """
         with self._turn:
             self._watched.add(number)
@@ -302,25 +302,25 @@ class ServerLink:
         self._connection.close()
 
     def shutdown(self) -> None:
-        """Wake whoever waits: the job is broken."""
+        """Wake all waiting threads, as the job is broken."""
         self._connection.shutdown()
 
     def _lead_until(self, done: Callable[[], bool], tick: Tick) -> None:
         while not done():
             try:
                 leads = self._reading.acquire(blocking=False)
-            except BaseException as exc:  # as in `poll`
+            except BaseException as exc:  # as in `begin_to_lead`
                 self._broken_off(exc)
                 raise
             if leads:
                 try:
                     self._tick, self._stalled = tick, 0
-                    ended = done()  # another may have led to it, just before
+                    ended = done()  # the previous leader may have received it just before
                     while not ended:
                         self._receive()
                         ended = done()
                         if not ended:
-                            tick()  # frames may come for others only, without a pause
+                            tick()  # frames for others may arrive without a pause
                 finally:
                     self._reading.release()
                     if self._waiting:
@@ -339,9 +339,9 @@ class ServerLink:
                     tick()
 
     def _patient_tick(self) -> None:
-        """The tick of whoever leads; its deadline does not end the receiving of a frame in its middle.
+        """The leader's tick; its deadline does not stop the receiving of a frame in its middle.
 
-        That would end the connection for everybody.
+        That would end the connection for all callers.
         """
         try:
             self._tick()
@@ -351,7 +351,7 @@ class ServerLink:
                 raise
 
     def _tell(self) -> None:
-        """Wake those who wait for the lead or for an exchange; they are counted before they look."""
+        """Wake the threads that wait for the lead or for an exchange; they are counted before they look."""
         with self._turn:
             self._turn.notify_all()
 
@@ -380,7 +380,7 @@ class ServerLink:
             raise again(failure) from None
 
     def _receive(self) -> None:
-        """Receive one frame and hand it on. By whoever leads."""
+        """Receive one frame and dispatch it. For the leader only."""
         if self._lost is not None:
             raise again(self._lost) from None
         self._message, received = None, False
@@ -398,11 +398,11 @@ class ServerLink:
                     self._broken_off(exc)
                     self._lost = broken_off_error(exc)
             elif received or (self._message is not None and not isinstance(exc, Exception)):
-                self._broken_off(exc)  # a reply has come, and its exchange may not have taken it
+                self._broken_off(exc)  # a reply has arrived, and its exchange may not have handled it
             raise
 
     def _lose(self, exc: Exception) -> NoReturn:
-        """The connection has ended: raise why."""
+        """Raise why the connection has ended."""
         self._connection.shutdown()
         self._lost = self._why_gone(exc)
         raise again(self._lost) from None  # its text tells all that `exc` does
@@ -421,7 +421,7 @@ class ServerLink:
             return exchange.place(message, payload_bytes)
         except ProtocolError:
             raise
-        except Exception as exc:  # noqa: BLE001  # no memory for it, say: the error of this exchange alone
+        except Exception as exc:  # noqa: BLE001  # e.g. no memory for it: an error of this exchange alone
             exchange.take(_error_of(exc))
             self._exchanges.pop(message.request, None)
             self._tell()
@@ -446,9 +446,9 @@ class ServerLink:
                 self._end_exchange(exchange, message.request, message)
 
     def _hand_on_placed(self, message: m.Data, placed: m.Placed) -> None:
-        """Hand on a reply that lies in the server's memory, and tell the server that it was copied.
+        """Dispatch a reply in the server's memory, and tell the server that it was copied.
 
-        Where the server has ended the connection meanwhile, what it lies in may have changed under the copy.
+        If the server has ended the connection meanwhile, that memory may have changed during the copy.
         """
         if self.shared is None:
             raise ProtocolError("a reply in shared memory, where there is none")
@@ -462,7 +462,7 @@ class ServerLink:
             exchange.copy(message, parts)
         except ProtocolError:
             raise
-        except Exception as exc:  # noqa: BLE001  # memory that cannot be written, say: this exchange's alone
+        except Exception as exc:  # noqa: BLE001  # e.g. unwritable memory: an error of this exchange alone
             self.shared.copied()
             self._end_exchange(exchange, message.request, _error_of(exc))
             return
@@ -472,7 +472,7 @@ class ServerLink:
         self._end_exchange(exchange, message.request, message)
 
     def _end_exchange(self, exchange: Exchange, number: int, message: Any) -> None:
-        """Let an exchange take a reply, which may be its last."""
+        """Pass a reply, which may be its last, to an exchange."""
         if _take(exchange, message):
             self._exchanges.pop(number, None)
             if self._waiting:
@@ -487,19 +487,19 @@ class ServerLink:
             self.shared.attach(message)
 
     def _check_given_up(self, number: int) -> None:
-        """Raise unless there was a request with this number, whose caller has given up since."""
+        """Raise unless a request with this number was made, whose caller has given up since."""
         if not 0 < number < next(self._numbers):
             raise ProtocolError(f"a reply to request {number}, which was never made")
 
     def _why_gone(self, exc: BaseException) -> TensorKVError:
-        """Return why the connection ended: the scheduler's word counts, if it comes soon."""
+        """Return why the connection ended: the scheduler's report takes precedence if it arrives soon."""
         if isinstance(exc, TensorKVError):
             return exc
         return schedulers_word(self._failure) or PeerLostError(f"{self.name} was lost: {exc}")
 
     def _end_all(self, error: TensorKVError) -> None:
-        """Nothing more will come: tell every exchange."""
-        with self._reading:  # nobody hands on a reply meanwhile
+        """End every exchange with this error, as nothing more will arrive."""
+        with self._reading:  # no thread dispatches a reply meanwhile
             for number in list(self._exchanges):
                 exchange = self._exchanges.pop(number, None)
                 if exchange is not None:
@@ -509,7 +509,7 @@ class ServerLink:
 
 
 def _discard(payload_bytes: int) -> list[memoryview]:
-    """Return where a payload goes that nobody wants: over and over into the same small memory."""
+    """Return buffers for an unwanted payload: the same small memory over and over."""
     if payload_bytes > MAX_DISCARDED_BYTES:
         raise ProtocolError(f"a payload of {payload_bytes} bytes for a request that is not there")
     scratch = memoryview(bytearray(min(payload_bytes, DISCARD_BYTES)))
@@ -518,12 +518,12 @@ def _discard(payload_bytes: int) -> list[memoryview]:
 
 
 def _take(exchange: Exchange, message: Any) -> bool:
-    """Hand a reply to its exchange. What goes wrong there is that exchange's error, not the receiver's."""
+    """Pass a reply to its exchange. A failure there is that exchange's error, not the receiver's."""
     try:
         return exchange.take(message)
     except ProtocolError:
         raise
-    except Exception as exc:  # noqa: BLE001  # memory that cannot be written, say
+    except Exception as exc:  # noqa: BLE001  # e.g. unwritable memory
         return exchange.take(_error_of(exc))
 
 

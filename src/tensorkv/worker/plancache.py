@@ -15,10 +15,10 @@ from tensorkv.worker.plans import KeyState, Origins, Plan, build_plan
 from tensorkv.worker.session import Session
 
 MAX_PLANS = 1024
-"""Plans kept; the one that was not used for longest goes first."""
+"""Maximum number of plans kept; the least recently used is evicted first."""
 
 MAX_CHANGES = 8
-"""So often the plans of one list of keys are cut anew; what lies elsewhere each time is copied then."""
+"""Maximum number of times the plans of a list of keys are cut anew; values that move later are copied."""
 
 _Name = tuple[tuple[int, ...], tuple[torch.dtype, ...], tuple[int, ...]]
 
@@ -27,8 +27,8 @@ _Name = tuple[tuple[int, ...], tuple[torch.dtype, ...], tuple[int, ...]]
 class PlanCache:
     """Finds the plan of a list of keys, the same one each time. Safe from any thread.
 
-    `last_push` and `last_pull` name plans by the keys of a call: whether the tensors of a new call are
-    like those of the last is for the caller to check.
+    `last_push` and `last_pull` map the keys of a call to its plan. The caller checks whether the tensors of a
+    new call are like those of the last.
     """
 
     def __init__(self, job: Session, store: int) -> None:
@@ -42,7 +42,7 @@ class PlanCache:
         self._origins: dict[tuple[int, ...], tuple[Origins, int]] = {}  # and how often they have changed
 
     def plan(self, states: Sequence[KeyState], dtypes: Sequence[torch.dtype], counts: Sequence[int]) -> Plan:
-        """Return the plan of pushing values of `dtypes`, each counting as `counts` says, 0 if absent."""
+        """Return the plan of pushing values of `dtypes` with these counts; a count of 0 stands for absent."""
         name = (tuple(state.key_id for state in states), tuple(dtypes), tuple(counts))
         with self._lock:
             plan = self._plans.get(name)
@@ -60,7 +60,7 @@ class PlanCache:
     def arrange(self, plan: Plan, origins: Origins) -> Plan:
         """Return a plan like this one that is cut by other origins; `plan` itself if they change often.
 
-        All plans of the same keys are cut so from now on: a server is quickest if pushes and pulls are alike.
+        From now on all plans of the same keys are cut so: a server is fastest if pushes and pulls are alike.
         """
         key_ids = tuple(state.key_id for state in plan.states)
         with self._lock:
@@ -73,7 +73,7 @@ class PlanCache:
         return self.plan(plan.states, plan.dtypes, plan.counts)
 
     def plan_to_pull(self, states: Sequence[KeyState]) -> Plan:
-        """Return the plan of pulling keys: as if values of the stored dtype were pushed."""
+        """Return the plan of pulling keys, as if values of the stored dtype were pushed."""
         return self.plan(states, [state.dtype for state in states], [1] * len(states))
 
     def part_of(self, plan: Plan, places: Sequence[int]) -> Plan:
@@ -85,11 +85,11 @@ class PlanCache:
         )
 
     def remember_push(self, keys: tuple[Key, ...], plan: Plan) -> None:
-        """Let `last_push` name this plan by the keys of a call."""
+        """Map the keys of a call to this plan in `last_push`."""
         self._remember(self.last_push, plan.pushed_as, keys, plan)
 
     def remember_pull(self, keys: tuple[Key, ...], plan: Plan) -> None:
-        """Let `last_pull` name this plan by the keys of a call."""
+        """Map the keys of a call to this plan in `last_pull`."""
         self._remember(self.last_pull, plan.pulled_as, keys, plan)
 
     def _remember(
@@ -105,7 +105,7 @@ class PlanCache:
                 names.add(keys)
 
     def tell(self, plan: Plan) -> None:
-        """Queue its definition to the servers that do not know a plan. The job's order is held.
+        """Queue the definition of a plan to the servers that lack it. Called with the job's order held.
 
         Raises:
             StoreClosed: another thread has closed the store meanwhile.
@@ -124,14 +124,14 @@ class PlanCache:
                 self._job.links[part.server].put(m.DefinePlan(self._store, plan.number, part.entries))
 
     def forget(self, states: Sequence[KeyState]) -> None:
-        """Generations of keys are gone, and with them the plans they are in."""
+        """Drop the plans that contain these generations of keys, which are gone."""
         gone = {state.key_id for state in states}
         with self._lock:
             for name in [name for name, plan in self._plans.items() if not plan.key_ids.isdisjoint(gone)]:
                 self._drop(self._plans.pop(name))
 
     def _drop(self, plan: Plan) -> None:
-        """Let the servers forget a plan, when they are next told something."""
+        """Drop a plan; the next `tell` makes the servers drop it, too."""
         plan.dropped = True
         self._origins.pop(tuple(state.key_id for state in plan.states), None)
         self._dropped.append(plan)

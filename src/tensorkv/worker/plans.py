@@ -1,6 +1,6 @@
-"""Plans: what a list of keys means on the wire, worked out once and used in every step.
+"""Plans: what a list of keys means on the wire, computed once and used in every step.
 
-A plan says for each server which slices of which keys travel in which chunk, one frame each. Both ends
+A plan says for each server which slices of which keys travel in which chunk; a chunk is one frame. Both ends
 keep it under its number. A chunk holds whole slices of one dtype, up to `MAX_SLICE_BYTES` together.
 """
 
@@ -24,14 +24,14 @@ from tensorkv.wire import messages as m
 from tensorkv.worker import nontemporal
 
 COALESCE_BYTES = 32 << 10
-"""Pieces up to this size are gathered into one buffer before they travel."""
+"""Maximum size of pieces that are gathered into one buffer before they travel."""
 
 Span = tuple[int, int, int]
 """A part of shared memory: segment, offset and length in bytes."""
 
 Origins = tuple[int, ...] | None
-"""How the values of a push lie in the window: one after the other where the origin of one is the end of
-another, 0 for one that is not in it. None if none is."""
+"""Relative layout of the values of a push in the window: two values are adjacent if the origin of one is the
+end of the other. 0 for a value outside the window; None if all are outside."""
 
 _shape_of, _dtype_of = attrgetter("shape"), attrgetter("dtype")
 _TENSORS = {torch.Tensor}
@@ -59,7 +59,7 @@ class KeyState:
 
     @classmethod
     def of(cls, entry: m.KeyEntry) -> KeyState:
-        """Make it from what the scheduler tells."""
+        """Build it from the scheduler's entry."""
         shape = torch.Size(entry.shape)
         return cls(entry, shape, dtype_from_name(entry.dtype), math.prod(shape))
 
@@ -69,7 +69,7 @@ class KeyState:
 class Piece:
     """A slice in a chunk: elements [start, stop) of the plan's value number `value`.
 
-    `low` is where it begins in the chunk, in elements; `small` tells that it travels through a buffer.
+    `low` is where it begins in the chunk, in elements. A `small` piece travels through a buffer.
     """
 
     value: int
@@ -82,7 +82,7 @@ class Piece:
 
 @final
 class Staging:
-    """Memory that the small pieces of a chunk are received in, with a view for each, in its shape."""
+    """Memory that receives the small pieces of a chunk, with a view for each, in its shape."""
 
     __slots__ = ("bytes", "views")
 
@@ -103,13 +103,12 @@ class Staging:
 @final
 @dataclass(slots=True)
 class PlanChunk:
-    """A chunk: its pieces in order, in the dtype that is pushed (and, pulled, in the stored dtype).
+    """A chunk: its pieces in order, in the dtype that is pushed (when pulled, in the stored dtype).
 
-    Where all pieces are small and whole, `pick` takes their values out of those of the plan. `one_dim`
-    tells whether those all have one dimension, `lends` whether a piece travels from the caller's memory,
-    `streams` whether its copies from and to shared memory go past the caches (see `nontemporal`).
-    `stagings` are free to be used, again and again. `sources` are its pieces in shared memory of the server,
-    beside the places that it told.
+    If all pieces are small and whole, `pick` selects their values from those of the plan, and `one_dim` tells
+    whether all of these have one dimension. `lends` tells whether a piece travels from the caller's memory,
+    `streams` whether copies from and to shared memory are non-temporal (see `nontemporal`). `stagings` are
+    free for reuse. `sources` are the places that the server named in its shared memory, and the pieces there.
     """
 
     pieces: list[Piece]
@@ -126,14 +125,14 @@ class PlanChunk:
 
     @property
     def size_bytes(self) -> int:
-        """The payload of a push."""
+        """Size of the payload of a push."""
         return 0 if self.absent else self.num_elems * self.dtype.itemsize
 
 
 @final
 @dataclass(slots=True)
 class ServerPart:
-    """What of a plan concerns one server. `values[i]` is the value that slice i of the part belongs to."""
+    """The part of a plan for one server. `values[i]` is the value that slice i of the part belongs to."""
 
     server: int
     chunks: list[PlanChunk]
@@ -144,18 +143,18 @@ class ServerPart:
 @final
 @dataclass(slots=True, eq=False)
 class Known:
-    """Tensors that were looked at one by one in an earlier call, and where they were. None is kept alive."""
+    """Tensors that an earlier call checked one by one, and their addresses. None is kept alive."""
 
     tensors: list[weakref.ref[torch.Tensor]]
     addresses: list[int]
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor]) -> Known:
-        """Remember these, which have memory."""
+        """Remember these tensors, which have memory."""
         return cls(list(map(weakref.ref, tensors)), list(map(torch.Tensor.data_ptr, tensors)))
 
     def are(self, tensors: Sequence[Any]) -> bool:
-        """Whether these are the very same, where they were."""
+        """Whether these are the same tensors at the same addresses."""
         return (
             len(tensors) == len(self.tensors)
             and all(map(operator.is_, map(operator.call, self.tensors), tensors))
@@ -189,19 +188,19 @@ class Plan:
     sizes_bytes: np.ndarray[Any, Any]  # of the stored values
     total_bytes: int  # of them all
     sent_bytes: dict[int, int]  # of a push, by server
-    known_to: set[int] = field(default_factory=set)  # servers that have been told
+    known_to: set[int] = field(default_factory=set)  # servers that know it
     origins: Origins = None  # by which its chunks are cut
-    pushed_as: set[tuple[Key, ...]] = field(default_factory=set)  # keys by which the cache names it
+    pushed_as: set[tuple[Key, ...]] = field(default_factory=set)  # keys that the cache maps to it
     pulled_as: set[tuple[Key, ...]] = field(default_factory=set)
-    dropped: bool = False  # from the cache: it may still be sent, but is not to be remembered
+    dropped: bool = False  # from the cache; it may still be sent, but must not be remembered
 
     outs: Known | None = None  # of the last pull
     lent: Lent | None = None  # in the last push
 
     def fits(self, values: Sequence[Any]) -> bool:
-        """Whether these are tensors, one per key, of the very dtypes and shapes of the plan.
+        """Whether these are tensors, one per key, of exactly the dtypes and shapes of the plan.
 
-        A few vector operations for a thousand keys, which make no lists: see `PushBatch`.
+        A few vector operations for a thousand keys, without building lists: see `PushBatch`.
         """
         if len(values) != len(self.shapes) or not _TENSORS.issuperset(map(type, values)):
             return False
@@ -213,14 +212,14 @@ class Plan:
             return False
 
     def fits_outs(self, outs: Sequence[Any]) -> bool:
-        """Whether these are the tensors of the last pull, where they were, and as they were."""
+        """Whether these are the tensors of the last pull, with the same addresses and shapes."""
         known = self.outs
         return (
             known is not None and known.are(outs) and all(map(operator.eq, map(_shape_of, outs), self.shapes))
         )
 
     def remember_outs(self, outs: Sequence[torch.Tensor]) -> None:
-        """These, one for each key, were looked at one by one: they may be written, and none shares memory."""
+        """Remember these checked tensors, one per key: they may be written, and none shares memory."""
         self.outs = Known.of(outs)
 
 
@@ -234,7 +233,7 @@ def build_plan(
 ) -> Plan:
     """Return the plan of pushing values of `dtypes` to `states`; a count of 0 stands for absent.
 
-    With `origins` what lies together in the window makes chunks of its own.
+    With `origins`, values that are adjacent in the window make chunks of their own.
     """
     sizes_bytes = np.array([state.num_elems * state.dtype.itemsize for state in states], np.int64)
     slices: list[list[_SliceOf]] = [[] for _ in range(num_servers)]
@@ -275,9 +274,9 @@ _SliceOf = tuple[int, m.SliceEntry]
 def _together(
     slices: Sequence[_SliceOf], dtypes: Sequence[torch.dtype], origins: tuple[int, ...]
 ) -> list[list[_SliceOf]]:
-    """Return runs of slices that lie one after the other in the window, and last, in list order, the rest.
+    """Return runs of slices that are adjacent in the window, and last, in list order, the rest.
 
-    Runs too short to travel in shared memory are of the rest: a chunk for each would cost more than a copy.
+    Runs too short to travel in shared memory join the rest: a chunk for each would cost more than a copy.
     """
 
     def place_of(number: int) -> tuple[int, int]:

@@ -21,18 +21,18 @@ from tensorkv.worker.transfers import Destinations, PullExchange
 
 @final
 class PullCall:
-    """A pull under way.
+    """A pull in progress.
 
     Args:
-        plan: what is asked for.
+        plan: what to pull.
         destinations: where it goes.
-        finish: called once, by whoever receives the last reply, with the call and the first error or
-            None; what it returns or raises is the result.
+        finish: called once, by the thread that receives the last reply, with the call and the first error or
+            None; its return value or exception is the result.
 
     `up_to` is the number of the last push that was queued before it.
     """
 
-    # What most calls never come to change stands here, since every small call makes a PullCall.
+    # Class attributes for what most calls never change, since every small call makes a PullCall.
     up_to = 0
     _first_error: TensorKVError | None = None
     _result: Any = None
@@ -66,9 +66,10 @@ class PullCall:
     def push(
         self, job: Session, pusher: Pusher, values: Sequence[torch.Tensor], weight: float | None = None
     ) -> bool:
-        """Push, and have the values after the round sent back chunk by chunk.
+        """Push, and request the values after the round, which return chunk by chunk.
 
-        Returns False, and has done nothing, if a key is busy. Raises what `Pusher.send` raises.
+        Returns False, and has done nothing, if a key is busy or pushes are held back. Raises what
+        `Pusher.send` raises.
         """
         self._open(job)
         sent = None
@@ -90,7 +91,7 @@ class PullCall:
             self.replies[part.server] = number
 
     def watch(self) -> concurrent.futures.Future[Any]:
-        """Let the call end although nobody waits for it; return the future of its result."""
+        """Let the threads of the links finish the call; return the future of its result."""
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         with self._lock:
             self._future = future
@@ -106,12 +107,12 @@ class PullCall:
         if self._error is not None:
             try:
                 raise self._error
-            finally:  # its traceback keeps this call, which must not keep it in turn: see `_ended`
+            finally:  # its traceback references this call, which must not reference it: see `_ended`
                 self._error = self._first_error = None
         return self._result
 
     def _ended(self, error: TensorKVError | None) -> None:
-        """One server has answered all, or refused."""
+        """Note that one server has answered everything, or refused."""
         with self._lock:
             if error is not None and self._first_error is None:
                 self._first_error = error
@@ -121,8 +122,8 @@ class PullCall:
         try:
             self._result = self._finish(self, self._first_error)
         except Exception as exc:  # noqa: BLE001  # `result` raises it, or the future
-            # Without the frames of here, which hold this call and so the caller's tensors: as a cycle they
-            # would stay until the garbage collector comes by, which counts objects and not bytes.
+            # Drop our frames, which reference this call and so the caller's tensors: in a cycle these would
+            # live until the garbage collector runs, which counts objects and not bytes.
             self._error = exc.with_traceback(None)
         with self._lock:
             self._left = 0

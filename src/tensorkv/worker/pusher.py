@@ -1,8 +1,8 @@
 """Pusher: the pushes of one store on a worker, and what must wait before a key may be pushed again.
 
-A push goes at once, unless an earlier one of the same key is not merged yet; then only that key waits.
-A call with `async_op` that must wait does so in a thread of its own. What comes after it on its keys
-waits for it, so that calls take effect in program order.
+A push is sent at once, unless an earlier push of the same key is not merged yet; then only that key waits.
+A call with `async_op` that must wait does so in a thread of its own. Later calls on its keys wait for it, so
+that calls take effect in program order.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from tensorkv.worker.transfers import COPY_ERRORS, failed_copy, gather, gather_i
 from tensorkv.worker.window import Loan, WindowEnd
 
 MAX_LENT_BYTES = 64 << 20
-"""So much of what an async worker has pushed may lie in shared memory, per server, until it is applied.
+"""Maximum size of an async worker's pushes in shared memory, per server, until they are applied.
 
-In sync there is one push of each key at most. What is more goes through the connection, which holds a
-worker back that pushes faster than the server applies.
+In sync there is at most one push per key. The rest goes through the connection, which provides backpressure
+for a worker that pushes faster than the server applies.
 """
 
 LAST_WORD_S = ASK_GRACE_S + 1.0
-"""Time beyond its deadline that a call which runs later has to say for whom it waited."""
+"""Time in seconds past its deadline that a deferred call has to report whom it waited for."""
 
 _NOT_TAKEN = "a server, which does not take it in"
 
 
 class Asks(Protocol):
-    """A call that has the values after a push sent back: each server's request, and the push's number."""
+    """A call that requests the values after a push: each server's request, and the push's number."""
 
     replies: dict[int, int]
     up_to: int
@@ -53,16 +53,16 @@ class Asks(Protocol):
 
 @final
 class _Payloads:
-    """The payloads of a push, one per frame: parts to be sent, or a loan of shared memory.
+    """The payloads of a push, one per frame: parts to send, or a loan of shared memory.
 
-    Leaving the block gives the loans back, unless they were pushed.
+    Leaving the block returns the loans, unless they were pushed.
 
     Args:
-        plan: what is pushed.
+        plan: what to push.
         values: per key of the plan.
         links: by server.
-        spans: per frame, where it lies in the window; None if it has to be copied.
-        bounded: no server is lent more than `MAX_LENT_BYTES`, or one push, if that is more.
+        spans: per frame, its place in the window; None if it has to be copied.
+        bounded: lend each server at most `MAX_LENT_BYTES`, or one push if that is larger.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class _Payloads:
         span: Span | None,
         max_lent_bytes: int | None,
     ) -> Loan | None:
-        """Lend a chunk, copied to shared memory unless it lies there; None if it has to be sent."""
+        """Lend a chunk, copied to shared memory unless it is already there; None if it has to be sent."""
         if shared is None or chunk.size_bytes < m.PLACED_BYTES:
             return None
         if span is not None:
@@ -112,7 +112,7 @@ class _Payloads:
         return loan
 
     def __enter__(self) -> None:
-        """They are gathered already."""
+        """The payloads are gathered already."""
 
     def __exit__(self, *exc: object) -> None:
         if not self.pushed:
@@ -143,8 +143,8 @@ class Pusher:
         self._hold = hold
         self._lock = threading.Lock()  # guards _unmerged and _deferred
         self._unmerged: dict[int, int] = {}  # key id -> number of its last push, until it is known merged
-        self._newest = 0  # the largest number in it since it was empty
-        self._deferred: dict[int, concurrent.futures.Future[Any]] = {}  # key id -> call still to go
+        self._newest = 0  # the largest number in it since it was last empty
+        self._deferred: dict[int, concurrent.futures.Future[Any]] = {}  # key id -> deferred call
         self.count = 0  # pushes queued so far; read and written with the job's order held
 
     def send(
@@ -158,13 +158,13 @@ class Pusher:
         """Queue a push to all its servers; the latch opens when the values may be changed.
 
         Returns None, and does nothing, if the last push of one of the keys may not be merged, or pushes
-        are held back: another thread may have pushed it, or begun a save, since the caller looked.
+        are held back: another thread may have pushed the key, or begun a save, since the caller checked.
 
         Args:
             plan: what to push.
             values: per key of the plan, on any device.
             apply, weight: as in `push`.
-            asks: send back the values after the round, too; gets the number of the push.
+            asks: requests the values after the round, too; gets the number of the push.
 
         Raises:
             InvalidValue, MemoryLimitReached: torch fails to copy a value.
@@ -173,7 +173,7 @@ class Pusher:
         window = self._job.window
         spans = spans_of(window, plan, values) if window.lends else [None] * len(plan.frames)
         payloads = _Payloads(plan, values, links, spans, bounded=self._is_async)
-        # What was copied need not be waited for. In async mode only the connection holds a worker back.
+        # Copied frames need no wait, except in async mode, where only the connection provides backpressure.
         num_awaited = len(plan.frames) if self._is_async else payloads.num_lending
         sent = Latch(num_awaited) if num_awaited else OPEN
         with payloads, self._job.order, self._job.whole:
@@ -215,7 +215,7 @@ class Pusher:
             raise again(failure) from None
 
     def work_of(self, sent: Latch, what: str) -> Work:
-        """Return a work that is complete when a push has been handed to the system, or has failed to be."""
+        """Return a work that completes when a push has been handed to the system, or could not be."""
         done: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def settle() -> None:
@@ -232,13 +232,13 @@ class Pusher:
 
     @property
     def settled(self) -> bool:
-        """Whether every push of this worker is known to be applied or to have failed: pulls have told."""
+        """Whether every push of this worker is known, from pulls, to be applied or to have failed."""
         return not (self._is_async or self._unmerged or self._deferred)
 
     # ---- busy keys -------------------------------------------------------------------------------
 
     def busy(self, plan: Plan) -> set[int]:
-        """Return the keys of a plan whose last push by this worker may not be merged, or not gone yet."""
+        """Return the keys of a plan whose last push by this worker may not be merged, or is not sent yet."""
         if not (self._unmerged or self._deferred):
             return set()
         found = self._unmerged_of(plan)
@@ -251,11 +251,11 @@ class Pusher:
             return self._unmerged.keys() & plan.key_ids
 
     def merged(self, key_ids: frozenset[int] | set[int], up_to: int) -> None:
-        """The pushes of these keys up to this number are merged."""
+        """Note that the pushes of these keys up to this number are merged."""
         if not self._unmerged:
             return
         with self._lock:
-            if self._newest <= up_to and self._unmerged.keys() == key_ids:  # mostly
+            if self._newest <= up_to and self._unmerged.keys() == key_ids:  # the common case
                 self._unmerged.clear()
                 return
             for key_id in key_ids:
@@ -263,17 +263,17 @@ class Pusher:
                     del self._unmerged[key_id]
 
     def forget(self, states: Sequence[KeyState]) -> None:
-        """Generations of keys are gone."""
+        """Forget generations of keys that are gone."""
         self.merged({state.key_id for state in states}, self.count)
 
     def deferred(self, states: Sequence[KeyState]) -> bool:
-        """Whether an earlier call with `async_op` on one of these keys is still to go."""
+        """Whether an earlier call with `async_op` on one of these keys is still deferred."""
         return bool(self._deferred) and any(state.key_id in self._deferred for state in states)
 
     def await_deferred(
         self, states: Sequence[KeyState] | None, what: str, timeout_s: float | None = None
     ) -> list[concurrent.futures.Future[Any]]:
-        """Wait until earlier calls with `async_op` on these keys have gone, and return them; None: on any."""
+        """Wait until the deferred calls on these keys (None: on any) have ended, and return them."""
         if not self._deferred:
             return []
         with self._lock:
@@ -285,10 +285,10 @@ class Pusher:
         return found
 
     def await_all_deferred(self, what: str, timeout_s: float) -> None:
-        """Wait as `await_deferred`; one that gave up meanwhile has pushed nothing, and ends this call, too.
+        """Wait for all deferred calls; one that times out may not have pushed everything, and ends this call.
 
         Raises:
-            WaitTimeout: also that of such a call, whose text names who is missing.
+            WaitTimeout: also that of such a call, whose text names the missing ranks.
         """
         for future in self.await_deferred(None, what, timeout_s):
             error = future.exception()
@@ -302,7 +302,7 @@ class Pusher:
         timeout_s: float | None = None,
     ) -> None:
         def ask() -> None:
-            """Nobody: these calls ask for themselves, and are given the time to say why they gave up."""
+            """Do nothing: these calls ask for themselves, and get the time to report why they gave up."""
 
         def whom() -> str:
             return "an earlier call with async_op on its keys"
@@ -316,7 +316,7 @@ class Pusher:
     def later_work(self, states: Sequence[KeyState], call: Callable[[], Any], what: str) -> Work:
         """Return the work of a call that must wait; see `run_later`.
 
-        Such a call has deadlines of its own, and is given the time to say for whom it waited.
+        Such a call has deadlines of its own, and gets the time to report whom it waited for.
         """
         return Work(self.run_later(states, call, what), what, self._timeout_s + LAST_WORD_S)
 
@@ -326,7 +326,7 @@ class Pusher:
         """Run a call that must wait in a thread of its own; later calls on its keys wait for it.
 
         Args:
-            states: the keys of the call; it runs after earlier calls on them that still wait.
+            states: the keys of the call; it runs after earlier deferred calls on them.
             call: makes the call, blocking.
             what: for texts.
         """
@@ -339,7 +339,7 @@ class Pusher:
             try:
                 self._await_futures(before, what)
                 result = call()
-            except Exception as exc:  # noqa: BLE001  # whoever waits for the work gets it
+            except Exception as exc:  # noqa: BLE001  # the work raises it
                 self._gone(done)
                 done.set_exception(exc)
             else:
@@ -363,9 +363,9 @@ class Pusher:
     def push_around(
         self, plan: Plan, values: Sequence[torch.Tensor], apply: bool, weight: float | None = None
     ) -> tuple[list[Latch], list[int]]:
-        """Push the keys of a plan that are not busy; return their latches and the places of the others.
+        """Push the keys of a plan that are not busy; return their latches and the indices of the others.
 
-        While pushes are held back, none is pushed.
+        Pushes none while pushes are held back.
         """
         while not self._hold.on:
             busy = self.busy(plan)
@@ -387,7 +387,7 @@ class Pusher:
         what: str,
         weight: float | None = None,
     ) -> None:
-        """Push these values of a plan key by key, each when its last push is merged and none is held back.
+        """Push these values of a plan, each when its key's last push is merged and pushes are not held back.
 
         Blocks.
         """
@@ -404,7 +404,7 @@ class Pusher:
         what: str,
         weight: float | None,
     ) -> list[int]:
-        """Push values when their last push is merged; return those where another thread was quicker."""
+        """Push each value when its key's last push is merged; return those where another thread was first."""
         asked = self._plans.plan_to_pull([plan.states[place] for place in places])
         watch = Backpressure(self._job, self._store, asked, self._timeout_s, what)
         with self._job.order, self._job.whole:

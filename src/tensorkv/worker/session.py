@@ -1,7 +1,7 @@
 """Session: this process as a worker of a job, with its connections to the scheduler and to every server.
 
-Stores of one process share its job. It is joined by the first store and left when the interpreter
-exits, or, for a job that lives in this process, when its store is closed.
+Stores of one process share its job. The first store joins it. The process leaves it when the interpreter
+exits or, for a job that lives in this process, when the store is closed.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ logger = logging.getLogger(__name__)
 
 
 class OpenStore(Protocol):
-    """What a job knows of the stores opened in it."""
+    """What a session needs of the stores opened in it."""
 
     def on_fault(self, fault: m.Fault) -> None:
-        """A round that this worker contributed to has failed."""
+        """Handle the failure of a round that this worker contributed to."""
 
     def on_gone(self, gone: m.KeysGone) -> None:
-        """Other workers have deleted keys."""
+        """Handle the deletion of keys by other workers."""
 
     def close(self) -> None:
         """Leave the store."""
@@ -65,7 +65,7 @@ class Session:
     Args:
         config: the worker's place.
         code_table: where in-process servers find functions; None if servers are other processes.
-        connection: that to the scheduler, where it was made already; it is this job's then.
+        connection: an existing connection to the scheduler, if any; the session takes ownership.
 
     Raises:
         AuthenticationError, ProtocolVersionError, PeerLostError, TransportUnavailable, WaitTimeout,
@@ -105,7 +105,7 @@ class Session:
             raise
 
     def _link(self, connection: Connection, name: str) -> ServerLink:
-        """Return the link to a server, with shared memory if that can be had."""
+        """Return the link to a server, with shared memory if possible."""
         ends = (self.failure, self._on_fault, self.broken_off)
         try:
             return ServerLink(connection, name, *ends, self.window)
@@ -120,9 +120,9 @@ class Session:
         return self._broken or self.control.failure
 
     def broken_off(self, exc: BaseException) -> None:
-        """A call has ended between messages that belong together, or inside one: this worker leaves the job.
+        """Leave the job, as a call has ended inside a message or between messages that belong together.
 
-        What it did may be done in part. Others are told at once; later calls here raise PeerLostError.
+        The call may have taken effect in part. Others are told at once; later calls here raise PeerLostError.
         """
         if self.failure() is not None:
             return
@@ -132,14 +132,14 @@ class Session:
             link.shutdown()
 
     def enter(self, number: int, store: OpenStore, weakly: bool = False) -> None:
-        """A store was opened: it hears of faults, and is closed when the process leaves the job.
+        """Register an open store: it receives faults, and is closed when the process leaves the job.
 
-        With `weakly` only its user keeps it: dropped, it is gone.
+        With `weakly`, only its user's references keep it alive.
         """
         self._stores[number] = weakref.ref(store) if weakly else lambda: store
 
     def forget(self, number: int) -> None:
-        """A store has ended."""
+        """Remove a store that has ended."""
         self._stores.pop(number, None)
 
     def stores(self) -> list[OpenStore]:
@@ -151,12 +151,12 @@ class Session:
         return found and found()
 
     def check_open(self, store: int) -> None:
-        """Raise StoreClosed if another thread has closed the store meanwhile. With the order held."""
+        """Raise StoreClosed if another thread has closed the store meanwhile. Called with the order held."""
         if store in self._left:
             raise closed_meanwhile("a call")
 
     def leave_store(self, store: int) -> None:
-        """Nothing more may be queued for this store; calls that wait in it end. With the order held."""
+        """Refuse further messages for this store, and end its waiting calls. Called with the order held."""
         self._left.add(store)
 
     def wait(
@@ -167,7 +167,7 @@ class Session:
         store: int = 0,
         whom: Callable[[], str] | None = None,
     ) -> Wait:
-        """Return a deadline for one call. It ends, too, when another thread closes the store."""
+        """Return a deadline for one call. It also ends when another thread closes the store."""
 
         def failure() -> TensorKVError | None:
             return self.failure() or (closed_meanwhile(what) if store in self._left else None)
@@ -186,7 +186,7 @@ class Session:
     ) -> list[Any]:
         """Send a request to every server (or to `servers`) and return their replies, by rank.
 
-        With `leave` it is the last that is sent for this store. `turn` holds the order when it may be sent.
+        With `leave`, it is the last request for this store. `turn` acquires the order when it may be sent.
 
         Raises:
             WaitTimeout, PeerLostError, StoreClosed, or the first refusal.
@@ -215,7 +215,7 @@ class Session:
     ) -> None:
         """Wait until these exchanges have ended; after an error they are given up. One deadline for all.
 
-        `size_bytes` is what is to come, about; that of many bytes comes from all servers at once.
+        `size_bytes` is the approximate size of the replies; large ones arrive from all servers at once.
         """
         current = 0
 
@@ -243,7 +243,7 @@ class Session:
             raise
 
     def whom(self, numbers: list[tuple[ServerLink, int]], what: str, store: int) -> str:
-        """Return whom these exchanges, which somebody else receives, wait for; "" if for nobody."""
+        """Return whom these exchanges, which another thread receives, wait for; "" if none waits."""
         open_ones = ((link, number) for link, number in numbers if link.is_open(number))
         link, number = next(open_ones, (None, 0))
         if link is None:
@@ -253,14 +253,14 @@ class Session:
             return wait.find_out()
 
     def ask_waiting(self, link: ServerLink, number: int, store: int) -> None:
-        """Ask a server whom a request waits for; the link hands the answer to its Wait."""
+        """Ask a server whom a request waits for; the link passes the answer to its Wait."""
         with self.order:
             if store not in self._left:
                 link.put(m.AskWaiting(number, store))
         link.pump()
 
     def poll(self) -> None:
-        """Take in what the servers have sent already. Never blocks."""
+        """Receive what the servers have already sent. Never blocks."""
         for link in self.links:
             link.poll()
 
@@ -292,7 +292,7 @@ class Session:
 
 @final
 class _Whole:
-    """What others, or other threads, rely on to be done whole; see `broken_off`.
+    """A block that other ranks, or other threads, rely on to be done whole; see `broken_off`.
 
     `with job.order, job.whole:` sends several messages that belong together.
     """
@@ -301,7 +301,7 @@ class _Whole:
         self._job = job
 
     def __enter__(self) -> None:
-        """Nothing is sent yet."""
+        """Do nothing: nothing is sent yet."""
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: object) -> None:
         if exc is not None and not isinstance(exc, TensorKVError):
@@ -321,7 +321,7 @@ _joined: dict[int, Session] = {}  # by process id: a forked child has none
 
 
 def check_not_forked(config: JobConfig) -> None:
-    """Raise NotInJob where a child was forked from a worker, which has joined the job."""
+    """Raise NotInJob if this process was forked from a worker that has joined the job."""
     if _joined and os.getpid() not in _joined:
         raise _forked(config, next(iter(_joined)))
 
@@ -329,7 +329,7 @@ def check_not_forked(config: JobConfig) -> None:
 def join(config: JobConfig, connection: Connection | None = None) -> Session:
     """Return this process's place in its job; the first call joins it.
 
-    `connection` is that to the scheduler, where it was made already.
+    `connection` is an existing connection to the scheduler, if any.
 
     Raises:
         NotInJob: this process was forked from a worker, which holds the place.
@@ -347,7 +347,7 @@ def join(config: JobConfig, connection: Connection | None = None) -> Session:
 
 
 def _watch_end(who: str) -> WorkerSignals:
-    """Handle what may end this process: signals, and an exception that nobody catches."""
+    """Handle what may end this process: signals, and an uncaught exception."""
     signals = WorkerSignals(who)
     uncaught.install(signals.leaving)
     return signals
@@ -372,6 +372,6 @@ def _leave(job: Session) -> None:
     for store in job.stores():
         try:
             store.close()
-        except TensorKVError as error:  # nobody is left to raise it to
+        except TensorKVError as error:  # no caller is left to raise it to
             logger.error("while leaving the job: %s", error)
     job.close(m.Goodbye())

@@ -1,12 +1,12 @@
-"""What SIGUSR1 and SIGTERM do in a worker: tell who waits for whom, and leave the job.
+"""What SIGUSR1 and SIGTERM do in a worker: report which calls wait for whom, and leave the job.
 
 RULES
-1. A handler takes no lock and writes no text, for the main thread may be in the middle of anything: it sets
-   plain attributes and counts an eventfd up. A thread does the rest.
-2. Only a signal that nobody else handles is taken, and only from the main thread. Forked children get it
+1. A handler acquires no lock and writes no text, since the main thread may be in the middle of anything: it
+   sets plain attributes and increments an eventfd. A thread does the rest.
+2. Only a signal without another handler is taken, and only from the main thread. Forked children give it
    back.
-3. SIGTERM raises SystemExit(0) in the main thread: where it is in the user's code, at once; where it is in a
-   call of a store, when that has returned, or after LEAVE_CALL_S seconds. So `with` and `finally` do their
+3. SIGTERM raises SystemExit(0) in the main thread: at once if it is in the user's code; if it is in a call of
+   a store, when that has returned, or after LEAVE_CALL_S seconds. So `with` and `finally` blocks do their
    work, and the stores are closed in good order.
 """
 
@@ -24,7 +24,7 @@ from typing import final
 from tensorkv.peer.deadlines import waiting_calls
 
 LEAVE_CALL_S = 2.0
-"""How long a call of a store may go on after SIGTERM; `tensorkv run` kills one second later."""
+"""Timeout in seconds for a call of a store after SIGTERM; `tensorkv run` kills one second later."""
 
 NUDGE_S = 0.05
 ANSWER_S = 1.0
@@ -34,7 +34,7 @@ _PACKAGE = "tensorkv."
 
 @final
 class WorkerSignals:
-    """Handles SIGUSR1 and SIGTERM, where they are free, until `stop`; owns a thread if so.
+    """Handles SIGUSR1 and SIGTERM, those that are free, until `stop`; owns a thread if any is.
 
     Args:
         who: "worker 3 (process 4711 on node7)", for texts.
@@ -43,7 +43,7 @@ class WorkerSignals:
     def __init__(self, who: str) -> None:
         self._who = who
         self._to_report = False
-        self._leave_at: float | None = None  # when a call that still goes on is broken off
+        self._leave_at: float | None = None  # when a call that still runs is interrupted
         self._left = False
         self._nudged = False
         self._stopping = False
@@ -60,7 +60,7 @@ class WorkerSignals:
         _installed.append(self)
 
     def stop(self) -> None:
-        """The process is about to end: SIGTERM kills it from now on, SIGUSR1 does nothing.
+        """Stop handling, as the process is about to end: SIGTERM then kills it, SIGUSR1 does nothing.
 
         In the main thread only.
         """
@@ -68,22 +68,22 @@ class WorkerSignals:
             return
         self._stopping = True
         os.eventfd_write(self._wake, 1)
-        self._thread.join()  # first, for it may be about to nudge: that must find our handler
+        self._thread.join()  # first, since it may be about to nudge, which must find our handler
         self._give_back(signal.SIG_IGN)
         os.close(self._wake)
 
     def leaving(self) -> None:
-        """The process ends already, by an uncaught exception: a SIGTERM has nothing to add."""
+        """Note that an uncaught exception ends the process already, so that SIGTERM need not."""
         self._left = True
 
     def forget(self) -> None:
-        """In a forked child, which has neither the thread nor a place in the job: give the signals back."""
+        """Give the signals back, in a forked child, which has neither the thread nor a place in the job."""
         self._give_back(signal.SIG_DFL)
         os.close(self._wake)
 
     def _give_back(self, usr1: signal.Handlers) -> None:
         for signum in self.taken:
-            ours = signal.getsignal(signum) in (self._on_usr1, self._on_term)  # else the user's, set later
+            ours = signal.getsignal(signum) in (self._on_usr1, self._on_term)  # else the user has set one
             if ours:
                 signal.signal(signum, usr1 if signum == signal.SIGUSR1 else signal.SIG_DFL)
         self.taken = []
@@ -102,7 +102,7 @@ class WorkerSignals:
             if self._leave_at is None:
                 self._leave_at = now
             elif not nudged and now > self._leave_at + LEAVE_CALL_S:
-                signal.signal(signum, signal.SIG_DFL)  # it hangs while it leaves, and is asked again
+                signal.signal(signum, signal.SIG_DFL)  # it hangs while leaving, and was asked again
                 signal.raise_signal(signum)
             return
         if self._leave_at is None:
@@ -131,11 +131,11 @@ class WorkerSignals:
                 self._nudged = True
                 main = threading.main_thread().ident
                 assert main is not None
-                signal.pthread_kill(main, signal.SIGTERM)  # perhaps the call has returned
+                signal.pthread_kill(main, signal.SIGTERM)  # the call may have returned
 
 
 def is_free(signum: int) -> bool:
-    """Whether this signal has its default effect: nobody handles it, in Python or below, or ignores it."""
+    """Whether this signal has its default effect: it is not handled, in Python or below, and not ignored."""
     mask = 1 << (signum - 1)
     return signal.getsignal(signum) is signal.SIG_DFL and not _masks(os.getpid()) & mask
 
@@ -146,7 +146,7 @@ def handles(pid: int, signum: int) -> bool:
 
 
 def _masks(pid: int, names: tuple[str, ...] = ("SigCgt", "SigIgn")) -> int:
-    """Return the signals that a process catches or ignores, as the kernel tells them; 0 if it is gone."""
+    """Return the signals that a process catches or ignores, as the kernel reports them; 0 if it is gone."""
     found = 0
     try:
         with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
@@ -170,9 +170,9 @@ def in_store_call(frame: FrameType | None) -> bool:
 
 
 def report(who: str) -> list[str]:
-    """Return lines that tell which calls of this process wait, since when and for whom.
+    """Return lines that say which calls of this process wait, since when and for whom.
 
-    Asks the other side; blocks a second at most.
+    Asks the other side; blocks for at most a second.
     """
     calls = waiting_calls()
     for wait in calls:
@@ -188,7 +188,7 @@ def report(who: str) -> list[str]:
 
 
 def _place_of_main_thread() -> str:
-    """Return file, line and function in which the main thread is, outside of TensorKV."""
+    """Return file, line and function of the main thread's innermost frame outside TensorKV."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None and str(frame.f_globals.get("__name__", "")).startswith(_PACKAGE):
         frame = frame.f_back

@@ -1,7 +1,7 @@
 """Tensors to frames and back: the copies of a push and of a pull, on the worker's side.
 
-Large pieces go straight from and to the caller's memory. Small ones are gathered into one buffer and
-spread from one, a few vector operations for a thousand keys.
+Large pieces go directly from and to the caller's memory. Small ones are gathered into one buffer and spread
+from one: a few vector operations for a thousand keys.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tensorkv.worker.plans import KeyState, Piece, Plan, PlanChunk, ServerPart, 
 
 
 def gather(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]:
-    """Return the payload of a chunk. The views keep alive whatever memory they show.
+    """Return the payload of a chunk. The views keep their memory alive.
 
-    Only if `chunk.lends` is that the caller's memory, which must not change before the payload is sent.
+    They show the caller's memory only if `chunk.lends`; it must then not change before the payload is sent.
     """
     if chunk.absent:
         return []
@@ -50,22 +50,22 @@ def gather(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]
 
 
 COPY_ERRORS = (RuntimeError, TypeError, ValueError, MemoryError)
-"""What torch and NumPy raise when they fail to copy a tensor."""
+"""Errors that torch and NumPy raise when they fail to copy a tensor."""
 
 
 def failed_copy(
     exc: Exception, chunk: PlanChunk, states: Sequence[KeyState], values: Sequence[torch.Tensor]
 ) -> TensorKVError:
-    """Return what torch failed at, when it gathered a chunk, as an error that names the key.
+    """Return the error, naming the key, for a failure of torch to gather a chunk.
 
-    Values were looked at before: mostly there is no memory for a copy.
+    Values were checked before, so the usual reason is a lack of memory for a copy.
     """
     number = _culprit(chunk, values)
     return unreadable(exc, states[number].key, values[number])
 
 
 def gathered(plan: Plan, chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]:
-    """Return the payload of a chunk as `gather` does.
+    """Return the payload of a chunk, like `gather`.
 
     Raises:
         InvalidValue, MemoryLimitReached: torch fails to copy a value; the text names it.
@@ -77,7 +77,7 @@ def gathered(plan: Plan, chunk: PlanChunk, values: Sequence[torch.Tensor]) -> li
 
 
 def _culprit(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> int:
-    """Return which value of a chunk torch fails to copy; the first, if it copies each alone."""
+    """Return which value of a chunk torch fails to copy; the first if it can copy each alone."""
     for piece in chunk.pieces:
         try:
             _plain(_flat_piece(piece, values))
@@ -86,7 +86,7 @@ def _culprit(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> int:
     return chunk.pieces[0].value
 
 
-@no_grad  # a value that was known may have come to require a gradient
+@no_grad  # a known value may require a gradient by now
 def gather_into(target: torch.Tensor, chunk: PlanChunk, values: Sequence[torch.Tensor]) -> None:
     """Copy the payload of a chunk, which is not absent, to `target`: flat, in the chunk's dtype."""
     pieces: tuple[torch.Tensor, ...] | list[torch.Tensor]
@@ -115,7 +115,7 @@ def _flat_piece(piece: Piece, values: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor on the CPU whose memory holds its elements one after the other, just as they are."""
+    """Return a tensor on the CPU whose memory holds its elements in order, unmodified."""
     if tensor.is_neg() or tensor.is_conj():
         tensor = tensor.resolve_conj().resolve_neg()
     return tensor.contiguous().cpu()
@@ -125,10 +125,11 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 class Destinations:
     """Where the values of one pull go.
 
-    `firsts[i]` is the caller's tensor for value i, and `others[i]` are further ones for it; `sizes_bytes` are
-    those of `firsts`, if all of them are contiguous, `plain` tells what is known of them. A value whose
-    large pieces cannot be received straight into the first goes through memory of its own. What lies in
-    shared memory, or was received with others, is copied from there to a device.
+    `firsts[i]` is the caller's tensor for value i, and `others[i]` are further ones for it. `sizes_bytes` are
+    the sizes of `firsts`, if all are contiguous. `plain` tells that each value is known to have one tensor,
+    and none to share memory. A value whose large pieces cannot be received directly into the first tensor
+    goes through memory of its own. Pieces that lie in shared memory, or were received with others, are copied
+    from there to a device.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Destinations:
         self._others = others
         self._flat: dict[int, torch.Tensor] = {}
         self._direct: set[int] = set()
-        self._of_device: dict[int, list[Piece]] = {}  # with those that were received in memory of their own
+        self._of_device: dict[int, list[Piece]] = {}  # with pieces that were received in memory of their own
         self._streams = streams_of(out for each in [firsts, *(others or ())] for out in each)
         self._aliased: bool | None = None
         # One tensor for each value, and none shares memory with another.
@@ -154,18 +155,18 @@ class Destinations:
 
     @classmethod
     def per_device(cls, states: Sequence[KeyState], outs: Sequence[list[torch.Tensor]]) -> Destinations:
-        """Return the destinations where `outs[i]` are the caller's tensors for value i, at least one."""
+        """Return destinations; `outs[i]` are the caller's tensors for value i, at least one."""
         others = [each[1:] for each in outs]
         return cls(states, [each[0] for each in outs], others if any(others) else None)
 
     def memory_for(self, piece: Piece) -> torch.Tensor:
-        """Return memory on the CPU that a piece is to be received in, flat and in the stored dtype."""
+        """Return memory on the CPU to receive a piece in, flat and in the stored dtype."""
         if not self._firsts[piece.value].is_cpu and self._takes_pieces(piece.value):
             self._of_device.setdefault(piece.value, []).append(piece)
         return self._flat_of(piece.value)[piece.start : piece.stop]
 
     def _flat_of(self, value: int) -> torch.Tensor:
-        """Return the memory on the CPU of value number `value`: the caller's if it can be."""
+        """Return the memory on the CPU of value number `value`: the caller's if possible."""
         found = self._flat.get(value)
         if found is None:
             out, state = self._firsts[value], self.states[value]
@@ -178,13 +179,13 @@ class Destinations:
         return found
 
     def _takes_pieces(self, value: int) -> bool:
-        """Whether what has been pulled can go to the caller's tensor piece by piece."""
+        """Whether a pulled value can go to the caller's tensor piece by piece."""
         out = self._firsts[value]
         alike = out.dtype == self.states[value].dtype and out.is_contiguous()
         return alike and (self.plain or not self._is_aliased())
 
     def spread(self, chunk: PlanChunk, staging: list[torch.Tensor]) -> None:
-        """Copy the small pieces of a chunk from where they were received."""
+        """Copy the small pieces of a chunk from the memory that received them."""
         if self.plain and chunk.pick is not None:
             self._copy_each(chunk.pick(self._firsts), staging)
             return
@@ -198,7 +199,7 @@ class Destinations:
         self._copy_each(targets, staging)
 
     def copy_from(self, chunk: PlanChunk, sources: list[torch.Tensor]) -> None:
-        """Copy the pieces of a chunk from where they lie: whole ones in the shape of their value."""
+        """Copy the pieces of a chunk from `sources`: whole ones in the shape of their value."""
         if self.plain and chunk.pick is not None:
             self._copy_each(chunk.pick(self._firsts), sources)
             return
@@ -217,7 +218,7 @@ class Destinations:
             copy_each(targets, sources)
 
     def _target_of(self, piece: Piece) -> torch.Tensor:
-        """Return where a piece is to be copied: the caller's tensor if it can be, on any device."""
+        """Return where to copy a piece: the caller's tensor if possible, on any device."""
         if not self._firsts[piece.value].is_cpu and self._takes_pieces(piece.value):
             self._of_device.setdefault(piece.value, [])
             flat = _flattened(self._firsts[piece.value])
@@ -233,7 +234,7 @@ class Destinations:
         return self._aliased
 
     def finish(self) -> None:
-        """All has been received: fill what was not received in place, and tell autograd what was."""
+        """After the last reply: fill what was not received in place, and tell autograd what was."""
         if self._flat or self._of_device:
             with on(self._streams):
                 self._fill_all()
@@ -249,7 +250,7 @@ class Destinations:
                 raise unreadable(exc, self.states[value].key, self._firsts[value]) from exc
 
     def _fill(self, value: int) -> torch.Tensor:
-        """Fill the caller's first tensor for a value, and return all of the value as it came."""
+        """Fill the caller's first tensor for a value, and return the whole value as received."""
         first, flat = self._firsts[value], self._flat.get(value)
         if value in self._direct:
             torch.autograd.graph.increment_version(first)
@@ -266,7 +267,7 @@ class Destinations:
 
 
 def _flattened(out: torch.Tensor) -> torch.Tensor:
-    """Return the memory of a contiguous tensor, of which autograd is not told."""
+    """Return a flat view of the memory of a contiguous tensor, hidden from autograd."""
     return (out.detach() if out.requires_grad else out).view(-1)
 
 
@@ -274,7 +275,7 @@ def _flattened(out: torch.Tensor) -> torch.Tensor:
 class PullExchange(Exchange):
     """A pull from one server: chunks arrive in any order and go to their destinations.
 
-    `on_end` is called, by whoever receives the last frame, with the error or None.
+    `on_end` is called, by the thread that receives the last frame, with the error or None.
     """
 
     def __init__(
@@ -288,8 +289,8 @@ class PullExchange(Exchange):
         self._on_end = on_end
         self._missing = (1 << len(part.chunks)) - 1  # a bit for each chunk
 
-    _staging: Staging | None = None  # what the chunk that comes is received in
-    _copied = False  # whether the chunk that comes is in place
+    _staging: Staging | None = None  # what receives the current chunk
+    _copied = False  # whether the current chunk is in place
 
     def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
         chunk = self._chunk(message)
@@ -355,10 +356,10 @@ class PullExchange(Exchange):
 
 
 def _pieces_of(chunk: PlanChunk, parts: list[torch.Tensor], states: Sequence[KeyState]) -> list[torch.Tensor]:
-    """Return views of the pieces of a chunk that lies in `parts`, each of them one or more whole pieces.
+    """Return views of the pieces of a chunk in `parts`, each of which holds one or more whole pieces.
 
     Raises:
-        ProtocolError: it does not.
+        ProtocolError: the parts do not hold the chunk so.
     """
     itemsize, dtype = chunk.stored_dtype.itemsize, chunk.stored_dtype
     pieces: list[torch.Tensor] = []
@@ -380,7 +381,7 @@ def _pieces_of(chunk: PlanChunk, parts: list[torch.Tensor], states: Sequence[Key
 
 
 def _share_memory(tensors: Sequence[torch.Tensor], sizes_bytes: np.ndarray[Any, Any] | None = None) -> bool:
-    """Whether two tensors may have memory in common. `sizes_bytes`: theirs, if all are contiguous."""
+    """Whether two tensors may share memory. `sizes_bytes`: their sizes, if all are contiguous."""
     starts = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, len(tensors))
     if sizes_bytes is None:
         sizes_bytes = np.fromiter(map(_extent_bytes, tensors), np.int64, len(tensors))
@@ -391,7 +392,7 @@ def _share_memory(tensors: Sequence[torch.Tensor], sizes_bytes: np.ndarray[Any, 
 
 
 def _extent_bytes(tensor: torch.Tensor) -> int:
-    """From the first byte of a tensor to its last, what lies between its elements too."""
+    """Return the size from the first byte of a tensor to its last, including gaps between its elements."""
     if tensor.is_contiguous():
         return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

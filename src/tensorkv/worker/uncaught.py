@@ -1,8 +1,8 @@
-"""How a worker tells of the exception that ends it: what its user can use, and that others are to blame.
+"""How a worker reports the exception that ends it: what helps its user, and whether another process failed.
 
-Frames of this package are folded where they explain nothing: around the user's own functions, and above
-an error that was raised on purpose. Of one that ends because another process was lost a line is enough;
-the others of the job do the same, and the one that has failed should not go under.
+Frames of this package are folded where they explain nothing: around the user's own functions, and above an
+error that was raised on purpose. A worker that ends because another process was lost writes one line: so do
+the other workers of the job, and the report of the process that failed should stay visible.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 def install(on_uncaught: Callable[[], None]) -> None:
-    """Have uncaught exceptions of the main thread told so, unless the user has a hook or wants it all.
+    """Report uncaught exceptions of the main thread, unless the user has a hook or wants full tracebacks.
 
-    `on_uncaught` is called first in any case but the former.
+    `on_uncaught` is called first, unless the user has a hook.
     """
     if sys.excepthook is not sys.__excepthook__:
         return
@@ -41,7 +41,7 @@ def install(on_uncaught: Callable[[], None]) -> None:
 
 
 def described(error: BaseException) -> str:
-    """Return the text to write of an uncaught exception; it ends with a newline."""
+    """Return the text to write for an uncaught exception; it ends with a newline."""
     if full_tracebacks():
         return "".join(traceback.format_exception(error))
     if isinstance(error, PeerLostError) and _before(error) is None:
@@ -76,7 +76,7 @@ def _fold(found: traceback.TracebackException | None, error: BaseException | Non
     on_purpose = not isinstance(error, Exception) or (
         isinstance(error, TensorKVError) and not isinstance(error, ProtocolError)
     )
-    if stack and (on_purpose or not _is_ours(stack[-1])):  # else it is a fault of ours
+    if stack and (on_purpose or not _is_ours(stack[-1])):  # otherwise it is our own bug
         found.stack = _Folded(stack)
     _fold(found.__cause__, error.__cause__)
     _fold(found.__context__, error.__context__)

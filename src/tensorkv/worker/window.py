@@ -1,7 +1,7 @@
 """Window: the memory that a worker and the servers of its host share, as the worker sees it.
 
-What is pushed is copied once, into the window, and the servers add it up from there. What is pulled is
-copied once, out of the servers' own segments. `tensorkv.server.shm` is the other end.
+A pushed value is copied once, into the window, and the servers sum it from there. A pulled value is copied
+once, out of the servers' own segments. `tensorkv.server.shm` is the other end.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from tensorkv.wire import messages as m
 from tensorkv.wire.codec import encode
 
 RETURN_S = 0.05
-"""So long nothing may come back before a push that waits for room goes through the connection."""
+"""Timeout in seconds for a loan to return; a push that waits for room then goes through the connection."""
 
 LOOK_S = 0.0005
 logger = logging.getLogger(__name__)
 Put = Callable[[bytes, Callable[[], None] | None], None]
-"""Queues the head of a frame to a server, and calls the function once it is sent, or will never be."""
+"""Queues the head of a frame to a server; calls the function once the head is sent, or will never be."""
 
 
 @final
 @dataclass(slots=True, eq=False)
 class Loan:
-    """Memory of the window that a server may read until it returns it. `tensors` keep it."""
+    """Memory of the window that a server may read until it returns it. `tensors` keep it alive."""
 
     number: int
     tensors: Sequence[torch.Tensor]
@@ -56,11 +56,11 @@ class Window:
 
     @property
     def shared(self) -> bool:
-        """Whether any server shares it."""
+        """Whether any server shares the window."""
         return bool(self._ends)
 
     def hand_out(self, size_bytes: int) -> torch.Tensor:
-        """Return memory of the window, uint8 and of any content, to be kept for as long as it is used.
+        """Return memory of the window, uint8 and uninitialised, to be kept for as long as it is used.
 
         Raises:
             OSError, MemoryLimitReached: the system has none.
@@ -73,7 +73,7 @@ class Window:
         return self._arena.where(address, size_bytes)
 
     def open_to(self, connection: UnixConnection, put: Put) -> WindowEnd:
-        """Share the window with one more server. Not once something has been lent.
+        """Share the window with one more server. Only before anything has been lent.
 
         Raises:
             OSError, MemoryLimitReached: the system has no memory or no descriptor for it.
@@ -83,7 +83,7 @@ class Window:
         return end
 
     def _share(self, segment: Segment, descriptor: int) -> None:
-        """Hand a new segment over to all servers; the last frame that is sent closes the descriptor."""
+        """Hand a new segment over to all servers; the descriptor is closed after the last frame is sent."""
         left = len(self._ends)
         lock = threading.Lock()
 
@@ -105,9 +105,9 @@ class Window:
 
 @final
 class WindowEnd:
-    """The window towards one server, and what of the server's memory is mapped here.
+    """The window as shared with one server, and the server's memory that is mapped here.
 
-    `lend` and `give_back` are safe from any thread; the rest is for who receives on the connection.
+    The methods for replies are for the thread that receives on the connection; the others are safe from any.
     """
 
     def __init__(self, arena: Arena, connection: UnixConnection, put: Put) -> None:
@@ -115,11 +115,11 @@ class WindowEnd:
         self._connection = connection
         self._put = put
         self._lock = threading.Lock()  # guards _out, _free and _next
-        self._out: dict[int, Loan] = {}  # that were not returned when we last looked
+        self._out: dict[int, Loan] = {}  # not returned when we last looked
         self._free: list[int] = []
         self._next = 0
         self.lent_bytes = 0  # in _out
-        self._told = False  # whether the log has a line on a lack of memory
+        self._told = False  # whether a lack of memory was logged
         self._segments: dict[int, Segment] = {}  # of the server
         self._num_replies = 0
         control, descriptor = Segment.create(0, CONTROL_BYTES, others_may_write=True)
@@ -133,20 +133,20 @@ class WindowEnd:
         self._put(DescriptorHead.of(head, descriptor), on_sent)
 
     def drop(self, number: int) -> None:
-        """Queue that a segment of ours is not used any more."""
+        """Queue the notice that a segment of ours is no longer used."""
         self._put(encode(m.DropSegment(number)), None)
 
     # ---- pushes ------------------------------------------------------------------------------------
 
     def lend(self, size_bytes: int, max_lent_bytes: int | None = None) -> Loan | None:
-        """Return memory for a push; None if there is none: then it has to travel through the connection.
+        """Return memory for a push; None if there is none: the push then travels through the connection.
 
-        With `max_lent_bytes` it waits while more than that would be lent, and the server returns some of
+        With `max_lent_bytes`, it waits while more than that would be lent, and the server returns some of
         it now and then.
         """
         if max_lent_bytes is not None and not self._await_room(max_lent_bytes - size_bytes):
             return None
-        self.collect()  # so that what was returned is lent again, before a new place is
+        self.collect()  # so that returned memory is lent again before new memory
         try:
             array = self._arena.take(size_bytes)
         except (OSError, MemoryLimitReached) as exc:
@@ -161,7 +161,7 @@ class WindowEnd:
     def lend_at(
         self, span: tuple[int, int, int], tensors: Sequence[torch.Tensor], max_lent_bytes: int | None = None
     ) -> Loan | None:
-        """Lend memory that is in the window already, and keep `tensors` until it is returned; as `lend`."""
+        """Lend memory that is already in the window, like `lend`; keep `tensors` until it is returned."""
         if max_lent_bytes is not None and not self._await_room(max_lent_bytes - span[2]):
             return None
         with self._lock:
@@ -178,9 +178,9 @@ class WindowEnd:
             return loan
 
     def _await_room(self, lent_bytes: int) -> bool:
-        """Wait until no more than `lent_bytes` are lent; False if for a while nothing is returned.
+        """Wait until no more than `lent_bytes` are lent; False if nothing is returned for `RETURN_S`.
 
-        It looks again and again: a message for each return would cost both sides more.
+        It polls, since a message for each return would cost both sides more.
         """
         self.collect()
         last_bytes, until = self.lent_bytes, time.monotonic() + RETURN_S
@@ -192,11 +192,11 @@ class WindowEnd:
         return self.lent_bytes <= lent_bytes
 
     def give_back(self, loan: Loan) -> None:
-        """What was lent is not pushed after all."""
+        """Return a loan that is not pushed after all."""
         self._control[FLAGS_AT + loan.number] = 1
 
     def collect(self) -> None:
-        """Take in what the server has returned."""
+        """Collect the loans that the server has returned."""
         with self._lock:
             self._collect()
 
@@ -209,7 +209,7 @@ class WindowEnd:
     # ---- replies -----------------------------------------------------------------------------------
 
     def attach(self, message: m.ShareSegment) -> None:
-        """Map a segment that the server has handed over. Raises ProtocolError if it is none."""
+        """Map a segment that the server has handed over. Raises ProtocolError if it is not one."""
         if message.segment == 0:
             raise ProtocolError("a server has no control segment")
         self._segments[message.segment] = take_segment(
@@ -217,12 +217,12 @@ class WindowEnd:
         )
 
     def detach(self, message: m.DropSegment) -> None:
-        """The server does not use a segment any more."""
+        """Forget a segment that the server no longer uses."""
         if self._segments.pop(message.segment, None) is None:
             raise ProtocolError(f"segment {message.segment} was dropped, which there is not")
 
     def view(self, placed: m.Placed) -> list[torch.Tensor]:
-        """Return the memory of a reply, as uint8. It stays as it is until `copied`.
+        """Return the memory of a reply, as uint8. It stays unchanged until `copied`.
 
         Raises:
             ProtocolError: there is no such memory, or it is not the next reply.
@@ -233,5 +233,5 @@ class WindowEnd:
         return [tensor_at(self._segments, *span) for span in placed.spans]
 
     def copied(self) -> None:
-        """The last reply has been copied, or nobody wants it."""
+        """Tell the server that the last reply was copied, or is unwanted."""
         self._copied[0] = self._num_replies
