@@ -317,7 +317,8 @@ class KVStore(ABC):
         """Copy the current values of keys out of the store.
 
         In `dist_sync` a worker that has pushed a key n times gets exactly the value after round n; the
-        call waits for that round. In `dist_async` it gets the newest value, each slice read whole.
+        call waits for that round. In `dist_async` it gets the newest value, each slice read whole;
+        with `staleness` it may wait for workers that are too far behind.
 
         Args:
             key: a key or a list of keys; omit it if `out` is a dict of key to destination, pairs, or a

@@ -99,6 +99,7 @@ class Bench:
         *,
         policy: str = "sync",
         mean: bool = False,
+        staleness: int | None = None,
         functions: dict[str, Callable[..., None]] | None = None,
         workers: Sequence[int] | None = None,
         max_payload_bytes: int = 1 << 62,
@@ -112,7 +113,7 @@ class Bench:
         self.plans: dict[int, tuple[int, list[m.ChunkEntry]]] = {}
         self.settings = itertools.count(0)
         for worker in range(num_workers) if workers is None else workers:
-            self.state.handle(worker, m.OpenStore(STORE, "default", policy, mean))
+            self.state.handle(worker, m.OpenStore(STORE, "default", policy, mean, staleness))
 
     def _load(self, record: m.SettingRecord) -> Updater:
         assert record.updater is not None

@@ -11,12 +11,12 @@ import torch
 from tensorkv.errors import CommitMismatch, DtypeMismatch
 from tensorkv.server.cohorts import Cohort
 from tensorkv.server.commits import CommitGather, all_finite, norms_of, scale, unscalable
-from tensorkv.server.layouts import Contribution, Layout, Slice
+from tensorkv.server.layouts import Chunk, Contribution, Layout, Slice
 from tensorkv.server.memory import EMPTY
 from tensorkv.server.slots import Slot
 from tensorkv.updaters.base import Assign
 from tensorkv.updaters.settings import Setting
-from tensorkv.wire.messages import Commit
+from tensorkv.wire.messages import Commit, Push
 
 
 def a_slice(key: str) -> Slice:
@@ -30,7 +30,9 @@ SLICES = [a_slice(key) for key in "abc"]
 
 
 def contribution(worker: int) -> Contribution:
-    return Contribution(worker, Layout([], []), torch.float32, False, [], True, EMPTY, False, None, 1)
+    layout = Layout([], [])
+    chunk = Chunk([], [], [], torch.float32, False, 0, layout, [], [])
+    return Contribution(worker, Push(1, 0, False, 0), chunk, layout, [], EMPTY, 1, 0)
 
 
 def gather(*asked: tuple[dict[str, Any], set[int]]) -> CommitGather:

@@ -236,7 +236,7 @@ class Job:
     dtype = torch.float32  # of all values; pushed are always float32
 
     def __init__(self, t: Any, programs: list[Program], chunk_slices: list[int], **store: Any) -> None:
-        self.store = {"policy": "sync", "mean": False, **store}
+        self.store = {"policy": "sync", "mean": False, "staleness": None, **store}
         self.settle = t.settle
         self.value_of = value_of
         self.pools = [t.CheckedPool() for _ in range(NUM_SERVERS)]
@@ -1118,7 +1118,10 @@ def acknowledged(program: Program, results: list[Any]) -> dict[str, int]:
 
 
 def check_reads_of_survivors(job: Job, programs: list[Program]) -> None:
-    """A read holds all own pushes, and of others the first: in sync as many, of a lost one perhaps fewer."""
+    """A read holds all own pushes, and of others the first: in sync as many, of a lost one perhaps fewer.
+
+    With bounded staleness, of others at most so many fewer.
+    """
     everything = [pushed_by(program) for program in programs]
     for worker in job.workers:
         made = dict.fromkeys(SHAPES, 0)
@@ -1139,6 +1142,8 @@ def check_reads_of_survivors(job: Job, programs: list[Program]) -> None:
                         elif job.store["policy"] == "sync":
                             assert low <= made[key]
                             assert rank in job.crashed or high >= min(made[key], len(pushed[key]))
+                        elif job.store["staleness"] is not None and rank not in job.crashed:
+                            assert high >= min(made[key] - job.store["staleness"], len(pushed[key]))
 
 
 def check_ledgers(job: Job, programs: list[Program]) -> None:
@@ -1161,15 +1166,22 @@ def check_ledgers(job: Job, programs: list[Program]) -> None:
 @settings(moderate, max_examples=250)
 @given(
     is_async=st.sampled_from([False, False, True]),
+    staleness=st.sampled_from([None, 0, 1, 2]),
     choices=CHOICES,
     chunks=CHUNKS,
     data=st.data(),
 )
 def test_without_a_lost_worker_the_others_go_on_and_every_push_counts_as_promised(
-    t: Any, is_async: bool, choices: list[int], chunks: list[int], data: st.DataObject
+    t: Any,
+    is_async: bool,
+    staleness: int | None,
+    choices: list[int],
+    chunks: list[int],
+    data: st.DataObject,
 ) -> None:
     programs = data.draw(programs_alike(is_async))
-    job = Enduring(t, programs, chunks, policy="async" if is_async else "sync")
+    store = {"policy": "async", "staleness": staleness} if is_async else {"policy": "sync"}
+    job = Enduring(t, programs, chunks, **store)
     job.value_of = lambda key, rank, step, nan: torch.full(SHAPES[key], 4.0**step)
     for _ in range(data.draw(st.integers(1, len(programs) - 1))):
         job.kill_at_some_time(data, choices)

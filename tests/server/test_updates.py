@@ -7,12 +7,13 @@ import torch
 
 from tensorkv.errors import UpdaterError
 from tensorkv.server.cohorts import Cohort
-from tensorkv.server.layouts import Contribution, Layout, Slice
+from tensorkv.server.layouts import Chunk, Contribution, Layout, Slice
 from tensorkv.server.memory import Memory, no_memory
 from tensorkv.server.slots import Slot
 from tensorkv.server.updates import Updates, run_updaters
 from tensorkv.updaters.base import Add, Assign, Updater
 from tensorkv.updaters.settings import Setting
+from tensorkv.wire.messages import Push
 
 
 def layout_of(updater: Updater, dtype: torch.dtype = torch.float32) -> Layout:
@@ -41,10 +42,9 @@ def pushed(
     absent: bool = False,
 ) -> Contribution:
     counts = [count] * len(layout.slices)
-    memory = Memory(values.clone())
-    return Contribution(
-        peer, layout, values.dtype, absent, counts, True, memory, True, weight, len(layout.slices)
-    )
+    chunk = Chunk([], [], counts, values.dtype, absent, 0, layout, counts, [])
+    message = Push(1, 0, True, 0, None, weight)
+    return Contribution(peer, message, chunk, layout, counts, Memory(values.clone()), len(layout.slices), 0)
 
 
 def stored(layout: Layout) -> torch.Tensor:

@@ -102,6 +102,7 @@ def test_a_role_without_a_job_is_told_of(monkeypatch: pytest.MonkeyPatch, role: 
         ({"embedded": True, "num_servers": 0}, InvalidArgument),
         ({"embedded": True, "timeout_s": 0.0}, InvalidArgument),
         ({"embedded": True, "reduction": "max"}, InvalidArgument),
+        ({"embedded": True, "staleness": 1}, InvalidArgument),  # dist_sync
     ],
 )
 def test_arguments_are_checked_and_nothing_is_left(options: dict[str, Any], error: type[Exception]) -> None:
@@ -233,6 +234,20 @@ def test_stores_of_one_name_must_agree() -> None:
             DistStore("dist_async", kv._job, reduction="sum", **options)
         with pytest.raises(StoreMismatch, match="reduction 'mean'"):
             DistStore("dist_sync", kv._job, reduction="mean", **options)
+        bounded = DistStore("dist_async", kv._job, reduction="sum", store="stale", staleness=2, timeout_s=9)
+        for other, text in ((3, "staleness 3"), (None, "reduction")):
+            with pytest.raises(
+                StoreMismatch, match=f"kind 'async', staleness 2, .*asks for kind 'async', {text}"
+            ):
+                DistStore(
+                    "dist_async",
+                    kv._job,
+                    reduction="sum",
+                    store="stale",
+                    staleness=other,
+                    timeout_s=DEADLINE_S,
+                )
+        bounded.close()
 
     run_job(work, num_workers=1, num_servers=1, timeout_s=DEADLINE_S)
 
@@ -737,6 +752,51 @@ def test_a_deadline_names_who_is_missing_and_leaves_the_store_usable() -> None:
         return [first, kv.pull("w")[0].item()]
 
     assert run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S) == [[11.0, 2.0]] * 2
+
+
+def test_with_bounded_staleness_a_pull_waits_for_who_is_too_far_behind() -> None:
+    go_on = threading.Event()
+
+    def work(kv: KVStore) -> list[float]:
+        assert isinstance(kv, DistStore)
+        kv.init(["v", "w"], [ones(0), ones(0, 100_000)])  # "w" lies on both servers
+        kv.set_updater("add")
+        kv.barrier()
+        seen = []
+        if kv.rank == 0:
+            kv.push(["v", "w"], [ones(1), ones(1, 100_000)])
+            seen.append(kv.pull("w")[-1].item())  # one ahead is allowed
+            kv._timeout_s = 0.3
+            with pytest.raises(WaitTimeout, match="pushpull of 'v' .*waiting for worker 1, push 1 of 'v'"):
+                kv.pushpull("v", ones(1))
+            kv.push("w", ones(1, 100_000))
+            with pytest.raises(WaitTimeout, match="pull of 'w' .*waiting for worker 1, push 1 of 'w'"):
+                kv.pull("w")
+            kv._timeout_s = DEADLINE_S
+            go_on.set()
+        else:
+            assert go_on.wait(DEADLINE_S)
+            seen.append(kv.pull("w")[-1].item())  # who is behind waits for nobody
+            kv.push(["v", "w"], [ones(10), ones(10, 100_000)])
+        seen += [value[-1].item() for value in kv.pull(["v", "w"])]
+        return seen
+
+    found = run_job(
+        work,
+        num_workers=2,
+        num_servers=2,
+        kind="dist_async",
+        staleness=1,
+        timeout_s=DEADLINE_S,
+        slice_bound_bytes=1000,
+    )
+    assert found == [[1.0, 12.0, 12.0], [2.0, 12.0, 12.0]]
+
+
+@pytest.mark.parametrize("staleness", [-1, 1.5, True, "two", 2**63])
+def test_a_staleness_that_cannot_be_is_refused(staleness: Any) -> None:
+    with pytest.raises(InvalidArgument, match="not a number of pushes: pass an int, 0 or more"):
+        open_dist("dist_async", embedded=True, staleness=staleness)
 
 
 def test_init_that_waits_for_rank_0_in_vain() -> None:

@@ -48,7 +48,14 @@ def test_collectives_say_not_yet(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"embedded": True}, {"num_servers": 2}, {"on_worker_loss": "fail"}, {"transport": "shm"}]
+    "option",
+    [
+        {"embedded": True},
+        {"num_servers": 2},
+        {"on_worker_loss": "fail"},
+        {"transport": "shm"},
+        {"staleness": 1},
+    ],
 )
 def test_options_of_a_job_are_refused_by_a_local_kind(option: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument, match=f"{next(iter(option))}=.*'local'"):
@@ -104,6 +111,7 @@ def test_distributed_kinds_are_opened_with_every_option(kind: str, monkeypatch: 
         "embedded": True,
         "num_servers": 3,
         "on_worker_loss": None,
+        "staleness": None,
         "transport": None,
     }
     assert calls == [(kind, expected)]

@@ -10,7 +10,7 @@ the slices that the push names and the rest; both go on with the same open round
 cohorts, and split none. The slices that nobody has pushed are in one cohort, however many they are.
 
 Joining is the reverse. It is there for speed alone. Cohorts may join when they are at rest, that is when no
-round of theirs is open or held and nobody waits. Then they differ only in the numbers of their rounds and
+round of theirs is open or held and no call waits. Then they differ only in the numbers of their rounds and
 updates, and each slice keeps the difference (`Slice.round_offset`, `Slice.version_offset`). A layout joins
 the cohorts that it covers when a push has found them at rest for the `patience`-th time, at first the second.
 Each split of what a layout has joined doubles its patience. So if a store's keys are pushed in one list now
@@ -18,7 +18,8 @@ and in others then, its cohorts soon stay as small as the smallest list needs th
 split and join a thousand of them.
 
 RULES
-1. The slices of a cohort have the same contributors in the open round and wait for the same peers.
+1. The slices of a cohort have the same contributors in the open round, and each peer has pushed them equally
+   often where the policy counts that.
 2. `applied` counts rounds, also empty and failed ones; `updates` counts successful updates of the cohort.
    What differs by slice (a failed update, a put, a later start) is in the slice's offsets.
 3. A held round is merged but not applied: it waits for a commit.
@@ -31,6 +32,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+import msgspec
+
 if TYPE_CHECKING:
     from tensorkv.server.layouts import Chunk, Contribution, Layout, Slice
     from tensorkv.server.memory import Memory
@@ -40,8 +43,7 @@ FIRST_PATIENCE = 2
 
 
 @final
-@dataclass(slots=True, eq=False)
-class Wait:
+class Wait(msgspec.Struct, eq=False):
     """A chunk that a worker waits for. `late` counts the cohorts whose round is not applied yet.
 
     A pull is answered by the values of the chunk; `put` has those of a put.
@@ -70,12 +72,22 @@ class MergeWait:
 class Cohort:
     """Slices with one history.
 
-    `inbox` has the contributions of the open round, or of the held one, by peer. `waits` has the calls that
-    wait, each with the round that must be applied first; `merge_waits` those that wait for the open round to
-    merge.
+    `inbox` has the contributions of the open round, or of the held one, by peer. `pushed` counts pushes by
+    peer, if the policy needs that. `waits` has the calls that wait, each with the number that the policy must
+    reach first; `merge_waits` those that wait for the open round to merge.
     """
 
-    __slots__ = ("applied", "held", "inbox", "joined_by", "merge_waits", "slices", "updates", "waits")
+    __slots__ = (
+        "applied",
+        "held",
+        "inbox",
+        "joined_by",
+        "merge_waits",
+        "pushed",
+        "slices",
+        "updates",
+        "waits",
+    )
 
     def __init__(self) -> None:
         self.slices: dict[Slice, None] = {}  # in the order in which they came
@@ -83,6 +95,7 @@ class Cohort:
         self.updates = 0
         self.held = False
         self.inbox: dict[int, Contribution] = {}
+        self.pushed: dict[int, int] = {}
         self.waits: list[tuple[int, Wait]] = []
         self.merge_waits: list[MergeWait] = []
         self.joined_by: Layout | None = None
@@ -122,7 +135,7 @@ class Cohort:
         """Move slices to a cohort of their own, with the same history, and return it."""
         part = Cohort()
         part.applied, part.updates, part.held = self.applied, self.updates, self.held
-        part.inbox = dict(self.inbox)
+        part.inbox, part.pushed = dict(self.inbox), dict(self.pushed)
         for each in slices:
             del self.slices[each]
             part.add(each)
@@ -171,13 +184,13 @@ def split_for(layout: Layout, cohorts: Sequence[Cohort]) -> list[Cohort]:
 
 def join_for(layout: Layout, cohorts: Sequence[Cohort]) -> Cohort | None:
     """Join the cohorts that a layout covers, if they are at rest, and it has found them so often enough."""
-    if not all(cohort.at_rest for cohort in cohorts):
+    first = cohorts[0]
+    if not all(cohort.at_rest and cohort.pushed == first.pushed for cohort in cohorts):
         return None
     layout.found_at_rest += 1
     if layout.found_at_rest < layout.patience:
         return None
     layout.found_at_rest = 0
-    first = cohorts[0]
     for other in cohorts[1:]:
         first.join(other)
     first.joined_by = layout

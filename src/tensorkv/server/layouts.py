@@ -12,9 +12,10 @@ from tensorkv.checkpoint.slices import SliceState
 from tensorkv.plain import Key
 from tensorkv.server.cohorts import FIRST_PATIENCE, Cohort, cohorts_of
 from tensorkv.server.memory import Memory
-from tensorkv.server.slots import Slot
+from tensorkv.server.slots import Lease, Slot
 from tensorkv.updaters.base import Assign
 from tensorkv.updaters.settings import Setting
+from tensorkv.wire.messages import Push
 
 
 @final
@@ -112,11 +113,19 @@ class Layout:
         self.runs = self._find_runs()
         self.patience = FIRST_PATIENCE
         self.found_at_rest = 0  # how often `join_for` has found its cohorts at rest since it last joined
+        self.covers_cohorts = False  # whether its cohorts, as last returned, have no other slices
         self._cohorts: list[Cohort] = []
         self._cohorts_epoch = -1
         self._settings_epoch = -1
         self._all_assign = False
         self._only_setting: Setting | None = None
+
+    def stored(self) -> tuple[list[Memory], list[Lease]]:
+        """Return the stored elements, in runs of memory, and a lease for each."""
+        if len(self.runs) == 1:  # of small values most are
+            run = self.runs[0]
+            return [run.stored], [run.slot.lease]
+        return [run.stored for run in self.runs], [run.slot.lease for run in self.runs]
 
     def bounds(self, position: int) -> tuple[int, int]:
         """Return where the slice at `position` begins and ends in the chunk, in elements."""
@@ -133,6 +142,7 @@ class Layout:
         if self._cohorts_epoch != epoch:
             self._cohorts = cohorts_of(self.slices)
             self._cohorts_epoch = epoch
+            self.covers_cohorts = sum(len(each.slices) for each in self._cohorts) == len(self.slices)
         return self._cohorts
 
     def all_assign(self, settings_epoch: int) -> bool:
@@ -204,20 +214,17 @@ class Chunk:
 class Contribution(msgspec.Struct, eq=False):  # created in a third of the time of a dataclass
     """One peer's push of a chunk, until each of its slices is applied or dropped.
 
-    In a mean a slice counts as `weight`, or as in `counts` if that is None; `alike` says that all counts are
-    equal. `live` counts the remaining slices; at 0 the buffer returns to its pool, and a push that asked for
-    the values gets them. `request` is the number of that pull, 0 for none; `number` is that of the chunk.
+    In a mean a slice counts as the weight of `message`, or as in `counts` if that is None. `live` counts the
+    remaining slices; at 0 the buffer returns to its pool, and a push that asked for the values gets them:
+    `request` is the number of that pull, 0 for none. A chunk that is laid out anew has another `layout` and
+    other `counts`; those of a contribution stay.
     """
 
     peer: int
+    message: Push
+    chunk: Chunk
     layout: Layout
-    dtype: torch.dtype
-    absent: bool
     counts: list[int]
-    alike: bool
     buffer: Memory
-    apply: bool
-    weight: float | None
     live: int
-    request: int = 0
-    number: int = 0
+    request: int

@@ -16,6 +16,7 @@ import torch
 from tensorkv.arrays import bytes_of
 from tensorkv.errors import MemoryLimitReached
 
+SMALLEST_BYTES = 4096
 LARGE_BYTES = 1 << 20
 EXACT_BYTES = 8 << 20
 SWEEP_TAKES = 256
@@ -125,16 +126,13 @@ class BufferPool:
 
     def take(self, size_bytes: int) -> Memory:
         """Return uninitialised uint8 memory of at least `size_bytes` bytes. Raises as `fresh`."""
-        capacity = max(4096, 1 << (size_bytes - 1).bit_length()) if size_bytes else 4096
+        capacity = SMALLEST_BYTES if size_bytes <= SMALLEST_BYTES else 1 << (size_bytes - 1).bit_length()
         if size_bytes > EXACT_BYTES:  # rare, and rounding up would waste much
             capacity = size_bytes
-        free = self._free.setdefault(capacity, [])
-        try:
-            buffer = free.pop()
-        except IndexError:
-            buffer = fresh(capacity)
+        free = self._free.get(capacity)
+        buffer = free.pop() if free else fresh(capacity)
         if capacity >= LARGE_BYTES:
-            self._count_large(capacity, len(free))
+            self._count_large(capacity, len(free) if free else 0)
         return buffer
 
     def _count_large(self, capacity: int, num_free: int) -> None:

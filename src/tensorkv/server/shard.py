@@ -38,7 +38,7 @@ from tensorkv.server.commits import CommitGather, all_finite, norms_of, scale, u
 from tensorkv.server.layouts import Chunk, Contribution, Layout, Slice
 from tensorkv.server.memory import BufferPool, Memory, NoMemory, no_memory, short_of
 from tensorkv.server.planbook import PlanBook
-from tensorkv.server.policy import make_policy
+from tensorkv.server.policy import Policy, make_policy
 from tensorkv.server.settings import SettingSchedule
 from tensorkv.server.slots import Allocate, Lease, Slot, SlotAllocator, allocate_private
 from tensorkv.server.updates import Failed, Sum, Updates, run_updaters
@@ -69,8 +69,8 @@ class Outgoing(msgspec.Struct, eq=False):
 
 SCHEDULER = -1
 
-_Pull = tuple[int, int, int]
-"""Worker, request and number of the requested chunk."""
+_Pull = tuple[Layout, int, int, int]
+"""A pull to answer: the layout of its chunk, the worker, the request, and the number of the chunk."""
 
 
 @final
@@ -91,7 +91,7 @@ class StoreShard:
         self.schedule = SettingSchedule(load_updater)
         self.out: list[Outgoing] = []
         self._members = set(range(num_workers))  # workers that have not left
-        self._policy = make_policy(opened.policy, self._members)
+        self._policy = make_policy(opened.policy, self._members, opened.staleness)
         self._pool = pool
         self._no_memory = error_of
         self._max_payload_bytes = max_payload_bytes
@@ -102,7 +102,7 @@ class StoreShard:
         self.plans = PlanBook(self._slices.get, max_payload_bytes)
         self._updates = Updates(opened.mean, error_of)
         self._newborn = Cohort()  # of slices that were never pushed
-        self._cohorts_epoch = 0  # changes when cohorts split or join
+        self._cohorts_epoch = 0  # changes when the slices of a cohort do
         self._settings_epoch = 0
         self._to_commit: dict[Contribution, None] = {}  # pushed with apply=False
         self._refused: dict[Contribution, MemoryLimitReached] = {}  # for lack of memory
@@ -178,6 +178,7 @@ class StoreShard:
             entry.slice_id, key, entry.start, entry.stop, shape, slot, offset, setting, self._newborn
         )
         self._newborn.add(each)
+        self._cohorts_epoch += 1
         self._slices[each.slice_id] = each
         self._slices_of.setdefault(key, {})[each] = None
         return each
@@ -228,6 +229,7 @@ class StoreShard:
         each.setting.updater.forget(each.slice_id)
         self.schedule.forget(each.slice_id)
         del each.cohort.slices[each]
+        self._cohorts_epoch += 1
         for pushed in each.cohort.inbox.values():
             self._use_up(pushed, 1)
 
@@ -277,33 +279,22 @@ class StoreShard:
         the round then fails for all its contributors.
         """
         layout = chunk.layout
-        cohorts: Sequence[Cohort] = layout.cohorts(self._cohorts_epoch)
+        cohorts = layout.cohorts(self._cohorts_epoch)
+        request = message.reply
         if message.weight is not None or not message.apply or len(self._replies) >= MAX_WAITS:
             self._check_push(worker, message)
         for cohort in cohorts:
             if worker in cohort.inbox:
                 what = "awaits its commit" if cohort.held else "is not merged"
                 raise ProtocolError(f"worker {worker} pushed a slice whose last push {what}")
-        request = message.reply
-        if not chunk.whole and self._tell_gone(worker, request, chunk):
-            request = 0
-        if not cohorts:
-            if refused is None:
-                self._pool.give(payload)
-            return
+        if not chunk.whole:
+            request = self._tell_gone(worker, request, chunk)
+            if not cohorts:
+                if refused is None:
+                    self._pool.give(payload)
+                return
         pushed = Contribution(
-            worker,
-            layout,
-            chunk.dtype,
-            chunk.absent,
-            chunk.counts,
-            chunk.alike,
-            payload,
-            message.apply,
-            message.weight,
-            len(layout.slices),
-            request,
-            message.chunk,
+            worker, message, chunk, layout, chunk.counts, payload, len(layout.slices), request
         )
         if request:
             self._replies[pushed] = None
@@ -311,12 +302,14 @@ class StoreShard:
             self._refused[pushed] = refused
         if not message.apply:
             self._to_commit[pushed] = None
-        complete: list[Cohort] = []
-        if len(cohorts) > 1 or len(cohorts[0].slices) > len(layout.slices):
+        if len(cohorts) > 1 or not layout.covers_cohorts:
             cohorts = self._covered_by(layout, cohorts)
+        policy, complete = self._policy, []
         for cohort in cohorts:
             cohort.inbox[worker] = pushed
-            if self._policy.merges(cohort):
+            if policy.pulls_wait_for_others:
+                cohort.pushed[worker] = cohort.pushed.get(worker, 0) + 1
+            if policy.merges(cohort):
                 complete.append(cohort)
         if complete:
             self._merge(complete)
@@ -333,9 +326,9 @@ class StoreShard:
         if sum(each.peer == worker for each in self._replies) >= MAX_WAITS:
             raise ProtocolError(f"worker {worker} waits for {MAX_WAITS} chunks already")
 
-    def _covered_by(self, layout: Layout, cohorts: Sequence[Cohort]) -> Sequence[Cohort]:
-        """Return cohorts that have exactly the slices of a layout: its `cohorts`, split or joined."""
-        if sum(len(cohort.slices) for cohort in cohorts) > len(layout.slices):
+    def _covered_by(self, layout: Layout, cohorts: list[Cohort]) -> list[Cohort]:
+        """Return cohorts that have just the slices of a layout: its `cohorts`, split or joined."""
+        if not layout.covers_cohorts:
             cohorts = split_for(layout, cohorts)
         elif joined := join_for(layout, cohorts):
             cohorts = [joined]
@@ -344,25 +337,26 @@ class StoreShard:
         self._cohorts_epoch += 1
         return cohorts
 
-    def _tell_gone(self, worker: int, reply: int, chunk: Chunk) -> bool:
-        """Tell a worker that slices it pushed are deleted; return whether that answers its request.
+    def _tell_gone(self, worker: int, request: int, chunk: Chunk) -> int:
+        """Tell a worker that it pushed deleted slices. Return the request that is still to be answered, or 0.
 
-        Without a request, its next call on the key raises the error.
+        Without a request, its next call on the key raises it.
         """
-        if reply:
-            return self._refuse_gone(worker, reply, [chunk])
+        if request:
+            return 0 if self._refuse_gone(worker, request, [chunk]) else request
         for slice_id in chunk.gone():
             text = self._tombstones.get(slice_id, "the key was deleted")
             self._reply(worker, m.Fault(self.opened.store, [slice_id], 0, *to_wire(KeyDeleted(text))))
-        return False
+        return 0
 
     def _refuse_gone(self, worker: int, request: int, chunks: Sequence[Chunk]) -> bool:
-        """Refuse a request for chunks if some of their slices are deleted; return whether some are."""
-        gone = [slice_id for chunk in chunks for slice_id in chunk.gone()]
-        if gone:
-            text = self._tombstones.get(gone[0], "the key was deleted")
-            self._reply(worker, m.Failed(request, *to_wire(KeyDeleted(text))))
-        return bool(gone)
+        """Refuse a request for chunks that name deleted slices; return whether it is refused."""
+        for chunk in chunks:
+            if not chunk.whole:
+                text = self._tombstones.get(chunk.gone()[0], "the key was deleted")
+                self._reply(worker, m.Failed(request, *to_wire(KeyDeleted(text))))
+                return True
+        return False
 
     # ---- merge and apply -------------------------------------------------------------------------
 
@@ -379,7 +373,7 @@ class StoreShard:
         applying: list[Cohort] = []
         mixed: list[Cohort] = []
         for cohort in cohorts:
-            flags = {pushed.apply for pushed in cohort.inbox.values()}
+            flags = {pushed.message.apply for pushed in cohort.inbox.values()}
             if len(flags) > 1:
                 mixed.append(cohort)
             elif flags.pop():
@@ -428,7 +422,7 @@ class StoreShard:
         """Run the updaters on the sums of contributions, and count updates; return what failed."""
         contributions = cohorts[0].contributions()
         if _have_all_of_one_layout(contributions, cohorts):
-            parts = [pushed for pushed in contributions if not pushed.absent]
+            parts = [pushed for pushed in contributions if not pushed.chunk.absent]
             if not parts:
                 return {}
             failed = self._updates.of_layout(parts[0].layout, parts, self._settings_epoch)
@@ -454,18 +448,21 @@ class StoreShard:
 
     def _finish(self, cohorts: list[Cohort]) -> None:
         """Finish the applied rounds of these cohorts, whatever their outcome; answer waiting calls."""
-        pulls: dict[Layout, list[_Pull]] = {}
+        pulls: list[_Pull] = []
         for cohort in cohorts:
-            inbox = cohort.inbox
+            inbox, size = cohort.inbox, len(cohort.slices)
             cohort.finish_round()
             for pushed in inbox.values():
-                if self._use_up(pushed, len(cohort.slices)):
-                    pulls.setdefault(pushed.layout, []).append((pushed.peer, pushed.request, pushed.number))
-        puts = self._end_waits(cohorts, pulls) if self._waits else ()
-        for layout, found in pulls.items():
-            self._send_chunks(layout, found)
-        for put in puts:
-            self._make_put(put)
+                if self._use_up(pushed, size):
+                    pulls.append((pushed.layout, pushed.peer, pushed.request, pushed.message.chunk))
+        if self._policy.pulls_wait_for_others:
+            for layout, worker, request, number in pulls:
+                self._pull_chunk(worker, request, number, layout)
+            pulls = []
+        if self._waits:
+            self._answer_waits(cohorts, pulls)
+        elif pulls:
+            self._send_chunks(pulls)
 
     def _use_up(self, pushed: Contribution, count: int) -> bool:
         """Mark `count` slices of a contribution as done; release its buffer when all are.
@@ -475,7 +472,7 @@ class StoreShard:
         pushed.live -= count
         if pushed.live:
             return False
-        if not pushed.apply:
+        if not pushed.message.apply:
             del self._to_commit[pushed]
         if not self._refused or self._refused.pop(pushed, None) is None:
             self._pool.give(pushed.buffer)
@@ -518,7 +515,7 @@ class StoreShard:
 
     def _pull_chunk(self, worker: int, request: int, number: int, layout: Layout) -> None:
         if not self._must_wait(Wait(worker, request, layout, number)):
-            self._send_chunks(layout, [(worker, request, number)])
+            self._send_chunks([(layout, worker, request, number)])
 
     def put(self, worker: int, message: m.Put, payload: Memory) -> None:
         """Replace the values of a chunk, as soon as this worker's last round is applied."""
@@ -532,44 +529,48 @@ class StoreShard:
         if held_bytes + len(payload.bytes) > self._max_payload_bytes:
             raise ProtocolError(f"worker {worker} has puts of {held_bytes} bytes that wait already")
         wait = Wait(worker, message.request, chunk.layout, message.chunk, put=(chunk, payload))
-        if not self._must_wait(wait):
+        if self._policy.pulls_wait_for_others or not self._must_wait(wait):
             self._make_put(wait)
 
     def _must_wait(self, wait: Wait) -> bool:
-        """Make a call wait if a round that it needs is not applied yet; return whether it waits."""
-        last_round, worker = self._policy.last_round, wait.worker
+        """Make a call wait if it needs more than its cohorts have reached; return whether it waits."""
+        policy, worker = self._policy, wait.worker
         for cohort in wait.layout.cohorts(self._cohorts_epoch):
-            need = last_round(cohort, worker)
-            if cohort.applied < need:
+            needed = policy.needed(cohort, worker)
+            if policy.reached(cohort) < needed:
                 if not wait.late:
                     self._check_waits(worker, self._waits)
                     self._waits[wait] = None
                 wait.late += 1
-                cohort.waits.append((need, wait))
+                cohort.waits.append((needed, wait))
         return wait.late > 0
 
     def _check_waits(self, worker: int, waits: Collection[Wait | MergeWait]) -> None:
         if len(waits) >= MAX_WAITS and sum(each.worker == worker for each in waits) >= MAX_WAITS:
             raise ProtocolError(f"worker {worker} waits for {MAX_WAITS} chunks already")
 
-    def _end_waits(self, cohorts: list[Cohort], pulls: dict[Layout, list[_Pull]]) -> list[Wait]:
-        """End the waits for applied rounds of these cohorts: add pulls to `pulls`, and return the puts."""
+    def _answer_waits(self, cohorts: Iterable[Cohort], pulls: list[_Pull]) -> None:
+        """Answer these pulls, and those that need no more of these cohorts; then make such puts."""
         puts: list[Wait] = []
-        for wait in _ready(cohorts):
+        for wait in _ready(cohorts, self._policy):
             del self._waits[wait]
             if wait.put is None:
-                pulls.setdefault(wait.layout, []).append((wait.worker, wait.request, wait.chunk))
+                pulls.append((wait.layout, wait.worker, wait.request, wait.chunk))
             else:
                 puts.append(wait)
-        return puts
+        self._send_chunks(pulls)
+        for put in puts:
+            self._make_put(put)
 
-    def _send_chunks(self, layout: Layout, pulls: Sequence[_Pull]) -> None:
-        """Answer these pulls with the current values of a layout."""
-        payload = [run.stored for run in layout.runs]
-        leases = [run.slot.lease for run in layout.runs]
-        for lease in leases:
-            lease.readers += len(pulls)
-        for worker, request, number in pulls:
+    def _send_chunks(self, pulls: Iterable[_Pull]) -> None:
+        """Send the present values of layouts to pulls. Pulls of one layout in a row share the payload."""
+        last: Layout | None = None
+        for layout, worker, request, number in pulls:
+            if layout is not last:
+                payload, leases = layout.stored()
+                last = layout
+            for lease in leases:
+                lease.readers += 1
             self.out.append(Outgoing(worker, m.Data(request, number), payload, leases))
 
     def _make_put(self, wait: Wait) -> None:
@@ -824,6 +825,8 @@ class StoreShard:
         complete = [cohort for cohort in cohorts if not cohort.held and self._policy.merges(cohort)]
         if complete:
             self._merge(complete)
+        if self._policy.pulls_wait_for_others:
+            self._answer_waits(cohorts, [])
         self._check_commit()
         return plans
 
@@ -847,7 +850,7 @@ class StoreShard:
     def _missing(self, worker: int, request: int) -> tuple[list[int], str]:
         for wait in self._waits:
             if (wait.worker, wait.request) == (worker, request):
-                return self._missing_round(_first_late(wait))
+                return self._missing_pushes(*_first_late(wait))
         for pushed in self._replies:
             if (pushed.peer, pushed.request) == (worker, request):
                 return self._missing_round(
@@ -861,11 +864,16 @@ class StoreShard:
             return self._not_asked(), f"commit {self._commit.number}"
         return [], ""
 
+    def _missing_pushes(self, each: Slice, needed: int) -> tuple[list[int], str]:
+        if not self._policy.pulls_wait_for_others:
+            return self._missing_round(each)
+        return self._policy.missing(each.cohort, needed), f"push {needed} of {each.key!r}"
+
     def _missing_round(self, each: Slice) -> tuple[list[int], str]:
         where = f"round {each.applied + 1} of {each.key!r}"
         if each.cohort.held:
             return self._not_asked(), f"{where}, to be committed"
-        return self._policy.missing(each.cohort), where
+        return self._policy.missing(each.cohort, each.cohort.applied + 1), where
 
     def _not_asked(self) -> list[int]:
         """Return the workers that the commit waits for, by rank."""
@@ -899,7 +907,7 @@ def _have_all_of_one_layout(contributions: Sequence[Contribution], cohorts: Sequ
     """
     layout = contributions[0].layout
     for pushed in contributions:
-        if pushed.layout is not layout or not pushed.alike:
+        if pushed.layout is not layout or not pushed.chunk.alike:
             return False
     if len(cohorts) == 1:
         return len(cohorts[0].slices) == len(layout.slices)
@@ -909,14 +917,15 @@ def _have_all_of_one_layout(contributions: Sequence[Contribution], cohorts: Sequ
     return sum(len(cohort.slices) for cohort in cohorts) == len(layout.slices)
 
 
-def _ready(cohorts: Iterable[Cohort]) -> list[Wait]:
-    """Remove the calls whose round is applied from these cohorts; return those that wait for no other."""
+def _ready(cohorts: Iterable[Cohort], policy: Policy) -> list[Wait]:
+    """Remove from these cohorts the calls that need no more of them; return those that wait for no other."""
     ready: list[Wait] = []
     for cohort in cohorts:
         waits, cohort.waits = cohort.waits, []
-        for need, wait in waits:
-            if cohort.applied < need:
-                cohort.waits.append((need, wait))
+        reached = policy.reached(cohort)
+        for needed, wait in waits:
+            if reached < needed:
+                cohort.waits.append((needed, wait))
                 continue
             wait.late -= 1
             if not wait.late:
@@ -924,10 +933,11 @@ def _ready(cohorts: Iterable[Cohort]) -> list[Wait]:
     return ready
 
 
-def _first_late(wait: Wait) -> Slice:
-    """Return the first slice whose round a call waits for."""
-    late = (each for each in wait.layout.slices if any(other is wait for _, other in each.cohort.waits))
-    return next(late)
+def _first_late(wait: Wait) -> tuple[Slice, int]:
+    """Return the first slice that a call waits for, and the number that its policy must reach."""
+    return next(
+        (each, needed) for each in wait.layout.slices for needed, other in each.cohort.waits if other is wait
+    )
 
 
 def _workers(ranks: list[int]) -> str:

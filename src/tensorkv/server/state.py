@@ -60,13 +60,14 @@ class ServerState:
         Raises:
             ProtocolError: the message names something this worker has not defined.
         """
-        if type(message) is m.Push:  # the message of every step
+        kind = type(message)
+        if kind is m.Push:  # the messages of every step come first
             return self._find(worker, message)[1].payload_bytes
+        if kind is m.Pull:
+            return 0
         match message:
             case m.Put():
                 return self._find(worker, message)[1].payload_bytes
-            case m.Pull():
-                return 0
             case m.RestoreSlice():
                 return _restored_bytes(message, self._max_payload_bytes)
             case m.InitSlices():
@@ -103,19 +104,23 @@ class ServerState:
         Raises:
             ProtocolError: the worker has broken the protocol; a push, put, plan or init had no effect.
         """
-        if type(message) is m.Push:  # the message of every step
+        kind = type(message)
+        if kind is m.Push:  # the messages of every step come first
             shard, chunk = self._find(worker, message)
             shard.push(worker, message, chunk, payload, refused)
             out, shard.out = shard.out, []
             return out
-        if isinstance(message, m.OpenStore):
+        if kind is m.OpenStore:
             self._open(message)
             return []
-        shard = self._shard(worker, message)
+        shard = self._plan(worker, message.plan) if kind is m.Pull else self._shard(worker, message)
         try:
             if refused is not None:
                 raise refused
-            self._dispatch(shard, worker, message, payload)
+            if kind is m.Pull:
+                shard.pull(worker, message)
+            else:
+                self._dispatch(shard, worker, message, payload)
         except ProtocolError:
             raise
         except TensorKVError as error:
@@ -131,7 +136,12 @@ class ServerState:
     def _open(self, message: m.OpenStore) -> None:
         shard = self._stores.get(message.store)
         if shard is not None:
-            if (shard.opened.policy, shard.opened.mean) != (message.policy, message.mean):
+            opened = shard.opened
+            if (opened.policy, opened.mean, opened.staleness) != (
+                message.policy,
+                message.mean,
+                message.staleness,
+            ):
                 raise ProtocolError(f"store {message.store} is open with another policy or reduction")
             return
         if len(self._stores) >= MAX_STORES:
@@ -151,8 +161,6 @@ class ServerState:
 
     def _dispatch(self, shard: StoreShard, worker: int, message: Any, payload: Memory) -> None:
         match message:
-            case m.Pull():
-                shard.pull(worker, message)
             case m.Put():
                 shard.put(worker, message, payload)
             case m.DefinePlan():
@@ -256,7 +264,7 @@ class ServerState:
         return out
 
     def _shard(self, worker: int, message: Any) -> StoreShard:
-        if isinstance(message, (m.Pull, m.Put, m.DropPlan, m.WaitMerged)):
+        if isinstance(message, (m.Put, m.DropPlan, m.WaitMerged)):
             return self._plan(worker, message.plan)
         shard = self._stores.get(message.store)
         if shard is None:

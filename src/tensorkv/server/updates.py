@@ -40,12 +40,12 @@ class Updates:
         and the counts of each are equal.
         """
         divisor, factors = (
-            weigh([(each.weight, each.counts[0]) for each in parts]) if self._mean else (1, None)
+            weigh([(each.message.weight, each.counts[0]) for each in parts]) if self._mean else (1, None)
         )
         if layout.all_assign(settings_epoch):
             return self._assign_runs(layout, parts, divisor, factors)
         stop = layout.bounds(len(layout.slices) - 1)[1]
-        found = [each.buffer.elements(each.dtype, 0, stop) for each in parts]
+        found = [each.buffer.elements(each.chunk.dtype, 0, stop) for each in parts]
         borrowed = parts[0].buffer.borrowed
         dtype = layout.slices[0].dtype
         total = add_up(found, dtype, divisor, may_overwrite=not borrowed, factors=factors)
@@ -64,11 +64,12 @@ class Updates:
         shares: list[tuple[float | None, int]] = []
         borrowed = False
         for pushed in contributions:
-            if not pushed.absent:
+            if not pushed.chunk.absent:
                 position = pushed.layout.position[each]
                 borrowed = borrowed if parts else pushed.buffer.borrowed
-                parts.append(pushed.buffer.elements(pushed.dtype, *pushed.layout.bounds(position)))
-                shares.append((pushed.weight, pushed.counts[position]))
+                low, high = pushed.layout.bounds(position)
+                parts.append(pushed.buffer.elements(pushed.chunk.dtype, low, high))
+                shares.append((pushed.message.weight, pushed.counts[position]))
         if not parts:
             return None
         may_overwrite = may_overwrite and not borrowed
@@ -121,7 +122,7 @@ def _assign_run(
     factors: Sequence[float] | None,
 ) -> None:
     may_overwrite = not parts[0].buffer.borrowed
-    found = [each.buffer.elements(each.dtype, run.low, run.high) for each in parts]
+    found = [each.buffer.elements(each.chunk.dtype, run.low, run.high) for each in parts]
     if run.slot.lease.readers:
         if run.is_whole_slot:  # the old value is not needed
             fresh = run.slot.fresh()

@@ -37,7 +37,7 @@ from tensorkv.errors import (
 from tensorkv.keys import PullBatch, PushBatch, answer
 from tensorkv.peer.code import describe_code
 from tensorkv.peer.deadlines import taken
-from tensorkv.plain import Key, may_travel
+from tensorkv.plain import MAX_INT, Key, may_travel
 from tensorkv.reduce import sum_devices, sum_dtype
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
 from tensorkv.updaters.base import Updater
@@ -99,6 +99,7 @@ class DistStore(KVStore):
         reduction: Reduction,
         timeout_s: float,
         on_worker_loss: m.WorkerLossPolicy | None = None,
+        staleness: int | None = None,
         embedded: LocalCluster | None = None,
     ) -> None:
         super().__init__(kind, store=store, reduction=reduction, timeout_s=timeout_s)
@@ -114,7 +115,9 @@ class DistStore(KVStore):
         policy = "async" if self._is_async else "sync"
         at_loss = on_worker_loss or ("continue" if self._is_async else "fail")
         joined = job.control.request(
-            lambda n: m.JoinStore(n, store, policy, reduction, at_loss), f"opening store {store!r}", timeout_s
+            lambda n: m.JoinStore(n, store, policy, reduction, at_loss, staleness),
+            f"opening store {store!r}",
+            timeout_s,
         )
         self._store: int = joined.store
         self._plans = PlanCache(job, self._store)
@@ -127,7 +130,7 @@ class DistStore(KVStore):
         job.enter(self._store, self, weakly=embedded is not None)
         with job.order, job.whole:
             for link in job.links:
-                link.put(m.OpenStore(self._store, store, policy, reduction == "mean"))
+                link.put(m.OpenStore(self._store, store, policy, reduction == "mean", staleness))
 
     @property
     def rank(self) -> int:
@@ -845,17 +848,21 @@ def open_dist(
     num_servers: int = 1,
     on_worker_loss: m.WorkerLossPolicy | None = None,
     transport: Transport | None = None,
+    staleness: int | None = None,
 ) -> KVStore:
     """Open a distributed store in this process's job or, if `embedded`, in a job of its own.
 
     Raises:
         NotInJob: this process was not started as a worker of a job, and `embedded` is False.
-        StoreMismatch: other workers have opened the name with another kind, reduction or on_worker_loss.
+        StoreMismatch: other workers have opened the name with another kind, reduction, staleness or
+            on_worker_loss.
         InvalidArgument, NotSupported, TransportUnavailable, AuthenticationError, ProtocolVersionError,
         PeerLostError.
     """
     if on_worker_loss not in (None, "fail", "continue"):
         raise InvalidArgument(f"on_worker_loss={on_worker_loss!r} is not known; use 'fail' or 'continue'")
+    if staleness is not None:
+        _check_staleness(kind, staleness)
     if embedded:
         if num_servers < 1:
             raise InvalidArgument(f"num_servers={num_servers} is too few; a job needs at least one server")
@@ -863,7 +870,7 @@ def open_dist(
 
         host = "inproc" if transport is None else LOOPBACK
         cluster = LocalCluster(1, num_servers, timeout_s=timeout_s, host=host, transport=transport or "auto")
-        return _open_embedded(kind, cluster, store, reduction, timeout_s, on_worker_loss)
+        return _open_embedded(kind, cluster, store, reduction, timeout_s, on_worker_loss, staleness)
     config = from_env()
     job = _job_of_launcher(timeout_s, transport) if config is None else None
     if job is None and (config is None or config.role != "worker"):
@@ -892,7 +899,18 @@ def open_dist(
         reduction=reduction,
         timeout_s=timeout_s,
         on_worker_loss=on_worker_loss,
+        staleness=staleness,
     )
+
+
+def _check_staleness(kind: str, staleness: int) -> None:
+    if kind != "dist_async":
+        raise InvalidArgument(
+            f"staleness={staleness!r} makes no sense for kind {kind!r}, where a pull waits for its round; "
+            "it is for dist_async"
+        )
+    if type(staleness) is not int or not 0 <= staleness <= MAX_INT:
+        raise InvalidArgument(f"staleness={staleness!r} is not a number of pushes: pass an int, 0 or more")
 
 
 def _job_of_launcher(timeout_s: float, transport: Transport | None) -> Session | None:
@@ -908,6 +926,7 @@ def _open_embedded(
     reduction: Reduction,
     timeout_s: float,
     on_worker_loss: m.WorkerLossPolicy | None,
+    staleness: int | None,
 ) -> KVStore:
     job: Session | None = None
     try:
@@ -919,6 +938,7 @@ def _open_embedded(
             reduction=reduction,
             timeout_s=timeout_s,
             on_worker_loss=on_worker_loss,
+            staleness=staleness,
             embedded=cluster,
         )
         cluster.end_with(kv, job)

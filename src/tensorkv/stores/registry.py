@@ -28,6 +28,7 @@ def create(
     num_servers: int = 1,
     on_worker_loss: Literal["fail", "continue"] | None = None,
     transport: Transport | None = None,
+    staleness: int | None = None,
 ) -> KVStore:
     """Open a store.
 
@@ -47,6 +48,9 @@ def create(
         transport: how this worker reaches the servers: "shm", shared memory, with servers on this host
             only; "tcp"; or "auto", shared memory where available. None uses the launcher's, else "auto".
             The first store of a process decides.
+        staleness: bound for dist_async, in pushes: a worker that has pushed a key n times pulls it only when
+            each other worker that has not left has pushed it n - staleness times. None is no bound. All
+            workers must pass the same, and push every key equally often (ABSENT counts).
 
     Returns:
         The store. Close it, or use it in a `with`.
@@ -56,7 +60,8 @@ def create(
         NotSupported: a kind that is not built yet.
         InvalidArgument: an option is out of range, or makes no sense for the kind.
         NotInJob: a distributed kind outside a job, without `embedded`.
-        StoreMismatch: another worker has opened the name with another kind, reduction or on_worker_loss.
+        StoreMismatch: another worker has opened the name with another kind, reduction, staleness or
+            on_worker_loss.
         TransportUnavailable: transport="shm", and a server shares no memory with this process.
         WaitTimeout, PeerLostError: of a distributed kind.
 
@@ -87,6 +92,7 @@ def create(
         num_servers=num_servers,
         on_worker_loss=on_worker_loss,
         transport=None if transport is None else check_transport("transport", transport),
+        staleness=staleness,
     )
 
 
@@ -129,12 +135,14 @@ def _open_local(
     num_servers: int,
     on_worker_loss: str | None,
     transport: str | None,
+    staleness: int | None,
 ) -> KVStore:
     for name, value, default in (
         ("embedded", embedded, False),
         ("num_servers", num_servers, 1),
         ("on_worker_loss", on_worker_loss, None),
         ("transport", transport, None),
+        ("staleness", staleness, None),
     ):
         if value != default:
             raise InvalidArgument(

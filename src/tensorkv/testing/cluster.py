@@ -31,13 +31,14 @@ def run_job(
     host: str = "inproc",
     transport: Transport = "auto",
     on_worker_loss: WorkerLossPolicy | None = None,
+    staleness: int | None = None,
 ) -> list[T]:
     """Run `fn(kv)` as each worker of a job and return the results by rank.
 
     Args:
         fn: called with its worker's store, which is closed when `fn` returns.
         num_workers, num_servers: size of the job.
-        kind, store, reduction, timeout_s, on_worker_loss: as in `tensorkv.create`.
+        kind, store, reduction, timeout_s, on_worker_loss, staleness: as in `tensorkv.create`.
         slice_bound_bytes: larger values are sliced where they may be.
         host: "inproc" for no sockets, "127.0.0.1" for real ones.
         transport: how workers reach servers, with real sockets.
@@ -67,6 +68,7 @@ def run_job(
                 reduction=reduction,
                 timeout_s=timeout_s,
                 on_worker_loss=on_worker_loss,
+                staleness=staleness,
             )
             results[rank] = fn(kv)
             kv.close()

@@ -200,6 +200,7 @@ class OpenStore(Message, tag=20):
     name: str
     policy: str
     mean: bool
+    staleness: int | None = None
 
 
 class InitSlices(Message, tag=21):
@@ -411,6 +412,7 @@ class JoinStore(Message, tag=52):
     kind: str
     reduction: str
     on_worker_loss: WorkerLossPolicy
+    staleness: int | None = None
 
 
 class Joined(Message, tag=53):
