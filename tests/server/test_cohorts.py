@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -280,6 +282,52 @@ def test_a_put_waits_for_all_parts_of_a_cohort_that_was_split(t: Any) -> None:
     assert isinstance(out.message, m.Done)
     assert bench.value(1, whole[1]).tolist() == [9.0] * 4
     assert bench.info(0, ids).versions == [2, 2]
+    bench.check_empty()
+
+
+def test_the_memory_of_deleted_slices_is_free_at_once(t: Any) -> None:
+    """No reference cycle keeps it until the garbage collector runs, which on a server may take long."""
+    gc.disable()
+    try:
+        bench = t.Bench(2)
+        bench.set_updater(0, ADD)
+        ids = [bench.init(number, torch.zeros(40_000))[0] for number in range(4)]
+        plans = [bench.define(rank, t.dense(ids[:3], [40_000] * 3)) for rank in range(2)]
+        single = [[bench.define(rank, t.dense([each], [40_000])) for rank in range(2)] for each in ids]
+        for pair in single[:3]:
+            for rank in range(2):
+                bench.push(rank, pair[rank], torch.ones(40_000))
+        for _ in range(2):  # joins them
+            for rank in range(2):
+                bench.push(rank, plans[rank], torch.ones(120_000))
+        bench.push(0, single[0][0], torch.ones(40_000))  # a round that stays open
+        bench.push(0, single[3][0], torch.ones(40_000))
+        slots = [weakref.ref(bench.shard.find(each).slot.tensor) for each in ids]
+        for number in (0, 1, 3):
+            bench.delete(1, number, ids[number : number + 1])
+        for plan, (worker, _) in bench.plans.items():
+            bench.send(worker, m.DropPlan(plan))
+        assert [slot() is None for slot in slots] == [True, True, False, True]
+        for rank in range(2):
+            bench.leave(rank)
+        assert slots[2]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_wait_for_many_is_found_in_each_part(t: Any) -> None:
+    """A cohort that is split slice by slice, while a pull waits for all of it and another for some."""
+    bench, ids, whole, single = many(t, 6)
+    half = bench.define(0, t.dense(ids[1:4], [2] * 3))
+    bench.push(0, whole[0], torch.ones(12))
+    bench.send(0, m.Pull(whole[0], 70))
+    bench.send(0, m.Pull(half, 71))
+    told = []
+    for number in (5, 1, 2, 0, 3, 4):
+        out = bench.push(1, single[number][1], torch.ones(2))
+        told.append([each.message.request for each in out])
+        t.settle(out)
+    assert told == [[], [], [], [], [71], [70]]
     bench.check_empty()
 
 

@@ -1170,29 +1170,64 @@ def test_a_slice_id_that_comes_again_does_not_spoil_old_plans(t: Any) -> None:
     assert [type(each.message) for each in bench.delete(0, "v", [v])] == [m.Done]
 
 
+def test_a_slice_with_the_id_of_a_deleted_one_is_another(t: Any) -> None:
+    """A plan of the deleted one does not push the new one, nor the memory of the old one."""
+    bench = t.Bench(1)
+    (w,), (v,) = bench.init("w", torch.zeros(2)), bench.init("v", torch.zeros(2))
+    old = bench.define(0, t.dense([w, v], [2, 2]))
+    bench.push(0, old, torch.ones(4))
+    bench.delete(0, "w", [w])
+    bench.send(0, m.InitSlices(90, 1, "x", (2,), "float32", [m.SliceEntry(w, 0, 0, 2)]), [torch.zeros(2)])
+    new = bench.define(0, t.dense([w, v], [2, 2]))
+    (fault,) = bench.push(0, old, torch.full((4,), 5.0))
+    assert isinstance(t.error_of(fault.message), KeyDeleted)
+    assert bench.value(0, new).tolist() == [0.0, 0.0, 5.0, 5.0]
+    bench.push(0, new, torch.full((4,), 7.0))
+    assert bench.value(0, new).tolist() == [7.0] * 4
+    assert (bench.info(0, [w, v]).rounds, bench.info(0, [w, v]).versions) == ([1, 3], [1, 3])
+    bench.check_empty()
+
+
 def test_calls_that_wait_without_end_are_refused(t: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensorkv.server.shard.MAX_WAITS", 3)
-    for lockstep in (False, True):
-        for what in ("pull", "merge", "put"):
-            bench = t.Bench(2)
-            (w,) = bench.init("w", torch.zeros(2))
-            plans = [bench.define(worker, t.dense([w], [2])) for worker in range(2)]
-            if not lockstep:
-                bench.set_updater(0, UpdaterSpec(type="named", name="add"))
-            bench.push(0, plans[0], torch.ones(2))
+    for what in ("pull", "merge", "put"):
+        bench = t.Bench(2)
+        (w,) = bench.init("w", torch.zeros(2))
+        plans = [bench.define(worker, t.dense([w], [2])) for worker in range(2)]
+        bench.push(0, plans[0], torch.ones(2))
 
-            def ask(bench: Any = bench, plan: int = plans[0], what: str = what) -> None:
-                request = next(bench.requests)
-                message = {"pull": m.Pull(plan, request), "merge": m.WaitMerged(plan, request)}.get(what)
-                if message is not None:
-                    bench.send(0, message)
-                else:
-                    bench.send(0, m.Put(plan, 0, request), [torch.ones(2)])
+        def ask(bench: Any = bench, plan: int = plans[0], what: str = what) -> None:
+            request = next(bench.requests)
+            message = {"pull": m.Pull(plan, request), "merge": m.WaitMerged(plan, request)}.get(what)
+            if message is not None:
+                bench.send(0, message)
+            else:
+                bench.send(0, m.Put(plan, 0, request), [torch.ones(2)])
 
-            for _ in range(3):
-                ask()
-            with pytest.raises(ProtocolError, match="waits for"):
-                ask()
+        for _ in range(3):
+            ask()
+        with pytest.raises(ProtocolError, match="waits for"):
+            ask()
+
+
+@pytest.mark.parametrize("staleness", [None, 0])
+def test_a_push_whose_reply_would_wait_too_long_changes_nothing(
+    t: Any, monkeypatch: pytest.MonkeyPatch, staleness: int | None
+) -> None:
+    monkeypatch.setattr("tensorkv.server.shard.MAX_WAITS", 3)
+    policy = "sync" if staleness is None else "async"
+    bench = t.Bench(2, mean=True, policy=policy, staleness=staleness)
+    ids = [bench.init(number, torch.zeros(1))[0] for number in range(5)]
+    mine, theirs = ([bench.define(rank, t.dense([each], [1])) for each in ids] for rank in range(2))
+    for number in range(3):
+        bench.push(0, mine[number], torch.ones(1), reply=50 + number)
+    with pytest.raises(ProtocolError, match="waits for 3 chunks already"):
+        bench.push(0, mine[3], torch.ones(1), reply=53)
+    assert bench.info(0, ids).versions == ([1, 1, 1, 0, 0] if staleness == 0 else [0] * 5)
+    assert bench.push(0, mine[4], torch.ones(1), weight=2.0) == []  # asks for nothing
+    for number in (0, 1, 2, 4):
+        t.settle(bench.push(1, theirs[number], torch.ones(1)))
+    bench.check_empty()
 
 
 def test_an_init_without_memory_is_refused_and_changes_nothing(

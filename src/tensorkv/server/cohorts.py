@@ -11,11 +11,12 @@ cohorts, and split none. The slices that nobody has pushed are in one cohort, ho
 
 Joining is the reverse. It is there for speed alone. Cohorts may join when they are at rest, that is when no
 round of theirs is open or held and no call waits. Then they differ only in the numbers of their rounds and
-updates, and each slice keeps the difference (`Slice.round_offset`, `Slice.version_offset`). A layout joins
-the cohorts that it covers when a push has found them at rest for the `patience`-th time, at first the second.
-Each split of what a layout has joined doubles its patience. So if a store's keys are pushed in one list now
-and in others then, its cohorts soon stay as small as the smallest list needs them. Otherwise each step would
-split and join a thousand of them.
+updates, and each slice keeps the difference (`Slice.round_offset`, `Slice.version_offset`). Where the policy
+counts pushes by peer, cohorts with other counts stay apart. A layout joins the cohorts that it covers when a
+push has found them at rest for the `patience`-th time, at first the second. When what a layout has joined is
+split, its patience doubles. So if a store's keys are pushed in one list now and in others then, its cohorts
+soon stay as small as the smallest list needs them. Otherwise each step would split and join a thousand of
+them.
 
 RULES
 1. The slices of a cohort have the same contributors in the open round, and each peer has pushed them equally
@@ -44,7 +45,7 @@ FIRST_PATIENCE = 2
 
 @final
 class Wait(msgspec.Struct, eq=False):
-    """A chunk that a worker waits for. `late` counts the cohorts whose round is not applied yet.
+    """A chunk that a worker waits for. `late` counts the cohorts that have not reached what it needs.
 
     A pull is answered by the values of the chunk; `put` has those of a put.
     """
@@ -131,6 +132,13 @@ class Cohort:
         each.cohort = self
         self.slices[each] = None
 
+    def remove(self, each: Slice) -> None:
+        """Drop a deleted slice, and every reference cycle that would keep its memory until gc finds it."""
+        del self.slices[each]
+        self.joined_by = None
+        if not self.slices:
+            self.inbox = {}
+
     def split(self, slices: Iterable[Slice]) -> Cohort:
         """Move slices to a cohort of their own, with the same history, and return it."""
         part = Cohort()
@@ -142,19 +150,24 @@ class Cohort:
         if self.waits:
             waits, self.waits = self.waits, []
             for need, wait in waits:
-                concerned = _concerned(wait, (self, part))
+                concerned = self._concerned(wait, part)
                 wait.late += len(concerned) - 1
                 for cohort in concerned:
                     cohort.waits.append((need, wait))
         if self.merge_waits:
             merge_waits, self.merge_waits = self.merge_waits, []
             for merge_wait in merge_waits:
-                for cohort in _concerned(merge_wait, (self, part)):
+                for cohort in self._concerned(merge_wait, part):
                     cohort.merge_waits.append(merge_wait)
         if self.joined_by is not None:
             self.joined_by.patience *= 2
             self.joined_by = None
         return part
+
+    def _concerned(self, wait: Wait | MergeWait, part: Cohort) -> list[Cohort]:
+        """Return those of this cohort and a part split from it that a call waits for."""
+        position = wait.layout.position
+        return [each for each in (self, part) if any(slice_ in position for slice_ in each.slices)]
 
     def join(self, other: Cohort) -> None:
         """Take over the slices of another cohort. Both must be at rest."""
@@ -195,9 +208,3 @@ def join_for(layout: Layout, cohorts: Sequence[Cohort]) -> Cohort | None:
         first.join(other)
     first.joined_by = layout
     return first
-
-
-def _concerned(wait: Wait | MergeWait, cohorts: Sequence[Cohort]) -> list[Cohort]:
-    """Return those of `cohorts` that a call waits for."""
-    found = {each.cohort for each in wait.layout.slices}
-    return [cohort for cohort in cohorts if cohort in found]

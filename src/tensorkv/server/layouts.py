@@ -215,7 +215,7 @@ class Contribution(msgspec.Struct, eq=False):  # created in a third of the time 
     """One peer's push of a chunk, until each of its slices is applied or dropped.
 
     In a mean a slice counts as the weight of `message`, or as in `counts` if that is None. `live` counts the
-    remaining slices; at 0 the buffer returns to its pool, and a push that asked for the values gets them:
+    remaining slices; at 0 the buffer returns to its pool, and a push that asked for the values pulls them:
     `request` is the number of that pull, 0 for none. A chunk that is laid out anew has another `layout` and
     other `counts`; those of a contribution stay.
     """

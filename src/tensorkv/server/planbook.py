@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from typing import final
 from weakref import WeakValueDictionary
 
@@ -90,11 +90,12 @@ class PlanBook:
         self._planned.pop(worker, None)
         return names
 
-    def forget(self, gone: Container[Slice]) -> None:
+    def forget(self, gone: Collection[Slice]) -> None:
         """Mark the plans of deleted slices: they are laid out again when they are next used."""
+        deleted = dict.fromkeys(gone).keys()
         for name, chunks in self._plans.items():
-            if name not in self._outdated and any(
-                each in gone for chunk in chunks for each in chunk.layout.slices
+            if name not in self._outdated and not all(
+                deleted.isdisjoint(chunk.layout.position.keys()) for chunk in chunks
             ):
                 self._outdated.add(name)
 
@@ -102,8 +103,8 @@ class PlanBook:
         """Remove deleted slices from a plan. Called at its next use, so that many deletes cost it once."""
         self._outdated.discard(name)
         for chunk in self._plans[name]:
-            if any(self._find(each.slice_id) is None for each in chunk.layout.slices):
-                self._lay_out(chunk, {each.slice_id for each in chunk.layout.slices})
+            if any(self._find(each.slice_id) is not each for each in chunk.layout.slices):
+                self._lay_out(chunk, set(chunk.layout.slices))
 
     def _check_chunk(self, entry: m.ChunkEntry, dtype: torch.dtype) -> None:
         """Check everything about a chunk that its pushes then need not check."""
@@ -119,15 +120,15 @@ class PlanBook:
                 f"a chunk of {size_bytes} bytes is over the {self._max_payload_bytes} that this server has"
             )
 
-    def _lay_out(self, chunk: Chunk, among: Container[int] | None = None) -> None:
-        """Find where a chunk's slices are; those that are deleted, or not in `among` (ids), leave a gap."""
+    def _lay_out(self, chunk: Chunk, among: Container[Slice] | None = None) -> None:
+        """Find where a chunk's slices are; those that are deleted, or not in `among`, leave a gap."""
         slices: list[Slice] = []
         lows: list[int] = []
         chunk.counts, chunk.numbers = [], []
         low = 0
         for number, (slice_id, length) in enumerate(zip(chunk.slice_ids, chunk.lengths, strict=True)):
             each = self._find(slice_id)
-            if each is not None and (among is None or slice_id in among):
+            if each is not None and (among is None or each in among):
                 if each.num_elems != length:
                     raise ProtocolError(f"slice {slice_id} has {each.num_elems} elements, not {length}")
                 if not _is_cast(chunk.dtype, each.dtype) or (slices and slices[0].dtype != each.dtype):
@@ -139,7 +140,7 @@ class PlanBook:
             low += length
         name = (tuple(each.slice_id for each in slices), tuple(lows))
         layout = self._layouts.get(name)
-        if layout is None:
+        if layout is None or layout.slices != slices:  # a slice with the id of a deleted one is another
             layout = self._layouts[name] = Layout(slices, lows)
         chunk.layout = layout
         chunk.alike = len(set(chunk.counts)) <= 1

@@ -1,6 +1,7 @@
 """Policies: when a round is merged, and what a pull may see. One per store.
 
-A policy is pure: it sees cohorts, and changes none. The shard asks it at each push, pull and leave.
+A policy is pure: it sees cohorts, and changes none. The shard asks it at each push and at each call that may
+wait, and when a worker leaves.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ class Policy(ABC):
         """
         return cohort.applied + 1 if peer in cohort.inbox else cohort.applied
 
-    needed = last_round
-    """Return what `reached` must be before a pull by this peer gets the value. By default its last round."""
+    def needed(self, cohort: Cohort, peer: int) -> int:
+        """Return what `reached` must be before a pull by this peer gets the value."""
+        return cohort.applied + 1 if peer in cohort.inbox else cohort.applied  # its last round
 
     def reached(self, cohort: Cohort) -> int:
         """Return how far the cohort has come, as `needed` counts."""

@@ -14,7 +14,7 @@ and `settings.py` knows from which round a setting holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 import msgspec
@@ -51,7 +51,7 @@ MAX_TOMBSTONES = 4096
 MAX_REPORTED = 50
 """Maximum number of open rounds of a store that a report lists one by one."""
 MAX_WAITS = 1 << 18
-"""Maximum number of chunks of one store that one worker may wait for."""
+"""Maximum number of chunks of one store that one worker may wait for, in pulls, puts and pushes together."""
 
 
 @final
@@ -228,10 +228,10 @@ class StoreShard:
             del self._slices_of[each.key]
         each.setting.updater.forget(each.slice_id)
         self.schedule.forget(each.slice_id)
-        del each.cohort.slices[each]
-        self._cohorts_epoch += 1
         for pushed in each.cohort.inbox.values():
             self._use_up(pushed, 1)
+        each.cohort.remove(each)
+        self._cohorts_epoch += 1
 
     def _end_waits_for(self, gone: dict[Slice, str]) -> None:
         """End the calls that wait for deleted slices; `gone` has the text of their error."""
@@ -281,8 +281,10 @@ class StoreShard:
         layout = chunk.layout
         cohorts = layout.cohorts(self._cohorts_epoch)
         request = message.reply
-        if message.weight is not None or not message.apply or len(self._replies) >= MAX_WAITS:
+        if message.weight is not None or not message.apply:
             self._check_push(worker, message)
+        if request and len(self._replies) + len(self._waits) >= MAX_WAITS:
+            self._check_waits(worker)
         for cohort in cohorts:
             if worker in cohort.inbox:
                 what = "awaits its commit" if cohort.held else "is not merged"
@@ -323,8 +325,6 @@ class StoreShard:
                 raise ProtocolError(f"worker {worker} pushed with weight {weight}")
         if not message.apply and not self._policy.allows_commit:
             raise ProtocolError(f"worker {worker} pushed for a commit, which this store has not")
-        if sum(each.peer == worker for each in self._replies) >= MAX_WAITS:
-            raise ProtocolError(f"worker {worker} waits for {MAX_WAITS} chunks already")
 
     def _covered_by(self, layout: Layout, cohorts: list[Cohort]) -> list[Cohort]:
         """Return cohorts that have just the slices of a layout: its `cohorts`, split or joined."""
@@ -504,7 +504,7 @@ class StoreShard:
     # ---- pull, put, and waits --------------------------------------------------------------------
 
     def pull(self, worker: int, message: m.Pull) -> None:
-        """Answer each chunk as soon as this worker's last round of its slices is applied."""
+        """Answer each chunk as soon as the policy allows: in sync after this worker's last round."""
         chunks = self.plans.chunks(worker, message.plan)
         if chunks is None:
             raise ProtocolError(f"there is no plan {message.plan}")
@@ -539,14 +539,19 @@ class StoreShard:
             needed = policy.needed(cohort, worker)
             if policy.reached(cohort) < needed:
                 if not wait.late:
-                    self._check_waits(worker, self._waits)
+                    self._check_waits(worker)
                     self._waits[wait] = None
                 wait.late += 1
                 cohort.waits.append((needed, wait))
         return wait.late > 0
 
-    def _check_waits(self, worker: int, waits: Collection[Wait | MergeWait]) -> None:
-        if len(waits) >= MAX_WAITS and sum(each.worker == worker for each in waits) >= MAX_WAITS:
+    def _check_waits(self, worker: int) -> None:
+        """Refuse a call that may have to wait if this worker waits for too many chunks."""
+        if len(self._replies) + len(self._waits) + len(self._merge_waits) < MAX_WAITS:
+            return
+        waits: list[Wait | MergeWait] = [*self._waits, *self._merge_waits]
+        waiting = [wait.worker for wait in waits] + [pushed.peer for pushed in self._replies]
+        if waiting.count(worker) >= MAX_WAITS:
             raise ProtocolError(f"worker {worker} waits for {MAX_WAITS} chunks already")
 
     def _answer_waits(self, cohorts: Iterable[Cohort], pulls: list[_Pull]) -> None:
@@ -598,7 +603,7 @@ class StoreShard:
         if self._refuse_gone(worker, message.request, chunks):
             return
         for chunk in chunks:
-            self._check_waits(worker, self._merge_waits)
+            self._check_waits(worker)
             numbers = dict(zip(chunk.layout.slices, chunk.numbers, strict=True))
             wait = MergeWait(worker, message.request, chunk.layout, numbers)
             merged: list[Cohort] = []
@@ -621,7 +626,8 @@ class StoreShard:
 
     def _tell_merged(self, wait: MergeWait, cohorts: list[Cohort]) -> None:
         """Report to a call its merged slices in these cohorts, and end it when it waits for no other."""
-        numbers = [wait.numbers.pop(each) for each in _slices_in(cohorts) if each in wait.numbers]
+        merged = [each for each in wait.numbers if each.cohort in cohorts]
+        numbers = [wait.numbers.pop(each) for each in merged]
         if numbers:
             self._reply(wait.worker, m.Merged(wait.request, sorted(numbers)))
         if not wait.numbers:
@@ -666,6 +672,8 @@ class StoreShard:
         self._settings_epoch += 1
 
     def _take_due_settings(self, slices: Iterable[Slice]) -> None:
+        if not self.schedule.has_pending:
+            return
         for each in slices:
             setting = self.schedule.due(each.slice_id, each.key, each.applied + 1)
             if setting is not None and setting is not each.setting:
@@ -840,7 +848,8 @@ class StoreShard:
         for cohort in cohorts_of(self._slices.values()):
             for pushed in cohort.inbox.values():
                 self._use_up(pushed, len(cohort.slices))
-            cohort.inbox = {}
+            for each in list(cohort.slices):
+                cohort.remove(each)
 
     def waiting(self, worker: int, message: m.AskWaiting) -> None:
         """Report which workers a request of this worker waits for."""
@@ -886,6 +895,10 @@ class StoreShard:
             if each.cohort.held or each.cohort.inbox:
                 ranks, where = self._missing_round(each)
                 lines[f"{where} waits for {_workers(ranks)}"] = None
+        if self._policy.pulls_wait_for_others:
+            for wait in self._waits:
+                ranks, where = self._missing_pushes(*_first_late(wait))
+                lines[f"worker {wait.worker} waits for {where} by {_workers(ranks)}"] = None
         if self._commit.asked:
             lines[f"commit {self._commit.number} waits for {_workers(self._not_asked())}"] = None
         more = [f"and {len(lines) - MAX_REPORTED} more"] if len(lines) > MAX_REPORTED else []

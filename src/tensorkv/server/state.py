@@ -170,7 +170,7 @@ class ServerState:
                 self._store_of_plan[worker, message.plan] = shard
             case m.DropPlan():
                 shard.plans.drop(worker, message.plan)
-                self._asked = None
+                self._asked = self._found = None
                 del self._store_of_plan[worker, message.plan]
             case m.WaitMerged():
                 shard.wait_merged(worker, message)
@@ -183,7 +183,7 @@ class ServerState:
             case m.ActivateSetting():
                 shard.activate_setting(worker, message)
             case m.DeleteSlices():
-                self._asked = None  # the chunk looked up last may have to be laid out again
+                self._asked = self._found = None  # the chunk looked up last may have to be laid out again
                 shard.delete_slices(worker, message)
             case m.Flush():
                 shard.flush(worker, message)
@@ -214,7 +214,7 @@ class ServerState:
 
         The keys that it was about to create or delete are dropped.
         """
-        self._asked = None  # as for DeleteSlices
+        self._asked = self._found = None  # as for DeleteSlices
         out = self.worker_gone(lost.rank)
         for store, keys in lost.dropped:
             shard = self._stores.get(store)
@@ -244,6 +244,7 @@ class ServerState:
             del self._store_of_plan[name]
         if shard.is_over:
             shard.end()
+            self._asked = self._found = None
             del self._stores[shard.opened.store]
 
     def report(self) -> list[str]:

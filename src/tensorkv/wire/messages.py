@@ -231,7 +231,7 @@ class DropPlan(Message, tag=23):
 class Push(Message, tag=24):
     """A contribution to the current round of the slices of a chunk. Payload: their elements, or `placed`.
 
-    If `reply` is not 0, the server sends the values after that round back as `Data` of that request. In a
+    If `reply` is not 0, the server sends the values back as `Data` of that request, as after a pull. In a
     mean each slice counts as `weight` or, without one, as the chunk says.
     """
 
@@ -244,7 +244,10 @@ class Push(Message, tag=24):
 
 
 class Pull(Message, tag=25):
-    """Send the values of a plan, chunk by chunk, each as soon as this worker's last round is applied."""
+    """Send the values of a plan, chunk by chunk, each as soon as the store's policy allows.
+
+    In sync that is when this worker's last round is applied.
+    """
 
     plan: int
     request: int
