@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import tensorkv
 from tensorkv.testing.cluster import run_job
 
+pytestmark = pytest.mark.timeout(300)  # whole trainings, which a busy machine slows down
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.py"
 BATCH = 64
 TO_THE_END = 276
