@@ -61,6 +61,8 @@ class KeyInfo:
     minimum over its slices. `num_slices` is 1 for a whole value. `generation` counts the
     initialisations of this name, from 1. `state_bytes` is the size of the optimizer's state of the key,
     momentum say, over all slices; it lives with the value. `value_bytes` is the size of the value itself.
+    `late` counts the pushes of all workers that came after their round had merged without them, of a sliced
+    value the maximum over its slices; only a store with `quorum` merges so.
     """
 
     key: Key
@@ -72,6 +74,7 @@ class KeyInfo:
     num_slices: int = 1
     generation: int = 1
     state_bytes: int = 0
+    late: int = 0
 
     @property
     def value_bytes(self) -> int:
@@ -318,7 +321,8 @@ class KVStore(ABC):
 
         In `dist_sync` a worker that has pushed a key n times gets exactly the value after round n; the
         call waits for that round. In `dist_async` it gets the newest value, each slice read whole;
-        with `staleness` it may wait for workers that are too far behind.
+        with `staleness` it may wait for workers that are too far behind. With `quorum` it gets the newest
+        value that holds its worker's last push, or no longer can.
 
         Args:
             key: a key or a list of keys; omit it if `out` is a dict of key to destination, pairs, or a
@@ -1169,6 +1173,14 @@ def positive(name: str, value: Any) -> float:
     number = _number(value)
     if not number > 0:
         raise InvalidArgument(f"{name}={value!r} is not a positive number")
+    return number
+
+
+def not_negative(name: str, value: Any) -> float:
+    """Return a finite number that is 0 or more. Raises InvalidArgument if the argument is not one."""
+    number = _number(value)
+    if not 0 <= number < math.inf:
+        raise InvalidArgument(f"{name}={value!r} is not a finite number, 0 or more")
     return number
 
 

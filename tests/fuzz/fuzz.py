@@ -142,7 +142,7 @@ class ServerTarget:
         store = plan = slice_id = UNUSED
         chunk = m.ChunkEntry([slice_id], [2], m.PayloadDescriptor("dense", "float32"), [1])
         for message in (
-            m.OpenStore(store, "check", "async", False),
+            m.OpenStore(store, "check", m.StorePolicy("async"), False),
             m.InitSlices(1, store, "w", (2,), "float32", [m.SliceEntry(slice_id, 0, 0, 2)]),
             m.DefinePlan(store, plan, [chunk]),
             m.Push(plan, 0, True, 9),
@@ -298,7 +298,9 @@ class SocketTarget:
         honest = self.hostile()
         assert honest is not None
         self._honest = honest
-        self._say(m.OpenStore(1, CHECK, "async", False) if self._server else m.Register("", 0, "", 1))
+        self._say(
+            m.OpenStore(1, CHECK, m.StorePolicy("async"), False) if self._server else m.Register("", 0, "", 1)
+        )
         self.serves()
 
     def _config(self) -> JobConfig:

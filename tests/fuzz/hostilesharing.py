@@ -37,7 +37,7 @@ def shared_conversations(store_name: str) -> list[Conversation]:
     chunk = m.ChunkEntry([5], [NUM_ELEMS], m.PayloadDescriptor("dense", "float32"), [1])
     init = m.InitSlices(1, 1, "v", (NUM_ELEMS,), "float32", [m.SliceEntry(5, 0, 0, NUM_ELEMS)])
     begin = [
-        encode(m.OpenStore(1, store_name, "async", False)),
+        encode(m.OpenStore(1, store_name, m.StorePolicy("async"), False)),
         encode(m.ShareSegment(0, CONTROL_BYTES)),
         encode(m.ShareSegment(1, SEGMENT_BYTES)),
     ]

@@ -13,7 +13,7 @@ from tensorkv.wire import messages as m
 from tensorkv.wire.codec import MAX_HEADER_BYTES, Decoder, decode_prefix, encode
 
 CORPUS = Path(__file__).parents[1] / "corpus"
-GOOD = [encode(m.Push(1, 0, True, 3), 8) + bytes(8), encode(m.Info(1, [1, 2], [3, 4], [0, 8], "sgd"))]
+GOOD = [encode(m.Push(1, 0, True, 3), 8) + bytes(8), encode(m.Info(1, [1, 2], [3, 4], [0, 1], [0, 8], "sgd"))]
 
 
 def test_a_conversation_survives_its_file(tmp_path: Path) -> None:

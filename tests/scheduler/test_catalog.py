@@ -34,7 +34,7 @@ class Desk:
 
     def __init__(self, num_workers: int = 2, num_servers: int = 2) -> None:
         self.placement = Placement(BOUND_BYTES, 1 << 20, [0] * num_servers)
-        opened = m.JoinStore(1, "default", "sync", "sum", "fail")
+        opened = m.JoinStore(1, "default", m.StorePolicy("sync"), "sum", "fail")
         self.directory = Catalog(1, opened, num_workers, self.placement)
         self.request = 0
 

@@ -138,7 +138,7 @@ def test_a_message_that_cannot_be_handled_ends_its_process_only(
         lost = workers[0].hear()
     assert "could not handle its message: KeyError: 'a bug'" in lost.cause
     assert caplog.records[0].exc_info is not None
-    workers[0].say(m.JoinStore(5, "default", "sync", "sum", "fail"))
+    workers[0].say(m.JoinStore(5, "default", m.StorePolicy("sync"), "sum", "fail"))
     assert workers[0].hear().request == 5
 
 
@@ -148,7 +148,7 @@ def test_a_goodbye_is_no_loss(scheduler: SchedulerServer, member: Callable[..., 
     worker.connection.shutdown()
     assert server.hear() == m.Gone(0)
     other.hear()
-    other.say(m.JoinStore(5, "default", "sync", "sum", "fail"))
+    other.say(m.JoinStore(5, "default", m.StorePolicy("sync"), "sum", "fail"))
     assert other.hear() == m.Joined(5, 1)
     assert scheduler.lost is None
 
@@ -159,7 +159,7 @@ def test_a_worker_that_never_joined_has_left(scheduler: SchedulerServer, member:
     scheduler.worker_exited(0)  # it has joined: what it says itself counts
     scheduler.worker_exited(1)
     assert server.hear() == m.Gone(1)
-    worker.say(m.JoinStore(5, "default", "sync", "sum", "fail"))
+    worker.say(m.JoinStore(5, "default", m.StorePolicy("sync"), "sum", "fail"))
     number = worker.hear().store
     worker.say(m.Barrier(6, number))
     assert worker.hear() == m.Done(6)
@@ -167,7 +167,7 @@ def test_a_worker_that_never_joined_has_left(scheduler: SchedulerServer, member:
 
 def open_store(worker: Any, on_worker_loss: Any) -> int:
     worker.hear()
-    worker.say(m.JoinStore(5, "default", "sync", "sum", on_worker_loss))
+    worker.say(m.JoinStore(5, "default", m.StorePolicy("sync"), "sum", on_worker_loss))
     return int(worker.hear().store)
 
 
@@ -276,7 +276,7 @@ def test_who_asks_and_does_not_read_is_ended_with_one_line(
     workers = [member("worker", rank) for rank in range(2)]
     for each in workers:
         each.hear()
-    workers[0].say(m.JoinStore(1, "default", "sync", "sum", "fail"))
+    workers[0].say(m.JoinStore(1, "default", m.StorePolicy("sync"), "sum", "fail"))
     store = workers[0].hear().store
     keys = [m.KeySpec(f"{number:01000}", (2,), "float32", 4, False) for number in range(100)]
     workers[0].say(m.ProposeInit(2, store, keys))

@@ -40,7 +40,9 @@ def join(
     reduction: str = "sum",
     on_worker_loss: Any = "fail",
 ) -> Any:
-    ((_, found, reply),) = tell(to, rank, m.JoinStore(1, name, kind, reduction, on_worker_loss))
+    ((_, found, reply),) = tell(
+        to, rank, m.JoinStore(1, name, m.StorePolicy(kind), reduction, on_worker_loss)
+    )
     assert found == rank
     return reply
 
@@ -62,12 +64,12 @@ def test_workers_are_welcome_when_all_servers_are_there() -> None:
     ("role", "rank", "message"),
     [
         ("worker", 0, m.Register("", 0, "", 1)),
-        ("server", 0, m.JoinStore(1, "x", "sync", "sum", "fail")),
+        ("server", 0, m.JoinStore(1, "x", m.StorePolicy("sync"), "sum", "fail")),
         ("server", 1, m.AskWaiting(1, 1)),
         ("server", 0, m.Barrier(1, 1)),
         ("worker", 0, m.CommitReady(1, 1, [], True, False, None)),
         ("worker", 5, m.Goodbye()),
-        ("worker", 5, m.JoinStore(1, "x", "sync", "sum", "fail")),
+        ("worker", 5, m.JoinStore(1, "x", m.StorePolicy("sync"), "sum", "fail")),
     ],
     ids=lambda each: type(each).__name__ if isinstance(each, m.Message) else str(each),
 )
@@ -371,7 +373,13 @@ def test_an_address_that_cannot_be_one_is_refused(message: m.Register) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [m.JoinStore(1, "late", "sync", "sum", "fail"), m.Goodbye(), m.Abandon("no"), m.Barrier(1, 1)]
+    "message",
+    [
+        m.JoinStore(1, "late", m.StorePolicy("sync"), "sum", "fail"),
+        m.Goodbye(),
+        m.Abandon("no"),
+        m.Barrier(1, 1),
+    ],
 )
 def test_nothing_comes_after_a_goodbye(message: Any) -> None:
     made = job()

@@ -99,10 +99,10 @@ class Bench:
         *,
         policy: str = "sync",
         mean: bool = False,
-        staleness: int | None = None,
         functions: dict[str, Callable[..., None]] | None = None,
         workers: Sequence[int] | None = None,
         max_payload_bytes: int = 1 << 62,
+        **options: Any,
     ) -> None:
         self.pool = CheckedPool()
         self.functions = functions or {}
@@ -112,8 +112,9 @@ class Bench:
         self.ids = itertools.count(1)
         self.plans: dict[int, tuple[int, list[m.ChunkEntry]]] = {}
         self.settings = itertools.count(0)
+        spec = m.StorePolicy(policy, **options)  # type: ignore[arg-type]
         for worker in range(num_workers) if workers is None else workers:
-            self.state.handle(worker, m.OpenStore(STORE, "default", policy, mean, staleness))
+            self.state.handle(worker, m.OpenStore(STORE, "default", spec, mean))
 
     def _load(self, record: m.SettingRecord) -> Updater:
         assert record.updater is not None
@@ -211,6 +212,10 @@ class Bench:
         decision = CommitReduction(1).add(0, ready)
         assert decision is not None
         return self.state.decide_commit(decision)
+
+    def tick(self, now_s: float) -> tuple[list[Outgoing], float | None]:
+        """Say what time it is; return what the server sends, and its next deadline."""
+        return self.state.tick(now_s)
 
     def info(self, worker: int, ids: Sequence[int]) -> m.Info:
         """Return rounds and versions of slices."""

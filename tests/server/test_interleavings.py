@@ -222,6 +222,10 @@ class Model:
         return found
 
 
+def has_deadlines(state: ServerState) -> bool:
+    return any(shard.has_deadlines for shard in state._stores.values())
+
+
 # ---- the job ---------------------------------------------------------------------------------------
 
 
@@ -235,8 +239,18 @@ class Job:
     on_worker_loss = "fail"
     dtype = torch.float32  # of all values; pushed are always float32
 
-    def __init__(self, t: Any, programs: list[Program], chunk_slices: list[int], **store: Any) -> None:
-        self.store = {"policy": "sync", "mean": False, "staleness": None, **store}
+    def __init__(
+        self,
+        t: Any,
+        programs: list[Program],
+        chunk_slices: list[int],
+        policy: str = "sync",
+        mean: bool = False,
+        **options: Any,
+    ) -> None:
+        self.policy = m.StorePolicy(policy, **options)  # type: ignore[arg-type]
+        self.mean = mean
+        self.now_s = 0.0
         self.settle = t.settle
         self.value_of = value_of
         self.pools = [t.CheckedPool() for _ in range(NUM_SERVERS)]
@@ -266,11 +280,15 @@ class Job:
         for step in itertools.count():
             moves: list[Any] = [name for name, queue in self.queues.items() if queue]
             moves += [worker for worker in self.workers if worker.ready()]
+            moves += [server for server, state in enumerate(self.states) if has_deadlines(state)]
             if not moves or step == stop or until():
                 return
             move = self.choose(moves, next(numbers))
             if isinstance(move, Worker):
                 move.go_on()
+            elif isinstance(move, int):
+                self.now_s += 0.4
+                self.send_out(move, self.states[move].tick(self.now_s)[0])
             else:
                 self.deliver(move)
 
@@ -507,11 +525,11 @@ class Worker:
 
     def open(self) -> Generator[Condition, None, None]:
         joined = yield from self.ask(
-            lambda n: m.JoinStore(n, "default", "sync", "sum", self.job.on_worker_loss)
+            lambda n: m.JoinStore(n, "default", self.job.policy, "sum", self.job.on_worker_loss)
         )
         self.number_of_store = joined.store
         for server in range(NUM_SERVERS):
-            self.send(server, m.OpenStore(joined.store, "default", **self.job.store))
+            self.send(server, m.OpenStore(joined.store, "default", self.job.policy, self.job.mean))
         if self.rank % 2:
             for key in reversed(SHAPES):  # not a list, and in another order
                 yield from self.init(key)
@@ -593,9 +611,7 @@ class Worker:
     ) -> Generator[Condition, None, None]:
         if not (yield from self.may_use(keys)):
             return
-        late = [
-            key for key in keys if self.is_noted(self.unpulled, key) and self.job.store["policy"] == "sync"
-        ]
+        late = [key for key in keys if self.is_noted(self.unpulled, key) and self.job.policy.rounds_wait]
         free = [key for key in keys if key not in late]
         request = next(self.numbers) if reply and not late else 0
         values = {key: self.job.value_of(key, self.rank, step, nan) for key in keys}
@@ -1090,8 +1106,7 @@ def counted(value: torch.Tensor, numbers: list[int]) -> list[tuple[int, int]]:
     """
     found = []
     for element in value.reshape(-1).tolist():
-        times = [int(element) // 4**number % 4 if number >= 0 else -1 for number in numbers]
-        assert set(times) <= {0, 1, -1}, "a push was counted more than once"
+        times = times_in(element, numbers)
         there = [place + 1 for place, each in enumerate(times) if each == 1]
         missing = [place for place, each in enumerate(times) if each == 0]
         low, high = max(there, default=0), min(missing, default=len(times))
@@ -1139,11 +1154,11 @@ def check_reads_of_survivors(job: Job, programs: list[Program]) -> None:
                     for low, high in counted(value - start_of(key), pushed[key]):
                         if rank == worker.rank:
                             assert low <= made[key] <= high
-                        elif job.store["policy"] == "sync":
+                        elif job.policy.rounds_wait:
                             assert low <= made[key]
                             assert rank in job.crashed or high >= min(made[key], len(pushed[key]))
-                        elif job.store["staleness"] is not None and rank not in job.crashed:
-                            assert high >= min(made[key] - job.store["staleness"], len(pushed[key]))
+                        elif job.policy.staleness is not None and rank not in job.crashed:
+                            assert high >= min(made[key] - job.policy.staleness, len(pushed[key]))
 
 
 def check_ledgers(job: Job, programs: list[Program]) -> None:
@@ -1180,8 +1195,8 @@ def test_without_a_lost_worker_the_others_go_on_and_every_push_counts_as_promise
     data: st.DataObject,
 ) -> None:
     programs = data.draw(programs_alike(is_async))
-    store = {"policy": "async", "staleness": staleness} if is_async else {"policy": "sync"}
-    job = Enduring(t, programs, chunks, **store)
+    options = {"policy": "async", "staleness": staleness} if is_async else {}
+    job = Enduring(t, programs, chunks, **options)  # type: ignore[arg-type]
     job.value_of = lambda key, rank, step, nan: torch.full(SHAPES[key], 4.0**step)
     for _ in range(data.draw(st.integers(1, len(programs) - 1))):
         job.kill_at_some_time(data, choices)
@@ -1192,6 +1207,80 @@ def test_without_a_lost_worker_the_others_go_on_and_every_push_counts_as_promise
     check_reads_of_survivors(job, programs)
     check_ledgers(job, programs)
     job.check_nothing_is_left()
+
+
+@settings(moderate, max_examples=150)
+@given(
+    programs=programs_alike(is_async=True),
+    quorum=st.integers(1, 3),
+    grace_s=st.sampled_from([0.0, 1.0]),
+    late=st.sampled_from(["drop", "carry"]),
+    choices=CHOICES,
+    chunks=CHUNKS,
+    data=st.data(),
+)
+def test_with_a_quorum_nobody_hangs_and_a_push_is_lost_only_if_it_was_late(
+    t: Any,
+    programs: list[Program],
+    quorum: int,
+    grace_s: float,
+    late: str,
+    choices: list[int],
+    chunks: list[int],
+    data: st.DataObject,
+) -> None:
+    job = Enduring(t, programs, chunks, quorum=quorum, grace_s=grace_s, late=late)
+    job.value_of = lambda key, rank, step, nan: torch.full(SHAPES[key], 4.0**step)
+    for _ in range(data.draw(st.integers(0, len(programs) - 1))):
+        job.kill_at_some_time(data, choices)
+    job.run(choices)
+    if job.membership.lost is not None:
+        return
+    assert all(worker.condition is None for worker in job.workers), "a call hangs"
+    check_reads_with_a_quorum(job, programs)
+    for key in SHAPES:
+        for each, _ in job.slices(key):
+            if not each.num_elems:
+                continue
+            value = each.value.reshape(-1) - start_of(key).reshape(-1)[each.start : each.stop]
+            unseen = num_absent = 0
+            for worker in job.workers:
+                numbers = pushed_by(programs[worker.rank])[key]
+                times = times_in(value[0].item(), numbers)
+                assert (value == value[0]).all()
+                if worker.rank not in job.crashed:
+                    unseen += times.count(0)
+                    num_absent += times.count(-1)
+            if late == "carry":
+                assert unseen == 0
+            elif not job.crashed:
+                assert unseen <= each.num_late <= unseen + num_absent
+    job.check_nothing_is_left()
+
+
+def times_in(element: float, numbers: list[int]) -> list[int]:
+    """How often an element holds each of these pushes; -1 for an absent one."""
+    times = [int(element) // 4**number % 4 if number >= 0 else -1 for number in numbers]
+    assert set(times) <= {0, 1, -1}, "a push was counted more than once"
+    return times
+
+
+def check_reads_with_a_quorum(job: Job, programs: list[Program]) -> None:
+    """A read holds no push that its worker has yet to make, and, if none is dropped, all that it has made."""
+    for worker in job.workers:
+        everything = pushed_by(programs[worker.rank])
+        made = dict.fromkeys(SHAPES, 0)
+        reads = iter(worker.results)
+        for kind, *op in programs[worker.rank]:
+            if kind == "push":
+                for key in op[0]:
+                    made[key] += 1
+            if kind == "pull" or (kind == "push" and op[6]):
+                for key, value in zip(op[0], next(reads, ()), strict=False):
+                    for element in (value - start_of(key)).reshape(-1).tolist():
+                        times = times_in(element, everything[key])
+                        assert 1 not in times[made[key] :]
+                        assert job.policy.late == "drop" or 0 not in times[: made[key]]
 
 
 @settings(moderate, max_examples=150)
@@ -1278,7 +1367,7 @@ class TwoThreads(Worker):
             if self.unmerged.isdisjoint(keys):
                 break
         self.push_now(keys, step, True)
-        if self.job.store["policy"] == "sync":
+        if self.job.policy.rounds_wait:
             self.unmerged |= set(keys)
         elif step % 2:
             yield from self.flush()  # else all is pushed before a save has begun
@@ -1373,7 +1462,7 @@ class Saving(Job):
             for key, value in found.items():
                 added = (value - start_of(key).reshape(-1)).unique().tolist()
                 assert len(added) <= 1, f"{key!r} is of more than one moment: {added}"
-                if added and self.store["policy"] == "async":
+                if added and not self.policy.rounds_wait:
                     assert int(added[0]) & self.before[number, key] == self.before[number, key]
 
 

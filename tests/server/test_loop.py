@@ -50,7 +50,7 @@ def worker(cluster: LocalCluster, join_as: Callable[..., Any]) -> Callable[[int]
 
 
 def open_store(peer: Any) -> None:
-    peer.say(m.OpenStore(1, "default", "sync", False))
+    peer.say(m.OpenStore(1, "default", m.StorePolicy("sync"), False))
     peer.say(m.Flush(1, 1))
     assert peer.hear() == m.Done(1)
 
@@ -110,7 +110,11 @@ NONSENSE = {
         b"",
         "without slices",
     ),
-    "a store of another policy": ([m.OpenStore(1, "default", "async", False)], b"", "another policy"),
+    "a store of another policy": (
+        [m.OpenStore(1, "default", m.StorePolicy("async"), False)],
+        b"",
+        "another policy",
+    ),
     "a message of another conversation": ([m.Goodbye()], b"", "malformed message"),
     "a segment, where memory cannot be shared": ([m.ShareSegment(0, 65536)], b"", "shared memory, over a"),
     "a segment dropped, where memory cannot be shared": ([m.DropSegment(1)], b"", "shared memory, over a"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tensorkv.errors import ProtocolError
 from tensorkv.server.cohorts import Cohort
-from tensorkv.server.policy import Async, BoundedStaleness, Sync, make_policy
+from tensorkv.server.policy import Async, BoundedStaleness, Quorum, Sync, make_policy
 from tensorkv.updaters.spec import UpdaterSpec
 from tensorkv.wire import messages as m
 
@@ -59,7 +59,7 @@ def test_bounded_staleness_compares_the_pushes_of_all_members() -> None:
     members = {0, 1, 2}
     policy = BoundedStaleness(members, 2)
     made = cohort()
-    made.pushed = {0: 5, 2: 3}
+    made.progress = {0: 5, 2: 3}
     assert policy.reached(made) == 0
     assert [policy.needed(made, peer) for peer in range(3)] == [3, -2, 1]
     assert policy.missing(made, 3) == [1]
@@ -72,17 +72,77 @@ def test_bounded_staleness_compares_the_pushes_of_all_members() -> None:
     assert not policy.merges(cohort())
 
 
-def test_a_policy_is_made_by_its_name() -> None:
-    assert isinstance(make_policy("sync", set()), Sync)
-    assert isinstance(make_policy("async", set()), Async)
-    with pytest.raises(ProtocolError, match="no policy 'eventual'"):
-        make_policy("eventual", set())
-    bounded = make_policy("async", {0}, 3)
+def test_a_quorum_merges_when_all_have_contributed_or_when_its_time_is_over() -> None:
+    members = {0, 1, 2}
+    policy = Quorum(members, 2, 0.5, carries=False)
+    made = cohort(0)
+    assert not policy.merges(made)
+    assert policy.deadline_s(made, 10.0) is None
+    made = cohort(0, 2)
+    assert not policy.merges(made)
+    assert policy.deadline_s(made, 10.0) == 10.5
+    assert policy.deadline_s(made, 10.4) == 10.5  # the second contribution counts, not the last
+    assert policy.merges(cohort(2, 0, 1))
+    members.discard(1)
+    members.discard(2)
+    assert policy.deadline_s(cohort(0), 20.0) == 20.5  # all that are left are a quorum
+    assert policy.deadline_s(cohort(), 20.0) is None
+    assert not policy.allows_commit
+
+
+def test_without_grace_the_quorum_itself_merges() -> None:
+    policy = Quorum({0, 1, 2}, 2, 0.0, carries=False)
+    assert not policy.merges(cohort(1))
+    assert policy.merges(cohort(1, 2))
+    assert not policy.merges(cohort())
+    policy.members.clear()
+    assert policy.merges(cohort(1))
+    assert not policy.merges(cohort())
+
+
+@pytest.mark.parametrize("carries", [False, True])
+def test_a_late_push_is_dropped_or_carried_and_its_worker_catches_up(carries: bool) -> None:
+    policy = Quorum({0, 1}, 1, 0.0, carries)
+    made = cohort()  # four rounds have merged
+    made.progress = {0: 4, 1: 1}
+    assert policy.count_push(made, 0)
+    assert made.num_late == 0
+    assert policy.count_push(made, 1) == carries
+    assert made.num_late == 1
+    assert made.progress == {0: 5, 1: 5 if carries else 4}
+    if not carries:
+        assert policy.count_push(made, 1)  # its next one is for the open round
+    assert (made.progress[1], made.num_late) == (5, 1)
+
+
+def test_a_policy_is_made_of_its_options() -> None:
+    assert isinstance(make_policy(m.StorePolicy("sync"), set()), Sync)
+    assert isinstance(make_policy(m.StorePolicy("async"), set()), Async)
+    bounded = make_policy(m.StorePolicy("async", 3), {0})
     assert isinstance(bounded, BoundedStaleness)
     assert bounded.staleness == 3
-    for name, staleness in (("sync", 1), ("async", -1)):
-        with pytest.raises(ProtocolError, match=f"no policy '{name}' with staleness {staleness}"):
-            make_policy(name, {0}, staleness)
+    quorum = make_policy(m.StorePolicy("sync", None, 2, 1.5, "carry"), {0})
+    assert isinstance(quorum, Quorum)
+    assert (quorum.quorum, quorum.grace_s, quorum.carries) == (2, 1.5, True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("sync", 1),
+        ("async", -1),
+        ("async", None, 1),
+        ("async", 1, 1),
+        ("sync", 1, 1),
+        ("sync", None, 0),
+        ("sync", None, 1, -0.5),
+        ("sync", None, 1, float("inf")),
+        ("sync", None, 1, float("nan")),
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused(options: Any) -> None:
+    with pytest.raises(ProtocolError, match=f"no policy with kind '{options[0]}'"):
+        make_policy(m.StorePolicy(*options), {0})
 
 
 def test_only_sync_takes_pushes_for_a_commit(t: Any) -> None:
@@ -201,3 +261,210 @@ def test_no_pull_is_answered_early_or_late(
         assert sorted(answered) == sorted(ready)
         waiting = {request: pull for request, pull in waiting.items() if request not in ready}
         t.settle(out)
+
+
+# ---- quorum ------------------------------------------------------------------------------------------
+
+
+def with_quorum(t: Any, num_workers: int, **options: Any) -> tuple[Any, list[int], list[int]]:
+    """A store with a quorum and two slices; ids, and the plan of each worker."""
+    bench = t.Bench(num_workers, **options)
+    bench.set_updater(0, UpdaterSpec(type="named", name="add"))
+    ids = [bench.init(key, torch.zeros(1))[0] for key in "ab"]
+    return bench, ids, [bench.define(rank, t.dense(ids, [1, 1])) for rank in range(num_workers)]
+
+
+def test_a_round_with_a_quorum_merges_after_its_time_of_grace(t: Any) -> None:
+    bench, ids, plans = with_quorum(t, 3, quorum=2, grace_s=0.5)
+    bench.push(0, plans[0], torch.ones(2))
+    assert bench.tick(10.0) == ([], None)
+    assert bench.push(1, plans[1], torch.full((2,), 10.0), reply=50) == []
+    assert bench.tick(11.0) == ([], 11.5)
+    assert bench.tick(11.4) == ([], 11.5)
+    assert bench.pull(0, plans[0]) == []
+    out, next_s = bench.tick(11.5)
+    assert values_of(t, out) == [(1, [11.0, 11.0]), (0, [11.0, 11.0])]
+    assert next_s is None
+    assert bench.push(2, plans[2], torch.full((2,), 100.0)) == []  # late, and dropped
+    assert bench.value(2, plans[2]).tolist() == [11.0, 11.0]
+    assert bench.info(0, ids).late == [1, 1]
+    for rank in (2, 0, 1):
+        bench.push(rank, plans[rank], torch.full((2,), 100.0))
+    assert bench.value(0, plans[0]).tolist() == [311.0, 311.0]
+    assert bench.info(0, ids).rounds == [2, 2]
+    assert bench.tick(20.0) == ([], None)
+    bench.check_empty()
+
+
+def test_a_late_push_that_is_carried_counts_in_the_open_round(t: Any) -> None:
+    bench, ids, plans = with_quorum(t, 2, quorum=1, grace_s=1.0, late="carry")
+    bench.push(0, plans[0], torch.ones(2))
+    bench.tick(0.0)
+    bench.tick(1.0)
+    assert bench.push(1, plans[1], torch.full((2,), 10.0), reply=50) == []
+    with pytest.raises(ProtocolError, match="last push is not merged"):
+        bench.push(1, plans[1], torch.ones(2))  # the next one waits at its worker
+    assert values_of(t, bench.push(0, plans[0], torch.ones(2))) == [(1, [12.0, 12.0])]
+    assert bench.info(0, ids).late == [1, 1]
+    bench.check_empty()
+
+
+def test_a_push_may_be_late_for_some_slices_and_not_for_others(t: Any) -> None:
+    bench, ids, plans = with_quorum(t, 2, quorum=1)
+    alone = bench.define(0, t.dense(ids[:1], [1]))
+    bench.push(0, alone, torch.ones(1))
+    out = bench.push(1, plans[1], torch.full((2,), 10.0), reply=50)
+    assert values_of(t, out) == [(1, [1.0, 10.0])]
+    info = bench.info(0, ids)
+    assert (info.late, info.rounds, info.versions) == ([1, 0], [1, 1], [1, 1])
+    bench.check_empty()
+
+
+def test_a_mean_divides_by_what_went_in(t: Any) -> None:
+    bench, _, plans = with_quorum(t, 3, quorum=2, mean=True)
+    bench.push(0, plans[0], torch.full((2,), 4.0))
+    bench.push(2, plans[2], torch.full((2,), 8.0))
+    assert bench.value(0, plans[0]).tolist() == [6.0, 6.0]
+    nothing = bench.define(1, t.absent([1, 2], [1, 1]))
+    bench.push(1, nothing)  # late
+    bench.push(1, nothing)
+    bench.push(0, plans[0], torch.ones(2))  # to push nothing counts for the quorum
+    assert bench.value(0, plans[0]).tolist() == [7.0, 7.0]
+    bench.check_empty()
+
+
+def test_a_setting_holds_on_arrival_with_a_quorum(t: Any) -> None:
+    bench, _, plans = with_quorum(t, 2, quorum=2, grace_s=9.0)
+    bench.push(0, plans[0], torch.ones(2))
+    bench.set_updater(0, UpdaterSpec(type="named", name="assign"))
+    bench.push(1, plans[1], torch.ones(2))  # in sync `add` would still hold for the open round
+    bench.push(0, plans[0], torch.ones(2))
+    bench.push(1, plans[1], torch.ones(2))
+    assert bench.value(0, plans[0]).tolist() == [2.0, 2.0]
+    bench.check_empty()
+
+
+def test_deleted_slices_and_workers_that_leave_have_no_deadline(t: Any) -> None:
+    bench, ids, plans = with_quorum(t, 2, quorum=2, grace_s=1.0)
+    bench.push(0, plans[0], torch.ones(2))
+    assert bench.tick(0.0) == ([], None)
+    t.settle(bench.delete(0, "a", ids[:1]))
+    bench.leave(0)  # now one is a quorum, and it has not pushed: its own push completes the round
+    assert bench.tick(1.0) == ([], 2.0)
+    bench.push(1, plans[1], torch.ones(2))
+    assert bench.tick(5.0) == ([], None)
+    rest = bench.define(1, t.dense(ids[1:], [1]))
+    assert bench.value(1, rest).tolist() == [2.0]
+    bench.check_empty()
+
+
+class Round:
+    """What policies.md promises of one slice, written down once more, without cohorts."""
+
+    def __init__(self, quorum: int, grace_s: float, late: str) -> None:
+        self.quorum, self.grace_s, self.carries = quorum, grace_s, late == "carry"
+        self.inbox: dict[int, int] = {}
+        self.stands = dict.fromkeys(range(3), 0)
+        self.applied = self.late = self.value = 0
+        self.due_s: float | None = None
+
+    def push(self, worker: int, number: int, members: set[int]) -> None:
+        is_late = self.stands[worker] < self.applied
+        self.late += is_late
+        if is_late and not self.carries:
+            self.stands[worker] = self.applied
+        else:
+            self.inbox[worker] = number
+            self.stands[worker] = self.applied + 1
+        self.check(members)
+
+    def check(self, members: set[int]) -> None:
+        enough = len(self.inbox) >= min(self.quorum, len(members))
+        if self.inbox and (members <= self.inbox.keys() or (enough and not self.grace_s)):
+            self.merge()
+
+    def tick(self, now_s: float, members: set[int]) -> None:
+        if self.inbox and len(self.inbox) >= min(self.quorum, len(members)):
+            self.due_s = now_s + self.grace_s if self.due_s is None else self.due_s
+            if self.due_s <= now_s:
+                self.merge()
+
+    def merge(self) -> None:
+        self.value += sum(4**number for number in self.inbox.values())
+        self.applied += 1
+        self.inbox = {}
+        self.due_s = None
+
+
+@given(
+    quorum=st.integers(1, 4),
+    grace_s=st.sampled_from([0.0, 1.0]),
+    late=st.sampled_from(["drop", "carry"]),
+    events=st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.sampled_from(["push", "push", "push", "pushpull", "pull", "tick", "tick", "leave"]),
+            st.sampled_from([[0], [1], [0, 1], [1, 0]]),
+        ),
+        max_size=24,
+    ),
+)
+def test_rounds_with_a_quorum_are_those_of_a_simple_model(
+    t: Any, quorum: int, grace_s: float, late: str, events: list[tuple[int, str, list[int]]]
+) -> None:
+    bench = t.Bench(3, quorum=quorum, grace_s=grace_s, late=late)
+    bench.set_updater(0, UpdaterSpec(type="named", name="add"))
+    ids = [bench.init(key, torch.zeros(1, dtype=torch.float64))[0] for key in "ab"]
+    rounds = [Round(quorum, grace_s, late) for _ in ids]
+    members, now_s = {0, 1, 2}, 0.0
+    waiting: dict[int, tuple[int, dict[int, int]]] = {}
+    for number, (worker, event, subset) in enumerate(events):
+        mine = [rounds[each] for each in subset]
+        if worker not in members or (event == "leave" and len(members) == 1):
+            continue
+        if event in ("push", "pushpull") and any(worker in each.inbox for each in mine):
+            continue
+        plan = bench.define(worker, t.dense([ids[each] for each in subset], [1] * len(subset), "float64"))
+        request = 1000 + number
+        if event == "leave":
+            out = bench.leave(worker)
+            members.discard(worker)
+            waiting = {each: pull for each, pull in waiting.items() if pull[0] != worker}
+            for every in rounds:
+                every.check(members)
+        elif event == "tick":
+            now_s += 0.6
+            out, _ = bench.tick(now_s)
+            for every in rounds:
+                every.tick(now_s, members)
+        elif event == "pull":
+            out = bench.send(worker, m.Pull(plan, request))
+        else:
+            value = torch.full((len(subset),), 4.0**number, dtype=torch.float64)
+            out = bench.push(worker, plan, value, reply=request * (event == "pushpull"))
+            for each in mine:
+                each.push(worker, number, members)
+        if event in ("pull", "pushpull"):
+            waiting[request] = worker, {each: rounds[each].stands[worker] for each in subset}
+            if event == "pull":
+                for each in subset:
+                    pushed = worker in rounds[each].inbox
+                    waiting[request][1][each] = rounds[each].applied + pushed
+        ready = {
+            request
+            for request, (_, needed) in waiting.items()
+            if all(rounds[each].applied >= need for each, need in needed.items())
+        }
+        answers = [each for each in out if isinstance(each.message, m.Data)]
+        assert sorted(each.message.request for each in answers) == sorted(ready)
+        for answer in answers:
+            found = torch.cat([part.tensor for part in answer.payload]).tolist()
+            assert found == [rounds[each].value for each in waiting[answer.message.request][1]]
+        waiting = {request: pull for request, pull in waiting.items() if request not in ready}
+        t.settle(out)
+        info = bench.info(min(members), ids)
+        assert info.rounds == [each.applied for each in rounds]
+        assert info.late == [each.late for each in rounds]
+    while members:
+        t.settle(bench.leave(members.pop()))
+    assert bench.pool.out == {}

@@ -57,7 +57,7 @@ def test_plans_belong_to_one_worker_and_are_dropped(t: Any) -> None:
 
 def test_stores_share_nothing(t: Any) -> None:
     bench = t.Bench(1)
-    bench.state.handle(0, m.OpenStore(2, "other", "sync", False))
+    bench.state.handle(0, m.OpenStore(2, "other", m.StorePolicy("sync"), False))
     bench.init("w", torch.zeros(1))
     bench.send(0, m.Leave(1, 1))
     assert [type(each.message) for each in bench.send(0, m.Flush(2, 2))] == [m.Done]
@@ -95,7 +95,7 @@ def test_a_worker_that_is_gone_has_left_every_store_also_those_of_later(t: Any) 
     bench.pull(0, plan)
     (out,) = bench.state.worker_gone(1)
     assert out.payload[0].tensor.tolist() == [1.0]
-    bench.state.handle(0, m.OpenStore(2, "later", "sync", False))
+    bench.state.handle(0, m.OpenStore(2, "later", m.StorePolicy("sync"), False))
     assert [bench.state._stores[2].has_left(worker) for worker in range(2)] == [False, True]
     assert bench.state.worker_gone(1) == []
 
@@ -171,18 +171,18 @@ def test_stores_without_end_are_refused(t: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("tensorkv.server.state.MAX_STORES", 3)
     bench = t.Bench(1)
     for number in (2, 3):
-        bench.state.handle(0, m.OpenStore(number, "more", "sync", False))
+        bench.state.handle(0, m.OpenStore(number, "more", m.StorePolicy("sync"), False))
     with pytest.raises(ProtocolError, match="3 stores"):
-        bench.state.handle(0, m.OpenStore(4, "more", "sync", False))
+        bench.state.handle(0, m.OpenStore(4, "more", m.StorePolicy("sync"), False))
     bench.send(0, m.Leave(1, 3))
-    bench.state.handle(0, m.OpenStore(4, "more", "sync", False))
+    bench.state.handle(0, m.OpenStore(4, "more", m.StorePolicy("sync"), False))
 
 
 def test_a_store_is_opened_by_all_alike(t: Any) -> None:
     bench = t.Bench(2)
     for policy, mean in (("async", False), ("sync", True)):
         with pytest.raises(ProtocolError, match="another policy or reduction"):
-            bench.state.handle(1, m.OpenStore(1, "default", policy, mean))
+            bench.state.handle(1, m.OpenStore(1, "default", m.StorePolicy(policy), mean))
 
 
 def test_of_a_lost_worker_counts_what_came_whole_and_is_not_to_be_committed(t: Any) -> None:

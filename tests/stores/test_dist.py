@@ -234,7 +234,14 @@ def test_stores_of_one_name_must_agree() -> None:
             DistStore("dist_async", kv._job, reduction="sum", **options)
         with pytest.raises(StoreMismatch, match="reduction 'mean'"):
             DistStore("dist_sync", kv._job, reduction="mean", **options)
-        bounded = DistStore("dist_async", kv._job, reduction="sum", store="stale", staleness=2, timeout_s=9)
+        bounded = DistStore(
+            "dist_async",
+            kv._job,
+            reduction="sum",
+            store="stale",
+            policy=m.StorePolicy("async", 2),
+            timeout_s=9,
+        )
         for other, text in ((3, "staleness 3"), (None, "reduction")):
             with pytest.raises(
                 StoreMismatch, match=f"kind 'async', staleness 2, .*asks for kind 'async', {text}"
@@ -244,7 +251,7 @@ def test_stores_of_one_name_must_agree() -> None:
                     kv._job,
                     reduction="sum",
                     store="stale",
-                    staleness=other,
+                    policy=m.StorePolicy("async", other),
                     timeout_s=DEADLINE_S,
                 )
         bounded.close()
@@ -793,10 +800,55 @@ def test_with_bounded_staleness_a_pull_waits_for_who_is_too_far_behind() -> None
     assert found == [[1.0, 12.0, 12.0], [2.0, 12.0, 12.0]]
 
 
-@pytest.mark.parametrize("staleness", [-1, 1.5, True, "two", 2**63])
-def test_a_staleness_that_cannot_be_is_refused(staleness: Any) -> None:
-    with pytest.raises(InvalidArgument, match="not a number of pushes: pass an int, 0 or more"):
-        open_dist("dist_async", embedded=True, staleness=staleness)
+def test_a_round_with_a_quorum_tells_whom_it_waits_for() -> None:
+    go_on = threading.Event()
+
+    def work(kv: KVStore) -> float:
+        assert isinstance(kv, DistStore)
+        kv.init("w", ones(0, 100_000))  # on both servers
+        kv.set_updater("add")
+        kv.barrier()
+        if kv.rank == 0:
+            kv.push("w", ones(1, 100_000))
+            kv._timeout_s = 0.3
+            with pytest.raises(WaitTimeout, match="pull of 'w' .*waiting for workers 1, 2, round 1 of 'w'"):
+                kv.pull("w")
+            kv._timeout_s = DEADLINE_S
+            go_on.set()
+        elif kv.rank == 1:
+            assert go_on.wait(DEADLINE_S)
+            kv.push("w", ones(10, 100_000))
+        kv.barrier()
+        assert kv.info("w").late == 0
+        return kv.pull("w")[-1].item()
+
+    found = run_job(
+        work,
+        num_workers=3,
+        num_servers=2,
+        quorum=2,
+        timeout_s=DEADLINE_S,
+        slice_bound_bytes=1000,
+    )
+    assert found == [11.0] * 3
+
+
+def test_a_worker_that_is_late_for_one_slice_is_told_the_largest_count() -> None:
+    def work(kv: KVStore) -> int:
+        kv.init("w", ones(0, 100_000))
+        if kv.rank == 0:
+            for _ in range(3):
+                kv.pushpull("w", ones(1, 100_000))
+        kv.barrier()
+        if kv.rank == 1:
+            kv.push("w", ones(1, 100_000))
+        kv.barrier()
+        return kv.info("w").late
+
+    found = run_job(
+        work, num_workers=2, num_servers=2, quorum=1, timeout_s=DEADLINE_S, slice_bound_bytes=1000
+    )
+    assert found == [1, 1]
 
 
 def test_init_that_waits_for_rank_0_in_vain() -> None:
@@ -951,7 +1003,9 @@ def test_a_worker_that_comes_after_a_loss_is_told() -> None:
             late = cluster.join(1)
             try:
                 late.control.request(
-                    lambda n: m.JoinStore(n, "default", "sync", "sum", "fail"), "opening", DEADLINE_S
+                    lambda n: m.JoinStore(n, "default", m.StorePolicy("sync"), "sum", "fail"),
+                    "opening",
+                    DEADLINE_S,
                 )
             finally:
                 late.close(m.Goodbye())

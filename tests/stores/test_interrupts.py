@@ -226,7 +226,7 @@ def test_others_are_told_at_once_that_a_worker_was_broken_off() -> None:
     try:
         for job in jobs:
             store = job.control.request(
-                lambda n: m.JoinStore(n, "shared", "sync", "sum", "fail"), "opening", TIMEOUT_S
+                lambda n: m.JoinStore(n, "shared", m.StorePolicy("sync"), "sum", "fail"), "opening", TIMEOUT_S
             ).store
         with pytest.raises(Interrupt), jobs[0].order, jobs[0].whole:
             raise Interrupt

@@ -55,6 +55,9 @@ def test_collectives_say_not_yet(kind: str) -> None:
         {"on_worker_loss": "fail"},
         {"transport": "shm"},
         {"staleness": 1},
+        {"quorum": 1},
+        {"grace_s": 1.0},
+        {"late": "carry"},
     ],
 )
 def test_options_of_a_job_are_refused_by_a_local_kind(option: dict[str, Any]) -> None:
@@ -112,6 +115,9 @@ def test_distributed_kinds_are_opened_with_every_option(kind: str, monkeypatch: 
         "num_servers": 3,
         "on_worker_loss": None,
         "staleness": None,
+        "quorum": None,
+        "grace_s": 0.0,
+        "late": "drop",
         "transport": None,
     }
     assert calls == [(kind, expected)]

@@ -555,6 +555,7 @@ class ModelMaker:
     broken: str = ""
     max_workers: int = 3
     distributed: bool = True
+    has_policies: bool = False
 
     @property
     def other_kind(self) -> str:

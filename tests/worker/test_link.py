@@ -338,7 +338,7 @@ def test_the_end_of_the_connection_ends_every_call(
         (m.Data(1, 0), b"abc", "a payload where none belongs"),
         (m.Flush(1, 1), b"", "malformed message"),
         (m.Data(1, 0), b"", "Data where Done belongs"),
-        (m.Info(1, [1], [1], [0], "add"), b"", "Info where Done belongs"),
+        (m.Info(1, [1], [1], [0], [0], "add"), b"", "Info where Done belongs"),
         (m.Done(2), b"", "a reply to request 2, which was never made"),
         (m.Data(3, 0), b"abc", "a reply to request 3, which was never made"),
         (m.Done(-1), b"", "a reply to request -1, which was never made"),

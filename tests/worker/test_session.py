@@ -37,11 +37,13 @@ def job(cluster: LocalCluster) -> Iterator[Session]:
 
 
 def open_store(job: Session, name: str = "default") -> int:
-    joined = job.control.request(lambda n: m.JoinStore(n, name, "sync", "sum", "fail"), "opening", DEADLINE_S)
+    joined = job.control.request(
+        lambda n: m.JoinStore(n, name, m.StorePolicy("sync"), "sum", "fail"), "opening", DEADLINE_S
+    )
     number: int = joined.store
     with job.order:
         for link in job.links:
-            link.put(m.OpenStore(number, name, "sync", False))
+            link.put(m.OpenStore(number, name, m.StorePolicy("sync"), False))
     return number
 
 

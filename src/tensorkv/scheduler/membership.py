@@ -324,8 +324,4 @@ class Membership:
 
 def _terms(opened: m.JoinStore) -> str:
     """Describe what all ranks must agree on when they open a store, for error texts."""
-    staleness = "" if opened.staleness is None else f", staleness {opened.staleness}"
-    return (
-        f"kind {opened.kind!r}{staleness}, reduction {opened.reduction!r} and "
-        f"on_worker_loss {opened.on_worker_loss!r}"
-    )
+    return f"{opened.policy}, reduction {opened.reduction!r} and on_worker_loss {opened.on_worker_loss!r}"

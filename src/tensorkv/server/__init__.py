@@ -73,8 +73,13 @@ WHAT IS HARD
   worker's window. A commit overwrites none: if it is refused, the contributions stay for the next one.
 - *Settings.* A server prepares a setting first, which may fail and changes no slice. Activated, the setting
   holds for each slice from the round after its sender's last push: setting and pushes come on one
-  connection, so the number is the same for every order of arrival. In async it holds at once. A setting for a
+  connection, so the number is the same for every order of arrival. In async, and with a quorum, it holds at
+  once. A setting for a
   later round, made by a rank that was ahead and has left, is overtaken by one that was made after it.
+- *Time.* Only a policy with deadlines knows time. It reaches the state machine as `tick(now)` alone, after
+  each turn of the loop, which sleeps no longer than until the next deadline. A cohort's deadline is set at
+  the first tick after its quorum; a heap of them keeps a tick cheap, and an entry whose cohort has another
+  deadline by then is skipped.
 - *Commits.* When all members have asked, the server adds up and reports to the scheduler, which decides for
   all servers. What a worker has asked for stands if it leaves: servers may learn of that before or after they
   report, and must do the same. A slice deleted before the decision is left out. If some workers pushed with

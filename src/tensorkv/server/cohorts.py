@@ -12,24 +12,24 @@ cohorts, and split none. The slices that nobody has pushed are in one cohort, ho
 Joining is the reverse. It is there for speed alone. Cohorts may join when they are at rest, that is when no
 round of theirs is open or held and no call waits. Then they differ only in the numbers of their rounds and
 updates, and each slice keeps the difference (`Slice.round_offset`, `Slice.version_offset`). Where the policy
-counts pushes by peer, cohorts with other counts stay apart. A layout joins the cohorts that it covers when a
-push has found them at rest for the `patience`-th time, at first the second. When what a layout has joined is
-split, its patience doubles. So if a store's keys are pushed in one list now and in others then, its cohorts
-soon stay as small as the smallest list needs them. Otherwise each step would split and join a thousand of
-them.
+counts pushes by peer, cohorts stay apart in which later pushes would count differently. A layout joins the
+cohorts that it covers when a push has found them at rest for the `patience`-th time, at first the second.
+When what a layout has joined is split, its patience doubles. So if a store's keys are pushed in one list now
+and in others then, its cohorts soon stay as small as the smallest list needs them. Otherwise each step would
+split and join a thousand of them.
 
 RULES
-1. The slices of a cohort have the same contributors in the open round, and each peer has pushed them equally
-   often where the policy counts that.
+1. The slices of a cohort have the same contributors in the open round, and the same numbers in `progress`.
 2. `applied` counts rounds, also empty and failed ones; `updates` counts successful updates of the cohort.
-   What differs by slice (a failed update, a put, a later start) is in the slice's offsets.
+   What differs by slice (a failed update, a put, a later start) is in the slice's offsets, and so is what
+   differs in `num_late`.
 3. A held round is merged but not applied: it waits for a commit.
 4. A peer has at most one contribution to a cohort: to the open round, or to the held one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -73,18 +73,22 @@ class MergeWait:
 class Cohort:
     """Slices with one history.
 
-    `inbox` has the contributions of the open round, or of the held one, by peer. `pushed` counts pushes by
-    peer, if the policy needs that. `waits` has the calls that wait, each with the number that the policy must
-    reach first; `merge_waits` those that wait for the open round to merge.
+    `inbox` has the contributions of the open round, or of the held one, by peer. `progress` and `due_s` are
+    the policy's: a number for each peer, and the time at which the open round merges, None if there is none.
+    `num_late` counts pushes that came after their round had merged. `waits` has the calls that wait, each
+    with the number that the policy must reach first; `merge_waits` those that wait for the open round to
+    merge.
     """
 
     __slots__ = (
         "applied",
+        "due_s",
         "held",
         "inbox",
         "joined_by",
         "merge_waits",
-        "pushed",
+        "num_late",
+        "progress",
         "slices",
         "updates",
         "waits",
@@ -96,7 +100,9 @@ class Cohort:
         self.updates = 0
         self.held = False
         self.inbox: dict[int, Contribution] = {}
-        self.pushed: dict[int, int] = {}
+        self.progress: dict[int, int] = {}
+        self.due_s: float | None = None
+        self.num_late = 0
         self.waits: list[tuple[int, Wait]] = []
         self.merge_waits: list[MergeWait] = []
         self.joined_by: Layout | None = None
@@ -126,6 +132,7 @@ class Cohort:
         self.applied += 1
         self.held = False
         self.inbox = {}
+        self.due_s = None
 
     def add(self, each: Slice) -> None:
         """Take in a slice that has the history of the others."""
@@ -138,12 +145,14 @@ class Cohort:
         self.joined_by = None
         if not self.slices:
             self.inbox = {}
+            self.due_s = None
 
     def split(self, slices: Iterable[Slice]) -> Cohort:
         """Move slices to a cohort of their own, with the same history, and return it."""
         part = Cohort()
         part.applied, part.updates, part.held = self.applied, self.updates, self.held
-        part.inbox, part.pushed = dict(self.inbox), dict(self.pushed)
+        part.inbox, part.progress = dict(self.inbox), dict(self.progress)
+        part.due_s, part.num_late = self.due_s, self.num_late
         for each in slices:
             del self.slices[each]
             part.add(each)
@@ -172,9 +181,11 @@ class Cohort:
     def join(self, other: Cohort) -> None:
         """Take over the slices of another cohort. Both must be at rest."""
         rounds, updates = other.applied - self.applied, other.updates - self.updates
+        num_late = other.num_late - self.num_late
         for each in other.slices:
             each.round_offset += rounds
             each.version_offset += updates
+            each.late_offset += num_late
             self.add(each)
         other.slices = {}
 
@@ -195,10 +206,15 @@ def split_for(layout: Layout, cohorts: Sequence[Cohort]) -> list[Cohort]:
     ]
 
 
-def join_for(layout: Layout, cohorts: Sequence[Cohort]) -> Cohort | None:
-    """Join the cohorts that a layout covers, if they are at rest, and it has found them so often enough."""
+def join_for(
+    layout: Layout, cohorts: Sequence[Cohort], alike: Callable[[Cohort, Cohort], bool]
+) -> Cohort | None:
+    """Join the cohorts that a layout covers, if they are at rest, and it has found them so often enough.
+
+    `alike` says whether two of them may join.
+    """
     first = cohorts[0]
-    if not all(cohort.at_rest and cohort.pushed == first.pushed for cohort in cohorts):
+    if not all(cohort.at_rest and alike(first, cohort) for cohort in cohorts):
         return None
     layout.found_at_rest += 1
     if layout.found_at_rest < layout.patience:

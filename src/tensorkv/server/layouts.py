@@ -24,8 +24,8 @@ class Slice:
     """One slice of a value: elements [start, stop) of `key`, stored in `slot` from `offset` on.
 
     `shape` is the shape of the value if the slice is all of it, otherwise (stop - start,). The cohort counts
-    rounds and updates; the slice adds its two offsets. `restored` is the state that a load in progress has
-    brought.
+    rounds, updates and late pushes; the slice adds its offsets. `restored` is the state that a load in
+    progress has brought.
     """
 
     slice_id: int
@@ -39,6 +39,7 @@ class Slice:
     cohort: Cohort
     round_offset: int = 0
     version_offset: int = 0
+    late_offset: int = 0
     restored: SliceState | None = None
 
     @property
@@ -50,6 +51,11 @@ class Slice:
     def version(self) -> int:
         """Number of successful updates and of puts."""
         return self.cohort.updates + self.version_offset
+
+    @property
+    def num_late(self) -> int:
+        """Number of pushes that came after their round had merged."""
+        return self.cohort.num_late + self.late_offset
 
     @property
     def num_elems(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import math
 import os
 import select
 import signal
@@ -277,9 +278,10 @@ class Server:
 
         admit(self._scheduler)
         unread: dict[int, _Peer] = {}  # peers with more to read, whatever the poller reports
+        pause_s = TICK_S
         while not self._ended.is_set():
             ready, unread = unread, {}
-            for descriptor, _ in poller.poll(0 if ready else TICK_S * 1000):
+            for descriptor, _ in poller.poll(0 if ready else math.ceil(pause_s * 1000)):
                 if descriptor == self._wake:
                     os.eventfd_read(self._wake)
                     self._serve_signals()
@@ -293,6 +295,14 @@ class Server:
                 if peer.ended:
                     poller.unregister(descriptor)
                     del peers[descriptor]
+            pause_s = self._tick()
+
+    def _tick(self) -> float:
+        """Merge the rounds whose deadline has passed; return how long the loop may sleep."""
+        now_s = time.monotonic()
+        out, due_s = self._state.tick(now_s)
+        self._queue(out)
+        return TICK_S if due_s is None else min(TICK_S, due_s - now_s)
 
     def _serve_signals(self) -> None:
         """Do what signal handlers have asked for."""

@@ -1,16 +1,18 @@
 """Policies: when a round is merged, and what a pull may see. One per store.
 
-A policy is pure: it sees cohorts, and changes none. The shard asks it at each push and at each call that may
-wait, and when a worker leaves.
+A policy is pure. The shard asks it at each push, at each call that may wait, when a worker leaves, and when
+time has passed. It changes nothing but what it counts in a cohort: `progress`, `num_late` and `due_s`.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import final
 
 from tensorkv.errors import ProtocolError
 from tensorkv.server.cohorts import Cohort
+from tensorkv.wire.messages import StorePolicy
 
 
 class Policy(ABC):
@@ -19,8 +21,17 @@ class Policy(ABC):
     allows_commit = False
     """Whether a push may wait for a commit."""
 
+    counts_pushes = False
+    """Whether `count_push` must see each push."""
+
     pulls_wait_for_others = False
-    """Whether pulls wait for pushes of other peers. The cohorts then count the pushes of each peer."""
+    """Whether pulls wait for pushes of other peers, which may come before their round is complete."""
+
+    settings_wait = False
+    """Whether a setting holds from its peer's next round on; else it holds on arrival."""
+
+    has_deadlines = False
+    """Whether a round may merge because time has passed; the shard then calls `deadline_s`."""
 
     def __init__(self, members: set[int]) -> None:
         self.members = members
@@ -29,11 +40,19 @@ class Policy(ABC):
     def merges(self, cohort: Cohort) -> bool:
         """Whether the open round is complete."""
 
-    def last_round(self, cohort: Cohort, peer: int) -> int:
-        """Return the round that a peer's last push belongs to: its next setting holds after that.
+    def count_push(self, cohort: Cohort, peer: int) -> bool:
+        """Note a push, before it enters the inbox; return whether it counts. If not, the shard drops it."""
+        return True
 
-        A put by this peer waits until that round is applied.
+    def deadline_s(self, cohort: Cohort, now_s: float) -> float | None:
+        """Return when the open round merges although it is not complete; None if that needs more pushes.
+
+        The answer stays in `cohort.due_s`. `now_s` is of a clock that never goes back.
         """
+        return None
+
+    def last_round(self, cohort: Cohort, peer: int) -> int:
+        """Return the round that a peer's last push belongs to. Its next put waits until that is applied."""
         return cohort.applied + 1 if peer in cohort.inbox else cohort.applied
 
     def needed(self, cohort: Cohort, peer: int) -> int:
@@ -48,12 +67,17 @@ class Policy(ABC):
         """Return the peers that a call waits for, by rank, if it waits for this `needed`."""
         return sorted(self.members - cohort.inbox.keys())
 
+    def alike(self, one: Cohort, other: Cohort) -> bool:
+        """Whether two cohorts at rest may join: whether later pushes count alike in both."""
+        return True
+
 
 @final
 class Sync(Policy):
     """A round has a push of every member. A pull waits for its peer's last round, so runs repeat."""
 
     allows_commit = True
+    settings_wait = True
 
     def merges(self, cohort: Cohort) -> bool:
         if len(cohort.inbox) < len(self.members):  # the usual answer
@@ -73,10 +97,13 @@ class Async(Policy):
 class BoundedStaleness(Policy):
     """Async, but a pull waits until no member is more than `staleness` pushes of the key behind its own peer.
 
+    `progress` has the number of pushes by peer.
+
     Source: stale synchronous parallel (Ho et al., "More Effective Distributed ML via a Stale Synchronous
     Parallel Parameter Server", NIPS 2013), counted by key, not by clock.
     """
 
+    counts_pushes = True
     pulls_wait_for_others = True
 
     def __init__(self, members: set[int], staleness: int) -> None:
@@ -86,28 +113,87 @@ class BoundedStaleness(Policy):
     def merges(self, cohort: Cohort) -> bool:
         return bool(cohort.inbox)
 
+    def count_push(self, cohort: Cohort, peer: int) -> bool:
+        cohort.progress[peer] = cohort.progress.get(peer, 0) + 1
+        return True
+
     def needed(self, cohort: Cohort, peer: int) -> int:
-        return cohort.pushed.get(peer, 0) - self.staleness
+        return cohort.progress.get(peer, 0) - self.staleness
 
     def reached(self, cohort: Cohort) -> int:
-        return min((cohort.pushed.get(peer, 0) for peer in self.members), default=0)
+        return min((cohort.progress.get(peer, 0) for peer in self.members), default=0)
 
     def missing(self, cohort: Cohort, needed: int) -> list[int]:
-        return sorted(peer for peer in self.members if cohort.pushed.get(peer, 0) < needed)
+        return sorted(peer for peer in self.members if cohort.progress.get(peer, 0) < needed)
+
+    def alike(self, one: Cohort, other: Cohort) -> bool:
+        return one.progress == other.progress
 
 
-def make_policy(name: str, members: set[int], staleness: int | None = None) -> Policy:
+@final
+class Quorum(Policy):
+    """Sync, but a round does not wait for the slowest: it merges `grace_s` after its `quorum`-th push.
+
+    A push belongs to the round after its peer's last. It is late if that round is merged already: then it is
+    dropped, and its peer stands at the newest merged round; or, with `carries`, it counts for the open round.
+    `progress` has the round at which each peer stands.
+
+    Source: backup workers (Chen et al., "Revisiting Distributed Synchronous SGD", 2016), which drop what is
+    late. They have no time of grace, and nothing is carried.
+    """
+
+    counts_pushes = True
+    has_deadlines = True
+
+    def __init__(self, members: set[int], quorum: int, grace_s: float, carries: bool) -> None:
+        super().__init__(members)
+        self.quorum = quorum
+        self.grace_s = grace_s
+        self.carries = carries
+
+    def merges(self, cohort: Cohort) -> bool:
+        if self.grace_s == 0.0:
+            return self._has_quorum(cohort)
+        return bool(cohort.inbox) and self.members <= cohort.inbox.keys()
+
+    def _has_quorum(self, cohort: Cohort) -> bool:
+        return bool(cohort.inbox) and len(cohort.inbox) >= min(self.quorum, len(self.members))
+
+    def count_push(self, cohort: Cohort, peer: int) -> bool:
+        if cohort.progress.get(peer, 0) >= cohort.applied:
+            cohort.progress[peer] = cohort.applied + 1
+            return True
+        cohort.num_late += 1
+        cohort.progress[peer] = cohort.applied + self.carries
+        return self.carries
+
+    def deadline_s(self, cohort: Cohort, now_s: float) -> float | None:
+        if cohort.due_s is None and self._has_quorum(cohort):
+            cohort.due_s = now_s + self.grace_s
+        return cohort.due_s
+
+    def alike(self, one: Cohort, other: Cohort) -> bool:
+        return self._lags(one) == self._lags(other)
+
+    def _lags(self, cohort: Cohort) -> dict[int, int]:
+        return {peer: cohort.applied - cohort.progress.get(peer, 0) for peer in self.members}
+
+
+def make_policy(spec: StorePolicy, members: set[int]) -> Policy:
     """Return the policy of a store.
 
     Raises:
         ProtocolError: there is no such policy.
     """
-    if staleness is not None:
-        if name != "async" or staleness < 0:
-            raise ProtocolError(f"there is no policy {name!r} with staleness {staleness}")
-        return BoundedStaleness(members, staleness)
-    if name == "sync":
+    staleness, quorum = spec.staleness, spec.quorum
+    if quorum is not None:
+        if spec.name == "sync" and staleness is None and quorum >= 1 and 0 <= spec.grace_s < math.inf:
+            return Quorum(members, quorum, spec.grace_s, spec.late == "carry")
+    elif staleness is not None:
+        if spec.name == "async" and staleness >= 0:
+            return BoundedStaleness(members, staleness)
+    elif spec.name == "sync":
         return Sync(members)
-    if name == "async":
+    else:
         return Async(members)
-    raise ProtocolError(f"there is no policy {name!r}")
+    raise ProtocolError(f"there is no policy with {spec}")

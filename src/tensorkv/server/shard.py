@@ -13,6 +13,8 @@ and `settings.py` knows from which round a setting holds.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
@@ -91,7 +93,7 @@ class StoreShard:
         self.schedule = SettingSchedule(load_updater)
         self.out: list[Outgoing] = []
         self._members = set(range(num_workers))  # workers that have not left
-        self._policy = make_policy(opened.policy, self._members, opened.staleness)
+        self._policy = make_policy(opened.policy, self._members)
         self._pool = pool
         self._no_memory = error_of
         self._max_payload_bytes = max_payload_bytes
@@ -104,6 +106,9 @@ class StoreShard:
         self._newborn = Cohort()  # of slices that were never pushed
         self._cohorts_epoch = 0  # changes when the slices of a cohort do
         self._settings_epoch = 0
+        self._untimed: dict[Cohort, None] = {}  # pushed since the last tick, if the policy has deadlines
+        self._deadlines: list[tuple[float, int, Cohort]] = []  # a heap; its ties are numbered
+        self._ties = itertools.count()
         self._to_commit: dict[Contribution, None] = {}  # pushed with apply=False
         self._refused: dict[Contribution, MemoryLimitReached] = {}  # for lack of memory
         self._replies: dict[Contribution, None] = {}  # pushes that ask for the values
@@ -307,14 +312,50 @@ class StoreShard:
         if len(cohorts) > 1 or not layout.covers_cohorts:
             cohorts = self._covered_by(layout, cohorts)
         policy, complete = self._policy, []
+        if policy.counts_pushes:
+            cohorts = self._count_push(pushed, cohorts)
         for cohort in cohorts:
             cohort.inbox[worker] = pushed
-            if policy.pulls_wait_for_others:
-                cohort.pushed[worker] = cohort.pushed.get(worker, 0) + 1
             if policy.merges(cohort):
                 complete.append(cohort)
         if complete:
             self._merge(complete)
+        if policy.has_deadlines:
+            self._untimed.update(dict.fromkeys(cohorts))
+
+    def _count_push(self, pushed: Contribution, cohorts: list[Cohort]) -> list[Cohort]:
+        """Return the cohorts in which a push counts; of the others drop it."""
+        counting: list[Cohort] = []
+        for cohort in cohorts:
+            if self._policy.count_push(cohort, pushed.peer):
+                counting.append(cohort)
+            elif self._use_up(pushed, len(cohort.slices)):
+                self._send_chunks([(pushed.layout, pushed.peer, pushed.request, pushed.message.chunk)])
+        return counting
+
+    def tick(self, now_s: float) -> float | None:
+        """Merge the rounds whose deadline has passed; return the next deadline, None if there is none."""
+        untimed, self._untimed = self._untimed, {}
+        for cohort in untimed:
+            due_s = self._policy.deadline_s(cohort, now_s)
+            if due_s is not None:
+                heapq.heappush(self._deadlines, (due_s, next(self._ties), cohort))
+        due: dict[Cohort, None] = {}
+        while self._deadlines:
+            due_s, _, cohort = self._deadlines[0]
+            if cohort.due_s == due_s:  # else that round has merged already
+                if due_s > now_s:
+                    break
+                due[cohort] = None
+            heapq.heappop(self._deadlines)
+        if due:
+            self._merge(list(due))
+        return self._deadlines[0][0] if self._deadlines else None
+
+    @property
+    def has_deadlines(self) -> bool:
+        """Whether `tick` may have something to do."""
+        return bool(self._untimed or self._deadlines)
 
     def _check_push(self, worker: int, message: m.Push) -> None:
         weight = message.weight
@@ -330,7 +371,7 @@ class StoreShard:
         """Return cohorts that have just the slices of a layout: its `cohorts`, split or joined."""
         if not layout.covers_cohorts:
             cohorts = split_for(layout, cohorts)
-        elif joined := join_for(layout, cohorts):
+        elif joined := join_for(layout, cohorts, self._policy.alike):
             cohorts = [joined]
         else:
             return cohorts
@@ -645,9 +686,13 @@ class StoreShard:
         self._reply(worker, m.Done(message.request))
 
     def activate_setting(self, worker: int, message: m.ActivateSetting) -> None:
-        """Make the prepared setting hold from this worker's next push of each key on."""
+        """Make the prepared setting hold from this worker's next push of each key on, or at once.
+
+        The policy says which.
+        """
         found = self._slices_of_keys(self.schedule.keys_of(message.number))
-        last = {each: self._policy.last_round(each.cohort, worker) for each in found}
+        rounds_of = self._policy.last_round if self._policy.settings_wait else _applied
+        last = {each: rounds_of(each.cohort, worker) for each in found}
         self.schedule.activate(
             message.number,
             {each.slice_id: rounds + each.round_offset + 1 for each, rounds in last.items()},
@@ -813,10 +858,11 @@ class StoreShard:
         found = [self._slices.get(slice_id) for slice_id in message.slice_ids]
         rounds = [each.applied if each else -1 for each in found]
         versions = [each.version if each else -1 for each in found]
+        late = [each.num_late if each else 0 for each in found]
         sizes = [state_bytes(each.setting.updater.state(each.slice_id)) if each else 0 for each in found]
         first = next((each for each in found if each), None)
         name = self.schedule.newest(first.key).updater.spec.name if first else ""
-        self._reply(worker, m.Info(message.request, rounds, versions, sizes, name))
+        self._reply(worker, m.Info(message.request, rounds, versions, late, sizes, name))
 
     def leave(self, worker: int) -> list[tuple[int, int]]:
         """Remove a worker for good: its pushes count, but what it has not asked to commit is dropped.
@@ -835,6 +881,8 @@ class StoreShard:
             self._merge(complete)
         if self._policy.pulls_wait_for_others:
             self._answer_waits(cohorts, [])
+        if self._policy.has_deadlines:  # fewer pushes may be enough now
+            self._untimed.update((cohort, None) for cohort in cohorts if cohort.inbox)
         self._check_commit()
         return plans
 
@@ -850,6 +898,7 @@ class StoreShard:
                 self._use_up(pushed, len(cohort.slices))
             for each in list(cohort.slices):
                 cohort.remove(each)
+        self._untimed, self._deadlines = {}, []
 
     def waiting(self, worker: int, message: m.AskWaiting) -> None:
         """Report which workers a request of this worker waits for."""
@@ -907,6 +956,10 @@ class StoreShard:
     def _reply(self, worker: int, message: Any) -> None:
         if not self.has_left(worker) or isinstance(message, m.Done):
             self.out.append(Outgoing(worker, message))
+
+
+def _applied(cohort: Cohort, worker: int) -> int:
+    return cohort.applied
 
 
 def _slices_in(cohorts: Iterable[Cohort]) -> list[Slice]:

@@ -136,12 +136,7 @@ class ServerState:
     def _open(self, message: m.OpenStore) -> None:
         shard = self._stores.get(message.store)
         if shard is not None:
-            opened = shard.opened
-            if (opened.policy, opened.mean, opened.staleness) != (
-                message.policy,
-                message.mean,
-                message.staleness,
-            ):
+            if (shard.opened.policy, shard.opened.mean) != (message.policy, message.mean):
                 raise ProtocolError(f"store {message.store} is open with another policy or reduction")
             return
         if len(self._stores) >= MAX_STORES:
@@ -208,6 +203,21 @@ class ServerState:
             case m.Leave():
                 self._leave(shard, worker)
                 shard.out.append(Outgoing(worker, m.Done(message.request)))
+
+    def tick(self, now_s: float) -> tuple[list[Outgoing], float | None]:
+        """Merge the rounds whose deadline has passed; return messages to send, and the next deadline.
+
+        `now_s` is of a clock that never goes back; None says that there is no deadline.
+        """
+        out: list[Outgoing] = []
+        deadlines: list[float] = []
+        for shard in self._stores.values():
+            if shard.has_deadlines:
+                due_s = shard.tick(now_s)
+                deadlines += [] if due_s is None else [due_s]
+                out += shard.out
+                shard.out = []
+        return out, min(deadlines, default=None)
 
     def worker_lost(self, lost: m.WorkerLost) -> list[Outgoing]:
         """Handle a lost worker while the job goes on: its complete messages count, and no more come.

@@ -37,9 +37,10 @@ from tensorkv.errors import (
 from tensorkv.keys import PullBatch, PushBatch, answer
 from tensorkv.peer.code import describe_code
 from tensorkv.peer.deadlines import taken
-from tensorkv.plain import MAX_INT, Key, may_travel
+from tensorkv.plain import Key, may_travel
 from tensorkv.reduce import sum_devices, sum_dtype
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
+from tensorkv.stores.policy import policy_of
 from tensorkv.updaters.base import Updater
 from tensorkv.updaters.groups import OptimizerGroup
 from tensorkv.updaters.optimizer import find_optimizer, optimizer_spec
@@ -99,23 +100,22 @@ class DistStore(KVStore):
         reduction: Reduction,
         timeout_s: float,
         on_worker_loss: m.WorkerLossPolicy | None = None,
-        staleness: int | None = None,
+        policy: m.StorePolicy | None = None,
         embedded: LocalCluster | None = None,
     ) -> None:
         super().__init__(kind, store=store, reduction=reduction, timeout_s=timeout_s)
         self._job = job
         self._embedded = embedded
-        self._is_async = kind == "dist_async"
+        self._policy = policy = policy or policy_of(kind)
         self._setting = threading.RLock()  # held while making a setting: each builds on the previous one
         # Held during a barrier or a commit: scheduler and servers know one such call per worker, not one
         # per thread.
         self._at_barrier = threading.RLock()
         self._committing = threading.RLock()
         self._settings = SettingsTable()
-        policy = "async" if self._is_async else "sync"
-        at_loss = on_worker_loss or ("continue" if self._is_async else "fail")
+        at_loss = on_worker_loss or ("fail" if policy.rounds_wait else "continue")
         joined = job.control.request(
-            lambda n: m.JoinStore(n, store, policy, reduction, at_loss, staleness),
+            lambda n: m.JoinStore(n, store, policy, reduction, at_loss),
             f"opening store {store!r}",
             timeout_s,
         )
@@ -123,14 +123,12 @@ class DistStore(KVStore):
         self._plans = PlanCache(job, self._store)
         self._table = KeyTable(job, self._store, timeout_s, _held_weakly(self._forget))
         self._hold = Hold(job, self._store, timeout_s)
-        self._pusher = Pusher(
-            job, self._store, timeout_s, self._is_async, self._table, self._plans, self._hold
-        )
+        self._pusher = Pusher(job, self._store, timeout_s, policy, self._table, self._plans, self._hold)
         self._transfer = StateTransfer(job, self._store, reduction, timeout_s)
         job.enter(self._store, self, weakly=embedded is not None)
         with job.order, job.whole:
             for link in job.links:
-                link.put(m.OpenStore(self._store, store, policy, reduction == "mean", staleness))
+                link.put(m.OpenStore(self._store, store, policy, reduction == "mean"))
 
     @property
     def rank(self) -> int:
@@ -300,6 +298,7 @@ class DistStore(KVStore):
             num_slices=len(state.entry.slices),
             generation=state.entry.generation,
             state_bytes=sum(number for reply in replies for number in reply.state_bytes),
+            late=max(number for reply in replies for number in reply.late),
         )
 
     def _ask_info(self, state: KeyState) -> list[m.Info]:
@@ -318,8 +317,9 @@ class DistStore(KVStore):
         )
         for rank, reply in zip(servers, replies, strict=True):
             number = len(by_server[rank])
-            told = (reply.rounds, reply.versions, reply.state_bytes)
-            if any(len(each) != number for each in told) or min(reply.state_bytes, default=0) < 0:
+            told = (reply.rounds, reply.versions, reply.late, reply.state_bytes)
+            least = min([*reply.state_bytes, *reply.late], default=0)
+            if any(len(each) != number for each in told) or least < 0:
                 raise ProtocolError(f"server {rank} told {told} of {number} slices")
         return replies
 
@@ -346,8 +346,8 @@ class DistStore(KVStore):
         return plan is not None and plan.fits(values)
 
     def _push(self, batch: PushBatch, apply: bool, async_op: bool) -> Work | None:
-        if not apply and self._is_async:
-            raise NotSupported("push(apply=False): dist_async has no rounds to commit")
+        if not apply:
+            self._check_commits("push(apply=False)")
         return _gathered(batch, lambda batch: self._push_batch(batch, apply, async_op))
 
     def _push_batch(self, batch: PushBatch, apply: bool, async_op: bool) -> Work | None:
@@ -391,7 +391,7 @@ class DistStore(KVStore):
 
     def _check_push(self, batch: PushBatch) -> tuple[Plan, list[torch.Tensor]]:
         """Check a whole push, sum over devices, and return its plan and a tensor per key, on any device."""
-        if self._is_async:  # in sync mode, a pull or the wait for a merge delivers the faults
+        if not self._policy.rounds_wait:  # else, a pull or the wait for a merge delivers the faults
             self._job.poll()
         if self._table.faults:
             self._table.raise_faults(batch.keys)
@@ -424,7 +424,7 @@ class DistStore(KVStore):
     # ---- put -------------------------------------------------------------------------------------
 
     def _put(self, keys: tuple[Key, ...], values: list[torch.Tensor]) -> None:
-        if self._is_async:
+        if not self._policy.rounds_wait:
             self._job.poll()
         self._table.raise_faults(keys)
         states = self._table.known(keys)
@@ -591,10 +591,18 @@ class DistStore(KVStore):
     # ---- commit ----------------------------------------------------------------------------------
 
     def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
-        if self._is_async:
-            raise NotSupported("commit: dist_async has no rounds to commit")
+        self._check_commits("commit")
         with self._one_at_a_time(self._committing, "commit", self._timeout_s):
             return self._commit_all(max_norm, skip, check_finite)
+
+    def _check_commits(self, what: str) -> None:
+        if self._policy.allows_commit:
+            return
+        if self._policy.rounds_wait:
+            why = f"with quorum={self._policy.quorum} a round may lack a worker's push; a commit needs all"
+        else:
+            why = "dist_async has no rounds to commit"
+        raise NotSupported(f"{what}: {why}")
 
     def _commit_all(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
         self._pusher.await_deferred(None, "commit")
@@ -849,20 +857,21 @@ def open_dist(
     on_worker_loss: m.WorkerLossPolicy | None = None,
     transport: Transport | None = None,
     staleness: int | None = None,
+    quorum: int | None = None,
+    grace_s: float = 0.0,
+    late: m.Late = "drop",
 ) -> KVStore:
     """Open a distributed store in this process's job or, if `embedded`, in a job of its own.
 
     Raises:
         NotInJob: this process was not started as a worker of a job, and `embedded` is False.
-        StoreMismatch: other workers have opened the name with another kind, reduction, staleness or
-            on_worker_loss.
+        StoreMismatch: other workers have opened the name with other options.
         InvalidArgument, NotSupported, TransportUnavailable, AuthenticationError, ProtocolVersionError,
         PeerLostError.
     """
     if on_worker_loss not in (None, "fail", "continue"):
         raise InvalidArgument(f"on_worker_loss={on_worker_loss!r} is not known; use 'fail' or 'continue'")
-    if staleness is not None:
-        _check_staleness(kind, staleness)
+    policy = policy_of(kind, staleness, quorum, grace_s, late)
     if embedded:
         if num_servers < 1:
             raise InvalidArgument(f"num_servers={num_servers} is too few; a job needs at least one server")
@@ -870,7 +879,7 @@ def open_dist(
 
         host = "inproc" if transport is None else LOOPBACK
         cluster = LocalCluster(1, num_servers, timeout_s=timeout_s, host=host, transport=transport or "auto")
-        return _open_embedded(kind, cluster, store, reduction, timeout_s, on_worker_loss, staleness)
+        return _open_embedded(kind, cluster, store, reduction, timeout_s, on_worker_loss, policy)
     config = from_env()
     job = _job_of_launcher(timeout_s, transport) if config is None else None
     if job is None and (config is None or config.role != "worker"):
@@ -899,18 +908,8 @@ def open_dist(
         reduction=reduction,
         timeout_s=timeout_s,
         on_worker_loss=on_worker_loss,
-        staleness=staleness,
+        policy=policy,
     )
-
-
-def _check_staleness(kind: str, staleness: int) -> None:
-    if kind != "dist_async":
-        raise InvalidArgument(
-            f"staleness={staleness!r} makes no sense for kind {kind!r}, where a pull waits for its round; "
-            "it is for dist_async"
-        )
-    if type(staleness) is not int or not 0 <= staleness <= MAX_INT:
-        raise InvalidArgument(f"staleness={staleness!r} is not a number of pushes: pass an int, 0 or more")
 
 
 def _job_of_launcher(timeout_s: float, transport: Transport | None) -> Session | None:
@@ -926,7 +925,7 @@ def _open_embedded(
     reduction: Reduction,
     timeout_s: float,
     on_worker_loss: m.WorkerLossPolicy | None,
-    staleness: int | None,
+    policy: m.StorePolicy,
 ) -> KVStore:
     job: Session | None = None
     try:
@@ -938,7 +937,7 @@ def _open_embedded(
             reduction=reduction,
             timeout_s=timeout_s,
             on_worker_loss=on_worker_loss,
-            staleness=staleness,
+            policy=policy,
             embedded=cluster,
         )
         cluster.end_with(kv, job)

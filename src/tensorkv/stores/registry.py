@@ -29,6 +29,9 @@ def create(
     on_worker_loss: Literal["fail", "continue"] | None = None,
     transport: Transport | None = None,
     staleness: int | None = None,
+    quorum: int | None = None,
+    grace_s: float = 0.0,
+    late: Literal["drop", "carry"] = "drop",
 ) -> KVStore:
     """Open a store.
 
@@ -51,6 +54,14 @@ def create(
         staleness: bound for dist_async, in pushes: a worker that has pushed a key n times pulls it only when
             each other worker that has not left has pushed it n - staleness times. None is no bound. All
             workers must pass the same, and push every key equally often (ABSENT counts).
+        quorum: number of workers, for dist_sync: a round of a key merges when all workers that have not left
+            have pushed it, or `grace_s` seconds after the push of the `quorum`-th (ABSENT counts). It is
+            capped by the number of workers that have not left. None waits for all. All workers must pass
+            the same `quorum`, `grace_s` and `late`.
+        grace_s: time in seconds, 0 or more, that a round with `quorum` still waits for the others.
+        late: what happens to a push whose round has merged without it: "drop" does not count it, and its
+            worker's next push is for the round after the newest merged one; "carry" counts it in the open
+            round. `KVStore.info(key).late` counts such pushes.
 
     Returns:
         The store. Close it, or use it in a `with`.
@@ -60,8 +71,8 @@ def create(
         NotSupported: a kind that is not built yet.
         InvalidArgument: an option is out of range, or makes no sense for the kind.
         NotInJob: a distributed kind outside a job, without `embedded`.
-        StoreMismatch: another worker has opened the name with another kind, reduction, staleness or
-            on_worker_loss.
+        StoreMismatch: another worker has opened the name with another kind, reduction, on_worker_loss,
+            staleness, quorum, grace_s or late.
         TransportUnavailable: transport="shm", and a server shares no memory with this process.
         WaitTimeout, PeerLostError: of a distributed kind.
 
@@ -93,6 +104,9 @@ def create(
         on_worker_loss=on_worker_loss,
         transport=None if transport is None else check_transport("transport", transport),
         staleness=staleness,
+        quorum=quorum,
+        grace_s=grace_s,
+        late=late,
     )
 
 
@@ -125,26 +139,29 @@ def register(kind: str, factory: Factory) -> None:
     _FACTORIES[kind] = factory
 
 
+_OPTIONS_OF_JOBS: dict[str, Any] = {
+    "embedded": False,
+    "num_servers": 1,
+    "on_worker_loss": None,
+    "transport": None,
+    "staleness": None,
+    "quorum": None,
+    "grace_s": 0.0,
+    "late": "drop",
+}
+"""Options that only the distributed kinds have, with their defaults."""
+
+
 def _open_local(
     kind: str,
     *,
     store: str,
     reduction: Reduction,
     timeout_s: float,
-    embedded: bool,
-    num_servers: int,
-    on_worker_loss: str | None,
-    transport: str | None,
-    staleness: int | None,
+    **for_jobs: Any,
 ) -> KVStore:
-    for name, value, default in (
-        ("embedded", embedded, False),
-        ("num_servers", num_servers, 1),
-        ("on_worker_loss", on_worker_loss, None),
-        ("transport", transport, None),
-        ("staleness", staleness, None),
-    ):
-        if value != default:
+    for name, value in for_jobs.items():
+        if value != _OPTIONS_OF_JOBS[name]:
             raise InvalidArgument(
                 f"{name}={value!r} makes no sense for kind {kind!r}, which has no servers and no other "
                 "workers; it is for the distributed kinds"

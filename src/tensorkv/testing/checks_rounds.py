@@ -1,4 +1,4 @@
-"""Checks of several workers: rounds, sums, running ahead, leaving, barrier, and the asynchronous kinds."""
+"""Checks of several workers: rounds, sums, running ahead, leaving, and barrier."""
 
 from __future__ import annotations
 
@@ -525,65 +525,3 @@ def check_large_values_of_workers(maker: StoreMaker, workers: int) -> None:
         assert kv.info("whole").num_slices == 1
 
     in_workers(maker, workers, work)
-
-
-# ---- asynchronous -----------------------------------------------------------------------------------
-
-
-@check(workers=(1, *SEVERAL), only="async")
-def check_every_push_is_a_round(maker: StoreMaker, workers: int) -> None:
-    """In an asynchronous kind each push is applied on its own, and none is lost."""
-
-    def work(kv: KVStore, meeting: Meeting) -> None:
-        kv.init("w", full(0))
-        kv.set_updater("add")
-        seen = 0.0
-        for step in range(1, 4 + kv.rank):
-            kv.push("w", [full(1), full(1)])
-            value = kv.pull("w")[0, 0].item()
-            assert value >= max(seen, 2 * step), "a pull does not contain this worker's own pushes"
-            seen = value
-        kv.barrier()
-        pushes = sum(3 + rank for rank in range(workers))
-        same(kv.pull("w"), 2.0 * pushes)
-        assert (kv.info("w").version, kv.info("w").round) == (pushes, pushes)
-
-    in_workers(maker, workers, work)
-
-
-@check(workers=SEVERAL, only="async")
-def check_async_waits_for_nobody(maker: StoreMaker, workers: int) -> None:
-    """A worker trains alone while the others do nothing."""
-
-    def work(kv: KVStore, meeting: Meeting) -> None:
-        kv.init("w", full(0))
-        meeting.everybody()
-        if kv.rank == 1:
-            for step in range(5):
-                kv.push("w", full(step))
-                same(kv.pull("w"), float(step))
-        meeting.everybody()
-        same(kv.pull("w"), 4.0)
-        kv.push("w", ABSENT)
-        kv.barrier()
-        assert (kv.info("w").round, kv.info("w").version) == (5 + workers, 5)
-
-    in_workers(maker, workers, work)
-
-
-@check(workers=SEVERAL, only="async")
-def check_async_mean(maker: StoreMaker, workers: int) -> None:
-    """In an asynchronous kind a mean is over the devices of one push."""
-
-    def work(kv: KVStore, meeting: Meeting) -> None:
-        kv.init("w", full(0))
-        kv.set_updater("add")
-        kv.push("w", [full(1), full(3)])
-        kv.barrier()
-        same(kv.pull("w"), 2.0 * workers)
-        kv.barrier()
-        kv.push("w", [full(1), full(3)], weight=10 + kv.rank)
-        kv.barrier()
-        same(kv.pull("w"), 4.0 * workers, "the weight of a round's only push cancels")
-
-    in_workers(maker, workers, work, reduction="mean")

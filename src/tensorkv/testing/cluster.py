@@ -11,6 +11,7 @@ from tensorkv.errors import PeerLostError, StoreClosed
 from tensorkv.launch.cluster import LocalCluster
 from tensorkv.store import KVStore, Reduction
 from tensorkv.stores.dist import DistStore
+from tensorkv.stores.policy import policy_of
 from tensorkv.wire import messages as m
 from tensorkv.wire.messages import WorkerLossPolicy
 from tensorkv.worker.session import Session
@@ -31,14 +32,15 @@ def run_job(
     host: str = "inproc",
     transport: Transport = "auto",
     on_worker_loss: WorkerLossPolicy | None = None,
-    staleness: int | None = None,
+    **options: Any,
 ) -> list[T]:
     """Run `fn(kv)` as each worker of a job and return the results by rank.
 
     Args:
         fn: called with its worker's store, which is closed when `fn` returns.
         num_workers, num_servers: size of the job.
-        kind, store, reduction, timeout_s, on_worker_loss, staleness: as in `tensorkv.create`.
+        kind, store, reduction, timeout_s, on_worker_loss: as in `tensorkv.create`.
+        options: those of the policy: staleness, quorum, grace_s, late.
         slice_bound_bytes: larger values are sliced where they may be.
         host: "inproc" for no sockets, "127.0.0.1" for real ones.
         transport: how workers reach servers, with real sockets.
@@ -54,6 +56,7 @@ def run_job(
         host=host,
         transport=transport,
     )
+    policy = policy_of(kind, **options)
     results: list[Any] = [None] * num_workers
     errors: list[tuple[int, BaseException]] = []
 
@@ -68,7 +71,7 @@ def run_job(
                 reduction=reduction,
                 timeout_s=timeout_s,
                 on_worker_loss=on_worker_loss,
-                staleness=staleness,
+                policy=policy,
             )
             results[rank] = fn(kv)
             kv.close()

@@ -19,6 +19,7 @@ from tensorkv.testing import (  # noqa: F401  (importing them registers their ch
     checks_agreement,
     checks_calls,
     checks_numbers,
+    checks_policies,
     checks_rounds,
     checks_state,
     checks_updaters,

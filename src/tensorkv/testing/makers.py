@@ -21,6 +21,7 @@ class InProcess:
     max_workers: int = 1
     distributed: bool = False
     is_async: bool = False
+    has_policies: bool = False
 
     @property
     def other_kind(self) -> str:
@@ -43,6 +44,7 @@ class _OnServers:
     num_servers: int = 2
     max_workers: int = 1
     distributed: bool = True
+    has_policies: bool = True
 
     @property
     def is_async(self) -> bool:

@@ -42,6 +42,10 @@ class StoreMaker(Protocol):
         """Whether every push is a round of its own."""
 
     @property
+    def has_policies(self) -> bool:
+        """Whether opening a store takes `staleness` and `quorum`, as `tensorkv.create` does."""
+
+    @property
     def other_kind(self) -> str:
         """Another kind whose stores may be open in the same job, beside one of this kind."""
 
@@ -71,14 +75,15 @@ class Check:
     """One entry of the table of checks.
 
     `function` is called as `function(maker)` if `workers` is (1,), else as `function(maker, n)` for
-    each number n of workers. `only` restricts it to synchronous or asynchronous kinds, and
-    `distributed` to kinds that keep values outside the worker.
+    each number n of workers. `only` restricts it to synchronous or asynchronous kinds, `distributed` to
+    kinds that keep values outside the worker, and `policies` to kinds that have those.
     """
 
     function: CheckFunction
     workers: tuple[int, ...]
     only: Only | None
     distributed: bool
+    policies: bool = False
 
     @property
     def name(self) -> str:
@@ -86,7 +91,7 @@ class Check:
 
     def suits(self, maker: StoreMaker) -> bool:
         """Whether a kind of store must pass this check, number of workers aside."""
-        if self.distributed and not maker.distributed:
+        if (self.distributed and not maker.distributed) or (self.policies and not maker.has_policies):
             return False
         return self.only is None or (self.only == "async") == maker.is_async
 
@@ -115,12 +120,16 @@ CHECKS: list[Check] = []
 
 
 def check(
-    *, workers: tuple[int, ...] = (1,), only: Only | None = None, distributed: bool = False
+    *,
+    workers: tuple[int, ...] = (1,),
+    only: Only | None = None,
+    distributed: bool = False,
+    policies: bool = False,
 ) -> Callable[[FunctionT], FunctionT]:
     """Add the decorated function to the table of checks."""
 
     def enter(function: FunctionT) -> FunctionT:
-        CHECKS.append(Check(function, workers, only, distributed))
+        CHECKS.append(Check(function, workers, only, distributed, policies))
         return function
 
     return enter

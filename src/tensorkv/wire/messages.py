@@ -18,12 +18,43 @@ from tensorkv.updaters.functions import CodeRef
 from tensorkv.updaters.spec import UpdaterSpec
 
 WorkerLossPolicy = Literal["fail", "continue"]
+Late = Literal["drop", "carry"]
 EPOCH = 0
 """The epoch of every placement so far: keys do not move yet."""
 
 
 class Message(msgspec.Struct, array_like=True, tag_field="type", forbid_unknown_fields=True):
     """Base of all messages."""
+
+
+class StorePolicy(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """When the rounds of a store merge, and what a pull may see. All workers of a store pass the same.
+
+    `staleness` is for "async", the others for "sync": see `tensorkv.create`. None is no bound.
+    """
+
+    name: Literal["sync", "async"]
+    staleness: int | None = None
+    quorum: int | None = None
+    grace_s: float = 0.0
+    late: Late = "drop"
+
+    @property
+    def rounds_wait(self) -> bool:
+        """Whether a round waits for other workers; else each push is a round of its own."""
+        return self.name == "sync"
+
+    @property
+    def allows_commit(self) -> bool:
+        """Whether pushes may wait for a commit: a round must then have a push of every worker."""
+        return self.name == "sync" and self.quorum is None
+
+    def __str__(self) -> str:
+        """Describe it for error texts, without what does not apply."""
+        more = "" if self.staleness is None else f", staleness {self.staleness}"
+        if self.quorum is not None:
+            more += f", quorum {self.quorum}, grace_s {self.grace_s}, late {self.late!r}"
+        return f"kind {self.name!r}{more}"
 
 
 # ---- handshake (at most 4 KiB before the peer has proved that it knows the token) ------------------
@@ -198,9 +229,8 @@ class OpenStore(Message, tag=20):
 
     store: int
     name: str
-    policy: str
+    policy: StorePolicy
     mean: bool
-    staleness: int | None = None
 
 
 class InitSlices(Message, tag=21):
@@ -355,14 +385,16 @@ class Committed(Message, tag=42):
 
 
 class Info(Message, tag=43):
-    """Rounds, versions and sizes of the optimizer's state, in the order asked, and the updater's name.
+    """Rounds, versions, late pushes and sizes of the optimizer's state, in the order asked.
 
-    A slice that is gone has -1 as round and version, and no bytes.
+    `updater` is the updater's name. A slice that is gone has -1 as round and version, no late pushes and no
+    bytes.
     """
 
     request: int
     rounds: list[int]
     versions: list[int]
+    late: list[int]
     state_bytes: list[int]
     updater: str
 
@@ -412,10 +444,9 @@ class JoinStore(Message, tag=52):
 
     request: int
     name: str
-    kind: str
+    policy: StorePolicy
     reduction: str
     on_worker_loss: WorkerLossPolicy
-    staleness: int | None = None
 
 
 class Joined(Message, tag=53):

@@ -129,7 +129,7 @@ class Pusher:
         job: Session,
         store: int,
         timeout_s: float,
-        is_async: bool,
+        policy: m.StorePolicy,
         keys: KeyTable,
         plans: PlanCache,
         hold: Hold,
@@ -137,7 +137,7 @@ class Pusher:
         self._job = job
         self._store = store
         self._timeout_s = timeout_s
-        self._is_async = is_async
+        self._waits_for_merge = policy.rounds_wait
         self._keys = keys
         self._plans = plans
         self._hold = hold
@@ -172,9 +172,9 @@ class Pusher:
         links = self._job.links
         window = self._job.window
         spans = spans_of(window, plan, values) if window.lends else [None] * len(plan.frames)
-        payloads = _Payloads(plan, values, links, spans, bounded=self._is_async)
+        payloads = _Payloads(plan, values, links, spans, bounded=not self._waits_for_merge)
         # Copied frames need no wait, except in async mode, where only the connection provides backpressure.
-        num_awaited = len(plan.frames) if self._is_async else payloads.num_lending
+        num_awaited = payloads.num_lending if self._waits_for_merge else len(plan.frames)
         sent = Latch(num_awaited) if num_awaited else OPEN
         with payloads, self._job.order, self._job.whole:
             if self._hold.on or (self._unmerged and self._unmerged_of(plan)):
@@ -182,7 +182,8 @@ class Pusher:
             self._plans.tell(plan)
             for (server, number, chunk), (parts, loan) in zip(plan.frames, payloads.frames, strict=True):
                 reply = 0 if asks is None else asks.replies[server]
-                on_sent = sent.down if self._is_async or (chunk.lends and loan is None) else None
+                lends = chunk.lends and loan is None
+                on_sent = sent.down if lends or not self._waits_for_merge else None
                 placed = None if loan is None else loan.placed
                 links[server].put(m.Push(plan.number, number, apply, reply, placed, weight), parts, on_sent)
             payloads.pushed = True
@@ -195,7 +196,7 @@ class Pusher:
 
     def _note(self, plan: Plan, apply: bool) -> None:
         self.count += 1
-        if self._is_async:
+        if not self._waits_for_merge:
             return
         with self._lock:
             self._newest = self.count
@@ -233,7 +234,7 @@ class Pusher:
     @property
     def settled(self) -> bool:
         """Whether every push of this worker is known, from pulls, to be applied or to have failed."""
-        return not (self._is_async or self._unmerged or self._deferred)
+        return self._waits_for_merge and not (self._unmerged or self._deferred)
 
     # ---- busy keys -------------------------------------------------------------------------------
 
