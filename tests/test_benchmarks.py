@@ -12,6 +12,7 @@ import random
 import re
 import select
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import sidebyside
 import soak
 import soakworker
 import startup
+import stragglers
 import sweeps
 import systems
 import tables
@@ -511,3 +513,36 @@ def test_drawing_without_matplotlib_is_refused_before_the_job_starts(
     with pytest.raises(SystemExit, match="2"):
         soak.main(["--plot=soak.png"])
     assert "--plot needs matplotlib: pip install" in capsys.readouterr().err
+
+
+# ---- stragglers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_each_policy_trains_beside_a_straggler(tmp_path: Path) -> None:
+    script, picture = Path(stragglers.__file__), tmp_path / "stragglers.png"
+    worker = [sys.executable, str(script), "--seconds", "0.3", "--plot", str(picture)]
+    run = [sys.executable, "-m", "tensorkv", "run", "--timeout", "40", "-n", "2", "-s", "1", "--", *worker]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert done.returncode == 0, done.stderr
+    assert picture.stat().st_size > 1000
+    for title in (stragglers.AT_RANDOM, stragglers.SKEWED):
+        assert f"{title}:" in done.stdout
+    for name in stragglers.COLORS:
+        assert done.stdout.count(f"  {name} ") == 2
+
+
+def test_the_images_are_dealt_out_once() -> None:
+    data = stragglers.digits.load()
+    for title in (stragglers.AT_RANDOM, stragglers.SKEWED):
+        shares = [stragglers.deal(data, rank, 4, title) for rank in range(4)]
+        assert sum(len(share.labels) for share in shares) == len(data.train_labels)
+        assert sum(share.images.sum().item() for share in shares) == pytest.approx(data.train_images.sum())
+    assert {int(label) for label in shares[3].labels} == {8, 9}
+    assert not {8, 9} & {int(label) for share in shares[:3] for label in share.labels}
+
+
+def test_an_accuracy_is_the_mean_of_a_second() -> None:
+    curve = [(0.0, 0.0), (1.0, 0.2), (1.5, 0.4), (2.0, 0.6)]
+    assert stragglers.mean_before(curve, 2.0) == pytest.approx(0.5)
+    assert stragglers.mean_before(curve, 1.0) == pytest.approx(0.2)

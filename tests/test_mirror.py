@@ -19,6 +19,7 @@ ELSEWHERE = {
             "testing/checks_agreement.py",
             "testing/checks_calls.py",
             "testing/checks_numbers.py",
+            "testing/checks_policies.py",
             "testing/checks_rounds.py",
             "testing/checks_state.py",
             "testing/checks_updaters.py",
