@@ -174,7 +174,7 @@ class TestTerminalVariables:
     def test_bars_get_the_width_that_the_prefix_leaves(self) -> None:
         sinks: dict[Stream, Sink] = {"stdout": Screen((80, 24)), "stderr": Screen((80, 24))}
         told = terminal_variables(options(), sinks)
-        assert told == {"COLUMNS": "68", "TTY_COMPATIBLE": "1"}
+        assert told == {"COLUMNS": "68"}
         assert terminal_variables(options(num_workers=11), sinks)["COLUMNS"] == "67"
         assert terminal_variables(options(prefix=False), sinks)["COLUMNS"] == "79"
 

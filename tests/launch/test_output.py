@@ -42,10 +42,8 @@ def screen_of(text: str) -> list[str]:
             rows += [""] * (row + 1 - len(rows))
         elif token == "\r":
             column = 0
-        elif token == "\x1b[A":
-            row = max(row - 1, 0)
-        elif token == "\x1b[J":
-            rows = [*rows[:row], rows[row][:column]]
+        elif token == "\x1b[K":
+            rows[row] = rows[row][:column]
         elif token.startswith("\x1b["):
             assert token.endswith("m"), f"{token!r} moves the cursor"
         else:
@@ -118,25 +116,25 @@ class TestLineAssembler:
     def test_a_rewritten_line_ends_as_its_last_state(self) -> None:
         lines = LineAssembler()
         assert lines.feed(b"\r 10%") == []
-        assert lines.bars == [" 10%"]
+        assert lines.bar == " 10%"
         lines.feed(b"\r 20%\r 30%")
-        assert lines.bars == [" 30%"]
+        assert lines.bar == " 30%"
         assert lines.feed(b"\r100%\n") == ["100%"]
-        assert lines.bars == []
+        assert lines.bar == ""
 
     def test_a_state_may_end_with_the_carriage_return(self) -> None:
         lines = LineAssembler()
         lines.feed(b"10%\r")
-        assert lines.bars == ["10%"]
+        assert lines.bar == "10%"
         lines.feed(b"20%\r")
-        assert lines.bars == ["20%"]
+        assert lines.bar == "20%"
         assert lines.feed(b"\n") == ["20%"]
 
     def test_a_bar_that_clears_itself_leaves_nothing(self) -> None:
         lines = LineAssembler()
         lines.feed(b"\r 50%")
         lines.feed(b"\r     \r")
-        assert lines.bars == []
+        assert lines.bar == ""
         assert lines.feed(b"ready\n") == ["ready"]
         lines.feed(b"\r 50%\r     \r")
         assert lines.feed(b"", final=True) == []
@@ -160,20 +158,10 @@ class TestLineAssembler:
             lines.feed(erased.rstrip(b"\n"))
             assert lines.feed(b"", final=True) == []
 
-    def test_rows_that_are_erased_leave_no_lines(self) -> None:
-        lines = LineAssembler()
-        written = lines.feed(b"a 1\nb 1\r\x1b[Aa 2\nb 2")
-        written += (
-            lines.feed(b"\r\x1b[2K\x1b[A\x1b[2K")
-            + lines.feed(b"ready\n\n\n\n\n")
-            + lines.feed(b"", final=True)
-        )
-        assert [line for line in written if line] == ["a 1", "ready"]
-
     def test_only_what_was_rewritten_is_a_bar(self) -> None:
         lines = LineAssembler()
         lines.feed(b"loading ...")
-        assert lines.bars == []
+        assert lines.bar == ""
         assert lines.partial == "loading ..."
 
     def test_moves_of_the_cursor_go_and_colours_stay(self) -> None:
@@ -188,38 +176,27 @@ class TestLineAssembler:
         assert lines.feed(b"y") == ["x" * MAX_LINE_CHARS + "y"]
         for number in range(1000):
             lines.feed(b"\r" + b"%d" % number * 100)
-        assert len(lines._rows[0]) < 500
+        assert len(lines._line) < 500
 
-    def test_nested_bars_are_held_back_as_one_block(self) -> None:
+    def test_bars_one_above_the_other_are_written_like_one(self) -> None:
         lines, written = LineAssembler(), list[str]()
         for step in range(6):  # what tqdm does with two bars
             written += lines.feed(b"\router %d" % (step // 3))
             written += lines.feed(b"\n\rinner %d\x1b[A" % (step % 3))
-            assert lines.bars[-1] == f"inner {step % 3}"
+            assert lines.bar == f"inner {step % 3}"
         assert written == ["outer 0"], "once, before it was known"
-        assert lines.bars == ["outer 1", "inner 2"]
-        written = lines.feed(b"\router end\n\rinner end\na\nb\n")
-        assert written == ["outer end", "inner end", "a"], "the bars may go on yet"
-        assert lines.feed(b"c\nd\n") == ["b", "c", "d"]
-        assert lines.bars == []
+        assert lines.feed(b"\router end\n\rinner end\na\nb\n") == ["inner end", "a", "b"]
+        assert lines.bar == ""
+        assert lines.feed(b"\r1\n\r2\n") == ["1", "2"], "they are bars of their own again"
 
     def test_a_block_of_rows_that_is_erased_and_written_again(self) -> None:
         lines, written = LineAssembler(), list[str]()
-        lines.feed(b"a 0\nb 0\nc 0")
-        for step in range(1, 4):  # what rich does with three rows
-            erase = b"\r\x1b[2K" + b"\x1b[1A\x1b[2K" * 2
-            written += lines.feed(erase + b"a %d\nb %d\nc %d" % (step, step, step))
-        assert written == []
-        assert lines.bars == ["a 3", "b 3", "c 3"]
-        lines.feed(b"\r\x1b[1A\x1b[2K\x1b[J")
-        assert lines.bars == ["a 3"]
-        assert lines.feed(b"", final=True) == ["a 3"]
-
-    def test_rows_beyond_all_measure_are_not_kept(self) -> None:
-        lines = LineAssembler()
-        for _ in range(10):
-            lines.feed(b"\x1b[999999999A\x1b[99999999B")
-        assert len(lines._rows) < 200
+        for step in range(1, 4):  # what rich does with two rows
+            written += lines.feed(b"\r\x1b[2K\x1b[1A\x1b[2Ka %d\nb %d" % (step, step))
+        assert [line for line in written if line] == []
+        assert lines.bar == "a 3"
+        assert lines.feed(b"\r\x1b[2K\x1b[1A\x1b[2K") == []
+        assert lines.feed(b"done\nnext\n") == ["done", "next"]
 
     @given(st.text(alphabet="ab\r\n é\u20ac\x1b[2AKJm", max_size=40), st.integers(0, 2**32))
     def test_the_cuts_between_reads_do_not_matter(self, text: str, seed: int) -> None:
@@ -338,15 +315,18 @@ class TestTerminal:
         output.feed(W0, "stderr", b"\r100%\nnext\n", 0.0)
         assert screen_of(paper.text) == ["[worker 1] a line", "[worker 0] 100%", "[worker 0] next", ""]
 
-    def test_each_process_has_a_bar_of_its_own(self) -> None:
+    def test_of_several_bars_the_one_that_changed_last_is_shown(self) -> None:
         output, paper = to_terminal()
         output.feed(W1, "stderr", b"\rone", 0.0)
         output.feed(W0, "stderr", b"\rzero", 0.0)
+        assert screen_of(paper.text) == ["[worker 0] zero"]
         output.feed(W1, "stderr", b"\rONE", 0.0)
         output.feed(W1, "stdout", b"line\n", 0.0)
-        assert screen_of(paper.text) == ["[worker 1] line", "[worker 0] zero", "[worker 1] ONE"]
+        assert screen_of(paper.text) == ["[worker 1] line", "[worker 1] ONE"]
         output.close(W1, "stderr", 0.0)
-        assert screen_of(paper.text) == ["[worker 1] line", "[worker 1] ONE", "[worker 0] zero"]
+        assert screen_of(paper.text) == ["[worker 1] line", "[worker 1] ONE", ""]
+        output.close_all(0.0)
+        assert screen_of(paper.text) == ["[worker 1] line", "[worker 1] ONE", "[worker 0] zero", ""]
 
     def test_a_bar_that_clears_itself_goes(self) -> None:
         output, paper = to_terminal()
@@ -356,39 +336,17 @@ class TestTerminal:
         output.say("over")
         assert screen_of(paper.text) == ["tensorkv: over", ""]
 
-    def test_bars_never_wrap_or_fill_the_terminal(self) -> None:
+    def test_a_bar_never_wraps(self) -> None:
         output, paper = to_terminal(columns=30, rows=3)
-        for rank in range(5):
-            output.feed(Node("worker", rank), "stderr", b"\r\x1b[31m" + "長".encode() * 40, 0.0)
-        rows = screen_of(paper.text)
-        assert len(rows) == 2
-        assert rows[0].startswith("[worker 0] 長")
-        assert all(len(row) + row.count("長") <= 29 for row in rows)
+        output.feed(W0, "stderr", b"\r\x1b[31m" + "長".encode() * 40, 0.0)
+        (row,) = screen_of(paper.text)
+        assert row.startswith("[worker 0] 長")
+        assert len(row) + row.count("長") <= 29
 
     def test_the_colours_of_a_bar_end_with_it(self) -> None:
         output, paper = to_terminal()
         output.feed(W0, "stderr", b"\r\x1b[31mred", 0.0)
         assert paper.text.endswith("\x1b[31mred\x1b[0m")
-
-    def test_nested_bars_of_two_processes(self) -> None:
-        output, paper = to_terminal()
-        for step in range(3):
-            for node in (W1, W0):
-                output.feed(node, "stderr", b"\ro%d\n\ri%d\x1b[A" % (step, step), 0.0)
-        assert screen_of(paper.text)[-4:] == [
-            "[worker 0] o2",
-            "[worker 0] i2",
-            "[worker 1] o2",
-            "[worker 1] i2",
-        ]
-        output.close_all(0.0)
-        assert screen_of(paper.text)[-5:] == [
-            "[worker 1] o2",
-            "[worker 1] i2",
-            "[worker 0] o2",
-            "[worker 0] i2",
-            "",
-        ]
 
     def test_a_question_is_shown_before_its_line_is_finished(self) -> None:
         output, paper = to_terminal(eager=True)

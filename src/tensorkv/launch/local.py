@@ -228,12 +228,9 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
 
 
 def terminal_variables(options: JobOptions, sinks: Mapping[Stream, Sink]) -> dict[str, str]:
-    """Return variables that tell progress bars about the terminal behind their pipe, if there is one.
-
-    COLUMNS is the width that the prefix leaves. TTY_COMPATIBLE makes rich draw bars at all.
-    """
+    """Return COLUMNS, the width that the prefix leaves, if there is a terminal behind the pipes."""
     sizes = [sink.size for sink in sinks.values()]
     if sizes[0] is None or None in sizes:
         return {}
     prefix = prefix_text(Node("worker", options.num_workers - 1)) if options.prefix else ""
-    return {"COLUMNS": str(max(sizes[0][0] - len(prefix) - 1, 20)), "TTY_COMPATIBLE": "1"}
+    return {"COLUMNS": str(max(sizes[0][0] - len(prefix) - 1, 20))}

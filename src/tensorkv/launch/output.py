@@ -1,12 +1,13 @@
 """Merges the output of many processes into the lines of one terminal or file. Bytes go in, text comes out.
 
-A finished line is written at once, behind a prefix that names its process. A line that its process
-rewrites (by a carriage return, as progress bars do) is a *bar* until it is finished:
+A finished line is written at once, behind a prefix that names its process. A line that its process redraws,
+by a carriage return as progress bars do, is written in its last state, once it is finished; until then
 
-- on a terminal, bars stand below all finished lines, one line each, and are redrawn in place;
-- elsewhere, only the last state of a bar is written, and its current state at most once a second.
+- a terminal shows the bar that changed last, in one line below all others;
+- elsewhere its current state is written at most once a second.
 
-A bar that clears itself leaves no line.
+A bar that clears itself leaves no line. Moves of the cursor are removed. Of bars that move it up, one above
+the other, each is redrawn by turns, so they are written like one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import re
 import select
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TextIO, final
 
@@ -39,106 +40,72 @@ BAR_INTERVAL_S = 1.0
 
 # Moving the cursor would garble the lines of others; colours (final byte "m") may stay.
 _CURSOR = re.compile(r"\x1b\[[0-?]*[ -/]*[@-ln-~]|\x08")
-_MOVE = re.compile(r"\n|\x1b\[(\d*)([ABEFJK])")
-_INCOMPLETE = re.compile(r"\x1b(\[[0-?]*[ -/]*)?\Z")
+_UP = re.compile(r"\x1b\[\d*[AF]")
+_CLEAR = re.compile(r"\r\x1b\[0?K|\x1b\[2K")  # a line that is erased is redrawn, with nothing
+_INCOMPLETE = re.compile(r"(\r|\r?\x1b(\[[0-?]*[ -/]*)?)\Z")
 _ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
-_MAX_ROWS = 50
-_LINES_ABOVE_BARS = 3  # maximum number of lines written along with bars before the bars count as finished
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
 
 
 @final
 class LineAssembler:
-    """Cuts one stream of bytes into lines. Undecodable bytes become U+FFFD.
-
-    It follows nested progress bars, which go up some rows and rewrite them. From then on it holds that many
-    rows back as bars, until more lines than that have arrived without another move up.
-    """
+    """Cuts one stream of bytes into lines. Undecodable bytes become U+FFFD."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._cut = ""  # the beginning of an escape sequence
-        self._rows = [""]  # not finished yet
-        self._row = 0  # where the cursor is
-        self._height = 0  # number of rows above the cursor that are held back
-        self._lines_since_up = 0
+        self._cut = ""  # a carriage return or the beginning of an escape sequence
+        self._line = ""  # not finished yet
+        self._moves_up = False  # its process has bars one above the other
+        self._bar = ""  # the last of those that was finished
 
     def feed(self, data: bytes, final: bool = False) -> list[str]:
-        """Return the lines that `data` finishes; with `final` the unfinished ones too."""
+        """Return the lines that `data` finishes; with `final` the unfinished one too."""
         text = self._cut + self._decoder.decode(data, final)
-        cut = _INCOMPLETE.search(text)
+        cut = None if final else _INCOMPLETE.search(text)
         end = cut.start() if cut else len(text)
         self._cut = text[end:]
+        *finished, rest = text[:end].split("\n")
         lines: list[str] = []
-        position = 0
-        for move in _MOVE.finditer(text, 0, end):
-            self._write(text[position : move.start()])
-            self._move(move, lines)
-            position = move.end()
-        self._write(text[position:end])
-        if len(self._rows[self._row]) > MAX_LINE_CHARS:
-            self._down(lines)
+        for part in finished:
+            self._write(part)
+            self._finish_line(lines)
+        self._write(rest)
+        if len(self._line) > MAX_LINE_CHARS:
+            self._finish_line(lines)
         if final:
-            lines += _not_blank(self._rows)
-            self._rows, self._row = [""], 0
+            lines += [line for line in (self._bar, _visible(self._line)) if _has_text(line)]
+            self._bar = self._line = ""
         return lines
 
     @property
-    def bars(self) -> list[str]:
-        """The unfinished lines that their process rewrites, without blank ones."""
-        if self._height == 0 and "\r" not in self._rows[0]:
-            return []
-        return _not_blank(self._rows)
+    def bar(self) -> str:
+        """The state of what its process redraws; empty if it redraws nothing or has cleared it."""
+        line = _visible(self._line) if "\r" in self._line + self._cut else ""
+        return line if _has_text(line) else self._bar
 
     @property
     def partial(self) -> str:
         """The unfinished line, including trailing blanks."""
-        return _last_state(self._rows[self._row])
+        return _last_state(self._line)
 
     def _write(self, text: str) -> None:
-        line = self._rows[self._row] + _CURSOR.sub("", text)
+        text, num_ups = _UP.subn("\r", text)
+        self._moves_up |= num_ups > 0
+        line = self._line + _CURSOR.sub("", _CLEAR.sub("\r \r", text))
         if "\r" in line:  # only the last state matters
             line = "\r" + _last_state(line) + ("\r" if line.endswith("\r") else "")
-        self._rows[self._row] = line
+        self._line = line
 
-    def _move(self, move: re.Match[str], lines: list[str]) -> None:
-        count = min(int(move[1] or 1), _MAX_ROWS)
-        match move[2]:
-            case "A" | "F":
-                self._up(count)
-            case "K":
-                at_begin = self._rows[self._row].endswith("\r")
-                if move[1] == "2" or (at_begin and move[1] in ("", "0", None)):
-                    self._rows[self._row] = "\r"
-            case "J":
-                del self._rows[self._row + 1 :]
-            case _:  # a newline, or a move down
-                for _ in range(count):
-                    self._down(lines)
-
-    def _up(self, count: int) -> None:
-        missing = min(count - self._row, _MAX_ROWS - len(self._rows))  # rows that are finished already
-        self._rows[:0] = [""] * missing
-        self._row = max(self._row - count, 0)
-        self._height = max(self._height, len(self._rows) - 1 - self._row)
-        self._lines_since_up = 0
-        self._rows[self._row] += "\r"
-
-    def _down(self, lines: list[str]) -> None:
-        self._row += 1
-        if self._row == len(self._rows):
-            self._rows.append("")
-        else:
-            self._rows[self._row] += "\r"
-        self._lines_since_up += 1
-        if self._lines_since_up > self._height + _LINES_ABOVE_BARS:
-            self._height = 0
-        excess = self._row - self._height
-        if excess > 0:
-            for row in self._rows[:excess]:  # a bar that has cleared itself is no line
-                lines += _not_blank([row]) if "\r" in row else [row]
-            del self._rows[:excess]
-            self._row -= excess
+    def _finish_line(self, lines: list[str]) -> None:
+        line, self._line = self._line, ""
+        redrawn, line = "\r" in line, _visible(line)
+        if redrawn and self._moves_up:
+            self._bar = line if _has_text(line) else self._bar
+        elif not redrawn or _has_text(line):
+            if _has_text(self._bar):
+                lines.append(self._bar)
+            self._bar, self._moves_up = "", False
+            lines.append(line)
 
 
 def _last_state(line: str) -> str:
@@ -146,8 +113,8 @@ def _last_state(line: str) -> str:
     return line.rstrip("\r").rpartition("\r")[2]
 
 
-def _not_blank(rows: Iterable[str]) -> list[str]:
-    return [line for line in map(_visible, rows) if _ESCAPE.sub("", line).strip()]
+def _has_text(line: str) -> bool:
+    return bool(_ESCAPE.sub("", line).strip())
 
 
 def _visible(line: str) -> str:
@@ -208,7 +175,7 @@ class _Source:
     node: Node
     stream: Stream
     lines: LineAssembler = field(default_factory=LineAssembler)
-    bars: list[str] = field(default_factory=list)
+    bar: str = ""  # as it was shown last
     shown_at: float | None = None
 
 
@@ -231,7 +198,8 @@ class Output:
         self._prefixes: dict[tuple[Node, bool], str] = {}
         self._last: tuple[Node, Stream] | None = None
         self._lines_in_a_row = 0  # from `_last`
-        self._drawn = 0
+        self._bottom: _Source | None = None  # whose bar stands below all lines of the terminal
+        self._drawn = False  # whether a bar stands there
 
     def feed(self, node: Node, stream: Stream, data: bytes, now: float) -> None:
         """Take bytes that `node` wrote, at time `now` in seconds."""
@@ -267,51 +235,52 @@ class Output:
         if self._sinks[source.stream].size is None:
             lines = lines + self._due_state(source, now, finished=bool(lines))
         else:
-            state = source.lines.bars
-            if self._eager and not state and source.lines.partial:
-                state = [source.lines.partial]
-            changed, source.bars = state != source.bars, state
-            if changed and not lines:
-                self._write(source.stream, "", self._last)
+            self._note_bar(source)
         if lines:
             prefix = self._prefix_of(source)
             text = "".join(f"{prefix}{line}\n" for line in lines)
             self._write(source.stream, text, (source.node, source.stream))
 
+    def _note_bar(self, source: _Source) -> None:
+        """Show a bar that has changed in the bottom line of the terminal; clear the line if it is gone."""
+        bar = source.lines.bar or (source.lines.partial if self._eager else "")
+        if bar == source.bar:
+            return
+        source.bar = bar
+        if bar or self._bottom is source:
+            self._bottom = source if bar else None
+            self._write(source.stream, "", self._last)
+
     def _due_state(self, source: _Source, now: float, finished: bool) -> list[str]:
         """Return the state of a bar if it is due to be written to a file."""
-        state = source.lines.bars
-        if not state or finished or source.shown_at is None:
-            source.shown_at = now if state else None
+        bar = source.lines.bar
+        if not bar or finished or source.shown_at is None:
+            source.shown_at = now if bar else None
             return []
-        if now - source.shown_at < BAR_INTERVAL_S or state == source.bars:
+        if now - source.shown_at < BAR_INTERVAL_S or bar == source.bar:
             return []
-        source.shown_at, source.bars = now, state
-        return state
+        source.shown_at, source.bar = now, bar
+        return [bar]
 
     def _write(self, stream: Stream, text: str, last: tuple[Node, Stream] | None) -> None:
-        """Write finished lines, and redraw the bars below them."""
+        """Write finished lines, and below them the bar that changed last."""
         sink = self._sinks[stream]
         if last != self._last:
             self._last, self._lines_in_a_row = last, 0
         self._lines_in_a_row += text.count("\n")
         if sink.size is None:
             sink.write(text)
-            return
-        erase = "\r" + "\x1b[A" * (self._drawn - 1) + "\x1b[J" if self._drawn else ""
-        bars = self._bars(sink.size)
-        self._drawn = len(bars)
-        sink.write(erase + text + "\n".join(bars))
+        else:
+            erase, below = "\r\x1b[K" if self._drawn else "", self._bottom_line(sink.size[0])
+            self._drawn = bool(below)
+            sink.write(erase + text + below)
 
-    def _bars(self, size: tuple[int, int]) -> list[str]:
-        columns, rows = size
-        drawn: list[str] = []
-        for source in sorted(self._sources.values(), key=lambda each: (each.node, each.stream)):
-            if source.bars and self._sinks[source.stream].size is not None:
-                taken = len(prefix_text(source.node)) if self._prefix else 0
-                room = max(columns - 1 - taken, 1)
-                drawn += [self._prefix_of(source) + _clip(bar, room) for bar in source.bars]
-        return drawn[: max(rows - 1, 1)]
+    def _bottom_line(self, columns: int) -> str:
+        source = self._bottom
+        if source is None:
+            return ""
+        taken = len(prefix_text(source.node)) if self._prefix else 0
+        return self._prefix_of(source) + _clip(source.bar, max(columns - 1 - taken, 1))
 
     def _prefix_of(self, source: _Source) -> str:
         if not self._prefix:
