@@ -17,7 +17,9 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tensorkv"
 
 LAYERS = {
     **dict.fromkeys(("errors", "addresses", "config", "plain", "work"), 0),
-    **dict.fromkeys(("store", "keys", "arrays", "reduce", "norms", "partition", "tracers"), 1),
+    **dict.fromkeys(
+        ("store", "bound", "arguments", "keys", "arrays", "reduce", "norms", "partition", "tracers"), 1
+    ),
     **dict.fromkeys(("updaters", "checkpoint"), 1),
     "wire": 2,
     "transport": 3,

@@ -9,7 +9,7 @@ an updater combines the sum with the stored value where the value lives, and any
 General layout, from the bottom; an import goes to a lower line or stays on its own:
 
     errors config plain work              what everything uses; no torch
-    store keys arrays reduce partition    the contract (KVStore), its arguments, where a value lives
+    store bound keys arrays partition     the contract (KVStore), its arguments, where a value lives
     updaters/ checkpoint/                 what a push does to a value; what is saved of a store, and how
     wire/                                 messages and frames
     transport/                            moves frames: sockets, shared memory
@@ -72,6 +72,7 @@ from tensorkv.errors import (
 )
 
 if TYPE_CHECKING:
+    from tensorkv.bound import BoundStep
     from tensorkv.keys import ABSENT
     from tensorkv.launch.spawn import spawn
     from tensorkv.store import CommitResult, KeyInfo, KVStore
@@ -84,6 +85,7 @@ __all__ = [
     "ABSENT",
     "AddressUnavailable",
     "AuthenticationError",
+    "BoundStep",
     "CommitMismatch",
     "CommitResult",
     "DtypeMismatch",
@@ -137,6 +139,7 @@ __all__ = [
 _MODULE_OF = {
     "ABSENT": "tensorkv.keys",
     "CommitResult": "tensorkv.store",
+    "BoundStep": "tensorkv.bound",
     "KVStore": "tensorkv.store",
     "KeyInfo": "tensorkv.store",
     "Work": "tensorkv.work",

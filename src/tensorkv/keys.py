@@ -56,9 +56,9 @@ class Form(enum.Enum):
     DICT = "dict"
 
 
-Known = Callable[[tuple[Key, ...], list[Any]], bool]
-"""Whether a store knows keys and their values, or outs, from an earlier call, so that they need not be
-checked one by one here."""
+Known = Callable[[tuple[Key, ...], list[Any]], Any]
+"""Returns the plan by which a store knows keys and their values, or outs, from an earlier call, so that they
+need not be checked one by one here; None if it does not know them."""
 
 
 class PushBatch:
@@ -67,9 +67,9 @@ class PushBatch:
     `tensors[i]` are the values of `keys[i]`, devices in list order; those of a repeated key follow each
     other; an empty list stands for ABSENT. `counts[i]` is the weight of the key in a mean.
     `singles`, if not None, has exactly one tensor per key and replaces the lists: a list for each of a
-    thousand keys would keep Python's garbage collector busy. With `known` they are tensors of the dtypes and
-    shapes of an earlier call, and nobody has checked whether they need preparation; `checked` does. If the
-    caller sets `weight`, every key has that weight in a mean instead.
+    thousand keys would keep Python's garbage collector busy. `known` is then the store's plan of an earlier
+    call with tensors of the same dtypes and shapes, and nobody has checked whether these need preparation;
+    `checked` does. If the caller sets `weight`, every key has that weight in a mean instead.
     """
 
     __slots__ = ("_counts", "_tensors", "keys", "known", "singles", "weight")
@@ -80,7 +80,7 @@ class PushBatch:
         tensors: list[list[torch.Tensor]] | None = None,
         counts: list[int] | None = None,
         singles: list[torch.Tensor] | None = None,
-        known: bool = False,
+        known: Any = None,
     ) -> None:
         self.keys = keys
         self.singles = singles
@@ -91,7 +91,7 @@ class PushBatch:
 
     def checked(self) -> PushBatch:
         """Return the same batch with every value checked. Raises what `push_batch` raises."""
-        if not self.known:
+        if self.known is None:
             return self
         batch = _push_of(self.keys, self.singles or [])
         batch.weight = self.weight
@@ -122,7 +122,7 @@ class PullBatch:
     """The destinations of one pull call: `outs[i]` are those of `keys[i]`; empty means a new tensor.
 
     `keys` are in call order and may repeat. `given` is the caller's own `out`, to be returned. `singles` is
-    as in `PushBatch`; with `known` they are the same tensors as in an earlier call.
+    as in `PushBatch`; with `known` they are the same tensors as in the earlier call.
     """
 
     __slots__ = ("_outs", "form", "given", "keys", "known", "singles")
@@ -134,7 +134,7 @@ class PullBatch:
         form: Form,
         given: Any,
         singles: list[torch.Tensor] | None = None,
-        known: bool = False,
+        known: Any = None,
     ) -> None:
         self.keys = keys
         self.form = form
@@ -145,7 +145,9 @@ class PullBatch:
 
     def checked(self) -> PullBatch:
         """Return the same batch with every destination checked. Raises what `pull_batch` raises."""
-        return _batch_into(self.keys, self.singles or [], self.form, self.given) if self.known else self
+        if self.known is None:
+            return self
+        return _batch_into(self.keys, self.singles or [], self.form, self.given)
 
     @property
     def outs(self) -> list[list[torch.Tensor]]:
@@ -303,9 +305,8 @@ def push_batch(
     """
     raw_keys, values, _ = split_keys(key, value, grads)
     keys = check_keys(raw_keys, known_type)
-    if known is not None and known(keys, values):
-        return PushBatch(keys, None, None, values, known=True)
-    return _push_of(keys, values)
+    plan = None if known is None else known(keys, values)
+    return _push_of(keys, values) if plan is None else PushBatch(keys, None, None, values, plan)
 
 
 def _push_of(keys: tuple[Key, ...], values: list[Any]) -> PushBatch:
@@ -371,9 +372,10 @@ def pull_batch_of(
 def _batch_of(
     keys: tuple[Key, ...], values: list[Any], form: Form, given: Any, known: Known | None
 ) -> PullBatch:
-    if known is not None and known(keys, values):
-        return PullBatch(keys, None, form, given, values, known=True)
-    return _batch_into(keys, values, form, given)
+    plan = None if known is None else known(keys, values)
+    if plan is None:
+        return _batch_into(keys, values, form, given)
+    return PullBatch(keys, None, form, given, values, plan)
 
 
 def _batch_into(keys: tuple[Key, ...], values: list[Any], form: Form, given: Any) -> PullBatch:

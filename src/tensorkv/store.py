@@ -11,7 +11,6 @@ has run. `round` counts rounds, `version` counts updates.
 
 from __future__ import annotations
 
-import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,10 +18,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch
 
+from tensorkv.arguments import flag, number, positive, seconds
 from tensorkv.arrays import check_matches, check_summable, shape_of, size_bytes
+from tensorkv.bound import BoundStep
 from tensorkv.errors import DuplicateKey, InvalidArgument, InvalidOption, NotPicklable, StoreClosed
 from tensorkv.keys import (
     PullBatch,
@@ -48,9 +48,6 @@ opaque_methods(Work)  # here, because work.py does not import torch
 
 MIN_WEIGHT, MAX_WEIGHT = 1e-18, 1e18
 """Minimum and maximum weight of a push: weighted values overflow hardly sooner than the values do."""
-
-MAX_TIMEOUT_S = 1e9
-"""Maximum timeout, 31 years; longer ones, even infinite, are clipped to it. The system takes no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +125,7 @@ class KVStore(ABC):
         self._parameters = ParameterTable()
         self._watched = self._parameters.watched  # an alias: a repeated push is a fast path
         self._key_type: type | None = None  # int or str once the store has a key
+        self.num_retired = 0  # how often keys were deleted or replaced: `BoundStep` then looks at its own
         self._closed = False
         self._pid = os.getpid()
 
@@ -309,12 +307,16 @@ class KVStore(ABC):
         self._check_usable("push", key)
         if apply is not True or async_op is not False:  # mostly neither
             apply, async_op = flag("apply", apply), flag("async_op", async_op)
-        batch = push_batch(key, value, self._key_type, self._knows_values, grads=True)
+        batch = push_batch(key, value, self._key_type, self._plan_of_push, grads=True)
+        return self._push(self._ready_to_push("push", batch, weight), apply, async_op)
+
+    def _ready_to_push(self, call: str, batch: PushBatch, weight: float | None) -> PushBatch:
+        """Return a batch with its weight, after the checks that need the batch as a whole."""
         if weight is not None:
-            batch = self._weighted("push", batch, weight)
+            batch = self._weighted(call, batch, weight)
         if self._watched:
             self._parameters.check_push(batch)
-        return self._push(batch, apply, async_op)
+        return batch
 
     def pull(self, key: Any = None, out: Any = None, *, async_op: bool = False) -> Any:
         """Copy the current values of keys out of the store.
@@ -357,7 +359,7 @@ class KVStore(ABC):
         self._check_usable("pull", key)
         if async_op is not False:
             async_op = flag("async_op", async_op)
-        return self._pull(pull_batch(key, out, self._key_type, self._knows_outs), async_op)
+        return self._pull(pull_batch(key, out, self._key_type, self._plan_of_pull), async_op)
 
     def pushpull(
         self,
@@ -396,13 +398,47 @@ class KVStore(ABC):
         self._check_usable("pushpull", key)
         if async_op is not False:
             async_op = flag("async_op", async_op)
-        pushed = push_batch(key, value, self._key_type, self._knows_values, grads=True)
-        pulled = pull_batch_of(pushed, key, out, self._key_type, self._knows_outs)
-        if weight is not None:
-            pushed = self._weighted("pushpull", pushed, weight)
-        if self._watched:
-            self._parameters.check_push(pushed)
-        return self._pushpull(pushed, pulled, async_op)
+        pushed = push_batch(key, value, self._key_type, self._plan_of_push, grads=True)
+        pulled = pull_batch_of(pushed, key, out, self._key_type, self._plan_of_pull)
+        return self._pushpull(self._ready_to_push("pushpull", pushed, weight), pulled, async_op)
+
+    def bind(self, *, push: Any = None, out: Any = None) -> BoundStep:
+        """Work out a training step once: which tensors it pushes, and which it pulls into.
+
+        The step's own `push`, `pull` and `pushpull` do what the store's do, with less work in each call: for
+        a thousand small keys a step takes about two thirds of the time. It reads dict and module anew in
+        each call, so tensors may be replaced, as `zero_grad()` does with gradients; but their names are
+        those of now.
+
+        Args:
+            push: what to push: a dict of key to tensor (or list of tensors, one per device, or ABSENT),
+                pairs, or a module for the gradients of its parameters.
+            out: what to pull into: a dict, pairs, or a module for its parameters.
+
+        Returns:
+            The step. It ends with the keys: after `delete` or `load` its calls raise KeyDeleted.
+
+        Raises:
+            KeyNotInitialized, InvalidKey, LengthMismatch.
+            InvalidArgument: neither `push` nor `out` is given, or one is no dict, pairs or module.
+            DuplicateKey: a key appears twice in pairs.
+
+        Example:
+            ```python
+            model = torch.nn.Linear(2, 1)
+            kv = tensorkv.create("local")
+            kv.broadcast(model, out=model)
+            kv.set_optimizer("sgd", lr=0.1)
+            step = kv.bind(push=model, out=model)
+            for _ in range(3):
+                model.zero_grad()
+                model(torch.ones(4, 2)).sum().backward()
+                step.pushpull()
+            print(kv.info("bias").round)  # 3
+            ```
+        """
+        self._check_usable("bind")
+        return BoundStep(self, push, out)
 
     def empty_like(self, key: Any) -> Any:
         """Return new CPU tensors to push from, uninitialised, with the shape and dtype of keys.
@@ -799,6 +835,7 @@ class KVStore(ABC):
         self._after_load()
 
     def _after_load(self) -> None:
+        self.num_retired += 1
         self._parameters.stop_watching()
         keys = self._keys()
         if keys:
@@ -887,6 +924,7 @@ class KVStore(ABC):
         self._check_usable("delete", key)
         names = key if isinstance(key, (list, tuple)) else [key]
         checked = check_keys(names, self._key_type)
+        self.num_retired += 1
         self._delete(checked)
         self._parameters.forget(checked)
 
@@ -989,19 +1027,24 @@ class KVStore(ABC):
     def _empty_like(self, keys: tuple[Key, ...]) -> list[torch.Tensor]:
         return [torch.empty(info.shape, dtype=info.dtype, device="cpu") for info in map(self._info, keys)]
 
-    def _knows_values(self, keys: tuple[Key, ...], values: list[Any]) -> bool:
-        """Whether all values are tensors of the dtypes and shapes of an earlier push of these keys.
+    def _plan_of_push(self, keys: tuple[Key, ...], values: list[Any]) -> Any:
+        """Return the plan of an earlier push of these keys with tensors of these dtypes and shapes, or None.
 
-        If so, `_push` and `_pushpull` get a batch that is `known`.
+        `_push` and `_pushpull` then get a batch that is `known` by it. It has an attribute `dropped`, which
+        becomes true when a key is gone.
         """
-        return False
+        return None
 
-    def _knows_outs(self, keys: tuple[Key, ...], outs: list[Any]) -> bool:
-        """Whether the destinations are the same tensor objects as in an earlier pull of these keys.
+    def _plan_of_pull(self, keys: tuple[Key, ...], outs: list[Any]) -> Any:
+        """Return the plan of an earlier pull of these keys into the same tensor objects, or None.
 
-        If so, `_pull` and `_pushpull` get a batch that is `known`.
+        `_pull` and `_pushpull` then get a batch that is `known` by it.
         """
-        return False
+        return None
+
+    def _generations_of(self, keys: tuple[Key, ...]) -> tuple[int, ...]:
+        """Return a number for each key that no later init of the name has. Raises KeyNotInitialized."""
+        return tuple(self._info(key).generation for key in keys)
 
     # ---- what a kind of store implements ---------------------------------------------------------
 
@@ -1100,13 +1143,13 @@ class KVStore(ABC):
                 f"{call} of key {keys[0]!r}: weight={weight!r} is for a mean, and this store has "
                 f'reduction={self._reduction!r}; create it with reduction="mean", or multiply the values'
             )
-        number = weight if type(weight) in (int, float) else _number(weight)
-        if not (number == 0 or MIN_WEIGHT <= number <= MAX_WEIGHT):
+        found = weight if type(weight) in (int, float) else number(weight)
+        if not (found == 0 or MIN_WEIGHT <= found <= MAX_WEIGHT):
             raise InvalidArgument(
                 f"{call} of key {keys[0]!r}: weight={weight!r} is not a number from {MIN_WEIGHT:g} to "
                 f"{MAX_WEIGHT:g}, nor 0"
             )
-        return float(number)
+        return float(found)
 
     def _names(self, keys: Names) -> tuple[Key, ...] | None:
         if keys is None:
@@ -1151,39 +1194,3 @@ def _folder(call: str, directory: Any) -> str:
             f"{call}: {folder!r} cannot be a folder of saves: it holds a NUL, or no valid Unicode"
         )
     return folder
-
-
-def flag(name: str, value: Any) -> bool:
-    """Return a bool argument, NumPy's included. Raises InvalidArgument if it is neither True nor False."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise InvalidArgument(f"{name}={value!r} is neither True nor False; pass bool({name})")
-    return bool(value)
-
-
-def _number(value: Any) -> float:
-    """Return an argument as a float, NaN if it is not a number."""
-    try:
-        return math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # not a number, several, or 10**400
-        return math.nan
-
-
-def positive(name: str, value: Any) -> float:
-    """Return a positive number. Raises InvalidArgument if the argument is not one."""
-    number = _number(value)
-    if not number > 0:
-        raise InvalidArgument(f"{name}={value!r} is not a positive number")
-    return number
-
-
-def not_negative(name: str, value: Any) -> float:
-    """Return a finite number that is 0 or more. Raises InvalidArgument if the argument is not one."""
-    number = _number(value)
-    if not 0 <= number < math.inf:
-        raise InvalidArgument(f"{name}={value!r} is not a finite number, 0 or more")
-    return number
-
-
-def seconds(name: str, value: Any) -> float:
-    """Return a timeout in seconds, clipped to `MAX_TIMEOUT_S`. Raises InvalidArgument if not positive."""
-    return min(positive(name, value), MAX_TIMEOUT_S)

@@ -121,8 +121,13 @@ def test_a_lost_worker_ends_the_job() -> None:
         first, other = worker(sidecar, 0), worker(sidecar, 1)
         first.close(m.Abandon("for a test"))
         parent.end()
-        with pytest.raises(PeerLostError, match="worker 0"):
-            other.control.request(lambda number: m.AskWaiting(number, 1), "a call", DEADLINE_S)
+        with pytest.raises(PeerLostError, match="worker 0"):  # of the call that is under way then
+            other.control.request(
+                lambda number: m.JoinStore(number, "default", m.StorePolicy("sync"), "sum", "fail"),
+                "opening",
+                DEADLINE_S,
+            )
+            other.control.request(lambda number: m.Barrier(number, 1), "a barrier", DEADLINE_S)
         other.close(m.Abandon("for a test"))
 
 

@@ -146,6 +146,7 @@ class DistStore(KVStore):
 
     def on_gone(self, gone: m.KeysGone) -> None:
         """Drop the cached plans of keys that other workers have deleted."""
+        self.num_retired += 1
         self._forget(self._table.gone(gone.key_ids))
 
     def on_fault(self, fault: m.Fault) -> None:
@@ -341,9 +342,12 @@ class DistStore(KVStore):
 
     # ---- push ------------------------------------------------------------------------------------
 
-    def _knows_values(self, keys: tuple[Key, ...], values: list[Any]) -> bool:
+    def _plan_of_push(self, keys: tuple[Key, ...], values: list[Any]) -> Plan | None:
         plan = self._plans.last_push.get(keys)
-        return plan is not None and plan.fits(values)
+        return plan if plan is not None and plan.fits(values) else None
+
+    def _generations_of(self, keys: tuple[Key, ...]) -> tuple[int, ...]:
+        return tuple(state.key_id for state in self._table.known(keys))
 
     def _push(self, batch: PushBatch, apply: bool, async_op: bool) -> Work | None:
         if not apply:
@@ -356,7 +360,7 @@ class DistStore(KVStore):
         weight = batch.weight
         sent = None if self._pusher.busy(plan) else self._pusher.send(plan, values, apply, None, weight)
         if sent is None:
-            if batch.known:  # part of it may be sent before torch refuses the rest
+            if batch.known is not None:  # part of it may be sent before torch refuses the rest
                 plan, values = self._check_push(batch.checked())
             return self._push_busy(plan, values, apply, weight, async_op, what)
         if not async_op:
@@ -395,9 +399,11 @@ class DistStore(KVStore):
             self._job.poll()
         if self._table.faults:
             self._table.raise_faults(batch.keys)
-        last, singles = self._plans.last_push.get(batch.keys), batch.singles
-        if last and singles and not self._table.uncommitted and (batch.known or last.fits(singles)):
-            return self._arranged(last, singles), singles
+        plan, singles = batch.known, batch.singles
+        if plan is None and singles:
+            plan = self._plan_of_push(batch.keys, singles)
+        if plan is not None and singles and not (plan.dropped or self._table.uncommitted):
+            return self._arranged(plan, singles), singles
         batch = batch.checked()
         states = self._table.known(batch.keys)
         self._table.check_committed(states, "push")
@@ -468,9 +474,9 @@ class DistStore(KVStore):
 
     # ---- pull ------------------------------------------------------------------------------------
 
-    def _knows_outs(self, keys: tuple[Key, ...], outs: list[Any]) -> bool:
+    def _plan_of_pull(self, keys: tuple[Key, ...], outs: list[Any]) -> Plan | None:
         plan = self._plans.last_pull.get(keys)
-        return plan is not None and plan.fits_outs(outs)
+        return plan if plan is not None and plan.fits_outs(outs) else None
 
     def _pull(self, batch: PullBatch, async_op: bool) -> Any:
         call = self._prepare_pull(batch)
@@ -490,7 +496,7 @@ class DistStore(KVStore):
         call = self._prepare_pull(pulled)
         what = f"pushpull of {pushed.keys[0]!r}"
         if self._pusher.busy(plan) or not self._send_pushpull(call, plan, values, pushed, pulled):
-            if pushed.known:  # as in `_push_batch`
+            if pushed.known is not None:  # as in `_push_batch`
                 plan, values = self._check_push(pushed.checked())
 
             late = _all_on_cpu(plan, values)
@@ -539,12 +545,18 @@ class DistStore(KVStore):
         """Check a whole pull, and return the call to send."""
         if self._table.faults:
             self._table.raise_faults(batch.keys)
-        last, singles = self._plans.last_pull.get(batch.keys), batch.singles
-        if last and singles and not self._table.uncommitted and (batch.known or last.fits(singles)):
-            destinations = Destinations(last.states, singles, None, last.sizes_bytes, plain=batch.known)
-            if destinations.plain and not batch.known:
-                last.remember_outs(singles)
-            return self._pull_call(batch, last, destinations, [])
+        known, singles = batch.known is not None, batch.singles
+        plan = batch.known if known else self._plans.last_pull.get(batch.keys)
+        if (
+            plan
+            and singles
+            and not (plan.dropped or self._table.uncommitted)
+            and (known or plan.fits(singles))
+        ):
+            destinations = Destinations(plan.states, singles, None, plan.sizes_bytes, plain=known)
+            if destinations.plain and not known:
+                plan.remember_outs(singles)
+            return self._pull_call(batch, plan, destinations, [])
         batch = batch.checked()
         keys = tuple(dict.fromkeys(batch.keys))
         states = self._table.known(keys)
@@ -977,7 +989,7 @@ def _gathered(batch: PushBatch, push: Callable[[PushBatch], _Pushed]) -> _Pushed
     try:
         return push(batch)
     except (InvalidValue, MemoryLimitReached):
-        if not batch.known:
+        if batch.known is None:
             raise
     return push(batch.checked())
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from tensorkv.arguments import not_negative
 from tensorkv.errors import InvalidArgument
 from tensorkv.plain import MAX_INT
-from tensorkv.store import not_negative
 from tensorkv.wire.messages import Late, StorePolicy
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+from tensorkv.arguments import flag, seconds
 from tensorkv.config import Transport, check_transport, read_timeout_s
 from tensorkv.errors import InvalidArgument, NotSupported, UnknownKind, did_you_mean
-from tensorkv.store import KVStore, Reduction, flag, seconds
+from tensorkv.store import KVStore, Reduction
 from tensorkv.stores.local import LOCAL_KINDS, LocalStore
 from tensorkv.tracers import opaque
 

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from tensorkv.errors import WaitTimeout
+from tensorkv.errors import ShapeMismatch, WaitTimeout
 from tensorkv.keys import ABSENT
 from tensorkv.store import KVStore
 from tensorkv.testing.suite import (
@@ -22,6 +22,7 @@ from tensorkv.testing.suite import (
     in_workers,
     keep_half,
     noise,
+    raises,
     same,
 )
 from tensorkv.work import Work
@@ -523,5 +524,32 @@ def check_large_values_of_workers(maker: StoreMaker, workers: int) -> None:
             else:
                 same(value, expected, key)
         assert kv.info("whole").num_slices == 1
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=(1, *SEVERAL), only="sync")
+def check_a_bound_step_does_what_the_verbs_do(maker: StoreMaker, workers: int) -> None:
+    """Steps and verbs by turns, with tensors that stay, are replaced, and are refused."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init({"w": full(0), "b": full(0, 5)})
+        kv.set_updater("add")
+        pushed, mine = {"w": full(1), "b": full(2, 5)}, {"b": full(0, 5), "w": full(0)}
+        step = kv.bind(push=pushed, out=mine)
+        for number in range(1, 6):
+            step.push()
+            assert step.pull() is mine
+            assert step.pushpull() is mine
+            kv.push(pushed)
+            kv.pull(out=mine)
+            same(mine["w"], 3.0 * number * workers, "w")
+            same(mine["b"], 6.0 * number * workers, "b")
+            if number % 2:
+                pushed["w"], mine["b"] = full(1), full(0, 5)
+        pushed["w"] = full(1, 7)
+        raises(ShapeMismatch, lambda: step.push(), "'w'")
+        raises(ShapeMismatch, lambda: step.pushpull(), "'w'")
+        same(kv.pull("w"), 15.0 * workers, "w after a step that was refused")
 
     in_workers(maker, workers, work)

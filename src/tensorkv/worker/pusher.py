@@ -28,7 +28,7 @@ from tensorkv.worker.link import ServerLink
 from tensorkv.worker.plancache import PlanCache
 from tensorkv.worker.plans import KeyState, Plan, PlanChunk, Span
 from tensorkv.worker.session import Session
-from tensorkv.worker.transfers import COPY_ERRORS, failed_copy, gather, gather_into
+from tensorkv.worker.transfers import COPY_ERRORS, check_gathered, failed_copy, gather, gather_into
 from tensorkv.worker.window import Loan, WindowEnd
 
 MAX_LENT_BYTES = 64 << 20
@@ -81,7 +81,10 @@ class _Payloads:
             for (server, _, chunk), span in zip(plan.frames, spans, strict=True):
                 most = max(MAX_LENT_BYTES, plan.sent_bytes[server]) if bounded else None
                 loan = self._lend(chunk, values, links[server].shared, span, most)
-                self.frames.append((gather(chunk, values) if loan is None else None, loan))
+                parts = gather(chunk, values) if loan is None else None
+                if parts is not None:
+                    check_gathered(sum(map(len, parts)), chunk)
+                self.frames.append((parts, loan))
                 self.num_lending += chunk.lends and loan is None
         except BaseException as exc:
             self.__exit__()

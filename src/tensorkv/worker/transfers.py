@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tensorkv.arrays import bytes_of, new_tensor, unreadable
-from tensorkv.errors import ProtocolError, TensorKVError, from_wire
+from tensorkv.errors import InvalidValue, ProtocolError, TensorKVError, from_wire
 from tensorkv.wire import messages as m
 from tensorkv.worker.devices import Tensors, copy_each, join_into, joined, no_grad, on, streams_of
 from tensorkv.worker.link import Exchange
@@ -47,6 +47,15 @@ def gather(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]
     if small:
         parts.append(bytes_of(joined(small)))
     return parts
+
+
+def check_gathered(size_bytes: int, chunk: PlanChunk) -> None:
+    """Raise InvalidValue if the copied pieces of a chunk have another size than the plan says.
+
+    Nobody looks at the shapes of tensors that a store knows, and these may have changed in place.
+    """
+    if size_bytes != chunk.size_bytes:
+        raise InvalidValue(f"pushed tensors have {size_bytes} bytes now, not {chunk.size_bytes}")
 
 
 COPY_ERRORS = (RuntimeError, TypeError, ValueError, MemoryError)
@@ -95,11 +104,13 @@ def gather_into(target: torch.Tensor, chunk: PlanChunk, values: Sequence[torch.T
     else:
         pieces = [_flat_piece(piece, values) for piece in chunk.pieces]
     if chunk.streams and pieces[0].is_cpu and torch.get_num_threads() == 1:
+        check_gathered(sum(piece.numel() for piece in pieces) * chunk.dtype.itemsize, chunk)
         for piece in pieces:
             stream(target[: piece.numel()], piece)
             target = target[piece.numel() :]
     else:
         join_into(target, pieces)
+        check_gathered(target.numel() * chunk.dtype.itemsize, chunk)
 
 
 @no_grad

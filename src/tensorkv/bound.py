@@ -1,0 +1,268 @@
+"""BoundStep: a training step whose tensors are worked out once. `KVStore.bind` makes it.
+
+A store's verbs find out in each call which keys they were given, and whether their tensors are like those of
+the last call. A step knows its keys, and needs to know only whether it reads the tensors it read last time.
+If so it passes them on with the store's plan, as a batch that is `known`; else it does what the verb does.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, ItemsView, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from tensorkv.arguments import flag
+from tensorkv.errors import DuplicateKey, InvalidArgument, KeyDeleted, LengthMismatch
+from tensorkv.keys import Form, PullBatch, PushBatch, check_keys, named_values, pull_batch, push_batch
+from tensorkv.plain import Key
+from tensorkv.tracers import opaque_methods
+from tensorkv.work import Work
+
+if TYPE_CHECKING:
+    from tensorkv.store import KVStore
+
+
+MAX_MISSES = 3
+"""Number of calls in a row with other tensors than in the last; after that a step no longer compares them."""
+
+
+@final
+class _Named:
+    """The tensors under the names of one argument of `bind`, as they are now."""
+
+    def __init__(self, name: str, given: Any, key_type: type | None) -> None:
+        if isinstance(given, (Iterator, ItemsView)):
+            given = list(given)
+        named = named_values(given)
+        if named is None:
+            raise InvalidArgument(
+                f"bind({name}=...): pass a dict, pairs or a module, not {type(given).__name__}: a step needs "
+                "the key of each tensor"
+            )
+        self.given = given
+        self.keys = check_keys(named[0], key_type)
+        if len(set(self.keys)) < len(self.keys):
+            raise DuplicateKey(f"bind({name}=...): a key appears twice; give it a list of its tensors")
+        self._name = name
+        self._read = _reader(name, given, self.keys, named[1])
+        self._last: list[weakref.ref[Any]] = []  # of the values of the last call: none is kept alive
+        self._views: list[torch.Tensor] | None = None  # what stands for them, if not they themselves
+        self._addresses: list[int] = []  # of the views
+        self._plan: Any = None
+        self._num_misses = 0
+        self.values: list[Any] | None = None  # that a call is passing to the store, and did not know
+
+    def read(self) -> list[Any]:
+        """Return the present values.
+
+        Raises:
+            LengthMismatch: a name is gone, or the dict has others now.
+        """
+        try:
+            return self._read()
+        except KeyError as exc:
+            raise LengthMismatch(
+                f"bind({self._name}=...): {exc.args[0]!r} is gone from what was given; bind again"
+            ) from None
+
+    def plan_of(self, values: list[Any]) -> Any:
+        """Return the plan by which the store knows these values, None if they are not those of last time."""
+        if self._plan is None or self._plan.dropped:
+            return None
+        if not all(map(operator.is_, map(operator.call, self._last), values)):
+            self._num_misses += 1
+            return None
+        if self._views is not None and list(map(torch.Tensor.data_ptr, values)) != self._addresses:
+            return None
+        self._num_misses = 0
+        return self._plan
+
+    def tensors_of(self, values: list[Any]) -> list[torch.Tensor]:
+        """Return what stands for values that `plan_of` has found."""
+        return values if self._views is None else self._views
+
+    def note(self, singles: list[torch.Tensor] | None, plan: Any) -> None:
+        """Note what a call has passed to the store, one tensor per key, and the plan by which it knows them.
+
+        It does not pay if the tensors are new in each call, like gradients after `zero_grad()`.
+        """
+        values, self.values, self._plan = self.values, None, None
+        if values is None or plan is None or singles is None or self._num_misses >= MAX_MISSES:
+            return
+        views = None if all(map(operator.is_, values, singles)) else singles
+        if views is not None and not all(isinstance(each, torch.nn.Parameter) for each in values):
+            return  # an array, say, of which each call makes a tensor
+        self._last, self._plan, self._views = list(map(weakref.ref, values)), plan, views
+        self._addresses = [] if views is None else list(map(torch.Tensor.data_ptr, views))
+
+
+def _reader(name: str, given: Any, keys: tuple[Key, ...], values: list[Any]) -> Callable[[], list[Any]]:
+    """Return a function that reads the present values of `given` under `keys`; `values` are those of now."""
+    if isinstance(given, torch.nn.Module):
+        places = [_place(given, str(key)) for key in keys]
+        if name == "push":
+            return lambda: [_gradient(owner[last]) for owner, last in places]
+        return lambda: [owner[last] for owner, last in places]
+    if isinstance(given, Mapping):
+
+        def read() -> list[Any]:
+            if len(given) != len(keys):
+                raise LengthMismatch(
+                    f"bind({name}=...): the dict had {len(keys)} keys, and has {len(given)} now; bind again"
+                )
+            return [given[key] for key in keys]
+
+        return read
+    return lambda: values
+
+
+def _place(module: torch.nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Return the dict of the submodule that owns a parameter, and the parameter's name there."""
+    owner, _, last = name.rpartition(".")
+    return module.get_submodule(owner)._parameters, last
+
+
+def _gradient(parameter: Any) -> Any:
+    return parameter if is_lazy(parameter) else parameter.grad
+
+
+@final
+@opaque_methods
+class BoundStep:
+    """What a training step pushes and pulls, worked out once: see `KVStore.bind`, which makes it.
+
+    Its calls raise what the store's verbs raise, and KeyDeleted once a key was deleted or a save was loaded.
+    Between two calls, do not change the shape of a tensor that stays the same object (`resize_`).
+    """
+
+    def __init__(self, store: KVStore, push: Any, out: Any) -> None:
+        if push is None and out is None:
+            raise InvalidArgument("bind(): pass what to push, what to pull into (out), or both")
+        self._store = store
+        self._push = None if push is None else _Named("push", push, store._key_type)
+        self._out = None if out is None else _Named("out", out, store._key_type)
+        sides = [side for side in (self._push, self._out) if side is not None]
+        self._keys = tuple(dict.fromkeys(key for side in sides for key in side.keys))
+        self._num_retired = store.num_retired
+        self._generations = store._generations_of(self._keys)
+
+    def push(self, *, apply: bool = True, weight: float | None = None, async_op: bool = False) -> Work | None:
+        """Push the bound tensors: `KVStore.push`.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(2))
+            step = kv.bind(push={"w": torch.ones(2)})
+            step.push()
+            print(kv.pull("w"))  # tensor([1., 1.])
+            ```
+        """
+        store, side = self._store, self._begin("push")
+        apply, async_op = flag("apply", apply), flag("async_op", async_op)
+        batch = self._batch_to_push(side)
+        found = store._push(store._ready_to_push("push", batch, weight), apply, async_op)
+        self._note_push(side, batch)
+        return found
+
+    def pull(self, *, async_op: bool = False) -> Any:
+        """Pull into the bound tensors: `KVStore.pull`. Returns what was bound as `out`, or a Work.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.ones(2))
+            mine = {"w": torch.zeros(2)}
+            step = kv.bind(out=mine)
+            step.pull()
+            print(mine["w"])  # tensor([1., 1.])
+            ```
+        """
+        side = self._begin("pull")
+        batch = self._batch_to_pull(side)
+        found = self._store._pull(batch, flag("async_op", async_op))
+        self._note_pull(side, batch)
+        return found
+
+    def pushpull(self, *, weight: float | None = None, async_op: bool = False) -> Any:
+        """Push the bound tensors, and pull the same keys into the bound `out`: `KVStore.pushpull`.
+
+        Raises:
+            InvalidArgument: `push` and `out` were not bound with the same keys.
+
+        Example:
+            ```python
+            kv = tensorkv.create("local")
+            kv.init("w", torch.zeros(2))
+            kv.set_updater("add")
+            mine = {"w": torch.zeros(2)}
+            step = kv.bind(push={"w": torch.ones(2)}, out=mine)
+            step.pushpull()
+            step.pushpull()
+            print(mine["w"])  # tensor([2., 2.])
+            ```
+        """
+        store, pushed = self._store, self._begin("pushpull")
+        pulled = self._out
+        if pulled is None or (pushed.keys != pulled.keys and set(pushed.keys) != set(pulled.keys)):
+            raise InvalidArgument("pushpull of a step: bind push and out with the same keys")
+        async_op = flag("async_op", async_op)
+        to_push, to_pull = self._batch_to_push(pushed), self._batch_to_pull(pulled)
+        found = store._pushpull(store._ready_to_push("pushpull", to_push, weight), to_pull, async_op)
+        self._note_push(pushed, to_push)
+        self._note_pull(pulled, to_pull)
+        return found
+
+    def __repr__(self) -> str:
+        return f"<a step of {len(self._keys)} keys of {self._store!r}>"
+
+    def _begin(self, call: str) -> _Named:
+        """Return the side that a call needs, after checking that its keys are those of `bind`."""
+        store = self._store
+        store._check_usable(call)
+        if store.num_retired != self._num_retired:
+            num_retired = store.num_retired
+            if store._generations_of(self._keys) != self._generations:
+                raise KeyDeleted(
+                    f"{call} of a step: a key was deleted, or loaded, after bind(); bind the new ones"
+                )
+            self._num_retired = num_retired
+        side = self._out if call == "pull" else self._push
+        if side is None:
+            raise InvalidArgument(
+                f"{call} of a step without {'out' if call == 'pull' else 'push'}: pass it to bind()"
+            )
+        return side
+
+    def _batch_to_push(self, side: _Named) -> PushBatch:
+        values = side.read()
+        plan = side.plan_of(values)
+        if plan is not None:
+            return PushBatch(side.keys, None, None, side.tensors_of(values), plan)
+        side.values = values
+        return push_batch(list(side.keys), values, self._store._key_type, self._store._plan_of_push)
+
+    def _note_push(self, side: _Named, batch: PushBatch) -> None:
+        """Note what was pushed: the next call knows it again."""
+        if side.values is not None:
+            plan = batch.known or self._store._plan_of_push(side.keys, batch.singles or [])
+            side.note(batch.singles, plan)
+
+    def _batch_to_pull(self, side: _Named) -> PullBatch:
+        outs = side.read()
+        plan = side.plan_of(outs)
+        if plan is not None:
+            return PullBatch(side.keys, None, Form.DICT, side.given, side.tensors_of(outs), plan)
+        side.values = outs
+        batch = pull_batch(list(side.keys), outs, self._store._key_type, self._store._plan_of_pull)
+        batch.form, batch.given = Form.DICT, side.given
+        return batch
+
+    def _note_pull(self, side: _Named, batch: PullBatch) -> None:
+        if side.values is not None:
+            plan = batch.known or self._store._plan_of_pull(side.keys, batch.singles or [])
+            side.note(batch.singles, plan)
