@@ -51,6 +51,7 @@ def turns_job(
     fifos: Sequence[Path],
     turn: int,
     second: bool,
+    bound: bool = False,
 ) -> list[Process]:
     """Return a TensorKV job that takes turns with another; see `turnsteps.py`.
 
@@ -62,9 +63,12 @@ def turns_job(
         fifos: the FIFOs of this job's turns, and of the other's.
         turn: number of steps in a turn.
         second: whether the other job begins.
+        bound: whether its steps are those of `KVStore.bind`.
     """
     of_turns = [f"--mine={fifos[0]}", f"--others={fifos[1]}", f"--turn={turn}"]
     script = python_script("turnsteps.py", *of_turns, *(["--second"] if second else []))
+    if bound:
+        script.append("--bound")
     return _tensorkv_job(case, transport, script, lent, source)
 
 

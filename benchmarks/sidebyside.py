@@ -11,6 +11,7 @@ as in `pushpull.py`.
     git worktree add ../before COMMIT
     python benchmarks/sidebyside.py ../before            about 50 minutes with 6 rounds
     python benchmarks/sidebyside.py ../before --case dist-one --system tensorkv --rounds 20
+    python benchmarks/sidebyside.py . --bound --case dist-tiny       what `kv.bind` saves
 
 Behind each ratio stand the lowest and the highest of the rounds. The status is 1 if a row is slower than
 `--allowed`. With few rounds that happens by chance: measure such a row again with more.
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     slower = []
     for case in (case for case in CASES if not arguments.case or case.name in arguments.case):
         measured = quick(case) if arguments.quick else case
-        ratios = compare(measured, arguments.checkout / "src", arguments.rounds, arguments.system)
+        other = arguments.checkout.resolve() / "src"
+        ratios = compare(measured, other, arguments.rounds, arguments.system, arguments.bound)
         console.print(_table(case, ratios))
         slower += [
             f"{case.name} {name}" for name, found in ratios.items() if middle(found) > arguments.allowed
@@ -64,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def compare(case: Case, other: Path, rounds: int, systems: Sequence[str] | None = None) -> dict[str, Ratios]:
+def compare(
+    case: Case, other: Path, rounds: int, systems: Sequence[str] | None = None, bound: bool = False
+) -> dict[str, Ratios]:
     """Return the ratio of the step time here to that in `other`, for each way of each of our systems.
 
     Args:
@@ -72,6 +76,7 @@ def compare(case: Case, other: Path, rounds: int, systems: Sequence[str] | None 
         other: the `src` folder of the other checkout.
         rounds: number of rounds, each with two new jobs.
         systems: some of `TRANSPORTS`; None for all.
+        bound: whether the steps here are those of `KVStore.bind`.
 
     Raises:
         JobFailed: a job failed; nothing of it is left running.
@@ -82,22 +87,33 @@ def compare(case: Case, other: Path, rounds: int, systems: Sequence[str] | None 
     ratios: dict[str, list[float]] = {}
     for system in (system for system in systems or TRANSPORTS if can_do(system, case)):
         for number in range(rounds):
-            for way, ratio in _round(longer, system, other, turn, here_first=number % 2 == 0).items():
+            for way, ratio in _round(longer, system, other, turn, number % 2 == 0, bound).items():
                 ratios.setdefault(f"{system}, {way}", []).append(ratio)
     return ratios
 
 
-def _round(case: Case, system: str, other: Path, turn: int, here_first: bool) -> dict[str, float]:
+def _round(
+    case: Case, system: str, other: Path, turn: int, here_first: bool, bound: bool
+) -> dict[str, float]:
     """Run both jobs and return the ratio of each way. The job started first gets the first turn."""
     transport, lent = TRANSPORTS[system]
     with tempfile.TemporaryDirectory() as folder:
         fifos = [Path(folder, name) for name in ("here", "there")]
         for fifo in fifos:
             os.mkfifo(fifo)
-        places = [(SOURCE, fifos), (other, fifos[::-1])]
+        places = [(SOURCE, fifos, bound), (other, fifos[::-1], False)]
         jobs = [
-            turns_job(case, transport, lent=lent, source=source, fifos=pair, turn=turn, second=number == 1)
-            for number, (source, pair) in enumerate(places if here_first else places[::-1])
+            turns_job(
+                case,
+                transport,
+                lent=lent,
+                source=source,
+                fifos=pair,
+                turn=turn,
+                second=number == 1,
+                bound=is_bound,
+            )
+            for number, (source, pair, is_bound) in enumerate(places if here_first else places[::-1])
         ]
         times = run_jobs(jobs, timeout_s=JOB_TIMEOUT_S)
     here, there = times if here_first else times[::-1]
@@ -128,6 +144,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--system", action="append", choices=TRANSPORTS, help="only this; may be repeated")
     parser.add_argument("--rounds", type=int, default=6, help="rounds per case and system (6)")
     parser.add_argument("--allowed", type=float, default=1.03, help="the largest ratio that is good (1.03)")
+    parser.add_argument("--bound", action="store_true", help="take the steps here through kv.bind")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1:

@@ -62,6 +62,7 @@ def main() -> None:
     parser = plan_parser(__doc__)
     parser.add_argument("--kind", required=True)
     parser.add_argument("--lent", action="store_true", help="push from tensors of empty_like")
+    parser.add_argument("--bound", action="store_true", help="take the steps through kv.bind")
     parser.add_argument("--mine", required=True, help="the FIFO of this job's turns")
     parser.add_argument("--others", required=True, help="the FIFO of the other job's")
     parser.add_argument("--turn", type=int, required=True, help="steps in a turn")
@@ -70,6 +71,8 @@ def main() -> None:
     plan = parse_plan(arguments)
     with create(arguments.kind) as kv:
         system = TensorKVSystem(kv, plan, arguments.lent)
+        if arguments.bound:
+            system.bind()
         num_tensors = 1 if plan.pushes else kv.num_workers * plan.num_devices
         of_one = None if plan.updater == "assign" else TorchExpected(plan, num_tensors)
         expected = expectation(plan, kv.num_workers, of_one)

@@ -135,9 +135,10 @@ def test_gloo_is_measured(tmp_path: Path) -> None:
     assert {way: len(found) for way, found in times_s.items()} == {"flat": 3, "per tensor": 3}
 
 
-def test_a_checkout_is_measured_beside_another(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("more", [[], ["--bound"]])
+def test_a_checkout_is_measured_beside_another(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     here = harness.SOURCE.parent
-    wanted = ["--quick", "--rounds=1", "--case=local-assign"]
+    wanted = ["--quick", "--rounds=1", "--case=local-assign", *more]
     with pytest.raises(SystemExit, match="1"):  # nothing is as fast as is allowed
         sidebyside.main([str(here), *wanted, "--allowed=0"])
     printed = capsys.readouterr().out

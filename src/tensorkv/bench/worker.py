@@ -70,6 +70,17 @@ class TensorKVSystem:
             else {"push+pull": self._push_pull, "pushpull": self._pushpull}
         )
 
+    def bind(self) -> None:
+        """Take the same steps through `KVStore.bind` from now on. Not for a plan with pushes."""
+        pushed, pulled = (dict(zip(self._keys, each, strict=True)) for each in (self._pushed, self._pulled))
+        step = self._kv.bind(push=pushed, out=pulled)
+
+        def push_pull() -> None:
+            step.push()
+            step.pull()
+
+        self.ways = {"push+pull": push_pull, "pushpull": step.pushpull}
+
     def _push_pull(self) -> None:
         self._kv.push(self._keys, self._pushed)
         self.pull()
