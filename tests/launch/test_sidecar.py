@@ -121,13 +121,18 @@ def test_a_lost_worker_ends_the_job() -> None:
         first, other = worker(sidecar, 0), worker(sidecar, 1)
         first.close(m.Abandon("for a test"))
         parent.end()
+
+        def wait_for_the_first() -> None:
+            opened = m.JoinStore(0, "default", m.StorePolicy("sync"), "sum", "fail")
+            for message in (opened, m.Barrier(0, 1)):
+                other.control.request(
+                    lambda number, message=message: msgspec.structs.replace(message, request=number),
+                    "a call",
+                    DEADLINE_S,
+                )
+
         with pytest.raises(PeerLostError, match="worker 0"):  # of the call that is under way then
-            other.control.request(
-                lambda number: m.JoinStore(number, "default", m.StorePolicy("sync"), "sum", "fail"),
-                "opening",
-                DEADLINE_S,
-            )
-            other.control.request(lambda number: m.Barrier(number, 1), "a barrier", DEADLINE_S)
+            wait_for_the_first()
         other.close(m.Abandon("for a test"))
 
 
