@@ -694,7 +694,11 @@ class KVStore(ABC):
 
         Raises:
             InvalidOption: no optimizer is set for a key, or it refuses an option.
-            SettingMismatch, WaitTimeout, PeerLostError.
+            SettingMismatch: an earlier change of this rank differs from rank 0's; this one is not made.
+            PeerLostError.
+
+        Waits for nobody. It holds from this rank's next push of each key on if this is the lowest rank; the
+        same change by other ranks is compared with it, and a later call raises if it differs.
 
         Example:
             ```python

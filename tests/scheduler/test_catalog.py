@@ -374,11 +374,16 @@ def test_what_the_servers_refuse_is_refused_to_all() -> None:
     assert reply.number == 1
 
 
+def some(*keys: str, **options: float) -> m.SettingRecord:
+    spec = UpdaterSpec(type="optimizer", name="SGD", options=options)
+    return m.SettingRecord(keys or ("w",), updater=spec)
+
+
 def test_options_are_described_in_a_mismatch() -> None:
     desk = Desk()
     ((_, reply),) = desk.set(0, named(options={"lr": 0.5}))
-    text = str(error_of(desk.set(1, m.SettingRecord(("w",), options={"lr": 0.25}))))
-    assert "options {'lr': 0.25} for keys ['w']" in text
+    text = str(error_of(desk.set(1, some(lr=0.25))))
+    assert "with {'lr': 0.25} for keys ['w']" in text
     assert "with {'lr': 0.5} for all keys" in text
     assert reply.lead
 
@@ -409,11 +414,11 @@ def test_an_updater_for_whole_values_is_refused_to_every_rank_where_a_key_is_sli
 
 
 @pytest.mark.parametrize("all_make_it", [True, False], ids=["all ranks", "rank 0 alone"])
-def test_an_option_in_every_step_takes_no_memory(monkeypatch: pytest.MonkeyPatch, all_make_it: bool) -> None:
+def test_a_setting_in_every_step_takes_no_memory(monkeypatch: pytest.MonkeyPatch, all_make_it: bool) -> None:
     monkeypatch.setattr(settings_module, "MAX_REMEMBERED_SETTINGS", 10)
     desk = Desk(3)
     for step in range(100):
-        record = m.SettingRecord(None, options={"lr": float(step)})
+        record = some(lr=float(step))
         ((_, reply),) = desk.set(0, record)
         assert (reply.number, reply.lead) == (step, True)
         desk.conclude_set(0, step)
@@ -425,7 +430,7 @@ def test_an_option_in_every_step_takes_no_memory(monkeypatch: pytest.MonkeyPatch
         for step in range(100):
             if step == 90:
                 assert isinstance(error_of(desk.set(2, named())), SettingMismatch)
-            ((_, reply),) = desk.set(2, m.SettingRecord(None, options={"lr": float(step)}))
+            ((_, reply),) = desk.set(2, some(lr=float(step)))
             assert (reply.number, reply.lead) == (step, False)
         assert desk.set(2, named()) == []
     ((_, reply),) = desk.set(0, named())
@@ -596,7 +601,7 @@ def test_a_report_tells_which_calls_wait_and_for_whom() -> None:
     assert desk.directory.report() == []
     desk.ask("barrier", 0, m.Barrier)
     desk.init(2, m.KeySpec("w", (2,), "float32", 4, False))
-    desk.ask("propose_setting", 1, m.ProposeSetting, m.SettingRecord(keys=None, options={}))
+    desk.ask("propose_setting", 1, m.ProposeSetting, some(lr=1.0))
     assert desk.directory.report() == [
         "worker 0, in a barrier, waits for worker 1, 2",
         "worker 2, in init of 'w', waits for worker 0",
@@ -709,7 +714,7 @@ def test_settings_are_counted_anew_after_a_load() -> None:
     desk.conclude_set(0, 0)  # rank 1 makes none
     lead_load(desk, ADD)
     desk.ask("conclude_together", 0, m.ConcludeTogether, None, ADD)
-    other = m.SettingRecord(None, options={"lr": 1.0})
+    other = some(lr=1.0)
     ((_, reply),) = desk.set(0, other)
     assert reply.lead
     desk.conclude_set(0, reply.number)

@@ -8,6 +8,7 @@ import pytest
 
 from tensorkv.errors import ProtocolError, StoreMismatch, from_wire
 from tensorkv.scheduler.membership import Membership
+from tensorkv.updaters.spec import UpdaterSpec
 from tensorkv.wire import messages as m
 
 
@@ -114,7 +115,7 @@ def test_keys_settings_and_barriers_go_to_the_store() -> None:
     assert tell(made, 1, m.ProposeInit(1, store, [spec])) == []
     out = tell(made, 0, m.ConcludeInit(2, store, [reply.entries[0].key_id], None))
     assert [(rank, type(message)) for _, rank, message in out] == [(0, m.Done), (1, m.InitReply)]
-    record = m.SettingRecord(None, options={"lr": 1})
+    record = m.SettingRecord(None, UpdaterSpec(type="named", name="add"))
     ((_, _, reply),) = tell(made, 0, m.ProposeSetting(3, store, record))
     tell(made, 0, m.ConcludeSetting(4, store, reply.number, None))
     ((_, _, entries),) = tell(made, 1, m.Lookup(5, store, None))
@@ -413,7 +414,7 @@ def test_calls_that_wait_end_when_another_thread_closes_the_store() -> None:
     store = join(made, 0).store
     for waiting in (
         m.ProposeInit(2, store, [m.KeySpec("w", (2,), "float32", 4, False)]),
-        m.ProposeSetting(3, store, m.SettingRecord(None, options={"lr": 1})),
+        m.ProposeSetting(3, store, m.SettingRecord(None, UpdaterSpec(type="named", name="add"))),
         m.Barrier(4, store),
         m.Together(5, store, "save('x')", only_meet=True),
     ):

@@ -11,7 +11,8 @@ from tensorkv.wire.messages import SettingRecord
 
 
 def option(lr: float) -> SettingRecord:
-    return SettingRecord(None, options={"lr": lr})
+    spec = UpdaterSpec(type="optimizer", name="SGD", options={"lr": lr}, elementwise=True)
+    return SettingRecord(None, updater=spec)
 
 
 def function(elementwise: bool, *keys: str) -> SettingRecord:
@@ -29,7 +30,6 @@ def test_a_forgotten_updater_still_tells_which_keys_stay_whole() -> None:
     log = SettingLog()
     assert log.is_elementwise("a")
     make(log, function(False, "a"))
-    make(log, option(0.5))
     assert (log.is_elementwise("a"), log.is_elementwise("b")) == (False, True)
     make(log, function(False))
     make(log, function(True, "b"))
@@ -61,7 +61,7 @@ def test_all_settings_under_way_of_who_leaves_are_withdrawn() -> None:
 def test_after_a_load_everybody_counts_on_from_there() -> None:
     log = SettingLog()
     log.conclude(0, log.begin(0, option(1.0)), None, {0, 1})
-    with pytest.raises(SettingMismatch, match="number 1 of rank 1 is options {'lr': 2.0} for all keys"):
+    with pytest.raises(SettingMismatch, match="number 1 of rank 1 is updater 'SGD' with {'lr': 2.0} for"):
         log.match(1, option(2.0))
     late = log.begin(0, option(3.0))
     log.replace([function(False), function(True, "w")], 2)

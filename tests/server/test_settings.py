@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tensorkv.errors import InvalidOption, ProtocolError
+from tensorkv.errors import ProtocolError, UnknownUpdater
 from tensorkv.server.settings import SettingSchedule
 from tensorkv.updaters.settings import build
 from tensorkv.updaters.spec import UpdaterSpec
@@ -82,8 +82,8 @@ def test_only_what_was_prepared_can_be_activated() -> None:
     with pytest.raises(ProtocolError, match="setting 0"):
         settings.activate(0, {}, {})
     settings.prepare(0, named("add"))
-    with pytest.raises(InvalidOption):
-        settings.prepare(1, SettingRecord(None, options={"lr": 1.0}))
+    with pytest.raises(UnknownUpdater):
+        settings.prepare(1, named("no such"))
     settings.prepare(1, named("add"))  # another rank's, after the first has left
     with pytest.raises(ProtocolError, match="setting 0"):
         settings.activate(0, {}, {})

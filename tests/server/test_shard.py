@@ -10,10 +10,10 @@ import torch
 
 from tensorkv.errors import (
     CommitMismatch,
-    InvalidOption,
     KeyDeleted,
     MemoryLimitReached,
     ProtocolError,
+    UnknownUpdater,
     UpdaterError,
 )
 from tensorkv.server import updates as updates_module
@@ -436,9 +436,9 @@ def test_an_updater_that_raises_blames_each_contributor_once_per_slice(t: Any) -
 def test_a_setting_that_cannot_be_loaded_is_refused_and_changes_nothing(t: Any) -> None:
     bench = t.Bench(1)
     (w,) = bench.init("w", torch.zeros(2))
-    record = m.SettingRecord(None, options={"lr": 0.1})
+    record = m.SettingRecord(None, UpdaterSpec(type="named", name="no such"))
     (out,) = bench.send(0, m.PrepareSetting(4, 1, 0, record))
-    assert isinstance(t.error_of(out.message), InvalidOption)
+    assert isinstance(t.error_of(out.message), UnknownUpdater)
     with pytest.raises(ProtocolError, match="not prepared"):
         bench.send(0, m.ActivateSetting(1, 0))
     assert bench.info(0, [w]).updater == "assign"

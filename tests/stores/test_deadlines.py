@@ -193,13 +193,6 @@ def test_a_call_that_waits_for_a_worker(pair: Pair, jumps: Callable[[], None], r
     assert str(caught.value).startswith(text)
 
 
-def test_options_wait_for_the_leader_too(pair: Pair, jumps: Callable[[], None]) -> None:
-    pair.run(lambda kv: kv.set_optimizer("sgd", lr=0.1))
-    jumps()
-    with pytest.raises(WaitTimeout, match="a setting did .* within 4321 s: waiting for worker 0, setting"):
-        pair.stores[1].set_optimizer_options(lr=0.01)
-
-
 @pytest.mark.parametrize("call", OF_ONE)
 def test_a_call_that_waits_for_a_server(
     pair: Pair, jumps: Callable[[], None], monkeypatch: pytest.MonkeyPatch, call: str

@@ -29,6 +29,7 @@ from tensorkv.errors import (
     NotInJob,
     PeerLostError,
     ProtocolVersionError,
+    SettingMismatch,
     StoreClosed,
     StoreMismatch,
     TensorKVError,
@@ -1099,6 +1100,93 @@ def test_a_close_that_gives_up_tells_for_whom() -> None:
             go_on.set()
 
     run_job(work, num_workers=2, num_servers=1, timeout_s=DEADLINE_S)
+
+
+@pytest.mark.parametrize("kind", ["dist_sync", "dist_async"])
+def test_options_that_differ_are_an_error_of_a_later_call(kind: str) -> None:
+    """Each server compares, and reports; the worker raises it once. Nothing waits for rank 0."""
+    met = threading.Barrier(2)
+
+    def work(kv: KVStore) -> tuple[list[str], float]:
+        kv.init("w", ones(0, 100_000))  # on both servers
+        kv.set_optimizer("sgd", lr=1.0)
+        kv.barrier()
+        for lr in (1.0, 0.5):
+            met.wait(DEADLINE_S)
+            kv.set_optimizer_options(lr=lr / 2 if kv.rank == 1 and lr < 1.0 else lr)
+        met.wait(DEADLINE_S)
+        errors: list[str] = []
+        try:
+            kv.push("w", ones(1, 100_000))
+        except SettingMismatch as exc:  # it may have been told already
+            errors.append(str(exc))
+            kv.push("w", ones(1, 100_000))
+        for _ in range(2):
+            try:
+                kv.barrier()
+            except SettingMismatch as exc:  # after all have met
+                errors.append(str(exc))
+        return errors, kv.pull("w")[-1].item()
+
+    found = run_job(
+        work, num_workers=2, num_servers=2, kind=kind, timeout_s=DEADLINE_S, slice_bound_bytes=1000
+    )
+    (mine, first), (theirs, second) = found
+    assert mine == []
+    assert theirs == [
+        "change of options number 2 of rank 1 is options {'lr': 0.25} for all keys, but that of rank 0 is "
+        "options {'lr': 0.5} for all keys; all ranks that change options must agree"
+    ]
+    assert first == second == -1.0
+
+
+def test_changes_of_options_are_counted_anew_after_a_load(tmp_path: Path) -> None:
+    def work(kv: KVStore) -> float:
+        kv.init("w", ones(0))
+        kv.set_optimizer("sgd", lr=1.0)
+        if kv.rank == 1:  # ahead of rank 0, which makes none
+            kv.set_optimizer_options(lr=7.0)
+        kv.save(tmp_path / "saved")
+        kv.load(tmp_path / "saved")
+        for number in range(3):
+            kv.set_optimizer_options(lr=0.5**number)
+            kv.pushpull("w", ones(1))
+        if kv.rank == 1:
+            kv.set_optimizer_options(lr=0.0)
+        kv.barrier()
+        if kv.rank == 0:
+            kv.set_optimizer_options(lr=9.0)
+        kv.push("w", ones(1))
+        if kv.rank == 1:
+            with pytest.raises(SettingMismatch, match="number 4 of rank 1"):
+                kv.pull("w")
+        return kv.pull("w")[0].item()
+
+    found = run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S)
+    assert found == [-2 * (1 + 0.5 + 0.25) - 18.0] * 2
+
+
+def test_a_rank_that_becomes_the_lowest_goes_on_where_it_is() -> None:
+    """Its changes that rank 0 has not made hold once rank 0 has left."""
+    left = threading.Event()
+
+    def work(kv: KVStore) -> float | None:
+        kv.init("w", ones(0))
+        kv.set_optimizer("sgd", lr=1.0)
+        kv.set_optimizer_options(lr=0.5)
+        kv.pushpull("w", ones(1))
+        if kv.rank == 0:
+            kv.close()
+            left.set()
+            return None
+        kv.set_optimizer_options(lr=0.25)
+        assert left.wait(DEADLINE_S)
+        kv.pushpull("w", ones(1))
+        kv.set_optimizer_options(lr=0.125)
+        return kv.pushpull("w", ones(1))[0].item()
+
+    found = run_job(work, num_workers=2, num_servers=1, timeout_s=DEADLINE_S)
+    assert found == [None, -1.0 - 0.25 - 0.125]
 
 
 def test_threads_that_make_settings_do_so_one_after_the_other() -> None:

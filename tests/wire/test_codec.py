@@ -58,7 +58,6 @@ SETTING = m.PrepareSetting(
         ("w", 3),
         UpdaterSpec(type="optimizer", name="torch.optim:SGD", options={"lr": 0.5}),
         CodeRef(module="torch.optim", name="SGD"),
-        {"lr": 0.1},
     ),
 )
 

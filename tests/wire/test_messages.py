@@ -32,7 +32,7 @@ TAGS = {
     10: "Done", 11: "Failed", 12: "AskWaiting", 13: "Waiting",
     20: "OpenStore", 21: "InitSlices", 22: "DefinePlan", 23: "DropPlan", 24: "Push", 25: "Pull",
     26: "WaitMerged", 27: "Commit", 28: "PrepareSetting", 29: "ActivateSetting", 30: "DeleteSlices",
-    31: "Flush", 32: "AskInfo", 33: "Leave", 34: "Put",
+    31: "Flush", 32: "AskInfo", 33: "Leave", 34: "Put", 35: "ChangeOptions",
     40: "Data", 41: "Merged", 42: "Committed", 43: "Info", 44: "Fault",
     45: "ShareSegment", 46: "DropSegment",
     50: "Register", 51: "Welcome", 52: "JoinStore", 53: "Joined", 54: "ProposeInit", 55: "InitReply",
@@ -61,9 +61,8 @@ def _special() -> dict[type, st.SearchStrategy[Any]]:
     record = st.builds(
         m.SettingRecord,
         keys=st.none() | st.lists(KEY, max_size=3).map(tuple),
-        updater=st.none() | spec,
+        updater=spec,
         code=st.none() | code,
-        options=st.none() | OPTIONS,
     )
     entry = st.builds(
         SettingEntry,
@@ -75,7 +74,13 @@ def _special() -> dict[type, st.SearchStrategy[Any]]:
     settings = st.builds(
         SavedSettings, updaters=st.lists(spec, max_size=3), entries=st.lists(entry, max_size=3)
     )
-    return {m.SettingRecord: record, CodeRef: code, SavedSettings: settings}
+    change = st.builds(
+        m.ChangeOptions,
+        store=INT,
+        keys=st.none() | st.lists(KEY, max_size=3).map(tuple),
+        options=OPTIONS,
+    )
+    return {m.SettingRecord: record, CodeRef: code, SavedSettings: settings, m.ChangeOptions: change}
 
 
 def value_for(annotation: Any) -> st.SearchStrategy[Any]:

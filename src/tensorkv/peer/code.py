@@ -50,7 +50,6 @@ def updater_loader(allowed_modules: Collection[str], table: CodeTable | None = N
     """
 
     def load_updater(record: SettingRecord) -> Updater:
-        assert record.updater is not None
         if record.updater.type == "named":
             return build(record.updater)
         if record.code is None:

@@ -99,7 +99,8 @@ WHAT IS HARD
 REJECTED
 - Heartbeats: a process that is only busy could miss them. The kernel watches these connections
   (`notice_silence`), and only these.
-- Keeping all settings and all names: a job that sets a learning rate in every step took ever more memory.
+- Keeping all settings and all names: a job that makes settings again and again took ever more memory.
+- Changes of options as settings: the four round trips of one took as long as a step over 50 keys.
 - Letting a rank wait for a setting that the setting rank would be refused too (an updater for whole values
   where a key is sliced): it is never made, so each rank is refused at once.
 - One gathering for a save: a worker that holds its pushes back before the others have come may be the one

@@ -111,7 +111,7 @@ class SettingLog:
         """Whether the updater of a key is elementwise, so that the key may be sliced. ASSIGN is."""
         for attempt in reversed(self._kept):
             updater, keys = attempt.record.updater, attempt.names
-            if updater is not None and attempt.error is None and (keys is None or key in keys):
+            if attempt.error is None and (keys is None or key in keys):
                 return updater.elementwise
         return self._elementwise.get(key, self._elementwise[None])
 
@@ -127,8 +127,6 @@ class SettingLog:
                 self._remember_elementwise(attempt.record)
 
     def _remember_elementwise(self, record: SettingRecord) -> None:
-        if record.updater is None:
-            return
         if record.keys is None:
             self._elementwise = {None: record.updater.elementwise}
         else:
@@ -137,7 +135,5 @@ class SettingLog:
 
 def _describe(record: SettingRecord) -> str:
     keys = "all keys" if record.keys is None else f"keys {list(record.keys)}"
-    if record.updater is not None:
-        options = f" with {record.updater.options}" if record.updater.options else ""
-        return f"updater {record.updater.name!r}{options} for {keys}"
-    return f"options {record.options} for {keys}"
+    options = f" with {record.updater.options}" if record.updater.options else ""
+    return f"updater {record.updater.name!r}{options} for {keys}"

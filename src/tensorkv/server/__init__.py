@@ -76,6 +76,8 @@ WHAT IS HARD
   connection, so the number is the same for every order of arrival. In async, and with a quorum, it holds at
   once. A setting for a
   later round, made by a rank that was ahead and has left, is overtaken by one that was made after it.
+- *Options.* A change of options comes with the pushes, prepared by nobody: its worker has tried it on an
+  optimizer. Each server compares the changes of all workers (`options`), and reports one that differs.
 - *Time.* Only a policy with deadlines knows time. It reaches the state machine as `tick(now)` alone, after
   each turn of the loop, which sleeps no longer than until the next deadline. A cohort's deadline is set at
   the first tick after its quorum; a heap of them keeps a tick cheap, and an entry whose cohort has another
@@ -117,5 +119,6 @@ Shells: `loop` (threads, connections), `shm` (memory shared with local workers),
 Pure: `state` (stores, dispatch, payload lengths), `shard` (one store), `cohorts` (rounds, and who waits for
 them), `policy` (when a round merges), `planbook` (lists of slices), `layouts` (slices, chunks,
 contributions), `updates` (sums and updaters), `sums`, `slots` (memory of values, leases), `memory` (buffers),
-`settings` (from which round), `commits` (gathering, norms), `checkpoint` (contents of saves).
+`settings` (from which round), `options` (changes of options, compared), `commits` (gathering, norms),
+`checkpoint` (contents of saves).
 """

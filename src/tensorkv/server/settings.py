@@ -51,10 +51,7 @@ class SettingSchedule:
         Raises what the loader raises, or InvalidOption; nothing has changed then.
         """
         table = self._latest.copy()
-        if record.updater is not None:
-            table.set_updater(self._load(record), record.keys)
-        if record.options is not None:
-            table.set_options(record.options, record.keys)
+        table.set_updater(self._load(record), record.keys)
         self._prepared = {number: (table, record.keys)}
 
     def keys_of(self, number: int) -> tuple[Key, ...] | None:
@@ -78,13 +75,25 @@ class SettingSchedule:
         """
         if number not in self._prepared:
             raise ProtocolError(f"setting {number} was activated but not prepared")
-        before, (self._latest, _) = self._latest, self._prepared.pop(number)
+        self.replace(self._prepared.pop(number)[0], from_round, keys)
+
+    def replace(self, table: SettingsTable, from_round: dict[int, int], keys: dict[int, Key]) -> None:
+        """Make these settings the newest; the slices for which they change get theirs from these rounds on.
+
+        Args:
+            table: the settings.
+            from_round: first round of each slice that may be concerned, by slice id; none for those that
+                have their setting already.
+            keys: key of each slice, by slice id.
+        """
+        before, self._latest = self._latest, table
         changed = {
             slice_id: first
             for slice_id, first in from_round.items()
             if self._latest.setting(keys[slice_id]) is not before.setting(keys[slice_id])
         }
-        self._pending.append(_Pending(self._latest, changed))
+        if changed:
+            self._pending.append(_Pending(self._latest, changed))
 
     def table(self) -> SettingsTable:
         """Return the newest settings."""

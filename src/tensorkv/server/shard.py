@@ -25,9 +25,11 @@ import torch
 from tensorkv.checkpoint.slices import state_bytes
 from tensorkv.errors import (
     CommitMismatch,
+    InvalidOption,
     KeyDeleted,
     MemoryLimitReached,
     ProtocolError,
+    SettingMismatch,
     TensorKVError,
     UpdaterError,
     to_wire,
@@ -39,6 +41,7 @@ from tensorkv.server.cohorts import Cohort, MergeWait, Wait, cohorts_of, join_fo
 from tensorkv.server.commits import CommitGather, all_finite, norms_of, scale, unscalable
 from tensorkv.server.layouts import Chunk, Contribution, Layout, Slice
 from tensorkv.server.memory import BufferPool, Memory, NoMemory, no_memory, short_of
+from tensorkv.server.options import Change, OptionLog
 from tensorkv.server.planbook import PlanBook
 from tensorkv.server.policy import Policy, make_policy
 from tensorkv.server.settings import SettingSchedule
@@ -106,6 +109,7 @@ class StoreShard:
         self._newborn = Cohort()  # of slices that were never pushed
         self._cohorts_epoch = 0  # changes when the slices of a cohort do
         self._settings_epoch = 0
+        self._option_log = OptionLog(self._members)
         self._untimed: dict[Cohort, None] = {}  # pushed since the last tick, if the policy has deadlines
         self._deadlines: list[tuple[float, int, Cohort]] = []  # a heap; its ties are numbered
         self._ties = itertools.count()
@@ -691,14 +695,57 @@ class StoreShard:
         The policy says which.
         """
         found = self._slices_of_keys(self.schedule.keys_of(message.number))
+        first = self._next_rounds(worker, found)
+        self.schedule.activate(message.number, first, {each.slice_id: each.key for each in found})
+        self._take_due_settings(each for each in found if first[each.slice_id] == each.applied + 1)
+
+    def change_options(self, worker: int, message: m.ChangeOptions) -> None:
+        """Change options from the setting rank's next push of each key on, or at once; compare other ranks'.
+
+        A change that differs, or that an optimizer refuses, is told to its worker and changes nothing.
+        """
+        change = Change(worker, message.keys, message.options)
+        holds = self._option_log.is_next(worker)
+        if not holds:
+            change.from_round = self._next_rounds(worker, self._slices_of_keys(message.keys))
+        self._option_log.add(change)
+        if holds:
+            self._change_options(change)
+        if self._option_log.differing:
+            self._tell_differing()
+
+    def _next_rounds(self, worker: int, slices: Iterable[Slice]) -> dict[int, int]:
+        """Return the first round of each slice for which a setting of this worker holds, by slice id."""
         rounds_of = self._policy.last_round if self._policy.settings_wait else _applied
-        last = {each: rounds_of(each.cohort, worker) for each in found}
-        self.schedule.activate(
-            message.number,
-            {each.slice_id: rounds + each.round_offset + 1 for each, rounds in last.items()},
-            {each.slice_id: each.key for each in found},
-        )
-        self._take_due_settings(each for each, rounds in last.items() if rounds == each.cohort.applied)
+        return {each.slice_id: rounds_of(each.cohort, worker) + each.round_offset + 1 for each in slices}
+
+    def _change_options(self, change: Change) -> None:
+        found = self._slices_of_keys(change.keys)
+        table = self.schedule.table().copy()
+        try:
+            table.set_options(change.options, change.keys, checked=True)
+        except InvalidOption as error:
+            self._option_log.differing.append((change, str(error)))
+            self._tell_differing()
+            return
+        rounds_of = self._policy.last_round if self._policy.settings_wait else _applied
+        at_once = not self.schedule.has_pending and not change.from_round
+        if at_once and all(rounds_of(each, change.rank) == each.applied for each in cohorts_of(found)):
+            self.schedule.replace(table, {}, {})  # the usual case: nothing of the setting rank is open
+            for each in found:
+                each.setting = table.setting(each.key)
+            self._settings_epoch += 1
+            return
+        first = change.from_round or self._next_rounds(change.rank, found)
+        first = {each.slice_id: first.get(each.slice_id, each.applied + 1) for each in found}
+        self.schedule.replace(table, first, {each.slice_id: each.key for each in found})
+        self._take_due_settings(each for each in found if first[each.slice_id] <= each.applied + 1)
+
+    def _tell_differing(self) -> None:
+        differing, self._option_log.differing = self._option_log.differing, []
+        for change, text in differing:
+            error = to_wire(SettingMismatch(text))
+            self._reply(change.rank, m.Fault(self.opened.store, [], change.number, *error))
 
     def _slices_of_keys(self, keys: Sequence[Key] | None) -> list[Slice]:
         """Return the slices of these keys, of all keys if `keys` is None."""
@@ -715,6 +762,7 @@ class StoreShard:
                 each.setting.updater.forget(each.slice_id)
             each.setting = setting
         self._settings_epoch += 1
+        self._option_log.clear()
 
     def _take_due_settings(self, slices: Iterable[Slice]) -> None:
         if not self.schedule.has_pending:
@@ -875,6 +923,9 @@ class StoreShard:
         plans = self.plans.drop_worker(worker)
         self._drop_uncommitted(worker)
         self._members.discard(worker)
+        for change in self._option_log.leave(worker):
+            self._change_options(change)
+        self._tell_differing()
         cohorts = cohorts_of(self._slices.values())
         complete = [cohort for cohort in cohorts if not cohort.held and self._policy.merges(cohort)]
         if complete:

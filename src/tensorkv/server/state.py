@@ -171,6 +171,8 @@ class ServerState:
                 shard.wait_merged(worker, message)
             case m.Commit():
                 shard.commit(worker, message)
+            case m.ChangeOptions():
+                shard.change_options(worker, message)
             case m.InitSlices():
                 shard.init_slices(worker, message, payload)
             case m.PrepareSetting():

@@ -60,6 +60,9 @@ from tensorkv.worker.pusher import Pusher
 from tensorkv.worker.session import Session, join
 from tensorkv.worker.transfers import Destinations, gathered
 
+MAX_UNSENT_CHANGES = 64
+"""Maximum number of changes of options that wait for a push to take them along."""
+
 if TYPE_CHECKING:  # only an embedded job imports the scheduler and servers
     from tensorkv.launch.cluster import LocalCluster
 
@@ -113,6 +116,8 @@ class DistStore(KVStore):
         self._at_barrier = threading.RLock()
         self._committing = threading.RLock()
         self._settings = SettingsTable()
+        self._num_unsent_changes = 0  # of options
+        self._changes_in_flight = False  # whether a server may not have handled one
         at_loss = on_worker_loss or ("fail" if policy.rounds_wait else "continue")
         joined = job.control.request(
             lambda n: m.JoinStore(n, store, policy, reduction, at_loss),
@@ -670,16 +675,37 @@ class DistStore(KVStore):
             self._make_setting(m.SettingRecord(keys=group.keys, updater=updater.spec, code=code), updater)
 
     def _set_optimizer_options(self, keys: tuple[Key, ...] | None, options: dict[str, Any]) -> None:
-        self._make_setting(m.SettingRecord(keys=keys, options=options), None)
+        """Change options: they travel with the next message to each server, which compares the workers'."""
+        if self._table.faults:
+            self._table.raise_faults(())
+        with self._one_setting():
+            table = self._settings.copy()
+            table.set_options(options, keys)
+            if options.get("fused"):
+                self._check_fused(table, keys)
+            message = m.ChangeOptions(self._store, keys, options)
+            with self._hold.turn("a setting"):
+                self._job.check_open(self._store)
+                for link in self._job.links:
+                    link.put(message)
+                self._num_unsent_changes += 1
+                self._changes_in_flight = True
+            if not self._policy.settings_wait or self._num_unsent_changes >= MAX_UNSENT_CHANGES:
+                self._send_changes()
+            self._settings = table
 
-    def _make_setting(self, record: m.SettingRecord, built: Updater | None) -> None:
+    def _send_changes(self) -> None:
+        """Send changes of options that no push has taken along yet."""
+        if self._num_unsent_changes:
+            self._num_unsent_changes = 0
+            for link in self._job.links:
+                link.pump()
+
+    def _make_setting(self, record: m.SettingRecord, built: Updater) -> None:
         """Make a setting if this is the setting rank; otherwise check that it agrees with that rank's."""
         with self._one_setting():
             table = self._settings.copy()
-            if built is not None:
-                table.set_updater(built, record.keys)
-            if record.options is not None:
-                self._check_options(table, record)
+            table.set_updater(built, record.keys)
             led = _Led()
             what = "a setting"
             with self._job.whole:
@@ -702,14 +728,11 @@ class DistStore(KVStore):
         wait = self._job.wait(what, timeout_s, store=self._store, whom=lambda: whom)
         return taken(lock, wait)
 
-    def _check_options(self, table: SettingsTable, record: m.SettingRecord) -> None:
-        assert record.options is not None
-        table.set_options(record.options, record.keys)
-        if record.options.get("fused"):
-            for state in self._table.those_known(record.keys):
-                setting = table.setting(state.key)
-                if setting is not self._settings.setting(state.key):
-                    setting.check_value(state.key, state.shape, state.dtype)
+    def _check_fused(self, table: SettingsTable, keys: tuple[Key, ...] | None) -> None:
+        for state in self._table.those_known(keys):
+            setting = table.setting(state.key)
+            if setting is not self._settings.setting(state.key):
+                setting.check_value(state.key, state.shape, state.dtype)
 
     def _lead_setting(self, number: int, record: m.SettingRecord, what: str) -> _Led:
         """Make a setting on all servers, and tell the scheduler."""
@@ -806,6 +829,7 @@ class DistStore(KVStore):
             with self._one_setting():
                 self._settings = restored_settings(settings, self._settings)
             self._table.forget(list(self._table.states.values()))
+            self._table.restart_changes()
         return led
 
     # ---- together --------------------------------------------------------------------------------
@@ -816,7 +840,8 @@ class DistStore(KVStore):
 
     def _meet(self, timeout_s: float) -> None:
         self._pusher.await_all_deferred("barrier", timeout_s)
-        settled = self._pusher.settled  # if so, no server has anything to report
+        # If so, no server has anything to report, and no change of options can be overtaken.
+        settled = self._pusher.settled and (self._policy.settings_wait or not self._changes_in_flight)
         if not settled:
             self._flush(timeout_s)
         self._job.control.request(lambda n: m.Barrier(n, self._store), "barrier", timeout_s, self._store)
@@ -826,6 +851,7 @@ class DistStore(KVStore):
 
     def _flush(self, timeout_s: float) -> None:
         """Wait until the servers have handled all that this worker has sent."""
+        self._changes_in_flight = False
         self._job.ask_all(lambda n: m.Flush(n, self._store), "barrier", timeout_s, self._store)
 
     def _close(self) -> None:

@@ -5,6 +5,7 @@ A `SettingsTable` holds the settings a store has been given, and finds the one t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,8 +146,12 @@ class SettingsTable:
         else:
             self._of_key.update({key: repeated[id(self.setting(key))] or new for key in keys})
 
-    def set_options(self, options: dict[str, Any], keys: tuple[Key, ...] | None) -> None:
+    def set_options(
+        self, options: dict[str, Any], keys: tuple[Key, ...] | None, *, checked: bool = False
+    ) -> None:
         """Change options of the optimizers of `keys`, or of all keys that have one.
+
+        If they are `checked`, the worker that sent them has tried them on an optimizer.
 
         Raises:
             InvalidOption: a named key, or with keys=None every key, has no optimizer; or an optimizer
@@ -157,7 +162,7 @@ class SettingsTable:
         if not concerned or (keys is not None and len(concerned) != len({id(s) for s in current})):
             named = "" if keys is None else f" for keys {list(keys)}"
             raise InvalidOption(f"options {options} need an optimizer{named}; call set_optimizer first")
-        changed = {number: _with_options(setting, options) for number, setting in concerned.items()}
+        changed = {number: _with_options(setting, options, checked) for number, setting in concerned.items()}
         if keys is None:
             self._default = changed.get(id(self._default), self._default)
             self._of_key = {k: changed.get(id(s), s) for k, s in self._of_key.items()}
@@ -239,7 +244,7 @@ def apply_all(updates: Sequence[tuple[Setting, Update]]) -> list[Failure]:
     return failures
 
 
-def _with_options(setting: Setting, options: dict[str, Any]) -> Setting:
+def _with_options(setting: Setting, options: dict[str, Any], checked: bool) -> Setting:
     updater = setting.updater
     assert isinstance(updater, OptimizerUpdater)
     optimizer_class = updater.optimizer_class
@@ -247,8 +252,24 @@ def _with_options(setting: Setting, options: dict[str, Any]) -> Setting:
         if name not in updater.defaults:
             raise unknown_option(optimizer_class, name, updater.defaults)
     merged = {**setting.options, **options}
-    optimizer_spec(optimizer_class, merged)
+    if not checked and not _only_another_rate(updater, setting, options):
+        optimizer_spec(optimizer_class, merged)
     return Setting(updater, tuples(merged), setting.asked)
+
+
+def _only_another_rate(updater: OptimizerUpdater, setting: Setting, options: dict[str, Any]) -> bool:
+    """Whether options are only a learning rate that every optimizer of torch takes, as in a schedule.
+
+    Trying an optimizer would take longer than all the rest of such a call.
+    """
+    rate = options.get("lr")
+    return (
+        len(options) == 1
+        and type(rate) is float
+        and 0.0 <= rate < math.inf
+        and type(setting.options.get("lr", updater.defaults["lr"])) is float
+        and updater.optimizer_class.__module__.startswith("torch.optim.")
+    )
 
 
 def _repeated(current: Setting, new: Setting) -> Setting | None:

@@ -45,6 +45,11 @@ class StorePolicy(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_f
         return self.name == "sync"
 
     @property
+    def settings_wait(self) -> bool:
+        """Whether a setting holds from the setting rank's next push on; else it holds when it arrives."""
+        return self.name == "sync" and self.quorum is None
+
+    @property
     def allows_commit(self) -> bool:
         """Whether pushes may wait for a commit: a round must then have a push of every worker."""
         return self.name == "sync" and self.quorum is None
@@ -156,12 +161,11 @@ class KeyEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SettingRecord(msgspec.Struct, frozen=True):
-    """A setting on the wire: an updater (with the code it names), or options, for some keys or all (None)."""
+    """A setting on the wire: an updater, with the code it names, for some keys or all (None)."""
 
     keys: tuple[Key, ...] | None
-    updater: UpdaterSpec | None = None
+    updater: UpdaterSpec
     code: CodeRef | None = None
-    options: dict[str, Any] | None = None
 
 
 PayloadKind = Literal["dense", "absent"]
@@ -316,6 +320,17 @@ class ActivateSetting(Message, tag=29):
     number: int
 
 
+class ChangeOptions(Message, tag=35):
+    """Change options of the optimizers of some keys or all (None), from this worker's next push of each on.
+
+    Every worker may send it; that of the lowest rank holds, and others are compared with it.
+    """
+
+    store: int
+    keys: tuple[Key, ...] | None
+    options: dict[str, Any]
+
+
 class DeleteSlices(Message, tag=30):
     """Drop slices and everything that waits for them; `rank` has deleted these keys, each with its slices."""
 
@@ -402,7 +417,8 @@ class Info(Message, tag=43):
 class Fault(Message, tag=44):
     """A round this worker contributed to failed for these slices. Its next call on the key raises this.
 
-    `round` is 0 if the slices are gone.
+    `round` is 0 if the slices are gone. Without slices, change of options number `round` of this worker
+    differs from that of the setting rank: its next call on any key raises this.
     """
 
     store: int
@@ -816,6 +832,7 @@ ToServer = (
     | Commit
     | PrepareSetting
     | ActivateSetting
+    | ChangeOptions
     | DeleteSlices
     | Flush
     | AskInfo

@@ -38,7 +38,7 @@ class KeyTable:
         self.lock = threading.Lock()
         self.states: dict[Key, KeyState] = {}
         self.uncommitted: set[int] = set()
-        self.faults: dict[Key, TensorKVError] = {}
+        self.faults: dict[Key | None, TensorKVError] = {}  # None: of the next call, on whatever key
         self._job = job
         self._store = store
         self._timeout_s = timeout_s
@@ -46,6 +46,7 @@ class KeyTable:
         self._of_slice: dict[int, KeyState] = {}
         self._of_id: dict[int, KeyState] = {}
         self._gone: dict[KeyState, None] = {}  # deleted by others, oldest first
+        self._raised_change = 0  # the last change of options that a server has reported
         self._raised: dict[int, int] = {}  # key id -> the last round whose fault was reported
 
     def known(self, keys: Sequence[Key]) -> list[KeyState]:
@@ -149,6 +150,9 @@ class KeyTable:
         """Note a failed round that this worker contributed to; its next call on the key raises the error."""
         error = from_wire(fault.name, fault.text)
         with self.lock:
+            if not fault.slice_ids and fault.round > self._raised_change:
+                self._raised_change = fault.round  # other servers report the same
+                self.faults.setdefault(None, error)
             for slice_id in fault.slice_ids:
                 state = self._of_slice.get(slice_id)
                 if state is None:
@@ -161,6 +165,11 @@ class KeyTable:
                     self._raised[state.key_id] = fault.round
                 self.faults.setdefault(state.key, error)
 
+    def restart_changes(self) -> None:
+        """Changes of options are counted from 1 again: a save was loaded."""
+        with self.lock:
+            self._raised_change = 0
+
     def drop_faults(self, keys: Sequence[Key]) -> None:
         """Forget the errors of keys that were deleted."""
         with self.lock:
@@ -172,7 +181,7 @@ class KeyTable:
         if not self.faults:
             return
         with self.lock:
-            names = list(self.faults) if keys is None else dict.fromkeys(keys)
+            names = list(self.faults) if keys is None else [None, *dict.fromkeys(keys)]
             found = [self.faults.pop(key) for key in names if key in self.faults]
         if found:
             for other in found[1:]:
