@@ -10,6 +10,7 @@ import torch
 
 from tensorkv.arrays import (
     accumulate_dtype,
+    addresses_of,
     bytes_of,
     check_matches,
     check_summable,
@@ -345,3 +346,10 @@ def test_nested_tensors_are_refused(layout: torch.layout) -> None:
     if layout is torch.strided:
         with pytest.raises(InvalidValue, match="'w' is nested"):
             check_matches("the value", nested, "w", (2, 3), torch.float32)
+
+
+def test_addresses_are_of_tensors_with_memory() -> None:
+    tensors = [torch.zeros(2), torch.zeros(3)]
+    assert addresses_of(tensors) == [each.data_ptr() for each in tensors]
+    assert addresses_of([*tensors, None]) == []
+    assert addresses_of([torch.zeros(2).to_sparse()]) == []

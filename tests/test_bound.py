@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from tensorkv.errors import (
     StoreClosed,
 )
 from tensorkv.store import KVStore
+from tensorkv.testing.cluster import run_job
 
 KINDS = {"local": {}, "dist_sync": {"embedded": True, "num_servers": 2, "timeout_s": 20.0}}
 
@@ -112,6 +114,112 @@ def test_parameters_that_are_replaced_are_found(kv: KVStore) -> None:
     assert model.weight.dtype == torch.float16
 
 
+def test_gradients_that_are_gone_are_an_error(kv: KVStore) -> None:
+    """After `zero_grad()`: a dead reference to the last gradient must not pass for None."""
+    model = torch.nn.Linear(3, 1)
+    kv.broadcast(model, out=model)
+    kv.set_optimizer("sgd", lr=0.1)
+    step = kv.bind(push=model, out=model)
+    for _ in range(2):
+        model(torch.ones(1, 3)).sum().backward()
+        step.pushpull()
+        model.zero_grad()
+        with pytest.raises(InvalidValue, match="'weight' is None.*ABSENT"):
+            step.pushpull()
+    assert kv.info("weight").round == 2
+
+
+def test_an_out_that_is_gone_or_without_memory_is_an_error(kv: KVStore) -> None:
+    added(kv, a=filled(1.0, 8), b=filled(1.0, 8))
+    mine: dict[str, Any] = {"a": torch.zeros(8), "b": torch.zeros(8)}
+    step = kv.bind(out=mine)
+    step.pull()
+    step.pull()
+    mine["a"].untyped_storage().resize_(0)
+    with pytest.raises(InvalidValue, match="'a'"):
+        step.pull()
+    mine["a"] = None
+    with pytest.raises(InvalidValue, match="'a'"):
+        step.pull()
+    mine["a"] = torch.zeros(8)
+    assert step.pull()["a"].tolist() == [1.0] * 8
+    outs: list[Any] = [torch.zeros(8)]
+    kv.pull(["a"], outs)
+    outs[0] = None
+    with pytest.raises(InvalidValue, match="'a'"):
+        kv.pull(["a"], outs)
+
+
+@pytest.mark.parametrize("size", [4, 40_000])
+def test_gradients_that_change_their_dtype_in_place_are_read_right(kv: KVStore, size: int) -> None:
+    model = torch.nn.Linear(size, 1)
+    kv.init(model)
+    kv.set_updater("assign")
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1.5)
+    model.half()
+    step = kv.bind(push=model)
+    step.push()
+    step.push()
+    for convert in (model.bfloat16, model.half, model.float):
+        convert()
+        step.push()
+        assert (kv.pull("weight") == 1.5).all()
+
+
+def test_submodules_that_are_replaced_are_found_and_parameters_that_go_are_missed(kv: KVStore) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 1)))
+    kv.init(model)
+    kv.set_updater("assign")
+
+    def fill(value: float) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+
+    fill(1.0)
+    step = kv.bind(push=model, out=model)
+    step.pushpull()
+    for value in (7.0, 8.0):
+        model[1] = torch.nn.Sequential(torch.nn.Linear(2, 1))
+        fill(value)
+        step.pushpull()
+        assert kv.pull("1.0.weight").tolist() == model[1][0].weight.tolist() == [[value] * 2]
+    model[0].bias = None
+    for call in (step.push, step.pull, step.pushpull):
+        with pytest.raises(LengthMismatch, match="'0.bias' is gone"):
+            call()
+    model[1] = torch.nn.ReLU()
+    with pytest.raises(LengthMismatch, match="'1.0.weight' is gone"):
+        step.push()
+
+
+def test_a_step_notices_that_another_worker_has_deleted_its_key() -> None:
+    met = threading.Barrier(2)
+
+    def work(kv: KVStore) -> None:
+        kv.init("x", filled(0.0))
+        step = kv.bind(push={"x": filled(1.0)}, out={"x": filled(0.0)})
+        step.pushpull()
+        kv.barrier()
+        if kv.rank == 0:
+            kv.delete("x")
+            kv.init("x", filled(9.0))
+        met.wait(20)
+        if kv.rank == 1:
+            seen: list[type] = []
+            while len(seen) < 4:
+                try:
+                    step.pull()
+                except KeyDeleted as exc:
+                    seen.append(type(exc))
+                else:
+                    assert not seen, "it pulled after it had known that its key is gone"
+        met.wait(20)
+        assert kv.info("x").round == 0
+
+    run_job(work, num_workers=2, num_servers=1, timeout_s=20.0)
+
+
 def test_a_dict_is_read_anew(kv: KVStore) -> None:
     added(kv, w=filled(0.0), b=filled(0.0))
     pushed: dict[str, Any] = {"w": filled(1.0), "b": filled(1.0)}
@@ -196,7 +304,7 @@ def test_a_step_ends_with_its_keys(kv: KVStore, tmp_path: Path) -> None:
     kv.delete("b")
     step.push()  # another key
     kv.delete("w")
-    with pytest.raises(KeyNotInitialized):
+    with pytest.raises(KeyDeleted):
         step.push()
     kv.init("w", filled(0.0))
     for call in (step.push, step.pull, step.pushpull):

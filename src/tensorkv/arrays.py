@@ -13,6 +13,7 @@ import ctypes
 import functools
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -445,6 +446,14 @@ def _describe(value: Any) -> str:
 
 def _describe_type(kind: type) -> str:
     return f"a {kind.__module__}.{kind.__qualname__}"
+
+
+def addresses_of(tensors: Sequence[Any]) -> list[int]:
+    """Return where the memory of each tensor begins; an empty list if one is no tensor, or may have none."""
+    try:
+        return list(map(torch.Tensor.data_ptr, tensors))
+    except (TypeError, RuntimeError):
+        return []
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

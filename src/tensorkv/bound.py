@@ -10,13 +10,21 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, ItemsView, Iterator, Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch.nn.parameter import is_lazy
 
 from tensorkv.arguments import flag
-from tensorkv.errors import DuplicateKey, InvalidArgument, KeyDeleted, LengthMismatch
+from tensorkv.arrays import addresses_of
+from tensorkv.errors import (
+    DuplicateKey,
+    InvalidArgument,
+    KeyDeleted,
+    KeyNotInitialized,
+    LengthMismatch,
+)
 from tensorkv.keys import Form, PullBatch, PushBatch, check_keys, named_values, pull_batch, push_batch
 from tensorkv.plain import Key
 from tensorkv.tracers import opaque_methods
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
     from tensorkv.store import KVStore
 
 
+_dtype_of = attrgetter("dtype")
 MAX_MISSES = 3
 """Number of calls in a row with other tensors than in the last; after that a step no longer compares them."""
 
@@ -51,7 +60,8 @@ class _Named:
         self._read = _reader(name, given, self.keys, named[1])
         self._last: list[weakref.ref[Any]] = []  # of the values of the last call: none is kept alive
         self._views: list[torch.Tensor] | None = None  # what stands for them, if not they themselves
-        self._addresses: list[int] = []  # of the views
+        self._addresses: list[int] = []
+        self._dtypes: list[torch.dtype] = []
         self._plan: Any = None
         self._num_misses = 0
         self.values: list[Any] | None = None  # that a call is passing to the store, and did not know
@@ -70,16 +80,22 @@ class _Named:
             ) from None
 
     def plan_of(self, values: list[Any]) -> Any:
-        """Return the plan by which the store knows these values, None if they are not those of last time."""
-        if self._plan is None or self._plan.dropped:
+        """Return the plan by which the store knows these values, None if they are not those of last time.
+
+        The same tensor may have other memory by now, as after `module.half()`, or none.
+        """
+        plan = self._plan
+        if plan is None or plan.dropped:
             return None
         if not all(map(operator.is_, map(operator.call, self._last), values)):
             self._num_misses += 1
             return None
-        if self._views is not None and list(map(torch.Tensor.data_ptr, values)) != self._addresses:
+        if addresses_of(values) != self._addresses:  # also if a value is None, as a dead reference is
+            return None
+        if not all(map(operator.is_, map(_dtype_of, values), self._dtypes)):
             return None
         self._num_misses = 0
-        return self._plan
+        return plan
 
     def tensors_of(self, values: list[Any]) -> list[torch.Tensor]:
         """Return what stands for values that `plan_of` has found."""
@@ -97,16 +113,14 @@ class _Named:
         if views is not None and not all(isinstance(each, torch.nn.Parameter) for each in values):
             return  # an array, say, of which each call makes a tensor
         self._last, self._plan, self._views = list(map(weakref.ref, values)), plan, views
-        self._addresses = [] if views is None else list(map(torch.Tensor.data_ptr, views))
+        self._addresses = addresses_of(values)
+        self._dtypes = list(map(_dtype_of, values))
 
 
 def _reader(name: str, given: Any, keys: tuple[Key, ...], values: list[Any]) -> Callable[[], list[Any]]:
     """Return a function that reads the present values of `given` under `keys`; `values` are those of now."""
     if isinstance(given, torch.nn.Module):
-        places = [_place(given, str(key)) for key in keys]
-        if name == "push":
-            return lambda: [_gradient(owner[last]) for owner, last in places]
-        return lambda: [owner[last] for owner, last in places]
+        return _ModuleReader(given, keys, grads=name == "push")
     if isinstance(given, Mapping):
 
         def read() -> list[Any]:
@@ -120,10 +134,41 @@ def _reader(name: str, given: Any, keys: tuple[Key, ...], values: list[Any]) -> 
     return lambda: values
 
 
-def _place(module: torch.nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """Return the dict of the submodule that owns a parameter, and the parameter's name there."""
-    owner, _, last = name.rpartition(".")
-    return module.get_submodule(owner)._parameters, last
+@final
+class _ModuleReader:
+    """Reads the parameters of a module by their names, or their gradients."""
+
+    def __init__(self, module: torch.nn.Module, keys: tuple[Key, ...], grads: bool) -> None:
+        self._module = module
+        self._keys = keys
+        self._grads = grads
+        self._find()
+
+    def __call__(self) -> list[Any]:
+        if not all(owners.get(name) is module for owners, name, module in self._modules):
+            self._find()  # a submodule was replaced
+        found = [owner[name] for owner, name in self._places]
+        for key, each in zip(self._keys, found, strict=True):
+            if each is None:
+                raise KeyError(key)
+        return list(map(_gradient, found)) if self._grads else found
+
+    def _find(self) -> None:
+        """Find the dicts that hold the parameters, and the submodules on the way to them."""
+        modules: dict[int, tuple[dict[str, Any], str, Any]] = {}
+        self._places: list[tuple[dict[str, Any], str]] = []
+        for key in self._keys:
+            owner, (*path, last) = self._module, str(key).split(".")
+            for name in path:
+                inner = owner._modules.get(name)
+                if inner is None:
+                    raise KeyError(key)
+                modules[id(inner)] = owner._modules, name, inner
+                owner = inner
+            if last not in owner._parameters:
+                raise KeyError(key)
+            self._places.append((owner._parameters, last))
+        self._modules = list(modules.values())
 
 
 def _gradient(parameter: Any) -> Any:
@@ -136,7 +181,8 @@ class BoundStep:
     """What a training step pushes and pulls, worked out once: see `KVStore.bind`, which makes it.
 
     Its calls raise what the store's verbs raise, and KeyDeleted once a key was deleted or a save was loaded.
-    Between two calls, do not change the shape of a tensor that stays the same object (`resize_`).
+    Between two calls, do not change shape or strides of a tensor that stays the same object in the same
+    memory, as `resize_` and `t_` do.
     """
 
     def __init__(self, store: KVStore, push: Any, out: Any) -> None:
@@ -224,12 +270,9 @@ class BoundStep:
         """Return the side that a call needs, after checking that its keys are those of `bind`."""
         store = self._store
         store._check_usable(call)
-        if store.num_retired != self._num_retired:
-            num_retired = store.num_retired
-            if store._generations_of(self._keys) != self._generations:
-                raise KeyDeleted(
-                    f"{call} of a step: a key was deleted, or loaded, after bind(); bind the new ones"
-                )
+        num_retired = store.num_retired
+        if num_retired != self._num_retired:
+            self._check_keys(call)
             self._num_retired = num_retired
         side = self._out if call == "pull" else self._push
         if side is None:
@@ -237,6 +280,14 @@ class BoundStep:
                 f"{call} of a step without {'out' if call == 'pull' else 'push'}: pass it to bind()"
             )
         return side
+
+    def _check_keys(self, call: str) -> None:
+        try:
+            if self._store._generations_of(self._keys) == self._generations:
+                return
+        except KeyNotInitialized:
+            pass  # the same, for who has bound it
+        raise KeyDeleted(f"{call} of a step: a key was deleted, or loaded, after bind(); bind the new ones")
 
     def _batch_to_push(self, side: _Named) -> PushBatch:
         values = side.read()

@@ -697,8 +697,8 @@ class KVStore(ABC):
             SettingMismatch: an earlier change of this rank differs from rank 0's; this one is not made.
             PeerLostError.
 
-        Waits for nobody. It holds from this rank's next push of each key on if this is the lowest rank; the
-        same change by other ranks is compared with it, and a later call raises if it differs.
+        Waits for no other worker. It holds from this rank's next push of each key on if this is the lowest
+        rank; the same change by other ranks is compared with it, and a later call raises if it differs.
 
         Example:
             ```python

@@ -32,7 +32,7 @@ from hostile import WorkerFault, fuzz_worker, resident_mb
 from hostilesharing import Descriptors, is_shared, shared_conversations, with_descriptor
 
 from tensorkv.config import JobConfig
-from tensorkv.errors import ProtocolError, ProtocolVersionError, TensorKVError
+from tensorkv.errors import PeerLostError, ProtocolError, ProtocolVersionError, TensorKVError
 from tensorkv.peer.code import updater_loader
 from tensorkv.peer.handshake import deadline_tick, introduce
 from tensorkv.scheduler.loop import SchedulerServer
@@ -325,12 +325,17 @@ class SocketTarget:
             self._server.stop()
 
     def hostile(self) -> Connection | None:
-        """Return a connection past its handshake, None if no place is free."""
+        """Return a connection past its handshake, None if no place is free, or the job is over."""
         rank = next(self._ranks, None)
         if rank is None:
             return None
         connection = self.stranger()
-        introduce(connection, self._token, "worker", rank)
+        try:
+            introduce(connection, self._token, "worker", rank)
+        except PeerLostError:  # an earlier one was lost before it had opened a store that goes on without it
+            connection.shutdown()
+            connection.close()
+            return None
         return connection
 
     def stranger(self) -> Connection:

@@ -110,6 +110,7 @@ class TestLineAssembler:
 
     def test_windows_line_ends(self) -> None:
         lines = LineAssembler()
+        assert lines.feed(b"a\r\n\r\nb\r\n") == ["a", "", "b"]
         assert lines.feed(b"one\r\ntwo\r") == ["one"]
         assert lines.feed(b"\nthree\r\n") == ["two", "three"]
 
@@ -185,18 +186,33 @@ class TestLineAssembler:
             written += lines.feed(b"\n\rinner %d\x1b[A" % (step % 3))
             assert lines.bar == f"inner {step % 3}"
         assert written == ["outer 0"], "once, before it was known"
-        assert lines.feed(b"\router end\n\rinner end\na\nb\n") == ["inner end", "a", "b"]
+        assert lines.feed(b"\router end\n\rinner end\na\nb\n") == ["inner end", "outer end", "a", "b"]
         assert lines.bar == ""
         assert lines.feed(b"\r1\n\r2\n") == ["1", "2"], "they are bars of their own again"
 
+    def test_text_between_bars_one_above_the_other_is_not_lost(self) -> None:
+        """tqdm.write clears its bars, writes the text where the first one was, and draws them again."""
+        lines, written = LineAssembler(), list[str]()
+        for step in range(5):
+            written += lines.feed(b"\router %d\n\rinner %d\x1b[A" % (step, step))
+            written += lines.feed(b"\n\r       \r\x1b[A\r       \r")
+            written += lines.feed(b"loss %d\n" % step)
+        assert [line for line in written if line.startswith("loss")] == [f"loss {step}" for step in range(5)]
+
+    def test_windows_line_ends_after_a_move_up(self) -> None:
+        lines = LineAssembler()
+        assert lines.feed(b"text\x1b[A more\n") == []
+        assert lines.feed(b"log 1\r\nlog 2\r\n\r\nlog 3\r\n") == [" more", "log 1", "log 2", "", "log 3"]
+
     def test_a_block_of_rows_that_is_erased_and_written_again(self) -> None:
         lines, written = LineAssembler(), list[str]()
-        for step in range(1, 4):  # what rich does with two rows
-            written += lines.feed(b"\r\x1b[2K\x1b[1A\x1b[2Ka %d\nb %d" % (step, step))
-        assert [line for line in written if line] == []
-        assert lines.bar == "a 3"
-        assert lines.feed(b"\r\x1b[2K\x1b[1A\x1b[2K") == []
-        assert lines.feed(b"done\nnext\n") == ["done", "next"]
+        written += lines.feed(b"a 0\nb 0\nc 0")
+        for step in range(1, 4):  # what rich does with three rows
+            erase = b"\r\x1b[2K" + b"\x1b[1A\x1b[2K" * 2
+            written += lines.feed(erase + b"a %d\nb %d\nc %d" % (step, step, step))
+        assert written == ["a 0", "b 0"], "once, before it was known"
+        assert lines.bar == "b 3", "the last that a newline has ended"
+        assert lines.feed(b"\ndone\n") == ["b 3", "c 3", "done"]
 
     @given(st.text(alphabet="ab\r\n é\u20ac\x1b[2AKJm", max_size=40), st.integers(0, 2**32))
     def test_the_cuts_between_reads_do_not_matter(self, text: str, seed: int) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tensorkv.launch import processes as module
+from tensorkv.launch.forwarder import Forwarder
 from tensorkv.launch.output import FileSink, Output
 from tensorkv.launch.processes import ProcessGroup, ProcessSpec, Reaper
 from tensorkv.launch.supervisor import Node
@@ -577,3 +578,31 @@ def test_a_job_wants_the_main_thread() -> None:
     thread.start()
     thread.join(DEADLINE_S)
     assert [str(error) for error in errors] == ["a job is run from the main thread, where signals arrive"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_last_lines_that_cannot_be_written_fail_the_job(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A process may end before its output is read: the launcher must not say that all went well."""
+    run = Forwarder._run
+
+    def run_late(forwarder: Forwarder) -> None:
+        assert forwarder._finishing.wait(DEADLINE_S)
+        run(forwarder)
+
+    monkeypatch.setattr(Forwarder, "_run", run_late)
+    with open("/dev/full", "w") as full:
+        output = Output({"stdout": FileSink(full), "stderr": FileSink(sys.stderr)})
+        status = ProcessGroup(
+            [python("worker", 0, "print('hi')")],
+            output,
+            absent_servers=list,
+            stop_servers=lambda: None,
+            first_lost=lambda: None,
+            goes_on=lambda node, returncode: False,
+        ).run()
+    assert status == 1
+    assert capfd.readouterr().err.endswith(
+        "the output cannot be written: No space left on device; the job was ended\n"
+    )

@@ -695,18 +695,19 @@ class Worker:
             return len(found) == len(parts[server])
 
         yield lambda: all(done(server) for server in parts)
-        dtype = self.job.dtype
+        dtype, unmerged = self.job.dtype, False
         flats = {key: torch.full((torch.Size(SHAPES[key]).numel(),), torch.nan, dtype=dtype) for key in keys}
         for server, chunks in parts.items():
             for message, tensors in self.replies[("server", server), request]:
                 if isinstance(message, m.Failed):
                     self.deleted(keys, message)
                     return
+                unmerged |= message.unmerged
                 data = torch.cat([tensor.reshape(-1) for tensor in tensors])
                 lengths = [each.stop - each.start for _, each in chunks[message.chunk]]
                 for (key, each), piece in zip(chunks[message.chunk], data.split(lengths), strict=True):
                     flats[key][each.start : each.stop] = piece
-        for key in keys:
+        for key in keys if not unmerged else ():
             self.unpulled.pop(key, None)
         self.results.append([flats[key].view(SHAPES[key]) for key in keys])
 
@@ -1266,7 +1267,7 @@ def times_in(element: float, numbers: list[int]) -> list[int]:
 
 
 def check_reads_with_a_quorum(job: Job, programs: list[Program]) -> None:
-    """A read holds no push that its worker has yet to make, and, if none is dropped, all that it has made."""
+    """A read holds no push that its worker has yet to make."""
     for worker in job.workers:
         everything = pushed_by(programs[worker.rank])
         made = dict.fromkeys(SHAPES, 0)
@@ -1280,7 +1281,6 @@ def check_reads_with_a_quorum(job: Job, programs: list[Program]) -> None:
                     for element in (value - start_of(key)).reshape(-1).tolist():
                         times = times_in(element, everything[key])
                         assert 1 not in times[made[key] :]
-                        assert job.policy.late == "drop" or 0 not in times[: made[key]]
 
 
 @settings(moderate, max_examples=150)

@@ -83,9 +83,11 @@ def test_a_quorum_merges_when_all_have_contributed_or_when_its_time_is_over() ->
     assert policy.deadline_s(made, 10.0) == 10.5
     assert policy.deadline_s(made, 10.4) == 10.5  # the second contribution counts, not the last
     assert policy.merges(cohort(2, 0, 1))
+    assert policy.deadline_s(cohort(0), 20.0) is None
     members.discard(1)
     members.discard(2)
-    assert policy.deadline_s(cohort(0), 20.0) == 20.5  # all that are left are a quorum
+    assert policy.merges(cohort(0))  # all that are left are enough
+    assert not policy.merges(cohort(1))  # who has left is not
     assert policy.deadline_s(cohort(), 20.0) is None
     assert not policy.allows_commit
 
@@ -301,10 +303,15 @@ def test_a_late_push_that_is_carried_counts_in_the_open_round(t: Any) -> None:
     bench.push(0, plans[0], torch.ones(2))
     bench.tick(0.0)
     bench.tick(1.0)
-    assert bench.push(1, plans[1], torch.full((2,), 10.0), reply=50) == []
+    (answer,) = bench.push(1, plans[1], torch.full((2,), 10.0), reply=50)
+    assert answer.message.unmerged
+    assert values_of(t, [answer]) == [(1, [1.0, 1.0])]  # it does not wait for the round
     with pytest.raises(ProtocolError, match="last push is not merged"):
         bench.push(1, plans[1], torch.ones(2))  # the next one waits at its worker
-    assert values_of(t, bench.push(0, plans[0], torch.ones(2))) == [(1, [12.0, 12.0])]
+    bench.push(0, plans[0], torch.ones(2))
+    (answer,) = bench.pull(1, plans[1])
+    assert not answer.message.unmerged
+    assert values_of(t, [answer]) == [(1, [12.0, 12.0])]
     assert bench.info(0, ids).late == [1, 1]
     bench.check_empty()
 
@@ -318,6 +325,36 @@ def test_a_push_may_be_late_for_some_slices_and_not_for_others(t: Any) -> None:
     info = bench.info(0, ids)
     assert (info.late, info.rounds, info.versions) == ([1, 0], [1, 1], [1, 1])
     bench.check_empty()
+
+
+def test_a_late_push_that_splits_a_cohort_keeps_the_deadline_of_both_parts(t: Any) -> None:
+    bench, ids, plans = with_quorum(t, 3, quorum=2, grace_s=1.0)
+    for round_s in (0.0, 10.0):
+        for rank in range(2):
+            bench.push(rank, plans[rank], torch.ones(2))
+        assert bench.tick(round_s) == ([], round_s + 1)
+        if round_s:
+            alone = bench.define(2, t.dense(ids[:1], [1]))
+            bench.push(2, alone, torch.ones(1))  # late, and dropped
+        bench.tick(round_s + 1)
+    assert bench.info(0, ids).rounds == [2, 2]
+    bench.check_empty()
+
+
+def test_workers_that_are_late_for_different_keys_do_not_wait_for_each_other(t: Any) -> None:
+    """Each has the only push of the open round of its key; nobody pushes again before its pull returns."""
+    bench = t.Bench(3, quorum=2, late="carry")
+    ids = [bench.init(key, torch.zeros(1))[0] for key in "abc"]
+    for rank, first in enumerate(([0, 2], [0, 1], [1, 2])):
+        bench.push(rank, bench.define(rank, t.dense([ids[each] for each in first], [1, 1])), torch.ones(2))
+    for rank, last in enumerate((1, 2, 0)):
+        bench.push(rank, bench.define(rank, t.dense([ids[last]], [1])), torch.ones(1))
+    assert bench.info(0, ids).late == [1, 1, 1]
+    for rank in range(3):
+        plan = bench.define(rank, t.dense(ids, [1, 1, 1]))
+        (answer,) = bench.pull(rank, plan)
+        assert values_of(t, [answer]) == [(rank, [2.0] * 3)]
+        assert answer.message.unmerged
 
 
 def test_a_mean_divides_by_what_went_in(t: Any) -> None:
@@ -349,12 +386,28 @@ def test_deleted_slices_and_workers_that_leave_have_no_deadline(t: Any) -> None:
     bench.push(0, plans[0], torch.ones(2))
     assert bench.tick(0.0) == ([], None)
     t.settle(bench.delete(0, "a", ids[:1]))
-    bench.leave(0)  # now one is a quorum, and it has not pushed: its own push completes the round
-    assert bench.tick(1.0) == ([], 2.0)
+    bench.leave(0)  # a push of who has left is no reason to go on without the last one
+    assert bench.tick(1.0) == ([], None)
     bench.push(1, plans[1], torch.ones(2))
     assert bench.tick(5.0) == ([], None)
     rest = bench.define(1, t.dense(ids[1:], [1]))
     assert bench.value(1, rest).tolist() == [2.0]
+    bench.check_empty()
+
+
+def test_deadlines_of_merged_rounds_take_no_memory(t: Any) -> None:
+    bench, ids, _ = with_quorum(t, 2, quorum=1, grace_s=3600.0)
+    alone, both = bench.define(0, t.dense(ids[:1], [1])), [t.dense(ids[1:], [1])] * 2
+    bench.push(0, alone, torch.ones(1))  # its deadline is the first for an hour
+    others = [bench.define(rank, chunk) for rank, chunk in enumerate(both)]
+    for step in range(1000):
+        for rank in range(2):
+            bench.push(rank, others[rank], torch.ones(1))
+            bench.tick(float(step))
+    assert bench.info(0, ids).rounds == [0, 1000]
+    assert len(bench.shard._deadlines) < 200
+    assert bench.tick(3600.0)[1] is None
+    assert bench.info(0, ids).rounds == [1, 1000]
     bench.check_empty()
 
 
@@ -365,12 +418,14 @@ class Round:
         self.quorum, self.grace_s, self.carries = quorum, grace_s, late == "carry"
         self.inbox: dict[int, int] = {}
         self.stands = dict.fromkeys(range(3), 0)
+        self.needs = dict.fromkeys(range(3), 0)  # the round that a pull of each worker waits for
         self.applied = self.late = self.value = 0
         self.due_s: float | None = None
 
     def push(self, worker: int, number: int, members: set[int]) -> None:
         is_late = self.stands[worker] < self.applied
         self.late += is_late
+        self.needs[worker] = self.applied + (not is_late)
         if is_late and not self.carries:
             self.stands[worker] = self.applied
         else:
@@ -379,12 +434,12 @@ class Round:
         self.check(members)
 
     def check(self, members: set[int]) -> None:
-        enough = len(self.inbox) >= min(self.quorum, len(members))
+        enough = len(self.inbox) >= self.quorum
         if self.inbox and (members <= self.inbox.keys() or (enough and not self.grace_s)):
             self.merge()
 
     def tick(self, now_s: float, members: set[int]) -> None:
-        if self.inbox and len(self.inbox) >= min(self.quorum, len(members)):
+        if len(self.inbox) >= self.quorum:
             self.due_s = now_s + self.grace_s if self.due_s is None else self.due_s
             if self.due_s <= now_s:
                 self.merge()
@@ -445,11 +500,7 @@ def test_rounds_with_a_quorum_are_those_of_a_simple_model(
             for each in mine:
                 each.push(worker, number, members)
         if event in ("pull", "pushpull"):
-            waiting[request] = worker, {each: rounds[each].stands[worker] for each in subset}
-            if event == "pull":
-                for each in subset:
-                    pushed = worker in rounds[each].inbox
-                    waiting[request][1][each] = rounds[each].applied + pushed
+            waiting[request] = worker, {each: rounds[each].needs[worker] for each in subset}
         ready = {
             request
             for request, (_, needed) in waiting.items()

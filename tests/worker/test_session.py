@@ -12,9 +12,18 @@ from typing import Any
 import pytest
 
 from tensorkv.config import JobConfig
-from tensorkv.errors import NotInJob, PeerLostError, ProtocolError, StoreClosed, UpdaterError, WaitTimeout
+from tensorkv.errors import (
+    NotInJob,
+    PeerLostError,
+    ProtocolError,
+    StoreClosed,
+    UnknownUpdater,
+    UpdaterError,
+    WaitTimeout,
+)
 from tensorkv.launch.cluster import LocalCluster
 from tensorkv.peer import deadlines
+from tensorkv.updaters.spec import UpdaterSpec
 from tensorkv.wire import messages as m
 from tensorkv.worker import session
 from tensorkv.worker.session import Session, join, leave
@@ -56,8 +65,8 @@ def test_every_server_is_asked_and_answers_in_order(job: Session) -> None:
 
 def test_a_refusal_of_one_server_is_raised(job: Session) -> None:
     store = open_store(job)
-    record = m.SettingRecord(keys=None, options={"lr": 1.0})
-    with pytest.raises(Exception, match="no optimizer|optimizer"):
+    record = m.SettingRecord(None, UpdaterSpec(type="named", name="no such"))
+    with pytest.raises(UnknownUpdater, match="no such"):
         job.ask_all(lambda n: m.PrepareSetting(n, store, 0, record), "a setting", DEADLINE_S, store)
 
 

@@ -6,8 +6,8 @@ by a carriage return as progress bars do, is written in its last state, once it 
 - a terminal shows the bar that changed last, in one line below all others;
 - elsewhere its current state is written at most once a second.
 
-A bar that clears itself leaves no line. Moves of the cursor are removed. Of bars that move it up, one above
-the other, each is redrawn by turns, so they are written like one.
+A bar that clears itself leaves no line. Moves of the cursor are removed. Of bars one above the other, which
+are redrawn by turns, the one that changed last is shown.
 """
 
 from __future__ import annotations
@@ -41,22 +41,32 @@ BAR_INTERVAL_S = 1.0
 # Moving the cursor would garble the lines of others; colours (final byte "m") may stay.
 _CURSOR = re.compile(r"\x1b\[[0-?]*[ -/]*[@-ln-~]|\x08")
 _UP = re.compile(r"\x1b\[\d*[AF]")
-_CLEAR = re.compile(r"\r\x1b\[0?K|\x1b\[2K")  # a line that is erased is redrawn, with nothing
-_INCOMPLETE = re.compile(r"(\r|\r?\x1b(\[[0-?]*[ -/]*)?)\Z")
+_CLEAR = re.compile(r"\x1b\[[02]?K")
+_PARTS = re.compile(r"([\n\r]|\x1b\[\d*[AF]|\x1b\[[02]?K)")
+_INCOMPLETE = re.compile(r"\x1b(\[[0-?]*[ -/]*)?\Z")
+_MAX_ROWS = 50
 _ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
 
 
 @final
 class LineAssembler:
-    """Cuts one stream of bytes into lines. Undecodable bytes become U+FFFD."""
+    """Cuts one stream of bytes into lines. Undecodable bytes become U+FFFD.
+
+    A carriage return begins a new state of the line, if text follows it. Bars one above the other go up by
+    as many rows as they come down by newlines, which finish no line: each line that such a newline ends is a
+    bar, unless blanks have cleared the row before it was written, as tqdm does for text between bars.
+    """
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._cut = ""  # a carriage return or the beginning of an escape sequence
-        self._line = ""  # not finished yet
-        self._moves_up = False  # its process has bars one above the other
-        self._bar = ""  # the last of those that was finished
+        self._cut = ""  # the beginning of an escape sequence
+        self._line = ""  # the state of the line that is not finished yet
+        self._returned = False  # whether a carriage return came after that
+        self._redrawn = False  # whether the line has had an earlier state
+        self._was_blank = False  # whether that was of blanks
+        self._rows_up = 0  # number of rows that the cursor is above the last one
+        self._bar = ""  # the last bar that a newline has ended
 
     def feed(self, data: bytes, final: bool = False) -> list[str]:
         """Return the lines that `data` finishes; with `final` the unfinished one too."""
@@ -64,61 +74,72 @@ class LineAssembler:
         cut = None if final else _INCOMPLETE.search(text)
         end = cut.start() if cut else len(text)
         self._cut = text[end:]
-        *finished, rest = text[:end].split("\n")
         lines: list[str] = []
-        for part in finished:
-            self._write(part)
-            self._finish_line(lines)
-        self._write(rest)
+        for part in _PARTS.split(text[:end]):
+            if part == "\n":
+                self._finish_line(lines)
+            elif part == "\r":
+                self._returned = True
+            elif _UP.fullmatch(part):
+                self._rows_up = min(self._rows_up + int(part[2:-1] or 1), _MAX_ROWS)
+                self._returned = True
+            elif _CLEAR.fullmatch(part):
+                self._clear(part)
+            else:
+                self._write(_CURSOR.sub("", part))
         if len(self._line) > MAX_LINE_CHARS:
             self._finish_line(lines)
         if final:
-            lines += [line for line in (self._bar, _visible(self._line)) if _has_text(line)]
+            lines += [line for line in (self._bar, self._visible) if _has_text(line)]
             self._bar = self._line = ""
         return lines
 
     @property
     def bar(self) -> str:
         """The state of what its process redraws; empty if it redraws nothing or has cleared it."""
-        line = _visible(self._line) if "\r" in self._line + self._cut else ""
-        return line if _has_text(line) else self._bar
+        is_bar = (self._redrawn or self._returned) and _has_text(self._line)
+        return self._visible if is_bar else self._bar
 
     @property
     def partial(self) -> str:
         """The unfinished line, including trailing blanks."""
-        return _last_state(self._line)
+        return self._line
+
+    @property
+    def _visible(self) -> str:
+        return self._line.rstrip(" ") if self._redrawn else self._line
 
     def _write(self, text: str) -> None:
-        text, num_ups = _UP.subn("\r", text)
-        self._moves_up |= num_ups > 0
-        line = self._line + _CURSOR.sub("", _CLEAR.sub("\r \r", text))
-        if "\r" in line:  # only the last state matters
-            line = "\r" + _last_state(line) + ("\r" if line.endswith("\r") else "")
-        self._line = line
+        if not text:
+            return
+        if self._returned:
+            self._was_blank = bool(self._line) and not _has_text(self._line)
+            self._line, self._redrawn, self._returned = "", True, False
+        self._line += text
+
+    def _clear(self, part: str) -> None:
+        """Take an escape sequence that erases the line, or the rest of it."""
+        if self._returned or part == "\x1b[2K":
+            self._line, self._redrawn, self._was_blank = "", True, False
 
     def _finish_line(self, lines: list[str]) -> None:
-        line, self._line = self._line, ""
-        redrawn, line = "\r" in line, _visible(line)
-        if redrawn and self._moves_up:
-            self._bar = line if _has_text(line) else self._bar
-        elif not redrawn or _has_text(line):
-            if _has_text(self._bar):
+        line, redrawn, was_blank = self._visible, self._redrawn, self._was_blank
+        self._line, self._returned, self._redrawn, self._was_blank = "", False, False, False
+        if self._rows_up:
+            self._rows_up -= 1
+            if not was_blank:
+                self._bar = line if _has_text(line) else self._bar
+                return
+        elif not redrawn:
+            if self._bar:
                 lines.append(self._bar)
-            self._bar, self._moves_up = "", False
+            self._bar = ""
+        if not redrawn or _has_text(line):
             lines.append(line)
-
-
-def _last_state(line: str) -> str:
-    """Return the text after the last carriage return that is followed by any."""
-    return line.rstrip("\r").rpartition("\r")[2]
 
 
 def _has_text(line: str) -> bool:
     return bool(_ESCAPE.sub("", line).strip())
-
-
-def _visible(line: str) -> str:
-    return _last_state(line).rstrip(" ") if "\r" in line else line
 
 
 class Sink(Protocol):

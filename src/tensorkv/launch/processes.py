@@ -195,6 +195,10 @@ class ProcessGroup:
                 finish = self._supervise(forwarder, inbox, reaper)
                 self._end_groups(reaper)
                 written = self._flush(forwarder, inbox, finish)
+                if (
+                    forwarder.error is not None and finish.status == 0
+                ):  # only the last lines could not be written
+                    finish = Finish(*_lost_output(forwarder.error))
             finally:
                 self._end_groups(reaper)
                 forwarder.close()

@@ -75,13 +75,14 @@ class Cohort:
 
     `inbox` has the contributions of the open round, or of the held one, by peer. `progress` and `due_s` are
     the policy's: a number for each peer, and the time at which the open round merges, None if there is none.
-    `num_late` counts pushes that came after their round had merged. `waits` has the calls that wait, each
-    with the number that the policy must reach first; `merge_waits` those that wait for the open round to
-    merge.
+    `num_late` counts pushes that came after their round had merged, `carried` has the peers of those that
+    count in the open round. `waits` has the calls that wait, each with the number that the policy must reach
+    first; `merge_waits` those that wait for the open round to merge.
     """
 
     __slots__ = (
         "applied",
+        "carried",
         "due_s",
         "held",
         "inbox",
@@ -103,6 +104,7 @@ class Cohort:
         self.progress: dict[int, int] = {}
         self.due_s: float | None = None
         self.num_late = 0
+        self.carried: set[int] = set()
         self.waits: list[tuple[int, Wait]] = []
         self.merge_waits: list[MergeWait] = []
         self.joined_by: Layout | None = None
@@ -133,6 +135,8 @@ class Cohort:
         self.held = False
         self.inbox = {}
         self.due_s = None
+        if self.carried:
+            self.carried = set()
 
     def add(self, each: Slice) -> None:
         """Take in a slice that has the history of the others."""
@@ -152,7 +156,7 @@ class Cohort:
         part = Cohort()
         part.applied, part.updates, part.held = self.applied, self.updates, self.held
         part.inbox, part.progress = dict(self.inbox), dict(self.progress)
-        part.due_s, part.num_late = self.due_s, self.num_late
+        part.due_s, part.num_late, part.carried = self.due_s, self.num_late, set(self.carried)
         for each in slices:
             del self.slices[each]
             part.add(each)

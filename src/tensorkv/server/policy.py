@@ -33,6 +33,9 @@ class Policy(ABC):
     has_deadlines = False
     """Whether a round may merge because time has passed; the shard then calls `deadline_s`."""
 
+    carries = False
+    """Whether a late push counts in the open round. Its peer's pulls need not wait for that round."""
+
     def __init__(self, members: set[int]) -> None:
         self.members = members
 
@@ -152,12 +155,9 @@ class Quorum(Policy):
         self.carries = carries
 
     def merges(self, cohort: Cohort) -> bool:
-        if self.grace_s == 0.0:
-            return self._has_quorum(cohort)
-        return bool(cohort.inbox) and self.members <= cohort.inbox.keys()
-
-    def _has_quorum(self, cohort: Cohort) -> bool:
-        return bool(cohort.inbox) and len(cohort.inbox) >= min(self.quorum, len(self.members))
+        if self.grace_s == 0.0 and len(cohort.inbox) >= self.quorum:
+            return True
+        return bool(cohort.inbox) and self.members <= cohort.inbox.keys()  # fewer than a quorum may be left
 
     def count_push(self, cohort: Cohort, peer: int) -> bool:
         if cohort.progress.get(peer, 0) >= cohort.applied:
@@ -165,18 +165,25 @@ class Quorum(Policy):
             return True
         cohort.num_late += 1
         cohort.progress[peer] = cohort.applied + self.carries
+        if self.carries:
+            cohort.carried.add(peer)
         return self.carries
 
+    def needed(self, cohort: Cohort, peer: int) -> int:
+        # Nobody else may push again before the peer of a late push does: if each of several waited for the
+        # round of the slice that it was late for, all would wait.
+        return cohort.applied if peer in cohort.carried else super().needed(cohort, peer)
+
     def deadline_s(self, cohort: Cohort, now_s: float) -> float | None:
-        if cohort.due_s is None and self._has_quorum(cohort):
+        if cohort.due_s is None and len(cohort.inbox) >= self.quorum:
             cohort.due_s = now_s + self.grace_s
         return cohort.due_s
 
     def alike(self, one: Cohort, other: Cohort) -> bool:
-        return self._lags(one) == self._lags(other)
+        return self._behind(one) == self._behind(other)
 
-    def _lags(self, cohort: Cohort) -> dict[int, int]:
-        return {peer: cohort.applied - cohort.progress.get(peer, 0) for peer in self.members}
+    def _behind(self, cohort: Cohort) -> set[int]:
+        return {peer for peer in self.members if cohort.progress.get(peer, 0) < cohort.applied}
 
 
 def make_policy(spec: StorePolicy, members: set[int]) -> Policy:

@@ -55,6 +55,8 @@ from tensorkv.wire.validate import sent_dtype
 MAX_TOMBSTONES = 4096
 MAX_REPORTED = 50
 """Maximum number of open rounds of a store that a report lists one by one."""
+MANY_DEADLINES = 64
+"""Number of deadlines from which on those of merged rounds are looked for and dropped."""
 MAX_WAITS = 1 << 18
 """Maximum number of chunks of one store that one worker may wait for, in pulls, puts and pushes together."""
 
@@ -113,6 +115,7 @@ class StoreShard:
         self._untimed: dict[Cohort, None] = {}  # pushed since the last tick, if the policy has deadlines
         self._deadlines: list[tuple[float, int, Cohort]] = []  # a heap; its ties are numbered
         self._ties = itertools.count()
+        self._many_deadlines = MANY_DEADLINES
         self._to_commit: dict[Contribution, None] = {}  # pushed with apply=False
         self._refused: dict[Contribution, MemoryLimitReached] = {}  # for lack of memory
         self._replies: dict[Contribution, None] = {}  # pushes that ask for the values
@@ -316,6 +319,8 @@ class StoreShard:
         if len(cohorts) > 1 or not layout.covers_cohorts:
             cohorts = self._covered_by(layout, cohorts)
         policy, complete = self._policy, []
+        if policy.has_deadlines:
+            self._untimed.update(dict.fromkeys(cohorts))  # also those that it has split off and is late for
         if policy.counts_pushes:
             cohorts = self._count_push(pushed, cohorts)
         for cohort in cohorts:
@@ -324,8 +329,10 @@ class StoreShard:
                 complete.append(cohort)
         if complete:
             self._merge(complete)
-        if policy.has_deadlines:
-            self._untimed.update(dict.fromkeys(cohorts))
+        if policy.carries and pushed.request and any(worker in each.carried for each in cohorts):
+            request, pushed.request = pushed.request, 0  # it need not wait for the rounds that it is late for
+            del self._replies[pushed]
+            self._pull_chunk(worker, request, message.chunk, layout)
 
     def _count_push(self, pushed: Contribution, cohorts: list[Cohort]) -> list[Cohort]:
         """Return the cohorts in which a push counts; of the others drop it."""
@@ -344,6 +351,10 @@ class StoreShard:
             due_s = self._policy.deadline_s(cohort, now_s)
             if due_s is not None:
                 heapq.heappush(self._deadlines, (due_s, next(self._ties), cohort))
+        if len(self._deadlines) > self._many_deadlines:  # most may be of rounds that have merged already
+            self._deadlines = [each for each in self._deadlines if each[2].due_s == each[0]]
+            heapq.heapify(self._deadlines)
+            self._many_deadlines = 2 * len(self._deadlines) + MANY_DEADLINES
         due: dict[Cohort, None] = {}
         while self._deadlines:
             due_s, _, cohort = self._deadlines[0]
@@ -621,7 +632,10 @@ class StoreShard:
                 last = layout
             for lease in leases:
                 lease.readers += 1
-            self.out.append(Outgoing(worker, m.Data(request, number), payload, leases))
+            data = m.Data(request, number)
+            if self._policy.carries:
+                data.unmerged = any(worker in each.carried for each in layout.cohorts(self._cohorts_epoch))
+            self.out.append(Outgoing(worker, data, payload, leases))
 
     def _make_put(self, wait: Wait) -> None:
         assert wait.put is not None
@@ -932,8 +946,6 @@ class StoreShard:
             self._merge(complete)
         if self._policy.pulls_wait_for_others:
             self._answer_waits(cohorts, [])
-        if self._policy.has_deadlines:  # fewer pushes may be enough now
-            self._untimed.update((cohort, None) for cohort in cohorts if cohort.inbox)
         self._check_commit()
         return plans
 

@@ -207,7 +207,7 @@ class Sharing:
             self._told.add(number)
         self._lent.append((leases, payload))
         placed = m.Placed(self._settled + len(self._lent), spans)
-        self._send(encode(m.Data(data.request, data.chunk, placed)))
+        self._send(encode(m.Data(data.request, data.chunk, placed, data.unmerged)))
         return True
 
     def forget(self, number: int) -> None:

@@ -116,8 +116,7 @@ class DistStore(KVStore):
         self._at_barrier = threading.RLock()
         self._committing = threading.RLock()
         self._settings = SettingsTable()
-        self._num_unsent_changes = 0  # of options
-        self._changes_in_flight = False  # whether a server may not have handled one
+        self._num_unsent_changes = 0  # of options, at most: a push has taken earlier ones along
         at_loss = on_worker_loss or ("fail" if policy.rounds_wait else "continue")
         joined = job.control.request(
             lambda n: m.JoinStore(n, store, policy, reduction, at_loss),
@@ -146,12 +145,12 @@ class DistStore(KVStore):
         return self._job.config.num_workers
 
     def _forget(self, states: Sequence[KeyState]) -> None:
+        self.num_retired += 1
         self._plans.forget(states)
         self._pusher.forget(states)
 
     def on_gone(self, gone: m.KeysGone) -> None:
         """Drop the cached plans of keys that other workers have deleted."""
-        self.num_retired += 1
         self._forget(self._table.gone(gone.key_ids))
 
     def on_fault(self, fault: m.Fault) -> None:
@@ -592,7 +591,8 @@ class DistStore(KVStore):
                     self._forget_deleted(plan.states)
                 raise error
             call.destinations.finish()
-            self._pusher.merged(plan.key_ids, call.up_to)
+            if not call.destinations.unmerged:
+                self._pusher.merged(plan.key_ids, call.up_to)
             self._table.raise_faults(batch.keys)
             return answer(batch, made)
 
@@ -689,14 +689,10 @@ class DistStore(KVStore):
                 for link in self._job.links:
                     link.put(message)
                 self._num_unsent_changes += 1
-                self._changes_in_flight = True
-            if not self._policy.settings_wait or self._num_unsent_changes >= MAX_UNSENT_CHANGES:
-                self._send_changes()
             self._settings = table
-
-    def _send_changes(self) -> None:
-        """Send changes of options that no push has taken along yet."""
-        if self._num_unsent_changes:
+        if not self._policy.settings_wait:  # else another rank's push could overtake it
+            self._flush(self._timeout_s)
+        elif self._num_unsent_changes >= MAX_UNSENT_CHANGES:
             self._num_unsent_changes = 0
             for link in self._job.links:
                 link.pump()
@@ -840,8 +836,7 @@ class DistStore(KVStore):
 
     def _meet(self, timeout_s: float) -> None:
         self._pusher.await_all_deferred("barrier", timeout_s)
-        # If so, no server has anything to report, and no change of options can be overtaken.
-        settled = self._pusher.settled and (self._policy.settings_wait or not self._changes_in_flight)
+        settled = self._pusher.settled  # if so, no server has anything to report
         if not settled:
             self._flush(timeout_s)
         self._job.control.request(lambda n: m.Barrier(n, self._store), "barrier", timeout_s, self._store)
@@ -851,7 +846,6 @@ class DistStore(KVStore):
 
     def _flush(self, timeout_s: float) -> None:
         """Wait until the servers have handled all that this worker has sent."""
-        self._changes_in_flight = False
         self._job.ask_all(lambda n: m.Flush(n, self._store), "barrier", timeout_s, self._store)
 
     def _close(self) -> None:

@@ -30,7 +30,7 @@ def policy_of(
         _check_count("staleness", staleness, "pushes", least=0)
     if quorum is None:
         for option, value, default in (("grace_s", grace_s, 0), ("late", late, "drop")):
-            if value != default:
+            if not (isinstance(value, (int, float, str)) and value == default):
                 raise InvalidArgument(f"{option}={value!r} makes no sense without quorum")
         return StorePolicy(name, staleness)
     if name == "async":

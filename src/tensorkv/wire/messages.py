@@ -377,11 +377,15 @@ class Put(Message, tag=34):
 
 
 class Data(Message, tag=40):
-    """Values of a chunk. Payload: the elements of its slices, in the stored dtype, or `placed`."""
+    """Values of a chunk. Payload: the elements of its slices, in the stored dtype, or `placed`.
+
+    With `unmerged` the last push of them by this worker was late, and is not merged yet.
+    """
 
     request: int
     chunk: int
     placed: Placed | None = None
+    unmerged: bool = False
 
 
 class Merged(Message, tag=41):

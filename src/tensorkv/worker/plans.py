@@ -17,7 +17,7 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from tensorkv.arrays import bytes_of, dtype_from_name, dtype_name
+from tensorkv.arrays import addresses_of, bytes_of, dtype_from_name, dtype_name
 from tensorkv.config import MAX_SLICE_BYTES
 from tensorkv.plain import Key
 from tensorkv.wire import messages as m
@@ -158,7 +158,7 @@ class Known:
         return (
             len(tensors) == len(self.tensors)
             and all(map(operator.is_, map(operator.call, self.tensors), tensors))
-            and list(map(torch.Tensor.data_ptr, tensors)) == self.addresses
+            and addresses_of(tensors) == self.addresses  # also not if one is None, as a dead reference is
         )
 
 

@@ -140,8 +140,10 @@ class Destinations:
     the sizes of `firsts`, if all are contiguous. `plain` tells that each value is known to have one tensor,
     and none to share memory. A value whose large pieces cannot be received directly into the first tensor
     goes through memory of its own. Pieces that lie in shared memory, or were received with others, are copied
-    from there to a device.
+    from there to a device. `unmerged` says that a server answered before this worker's last push was merged.
     """
+
+    unmerged = False
 
     def __init__(
         self,
@@ -345,6 +347,8 @@ class PullExchange(Exchange):
             self._on_end(message)
             return True
         chunk = self._chunk(message)
+        if message.unmerged:
+            self._destinations.unmerged = True
         staging, self._staging = self._staging, None
         if self._copied:
             self._copied = False
