@@ -127,6 +127,58 @@ def test_of_several_answers_the_one_that_names_somebody_counts(clock: Clock) -> 
         call.wait.tick()
 
 
+def follow_from(wait: Wait, waiting: m.Waiting, asked: list[m.Waiting]) -> None:
+    wait.answered(waiting, lambda: asked.append(waiting))
+
+
+def test_the_log_waits_for_what_the_missing_ranks_wait_for(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    call, asked = Call(100.0), list[m.Waiting]()
+    clock.now += 10.5
+    call.wait.tick()
+    follow_from(call.wait, m.Waiting(1, [1], "push 3 of 'w'"), asked)
+    assert (asked, call.wait.open_question, caplog.messages) == (
+        [m.Waiting(1, [1], "push 3 of 'w'")],
+        True,
+        [],
+    )
+    call.wait.followed(m.Stuck(2, 1, "a barrier", [0]))
+    assert not call.wait.open_question
+    assert caplog.messages == [
+        "pull of 'w': waiting for worker 1, push 3 of 'w'; worker 1 waits in a barrier for worker 0, 10 s"
+    ]
+    clock.now += 10.0
+    call.wait.tick()
+    follow_from(call.wait, MISSING, asked)
+    call.wait.followed(m.Stuck(3, 0, "", []))
+    assert caplog.messages[1:] == ["pull of 'w': waiting for workers 3, 5, round 812 of 'w', 20 s"]
+
+
+def test_the_deadline_waits_for_what_the_missing_ranks_wait_for(clock: Clock) -> None:
+    call = Call(5.0)
+    clock.now += 5.0
+    call.wait.tick()
+    follow_from(call.wait, MISSING, [])
+    clock.now += 1.9
+    call.wait.tick()
+    call.wait.followed(m.Stuck(3, 5, "a barrier", [0, 3]))
+    with pytest.raises(
+        WaitTimeout, match="workers 3, 5, round .*; worker 5 waits in a barrier for workers 0, 3$"
+    ):
+        call.wait.tick()
+
+
+def test_a_scheduler_that_does_not_follow_holds_a_deadline_up_only_so_long(clock: Clock) -> None:
+    call = Call(5.0)
+    clock.now += 5.0
+    call.wait.tick()
+    follow_from(call.wait, MISSING, [])
+    clock.now += 2.1
+    with pytest.raises(WaitTimeout, match="waiting for workers 3, 5, round 812 of 'w'$"):
+        call.wait.tick()
+
+
 def test_without_anybody_to_ask_the_deadline_is_the_deadline(clock: Clock) -> None:
     wait = Wait("joining the job", 5.0, lambda: None)
     clock.now += 4.9

@@ -106,6 +106,22 @@ def test_a_name_is_free_when_all_have_left() -> None:
     assert tell(made, 1, m.Barrier(3, first.store)) == [closed(1, 3)]
 
 
+def test_of_stuck_workers_one_that_waits_for_the_asker_is_named() -> None:
+    made = job(num_workers=4)
+    store, other = join(made, 0).store, join(made, 0, name="other").store
+    for name in ("default", "other"):
+        for rank in (1, 2, 3):
+            join(made, rank, name=name)
+    tell(made, 0, m.Barrier(1, store))
+    tell(made, 2, m.Barrier(2, store))
+    tell(made, 1, m.Barrier(3, other))
+    tell(made, 0, m.Barrier(4, other))
+    assert tell(made, 3, m.AskStuck(5, [1])) == [("worker", 3, m.Stuck(5, 1, "a barrier", [2, 3]))]
+    assert tell(made, 1, m.AskStuck(6, [0, 2])) == [("worker", 1, m.Stuck(6, 0, "a barrier", [1, 3]))]
+    # Worker 0 waits twice, and not for worker 2 in the first store.
+    assert tell(made, 2, m.AskStuck(7, [0])) == [("worker", 2, m.Stuck(7, 0, "a barrier", [2, 3]))]
+
+
 def test_keys_settings_and_barriers_go_to_the_store() -> None:
     made = job()
     store = join(made, 0).store
@@ -122,6 +138,8 @@ def test_keys_settings_and_barriers_go_to_the_store() -> None:
     assert tell(made, 1, m.Barrier(6, store)) == []
     assert tell(made, 0, m.AskWaiting(6, store)) == [("worker", 0, m.Waiting(6, [], ""))]
     assert tell(made, 1, m.AskWaiting(6, store)) == [("worker", 1, m.Waiting(6, [0], "a barrier"))]
+    assert tell(made, 0, m.AskStuck(7, [0, 1])) == [("worker", 0, m.Stuck(7, 1, "a barrier", [0]))]
+    assert tell(made, 0, m.AskStuck(8, [0])) == [("worker", 0, m.Stuck(8, 0, "", []))]
     given_up = m.Failed(6, "WaitTimeout", "a barrier was given up")
     assert tell(made, 1, m.GiveUp(store, 6)) == [("worker", 1, given_up)]
     assert tell(made, 1, m.GiveUp(store, 6)) == []

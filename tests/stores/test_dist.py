@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -799,6 +800,36 @@ def test_with_bounded_staleness_a_pull_waits_for_who_is_too_far_behind() -> None
         slice_bound_bytes=1000,
     )
     assert found == [[1.0, 12.0, 12.0], [2.0, 12.0, 12.0]]
+
+
+@pytest.mark.parametrize("host", ["inproc", "127.0.0.1"])
+def test_a_circle_through_a_barrier_is_named(host: str) -> None:
+    circle = "pull of 'w' did not finish .*: waiting for worker 1, push 1 of 'w'"
+    circle += "; worker 1 waits in a barrier for worker 0"
+
+    def work(kv: KVStore) -> float:
+        assert isinstance(kv, DistStore)
+        kv.set_updater("add")
+        kv.init("w", ones(0))
+        if kv.rank == 0:
+            kv.push("w", ones())
+            kv._timeout_s = 0.3
+            texts: list[str] = []
+            while not any(re.match(circle, text) for text in texts):
+                assert len(texts) < 60, texts  # worker 1 comes to its barrier in the end
+                with pytest.raises(WaitTimeout) as caught:
+                    kv.pull("w")
+                texts.append(str(caught.value))
+            kv._timeout_s = DEADLINE_S
+        kv.barrier()
+        if kv.rank == 1:
+            kv.push("w", ones())
+        return kv.pull("w")[0].item()
+
+    found = run_job(
+        work, num_workers=2, num_servers=2, kind="dist_async", staleness=0, timeout_s=DEADLINE_S, host=host
+    )
+    assert found == [2.0, 2.0]
 
 
 def test_a_round_with_a_quorum_tells_whom_it_waits_for() -> None:

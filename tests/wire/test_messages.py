@@ -29,7 +29,7 @@ CLASSES = sorted(
 )
 TAGS = {
     1: "Challenge", 2: "Hello", 3: "Accept", 4: "Reject",
-    10: "Done", 11: "Failed", 12: "AskWaiting", 13: "Waiting",
+    10: "Done", 11: "Failed", 12: "AskWaiting", 13: "Waiting", 14: "AskStuck", 15: "Stuck",
     20: "OpenStore", 21: "InitSlices", 22: "DefinePlan", 23: "DropPlan", 24: "Push", 25: "Pull",
     26: "WaitMerged", 27: "Commit", 28: "PrepareSetting", 29: "ActivateSetting", 30: "DeleteSlices",
     31: "Flush", 32: "AskInfo", 33: "Leave", 34: "Put", 35: "ChangeOptions",

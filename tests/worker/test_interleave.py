@@ -53,7 +53,7 @@ class Server:
         listener.close()
         connection.max_header_bytes = self.end.max_header_bytes = 1 << 20
         self.failure: TensorKVError | None = None
-        self.link = ServerLink(connection, name, lambda: self.failure, _nothing, _nothing)
+        self.link = ServerLink(connection, name, lambda: self.failure, _nothing, _pass_on, _nothing)
         self.number = self.link.open(Answer(name, heard))
 
     def say(self, *chunks: int) -> None:
@@ -69,6 +69,10 @@ class Server:
 
 def _nothing(what: object) -> None:
     """Nobody listens."""
+
+
+def _pass_on(wait: Wait, waiting: m.Waiting) -> None:
+    wait.answered(waiting)
 
 
 @pytest.fixture

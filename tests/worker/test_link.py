@@ -51,7 +51,12 @@ class Bench:
         self.faults: list[m.Fault] = []
         self.broken_off: list[BaseException] = []
         self.link = ServerLink(
-            connection, "server 1", lambda: self.failure, self.faults.append, self.broken_off.append
+            connection,
+            "server 1",
+            lambda: self.failure,
+            self.faults.append,
+            Wait.answered,
+            self.broken_off.append,
         )
 
     def say(self, message: Any, payload: bytes = b"") -> None:
@@ -492,7 +497,13 @@ class SharedBench(Bench):
         self.failure = None
         self.broken_off: list[BaseException] = []
         self.link = ServerLink(
-            connection, "server 1", lambda: self.failure, lambda _: None, self.broken_off.append, Window()
+            connection,
+            "server 1",
+            lambda: self.failure,
+            lambda _: None,
+            Wait.answered,
+            self.broken_off.append,
+            Window(),
         )
         self.link.pump()
         assert isinstance(self.server, UnixConnection)

@@ -42,7 +42,8 @@ RULES OF A WAIT
    with ranks and a place. If nobody can be asked, or nobody answers, the log names the other side itself.
 3. At the deadline a wait asks once more and allows two seconds for the answer. An earlier answer does not
    count then. WaitTimeout says the same as the log.
-4. Of several answers (a call may ask every server) one that names ranks wins.
+4. Of several answers (a call may ask every server) one that names ranks wins. If a server names them, the
+   worker asks the scheduler whether one of them waits in a barrier or the like (AskStuck), perhaps for it.
 5. A call acquires a lock that is held across replies through `taken`, with the wait's deadline.
 
 LOSSES

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import final
 
@@ -47,6 +47,8 @@ class Wait:
     _to_log = False  # whether to log the next answer that names a rank
     _unanswered = False
     _waiting: m.Waiting | None = None
+    _following = False  # whether the scheduler has been asked what those ranks wait for
+    _stuck: m.Stuck | None = None
     _ticked: float | None = None
 
     def __init__(
@@ -79,7 +81,7 @@ class Wait:
             self._at_deadline(waited_s)
         elif waited_s >= self._next_log_s:
             self._next_log_s += LOG_EVERY_S
-            if self._ask is None or self._unanswered:
+            if self._ask is None or self.open_question:
                 self._log(waited_s)
             self._to_log = True
             self.ask()
@@ -90,13 +92,29 @@ class Wait:
             self._unanswered = True
             self._ask()
 
-    def answered(self, waiting: m.Waiting) -> None:
-        """Note the other side's answer to `ask`. Of several answers one that names ranks wins."""
+    def answered(self, waiting: m.Waiting, follow: Callable[[], None] | None = None) -> None:
+        """Note the other side's answer to `ask`. Of several answers one that names ranks wins.
+
+        Then `follow`, if given, asks the scheduler what these ranks wait for: `followed` gets the answer.
+        """
         self._unanswered = False
         if waiting.ranks or self._waiting is None:
-            self._waiting = waiting
+            self._waiting, self._stuck = waiting, None
+        if waiting.ranks and follow is not None:
+            self._following = True
+            follow()
+        elif waiting.ranks:
+            self._log_answer()
+
+    def followed(self, stuck: m.Stuck) -> None:
+        """Note the scheduler's answer: one of the ranks that this call waits for waits itself."""
+        self._following = False
+        self._stuck = stuck if stuck.ranks else None
+        self._log_answer()
+
+    def _log_answer(self) -> None:
         waited_s = time.monotonic() - self._begin
-        if self._to_log and waited_s < self._timeout_s and waiting.ranks:
+        if self._to_log and waited_s < self._timeout_s:
             self._to_log = False
             self._log(waited_s)
 
@@ -105,7 +123,7 @@ class Wait:
         self.ask()
         pause = threading.Event()
         for _ in range(int(ASK_GRACE_S / TICK_S)):
-            if not self._unanswered:
+            if not self.open_question:
                 break
             pause.wait(TICK_S)
         return self._missing()
@@ -113,7 +131,7 @@ class Wait:
     @property
     def open_question(self) -> bool:
         """Whether `ask` has not been answered yet."""
-        return self._unanswered
+        return self._unanswered or self._following
 
     def describe(self) -> str:
         """Return one line: the call, how long it has waited, and, as far as known, for whom."""
@@ -147,10 +165,10 @@ class Wait:
     def _at_deadline(self, waited_s: float) -> None:
         if self._ask is not None and not self._asked_at_end:
             self._asked_at_end = True
-            self._waiting = None
+            self._waiting = self._stuck = None
             self.ask()
             return
-        if self._unanswered and waited_s < self._timeout_s + ASK_GRACE_S:
+        if self.open_question and waited_s < self._timeout_s + ASK_GRACE_S:
             return
         missing = self._missing()
         text = f"{self.what} did not finish within {self._timeout_s:g} s"
@@ -163,8 +181,16 @@ class Wait:
             return f"waiting for {self._whom()}" + (", which does not answer" if self._unanswered else "")
         if self._waiting is None or not self._waiting.ranks:
             return ""
-        workers = "worker" if len(self._waiting.ranks) == 1 else "workers"
-        return f"waiting for {workers} {', '.join(map(str, self._waiting.ranks))}, {self._waiting.where}"
+        text = f"waiting for {_workers(self._waiting.ranks)}, {self._waiting.where}"
+        if self._stuck is not None:
+            text += (
+                f"; worker {self._stuck.rank} waits in {self._stuck.where} for {_workers(self._stuck.ranks)}"
+            )
+        return text
+
+
+def _workers(ranks: Sequence[int]) -> str:
+    return ("worker " if len(ranks) == 1 else "workers ") + ", ".join(map(str, ranks))
 
 
 def waiting_calls() -> list[Wait]:

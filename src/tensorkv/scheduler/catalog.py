@@ -594,14 +594,18 @@ class Catalog:
         calls += [(rank, each.request) for rank, each in self._waiting_settings]
         return calls + self._gathering.waiters()
 
+    def waits_of(self, ranks: Iterable[int]) -> list[tuple[int, m.Waiting]]:
+        """Return the waiting calls of these ranks: each rank, and which ranks its call waits for."""
+        asked = set(ranks)
+        waits = [(rank, self.waiting(rank, request)) for rank, request in self._waits() if rank in asked]
+        return [(rank, waiting) for rank, waiting in waits if waiting is not None]
+
     def report(self) -> list[str]:
         """Return a line per waiting call, with the workers it waits for."""
         lines: list[str] = []
-        for rank, request in self._waits():
-            waiting = self.waiting(rank, request)
-            if waiting is not None:
-                missing = ", ".join(map(str, waiting.ranks))
-                lines.append(f"worker {rank}, in {waiting.where}, waits for worker {missing}")
+        for rank, waiting in self.waits_of(range(self.num_workers)):
+            missing = ", ".join(map(str, waiting.ranks))
+            lines.append(f"worker {rank}, in {waiting.where}, waits for worker {missing}")
         return lines
 
     def _retry(self) -> None:

@@ -121,6 +121,8 @@ class Membership:
                 self._join_store(rank, message)
             case m.AskWaiting():
                 self._answer_waiting(rank, message.request)
+            case m.AskStuck():
+                self._answer_stuck(rank, message)
             case _:
                 self._handle_store(rank, message)
 
@@ -311,6 +313,13 @@ class Membership:
                 self.out.append(("worker", rank, answer))
                 return
         self.out.append(("worker", rank, m.Waiting(request, [], "")))
+
+    def _answer_stuck(self, rank: int, message: m.AskStuck) -> None:
+        """Tell which of some ranks waits in a call of all; first of all one that waits for `rank`."""
+        waits = (wait for directory in self._stores.values() for wait in directory.waits_of(message.ranks))
+        stuck, waiting = max(waits, key=lambda wait: rank in wait[1].ranks, default=(0, m.Waiting(0, [], "")))
+        answer = m.Stuck(message.request, stuck, waiting.where, waiting.ranks)
+        self.out.append(("worker", rank, answer))
 
     def _collect(self, directory: Catalog) -> None:
         self.out += [("worker", rank, message) for rank, message in directory.out]

@@ -125,6 +125,25 @@ class Waiting(Message, tag=13):
     where: str
 
 
+class AskStuck(Message, tag=14):
+    """Ask the scheduler which of `ranks`, for whom a call of this worker waits, waits in a call of all."""
+
+    request: int
+    ranks: list[int]
+
+
+class Stuck(Message, tag=15):
+    """Answer to AskStuck: a rank that waits, its call, and the ranks that it waits for.
+
+    Of several, one that waits for the worker that asks. No rank waits if `ranks` is empty.
+    """
+
+    request: int
+    rank: int
+    where: str
+    ranks: list[int]
+
+
 # ---- keys and settings ----------------------------------------------------------------------------
 
 
@@ -883,6 +902,7 @@ ToScheduler = (
     | Abandon
     | CommitReady
     | AskWaiting
+    | AskStuck
     | Together
     | ConcludeTogether
     | ProposeLoad
@@ -899,6 +919,7 @@ FromScheduler = (
     | Done
     | Failed
     | Waiting
+    | Stuck
     | CommitDecision
     | TogetherReply
     | LoadReply

@@ -65,6 +65,7 @@ class ControlClient:
         self._on_gone = on_gone
         self._numbers = itertools.count(1)
         self._replies: dict[int, _Reply] = {}
+        self._followed: dict[int, Wait] = {}  # by number of the AskStuck, until it is answered
         joining = Wait(
             "joining the job", config.timeout_s, lambda: self.failure, whom=lambda: "all servers to join it"
         )
@@ -90,6 +91,19 @@ class ControlClient:
         """Send a message that has no reply. Never blocks."""
         self._sender.put([encode(message)])
         self._sender.pump()
+
+    def answered(self, wait: Wait, waiting: m.Waiting) -> None:
+        """Pass a server's answer to a Wait, and ask what the ranks that it names wait for. Never blocks.
+
+        A server knows who has not pushed; only the scheduler knows who stands in a barrier.
+        """
+
+        def follow() -> None:
+            number = next(self._numbers)
+            self._followed[number] = wait
+            self.notify(m.AskStuck(number, waiting.ranks))
+
+        wait.answered(waiting, follow)
 
     def request(self, make: Callable[[int], m.Message], what: str, timeout_s: float, store: int = 0) -> Any:
         """Send a request and wait for its reply.
@@ -191,6 +205,10 @@ class ControlClient:
                 waiting = self._replies.get(message.request)
                 if waiting is not None:
                     waiting.wait.answered(message)
+            case m.Stuck():
+                followed = self._followed.pop(message.request, None)
+                if followed is not None:
+                    followed.followed(message)
             case m.Stop() | m.Gone() | m.CommitDecision():
                 raise ProtocolError(f"{type(message).__name__} is not for a worker to hear")
             case _:

@@ -105,6 +105,7 @@ class ServerLink:
         name: "server 1", for texts.
         failure: returns why the job is broken, None while it is not.
         on_fault: called with every Fault of this server.
+        on_waiting: called with what this server answers when a Wait asks whom it waits for.
         broken_off: called when a call was interrupted inside a message, by Ctrl-C for example.
         window: memory to share with the server, if the connection can hand it over.
 
@@ -118,6 +119,7 @@ class ServerLink:
         name: str,
         failure: Callable[[], TensorKVError | None],
         on_fault: Callable[[m.Fault], None],
+        on_waiting: Callable[[Wait, m.Waiting], None],
         broken_off: Callable[[BaseException], None],
         window: Window | None = None,
     ) -> None:
@@ -125,6 +127,7 @@ class ServerLink:
         self._connection = connection
         self._failure = failure
         self._on_fault = on_fault
+        self._on_waiting = on_waiting
         self._broken_off = broken_off
         self._sender = Sender(connection, name.replace(" ", "-"), self._cannot_send)
         self._numbers = itertools.count(1)
@@ -437,7 +440,7 @@ class ServerLink:
         elif type(message) is m.Waiting:
             wait = self._waits.get(message.request)
             if wait is not None:
-                wait.answered(message)
+                self._on_waiting(wait, message)
         else:
             exchange = self._exchanges.get(message.request)
             if exchange is None:

@@ -106,7 +106,7 @@ class Session:
 
     def _link(self, connection: Connection, name: str) -> ServerLink:
         """Return the link to a server, with shared memory if possible."""
-        ends = (self.failure, self._on_fault, self.broken_off)
+        ends = (self.failure, self._on_fault, self.control.answered, self.broken_off)
         try:
             return ServerLink(connection, name, *ends, self.window)
         except (OSError, MemoryLimitReached) as exc:
