@@ -449,7 +449,8 @@ class KVStore(ABC):
         pushed like any other.
 
         Args:
-            key: a key or a list of keys. Tensors of one call are contiguous, which is fastest to push.
+            key: a key or a list of keys. Push the tensors in the order of that list: those under 4 MiB are
+                copied if they are pushed in another order, or between other tensors.
 
         Returns:
             A tensor, or a list of tensors for a list of keys. Dropping them frees their memory.

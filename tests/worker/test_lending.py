@@ -53,9 +53,16 @@ STATES = [
 ]
 
 
-def plan_of(values: list[torch.Tensor], window: Window, states: list[KeyState] = STATES) -> Any:
-    dtypes = [value.dtype for value in values]
-    return build_plan(1, states, dtypes, [1] * len(states), 2, lending._origins(window, values))
+def plan_of(values: list[torch.Tensor], states: list[KeyState] = STATES) -> Any:
+    return build_plan(1, states, [value.dtype for value in values], [1] * len(states), 2, alone={4})
+
+
+def stay(window: Window, values: list[torch.Tensor], states: list[KeyState] = STATES) -> set[str]:
+    """Return the keys that are lent where they lie when these values are pushed."""
+    plan = plan_of(values, states)
+    spans = spans_of(window, plan, values)
+    kept = (chunk for (_, _, chunk), span in zip(plan.frames, spans, strict=True) if span)
+    return {states[piece.value].key for chunk in kept for piece in chunk.pieces}
 
 
 def test_without_a_window_they_are_tensors_like_any_other() -> None:
@@ -88,7 +95,7 @@ def test_tensors_of_other_dtypes_are_aligned(window: Window) -> None:
 
 def test_every_chunk_of_tensors_that_were_handed_out_together_stays(window: Window) -> None:
     values = empty_tensors(window, STATES)
-    plan = plan_of(values, window)
+    plan = plan_of(values)
     spans = spans_of(window, plan, values)
     assert all(spans)
     assert [len(part.chunks) for part in plan.parts] == [2, 2]  # what is whole, and what is sliced
@@ -107,11 +114,10 @@ def test_the_tensors_of_the_last_push_are_known(window: Window, monkeypatch: pyt
     real = lending._address
     monkeypatch.setattr(lending, "_address", lambda value: looked.append(1) or real(value))
     (value,) = empty_tensors(window, [square])
-    plan = plan_of([value], window, [square])
+    plan = plan_of([value], [square])
     spans = spans_of(window, plan, [value])
     looked.clear()
     assert spans_of(window, plan, [value]) == spans != [None]
-    assert lending.arranged(window, None, plan, [value]) is plan  # type: ignore[arg-type]
     assert not looked
     alias = value.view(64, 64)
     assert spans_of(window, plan, [alias]) == spans
@@ -126,47 +132,36 @@ def test_the_tensors_of_the_last_push_are_known(window: Window, monkeypatch: pyt
     assert lending._known_spans(plan, [other]) is None
 
 
-def test_tensors_that_lie_apart_make_chunks_of_their_own_if_they_are_large(window: Window) -> None:
-    values = [empty_tensors(window, [each])[0] for each in STATES]
-    plan = plan_of(values, window)
-    spans = spans_of(window, plan, values)
-    sizes_bytes = [chunk.size_bytes for _, _, chunk in plan.frames]
-    assert all(span for span, size in zip(spans, sizes_bytes, strict=True) if size >= m.PLACED_BYTES)
-    assert sorted(sizes_bytes) == [12, 400, 20_004, 28_000, 40_000, 128_000, 128_000]
+def test_tensors_of_another_list_stay_if_they_are_adjacent_or_alone(window: Window) -> None:
+    """In runs of the list, and in chunks of their own. The others are copied."""
+    values, others = empty_tensors(window, STATES), empty_tensors(window, STATES)
+    assert stay(window, values[2:], STATES[2:]) == {"k3", "k4", "k5", "k6"}
+    assert stay(window, values[::-1], STATES[::-1]) == {"k4"}
+    assert stay(window, values[:1] + values[3:], STATES[:1] + STATES[3:]) == {"k4", "k6"}  # k3 lay between
+    assert stay(window, [*values[:3], *others[3:]]) == {"k4"}
+    for number, each in enumerate(STATES):
+        assert stay(window, [values[number]], [each]) == {each.key}
 
 
-def test_what_is_not_in_the_window_travels_together_as_ever(window: Window) -> None:
+def test_tensors_outside_the_window_are_copied_with_what_travels_with_them(window: Window) -> None:
     values = empty_tensors(window, STATES)
     values[4] = torch.empty(7_000)
-    values[5] = torch.empty(100)
-    plan = plan_of(values, window)
-    spans = spans_of(window, plan, values)
-    stays = {
-        piece.value
-        for (_, _, chunk), span in zip(plan.frames, spans, strict=True)
-        if span
-        for piece in chunk.pieces
-    }
-    assert stays == {0, 1, 2, 3}
+    assert stay(window, values) == {"k2", "k4", "k6"}
 
 
 def test_a_tensor_in_another_order_or_pushed_twice_does_not_stay_where_it_cannot(window: Window) -> None:
     square = state(1, 10_000, [(0, 0, 10_000)])
     (value,) = empty_tensors(window, [square])
     turned = value.view(100, 100).t()
-    assert lending._origins(window, [turned]) is None
-    assert spans_of(window, plan_of([value], window, [square]), [turned]) == [None]
+    assert spans_of(window, plan_of([value], [square]), [turned]) == [None]
     twice = [square, state(2, 10_000, [(0, 0, 10_000)])]
-    plan = plan_of([value, value], window, twice)
-    spans = spans_of(window, plan, [value, value])
-    assert len(spans) == 2
-    assert spans[0] == spans[1] is not None
+    assert spans_of(window, plan_of([value, value], twice), [value, value]) == [None]
 
 
 def test_a_sparse_tensor_lies_nowhere(window: Window) -> None:
-    (value,) = empty_tensors(window, STATES[:1])
-    assert lending._origins(window, [torch.eye(3).to_sparse()]) is None
-    assert lending._origins(window, [value, torch.eye(3).to_sparse()]) == (lending.APART_BYTES, 0)
+    sparse = torch.eye(3).to_sparse()
+    state_of_it = KeyState.of(m.KeyEntry("s", 1, 1, (3, 3), "float32", m.EPOCH, [m.SliceEntry(100, 0, 0, 9)]))
+    assert stay(window, [sparse], [state_of_it]) == set()
 
 
 def test_a_system_without_memory_is_told_of_with_the_size(
@@ -178,10 +173,3 @@ def test_a_system_without_memory_is_told_of_with_the_size(
     monkeypatch.setattr(os, "memfd_create", refuse)
     with pytest.raises(MemoryLimitReached, match="no shared memory of 40000 bytes: .*no memory"):
         empty_tensors(window, STATES[:1])
-
-
-def test_origins_do_not_depend_on_where_in_the_window_tensors_lie(window: Window) -> None:
-    one, other = empty_tensors(window, STATES), empty_tensors(window, STATES)
-    assert lending._origins(window, one) == lending._origins(window, other)
-    assert lending._origins(window, one) != lending._origins(window, [*other[:1], *one[1:]])
-    assert lending._origins(window, [torch.empty(3)]) is None

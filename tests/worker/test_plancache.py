@@ -119,3 +119,18 @@ def test_a_closed_store_tells_nothing() -> None:
     with pytest.raises(StoreClosed):
         bench.cache.tell(plan)
     assert bench.told == [[], []]
+
+
+def test_slices_that_are_cut_alone_share_no_chunk_from_then_on() -> None:
+    bench = Bench()
+    whole = key(4, (0,))
+    before = bench.plan(A, whole)
+    assert [len(part.chunks) for part in before.parts] == [1, 1]
+    bench.cache.cut_alone([A, whole])
+    assert before.dropped
+    after = bench.plan(A, whole)
+    assert [len(part.chunks) for part in after.parts] == [2, 1]
+    bench.cache.cut_alone([whole, A])
+    assert bench.plan(A, whole) is after  # nothing is new
+    bench.cache.forget([A])
+    assert [len(part.chunks) for part in bench.plan(B, whole).parts] == [1, 1]

@@ -69,7 +69,8 @@ def test_every_element_travels_once_and_both_ends_agree(data: st.DataObject) -> 
         states.append(key(number, (size,), data.draw(st.sampled_from(dtypes)), slices))
         pushed.append(data.draw(st.sampled_from(dtypes)))
         counts.append(data.draw(st.integers(0, 2)))
-    plan = build_plan(1, states, pushed, counts, num_servers)
+    alone = set(data.draw(st.lists(st.integers(1, 6), max_size=3)))
+    plan = build_plan(1, states, pushed, counts, num_servers, alone)
     seen: list[tuple[int, int, int]] = []
     for part in plan.parts:
         ids: list[int] = []
@@ -97,8 +98,10 @@ def test_every_element_travels_once_and_both_ends_agree(data: st.DataObject) -> 
                 chunk.num_elems * max(chunk.dtype.itemsize, chunk.stored_dtype.itemsize) > MAX_SLICE_BYTES
             )
             assert not too_long or len(chunk.pieces) == 1
+            assert len(chunk.pieces) == 1 or not alone & {states[each.value].key_id for each in chunk.pieces}
         assert values == part.values
-        assert ids == [e.slice_id for s in states for e in s.entry.slices if e.server == part.server]
+        in_order = sorted(states, key=lambda state: state.key_id in alone)
+        assert ids == [e.slice_id for s in in_order for e in s.entry.slices if e.server == part.server]
     expected = [(i, e.start, e.stop) for i, s in enumerate(states) for e in s.entry.slices]
     assert sorted(seen) == sorted(expected)
     frames = [(part.server, place, chunk) for part in plan.parts for place, chunk in enumerate(part.chunks)]

@@ -51,7 +51,7 @@ from tensorkv.work import Work
 from tensorkv.worker.checkpoint import StateTransfer
 from tensorkv.worker.hold import Hold
 from tensorkv.worker.keytable import KeyTable
-from tensorkv.worker.lending import arranged, empty_tensors
+from tensorkv.worker.lending import empty_tensors
 from tensorkv.worker.link import ServerLink, SingleReply
 from tensorkv.worker.plancache import PlanCache
 from tensorkv.worker.plans import KeyState, Plan, build_plan
@@ -407,7 +407,7 @@ class DistStore(KVStore):
         if plan is None and singles:
             plan = self._plan_of_push(batch.keys, singles)
         if plan is not None and singles and not (plan.dropped or self._table.uncommitted):
-            return self._arranged(plan, singles), singles
+            return plan, singles
         batch = batch.checked()
         states = self._table.known(batch.keys)
         self._table.check_committed(states, "push")
@@ -419,17 +419,16 @@ class DistStore(KVStore):
             for state, tensors in zip(states, batch.tensors, strict=True)
         ]
         values = [_summed(key, tensors) for key, tensors in zip(batch.keys, batch.tensors, strict=True)]
-        plan = self._arranged(self._plans.plan(states, dtypes, batch.counts), values)
+        plan = self._plans.plan(states, dtypes, batch.counts)
         if set(map(len, batch.tensors)) == {1} and set(batch.counts) == {1}:
             self._plans.remember_push(batch.keys, plan)
         return plan, values
 
-    def _arranged(self, plan: Plan, values: list[torch.Tensor]) -> Plan:
-        window = self._job.window
-        return arranged(window, self._plans, plan, values) if window.lends else plan
-
     def _empty_like(self, keys: tuple[Key, ...]) -> list[torch.Tensor]:
-        return empty_tensors(self._job.window, self._table.known(keys))
+        states, window = self._table.known(keys), self._job.window
+        if window.shared:
+            self._plans.cut_alone(states)
+        return empty_tensors(window, states)
 
     # ---- put -------------------------------------------------------------------------------------
 

@@ -91,9 +91,8 @@ WHAT IS HARD
   has happened. So `control.py` asks to give it up, and waits a moment for a reply that is on its way.
 * Who was lost. When one process dies several lose each other. A link waits two seconds for the scheduler's
   word.
-* Loans of `empty_like`. A chunk is lent where it lies only if its pieces are adjacent in the window. So the
-  plans of a list of keys are cut as its tensors lie (`lending.py`), for pulls too, but not anew for ever
-  (`MAX_CHANGES`).
+* Loans of `empty_like`. A chunk is lent where it lies only if its pieces are adjacent in the window. So
+  `lending.py` lays tensors out as a push of the same list cuts its chunks; other lists are copied.
 * Tensors of the step before. A plan recognises them by identity and address, and keeps none of them alive.
 
 WHAT WAS REJECTED

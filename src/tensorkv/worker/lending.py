@@ -1,7 +1,8 @@
 """Lending: tensors in the window, which are pushed without a copy.
 
 `empty_like` returns them. When they are pushed, the servers of this host read them in place. A chunk is lent
-in place if its pieces are adjacent, so the plan of such a push is cut accordingly.
+in place if its pieces are adjacent; so tensors are laid out as the chunks of a push of their list hold them.
+In another order, or with others between them, they are copied.
 """
 
 from __future__ import annotations
@@ -11,18 +12,15 @@ from collections.abc import Sequence
 import torch
 
 from tensorkv.errors import MemoryLimitReached
-from tensorkv.worker.plancache import PlanCache
-from tensorkv.worker.plans import KeyState, Known, Lent, Origins, Plan, PlanChunk, Span
+from tensorkv.worker.plans import KeyState, Known, Lent, Plan, PlanChunk, Span
 from tensorkv.worker.window import Window
-
-APART_BYTES = 1 << 48
-"""Spacing in bytes of the origins of values that are not adjacent; larger than any memory."""
 
 
 def empty_tensors(window: Window, states: Sequence[KeyState]) -> list[torch.Tensor]:
     """Return a new, uninitialised tensor for each key, in the window if a server shares it.
 
-    Whole values of one server and dtype are adjacent, so that they travel together.
+    Whole values of one server and dtype are adjacent in list order, as they are in a chunk (`build_plan`);
+    slices of others make chunks of their own (`PlanCache.cut_alone`).
 
     Raises:
         MemoryLimitReached: there is no memory for them.
@@ -48,14 +46,6 @@ def empty_tensors(window: Window, states: Sequence[KeyState]) -> list[torch.Tens
     return [found[place] for place in range(len(states))]
 
 
-def arranged(window: Window, plans: PlanCache, plan: Plan, values: Sequence[torch.Tensor]) -> Plan:
-    """Return a plan of the same push, with chunks cut by the layout of the values; mostly `plan` itself."""
-    if _known_spans(plan, values) is not None:
-        return plan
-    origins = _origins(window, values)
-    return plan if origins == plan.origins else plans.arrange(plan, origins)
-
-
 def spans_of(window: Window, plan: Plan, values: Sequence[torch.Tensor]) -> list[Span | None]:
     """Return where each frame of a push lies in the window; None for one that has to be copied.
 
@@ -75,22 +65,6 @@ def _known_spans(plan: Plan, values: Sequence[torch.Tensor]) -> list[Span | None
     if lent is None or not lent.values.are(values) or not all(map(torch.Tensor.is_contiguous, values)):
         return None
     return lent.spans
-
-
-def _origins(window: Window, values: Sequence[torch.Tensor]) -> Origins:
-    """Return the relative layout of values in the window (see `Origins`), whatever their addresses."""
-    places = [
-        window.where(address, value.nbytes) if address else None  # a sparse tensor has no nbytes
-        for address, value in zip(map(_address, values), values, strict=True)
-    ]
-    if not any(places):
-        return None
-    origins, free, end = [0] * len(values), 0, (0, 0)
-    for where, place in sorted((each, place) for place, each in enumerate(places) if each):
-        origins[place] = free if where == end else (free // APART_BYTES + 1) * APART_BYTES
-        free = origins[place] + values[place].nbytes
-        end = (where[0], where[1] + values[place].nbytes)
-    return tuple(origins)
 
 
 def _address(value: torch.Tensor) -> int:

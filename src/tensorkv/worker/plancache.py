@@ -11,14 +11,11 @@ import torch
 
 from tensorkv.plain import Key
 from tensorkv.wire import messages as m
-from tensorkv.worker.plans import KeyState, Origins, Plan, build_plan
+from tensorkv.worker.plans import KeyState, Plan, build_plan
 from tensorkv.worker.session import Session
 
 MAX_PLANS = 1024
 """Maximum number of plans kept; the least recently used is evicted first."""
-
-MAX_CHANGES = 8
-"""Maximum number of times the plans of a list of keys are cut anew; values that move later are copied."""
 
 _Name = tuple[tuple[int, ...], tuple[torch.dtype, ...], tuple[int, ...]]
 
@@ -39,7 +36,7 @@ class PlanCache:
         self._lock = threading.Lock()
         self._plans: OrderedDict[_Name, Plan] = OrderedDict()
         self._dropped: list[Plan] = []
-        self._origins: dict[tuple[int, ...], tuple[Origins, int]] = {}  # and how often they have changed
+        self._alone: set[int] = set()  # keys whose slices make chunks of their own
 
     def plan(self, states: Sequence[KeyState], dtypes: Sequence[torch.dtype], counts: Sequence[int]) -> Plan:
         """Return the plan of pushing values of `dtypes` with these counts; a count of 0 stands for absent."""
@@ -50,27 +47,22 @@ class PlanCache:
                 self._plans.move_to_end(name)
                 return plan
             number = next(self._job.plan_numbers)
-            origins, _ = self._origins.get(name[0], (None, 0))
-            plan = build_plan(number, states, dtypes, counts, len(self._job.links), origins)
+            plan = build_plan(number, states, dtypes, counts, len(self._job.links), self._alone)
             self._plans[name] = plan
             if len(self._plans) > MAX_PLANS:
                 self._drop(self._plans.popitem(last=False)[1])
             return plan
 
-    def arrange(self, plan: Plan, origins: Origins) -> Plan:
-        """Return a plan like this one that is cut by other origins; `plan` itself if they change often.
+    def cut_alone(self, states: Sequence[KeyState]) -> None:
+        """Let slices of those keys that have several make chunks of their own, in pushes and pulls.
 
-        From now on all plans of the same keys are cut so: a server is fastest if pushes and pulls are alike.
+        In a tensor of `empty_like` such a slice is adjacent to no other value.
         """
-        key_ids = tuple(state.key_id for state in plan.states)
-        with self._lock:
-            num_changes = self._origins.get(key_ids, (None, 0))[1]
-            if num_changes == MAX_CHANGES:
-                return plan
-            for name in [name for name in self._plans if name[0] == key_ids]:
-                self._drop(self._plans.pop(name))
-            self._origins[key_ids] = (origins, num_changes + 1)
-        return self.plan(plan.states, plan.dtypes, plan.counts)
+        found = [state for state in states if len(state.entry.slices) > 1 and state.key_id not in self._alone]
+        if found:
+            self.forget(found)
+            with self._lock:
+                self._alone.update(state.key_id for state in found)
 
     def plan_to_pull(self, states: Sequence[KeyState]) -> Plan:
         """Return the plan of pulling keys, as if values of the stored dtype were pushed."""
@@ -127,13 +119,13 @@ class PlanCache:
         """Drop the plans that contain these generations of keys, which are gone."""
         gone = {state.key_id for state in states}
         with self._lock:
+            self._alone -= gone
             for name in [name for name, plan in self._plans.items() if not plan.key_ids.isdisjoint(gone)]:
                 self._drop(self._plans.pop(name))
 
     def _drop(self, plan: Plan) -> None:
         """Drop a plan; the next `tell` makes the servers drop it, too."""
         plan.dropped = True
-        self._origins.pop(tuple(state.key_id for state in plan.states), None)
         self._dropped.append(plan)
         for last, names in ((self.last_push, plan.pushed_as), (self.last_pull, plan.pulled_as)):
             for keys in names:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
 from typing import Any, final
@@ -28,10 +28,6 @@ COALESCE_BYTES = 32 << 10
 
 Span = tuple[int, int, int]
 """A part of shared memory: segment, offset and length in bytes."""
-
-Origins = tuple[int, ...] | None
-"""Relative layout of the values of a push in the window: two values are adjacent if the origin of one is the
-end of the other. 0 for a value outside the window; None if all are outside."""
 
 _shape_of, _dtype_of = attrgetter("shape"), attrgetter("dtype")
 _TENSORS = {torch.Tensor}
@@ -189,7 +185,6 @@ class Plan:
     total_bytes: int  # of them all
     sent_bytes: dict[int, int]  # of a push, by server
     known_to: set[int] = field(default_factory=set)  # servers that know it
-    origins: Origins = None  # by which its chunks are cut
     pushed_as: set[tuple[Key, ...]] = field(default_factory=set)  # keys that the cache maps to it
     pulled_as: set[tuple[Key, ...]] = field(default_factory=set)
     dropped: bool = False  # from the cache; it may still be sent, but must not be remembered
@@ -229,26 +224,20 @@ def build_plan(
     dtypes: Sequence[torch.dtype],
     counts: Sequence[int],
     num_servers: int,
-    origins: Origins = None,
+    alone: Container[int] = (),
 ) -> Plan:
     """Return the plan of pushing values of `dtypes` to `states`; a count of 0 stands for absent.
 
-    With `origins`, values that are adjacent in the window make chunks of their own.
+    Slices of the keys in `alone`, given by id, make chunks of their own, after all others.
     """
     sizes_bytes = np.array([state.num_elems * state.dtype.itemsize for state in states], np.int64)
-    slices: list[list[_SliceOf]] = [[] for _ in range(num_servers)]
-    for value, state in enumerate(states):
-        for entry in state.entry.slices:
-            slices[entry.server].append((value, entry))
-    parts: list[ServerPart] = []
-    for server, found in enumerate(slices):
-        builder = _PartBuilder(server)
-        for group in [found] if origins is None else _together(found, dtypes, origins):
-            builder.begin_chunk()
-            for value, entry in group:
-                builder.add(value, states[value], entry, dtypes[value], counts[value])
-        if found:
-            parts.append(builder.finish(states, int(sizes_bytes.sum())))
+    builders = [_PartBuilder(server) for server in range(num_servers)]
+    apart = [state.key_id in alone for state in states]
+    for value in sorted(range(len(states)), key=apart.__getitem__):
+        for entry in states[value].entry.slices:
+            builder = builders[entry.server]
+            builder.add(value, states[value], entry, dtypes[value], counts[value], apart[value])
+    parts = [each.finish(states, int(sizes_bytes.sum())) for each in builders if each.chunks]
     frames = [(part.server, place, chunk) for part in parts for place, chunk in enumerate(part.chunks)]
     return Plan(
         number=number,
@@ -263,41 +252,7 @@ def build_plan(
         sent_bytes={part.server: sum(chunk.size_bytes for chunk in part.chunks) for part in parts},
         sizes_bytes=sizes_bytes,
         total_bytes=int(sizes_bytes.sum()),
-        origins=origins,
     )
-
-
-_SliceOf = tuple[int, m.SliceEntry]
-"""The number of a value, and one of its slices."""
-
-
-def _together(
-    slices: Sequence[_SliceOf], dtypes: Sequence[torch.dtype], origins: tuple[int, ...]
-) -> list[list[_SliceOf]]:
-    """Return runs of slices that are adjacent in the window, and last, in list order, the rest.
-
-    Runs too short to travel in shared memory join the rest: a chunk for each would cost more than a copy.
-    """
-
-    def place_of(number: int) -> tuple[int, int]:
-        value, entry = slices[number]
-        itemsize = dtypes[value].itemsize
-        return origins[value] + entry.start * itemsize, origins[value] + entry.stop * itemsize
-
-    runs: list[list[int]] = []
-    end = -1
-    rest = {number for number, (value, _) in enumerate(slices) if not origins[value]}
-    for number in sorted(set(range(len(slices))) - rest, key=place_of):
-        start, stop = place_of(number)
-        if start != end:
-            runs.append([])
-        runs[-1].append(number)
-        end = stop
-    for run in runs:
-        if place_of(run[-1])[1] - place_of(run[0])[0] < m.PLACED_BYTES:
-            rest.update(run)
-    kept = [run for run in runs if run[0] not in rest]
-    return [[slices[number] for number in run] for run in [*kept, sorted(rest)] if run]
 
 
 class _PartBuilder:
@@ -308,17 +263,19 @@ class _PartBuilder:
         self.chunks: list[PlanChunk] = []
         self._entries: list[m.ChunkEntry] = []
         self._values: list[int] = []
-        self._begins = False  # whether the next slice is the first of a chunk
 
-    def begin_chunk(self) -> None:
-        """Let the next slice begin a chunk."""
-        self._begins = True
-
-    def add(self, value: int, state: KeyState, entry: m.SliceEntry, dtype: torch.dtype, count: int) -> None:
+    def add(
+        self,
+        value: int,
+        state: KeyState,
+        entry: m.SliceEntry,
+        dtype: torch.dtype,
+        count: int,
+        alone: bool,
+    ) -> None:
         length = entry.stop - entry.start
         size_bytes = length * max(dtype.itemsize, state.dtype.itemsize)
-        if not self._fits(size_bytes, dtype, state.dtype, count == 0):
-            self._begins = False
+        if alone or not self.chunks or not self._fits(size_bytes, dtype, state.dtype, count == 0):
             self.chunks.append(PlanChunk([], dtype, state.dtype, count == 0, 0))
             kind: m.PayloadKind = "dense" if count else "absent"
             self._entries.append(m.ChunkEntry([], [], m.PayloadDescriptor(kind, dtype_name(dtype)), []))
@@ -333,8 +290,6 @@ class _PartBuilder:
         self._values.append(value)
 
     def _fits(self, size_bytes: int, dtype: torch.dtype, stored: torch.dtype, absent: bool) -> bool:
-        if self._begins:
-            return False
         last = self.chunks[-1]
         if (last.dtype, last.stored_dtype, last.absent) != (dtype, stored, absent):
             return False
