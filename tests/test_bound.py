@@ -393,3 +393,43 @@ def test_a_step_has_the_options_of_the_verbs() -> None:
             assert mine["w"].tolist() == [3.0] * 3
             assert step.pushpull(weight=2, async_op=True).result() is mine
             assert mine["w"].tolist() == [4.0] * 3
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_small_tensors_are_pushed_and_pulled_where_they_are(transport: Any, dtype: torch.dtype) -> None:
+    """Also when they have moved, require gradients, are in an asynchronous call, or have another dtype."""
+    names = [f"w{number}" for number in range(300)]
+    with tensorkv.create(
+        "dist_sync", embedded=True, num_servers=2, transport=transport, timeout_s=20.0
+    ) as kv:
+        added(kv, **{name: torch.zeros(8, 8, dtype=dtype) for name in names})
+        pushed = {name: torch.full((8, 8), number % 3, dtype=dtype) for number, name in enumerate(names)}
+        mine = {name: torch.nn.Parameter(torch.zeros(8, 8, dtype=dtype)) for name in names}
+        step = kv.bind(push=pushed, out=mine)
+        total = [0.0] * 300
+
+        def check(async_op: bool = False) -> None:
+            work = step.pushpull(async_op=async_op)
+            if async_op:
+                work.wait()
+            for number, name in enumerate(names):
+                total[number] += pushed[name][0, 0].item()
+                assert mine[name].unique().tolist() == [total[number]], name
+
+        for _ in range(3):
+            check()
+        version = mine["w7"]._version
+        for number, name in enumerate(names):
+            pushed[name].fill_(number % 5)
+        check()
+        assert mine["w7"]._version == version + 1
+        mine["w7"].data = torch.zeros(8, 8, dtype=dtype)
+        pushed["w8"].data = torch.full((8, 8), 2.0, dtype=dtype)
+        pushed["w9"].requires_grad_()
+        check()
+        check(async_op=True)
+        pushed["w10"].data = torch.ones(8, 8, dtype=torch.float64)
+        mine["w11"] = torch.zeros(8, 8, dtype=torch.float64)
+        check()
+        check()

@@ -59,7 +59,8 @@ class _Named:
         self._name = name
         self._read = _reader(name, given, self.keys, named[1])
         self._last: list[weakref.ref[Any]] = []  # of the values of the last call: none is kept alive
-        self._views: list[torch.Tensor] | None = None  # what stands for them, if not they themselves
+        self._singles: list[torch.Tensor] | None = None  # what stands for them, if not they themselves
+        self._views: Any = None  # of their memory, by the store
         self._addresses: list[int] = []
         self._dtypes: list[torch.dtype] = []
         self._plan: Any = None
@@ -92,16 +93,20 @@ class _Named:
             return None
         if addresses_of(values) != self._addresses:  # also if a value is None, as a dead reference is
             return None
-        if not all(map(operator.is_, map(_dtype_of, values), self._dtypes)):
+        if self._dtypes and not all(map(operator.is_, map(_dtype_of, values), self._dtypes)):
             return None
         self._num_misses = 0
         return plan
 
-    def tensors_of(self, values: list[Any]) -> list[torch.Tensor]:
-        """Return what stands for values that `plan_of` has found."""
-        return values if self._views is None else self._views
+    def tensors_of(self, values: list[Any], store: KVStore, async_op: bool) -> list[torch.Tensor]:
+        """Return what stands for values that `plan_of` has found.
 
-    def note(self, singles: list[torch.Tensor] | None, plan: Any) -> None:
+        Without views if the call may copy when it has returned: the tensors may lie elsewhere then.
+        """
+        tensors = values if self._singles is None else self._singles
+        return tensors if async_op or self._views is None else store._viewed(tensors, self._views)
+
+    def note(self, singles: list[torch.Tensor] | None, plan: Any, store: KVStore) -> None:
         """Note what a call has passed to the store, one tensor per key, and the plan by which it knows them.
 
         It does not pay if the tensors are new in each call, like gradients after `zero_grad()`.
@@ -109,12 +114,14 @@ class _Named:
         values, self.values, self._plan = self.values, None, None
         if values is None or plan is None or singles is None or self._num_misses >= MAX_MISSES:
             return
-        views = None if all(map(operator.is_, values, singles)) else singles
-        if views is not None and not all(isinstance(each, torch.nn.Parameter) for each in values):
+        others = None if all(map(operator.is_, values, singles)) else singles
+        if others is not None and not all(isinstance(each, torch.nn.Parameter) for each in values):
             return  # an array, say, of which each call makes a tensor
-        self._last, self._plan, self._views = list(map(weakref.ref, values)), plan, views
+        self._last, self._plan, self._singles = list(map(weakref.ref, values)), plan, others
         self._addresses = addresses_of(values)
-        self._dtypes = list(map(_dtype_of, values))
+        self._views = store._views_of(plan, singles, self._name == "push")
+        # A view keeps its memory alive, so no tensor of another dtype can lie there.
+        self._dtypes = list(map(_dtype_of, values)) if self._views is None else []
 
 
 def _reader(name: str, given: Any, keys: tuple[Key, ...], values: list[Any]) -> Callable[[], list[Any]]:
@@ -128,8 +135,9 @@ def _reader(name: str, given: Any, keys: tuple[Key, ...], values: list[Any]) -> 
                 raise LengthMismatch(
                     f"bind({name}=...): the dict had {len(keys)} keys, and has {len(given)} now; bind again"
                 )
-            return [given[key] for key in keys]
+            return list(get(given))
 
+        get = operator.itemgetter(*keys) if len(keys) > 1 else lambda given: [given[keys[0]]]
         return read
     return lambda: values
 
@@ -181,8 +189,8 @@ class BoundStep:
     """What a training step pushes and pulls, worked out once: see `KVStore.bind`, which makes it.
 
     Its calls raise what the store's verbs raise, and KeyDeleted once a key was deleted or a save was loaded.
-    Between two calls, do not change shape or strides of a tensor that stays the same object in the same
-    memory, as `resize_` and `t_` do.
+    Between two calls, do not change shape, strides or dtype of a tensor that stays the same object in the
+    same memory, as `resize_` and `t_` do. A step keeps the memory of small tensors alive that it used last.
     """
 
     def __init__(self, store: KVStore, push: Any, out: Any) -> None:
@@ -210,7 +218,7 @@ class BoundStep:
         """
         store, side = self._store, self._begin("push")
         apply, async_op = flag("apply", apply), flag("async_op", async_op)
-        batch = self._batch_to_push(side)
+        batch = self._batch_to_push(side, async_op)
         found = store._push(store._ready_to_push("push", batch, weight), apply, async_op)
         self._note_push(side, batch)
         return found
@@ -229,8 +237,9 @@ class BoundStep:
             ```
         """
         side = self._begin("pull")
-        batch = self._batch_to_pull(side)
-        found = self._store._pull(batch, flag("async_op", async_op))
+        async_op = flag("async_op", async_op)
+        batch = self._batch_to_pull(side, async_op)
+        found = self._store._pull(batch, async_op)
         self._note_pull(side, batch)
         return found
 
@@ -257,7 +266,7 @@ class BoundStep:
         if pulled is None or (pushed.keys != pulled.keys and set(pushed.keys) != set(pulled.keys)):
             raise InvalidArgument("pushpull of a step: bind push and out with the same keys")
         async_op = flag("async_op", async_op)
-        to_push, to_pull = self._batch_to_push(pushed), self._batch_to_pull(pulled)
+        to_push, to_pull = self._batch_to_push(pushed, async_op), self._batch_to_pull(pulled, async_op)
         found = store._pushpull(store._ready_to_push("pushpull", to_push, weight), to_pull, async_op)
         self._note_push(pushed, to_push)
         self._note_pull(pulled, to_pull)
@@ -289,11 +298,12 @@ class BoundStep:
             pass  # the same, for who has bound it
         raise KeyDeleted(f"{call} of a step: a key was deleted, or loaded, after bind(); bind the new ones")
 
-    def _batch_to_push(self, side: _Named) -> PushBatch:
+    def _batch_to_push(self, side: _Named, async_op: bool) -> PushBatch:
         values = side.read()
         plan = side.plan_of(values)
         if plan is not None:
-            return PushBatch(side.keys, None, None, side.tensors_of(values), plan)
+            tensors = side.tensors_of(values, self._store, async_op)
+            return PushBatch(side.keys, None, None, tensors, plan)
         side.values = values
         return push_batch(list(side.keys), values, self._store._key_type, self._store._plan_of_push)
 
@@ -301,13 +311,14 @@ class BoundStep:
         """Note what was pushed: the next call knows it again."""
         if side.values is not None:
             plan = batch.known or self._store._plan_of_push(side.keys, batch.singles or [])
-            side.note(batch.singles, plan)
+            side.note(batch.singles, plan, self._store)
 
-    def _batch_to_pull(self, side: _Named) -> PullBatch:
+    def _batch_to_pull(self, side: _Named, async_op: bool) -> PullBatch:
         outs = side.read()
         plan = side.plan_of(outs)
         if plan is not None:
-            return PullBatch(side.keys, None, Form.DICT, side.given, side.tensors_of(outs), plan)
+            tensors = side.tensors_of(outs, self._store, async_op)
+            return PullBatch(side.keys, None, Form.DICT, side.given, tensors, plan)
         side.values = outs
         batch = pull_batch(list(side.keys), outs, self._store._key_type, self._store._plan_of_pull)
         batch.form, batch.given = Form.DICT, side.given
@@ -316,4 +327,4 @@ class BoundStep:
     def _note_pull(self, side: _Named, batch: PullBatch) -> None:
         if side.values is not None:
             plan = batch.known or self._store._plan_of_pull(side.keys, batch.singles or [])
-            side.note(batch.singles, plan)
+            side.note(batch.singles, plan, self._store)

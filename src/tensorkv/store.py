@@ -1047,6 +1047,17 @@ class KVStore(ABC):
         """
         return None
 
+    def _views_of(self, plan: Any, tensors: list[torch.Tensor], pushed: bool) -> Any:
+        """Return views of the memory of tensors that a step passes by this plan, or None.
+
+        Later calls with the same tensors at the same addresses pass what `_viewed` makes of both.
+        """
+        return None
+
+    def _viewed(self, tensors: list[torch.Tensor], views: Any) -> list[torch.Tensor]:
+        """Return tensors with their views."""
+        return tensors
+
     def _generations_of(self, keys: tuple[Key, ...]) -> tuple[int, ...]:
         """Return a number for each key that no later init of the name has. Raises KeyNotInitialized."""
         return tuple(self._info(key).generation for key in keys)

@@ -59,6 +59,7 @@ from tensorkv.worker.pullcall import PullCall
 from tensorkv.worker.pusher import Pusher
 from tensorkv.worker.session import Session, join
 from tensorkv.worker.transfers import Destinations, gathered
+from tensorkv.worker.views import Viewed, Views, views_of
 
 MAX_UNSENT_CHANGES = 64
 """Maximum number of changes of options that wait for a push to take them along."""
@@ -349,6 +350,12 @@ class DistStore(KVStore):
     def _plan_of_push(self, keys: tuple[Key, ...], values: list[Any]) -> Plan | None:
         plan = self._plans.last_push.get(keys)
         return plan if plan is not None and plan.fits(values) else None
+
+    def _views_of(self, plan: Plan, tensors: list[torch.Tensor], pushed: bool) -> Views | None:
+        return views_of(tensors, plan.dtypes if pushed else [state.dtype for state in plan.states])
+
+    def _viewed(self, tensors: list[torch.Tensor], views: Views) -> list[torch.Tensor]:
+        return Viewed(tensors, views)
 
     def _generations_of(self, keys: tuple[Key, ...]) -> tuple[int, ...]:
         return tuple(state.key_id for state in self._table.known(keys))

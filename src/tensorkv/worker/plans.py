@@ -6,6 +6,7 @@ keep it under its number. A chunk holds whole slices of one dtype, up to `MAX_SL
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import weakref
@@ -76,18 +77,32 @@ class Piece:
     small: bool
 
 
+class Pieces:
+    """The pieces of a chunk in memory of a server, or of our own: tensors, and their bytes."""
+
+    __slots__ = ("__dict__", "views")
+
+    def __init__(self, views: list[torch.Tensor]) -> None:
+        self.views = views
+
+    @functools.cached_property
+    def parts(self) -> list[memoryview]:
+        """The bytes of each."""
+        return list(map(bytes_of, self.views))
+
+
 @final
-class Staging:
+class Staging(Pieces):
     """Memory that receives the small pieces of a chunk, with a view for each, in its shape."""
 
-    __slots__ = ("bytes", "views")
+    __slots__ = ("bytes",)
 
     def __init__(self, chunk: PlanChunk, states: Sequence[KeyState]) -> None:
         small = [piece for piece in chunk.pieces if piece.small]
         num_elems = sum(piece.stop - piece.start for piece in small)
         buffer = torch.empty(num_elems, dtype=chunk.stored_dtype, device="cpu")
         self.bytes = bytes_of(buffer)
-        self.views: list[torch.Tensor] = []
+        super().__init__([])
         low = 0
         for piece in small:
             high = low + piece.stop - piece.start
@@ -117,7 +132,7 @@ class PlanChunk:
     lends: bool = False
     streams: bool = False
     stagings: list[Staging] = field(default_factory=list)
-    sources: tuple[list[tuple[int, int, int]], list[torch.Tensor]] | None = None
+    sources: tuple[list[tuple[int, int, int]], Pieces] | None = None
 
     @property
     def size_bytes(self) -> int:

@@ -18,7 +18,8 @@ from tensorkv.wire import messages as m
 from tensorkv.worker.devices import Tensors, copy_each, join_into, joined, no_grad, on, streams_of
 from tensorkv.worker.link import Exchange
 from tensorkv.worker.nontemporal import stream
-from tensorkv.worker.plans import KeyState, Piece, Plan, PlanChunk, ServerPart, Staging
+from tensorkv.worker.plans import KeyState, Piece, Pieces, Plan, PlanChunk, ServerPart, Staging
+from tensorkv.worker.views import Viewed
 
 
 def gather(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]:
@@ -29,6 +30,8 @@ def gather(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> list[memoryview]
     if chunk.absent:
         return []
     if chunk.pick is not None:
+        if isinstance(values, Viewed):
+            return [memoryview(values.gather(chunk.pick))]
         picked = chunk.pick(values)
         if len(picked) == 1:
             return [memoryview(bytes_of(_plain(picked[0])).tobytes())]
@@ -98,6 +101,9 @@ def _culprit(chunk: PlanChunk, values: Sequence[torch.Tensor]) -> int:
 @no_grad  # a known value may require a gradient by now
 def gather_into(target: torch.Tensor, chunk: PlanChunk, values: Sequence[torch.Tensor]) -> None:
     """Copy the payload of a chunk, which is not absent, to `target`: flat, in the chunk's dtype."""
+    if chunk.pick is not None and isinstance(values, Viewed):
+        bytes_of(target)[:] = values.gather(chunk.pick)
+        return
     pieces: tuple[torch.Tensor, ...] | list[torch.Tensor]
     if chunk.pick is not None and chunk.one_dim:
         pieces = chunk.pick(values)
@@ -197,10 +203,10 @@ class Destinations:
         alike = out.dtype == self.states[value].dtype and out.is_contiguous()
         return alike and (self.plain or not self._is_aliased())
 
-    def spread(self, chunk: PlanChunk, staging: list[torch.Tensor]) -> None:
+    def spread(self, chunk: PlanChunk, staging: Staging) -> None:
         """Copy the small pieces of a chunk from the memory that received them."""
         if self.plain and chunk.pick is not None:
-            self._copy_each(chunk.pick(self._firsts), staging)
+            self._copy_whole(chunk.pick, staging)
             return
         targets: list[torch.Tensor] = []
         for piece in chunk.pieces:
@@ -209,13 +215,14 @@ class Destinations:
                     targets.append(self._firsts[piece.value])
                 else:
                     targets.append(self._target_of(piece))
-        self._copy_each(targets, staging)
+        self._copy_each(targets, staging.views)
 
-    def copy_from(self, chunk: PlanChunk, sources: list[torch.Tensor]) -> None:
-        """Copy the pieces of a chunk from `sources`: whole ones in the shape of their value."""
+    def copy_from(self, chunk: PlanChunk, pieces: Pieces) -> None:
+        """Copy the pieces of a chunk: whole ones have the shape of their value."""
         if self.plain and chunk.pick is not None:
-            self._copy_each(chunk.pick(self._firsts), sources)
+            self._copy_whole(chunk.pick, pieces)
             return
+        sources = pieces.views
         targets = [
             self._firsts[piece.value] if piece.whole and self.plain else self._target_of(piece)
             for piece in chunk.pieces
@@ -225,6 +232,13 @@ class Destinations:
                 _stream_each(targets, sources)
         else:
             self._copy_each(targets, sources)
+
+    def _copy_whole(self, pick: Callable[[Any], Any], pieces: Pieces) -> None:
+        """Copy a chunk of small whole values."""
+        if isinstance(self._firsts, Viewed):
+            self._firsts.fill(pick, pieces.parts)
+        else:
+            self._copy_each(pick(self._firsts), pieces.views)
 
     def _copy_each(self, targets: Tensors, sources: Tensors) -> None:
         with on(self._streams):
@@ -334,7 +348,7 @@ class PullExchange(Exchange):
         chunk = self._chunk(message)
         spans = [] if message.placed is None else message.placed.spans
         if chunk.sources is None or chunk.sources[0] != spans:
-            chunk.sources = (spans, _pieces_of(chunk, parts, self._destinations.states))
+            chunk.sources = (spans, Pieces(_pieces_of(chunk, parts, self._destinations.states)))
         self._destinations.copy_from(chunk, chunk.sources[1])
         self._copied = True
 
@@ -354,7 +368,7 @@ class PullExchange(Exchange):
             self._copied = False
         elif staging is not None:
             if staging.views:
-                self._destinations.spread(chunk, staging.views)
+                self._destinations.spread(chunk, staging)
             chunk.stagings.append(staging)
         elif chunk.num_elems:
             raise ProtocolError(f"a chunk of {chunk.num_elems} elements came without them")
