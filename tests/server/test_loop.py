@@ -679,3 +679,11 @@ def test_a_system_without_shared_memory_is_served_over_tcp(
     assert len(cluster.servers[0].addresses) == 1
     cluster.stop()
     assert caplog.messages == ["server 0: workers of this host are served over TCP: this system has none"]
+
+
+def test_the_heap_is_trimmed_if_the_process_is_the_servers(cluster: LocalCluster) -> None:
+    server = cluster.servers[0]
+    assert server._trim is None  # it is a thread of somebody else's process
+    trimmed = threading.Event()
+    server._trim_at_s, server._trim = 0.0, trimmed.set
+    assert trimmed.wait(DEADLINE_S)

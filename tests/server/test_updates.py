@@ -8,7 +8,7 @@ import torch
 from tensorkv.errors import UpdaterError
 from tensorkv.server.cohorts import Cohort
 from tensorkv.server.layouts import Chunk, Contribution, Layout, Slice
-from tensorkv.server.memory import Memory, no_memory
+from tensorkv.server.memory import BufferPool, Memory, no_memory
 from tensorkv.server.slots import Slot
 from tensorkv.server.updates import Updates, run_updaters
 from tensorkv.updaters.base import Add, Assign, Updater
@@ -59,7 +59,7 @@ def test_a_layout_is_added_up_as_its_slices_are(
 ) -> None:
     generator = torch.Generator().manual_seed(8)
     values = [torch.randn(6, generator=generator).to(dtype) for _ in weights]
-    updates = Updates(True, no_memory)
+    updates = Updates(True, BufferPool(), no_memory)
     whole, single = layout_of(updater(), dtype), layout_of(updater(), dtype)
     parts = [pushed(whole, each, count=2, weight=w) for each, w in zip(values, weights, strict=True)]
     assert updates.of_layout(whole, parts, 0) == {}
@@ -73,8 +73,10 @@ def test_a_layout_is_added_up_as_its_slices_are(
 def test_a_slice_that_nobody_has_values_for_has_no_sum() -> None:
     layout = layout_of(Add())
     nothing = pushed(layout, torch.ones(6), absent=True)
-    assert Updates(False, no_memory).sum_of(layout.slices[0], [nothing]) is None
-    found = Updates(False, no_memory).sum_of(layout.slices[1], [nothing, pushed(layout, torch.ones(6), 1)])
+    assert Updates(False, BufferPool(), no_memory).sum_of(layout.slices[0], [nothing]) is None
+    found = Updates(False, BufferPool(), no_memory).sum_of(
+        layout.slices[1], [nothing, pushed(layout, torch.ones(6), 1)]
+    )
     assert found is not None
     assert found[1].tolist() == [1.0, 1.0]
 
@@ -82,7 +84,7 @@ def test_a_slice_that_nobody_has_values_for_has_no_sum() -> None:
 def test_a_commit_leaves_what_was_pushed_as_it_is() -> None:
     layout = layout_of(Add())
     parts = [pushed(layout, torch.ones(6)), pushed(layout, torch.ones(6), 1)]
-    found = Updates(False, no_memory).sum_of(layout.slices[0], parts, may_overwrite=False)
+    found = Updates(False, BufferPool(), no_memory).sum_of(layout.slices[0], parts, may_overwrite=False)
     assert found is not None
     assert found[1].tolist() == [2.0, 2.0]
     assert all(each.buffer.tensor.tolist() == [1.0] * 6 for each in parts)
@@ -98,7 +100,21 @@ def test_a_run_that_cannot_be_assigned_fails_for_its_slices_alone(monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr(Slot, "fresh", refuse)
-        failed = Updates(False, no_memory).of_layout(layout, [pushed(layout, torch.ones(6))], 0)
+        failed = Updates(False, BufferPool(), no_memory).of_layout(layout, [pushed(layout, torch.ones(6))], 0)
     assert list(failed) == layout.slices[:2]
     assert all(isinstance(error, UpdaterError) and "no place" in str(error) for error in failed.values())
     assert stored(layout).tolist() == [0.0] * 4 + [1.0] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_of_borrowed_memory_is_taken_in_the_pool(dtype: torch.dtype) -> None:
+    """So that no step needs fresh pages for it. Narrow floats are added up in another dtype first."""
+    layout, pool = layout_of(Add(), dtype), BufferPool()
+    parts = [pushed(layout, torch.ones(6, dtype=dtype), peer) for peer in range(2)]
+    for each in parts:
+        each.buffer = Memory(each.buffer.tensor, lambda: None)
+    for number in range(1, 4):
+        assert not Updates(False, pool, no_memory).of_layout(layout, parts, 0)
+        assert stored(layout).tolist() == [2.0 * number] * 6
+    assert all(each.buffer.tensor.tolist() == [1.0] * 6 for each in parts)
+    assert [len(free) for free in pool._free.values()] == ([1] if dtype == torch.float32 else [])

@@ -41,7 +41,7 @@ from tensorkv.peer.admission import SPARE_NEWCOMERS, Admission
 from tensorkv.peer.code import LoadUpdater, updater_loader
 from tensorkv.peer.deadlines import lost_error, scheduler_lost_error
 from tensorkv.peer.handshake import accept, connect_to_scheduler
-from tensorkv.server.memory import EMPTY, BufferPool, fresh
+from tensorkv.server.memory import EMPTY, BufferPool, fresh, trim_heap
 from tensorkv.server.shard import SCHEDULER, Outgoing
 from tensorkv.server.shm import SharedValues, Sharing
 from tensorkv.server.slots import Lease, allocate_private
@@ -65,6 +65,9 @@ FRAMES_PER_TURN = 16
 
 SCRAP_BYTES = 1 << 20
 """Size of the buffer that receives, piece by piece, a payload for which there is no memory."""
+
+TRIM_EVERY_S = 10.0
+"""Time between two trims of the heap. Each costs what the temporary tensors of a step need as fresh pages."""
 
 LAST_WORDS_S = 1.0
 """Timeout in seconds for draining a lost worker's connection. Every other worker waits meanwhile."""
@@ -102,10 +105,15 @@ class Server:
     Args:
         config: its place in the job; `host` is the address it binds to.
         load_updater: makes an updater from a received setting.
+        trim: returns freed memory to the system; called every `TRIM_EVERY_S`, if the process is the server's.
     """
 
-    def __init__(self, config: JobConfig, load_updater: LoadUpdater) -> None:
+    def __init__(
+        self, config: JobConfig, load_updater: LoadUpdater, trim: Callable[[], None] | None = None
+    ) -> None:
         self._config = config
+        self._trim = trim
+        self._trim_at_s = time.monotonic() + TRIM_EVERY_S
         self._pool = BufferPool()
         self._listeners = _listen(config)
         self._values = SharedValues() if len(self._listeners) > 1 else None
@@ -302,6 +310,9 @@ class Server:
         now_s = time.monotonic()
         out, due_s = self._state.tick(now_s)
         self._queue(out)
+        if self._trim is not None and now_s >= self._trim_at_s:
+            self._trim()
+            self._trim_at_s = now_s + TRIM_EVERY_S
         return TICK_S if due_s is None else min(TICK_S, due_s - now_s)
 
     def _serve_signals(self) -> None:
@@ -547,7 +558,7 @@ def main() -> int:
         gc.freeze()  # otherwise each full collection walks torch's objects: all wait for 40 ms
         gc.enable()
         logging.basicConfig(format="%(name)s: %(message)s")
-        server = Server(config, updater_loader(config.allow_import))
+        server = Server(config, updater_loader(config.allow_import), trim_heap)
         try:
             _handle_signals(server)
             server.start()

@@ -107,7 +107,7 @@ class StoreShard:
         self._slices_of: dict[Key, dict[Slice, None]] = {}
         self._tombstones: dict[int, str] = {}
         self.plans = PlanBook(self._slices.get, max_payload_bytes)
-        self._updates = Updates(opened.mean, error_of)
+        self._updates = Updates(opened.mean, pool, error_of)
         self._newborn = Cohort()  # of slices that were never pushed
         self._cohorts_epoch = 0  # changes when the slices of a cohort do
         self._settings_epoch = 0

@@ -11,9 +11,10 @@ from typing import final
 
 import torch
 
+from tensorkv.arrays import accumulate_dtype
 from tensorkv.errors import TensorKVError, UpdaterError
 from tensorkv.server.layouts import Contribution, Layout, Run, Slice
-from tensorkv.server.memory import NoMemory, short_of
+from tensorkv.server.memory import BufferPool, NoMemory, short_of
 from tensorkv.server.sums import add_up, weigh
 from tensorkv.updaters.base import Update
 from tensorkv.updaters.settings import Setting, apply_all
@@ -29,8 +30,9 @@ Sum = tuple[Slice, torch.Tensor, bool]
 class Updates:
     """Sums and updates of one store; if the store takes means, sums are divided."""
 
-    def __init__(self, mean: bool, error_of: NoMemory) -> None:
+    def __init__(self, mean: bool, pool: BufferPool, error_of: NoMemory) -> None:
         self._mean = mean
+        self._pool = pool
         self._no_memory = error_of
 
     def of_layout(self, layout: Layout, parts: Sequence[Contribution], settings_epoch: int) -> Failed:
@@ -46,15 +48,22 @@ class Updates:
             return self._assign_runs(layout, parts, divisor, factors)
         stop = layout.bounds(len(layout.slices) - 1)[1]
         found = [each.buffer.elements(each.chunk.dtype, 0, stop) for each in parts]
-        borrowed = parts[0].buffer.borrowed
-        dtype = layout.slices[0].dtype
-        total = add_up(found, dtype, divisor, may_overwrite=not borrowed, factors=factors)
-        borrowed = borrowed and total is found[0]
-        sums = [
-            (each, total[low : low + each.num_elems], borrowed)
-            for low, each in zip(layout.lows, layout.slices, strict=True)
-        ]
-        return run_updaters(sums, layout.only_setting(settings_epoch))
+        dtype, borrowed = layout.slices[0].dtype, parts[0].buffer.borrowed
+        room = None
+        if borrowed and len(parts) > 1 and accumulate_dtype(dtype) == dtype:
+            room = self._pool.take(stop * dtype.itemsize)
+        try:
+            out = None if room is None else room.elements(dtype, 0, stop)
+            total = add_up(found, dtype, divisor, out, may_overwrite=not borrowed, factors=factors)
+            borrowed = borrowed and total is found[0]
+            sums = [
+                (each, total[low : low + each.num_elems], borrowed)
+                for low, each in zip(layout.lows, layout.slices, strict=True)
+            ]
+            return run_updaters(sums, layout.only_setting(settings_epoch))
+        finally:
+            if room is not None:
+                self._pool.give(room)
 
     def sum_of(
         self, each: Slice, contributions: Iterable[Contribution], may_overwrite: bool = True
