@@ -17,6 +17,7 @@ ELSEWHERE = {
         (
             "testing/bad_inputs.py",
             "testing/checks_agreement.py",
+            "testing/checks_alone.py",
             "testing/checks_calls.py",
             "testing/checks_numbers.py",
             "testing/checks_policies.py",

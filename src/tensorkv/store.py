@@ -716,7 +716,7 @@ class KVStore(ABC):
 
     # ---- state -----------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
         """Return copies of values, optimizer state, versions and settings, for `load_state_dict`.
 
         It is a plain dict that `torch.save` writes and `torch.load(weights_only=True)` reads: "values" and
@@ -727,12 +727,17 @@ class KVStore(ABC):
         gets the dict, the others an empty one. The dict excludes rounds that wait for a worker or for a
         commit. It is a consistent snapshot of each key, as in `save`.
 
+        Args:
+            alone: only this worker calls it, and gets the dict, as of the last rounds that it has pushed: see
+                `save`.
+
         Raises:
             SaveError: an optimizer's state is neither tensors nor plain data.
             SettingMismatch: another worker has made another call of this kind.
+            UncommittedPush, NotSupported: as for `save`, with `alone`.
             WaitTimeout, PeerLostError.
 
-        Blocks until rank 0 has everything.
+        Blocks until rank 0, or this worker if it is alone, has everything.
 
         Example:
             ```python
@@ -744,7 +749,7 @@ class KVStore(ABC):
             ```
         """
         self._check_usable("state_dict")
-        return self._state_dict()
+        return self._state_dict(flag("alone", alone))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what `state_dict` has returned, in a job of any size and in any kind of store.
@@ -777,7 +782,7 @@ class KVStore(ABC):
         self._load_state_dict(state_dict)
         self._after_load()
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
+    def save(self, directory: str | os.PathLike[str], *, alone: bool = False) -> None:
         """Write values, optimizer state, versions and settings to a folder, as safetensors and an index.
 
         Each server writes its part, so all servers and rank 0 must share the file system of the folder,
@@ -790,10 +795,23 @@ class KVStore(ABC):
         all earlier pushes, but not rounds that wait for a worker or for a commit. It is a consistent
         snapshot of each key: other threads' calls that change the store wait meanwhile.
 
+        With `alone` one worker saves, and no other is told or waits. It saves each key as of the last round
+        that it has pushed, and first waits for that round, as a pull does. From then on the key stays as it
+        is, however far the others have pushed: its next round needs this worker's push. The save has the
+        settings of that next round, not what others have already set for later ones. Only another worker's
+        `put` may be in it in part. This worker takes the place of rank 0 above.
+
+        Args:
+            directory: the folder.
+            alone: only this worker calls it.
+
         Raises:
             SaveError: a file cannot be written, a server does not share the folder, or an optimizer's
                 state cannot be saved; every worker gets this, and an earlier save stays intact.
             SettingMismatch: the workers name different folders, or make different calls.
+            UncommittedPush: with `alone`, a key that this worker has pushed with apply=False awaits its
+                commit. A commit that another thread has begun is waited for.
+            NotSupported: `alone` in `dist_async` or with a quorum, where rounds go on without this worker.
             WaitTimeout, PeerLostError.
 
         Blocks until the save is on disk.
@@ -806,10 +824,18 @@ class KVStore(ABC):
             kv.init("w", torch.ones(2))
             kv.save("checkpoint")
             print(len(os.listdir("checkpoint")) > 0)  # True
+
+            with tensorkv.create("dist_sync", embedded=True) as job:
+                job.init("w", torch.zeros(2))
+                job.push("w", torch.ones(2))
+                if job.rank == 0:
+                    job.save("checkpoint", alone=True)
+            kv.load("checkpoint")
+            print(kv.pull("w"))  # tensor([1., 1.])
             ```
         """
         self._check_usable("save")
-        self._save(_folder("save", directory))
+        self._save(_folder("save", directory), flag("alone", alone))
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Restore what `save` has written, with any number of workers and servers, in any kind of store.
@@ -1098,13 +1124,13 @@ class KVStore(ABC):
     def _set_optimizer_options(self, keys: tuple[Key, ...] | None, options: dict[str, Any]) -> None: ...
 
     @abstractmethod
-    def _state_dict(self) -> dict[str, Any]: ...
+    def _state_dict(self, alone: bool) -> dict[str, Any]: ...
 
     @abstractmethod
     def _load_state_dict(self, state_dict: Mapping[str, Any]) -> None: ...
 
     @abstractmethod
-    def _save(self, folder: str) -> None: ...
+    def _save(self, folder: str, alone: bool) -> None: ...
 
     @abstractmethod
     def _load(self, folder: str) -> None: ...

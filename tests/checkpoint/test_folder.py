@@ -422,7 +422,7 @@ def test_a_server_that_sees_another_folder_is_named(tmp_path: Path) -> None:
         ):
             pass
         assert names_in(tmp_path / "b") == set()
-        with pytest.raises(SaveError, match=f"server 2 has written {name}.*rank 0 on host {host}.*share"):
+        with pytest.raises(SaveError, match=f"server 2 has written {name}.*the worker on host {host}.*share"):
             saving.publish(b"", {name: FileRecord(100)})
         with new_part(str(tmp_path / "a"), name) as descriptor:
             write_all(descriptor, b"x")

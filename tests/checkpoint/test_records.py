@@ -249,3 +249,42 @@ def test_what_is_replaced_has_to_be_alike() -> None:
     check_reduction("sum", "sum")
     with pytest.raises(LoadError, match="'mean'"):
         check_reduction("mean", "sum")
+
+
+# ---- settings of several servers ---------------------------------------------------------------------
+
+
+def settings_as_one(settings: SavedSettings, keys: list[str]) -> dict[str | None, Any]:
+    """What holds for each of these keys, and for all others (None)."""
+    found: dict[str | None, Any] = {}
+    for key in (None, *keys):
+        entry = settings.entries[0]
+        for each in settings.entries[1:]:
+            entry = each if key in (each.keys or ()) else entry
+        found[key] = (settings.updaters[entry.updater], entry.options, entry.asked)
+    return found
+
+
+def test_settings_with_keys_of_others() -> None:
+    other = SavedSettings(
+        [ADAM, ASSIGN], [SettingEntry(None, 0, {"lr": 0.3}, None), SettingEntry(("v",), 1, {}, None)]
+    )
+    keys = ["u", "v", "w", "x"]
+    mine, theirs = settings_as_one(SETTINGS, keys), settings_as_one(other, keys)
+    assert SETTINGS.with_keys_of([(SETTINGS, keys), (other, [])]) is SETTINGS
+    assert SETTINGS.with_keys_of([(other, ["v"])]) is SETTINGS  # it has the same
+    for chosen in (["u"], ["w"], ["u", "w", "x"], keys):
+        found = SETTINGS.with_keys_of([(SETTINGS, ["v"]), (other, chosen)])
+        expected = {key: theirs[key] if key in chosen else mine[key] for key in mine}
+        assert settings_as_one(found, keys) == expected
+        named = [key for entry in found.entries[1:] for key in entry.keys or ()]
+        assert len(set(named)) == len(named)
+        assert [entry.keys for entry in found.entries].count(None) == 1
+        assert len(found.updaters) == 2
+
+
+def test_settings_with_a_key_that_has_what_others_have_not() -> None:
+    other = SavedSettings([ASSIGN], [SettingEntry(None, 0, {}, None)])
+    found = SETTINGS.with_keys_of([(other, ["w"])])
+    assert settings_as_one(found, ["w"]) == settings_as_one(other, ["w"])
+    assert found.spec_of("w") == ASSIGN

@@ -14,6 +14,7 @@ from tensorkv.store import KVStore
 from tensorkv.testing import (
     bad_inputs,
     checks_agreement,
+    checks_alone,
     checks_calls,
     checks_numbers,
     checks_policies,
@@ -29,6 +30,7 @@ from tensorkv.testing.suite import full, in_one, same
 MODULES = (
     bad_inputs,
     checks_agreement,
+    checks_alone,
     checks_calls,
     checks_numbers,
     checks_policies,

@@ -429,6 +429,7 @@ def _calls(kv: KVStore, guarded: _Guarded, folder: str) -> list[Callable[[], obj
         lambda: kv.put("big", torch.zeros(BIG)),
         lambda: state.update(kv.state_dict()),
         lambda: kv.save(folder),
+        lambda: kv.state_dict(alone=True),
         lambda: kv.load(folder),
         lambda: kv.load_state_dict(state) if state else None,
         lambda: kv.barrier(),

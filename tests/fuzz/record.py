@@ -103,6 +103,8 @@ def saving(kv: KVStore) -> None:
         kv.save(FOLDERS[0])
         kv.load(FOLDERS[0])
         kv.barrier()
+    if kv.rank == 1:
+        kv.state_dict(alone=True)
     state = kv.state_dict()
     kv.load_state_dict(state)
     kv.push("w", torch.ones(3))

@@ -144,3 +144,111 @@ def test_the_interface_is_abstract() -> None:
 
     with pytest.raises(TypeError, match="abstract"):
         Half()  # type: ignore[abstract]
+
+
+# ---- a save by one worker ----------------------------------------------------------------------------
+
+ADAM = UpdaterSpec(type="optimizer", name="torch.optim.adam:Adam", options={"lr": 1.0})
+
+
+def begin(bench: Any, worker: int) -> m.SaveBegun:
+    (out,) = bench.send(worker, m.BeginSave(9, STORE))
+    assert isinstance(out.message, m.SaveBegun)
+    assert out.worker == worker
+    return out.message
+
+
+def two_workers(t: Any) -> tuple[Any, int, list[int]]:
+    """Return a server with "w" after one round of SGD with momentum, and the plan of each worker."""
+    bench = t.Bench(2)
+    bench.set_updater(0, SGD)
+    (slice_id,) = bench.init("w", torch.zeros(2))
+    plans = [bench.define(worker, t.dense([slice_id], [2])) for worker in range(2)]
+    for worker in range(2):
+        bench.push(worker, plans[worker], torch.ones(2))
+    return bench, slice_id, plans
+
+
+def state_alone(bench: Any, worker: int, slice_id: int) -> Any:
+    """Return what a worker saves of a slice, alone."""
+    told, data = bench.send(worker, m.AskSlice(5, STORE, slice_id, alone=True))
+    record = told.message
+    return unpack(data.payload[0].tensor, record.tensors, record.version, record.plain)
+
+
+def test_a_save_alone_begins_when_the_workers_rounds_are_applied(t: Any) -> None:
+    bench, slice_id, plans = two_workers(t)
+    bench.push(1, plans[1], torch.ones(2))
+    assert begin(bench, 1).num_open == 1
+    with pytest.raises(ProtocolError, match="not begun"):
+        bench.send(1, m.AskSlice(5, STORE, slice_id, alone=True))
+    assert begin(bench, 0).num_open == 0  # what others have pushed is of its next round
+    assert state_alone(bench, 0, slice_id).version == 1
+    bench.push(0, plans[0], torch.ones(2))
+    assert begin(bench, 1).num_open == 0
+    assert state_alone(bench, 1, slice_id).version == 2
+
+
+def test_the_state_that_is_saved_stays_while_its_optimizer_is_replaced(t: Any) -> None:
+    """A setting for the round that comes next arrives in the middle of a save."""
+    bench, slice_id, _ = two_workers(t)
+    before = begin(bench, 1)
+    bench.set_updater(0, ADAM)
+    bench.send(0, m.ChangeOptions(STORE, None, {"lr": 0.5}))
+    assert state_alone(bench, 1, slice_id).state["momentum_buffer"].tolist() == [2.0, 2.0]
+    assert before.settings.spec_of("w").name == SGD.name
+
+    again = begin(bench, 1)  # a server that had the setting before would say so
+    assert (before.num_settings, again.num_settings) == (1, 3)
+    assert again.settings.spec_of("w").name == ADAM.name
+    assert again.settings.entries[0].options == {"lr": 0.5}
+    assert state_alone(bench, 1, slice_id).state == {}
+    assert bench.info(0, [slice_id]).state_bytes == [8]
+    bench.send(1, m.EndSave(STORE))
+    assert bench.info(0, [slice_id]).state_bytes == [0]
+    assert not bench.shard.schedule.has_pending
+
+
+def test_a_save_alone_has_no_setting_of_a_later_round(t: Any) -> None:
+    bench, slice_id, plans = two_workers(t)
+    bench.push(0, plans[0], torch.ones(2))
+    bench.set_updater(0, ADAM)
+    begun = begin(bench, 1)
+    assert begun.settings.spec_of("w").name == SGD.name
+    assert (begun.num_settings, begun.up_to) == (2, 1)
+    assert state_alone(bench, 1, slice_id).state["momentum_buffer"].tolist() == [2.0, 2.0]
+    bench.send(1, m.EndSave(STORE))
+    bench.push(1, plans[1], torch.ones(2))
+    assert begin(bench, 1).settings.spec_of("w").name == ADAM.name
+
+
+@pytest.mark.parametrize("ends", [m.EndSave(STORE), m.Leave(7, STORE), None])
+def test_nothing_is_kept_for_a_save_that_has_ended(t: Any, ends: Any) -> None:
+    bench, slice_id, _ = two_workers(t)
+    begin(bench, 1)
+    bench.set_updater(0, ADAM)
+    assert bench.info(0, [slice_id]).state_bytes == [8]
+    if ends is None:
+        bench.state.worker_lost(m.WorkerLost(1, "host", "killed", []))
+    else:
+        bench.send(1, ends)
+    assert bench.info(0, [slice_id]).state_bytes == [0]
+    assert not bench.shard._saves
+
+
+def test_two_workers_save_alone_at_once(t: Any) -> None:
+    bench, slice_id, _ = two_workers(t)
+    begin(bench, 0)
+    begin(bench, 1)
+    bench.set_updater(0, ADAM)
+    bench.send(0, m.EndSave(STORE))
+    assert state_alone(bench, 1, slice_id).state["momentum_buffer"].tolist() == [2.0, 2.0]
+    bench.send(1, m.EndSave(STORE))
+    assert bench.info(0, [slice_id]).state_bytes == [0]
+
+
+@pytest.mark.parametrize("options", [{"policy": "async"}, {"policy": "async", "staleness": 1}, {"quorum": 1}])
+def test_a_save_alone_in_a_store_whose_rounds_go_on_is_refused(t: Any, options: Any) -> None:
+    bench = t.Bench(2, **options)
+    with pytest.raises(ProtocolError, match="rounds go on without it"):
+        bench.send(0, m.BeginSave(9, STORE))

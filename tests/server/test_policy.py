@@ -519,3 +519,21 @@ def test_rounds_with_a_quorum_are_those_of_a_simple_model(
     while members:
         t.settle(bench.leave(members.pop()))
     assert bench.pool.out == {}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        m.StorePolicy("sync"),
+        m.StorePolicy("async"),
+        m.StorePolicy("async", staleness=2),
+        m.StorePolicy("sync", quorum=1),
+        m.StorePolicy("sync", quorum=2, late="carry"),
+    ],
+    ids=str,
+)
+def test_workers_and_servers_agree_on_what_a_policy_allows(spec: m.StorePolicy) -> None:
+    policy = make_policy(spec, {0, 1})
+    assert policy.allows_commit == spec.allows_commit
+    assert policy.settings_wait == spec.settings_wait
+    assert policy.saves_alone == spec.saves_alone == (spec == m.StorePolicy("sync"))

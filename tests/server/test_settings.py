@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -26,6 +26,25 @@ def named(name: str, *keys: str) -> SettingRecord:
 def make(to: SettingSchedule, number: int, record: SettingRecord, **rounds: int) -> None:
     to.prepare(number, record)
     to.activate(number, {index: rounds[key] for index, key in KEYS.items()}, KEYS)
+
+
+def slices(**rounds: int) -> Any:
+    """Slices of these keys, by key, which have had so many rounds."""
+    default = schedule().newest("a")
+    return [Held(index, KEYS[index], rounds[KEYS[index]], default) for index in KEYS if KEYS[index] in rounds]
+
+
+class Held(NamedTuple):
+    slice_id: int
+    key: str
+    applied: int
+    setting: Any
+
+
+def open_rounds(of: SettingSchedule, **rounds: int) -> tuple[int, list[str]]:
+    """Number and names of the updaters of "a", "b" and another key in the open rounds of slices."""
+    number, table = of.due_in_open_rounds(slices(**rounds))
+    return number, [table.setting(key).updater.spec.name for key in ("a", "b", "c")]
 
 
 def due(of: SettingSchedule, index: int, round_number: int) -> str | None:
@@ -91,3 +110,28 @@ def test_only_what_was_prepared_can_be_activated() -> None:
     settings.activate(1, {}, {})
     with pytest.raises(ProtocolError, match="setting 1"):
         settings.activate(1, {}, {})
+
+
+def test_what_holds_in_the_open_rounds() -> None:
+    settings = schedule()
+    assert open_rounds(settings, a=3, b=3) == (0, ["assign"] * 3)
+    make(settings, 0, named("add"), a=4, b=4)
+    assert open_rounds(settings, a=2, b=2) == (0, ["assign"] * 3)
+    assert open_rounds(settings, a=3, b=3) == (1, ["add"] * 3)
+    assert open_rounds(settings, a=3, b=2) == (1, ["add", "assign", "add"])
+    assert open_rounds(settings, a=2, b=3) == (1, ["assign", "add", "add"])
+    make(settings, 1, named("assign"), a=5, b=6)
+    assert open_rounds(settings, a=3, b=3) == (1, ["add"] * 3)
+    assert open_rounds(settings, a=2, b=2) == (0, ["assign"] * 3)
+    assert open_rounds(settings, a=4, b=4) == (2, ["assign", "add", "assign"])
+    assert open_rounds(settings) == (0, ["assign"] * 3)  # no slice is here: another server knows more
+    assert [due(settings, 0, n) for n in (4, 5)] == ["add", "assign"]  # nothing has changed
+
+
+def test_settings_are_counted() -> None:
+    settings = schedule()
+    make(settings, 0, named("add"), a=4, b=4)
+    make(settings, 1, named("add"), a=5, b=5)
+    assert settings.number == 2
+    settings.install(settings.table())
+    assert settings.number == 3

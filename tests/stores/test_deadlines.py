@@ -113,6 +113,11 @@ def pull(kv: DistStore) -> None:
     kv.pull("w")
 
 
+def save_alone(kv: DistStore) -> None:
+    kv.push("w", ONE)
+    kv.save("/nowhere", alone=True)
+
+
 def commit(kv: DistStore) -> None:
     kv.push("w", ONE, apply=False)
     kv.commit()
@@ -144,6 +149,7 @@ OF_WORKER_0: Calls = {
     "commit": commit,
     "barrier": lambda kv: kv.barrier(),
     "save('/nowhere')": lambda kv: kv.save("/nowhere"),
+    "save('/nowhere', alone=True)": save_alone,
     "load('/nowhere')": lambda kv: kv.load("/nowhere"),
     "state_dict()": lambda kv: kv.state_dict(),
     "load_state_dict()": lambda kv: kv.load_state_dict({}),

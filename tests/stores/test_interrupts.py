@@ -163,6 +163,7 @@ LONG_CALLS: dict[str, Callable[[Bench], Any]] = {
     "state_dict": lambda bench: bench.kv.state_dict(),
     "load_state_dict": lambda bench: bench.kv.load_state_dict(bench.state),
     "save": lambda bench: bench.kv.save(bench.folder),
+    "save alone": lambda bench: bench.kv.save(bench.folder, alone=True),
     "load": lambda bench: bench.kv.load(bench.folder),
 }
 

@@ -321,6 +321,7 @@ class ModelStore(KVStore):
             if failure is not None:
                 raise failure
 
+        update.table = table  # type: ignore[attr-defined]
         return update
 
     def _agree(self, setting: Any, change: Callable[[], None]) -> None:
@@ -383,24 +384,58 @@ class ModelStore(KVStore):
             raise type(error)(str(error))
         return result if self.rank == min(calls) else None
 
-    def _slices(self) -> list[tuple[Any, int, int, SliceState]]:
+    def _alone(self, call: str) -> tuple[SettingsTable, list[tuple[Any, int, int, SliceState]]]:
+        """Return what this worker saves alone: settings of its next rounds, and keys as of its last ones."""
+        if self.reference.is_async:
+            raise errors.NotSupported(
+                f"{call}: rounds of an 'async' store wait for nobody; let all workers save"
+            )
+
+        def there() -> Any:
+            for key, entry in self.reference.entries.items():
+                self._check_committed(key)
+                behind = entry.round < len(entry.pushes[self.rank])
+                if behind and self.job.broken != "a save alone does not wait":
+                    raise WouldWait
+            table = self._due()
+            return table, self._slices(table)
+
+        found: tuple[SettingsTable, list[Any]] = self._when(there, call)
+        return found
+
+    def _due(self) -> SettingsTable:
+        """Return the settings of the open rounds: those with which rank 0 has pushed, or the newest."""
+        tables: dict[Any, SettingsTable] = {}
+        for key, entry in self.reference.entries.items():
+            ahead = entry.pushes[0][entry.round :]
+            newest = not ahead or self.job.broken == "a save alone has the newest settings"
+            tables[key] = self.job.table if newest else ahead[0].updater.table  # type: ignore[union-attr]
+        found = next(iter(tables.values()), self.job.table).copy()
+        for key, table in tables.items():
+            found.keep(key, table.setting(key))
+        return found
+
+    def _slices(self, table: SettingsTable) -> list[tuple[Any, int, int, SliceState]]:
         found = []
         for key, entry in self.reference.entries.items():
-            state = self.job.table.setting(key).updater.state(hash((key, entry.generation)))
+            state = table.setting(key).updater.state(hash((key, entry.generation)))
             each = slice_state(key, entry.value, entry.version, state)
             found.append((key, 0, entry.value.numel(), each))
         return found
 
-    def _state_dict(self) -> dict[str, Any]:
-        def lead() -> dict[str, Any]:
+    def _state_dict(self, alone: bool) -> dict[str, Any]:
+        def make(table: SettingsTable, slices: Any) -> dict[str, Any]:
             keys = []
-            for key, start, stop, each in self._slices():
+            for key, start, stop, each in slices:
                 pieces = MemoryPieces(key, self.reference.entries[key].value.shape, False)
                 pieces.add(start, stop, each)
                 keys.append(pieces)
-            return to_state_dict(self._reduction, self.job.table.describe(), keys)
+            return to_state_dict(self._reduction, table.describe(), keys)
 
-        return self._together("state_dict()", lead) or {}
+        if alone:
+            return make(*self._alone("state_dict(alone=True)"))
+        newest = self.job.table
+        return self._together("state_dict()", lambda: make(newest, self._slices(newest))) or {}
 
     def _load_state_dict(self, state_dict: Any) -> None:
         def lead() -> None:
@@ -413,9 +448,8 @@ class ModelStore(KVStore):
         self._together("load_state_dict()", lead)
         self.known.clear()
 
-    def _save(self, folder: str) -> None:
-        def lead() -> None:
-            slices = self._slices()
+    def _save(self, folder: str, alone: bool) -> None:
+        def write(table: SettingsTable, slices: Any) -> None:
             with Saving(folder) as save:
                 name = save.file_name(0, 0)
                 file, pieces = write_slices(folder, name, slices)
@@ -423,10 +457,13 @@ class ModelStore(KVStore):
                 for (key, _, _, each), piece in zip(slices, pieces, strict=True):
                     shape = tuple(self.reference.entries[key].value.shape)
                     keys.append(KeyRecord(key, shape, dtype_name(each.value.dtype), False, [piece]))
-                index = new_index(self._reduction, self.job.table.describe(), {name: file}, keys)
+                index = new_index(self._reduction, table.describe(), {name: file}, keys)
                 save.publish(encode_index(index), index.files)
 
-        self._together(f"save({folder!r})", lead)
+        if alone:
+            write(*self._alone(f"save({folder!r}, alone=True)"))
+        else:
+            self._together(f"save({folder!r})", lambda: write(self.job.table, self._slices(self.job.table)))
 
     def _load(self, folder: str) -> None:
         def lead() -> None:
@@ -687,6 +724,8 @@ CAUGHT_BY = {
     "skip is and-ed": ["commit_skip_is_ored-2"],
     "settings hold at once": ["setting_holds_from_the_next_push_of_rank_0-2"],
     "barrier does not wait": ["barrier_timeout-2"],
+    "a save alone does not wait": ["save_alone_waits_for_own_round-2"],
+    "a save alone has the newest settings": ["save_alone_as_of_own_round-2"],
 }
 
 MAKERS: list[StoreMaker] = [ModelMaker("model_sync"), ModelMaker("model_async", is_async=True)]

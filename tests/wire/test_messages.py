@@ -41,7 +41,8 @@ TAGS = {
     67: "Abandon", 68: "CommitReady", 69: "CommitDecision", 70: "Lost", 71: "Stop", 72: "GiveUp", 73: "Gone",
     74: "WorkerLost", 75: "ConcludeDelete", 76: "CountKeys", 77: "NumKeys", 79: "KeysGone",
     80: "SaveSlices", 81: "AskSlice", 82: "AskSettings", 83: "PrepareRestore", 84: "LoadSlices",
-    85: "RestoreSlice", 86: "FinishRestore", 90: "SavedFile", 91: "SliceRecord", 92: "Settings",
+    85: "RestoreSlice", 86: "FinishRestore", 87: "BeginSave", 88: "EndSave",
+    90: "SavedFile", 91: "SliceRecord", 92: "Settings", 93: "SaveBegun",
     100: "Together", 101: "TogetherReply", 102: "ConcludeTogether", 103: "ProposeLoad", 104: "LoadReply",
 }  # fmt: skip
 

@@ -18,10 +18,11 @@ from torch import Tensor
 import tensorkv
 from tensorkv.checkpoint import folder as folder_module
 from tensorkv.checkpoint import records, tensorfile
-from tensorkv.errors import LoadError, ProtocolError, SaveError, StoreClosed, TensorKVError
+from tensorkv.errors import LoadError, PeerLostError, ProtocolError, SaveError, StoreClosed, TensorKVError
 from tensorkv.server import checkpoint as server_checkpoint
 from tensorkv.server import statefiles
 from tensorkv.server.state import ServerState
+from tensorkv.stores.dist import DistStore
 from tensorkv.testing.cluster import run_job
 from tensorkv.wire import messages as m
 from tensorkv.worker import checkpoint
@@ -395,6 +396,149 @@ def test_a_save_is_of_one_moment_while_threads_push(kind: str, tmp_path: Path) -
                 assert value[0].item() >= kv.info(key).version
 
 
+# ---- one worker alone ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", ["inproc", "tcp", "shm"])
+def test_a_save_alone_is_of_one_moment_while_threads_push(
+    transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A push adds one to every element of both keys: so all have one number, or the save was torn."""
+    monkeypatch.setattr(m, "PLACED_BYTES", 1)
+    over = threading.Event()
+
+    def work(kv: tensorkv.KVStore) -> None:
+        kv.set_updater("add")
+        kv.init({"large": torch.zeros(LARGE), "other": torch.zeros(LARGE)})
+        kv.barrier()
+        done = threading.Event()
+
+        def keep_pushing() -> None:
+            ones = torch.ones(LARGE)
+            while not done.is_set():
+                kv.push({"large": ones, "other": ones})
+                kv.pull(["large", "other"])  # else the next push may have to wait with one of them
+
+        with ThreadPoolExecutor(1) as pool:
+            pushing = pool.submit(keep_pushing)
+            try:
+                for number in range(SAVES if kv.rank == 0 else 0):
+                    kv.save(tmp_path / str(number), alone=True)
+                if kv.rank == 1:
+                    assert over.wait(DEADLINE_S)  # it goes on pushing, and nobody asks it
+            finally:
+                done.set()
+            pushing.result(DEADLINE_S)
+        over.set()
+
+    options = {} if transport == "inproc" else {"host": "127.0.0.1", "transport": transport}
+    run_job(work, num_workers=2, num_servers=2, slice_bound_bytes=3000, **options)
+    for number in range(SAVES):
+        with tensorkv.create("local") as kv:
+            kv.load(tmp_path / str(number))
+            found = torch.cat([kv.pull("large"), kv.pull("other")]).unique()
+            assert found.numel() == 1, f"save {number}: {found}"
+            assert found.item() == 2 * kv.info("large").version
+
+
+def test_a_commit_that_another_thread_has_asked_for_is_in_a_save_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, saving = threading.Event(), threading.Event()
+    commit_all, after_commit = DistStore._commit_all, DistStore._after_commit
+
+    def tell(kv: DistStore, *args: Any) -> Any:
+        asked.set()
+        return commit_all(kv, *args)
+
+    def tell_too(kv: DistStore, call: str) -> Any:
+        saving.set()
+        return after_commit(kv, call)
+
+    monkeypatch.setattr(DistStore, "_commit_all", tell)
+    monkeypatch.setattr(DistStore, "_after_commit", tell_too)
+
+    def work(kv: tensorkv.KVStore) -> None:
+        kv.init("w", torch.zeros(3))
+        kv.push("w", torch.ones(3), apply=False)
+        if kv.rank == 1:
+            assert saving.wait(DEADLINE_S)
+            kv.commit()
+            return
+        with ThreadPoolExecutor(1) as pool:
+            committed = pool.submit(kv.commit)
+            assert asked.wait(DEADLINE_S)
+            assert kv.state_dict(alone=True)["values"]["w"].tolist() == [2.0] * 3
+            assert committed.result(DEADLINE_S).applied
+
+    run_job(work, num_workers=2, num_servers=2)
+
+
+def test_what_a_save_alone_waits_for_is_told_when_that_worker_is_lost(tmp_path: Path) -> None:
+    def work(kv: tensorkv.KVStore) -> None:
+        kv.init("w", torch.zeros(3))
+        kv.barrier()
+        if kv.rank == 1:
+            kv._abandon("a test")  # type: ignore[attr-defined]
+            return
+        kv.push("w", torch.ones(3))
+        with pytest.raises(PeerLostError, match="worker 1.*a test"):
+            kv.save(tmp_path / "run", alone=True)
+        assert not (tmp_path / "run").exists()
+
+    with pytest.raises(PeerLostError):  # of one whose close comes after the loss
+        run_job(work, num_workers=2, num_servers=1)
+
+
+def test_a_save_alone_goes_on_without_a_setting_that_a_lost_worker_has_sent_to_some_servers() -> None:
+    sent = threading.Event()
+
+    def work(kv: tensorkv.KVStore) -> None:
+        assert isinstance(kv, DistStore)
+        kv.set_optimizer("sgd", lr=1.0)
+        kv.init({"a": torch.zeros(3), "b": torch.zeros(3)})  # on different servers
+        kv.barrier()
+        if kv.rank == 0:
+            link = kv._job.links[0]
+            link.put(m.ChangeOptions(kv._store, None, {"lr": 0.5}))
+            link.pump()
+            kv.info("a"), kv.info("b")
+            sent.set()
+            kv._abandon("a test")
+            kv._closed = True
+            return
+        assert sent.wait(DEADLINE_S)
+        kv.pushpull(["a", "b"], [torch.ones(3), torch.ones(3)])
+        state = kv.state_dict(alone=True)
+        settings = records.from_plain(state["settings"], records.SavedSettings)
+        rates = {each.options["lr"] for each in settings.entries}
+        assert rates == {-value[0].item() for value in state["values"].values()} == {0.5, 1.0}
+
+    run_job(work, num_workers=2, num_servers=2, on_worker_loss="continue")
+
+
+def test_a_save_alone_that_fails_lets_the_worker_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def work(kv: tensorkv.KVStore) -> None:
+        kv.set_updater("add")
+        kv.init("w", torch.zeros(3))
+        kv.barrier()
+        with monkeypatch.context() as patch:
+            patch.setattr(tensorfile, "write_all", no_space)
+            with pytest.raises(SaveError, match="No space left"):
+                kv.save(tmp_path / "run", alone=True)
+        assert list(tmp_path.iterdir()) == []
+        kv.push("w", torch.ones(3))
+        kv.save(tmp_path / "run", alone=True)
+        assert kv.pull("w").tolist() == [1.0] * 3
+
+    run_job(work, num_workers=1, num_servers=2)
+
+
 # ---- what servers tell -----------------------------------------------------------------------------
 
 PART = m.SliceEntry(1, 0, 2, 6)
@@ -432,7 +576,7 @@ def test_a_slice_that_is_none() -> None:
             call()
 
 
-@pytest.mark.parametrize("kind", [m.Info, m.SavedFile, m.Settings])
+@pytest.mark.parametrize("kind", [m.Info, m.SavedFile, m.Settings, m.SaveBegun])
 def test_a_server_that_tells_of_other_slices(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: type[Any]
 ) -> None:
@@ -451,6 +595,6 @@ def test_a_server_that_tells_of_other_slices(
     def work(kv: tensorkv.KVStore) -> None:
         kv.init("w", torch.zeros(4))
         with pytest.raises(ProtocolError):
-            kv.info("w") if kind is m.Info else kv.save(str(tmp_path))
+            kv.info("w") if kind is m.Info else kv.save(str(tmp_path), alone=kind is m.SaveBegun)
 
     run_job(work, num_workers=1, num_servers=1)

@@ -105,7 +105,7 @@ def _check_claim(folder: str, name: str) -> None:
 def _not_shared(folder: str, name: str) -> SaveError:
     who = f"server {order_of(name)[0]} on host {os.uname().nodename}"
     return SaveError(
-        f"{who} does not see the save that rank 0 is making in {folder}: the servers write the files of a "
+        f"{who} does not see the save that is being made in {folder}: the servers write the files of a "
         "save, so the folder has to be on a file system that they all share"
     )
 
@@ -211,7 +211,7 @@ class Saving:
             if os.lstat(path).st_size == file.size_bytes:
                 return
         raise SaveError(
-            f"server {order_of(name)[0]} has written {name}, {file.size_bytes} bytes, but rank 0 on host "
+            f"server {order_of(name)[0]} has written {name}, {file.size_bytes} bytes, but the worker on host "
             f"{os.uname().nodename} does not see that in {self._folder}: the servers write the files of a "
             "save, so the folder has to be on a file system that they all share"
         )

@@ -121,6 +121,54 @@ class SavedSettings(msgspec.Struct, frozen=True):
                 found = entry
         return self.updaters[found.updater]
 
+    def with_keys_of(self, parts: Iterable[tuple[SavedSettings, Iterable[Key]]]) -> SavedSettings:
+        """Return these settings, but for some keys those of others: each part has the keys that it is for."""
+        mine, updaters = _Lookup(self), list(self.updaters)
+        moved: dict[Key, bytes] = {}
+        entry_of: dict[bytes, SettingEntry] = {}
+        for part, keys in parts:
+            if part == self:
+                continue
+            theirs = _Lookup(part)
+            for key in keys:
+                spec, entry = theirs.find(key)
+                name = _name_of(spec, entry)
+                if name == _name_of(*mine.find(key)):
+                    continue
+                moved[key] = name
+                if name not in entry_of:
+                    if spec not in updaters:
+                        updaters.append(spec)
+                    entry_of[name] = msgspec.structs.replace(entry, updater=updaters.index(spec))
+        if not moved:
+            return self
+        entries = [self.entries[0]]
+        for entry in self.entries[1:]:
+            left = tuple(key for key in entry.keys or () if key not in moved)
+            entries += [msgspec.structs.replace(entry, keys=left)] if left else []
+        for name, entry in entry_of.items():
+            named = tuple(key for key, other in moved.items() if other == name)
+            entries.append(msgspec.structs.replace(entry, keys=named))
+        return SavedSettings(updaters, entries)
+
+
+class _Lookup:
+    """The setting of each key in settings."""
+
+    def __init__(self, settings: SavedSettings) -> None:
+        self._settings = settings
+        self._of_key = {key: entry for entry in settings.entries[1:] for key in entry.keys or ()}
+
+    def find(self, key: Key) -> tuple[UpdaterSpec, SettingEntry]:
+        """Return the updater that applies to a key, and the entry that says so."""
+        entry = self._of_key.get(key, self._settings.entries[0])
+        return self._settings.updaters[entry.updater], entry
+
+
+def _name_of(spec: UpdaterSpec, entry: SettingEntry) -> bytes:
+    """Return the same bytes for settings that are alike."""
+    return msgspec.msgpack.encode((spec, entry.options, entry.asked))
+
 
 class FileRecord(msgspec.Struct, frozen=True):
     """A file of a save: its size, and the row and column checksums of `tensorfile.Checksum`.

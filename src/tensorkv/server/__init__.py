@@ -17,7 +17,7 @@ of a server; a `StoreShard` has the slices of one store:
 - Each slice has `slot`, the memory of its value, and `setting`, its updater and options. `schedule` has the
   newest settings, and those that wait for their round.
 - `_replies`, `_waits`, `_merge_waits`, `_flushes`: calls that wait. `_commit`: which workers have asked for
-  it.
+  it. `_saves`: which workers save alone, and the settings that they save.
 
 WHO MAY CHANGE IT
 One thread, the loop, runs all of this, updaters included. So there is no lock, and no handler blocks for
@@ -101,6 +101,9 @@ WHAT IS HARD
   updater. A load creates new slices beside the old ones and keeps their state in `Slice.restored`;
   `finish_restore` installs the settings, drops those that wait, and hands the state to the updaters. That all
   slices of a key are saved as of one moment is the work of workers and scheduler: see `scheduler/`.
+- *A save by one worker.* In sync a slice whose last round by a worker is applied changes only by a put until
+  that worker pushes again. So a server needs no copy for its save. It notes the settings that hold in the
+  worker's next rounds. Settings that come meanwhile wait for their round, so that no state is dropped.
 
 REJECTED
 - A receiving thread per worker: they hand each other the interpreter in small requests, 40 us a time.

@@ -17,6 +17,7 @@ from tensorkv.plain import Key
 from tensorkv.server.layouts import Slice
 from tensorkv.server.memory import Memory
 from tensorkv.server.shard import Outgoing, StoreShard
+from tensorkv.updaters.settings import SettingsTable
 from tensorkv.wire import messages as m
 
 
@@ -56,26 +57,39 @@ def save_slices(shard: StoreShard, files: StateFiles, worker: int, message: m.Sa
     """Write slices to a file. Raises SaveError."""
     if not FILE_NAME.fullmatch(message.name):
         raise ProtocolError(f"{message.name!r} is not a file of a save")
+    settings = _settings_of(shard, worker, message.alone)
     slices = [shard.find(slice_id) for slice_id in message.slice_ids]
-    states = [(each.key, each.start, each.stop, _state_of(shard, each)) for each in slices]
+    states = [(each.key, each.start, each.stop, _state_of(each, settings)) for each in slices]
     file, pieces = files.write(message.folder, message.name, states)
     shard.out.append(Outgoing(worker, m.SavedFile(message.request, file, pieces)))
 
 
 def ask_slice(shard: StoreShard, worker: int, message: m.AskSlice) -> None:
     """Send a slice and its state. Raises SaveError."""
-    each = _state_of(shard, shard.find(message.slice_id))
+    each = _state_of(shard.find(message.slice_id), _settings_of(shard, worker, message.alone))
     records, tensors, plain = records_of(each)
     shard.out.append(Outgoing(worker, m.SliceRecord(message.request, each.version, records, plain)))
     shard.out.append(Outgoing(worker, m.Data(message.request, 0), [Memory(pack(tensors))]))
 
 
-def _state_of(shard: StoreShard, each: Slice) -> SliceState:
-    """Return a copy of a slice, with the state of its optimizer if the newest setting keeps its updater."""
+def _settings_of(shard: StoreShard, worker: int, alone: bool) -> SettingsTable:
+    """Return the settings that a worker saves: the newest, or those with which it began to save alone."""
+    return shard.settings_of_save(worker) if alone else shard.schedule.table()
+
+
+def _state_of(each: Slice, settings: SettingsTable) -> SliceState:
+    """Return a copy of a slice, with the state of its optimizer if these settings keep its updater."""
     updater = each.setting.updater
-    kept = shard.schedule.newest(each.key).updater is updater
+    kept = settings.setting(each.key).updater is updater
     state = updater.state(each.slice_id) if kept else {}
     return slice_state(each.key, each.value, each.version, state)
+
+
+def begin_save(shard: StoreShard, worker: int, message: m.BeginSave) -> None:
+    """Let a worker save alone, if its rounds are applied; send the settings that it saves."""
+    num_open, up_to, table = shard.begin_save(worker)
+    begun = m.SaveBegun(message.request, num_open, shard.schedule.number, up_to, table.describe())
+    shard.out.append(Outgoing(worker, begun))
 
 
 def ask_settings(shard: StoreShard, worker: int, message: m.AskSettings) -> None:

@@ -30,6 +30,9 @@ class Policy(ABC):
     settings_wait = False
     """Whether a setting holds from its peer's next round on; else it holds on arrival."""
 
+    saves_alone = False
+    """Whether a peer can save alone: only a put changes a slice from its last round to its next push."""
+
     has_deadlines = False
     """Whether a round may merge because time has passed; the shard then calls `deadline_s`."""
 
@@ -81,6 +84,7 @@ class Sync(Policy):
 
     allows_commit = True
     settings_wait = True
+    saves_alone = True
 
     def merges(self, cohort: Cohort) -> bool:
         if len(cohort.inbox) < len(self.members):  # the usual answer

@@ -7,9 +7,9 @@ and is the same for every order of arrival. In async mode a setting holds at onc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from tensorkv.checkpoint.records import SavedSettings, check_settings
 from tensorkv.errors import ProtocolError
@@ -21,19 +21,28 @@ from tensorkv.updaters.settings import Setting, SettingsTable, build_saved
 from tensorkv.updaters.spec import UpdaterSpec
 from tensorkv.wire.messages import SettingRecord
 
+if TYPE_CHECKING:
+    from tensorkv.server.layouts import Slice
+
 
 @final
 @dataclass(slots=True)
 class _Pending:
+    number: int
+    before: SettingsTable
     table: SettingsTable
     from_round: dict[int, int]  # by slice id; the slices in here wait for their round
 
 
 @final
 class SettingSchedule:
-    """The newest settings, and those that wait for their round."""
+    """The newest settings, and those that wait for their round.
+
+    `number` counts the settings that were made: all servers get them in the same order.
+    """
 
     def __init__(self, load: LoadUpdater) -> None:
+        self.number = 0
         self._load = load
         self._latest = SettingsTable()
         self._prepared: dict[int, tuple[SettingsTable, tuple[Key, ...] | None]] = {}
@@ -87,13 +96,14 @@ class SettingSchedule:
             keys: key of each slice, by slice id.
         """
         before, self._latest = self._latest, table
+        self.number += 1
         changed = {
             slice_id: first
             for slice_id, first in from_round.items()
             if self._latest.setting(keys[slice_id]) is not before.setting(keys[slice_id])
         }
         if changed:
-            self._pending.append(_Pending(self._latest, changed))
+            self._pending.append(_Pending(self.number, before, table, changed))
 
     def table(self) -> SettingsTable:
         """Return the newest settings."""
@@ -126,6 +136,7 @@ class SettingSchedule:
     def install(self, table: SettingsTable) -> None:
         """Make these settings the newest and the only ones: drop those prepared or waiting for a round."""
         self._latest = table
+        self.number += 1
         self._prepared = {}
         self._pending = []
 
@@ -146,6 +157,28 @@ class SettingSchedule:
                 for overtaken in self._pending[: number + 1]:
                     overtaken.from_round.pop(slice_id, None)
         return found
+
+    def due_in_open_rounds(self, slices: Collection[Slice]) -> tuple[int, SettingsTable]:
+        """Return the settings that hold in the open round of each of these slices; changes nothing.
+
+        Settings that all slices wait for are left out for other keys, too; the number is that of the last
+        setting that is not left out.
+        """
+        number, table = self.number, self._latest
+        open_rounds = {each.slice_id: each.applied + 1 for each in slices}
+        for pending in reversed(self._pending):
+            if any(first <= open_rounds.get(slice_id, 0) for slice_id, first in pending.from_round.items()):
+                break
+            number, table = pending.number - 1, pending.before
+        found = table.copy()
+        for each in slices:
+            setting = each.setting
+            for pending in self._pending:
+                first = pending.from_round.get(each.slice_id)
+                if first is not None and first <= each.applied + 1:
+                    setting = pending.table.setting(each.key)
+            found.keep(each.key, setting)
+        return number, found
 
     def forget(self, slice_id: int) -> None:
         """Forget a deleted slice."""

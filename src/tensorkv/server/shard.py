@@ -112,6 +112,7 @@ class StoreShard:
         self._cohorts_epoch = 0  # changes when the slices of a cohort do
         self._settings_epoch = 0
         self._option_log = OptionLog(self._members)
+        self._saves: dict[int, SettingsTable] = {}  # by worker that saves alone: what holds in its next round
         self._untimed: dict[Cohort, None] = {}  # pushed since the last tick, if the policy has deadlines
         self._deadlines: list[tuple[float, int, Cohort]] = []  # a heap; its ties are numbered
         self._ties = itertools.count()
@@ -711,7 +712,7 @@ class StoreShard:
         found = self._slices_of_keys(self.schedule.keys_of(message.number))
         first = self._next_rounds(worker, found)
         self.schedule.activate(message.number, first, {each.slice_id: each.key for each in found})
-        self._take_due_settings(each for each in found if first[each.slice_id] == each.applied + 1)
+        self._take_settings_now(each for each in found if first[each.slice_id] == each.applied + 1)
 
     def change_options(self, worker: int, message: m.ChangeOptions) -> None:
         """Change options from the setting rank's next push of each key on, or at once; compare other ranks'.
@@ -753,7 +754,12 @@ class StoreShard:
         first = change.from_round or self._next_rounds(change.rank, found)
         first = {each.slice_id: first.get(each.slice_id, each.applied + 1) for each in found}
         self.schedule.replace(table, first, {each.slice_id: each.key for each in found})
-        self._take_due_settings(each for each in found if first[each.slice_id] <= each.applied + 1)
+        self._take_settings_now(each for each in found if first[each.slice_id] <= each.applied + 1)
+
+    def _take_settings_now(self, slices: Iterable[Slice]) -> None:
+        """Take settings of open rounds now, unless a save needs the states that this would drop."""
+        if not self._saves:
+            self._take_due_settings(slices)
 
     def _tell_differing(self) -> None:
         differing, self._option_log.differing = self._option_log.differing, []
@@ -789,6 +795,39 @@ class StoreShard:
                 each.setting = setting
         self._settings_epoch += 1
         self.schedule.tidy()
+
+    # ---- a save by one worker --------------------------------------------------------------------
+
+    def begin_save(self, worker: int) -> tuple[int, int, SettingsTable]:
+        """Keep what a worker saves alone until `end_save`, if each round that it has pushed is applied.
+
+        Those slices change no more, but for puts: their next round lacks this worker's push. Settings may
+        still come that hold from that round on, and drop the state of another optimizer; they now wait until
+        the round is applied.
+
+        Returns the number of slices whose last round by this worker is not applied, and what
+        `SettingSchedule.due_in_open_rounds` does.
+        """
+        if not self._policy.saves_alone:
+            raise ProtocolError(f"worker {worker} saves alone, but rounds go on without it")
+        last_round = self._policy.last_round
+        cohorts = cohorts_of(self._slices.values())
+        num_open = sum(len(each.slices) for each in cohorts if last_round(each, worker) > each.applied)
+        up_to, table = self.schedule.due_in_open_rounds(self._slices.values())
+        if not num_open:
+            self._saves[worker] = table
+        return num_open, up_to, table
+
+    def settings_of_save(self, worker: int) -> SettingsTable:
+        """Return the settings with which a worker has begun to save alone."""
+        if worker not in self._saves:
+            raise ProtocolError(f"worker {worker} saves alone, but has not begun to")
+        return self._saves[worker]
+
+    def end_save(self, worker: int) -> None:
+        """Keep nothing more for a worker's save."""
+        if self._saves.pop(worker, None) is not None:
+            self._take_settings_now(self._slices.values())
 
     # ---- commit ----------------------------------------------------------------------------------
 
@@ -937,6 +976,7 @@ class StoreShard:
         plans = self.plans.drop_worker(worker)
         self._drop_uncommitted(worker)
         self._members.discard(worker)
+        self.end_save(worker)
         for change in self._option_log.leave(worker):
             self._change_options(change)
         self._tell_differing()

@@ -194,6 +194,10 @@ class ServerState:
                 checkpoint.ask_slice(shard, worker, message)
             case m.AskSettings():
                 checkpoint.ask_settings(shard, worker, message)
+            case m.BeginSave():
+                checkpoint.begin_save(shard, worker, message)
+            case m.EndSave():
+                shard.end_save(worker)
             case m.PrepareRestore():
                 checkpoint.prepare_restore(shard, worker, message)
             case m.LoadSlices():

@@ -48,7 +48,7 @@ from tensorkv.updaters.settings import SettingsTable, build, build_from_argument
 from tensorkv.wire import messages as m
 from tensorkv.wire.validate import check_init
 from tensorkv.work import Work
-from tensorkv.worker.checkpoint import StateTransfer
+from tensorkv.worker.checkpoint import Contents, StateTransfer
 from tensorkv.worker.hold import Hold
 from tensorkv.worker.keytable import KeyTable
 from tensorkv.worker.lending import empty_tensors
@@ -765,13 +765,16 @@ class DistStore(KVStore):
 
     # ---- state -----------------------------------------------------------------------------------
 
-    def _state_dict(self) -> dict[str, Any]:
+    def _state_dict(self, alone: bool) -> dict[str, Any]:
         found: dict[str, Any] = {}
 
-        def lead() -> None:
-            found.update(self._transfer.state_dict())
+        def save(contents: Contents) -> None:
+            found.update(self._transfer.state_dict(contents))
 
-        self._at_rest("state_dict()", lead)
+        if alone:
+            self._alone("state_dict(alone=True)", save)
+        else:
+            self._at_rest("state_dict()", lambda: save(self._transfer.newest()))
         return found
 
     def _load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -779,11 +782,62 @@ class DistStore(KVStore):
             "load_state_dict()", lambda: self._transfer.load_state_dict(state_dict, self._settings)
         )
 
-    def _save(self, folder: str) -> None:
-        self._at_rest(f"save({folder!r})", lambda: self._transfer.save(folder))
+    def _save(self, folder: str, alone: bool) -> None:
+        def save(contents: Contents) -> None:
+            self._transfer.save(folder, contents)
+
+        if alone:
+            self._alone(f"save({folder!r}, alone=True)", save)
+        else:
+            self._at_rest(f"save({folder!r})", lambda: save(self._transfer.newest()))
 
     def _load(self, folder: str) -> None:
         self._together(f"load({folder!r})", lambda: self._transfer.load(folder, self._settings))
+
+    def _alone(self, call: str, save: Callable[[Contents], None]) -> None:
+        """Save what this worker's last rounds made, without the others.
+
+        It blocks this worker's other threads only while there is nothing to wait for: the others may need
+        what those push before they come to the round that is saved.
+        """
+        if not self._policy.saves_alone:
+            raise NotSupported(
+                f"{call}: a store of {self._policy} may change without this worker's push, so what it saves "
+                "alone would be of no one moment; let all workers make the call, without alone=True"
+            )
+        whom = "other threads of this worker, which push on"
+        wait = self._job.wait(call, self._timeout_s, store=self._store, whom=lambda: whom)
+        led: _Led | None = None
+        while led is None:
+            self._pusher.await_deferred(None, call)
+            with self._after_commit(call):
+                self._table.check_all_committed(call)
+            self._pusher.await_merged(call)
+            with self._hold.one_call(call), self._job.whole, self._hold.back(), self._transfer.alone():
+                led = self._try_alone(save)
+            if led is None:
+                wait.tick()
+        led.check()
+
+    def _after_commit(self, call: str) -> AbstractContextManager[None]:
+        """Wait for a commit that another thread has asked for, and let none begin."""
+        whom = "another thread, which is in commit"
+        return taken(
+            self._committing, self._job.wait(call, self._timeout_s, store=self._store, whom=lambda: whom)
+        )
+
+    def _try_alone(self, save: Callable[[Contents], None]) -> _Led | None:
+        """Save while changes are held back; do nothing and return None if there is a round to wait for."""
+        contents: Contents | None = None
+
+        def lead() -> None:
+            nonlocal contents
+            contents = self._transfer.begin()
+            if contents is not None:
+                save(contents)
+
+        led = self._lead(lead)
+        return None if contents is None and led.error is None else led
 
     def _at_rest(self, call: str, lead: Callable[[], None]) -> None:
         """Run a collective call, like `_together`, while no thread of any worker changes the store.

@@ -289,8 +289,10 @@ class LocalStore(KVStore):
 
     # ---- state -----------------------------------------------------------------------------------
 
-    def _state_dict(self) -> dict[str, Any]:
+    def _state_dict(self, alone: bool) -> dict[str, Any]:
         with self._writing():
+            if alone:
+                _check_committed(list(self._slots.values()), "state_dict(alone=True)")
             pieces = [self._pieces(slot) for slot in self._slots.values()]
             return to_state_dict(self._reduction, self._settings.describe(), pieces)
 
@@ -313,9 +315,11 @@ class LocalStore(KVStore):
         with self._writing():
             self._take_over(reduction, settings, [(each.record, load) for each in pieces])
 
-    def _save(self, folder: str) -> None:
+    def _save(self, folder: str, alone: bool) -> None:
         with self._writing():
             slots = list(self._slots.values())
+            if alone:
+                _check_committed(slots, f"save({folder!r}, alone=True)")
             settings = self._settings.describe()
             slices = [(slot.key, 0, slot.value.numel(), self._slot_state(slot)) for slot in slots]
         files: dict[str, FileRecord] = {}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from tensorkv.testing import (  # noqa: F401  (importing them registers their checks)
     checks_agreement,
+    checks_alone,
     checks_calls,
     checks_numbers,
     checks_policies,

@@ -169,6 +169,11 @@ class SettingsTable:
         else:
             self._of_key.update({k: changed[id(self.setting(k))] for k in keys})
 
+    def keep(self, key: Key, setting: Setting) -> None:
+        """Let this setting, which may be of another table, apply to a key."""
+        if self.setting(key) is not setting:
+            self._of_key[key] = setting
+
     def describe(self) -> SavedSettings:
         """Return the settings as plain data, for a save."""
         updaters: dict[int, tuple[int, UpdaterSpec]] = {}

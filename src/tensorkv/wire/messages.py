@@ -54,6 +54,11 @@ class StorePolicy(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_f
         """Whether pushes may wait for a commit: a round must then have a push of every worker."""
         return self.name == "sync" and self.quorum is None
 
+    @property
+    def saves_alone(self) -> bool:
+        """Whether one worker can save: nothing but a put may change a slice until it pushes again."""
+        return self.name == "sync" and self.quorum is None
+
     def __str__(self) -> str:
         """Describe it for error texts, without what does not apply."""
         more = "" if self.staleness is None else f", staleness {self.staleness}"
@@ -701,27 +706,48 @@ class LoadedKey(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SaveSlices(Message, tag=80):
-    """Write these slices, with their optimizer state, to a new file in a folder."""
+    """Write these slices, with their optimizer state, to a new file in a folder.
+
+    With `alone` the state goes with the settings of this worker's SaveBegun, else with the newest.
+    """
 
     request: int
     store: int
     folder: str
     name: str
     slice_ids: list[int]
+    alone: bool = False
 
 
 class AskSlice(Message, tag=81):
-    """Send a slice with its optimizer state: a SliceRecord, then Data."""
+    """Send a slice with its optimizer state: a SliceRecord, then Data. `alone` is as in SaveSlices."""
 
     request: int
     store: int
     slice_id: int
+    alone: bool = False
 
 
 class AskSettings(Message, tag=82):
     """Ask for the newest settings."""
 
     request: int
+    store: int
+
+
+class BeginSave(Message, tag=87):
+    """Begin a save by this worker alone, if each round that it has pushed is applied.
+
+    The states that the save needs are kept until EndSave, or until this worker has left.
+    """
+
+    request: int
+    store: int
+
+
+class EndSave(Message, tag=88):
+    """This worker's save has ended, or has not begun. No answer."""
+
     store: int
 
 
@@ -788,6 +814,21 @@ class Settings(Message, tag=92):
     """The newest settings of a store."""
 
     request: int
+    settings: SavedSettings
+
+
+class SaveBegun(Message, tag=93):
+    """The settings that hold in this worker's next round of each key that has a slice here.
+
+    `num_open` is the number of slices whose last round by this worker is not applied; unless it is 0, nothing
+    has begun. `num_settings` counts the settings that this server has been given. For keys without a slice
+    here, those up to number `up_to` hold.
+    """
+
+    request: int
+    num_open: int
+    num_settings: int
+    up_to: int
     settings: SavedSettings
 
 
@@ -864,6 +905,8 @@ ToServer = (
     | SaveSlices
     | AskSlice
     | AskSettings
+    | BeginSave
+    | EndSave
     | PrepareRestore
     | LoadSlices
     | RestoreSlice
@@ -883,6 +926,7 @@ FromServer = (
     | SavedFile
     | SliceRecord
     | Settings
+    | SaveBegun
 )
 ToScheduler = (
     Register
@@ -940,6 +984,7 @@ REPLIES: dict[type[Message], type[Message]] = {
     Leave: Done,
     SaveSlices: SavedFile,
     AskSettings: Settings,
+    BeginSave: SaveBegun,
     PrepareRestore: Done,
     LoadSlices: Done,
     RestoreSlice: Done,

@@ -87,6 +87,8 @@ WHAT IS HARD
   queued to all servers or to none. Then a flush drains what was queued before. The meeting comes first,
   because a late worker may need what others still push. A commit notes its keys only when the hold lets it
   go.
+* A save by one worker, without a meeting. It holds its other threads back only when everything that it has
+  pushed is applied. If a thread has pushed again before the hold began, it ends the hold and waits anew.
 * Two views of one deadline. The scheduler may have answered a request that times out here; for the others it
   has happened. So `control.py` asks to give it up, and waits a moment for a reply that is on its way.
 * Who was lost. When one process dies several lose each other. A link waits two seconds for the scheduler's
@@ -102,6 +104,7 @@ WHAT WAS REJECTED
 * A list of unmerged pushes: every push searched all of it, and it kept keys that others had deleted.
 * Going on after Ctrl-C inside a call: half of the servers had a push, or the rest of a frame went astray.
 * A save without meeting, hold or flush: `tests/server/test_interleavings.py` tears it, or makes a call hang.
+* A save alone that holds other threads back from its beginning: the others may wait for what those push.
 * References from its parts back to a store: the cycle kept its memory until the garbage collector came by.
 
 FILES

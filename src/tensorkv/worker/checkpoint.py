@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
@@ -41,6 +43,7 @@ from tensorkv.checkpoint.slices import (
 from tensorkv.errors import ProtocolError, TensorKVError, from_wire
 from tensorkv.keys import check_keys, check_new_keys
 from tensorkv.peer.code import describe_code
+from tensorkv.plain import Key
 from tensorkv.updaters.settings import SettingsTable, restored_settings
 from tensorkv.wire import messages as m
 from tensorkv.wire.validate import check_saved, check_slice
@@ -57,6 +60,16 @@ _Open = list[tuple[ServerLink, int, SingleReply]]
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a save has: keys and settings; and whether this worker saves alone."""
+
+    entries: list[m.KeyEntry]
+    settings: SavedSettings
+    alone: bool = False
+
+
+@final
 class StateTransfer:
     """Saves and loads one store, in the worker that leads; the others wait meanwhile."""
 
@@ -68,20 +81,59 @@ class StateTransfer:
 
     # ---- out -------------------------------------------------------------------------------------
 
-    def save(self, folder: str) -> None:
-        """Let every server write its slices, then publish the save."""
-        entries, settings = self._entries(), self._settings()
-        with Saving(folder) as save:
-            files, pieces = self._write_files(folder, save, entries)
-            index = new_index(
-                self._reduction, settings, files, [_record_of(each, pieces) for each in entries]
+    def newest(self) -> Contents:
+        """Return all keys and the newest settings, for a save that all workers make."""
+        return Contents(self._entries(), self._settings())
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let servers keep what a save by this worker alone needs from `begin` on, until the block ends.
+
+        Use it within `Session.whole`: servers must learn of the end.
+        """
+        try:
+            yield
+        finally:
+            if self._job.failure() is None:
+                self._job.tell_all(m.EndSave(self._store), self._store)
+
+    def begin(self) -> Contents | None:
+        """Return the keys and settings of a save by this worker alone; see `StoreShard.begin_save`.
+
+        Returns None if a round that this worker has pushed is not applied. Its changes are held back
+        meanwhile, and so this waits for no other worker. It only waits until all servers have been given the
+        same settings: one may be on its way to some of them. A lost worker's may never come; then the save
+        has what each server has.
+        """
+        entries, what = self._entries(), "saving alone"
+        whom = "a server that lacks the newest setting"
+        wait = self._job.wait(what, self._timeout_s, store=self._store, whom=lambda: whom)
+        before: list[int] = []
+        while True:
+            begun: list[m.SaveBegun] = self._job.ask_all(
+                lambda n: m.BeginSave(n, self._store), what, self._timeout_s, self._store
             )
+            if any(each.num_open for each in begun):
+                return None
+            numbers = [each.num_settings for each in begun]
+            if len(set(numbers)) == 1 or (self._job.control.num_lost and numbers == before):
+                return Contents(entries, _settings_of(entries, begun), alone=True)
+            before = numbers
+            wait.tick()
+
+    def save(self, folder: str, contents: Contents) -> None:
+        """Let every server write its slices, then publish the save."""
+        with Saving(folder) as save:
+            files, pieces = self._write_files(folder, save, contents)
+            keys = [_record_of(each, pieces) for each in contents.entries]
+            index = new_index(self._reduction, contents.settings, files, keys)
             save.publish(encode_index(index), files)
 
     def _write_files(
-        self, folder: str, save: Saving, entries: Sequence[m.KeyEntry]
+        self, folder: str, save: Saving, contents: Contents
     ) -> tuple[dict[str, FileRecord], dict[int, PieceRecord]]:
         """Let every server write its slices; return the files, and the pieces by slice."""
+        entries, alone = contents.entries, contents.alone
         files: dict[str, FileRecord] = {}
         pieces: dict[int, PieceRecord] = {}
         todo = [
@@ -93,7 +145,7 @@ class StateTransfer:
         per_server = [[line[1:] for line in todo if line[0] == rank] for rank in range(len(self._job.links))]
 
         def make(request: int, *, server: int, number: int, things: list[int]) -> m.Message:
-            return m.SaveSlices(request, self._store, folder, save.file_name(server, number), things)
+            return m.SaveSlices(request, self._store, folder, save.file_name(server, number), things, alone)
 
         def take(server: int, number: int, slice_ids: list[int], reply: m.SavedFile) -> None:
             save.touch()
@@ -106,11 +158,12 @@ class StateTransfer:
         self._in_batches("saving", per_server, make, take)
         return files, pieces
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, contents: Contents) -> dict[str, Any]:
         """Return what `KVStore.state_dict` promises."""
-        return to_state_dict(self._reduction, self._settings(), map(self._fetch_key, self._entries()))
+        keys = (self._fetch_key(entry, contents.alone) for entry in contents.entries)
+        return to_state_dict(self._reduction, contents.settings, keys)
 
-    def _fetch_key(self, entry: m.KeyEntry) -> MemoryPieces:
+    def _fetch_key(self, entry: m.KeyEntry, alone: bool) -> MemoryPieces:
         """Ask the servers for the slices of a key."""
         exchanges: list[tuple[ServerLink, int, _SliceExchange]] = []
         with self._job.order, self._job.whole:
@@ -119,7 +172,7 @@ class StateTransfer:
                 link, exchange = self._job.links[each.server], _SliceExchange(entry, each)
                 number = link.open(exchange)
                 exchanges.append((link, number, exchange))
-                link.put(m.AskSlice(number, self._store, each.slice_id))
+                link.put(m.AskSlice(number, self._store, each.slice_id, alone))
         self._await([(link, number) for link, number, _ in exchanges], f"state of {entry.key!r}")
         pieces = MemoryPieces(entry.key, entry.shape, entry.whole)
         for each, (_, _, exchange) in zip(entry.slices, exchanges, strict=True):
@@ -348,6 +401,21 @@ class _SliceExchange(Exchange):
             raise self._error
         assert self._record is not None
         return unpack(self._data, self._record.tensors, self._record.version, self._record.plain)
+
+
+def _settings_of(entries: Sequence[m.KeyEntry], begun: Sequence[m.SaveBegun]) -> SavedSettings:
+    """Return the settings that hold in this worker's next rounds: each key's from a server that holds it.
+
+    For other keys they are those before the first setting that nobody's next round has.
+    """
+    for each in begun:
+        check_saved(each.settings)
+    keys_of: list[list[Key]] = [[] for _ in begun]
+    for entry in entries:
+        for part in entry.slices[:1]:
+            keys_of[part.server].append(entry.key)
+    first = min(begun, key=lambda each: each.up_to).settings
+    return first.with_keys_of([(each.settings, keys) for each, keys in zip(begun, keys_of, strict=True)])
 
 
 def _record_of(entry: m.KeyEntry, pieces: Mapping[int, PieceRecord]) -> KeyRecord:

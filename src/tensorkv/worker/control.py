@@ -71,6 +71,7 @@ class ControlClient:
         )
         self._welcome = _Reply(joining)
         self.failure: TensorKVError | None = None
+        self.num_lost = 0  # workers without which the job goes on
         self._scheduler_host = config.scheduler_host
         self._num_servers = config.num_servers
         self._failing = threading.Lock()  # only one failure counts
@@ -196,6 +197,7 @@ class ControlClient:
                     raise ProtocolError(f"a welcome to {len(message.servers)} servers")
                 self._answer(self._welcome, message)
             case m.WorkerLost():
+                self.num_lost += 1
                 logger.warning("%s; the job goes on without it", lost_text("worker", message))
             case m.Lost():
                 self._fail(lost_error(message))

@@ -1,6 +1,6 @@
 """Hold: calls that would change a store wait in their worker while the store is saved.
 
-All workers take part, so each holds back the calls of its own other threads. A call queues its messages to
+Each worker that takes part holds back the calls of its own other threads. A call queues its messages to
 all servers with the job's order held, and the hold begins with the order held, too. So each call is queued to
 every server before the hold, or to none until the hold ends.
 """

@@ -146,6 +146,13 @@ class KeyTable:
                         f"{call}: key {state.key!r} was pushed with apply=False; call commit() first"
                     )
 
+    def check_all_committed(self, call: str) -> None:
+        """Raise UncommittedPush if any key waits for this worker's commit."""
+        with self.lock:
+            found = [state for key_id in self.uncommitted if (state := self._of_id.get(key_id)) is not None]
+            found = [state for state in found if state not in self._gone]
+        self.check_committed(found, call)
+
     def on_fault(self, fault: m.Fault) -> None:
         """Note a failed round that this worker contributed to; its next call on the key raises the error."""
         error = from_wire(fault.name, fault.text)

@@ -8,8 +8,9 @@ that calls take effect in program order.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol, final
 
 import torch
@@ -409,25 +410,40 @@ class Pusher:
         weight: float | None,
     ) -> list[int]:
         """Push each value when its key's last push is merged; return those where another thread was first."""
-        asked = self._plans.plan_to_pull([plan.states[place] for place in places])
-        watch = Backpressure(self._job, self._store, asked, self._timeout_s, what)
-        with self._job.order, self._job.whole:
-            up_to = self.count
-            self._plans.tell(asked)
-            watch.ask()
         again: list[int] = []
-        try:
-            for merged in watch.ready():
+        with contextlib.closing(self._merging([plan.states[place] for place in places], what)) as merging:
+            for merged in merging:
                 free = [places[number] for number in merged]
-                self.merged({plan.states[place].key_id for place in free}, up_to)
                 sent = self._send_part(plan, free, values, apply, weight)
                 if sent is None:
                     again += free
                 else:
                     self.await_sent(sent, what)
+        return again
+
+    def await_merged(self, what: str) -> None:
+        """Wait until everything that this worker has pushed so far is merged. Later pushes go on."""
+        with self._lock:
+            unmerged = set(self._unmerged)
+        states = [state for state in self._keys.those_known(None) if state.key_id in unmerged]
+        if states:
+            for _ in self._merging(states, what):
+                pass
+
+    def _merging(self, states: Sequence[KeyState], what: str) -> Generator[list[int], None, None]:
+        """Yield the numbers of these keys as the last push of each is merged, until all are."""
+        asked = self._plans.plan_to_pull(states)
+        watch = Backpressure(self._job, self._store, asked, self._timeout_s, what)
+        with self._job.order, self._job.whole:
+            up_to = self.count
+            self._plans.tell(asked)
+            watch.ask()
+        try:
+            for merged in watch.ready():
+                self.merged({states[number].key_id for number in merged}, up_to)
+                yield merged
         finally:
             watch.close()
-        return again
 
     def _send_part(
         self,

@@ -205,6 +205,16 @@ class Session:
             exchange.check()
         return [exchange.message for _, _, exchange in asked]
 
+    def tell_all(self, message: m.Message, store: int) -> None:
+        """Send every server a message that has no answer, unless the store is left."""
+        with self.order, self.whole:
+            if store in self._left:
+                return
+            for link in self.links:
+                link.put(message)
+        for link in self.links:
+            link.pump()
+
     def await_replies(
         self,
         numbers: list[tuple[ServerLink, int]],
