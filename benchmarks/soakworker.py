@@ -337,14 +337,21 @@ class Trial:
         self.counts["settings made"] += 1
 
     def save_and_load(self, folder: str) -> None:
-        """Save and load the store, values and optimizer state, by files or as a dict."""
+        """Save and load the store, values and optimizer state: by files, also of one worker, or as a dict."""
         if self.rule == "function":  # a save has only its name
             return
-        if self.chance.random() < 0.5:
+        ways = ["files", "dict"] if self.kv.kind == "dist_async" else ["files", "dict", "alone"]
+        way, rank = self.chance.choice(ways), self.someone()
+        if way == "dict":
+            self.kv.load_state_dict(self.kv.state_dict())
+        elif way == "files":
             self.kv.save(folder)
             self.kv.load(folder)
         else:
-            self.kv.load_state_dict(self.kv.state_dict())
+            self.kv.barrier()  # what another has put is there
+            if self.kv.rank == rank:
+                self.kv.save(folder, alone=True)
+            self.kv.load(folder)
         self.check(sorted(self.keys), self.kv.pull(sorted(self.keys)))
         self.counts["saves loaded"] += 1
 
