@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "tensorkv"
 
 LAYERS = {
-    **dict.fromkeys(("errors", "addresses", "config", "plain", "work"), 0),
+    **dict.fromkeys(("errors", "addresses", "config", "plain", "interrupts", "work"), 0),
     **dict.fromkeys(
         ("store", "bound", "arguments", "keys", "arrays", "reduce", "norms", "partition", "tracers"), 1
     ),
@@ -67,6 +67,7 @@ TORCH_FREE = [
     "tensorkv.addresses",
     "tensorkv.config",
     "tensorkv.plain",
+    "tensorkv.interrupts",
     "tensorkv.work",
     "tensorkv.updaters.spec",
     "tensorkv.checkpoint.records",

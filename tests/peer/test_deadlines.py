@@ -314,7 +314,7 @@ def test_why_a_connection_ended_is_said_in_plain_words(cause: Exception, text: s
 
 
 def test_a_lock_that_is_not_free_is_waited_for_with_a_deadline() -> None:
-    lock = threading.RLock()
+    lock = threading.Lock()
 
     def take() -> str:
         """Take it in another thread, with no patience; return what came of it."""

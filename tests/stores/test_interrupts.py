@@ -1,21 +1,23 @@
-"""Ctrl-C at any step of a call: afterwards the store is as it was promised, or the worker has left the job.
+"""Ctrl-C and other signals inside calls of distributed stores: real ones, to this process.
 
-The interpreter looks for signals where a call of a function has ended and where a function of Python
-begins. A trace function raises there, one place after the other.
+After Ctrl-C a call has ended whole, or not at all, or was given up in its wait; the worker stays in its job.
+A second one, and an exception of any other handler, makes it leave if others may rely on the rest.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dis
-import functools
 import itertools
 import os
 import random
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -23,55 +25,66 @@ import torch
 
 import tensorkv
 from tensorkv.errors import PeerLostError, TensorKVError
+from tensorkv.interrupts import Interrupted, ctrl_c
 from tensorkv.launch.cluster import LocalCluster
+from tensorkv.peer import deadlines
 from tensorkv.stores.dist import DistStore
+from tensorkv.transport import inproc
 from tensorkv.wire import messages as m
-from tensorkv.worker import interleave
+from tensorkv.worker import control, interleave
+from tensorkv.worker.plancache import PlanCache
+from tensorkv.worker.session import Session
 
 PACKAGE = os.path.dirname(tensorkv.__file__)
 KEYS = ["small", "big"]
 TIMEOUT_S = 20.0
 SEED = int(os.environ.get("TEST_SEED", "0"))
-STRIDE = 12
+STRIDE = 10
 LONG_STRIDE = 60
-"""Every so many places are tried, from a random one on; in long calls fewer."""
+"""Every so many steps are tried, from a random one on; in long calls fewer."""
 
 
-class Interrupt(KeyboardInterrupt):
-    """Raised in place of what Ctrl-C raises."""
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Begin with Python's handler of Ctrl-C, and put those of before back."""
+    alarm = signal.getsignal(signal.SIGALRM)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGALRM, alarm)
+    assert not ctrl_c.noted
 
 
-@functools.cache
-def places(code: CodeType) -> set[int]:
-    """Return the offsets of the instructions before which a signal may be seen."""
-    names = [(each.opname, each.offset) for each in dis.get_instructions(code)]
-    looks = ("CALL", "CALL_FUNCTION_EX", "CALL_KW", "RESUME")
-    return {offset for (before, _), (_, offset) in itertools.pairwise(names) if before in looks}
+def press() -> None:
+    signal.raise_signal(signal.SIGINT)
 
 
-def interrupt(call: Callable[[], Any], place: int) -> str | None:
-    """Make a call and raise at its n-th place in the package; return where, None if it has not so many."""
+def press_in(call: Callable[[], Any], step: int) -> str | None:
+    """Make a call and press Ctrl-C at its n-th step; return where, None if it has not so many.
+
+    A step is a call of a function of the package. What `__del__` raises is ignored by Python: it is no step.
+    """
     found: list[str] = []
     passed = 0
 
-    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+    def trace(frame: FrameType, event: str, arg: Any) -> None:
         nonlocal passed
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode" and not found and frame.f_lasti in places(frame.f_code):
+        code = frame.f_code
+        if not found and code.co_filename.startswith(PACKAGE) and code.co_name != "__del__":
             passed += 1
-            if passed == place:
-                found.append(f"{frame.f_code.co_qualname}, line {frame.f_lineno}")
+            if passed == step:
+                found.append(f"{code.co_qualname}, line {frame.f_lineno}")
                 sys.settrace(None)
-                raise Interrupt
-        return trace
+                press()
 
     before = sys.gettrace()
     sys.settrace(trace)
     try:
         call()
-    except Interrupt:
+        if found:
+            threading.Event().wait(TIMEOUT_S)
+            raise AssertionError(f"Ctrl-C in {found[0]} was lost")
+    except KeyboardInterrupt:
         pass
     finally:
         sys.settrace(before)
@@ -97,24 +110,29 @@ class Bench:
             self.kv.pull(KEYS)
         self.state = self.kv.state_dict()
         self.kv.save(folder)
+        self.outs = {key: torch.empty_like(one) for key, one in zip(KEYS, self.ones, strict=True)}
         self._fresh = itertools.count()
 
-    def fresh(self) -> str:
-        """Return a new name for a key."""
-        return f"fresh {next(self._fresh)}"
+    def bound(self) -> None:
+        """Make a bound step's call; a load between two of them needs a new step."""
+        self.kv.bind(push=dict(zip(KEYS, self.ones, strict=True)), out=self.outs).pushpull()
 
     def come_and_go(self) -> None:
         """Make a key and delete it."""
-        key = self.fresh()
+        key = f"fresh {next(self._fresh)}"
         self.kv.init(key, torch.ones(2000))
         self.kv.delete(key)
 
-    def check(self) -> None:
-        """No value is torn, one more push counts once, and calls that are made one by one can be made.
+    def commit(self) -> None:
+        """Push and commit, after a commit that Ctrl-C has kept from being made."""
+        with contextlib.suppress(tensorkv.errors.UncommittedPush):
+            self.kv.push(KEYS, self.ones, apply=False)
+        self.kv.commit()
 
-        Raises:
-            PeerLostError: the worker has left the job.
-        """
+    def check(self) -> None:
+        """No value is torn, one more push counts once, and every call can be made."""
+        assert self.job.failure() is None
+        self.kv.commit()  # one that was given up ends, else this commits nothing
         before = self.kv.pull(KEYS)
         self.kv.push(KEYS, self.ones)
         for old, new in zip(before, self.kv.pull(KEYS), strict=True):
@@ -123,6 +141,7 @@ class Bench:
         self.kv.set_updater("add")
         self.kv.state_dict()
         self.come_and_go()
+        self.kv.load(self.folder)
 
     def close(self) -> None:
         with contextlib.suppress(TensorKVError):
@@ -131,31 +150,15 @@ class Bench:
         self.cluster.stop()
 
 
-@contextlib.contextmanager
-def benches(way: str, folder: str) -> Iterator[Callable[[], Bench]]:
-    """Give a function that returns the bench, a new one where its worker has left the job."""
-    open_ones: list[Bench] = []
-
-    def bench() -> Bench:
-        if open_ones and open_ones[-1].job.failure() is not None:
-            open_ones.pop().close()
-        if not open_ones:
-            open_ones.append(Bench(way, folder))
-        return open_ones[-1]
-
-    try:
-        yield bench
-    finally:
-        for each in open_ones:
-            each.close()
-
-
 CALLS: dict[str, Callable[[Bench], Any]] = {
     "push": lambda bench: bench.kv.push(KEYS, bench.ones),
     "pull": lambda bench: bench.kv.pull(KEYS),
     "pushpull": lambda bench: bench.kv.pushpull(KEYS, bench.ones),
+    "bound step": lambda bench: bench.bound(),
+    "async pull": lambda bench: bench.kv.pull(KEYS, async_op=True).wait(),
     "put": lambda bench: bench.kv.put(KEYS, bench.ones),
     "barrier": lambda bench: bench.kv.barrier(),
+    "commit": lambda bench: bench.commit(),
     "setting": lambda bench: bench.kv.set_updater("add"),
 }
 LONG_CALLS: dict[str, Callable[[Bench], Any]] = {
@@ -166,74 +169,250 @@ LONG_CALLS: dict[str, Callable[[Bench], Any]] = {
     "save alone": lambda bench: bench.kv.save(bench.folder, alone=True),
     "load": lambda bench: bench.kv.load(bench.folder),
 }
+SLOW = [pytest.param(way, False, marks=pytest.mark.slow) for way in ("tcp", "shm")]
 
 
-# Between `open` and its `with` Python itself has only the count of references to close a file.
-@pytest.mark.filterwarnings("ignore:.*<_io.FileIO:pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize(
-    "way", ["inproc", *(pytest.param(way, marks=pytest.mark.slow) for way in ["tcp", "shm"])]
-)
+@pytest.mark.parametrize(("way", "ticks"), [("inproc", False), ("inproc", True), *SLOW])
 @pytest.mark.parametrize("name", [*CALLS, *LONG_CALLS])
-def test_a_call_that_is_broken_off_leaves_no_torn_value(
-    name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_leaves_no_torn_value_and_the_worker_in_its_job(
+    name: str, way: str, ticks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With `ticks`, waits look for Ctrl-C all the time: so it is raised in them, and not after the call."""
     monkeypatch.setattr(m, "PLACED_BYTES", 1)
     monkeypatch.setattr(interleave, "MIN_BYTES", 1)
+    for module in (inproc, control) if ticks else ():
+        monkeypatch.setattr(module, "TICK_S", 1e-5)
     call = (CALLS | LONG_CALLS)[name]
     stride = STRIDE if name in CALLS else LONG_STRIDE
-    went_on = left = 0
-    with benches(way, str(tmp_path)) as bench:
-        for place in itertools.count(1 + random.Random(SEED).randrange(stride), stride):
-            now = bench()
-            where = interrupt(lambda now=now: call(now), place)  # type: ignore[misc]
-            assert torch.is_grad_enabled(), f"seed {SEED}, {where}: gradients are off"
+    with contextlib.closing(Bench(way, str(tmp_path))) as bench:
+        for step in itertools.count(1 + random.Random(SEED).randrange(stride), stride):
+            where = press_in(lambda: call(bench), step)
             if where is None:
                 break
-            told = ""
             try:
-                now.check()
-            except PeerLostError as error:
-                told = str(error)
+                bench.check()
             except Exception as error:
-                raise AssertionError(f"seed {SEED}, broken off in {where}") from error
-            assert not told or "a call was broken off by Interrupt" in told, f"seed {SEED}, {where}: {told}"
-            went_on += not told
-            left += bool(told)
-    assert went_on or name.startswith("load")  # it leaves nearly always
-    assert left or name == "barrier"
+                raise AssertionError(f"seed {SEED}, Ctrl-C in {where}") from error
+        assert step > stride, "no step was tried"
 
 
-def test_a_delete_that_is_broken_off_half_way_leaves_the_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The scheduler has deleted the key and the servers have not: nobody may wait at its slices."""
-
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        raise Interrupt
-
-    with benches("inproc", str(tmp_path)) as bench:
-        now = bench()
-        with monkeypatch.context() as patch:
-            patch.setattr(type(now.job), "ask_all", interrupted)
-            with pytest.raises(Interrupt):
-                now.kv.delete("small")
-        with pytest.raises(PeerLostError, match="a call was broken off by Interrupt"):
-            now.kv.pull("big")
+# ---- waiting for another worker ------------------------------------------------------------------
 
 
-def test_others_are_told_at_once_that_a_worker_was_broken_off() -> None:
-    cluster = LocalCluster(2, 1, timeout_s=TIMEOUT_S)
+@dataclass
+class Pair:
+    """Two workers of a job. The main thread is one of them."""
+
+    jobs: list[Session]
+    stores: list[DistStore]
+    pool: ThreadPoolExecutor
+
+    def interrupt(
+        self, call: Callable[[], Any], signum: signal.Signals, kind: type[BaseException] = Interrupted
+    ) -> None:
+        """Make a call that waits for the other worker; send a signal while it does, which raises `kind`."""
+        main = threading.main_thread()
+
+        def send_when_it_waits() -> None:
+            while not any(wait.thread == main.name for wait in deadlines.waiting_calls()):
+                threading.Event().wait(0.01)
+            signal.pthread_kill(main.ident or 0, signum)
+
+        sent = self.pool.submit(send_when_it_waits)
+        with pytest.raises(kind):
+            call()
+        sent.result(TIMEOUT_S)
+
+
+@pytest.fixture(params=["inproc", "tcp", "shm"])
+def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    monkeypatch.setattr(deadlines, "_noted", type(deadlines._noted)())
+    way: dict[str, Any] = {"host": "127.0.0.1", "transport": request.param}
+    cluster = LocalCluster(2, 2, timeout_s=TIMEOUT_S, **({} if request.param == "inproc" else way))
     jobs = [cluster.join(rank) for rank in range(2)]
+    stores = [
+        DistStore("dist_sync", job, store="default", reduction="sum", timeout_s=TIMEOUT_S) for job in jobs
+    ]
+    for store in stores:
+        store.init("w", torch.zeros(4))
+    with ThreadPoolExecutor(2) as pool:
+        yield Pair(jobs, stores, pool)
+    for job in jobs:
+        job.close(m.Abandon("the test is over"))
+    cluster.stop()
+
+
+ONE = torch.ones(4)
+
+
+def push_and(call: Callable[[DistStore], Any], **options: Any) -> Callable[[DistStore], Any]:
+    def both(kv: DistStore) -> Any:
+        kv.push("w", ONE, **options)
+        return call(kv)
+
+    return both
+
+
+def step(kv: DistStore) -> Any:
+    return kv.bind(push={"w": ONE}, out={"w": torch.zeros(4)}).pushpull()
+
+
+def nothing(kv: DistStore) -> None: ...
+
+
+def pull(kv: DistStore) -> Any:
+    return kv.pull("w")
+
+
+def commit(kv: DistStore) -> Any:
+    return kv.commit()
+
+
+def load(kv: DistStore) -> None:
+    with tensorkv.create("local") as local:
+        local.init("w", ONE)
+        state = local.state_dict()
+    kv.load_state_dict(state)
+
+
+Call = Callable[[DistStore], Any]
+WAITS: dict[str, tuple[int, Call, Call, Call]] = {
+    "pull": (0, push_and(pull), push_and(nothing), pull),
+    "push": (0, push_and(push_and(nothing)), push_and(nothing), nothing),
+    "pushpull": (0, lambda kv: kv.pushpull("w", ONE), push_and(nothing), pull),
+    "bound step": (0, step, push_and(nothing), pull),
+    "barrier": (0, lambda kv: kv.barrier(), lambda kv: kv.barrier(), lambda kv: kv.barrier()),
+    "commit": (0, push_and(commit, apply=False), push_and(commit, apply=False), commit),
+    "init": (1, *[lambda kv: kv.init("v", ONE)] * 3),
+    "setting": (1, *[lambda kv: kv.set_updater("add")] * 3),
+    "state_dict of the leader": (0, *[lambda kv: kv.state_dict()] * 3),
+    "state_dict": (1, *[lambda kv: kv.state_dict()] * 3),
+    "load_state_dict of the leader": (0, load, load, load),
+    "load_state_dict": (1, load, load, load),
+}
+"""By name: who presses Ctrl-C, in which call; then what the other worker does, and what the first."""
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_wait_for_another_worker_is_given_up(pair: Pair, name: str) -> None:
+    rank, call, others, then = WAITS[name]
+    kv, other = pair.stores[rank], pair.stores[1 - rank]
+    pair.interrupt(lambda: call(kv), signal.SIGINT)
+    assert pair.jobs[rank].failure() is None
+    done = pair.pool.submit(others, other)
+    then(kv)
+    done.result(TIMEOUT_S)
+    before = kv.pull("w")
+    done = pair.pool.submit(push_and(pull), other)
+    kv.push("w", ONE)
+    assert kv.pull("w").tolist() == done.result(TIMEOUT_S).tolist()
+    assert before.unique().numel() == 1
+
+
+def test_a_works_wait_is_given_up_at_once(pair: Pair) -> None:
+    kv, other = pair.stores
+    kv.push("w", ONE)
+    work = kv.pull("w", async_op=True)
+    main = threading.main_thread().ident
+    assert main is not None
+    waits, raised = threading.Event(), threading.Event()
+
+    def press_until_raised() -> None:
+        """Press again if it came just before Python began to wait, which does not see it then."""
+        waits.wait()
+        while not raised.wait(0.25):
+            signal.pthread_kill(main, signal.SIGINT)
+
+    pressing = pair.pool.submit(press_until_raised)
     try:
-        for job in jobs:
-            store = job.control.request(
-                lambda n: m.JoinStore(n, "shared", m.StorePolicy("sync"), "sum", "fail"), "opening", TIMEOUT_S
-            ).store
-        with pytest.raises(Interrupt), jobs[0].order, jobs[0].whole:
-            raise Interrupt
-        with pytest.raises(PeerLostError, match="worker 0 .*a call was broken off by Interrupt"):
-            jobs[1].control.request(lambda n: m.Barrier(n, store), "barrier", TIMEOUT_S, store)
-    finally:
-        for job in jobs:
-            job.close(m.Goodbye())
-        cluster.stop()
+        waits.set()
+        work.wait(TIMEOUT_S)
+    except KeyboardInterrupt:
+        raised.set()
+    assert raised.is_set()
+    pressing.result(TIMEOUT_S)
+    other.push("w", ONE)
+    assert work.result().tolist() == [2.0] * 4
+
+
+# ---- a second one, and other signals -------------------------------------------------------------
+
+
+class Late(Exception):
+    """Raised by a handler of the user's."""
+
+
+def raise_in_tell(monkeypatch: pytest.MonkeyPatch, *signums: int) -> None:
+    """Send signals between the messages of a call that belong together."""
+
+    def tell(self: PlanCache, plan: Any) -> None:
+        for signum in signums:
+            signal.raise_signal(signum)
+
+    monkeypatch.setattr(PlanCache, "tell", tell)
+
+
+def check_left(pair: Pair, why: str) -> None:
+    """Worker 0 has left the job, and the other one is told."""
+    with pytest.raises(PeerLostError, match=f"worker 0 .*a call was broken off by {why}"):
+        pair.stores[1].barrier()
+    with pytest.raises(PeerLostError, match=f"a call was broken off by {why}"):
+        pair.stores[0].pull("w")
+
+
+def test_a_second_ctrl_c_leaves_the_job_at_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        raise_in_tell(patch, signal.SIGINT, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            pair.stores[0].push("w", ONE)
+    check_left(pair, "KeyboardInterrupt")
+
+
+@pytest.mark.parametrize("kind", [Late, TimeoutError])
+@pytest.mark.parametrize("where", ["between messages", "at a server's reply"])
+def test_an_exception_of_another_handler_leaves_the_job(
+    pair: Pair, where: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(signum: int, frame: Any) -> None:
+        raise kind
+
+    kv = pair.stores[0]
+    signal.signal(signal.SIGALRM, late)
+    if where == "between messages":
+        with monkeypatch.context() as patch:
+            raise_in_tell(patch, signal.SIGALRM)
+            with pytest.raises(kind):
+                kv.push("w", ONE)
+    else:
+        kv.push("w", ONE)
+        pair.interrupt(lambda: kv.pull("w"), signal.SIGALRM, kind)
+    check_left(pair, kind.__name__)
+
+
+def test_an_exception_of_another_handler_outside_of_a_critical_section_gives_a_wait_up(pair: Pair) -> None:
+    def late(signum: int, frame: Any) -> None:
+        raise Late
+
+    signal.signal(signal.SIGALRM, late)
+    pair.interrupt(pair.stores[0].barrier, signal.SIGALRM, Late)
+    done = pair.pool.submit(pair.stores[1].barrier)
+    pair.stores[0].barrier()
+    done.result(TIMEOUT_S)
+
+
+def test_with_a_handler_of_the_users_nothing_is_deferred(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda signum, frame: pressed.append(signum))
+    tell = PlanCache.tell
+
+    def tell_and_press(self: PlanCache, plan: Any) -> None:
+        press()
+        assert pressed == [signal.SIGINT]
+        tell(self, plan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlanCache, "tell", tell_and_press)
+        pair.stores[0].push("w", ONE)
+    assert not ctrl_c.noted
+    pair.stores[1].push("w", ONE)
+    assert pair.stores[0].pull("w").tolist() == [2.0] * 4

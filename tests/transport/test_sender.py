@@ -92,35 +92,21 @@ def test_a_failure_is_told_once_and_buffers_are_given_back_once(gate: Any) -> No
     assert gate.sent == []
 
 
-@pytest.mark.parametrize("when", ["taking the turn", "sending"])
-def test_an_interrupt_is_a_failure_and_the_thread_ends_all_the_same(
-    gate: Any, when: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What has been sent is not known then, so that nothing may follow it."""
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError])
+def test_a_send_that_a_signal_handler_breaks_off_is_a_failure(gate: Any, kind: type[BaseException]) -> None:
+    """Nobody knows then what was sent, so nothing may follow it; the thread ends all the same."""
     failures: list[BaseException] = []
     given_back = threading.Semaphore(0)
     sender = Sender(gate, "test", failures.append)
+    gate.failing = kind()
+    gate.open.set()
     sender.put([b"frame"], given_back.release)
-    if when == "sending":
-        gate.failing = KeyboardInterrupt()
-        gate.open.set()
-    else:
-        turn = sender._sending
-
-        class Turn:
-            def acquire(self, **arguments: Any) -> bool:
-                taken = turn.acquire(**arguments)
-                if threading.current_thread() is threading.main_thread():
-                    raise KeyboardInterrupt
-                return taken
-
-        monkeypatch.setattr(sender, "_sending", Turn())
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(kind):
         sender.pump()
     assert given_back.acquire(timeout=DEADLINE_S)
     sender.close(DEADLINE_S)
     assert not sender._thread.is_alive()
-    assert [type(each) for each in failures] == [KeyboardInterrupt]
+    assert failures == [gate.failing]
     assert gate.sent == []
 
 

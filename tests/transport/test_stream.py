@@ -74,51 +74,25 @@ def test_a_frame_may_come_in_pieces(pair: Pair, cut: int) -> None:
     assert not connection.broken
 
 
-@pytest.mark.parametrize("cut", [PREFIX.size + 2, len(FRAME) - 3])
-def test_an_interrupt_inside_a_frame_breaks_the_connection(
-    pair: Pair, cut: int, monkeypatch: pytest.MonkeyPatch
+def test_what_a_signal_handler_raises_is_no_end_of_the_connection(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was received when Ctrl-C came is lost: to go on would put bytes in the wrong place."""
-    bare, connection = pair
-    bare.sendall(FRAME[:cut])
-    payload = bytearray(6)
-    while not connection.in_frame:
-        assert not connection.receive_now(into(payload))
-    bare.sendall(FRAME[cut:])
-    receive_some = connection._receive_some
+    """TimeoutError of an alarm is an OSError, too; the system's have a number."""
+    _, connection = pair
 
-    def interrupted(*args: Any) -> int:
-        receive_some(*args)
-        raise KeyboardInterrupt
+    class Interrupted:
+        def recv_into(self, *args: Any) -> int:
+            raise TimeoutError("the alarm")
 
-    monkeypatch.setattr(connection, "_receive_some", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        connection.receive(into(payload))
-    assert connection.broken
-
-
-@pytest.mark.parametrize("came", [False, True])
-def test_an_interrupt_between_frames_breaks_the_connection_only_if_something_came(
-    pair: Pair, came: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bare, connection = pair
-    receive_some = connection._receive_some
-
-    def interrupted(*args: Any) -> int:
-        if came:
-            receive_some(*args)
-        raise KeyboardInterrupt
+        def send(self, *args: Any) -> int:
+            raise TimeoutError("the alarm")
 
     with monkeypatch.context() as patch:
-        patch.setattr(connection, "_receive_some", interrupted)
-        bare.sendall(FRAME)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(connection, "_sock", Interrupted())
+        with pytest.raises(TimeoutError, match="the alarm"):
             connection.receive(into(bytearray(6)))
-    assert connection.broken == came
-    if not came:
-        payload = bytearray(6)
-        connection.receive(into(payload))
-        assert FRAME.endswith(payload)
+        with pytest.raises(TimeoutError, match="the alarm"):
+            connection.send(FRAME)
 
 
 def test_a_tick_that_raises_inside_a_frame_breaks_the_connection(pair: Pair) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from tensorkv.config import JobConfig
 from tensorkv.errors import KeyNotInitialized, PeerLostError, TensorKVError, WaitTimeout, to_wire
+from tensorkv.interrupts import Interrupted, ctrl_c
 from tensorkv.peer import deadlines
 from tensorkv.peer.handshake import accept
 from tensorkv.transport.base import Connection
@@ -162,6 +163,27 @@ def test_a_reply_that_meets_the_deadline_counts(
     scheduler.say(reply)  # it was on its way before the scheduler heard of the deadline
     with pytest.raises(KeyNotInitialized, match="key 'w'") if refused else nullcontext():
         assert call.result(DEADLINE_S) == reply
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_ctrl_c_is_like_a_deadline(scheduler: Scheduler, made: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that was made all the same counts, and Ctrl-C is noted again."""
+    monkeypatch.setattr(ctrl_c, "_watched", True)  # no thread delivers it to this test
+
+    def answer() -> None:
+        number = scheduler.hear().request
+        ctrl_c.noted = True  # as its handler does
+        assert scheduler.hear() == m.GiveUp(1, number)
+        withdrawn = m.Failed(number, *to_wire(WaitTimeout("a barrier was given up")))
+        scheduler.say(m.Done(number) if made else withdrawn)
+
+    with ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(answer)
+        with nullcontext() if made else pytest.raises(Interrupted, match="^Ctrl-C in barrier, since 0 s"):
+            scheduler.client.request(lambda n: m.Barrier(n, 1), "barrier", DEADLINE_S, 1)
+        answered.result(DEADLINE_S)
+    noted, ctrl_c.noted = ctrl_c.noted, False
+    assert noted == made
 
 
 def test_a_scheduler_that_does_not_say_whether_a_call_was_made(

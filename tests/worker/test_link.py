@@ -19,6 +19,7 @@ from tensorkv.errors import (
     WaitTimeout,
     to_wire,
 )
+from tensorkv.interrupts import Interrupted, ctrl_c
 from tensorkv.peer import deadlines
 from tensorkv.peer.deadlines import Wait
 from tensorkv.server.memory import Memory
@@ -120,30 +121,6 @@ class Values(Exchange):
         if not self.left:
             self.ended.set()
         return not self.left
-
-
-def test_ctrl_c_between_a_frame_and_its_exchange_is_told(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The frame is received whole, so the connection is not broken; but nobody will hand it on."""
-    waiting, other = SingleReply(), SingleReply()
-    numbers = [bench.link.open(waiting), bench.link.open(other)]
-    bench.say(m.Done(numbers[1]))
-    receive = bench.link._connection.receive
-
-    def receive_and_break_off(*arguments: Any) -> None:
-        receive(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bench.link._connection, "receive", receive_and_break_off)
-    with pytest.raises(KeyboardInterrupt):
-        bench.link.wait(numbers[0], bench.wait())
-    assert [type(each) for each in bench.broken_off] == [KeyboardInterrupt]
-    monkeypatch.undo()
-    bench.broken_off.clear()
-    bench.say(m.Done(numbers[0]))
-    bench.link.wait(numbers[0], bench.wait())
-    assert not bench.broken_off
 
 
 def test_a_request_and_its_reply(bench: Bench) -> None:
@@ -287,6 +264,29 @@ def test_a_deadline_inside_a_frame_waits_for_the_rest_of_it(tcp_bench: Bench) ->
     number = bench.link.open(fine)
     bench.say(m.Done(number))
     bench.link.wait(number, bench.wait())
+
+
+def test_ctrl_c_inside_a_frame_waits_for_the_rest_of_it(tcp_bench: Bench) -> None:
+    bench = tcp_bench
+    values = Values(1)
+    number, waiting = bench.link.open(values), bench.link.open(SingleReply())
+    frame = encode(m.Data(number, 0), 6) + b"abcdef"
+    bench.server.send(frame[:-3])
+    num_ticks = 0
+
+    def send_rest_at_the_second_tick() -> None:
+        nonlocal num_ticks
+        num_ticks += 1
+        if num_ticks == 2:
+            bench.server.send(frame[-3:])
+
+    ctrl_c.noted = True  # as its handler does
+    with pytest.raises(Interrupted, match="Ctrl-C in a call"):
+        bench.link.wait(waiting, Wait("a call", DEADLINE_S, send_rest_at_the_second_tick))
+    assert num_ticks >= 2
+    assert values.payloads == [b"abcdef"]
+    bench.say(m.Done(waiting))
+    bench.link.wait(waiting, bench.wait())
 
 
 def test_a_frame_whose_end_never_comes(tcp_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,8 @@ RULES OF THE HANDSHAKE
    TCP.
 
 RULES OF A WAIT
-1. A wait ends with its result, with the failure of the job, or with its deadline. Every loop that waits ticks
-   several times a second, and a tick looks at the failure first.
+1. A wait ends with its result, with the failure of the job, with Ctrl-C, or with its deadline. Every loop
+   that waits ticks several times a second, and a tick looks for them in this order.
 2. A long wait logs every ten seconds whom it waits for. It asks the other side (AskWaiting), which answers
    with ranks and a place. If nobody can be asked, or nobody answers, the log names the other side itself.
 3. At the deadline a wait asks once more and allows two seconds for the answer. An earlier answer does not
@@ -65,8 +65,6 @@ WHAT IS HARD
   answered at once never does. The list is weak, so a call that ends need not leave it.
 * The answer arrives in another thread, perhaps after the deadline or for a question of SIGUSR1. Each `Wait`
   knows whether a question is open and whether to log the next answer.
-* Ctrl-C may come just after a lock is acquired, before the code can note it. `taken` uses an RLock, which
-  knows its thread, and releases it if this thread holds it, however the wait ended.
 
 WHAT WAS REJECTED
 * Heartbeats: a process that is only busy would miss them (`docs/architecture.md`).

@@ -8,10 +8,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import final
 
 from tensorkv.errors import PeerLostError, TensorKVError, WaitTimeout, again
+from tensorkv.interrupts import ctrl_c
 from tensorkv.transport.base import TICK_S
 from tensorkv.wire import messages as m
 
@@ -31,7 +32,7 @@ _noted: weakref.WeakSet[Wait] = weakref.WeakSet()  # calls that have waited, inc
 
 @final
 class Wait:
-    """The deadline of one call. The call ticks while it waits; `tick` raises at the deadline or on failure.
+    """The deadline of one call. The call ticks while it waits; `tick` raises if it is to be given up.
 
     Args:
         what: the call, for texts.
@@ -68,10 +69,11 @@ class Wait:
         self._next_log_s = LOG_EVERY_S
 
     def tick(self) -> None:
-        """Raise if the job is broken or the deadline has passed; log every ten seconds."""
+        """Raise if the job is broken, Ctrl-C came or the deadline has passed; log every ten seconds."""
         failure = self._failure()
         if failure is not None:
             raise again(failure) from None
+        ctrl_c.check(self.describe)
         now = time.monotonic()
         if self._ticked is None:
             self._note()
@@ -232,22 +234,18 @@ def scheduler_lost_error(host: str, cause: BaseException) -> PeerLostError:
 
 
 @contextmanager
-def taken(lock: threading.RLock, wait: Wait) -> Iterator[None]:
-    """Hold a lock that another call may hold for long. Raises what `wait.tick` raises while it waits.
-
-    It must be an RLock, which knows its thread: Ctrl-C may come between acquiring it and noting that.
-    """
+def taken(lock: threading.Lock, wait: Wait) -> Iterator[None]:
+    """Hold a lock that another call may hold for long. Raises what `wait.tick` raises while it waits."""
+    while not lock.acquire(timeout=TICK_S):
+        wait.tick()
     try:
-        while not lock.acquire(timeout=TICK_S):
-            wait.tick()
         yield
     finally:
-        with suppress(RuntimeError):  # this thread does not hold it
-            lock.release()
+        lock.release()
 
 
 def broken_off_error(exc: BaseException) -> PeerLostError:
-    """Return the error of a worker whose call was interrupted inside a message, by Ctrl-C for example."""
+    """Return the error of a worker whose call a signal handler has broken off inside a critical section."""
     return PeerLostError(
         f"a call was broken off by {type(exc).__name__} while it sent or received, so that what it did may "
         "be done in part; this worker has left the job"

@@ -31,9 +31,11 @@ from tensorkv.errors import (
     NotSupported,
     ProtocolError,
     TensorKVError,
+    WaitTimeout,
     not_elementwise,
     to_wire,
 )
+from tensorkv.interrupts import ORDERLY, Interrupted, ctrl_c
 from tensorkv.keys import PullBatch, PushBatch, answer
 from tensorkv.peer.code import describe_code
 from tensorkv.peer.deadlines import taken
@@ -52,12 +54,12 @@ from tensorkv.worker.checkpoint import Contents, StateTransfer
 from tensorkv.worker.hold import Hold
 from tensorkv.worker.keytable import KeyTable
 from tensorkv.worker.lending import empty_tensors
-from tensorkv.worker.link import ServerLink, SingleReply
+from tensorkv.worker.link import ServerLink
 from tensorkv.worker.plancache import PlanCache
 from tensorkv.worker.plans import KeyState, Plan, build_plan
 from tensorkv.worker.pullcall import PullCall
 from tensorkv.worker.pusher import Pusher
-from tensorkv.worker.session import Session, join
+from tensorkv.worker.session import Asked, Session, join
 from tensorkv.worker.transfers import Destinations, gathered
 from tensorkv.worker.views import Viewed, Views, views_of
 
@@ -92,6 +94,17 @@ class _Led:
 
 
 @final
+@dataclasses.dataclass(slots=True)
+class _SentCommit:
+    """A commit that the servers were asked for, which they answer when all workers have asked."""
+
+    asked: Asked = dataclasses.field(default_factory=list)
+    key_ids: set[int] = dataclasses.field(default_factory=set)
+    keys: list[Key] = dataclasses.field(default_factory=list)
+    up_to: int = 0  # number of pushes made before
+
+
+@final
 class DistStore(KVStore):
     """A store on servers. The contract is that of `KVStore`."""
 
@@ -111,12 +124,13 @@ class DistStore(KVStore):
         self._job = job
         self._embedded = embedded
         self._policy = policy = policy or policy_of(kind)
-        self._setting = threading.RLock()  # held while making a setting: each builds on the previous one
+        self._setting = threading.Lock()  # held while making a setting: each builds on the previous one
         # Held during a barrier or a commit: scheduler and servers know one such call per worker, not one
         # per thread.
-        self._at_barrier = threading.RLock()
-        self._committing = threading.RLock()
+        self._at_barrier = threading.Lock()
+        self._committing = threading.Lock()
         self._settings = SettingsTable()
+        self._sent_commit: _SentCommit | None = None
         self._num_unsent_changes = 0  # of options, at most: a push has taken earlier ones along
         at_loss = on_worker_loss or ("fail" if policy.rounds_wait else "continue")
         joined = job.control.request(
@@ -144,6 +158,10 @@ class DistStore(KVStore):
     def num_workers(self) -> int:
         """Number of workers in the job."""
         return self._job.config.num_workers
+
+    def _check_usable(self, call: str, key: Any = None) -> None:
+        super()._check_usable(call, key)
+        ctrl_c.begin_call()
 
     def _forget(self, states: Sequence[KeyState]) -> None:
         self.num_retired += 1
@@ -196,7 +214,7 @@ class DistStore(KVStore):
         def send() -> None:
             try:
                 self._send_values(created, what)
-            except TensorKVError:
+            except ORDERLY:
                 if self._job.failure() is None:  # delete what was stored already
                     gone = [(entry.key, [each.slice_id for each in entry.slices]) for entry, _ in created]
                     self._job.ask_all(
@@ -211,16 +229,14 @@ class DistStore(KVStore):
         self._conclude(m.ConcludeInit(0, self._store, key_ids, led.told()), what)
         return led
 
-    def _lead(self, lead: Callable[[], Any], errors: type[BaseException] = BaseException) -> _Led:
+    def _lead(self, lead: Callable[[], Any]) -> _Led:
         """Run what this rank leads, and return the outcome; raise the error if the job is broken.
 
-        Ctrl-C counts as an error too: the scheduler can still be told, so that no rank waits for this one.
-        Between the request that may make this rank the leader and `lead` it cannot be told: see
-        `Session.whole`.
+        Ctrl-C counts as an error too: the scheduler is told, so that no rank waits for this one.
         """
         try:
             lead()
-        except errors as error:
+        except (Exception, Interrupted) as error:
             if self._job.failure() is not None:
                 raise
             return _Led(error)
@@ -237,7 +253,7 @@ class DistStore(KVStore):
 
     def _send_values(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> None:
         """Send each value like a push of one key: one message per key and server."""
-        exchanges: list[tuple[ServerLink, int, SingleReply]] = []
+        exchanges: Asked = []
         messages = [each for entry, value in created for each in self._init_messages(entry, value)]
         with self._job.order, self._job.whole:
             self._job.check_open(self._store)
@@ -333,7 +349,8 @@ class DistStore(KVStore):
         states = self._table.known(list(dict.fromkeys(keys)))
         names = [(state.key, state.key_id) for state in states]
         what = f"delete of {keys[0]!r}"
-        with self._job.whole:  # deleting at the scheduler alone would leave calls waiting at slices forever
+        # Deleting at the scheduler alone would leave calls waiting at slices forever.
+        with self._job.whole, ctrl_c.deferred():
             reply = self._job.control.request(
                 lambda n: m.DeleteKeys(n, self._store, names), what, self._timeout_s, self._store
             )
@@ -461,7 +478,7 @@ class DistStore(KVStore):
     def _send_put(self, plan: Plan, values: list[torch.Tensor], what: str) -> int:
         """Put values, wait until the servers have them, and return the number of pushes made before."""
         payloads = [[gathered(plan, chunk, values) for chunk in part.chunks] for part in plan.parts]
-        exchanges: list[tuple[ServerLink, int, SingleReply]] = []
+        exchanges: Asked = []
         with self._hold.turn(what):
             self._plans.tell(plan)
             up_to = self._pusher.count
@@ -473,7 +490,7 @@ class DistStore(KVStore):
         self._await_single(exchanges, what)
         return up_to
 
-    def _await_single(self, exchanges: list[tuple[ServerLink, int, SingleReply]], what: str) -> None:
+    def _await_single(self, exchanges: Asked, what: str) -> None:
         """Send the queued frames and wait for the single reply of each exchange; raise the first refusal."""
         for link in self._job.links:
             link.pump()
@@ -629,33 +646,40 @@ class DistStore(KVStore):
 
     def _commit_all(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
         self._pusher.await_deferred(None, "commit")
-        committed: set[int] = set()
-        keys: list[Key] = []
-        up_to = 0
+        if self._sent_commit is None:
+            self._sent_commit = self._send_commit(max_norm, skip, check_finite)
+        sent = self._sent_commit
+        try:
+            replies = self._job.answers(sent.asked, "commit", self._timeout_s, self._store, keep=True)
+        except (WaitTimeout, Interrupted):
+            raise  # the next call awaits the same commit: servers know one per worker at a time
+        except TensorKVError:
+            self._sent_commit = None
+            raise
+        self._sent_commit = None
+        with self._table.lock:
+            self._table.uncommitted -= sent.key_ids
+        self._pusher.merged(sent.key_ids, sent.up_to)
+        self._table.raise_faults(sent.keys)
+        return CommitResult(applied=replies[0].applied, norm=replies[0].norm)
+
+    def _send_commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> _SentCommit:
+        sent = _SentCommit()
 
         @contextmanager
         def turn() -> Iterator[None]:
             """Note what is committed once that can no longer change: it is known only after a hold."""
-            nonlocal up_to
             with self._hold.turn("commit"):
-                up_to = self._pusher.count
+                sent.up_to = self._pusher.count
                 with self._table.lock:
-                    committed.update(self._table.uncommitted)
-                keys.extend(self._table.names_of(committed))
+                    sent.key_ids.update(self._table.uncommitted)
+                sent.keys = self._table.names_of(sent.key_ids)
                 yield
 
-        replies = self._job.ask_all(
-            lambda n: m.Commit(n, self._store, max_norm, skip, check_finite),
-            "commit",
-            self._timeout_s,
-            self._store,
-            turn=turn(),
+        sent.asked = self._job.send_to_all(
+            lambda n: m.Commit(n, self._store, max_norm, skip, check_finite), self._store, turn=turn()
         )
-        with self._table.lock:
-            self._table.uncommitted -= committed
-        self._pusher.merged(committed, up_to)
-        self._table.raise_faults(keys)
-        return CommitResult(applied=replies[0].applied, norm=replies[0].norm)
+        return sent
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -723,7 +747,7 @@ class DistStore(KVStore):
         return self._one_at_a_time(self._setting, "a setting", self._timeout_s)
 
     def _one_at_a_time(
-        self, lock: threading.RLock, what: str, timeout_s: float
+        self, lock: threading.Lock, what: str, timeout_s: float
     ) -> AbstractContextManager[None]:
         """Serialize such calls: a second thread waits for the first, up to its deadline."""
         whom = f"another thread, which is in {what}"
@@ -852,7 +876,7 @@ class DistStore(KVStore):
             )
             with self._job.whole, self._hold.back():
                 self._flush(self._timeout_s)  # all earlier calls have reached every server
-                led = self._lead_or_follow(call, lead, BaseException)
+                led = self._lead_or_follow(call, lead)
         led.check()
 
     def _together(self, call: str, lead: Callable[[], SavedSettings | None]) -> None:
@@ -860,13 +884,11 @@ class DistStore(KVStore):
         with self._hold.one_call(call):
             self._pusher.await_deferred(None, call)
             self._flush(self._timeout_s)  # this worker's pushes have reached the servers
-            with self._job.whole:  # even Ctrl-C leaves the job here: perhaps only some servers have changed
-                led = self._lead_or_follow(call, lead, Exception)
+            with self._job.whole:
+                led = self._lead_or_follow(call, lead)
         led.check()
 
-    def _lead_or_follow(
-        self, call: str, lead: Callable[[], SavedSettings | None], errors: type[BaseException]
-    ) -> _Led:
+    def _lead_or_follow(self, call: str, lead: Callable[[], SavedSettings | None]) -> _Led:
         """Return the outcome if this rank led; raise the error if another rank led and failed."""
         reply = self._job.control.request(
             lambda n: m.Together(n, self._store, call, only_meet=False), call, self._timeout_s, self._store
@@ -879,7 +901,7 @@ class DistStore(KVStore):
                 nonlocal settings
                 settings = lead()
 
-            led = self._lead(keep_settings, errors)
+            led = self._lead(keep_settings)
             self._conclude(m.ConcludeTogether(0, self._store, led.told(), settings), call)
         if settings is not None:
             with self._one_setting():

@@ -10,7 +10,6 @@ import itertools
 import os
 import queue
 import threading
-from collections import deque
 from collections.abc import Sequence
 from typing import final
 
@@ -32,7 +31,6 @@ class _Frames:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[_Frame | None] = queue.SimpleQueue()
-        self._first: deque[_Frame | None] = deque()  # the next frame, once `first` has peeked at it
         self._lock = threading.Lock()  # guards _event and its counter
         self._event = -1
 
@@ -42,28 +40,25 @@ class _Frames:
             if self._event >= 0:
                 os.eventfd_write(self._event, 1)
 
-    def first(self, timeout_s: float) -> _Frame | None:
-        """Peek at the next frame; raises queue.Empty if none arrives within `timeout_s` seconds."""
-        if not self._first:
-            # One step of the interpreter, so that Ctrl-C cannot lose a frame.
-            self._first.extend(map(self._queue.get, (timeout_s > 0,), (timeout_s or None,)))
-        return self._first[0]
-
-    def drop_first(self) -> None:
-        """Remove the frame that `first` returned."""
-        self._first.popleft()
+    def get(self, timeout_s: float) -> _Frame | None:
+        """Return the next frame; raises queue.Empty if none arrives within `timeout_s` seconds."""
+        frame = self._queue.get(timeout_s > 0, timeout_s or None)
+        if frame is None:
+            self._queue.put(None)  # every later call finds the end, too
+            return None
         with self._lock:
             if self._event >= 0:
                 os.eventfd_read(self._event)
+        return frame
 
     def empty(self) -> bool:
-        return not self._first and self._queue.empty()
+        return self._queue.empty()
 
     def fileno(self) -> int:
         with self._lock:
             if self._event < 0:
                 flags = os.EFD_NONBLOCK | os.EFD_SEMAPHORE | os.EFD_CLOEXEC
-                self._event = os.eventfd(len(self._first) + self._queue.qsize(), flags)
+                self._event = os.eventfd(self._queue.qsize(), flags)
             return self._event
 
     def close(self) -> None:
@@ -110,7 +105,7 @@ class InprocConnection(Connection):
     def receive(self, sink: Sink, tick: Tick = no_tick) -> None:
         while True:
             try:
-                frame = self._incoming.first(TICK_S)
+                frame = self._incoming.get(TICK_S)
                 break
             except queue.Empty:
                 tick()
@@ -118,26 +113,25 @@ class InprocConnection(Connection):
 
     def receive_now(self, sink: Sink) -> bool:
         try:
-            frame = self._incoming.first(0)
+            frame = self._incoming.get(0)
         except queue.Empty:
             return False
         self._take(frame, sink)
         return True
 
     def _take(self, frame: _Frame | None, sink: Sink) -> None:
-        if frame is None:  # stays in the queue: every later call finds the end, too
+        if frame is None:
             if self._ended_here:
                 raise ConnectionError(f"this side has ended the connection to {self.peer}")
             raise EOFError(f"{self.peer} ended the connection")
         head, payload = frame
         try:
-            self._incoming.drop_first()
             decode_prefix(head[: PREFIX.size], self.max_header_bytes)
             start = 0
             for buffer in sink(memoryview(head)[PREFIX.size :], len(payload)):
                 buffer[:] = payload[start : start + len(buffer)]
                 start += len(buffer)
-        except BaseException:
+        except Exception:
             self._broken = True
             raise
 

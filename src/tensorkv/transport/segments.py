@@ -181,8 +181,7 @@ def _bytes_of(mapped: mmap.mmap) -> Bytes:
 class FreeRanges:
     """First-fit list of the free ranges of a segment.
 
-    It also tracks the ranges that stayed free since the last `sweep`. Each change is one step of the
-    interpreter: Ctrl-C may leak a range, but leaves the list consistent.
+    It also tracks the ranges that stayed free since the last `sweep`.
     """
 
     def __init__(self, size_bytes: int) -> None:

@@ -80,24 +80,16 @@ class Sender:
             on_sent()
 
     def pump(self) -> None:
-        """Send as much of the queue as possible without blocking.
-
-        Ctrl-C in it is a failure: nobody knows then how much was sent.
-        """
+        """Send as much of the queue as possible without blocking."""
         try:
             while self._frames and self._sending.acquire(blocking=False):
-                try:
-                    waits = not self._send_all(wait=False)
-                except BaseException as exc:
-                    self._break_off(exc)  # before another thread resumes the same frame
-                    raise
-                finally:
-                    self._sending.release()
+                waits = not self._send_all(wait=False)
+                self._sending.release()
                 if waits:
                     self._work.set()
                     break
-        except BaseException as exc:  # it may have come just as the lock was acquired
-            self._break_off(exc)
+        except BaseException as exc:  # out of a signal handler: nobody knows how much was sent
+            self._break_off(exc)  # with the lock still held, so that no thread resumes the frame
             raise
         if len(self._frames) > self._max_frames and not self._failed:
             self._failed = True  # `on_error` wakes the thread that sends at the moment, which drops the rest
@@ -122,7 +114,7 @@ class Sender:
                         self._send_all(wait=True)
                     finally:
                         self._sending.release()
-                elif self._failed:  # and the thread that was interrupted has not released the lock
+                elif self._failed:  # and the thread that was broken off still holds the lock
                     self._drop()
 
     def _send_all(self, wait: bool) -> bool:
@@ -139,7 +131,7 @@ class Sender:
                 elif rest := self._connection.send_now(buffers):
                     frames[0] = (rest, on_sent)
                     return False
-            except (OSError, EOFError) as exc:
+            except (ConnectionError, EOFError) as exc:
                 self._fail(exc)
                 return True
             frames.popleft()
@@ -148,9 +140,10 @@ class Sender:
         return True
 
     def _break_off(self, exc: BaseException) -> None:
-        """Fail, as a thread was interrupted in a send or at the lock; the sender's thread drops the rest."""
+        """Fail, as a thread was broken off in a send; the sender's thread drops the rest."""
         told, self._failed = self._failed, True
         self._work.set()
+        self._connection.shutdown()
         if not told:
             self._on_error(exc)
 

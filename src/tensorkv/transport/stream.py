@@ -100,6 +100,8 @@ class StreamConnection(Connection):
             self._raise_gone(exc)
 
     def _raise_gone(self, exc: OSError) -> NoReturn:
+        if exc.errno is None:  # not the system's: a signal handler has raised it
+            raise exc
         reason = self._reason(exc) or exc
         raise ConnectionError(f"the connection to {self.peer} is gone: {reason}") from reason
 
@@ -146,7 +148,7 @@ class StreamConnection(Connection):
             self._rest = None
         except BlockingIOError:
             raise
-        except BaseException:  # Ctrl-C, too, may lose bytes that have just arrived
+        except Exception:
             self._broken = self._broken or self.in_frame
             raise
 
@@ -171,7 +173,7 @@ class StreamConnection(Connection):
             return self._fill_from_ahead(buffers)
         except BlockingIOError:
             raise
-        except BaseException:
+        except Exception:
             self._broken = True
             raise
 
@@ -190,15 +192,8 @@ class StreamConnection(Connection):
             start, stop = 0, stop - start
         self._ahead, self._ahead_start, self._ahead_stop = space, start, stop
         while True:
-            space[stop] = 0  # no frame begins with 0: shows, after Ctrl-C, whether bytes have arrived
-            try:
-                stop += self._receive_ahead(space[stop:] if stop else space, flags)
-                self._ahead_stop = stop
-            except (BlockingIOError, ConnectionError, EOFError):
-                raise
-            except BaseException:
-                self._broken = self._broken or space[stop] != 0
-                raise
+            stop += self._receive_ahead(space[stop:] if stop else space, flags)
+            self._ahead_stop = stop
             self._short = stop < len(space)
             if stop - start >= size_bytes:
                 return

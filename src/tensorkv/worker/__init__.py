@@ -52,8 +52,8 @@ RULES
 9. A fault is raised once, by the next call on its key, by `barrier` or by `close`. Several slices of a key
    that fail in one round make one fault.
 10. A rank that leads (init, setting, save, load) concludes at the scheduler, with success or with its error.
-    The scheduler names the leader, the lowest rank that is left. An interrupted leader concludes or leaves
-    the job.
+    The scheduler names the leader, the lowest rank that is left. A leader that is given up by Ctrl-C
+    concludes with that error.
 11. A broken job ends every call. Each wait looks at `failure` four times a second. A failure that the
     scheduler declares also shuts the links down, which wakes their receivers.
 
@@ -80,9 +80,11 @@ WHAT IS HARD
 * Replies in shared memory. If the server has ended the connection while a reply was copied, the memory may
   have changed under the copy, and the copy does not count. The count of copied replies ends the server's
   leases.
-* Signals. Ctrl-C may come between any two steps of the main thread. A call that only waits is given up. A
-  call that is interrupted inside a message, or between messages that belong together, makes the worker leave
-  the job as lost (`session.py`: `whole`, `broken_off`). `signals.py` has the rules for SIGTERM and SIGUSR1.
+* Signals. Ctrl-C is deferred to a tick of a wait, and then is like its deadline (`tensorkv/interrupts.py`):
+  no other code has to expect it. What another handler raises, or a second Ctrl-C, may come between any two
+  steps. Out of a critical section it makes the worker leave the job as lost: out of a block of
+  `Session.whole`, a send, or the wait for servers' replies (`Session.broken_off`). `signals.py` has the rules
+  for SIGTERM and SIGUSR1.
 * A save while other threads push. All workers meet. Then each begins its hold under `order`, so each call is
   queued to all servers or to none. Then a flush drains what was queued before. The meeting comes first,
   because a late worker may need what others still push. A commit notes its keys only when the hold lets it
@@ -102,7 +104,9 @@ WHAT WAS REJECTED
 * Long answers received from one server after the other: over a network the others stall (`interleave.py`).
 * A message for each returned loan and each copied reply: it costs more than it tells (`server/shm.py`).
 * A list of unmerged pushes: every push searched all of it, and it kept keys that others had deleted.
-* Going on after Ctrl-C inside a call: half of the servers had a push, or the rest of a frame went astray.
+* Ctrl-C between any two steps: fifteen files had to survive it at every one (git log).
+* Raising it at once in a wait: a thread that receives may have read bytes that nobody has noted yet. So it
+  waits for a tick, a quarter of a second at most.
 * A save without meeting, hold or flush: `tests/server/test_interleavings.py` tears it, or makes a call hang.
 * A save alone that holds other threads back from its beginning: the others may wait for what those push.
 * References from its parts back to a store: the cycle kept its memory until the garbage collector came by.

@@ -41,6 +41,7 @@ from tensorkv.checkpoint.slices import (
     unpack,
 )
 from tensorkv.errors import ProtocolError, TensorKVError, from_wire
+from tensorkv.interrupts import Interrupted, ctrl_c
 from tensorkv.keys import check_keys, check_new_keys
 from tensorkv.peer.code import describe_code
 from tensorkv.plain import Key
@@ -48,15 +49,13 @@ from tensorkv.updaters.settings import SettingsTable, restored_settings
 from tensorkv.wire import messages as m
 from tensorkv.wire.validate import check_saved, check_slice
 from tensorkv.worker.link import Exchange, ServerLink, SingleReply
-from tensorkv.worker.session import Session
+from tensorkv.worker.session import Asked, Session
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 PROGRESS_BYTES = 64 << 20
 """Minimum size of a save or load that shows its progress."""
-
-_Open = list[tuple[ServerLink, int, SingleReply]]
 
 
 @final
@@ -218,7 +217,7 @@ class StateTransfer:
         return settings
 
     def _send_key(self, entry: m.KeyEntry, pieces: MemoryPieces) -> None:
-        exchanges: _Open = []
+        exchanges: Asked = []
         states = [assemble(pieces.record, each.start, each.stop, pieces.fetch) for each in entry.slices]
         with self._job.order, self._job.whole:
             self._job.check_open(self._store)
@@ -263,12 +262,20 @@ class StateTransfer:
         try:
             self._ask_all(lambda n: m.PrepareRestore(n, self._store, settings, codes), what)
             send(reply.entries)
-            self._ask_all(lambda n: m.FinishRestore(n, self._store), what)
-        except Exception:
-            if self._job.failure() is None:
-                self._delete(reply.entries)
+        except (Exception, Interrupted):
+            self._withdraw(reply.entries)
             raise
-        self._delete(reply.replaced)
+        with ctrl_c.deferred():
+            try:
+                self._ask_all(lambda n: m.FinishRestore(n, self._store), what)
+            except Exception:
+                self._withdraw(reply.entries)
+                raise
+            self._delete(reply.replaced)
+
+    def _withdraw(self, entries: Iterable[m.KeyEntry]) -> None:
+        if self._job.failure() is None:
+            self._delete(entries)
 
     def _check_keys(self, records: Sequence[KeyRecord]) -> None:
         there = {entry.key: entry for entry in self._entries()}

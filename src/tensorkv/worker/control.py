@@ -11,6 +11,7 @@ from typing import Any, final
 
 from tensorkv.config import JobConfig
 from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, WaitTimeout, again, from_wire
+from tensorkv.interrupts import Interrupted, ctrl_c
 from tensorkv.peer.deadlines import (
     ASK_GRACE_S,
     Wait,
@@ -76,7 +77,7 @@ class ControlClient:
         self._num_servers = config.num_servers
         self._failing = threading.Lock()  # only one failure counts
         self._connection = connect_to_scheduler(config) if connection is None else connection
-        self._sender = Sender(self._connection, "scheduler", self._fail)
+        self._sender = Sender(self._connection, "scheduler", self._cannot_send)
         self._thread = threading.Thread(target=self._read, name="tensorkv-control", daemon=True)
         self._thread.start()
         self.notify(m.Register("", 0, hostname(), os.getpid()))
@@ -136,11 +137,13 @@ class ControlClient:
         self.notify(message)
         try:
             self._await(reply)
-        except BaseException as exc:  # Ctrl-C too
+        except BaseException as exc:
             if self.failure is None and store:
                 self.notify(m.GiveUp(store, number))
-            if not isinstance(exc, WaitTimeout) or not store or not self._was_made(reply):
+            if not isinstance(exc, (WaitTimeout, Interrupted)) or not store or not self._was_made(reply):
                 raise
+            if isinstance(exc, Interrupted):
+                ctrl_c.note()  # for the next wait of this call, or its end
         finally:
             del self._replies[number]
         if isinstance(reply.message, m.Failed):
@@ -227,14 +230,15 @@ class ControlClient:
         reply.message = message
         reply.ready.set()
 
+    def _cannot_send(self, exc: BaseException) -> None:
+        self._fail(exc if isinstance(exc, (ConnectionError, EOFError)) else broken_off_error(exc))
+
     def _fail(self, exc: BaseException) -> None:
         with self._failing:
             if self.failure is not None:
                 return
             if isinstance(exc, PeerLostError):
                 self.failure = exc
-            elif not isinstance(exc, Exception):
-                self.failure = broken_off_error(exc)
             else:
                 self.failure = scheduler_lost_error(self._scheduler_host, exc)
         self._wake_all()

@@ -26,21 +26,16 @@ T = TypeVar("T")
 
 
 def no_grad(function: Callable[P, T]) -> Callable[P, T]:
-    """Run a function without gradients, like `torch.no_grad`, but in 0.4 microseconds instead of 2.3.
-
-    Ctrl-C leaves the gradient mode unchanged. `torch.no_grad`, like any context manager, may leave gradients
-    off if Ctrl-C comes between the end of `__enter__` and the block.
-    """
+    """Run a function without gradients, like `torch.no_grad`, but in 0.4 microseconds instead of 2.3."""
 
     @functools.wraps(function)
     def without_gradients(*args: P.args, **kwargs: P.kwargs) -> T:
         before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
         try:
-            torch._C._set_grad_enabled(False)
-            result = function(*args, **kwargs)  # assigned, so that the end of the call is in the block
+            return function(*args, **kwargs)
         finally:
             torch._C._set_grad_enabled(before)
-        return result
 
     return without_gradients
 

@@ -28,7 +28,7 @@ class Hold:
         self._job = job
         self._store = store
         self._timeout_s = timeout_s
-        self._calls = threading.RLock()  # held by the call in progress
+        self._calls = threading.Lock()  # held by the call in progress
         self._over = threading.Event()
         self._over.set()
         self.on = False  # a plain attribute, since every push reads it
@@ -51,10 +51,7 @@ class Hold:
 
     @contextmanager
     def back(self) -> Iterator[None]:
-        """Hold changes back, within `one_call`. Those already begun are in flight to every server.
-
-        Use it within `Session.whole`, too: Ctrl-C at its end may leave changes held back.
-        """
+        """Hold changes back, within `one_call`. Those already begun are in flight to every server."""
         try:
             with self._job.order:
                 self.on = True

@@ -41,22 +41,14 @@ def receive_in_turn(
     links = list(dict.fromkeys(link for link, _ in numbers))
     led: list[ServerLink] = []
     try:
-        try:
-            for link in links:
-                if not link.begin_to_lead(wait.tick):
-                    return
-                led += [link]
-        except BaseException as exc:  # Ctrl-C: this thread may lead without a note in `led`
-            links[0].broken_off(exc)
-            raise
+        for link in links:
+            if not link.begin_to_lead(wait.tick):
+                return
+            led.append(link)
         _receive_leading(links, numbers, wait, turn_to)
     finally:
-        try:
-            for link in led:
-                link.end_leading()
-        except BaseException as exc:  # Ctrl-C: the other leads would never be released
-            links[0].broken_off(exc)
-            raise
+        for link in led:
+            link.end_leading()
 
 
 def _receive_leading(

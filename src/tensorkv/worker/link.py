@@ -26,7 +26,8 @@ from tensorkv.errors import (
     from_wire,
     to_wire,
 )
-from tensorkv.peer.deadlines import Wait, broken_off_error, schedulers_word
+from tensorkv.interrupts import Interrupted, ctrl_c
+from tensorkv.peer.deadlines import Wait, schedulers_word
 from tensorkv.transport.base import TICK_S, Connection, Tick, no_tick
 from tensorkv.transport.sender import Sender, Sent
 from tensorkv.transport.stream import StreamConnection
@@ -106,7 +107,8 @@ class ServerLink:
         failure: returns why the job is broken, None while it is not.
         on_fault: called with every Fault of this server.
         on_waiting: called with what this server answers when a Wait asks whom it waits for.
-        broken_off: called when a call was interrupted inside a message, by Ctrl-C for example.
+        broken_off: called when a send, or the link's own thread, ends by an error that is not the
+            connection's: what it did may be done in part.
         window: memory to share with the server, if the connection can hand it over.
 
     Raises:
@@ -185,7 +187,7 @@ class ServerLink:
         self._sender.pump()
 
     def _cannot_send(self, exc: BaseException) -> None:
-        if not isinstance(exc, Exception):
+        if not isinstance(exc, (ConnectionError, EOFError)):
             self._broken_off(exc)
         self._connection.shutdown()
 
@@ -240,18 +242,10 @@ class ServerLink:
 
     def begin_to_lead(self, tick: Tick) -> bool:
         """Take the lead if it is free: until `end_leading` only this thread receives here."""
-        try:
-            leads = self._reading.acquire(blocking=False)
-        except BaseException as exc:  # Ctrl-C: this thread may lead and would never release the lead
-            self._broken_off(exc)
-            raise
+        leads = self._reading.acquire(blocking=False)
         if leads:
             self._tick, self._stalled = tick, 0
         return leads
-
-    def broken_off(self, exc: BaseException) -> None:
-        """Leave the job, as an interrupt (Ctrl-C) came where the lead may not have been released."""
-        self._broken_off(exc)
 
     def end_leading(self) -> None:
         """Release the lead."""
@@ -269,10 +263,8 @@ class ServerLink:
             try:
                 while self._connection.readable():
                     self._receive()
-            finally:  # not `end_leading`: Ctrl-C may end a call before its first step
-                self._reading.release()
-                if self._waiting:
-                    self._tell()
+            finally:
+                self.end_leading()
 
     def watch(self, number: int, wait: Wait | None = None) -> None:
         """Let the link's thread receive for this exchange, which no caller waits in.
@@ -310,14 +302,8 @@ class ServerLink:
 
     def _lead_until(self, done: Callable[[], bool], tick: Tick) -> None:
         while not done():
-            try:
-                leads = self._reading.acquire(blocking=False)
-            except BaseException as exc:  # as in `begin_to_lead`
-                self._broken_off(exc)
-                raise
-            if leads:
+            if self.begin_to_lead(tick):
                 try:
-                    self._tick, self._stalled = tick, 0
                     ended = done()  # the previous leader may have received it just before
                     while not ended:
                         self._receive()
@@ -325,9 +311,7 @@ class ServerLink:
                         if not ended:
                             tick()  # frames for others may arrive without a pause
                 finally:
-                    self._reading.release()
-                    if self._waiting:
-                        self._tell()
+                    self.end_leading()
                 if ended:
                     return
             else:
@@ -342,12 +326,16 @@ class ServerLink:
                     tick()
 
     def _patient_tick(self) -> None:
-        """The leader's tick; its deadline does not stop the receiving of a frame in its middle.
+        """The leader's tick; neither its deadline nor Ctrl-C stops the receiving of a frame in its middle.
 
         That would end the connection for all callers.
         """
         try:
             self._tick()
+        except Interrupted:
+            if not self._connection.in_frame:
+                raise
+            ctrl_c.note()
         except WaitTimeout:
             self._stalled += 1
             if not self._connection.in_frame or self._stalled * TICK_S > STALL_S:
@@ -368,6 +356,9 @@ class ServerLink:
                 self._lead_until(lambda: self._closing or self._nothing_watched(), self._check_failure)
             except TensorKVError as error:
                 self._end_all(error)
+            except BaseException as exc:  # a bug: no call may wait for a thread that has ended
+                self._broken_off(exc)
+                raise
 
     def _nothing_watched(self) -> bool:
         """Whether all watched exchanges have ended."""
@@ -386,22 +377,16 @@ class ServerLink:
         """Receive one frame and dispatch it. For the leader only."""
         if self._lost is not None:
             raise again(self._lost) from None
-        self._message, received = None, False
+        self._message = None
         try:
             self._connection.receive(self._sink, self._patient_tick)
-            received = True
             self._hand_on(self._message)
         except (EOFError, ConnectionError) as exc:  # ProtocolError too
             self._lose(exc)
-        except BaseException as exc:
+        except Exception as exc:
             if self._connection.broken:
                 self._connection.shutdown()
                 self._lost = PeerLostError(f"the connection to {self.name} ended inside a message: {exc}")
-                if not isinstance(exc, Exception):
-                    self._broken_off(exc)
-                    self._lost = broken_off_error(exc)
-            elif received or (self._message is not None and not isinstance(exc, Exception)):
-                self._broken_off(exc)  # a reply has arrived, and its exchange may not have handled it
             raise
 
     def _lose(self, exc: Exception) -> NoReturn:

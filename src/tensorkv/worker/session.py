@@ -27,6 +27,7 @@ from tensorkv.errors import (
     again,
     closed_meanwhile,
 )
+from tensorkv.interrupts import ORDERLY
 from tensorkv.peer.code import CodeTable
 from tensorkv.peer.deadlines import Wait, broken_off_error, schedulers_word
 from tensorkv.peer.handshake import connect_to_server
@@ -35,11 +36,13 @@ from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
 from tensorkv.worker import interleave, uncaught
 from tensorkv.worker.control import ControlClient
-from tensorkv.worker.link import ServerLink
+from tensorkv.worker.link import ServerLink, SingleReply
 from tensorkv.worker.signals import WorkerSignals
 from tensorkv.worker.window import Window
 
 logger = logging.getLogger(__name__)
+Asked = list[tuple[ServerLink, int, SingleReply]]
+"""Requests with a single reply each: the link, the request's number, and the exchange."""
 
 
 class OpenStore(Protocol):
@@ -95,11 +98,9 @@ class Session:
                 connection = connect_to_server(config, rank, address, self.failure)
                 self.links.append(self._link(connection, f"server {rank}"))
         except BaseException as exc:
-            try:
-                lost_server = isinstance(exc, (PeerLostError, TransportUnavailable))
-                cause = schedulers_word(self.failure) if lost_server else None
-            finally:  # Ctrl-C too
-                self.close(m.Abandon("it could not connect to all servers"))
+            lost_server = isinstance(exc, (PeerLostError, TransportUnavailable))
+            cause = schedulers_word(self.failure) if lost_server else None
+            self.close(m.Abandon("it could not connect to all servers"))
             if cause is not None:
                 raise again(cause) from None
             raise
@@ -120,9 +121,10 @@ class Session:
         return self._broken or self.control.failure
 
     def broken_off(self, exc: BaseException) -> None:
-        """Leave the job, as a call has ended inside a message or between messages that belong together.
+        """Leave the job, as a signal handler has ended a call in the middle of a critical section.
 
         The call may have taken effect in part. Others are told at once; later calls here raise PeerLostError.
+        Critical are the blocks of `whole`, sending, and receiving from servers.
         """
         if self.failure() is not None:
             return
@@ -130,6 +132,11 @@ class Session:
         self.control.notify(m.Abandon(str(self._broken)))
         for link in self.links:
             link.shutdown()
+
+    def ended_by(self, exc: BaseException) -> None:
+        """Leave the job unless a critical section may end with this exception."""
+        if not isinstance(exc, ORDERLY):
+            self.broken_off(exc)
 
     def enter(self, number: int, store: OpenStore, weakly: bool = False) -> None:
         """Register an open store: it receives faults, and is closed when the process leaves the job.
@@ -191,6 +198,18 @@ class Session:
         Raises:
             WaitTimeout, PeerLostError, StoreClosed, or the first refusal.
         """
+        asked = self.send_to_all(make, store, servers, leave, turn)
+        return self.answers(asked, what, timeout_s, 0 if leave else store)
+
+    def send_to_all(
+        self,
+        make: Callable[[int], m.Message],
+        store: int,
+        servers: Sequence[int] | None = None,
+        leave: bool = False,
+        turn: AbstractContextManager[None] | None = None,
+    ) -> Asked:
+        """Send a request like `ask_all`, and return what `answers` waits for."""
         links = self.links if servers is None else [self.links[rank] for rank in servers]
         with turn or self.order, self.whole:
             self.check_open(store)
@@ -199,8 +218,12 @@ class Session:
             asked = [(link, *link.ask(make)) for link in links]
         for link in links:
             link.pump()
-        waited_in = 0 if leave else store
-        self.await_replies([(link, number) for link, number, _ in asked], what, timeout_s, waited_in)
+        return asked
+
+    def answers(self, asked: Asked, what: str, timeout_s: float, store: int, keep: bool = False) -> list[Any]:
+        """Return the replies to requests, as `ask_all` does. With `keep` they can be awaited again."""
+        numbers = [(link, number) for link, number, _ in asked]
+        self.await_replies(numbers, what, timeout_s, store, keep=keep)
         for _, _, exchange in asked:
             exchange.check()
         return [exchange.message for _, _, exchange in asked]
@@ -222,10 +245,12 @@ class Session:
         timeout_s: float,
         store: int,
         size_bytes: int = 0,
+        keep: bool = False,
     ) -> None:
-        """Wait until these exchanges have ended; after an error they are given up. One deadline for all.
+        """Wait until these exchanges have ended. One deadline for all.
 
-        `size_bytes` is the approximate size of the replies; large ones arrive from all servers at once.
+        After an error they are given up, or with `keep` stay open. `size_bytes` is the approximate size of
+        the replies; large ones arrive from all servers at once.
         """
         current = 0
 
@@ -247,9 +272,10 @@ class Session:
             for current in range(len(numbers)):
                 link, number = numbers[current]
                 link.wait(number, wait)
-        except BaseException:
-            for link, number in numbers:
+        except BaseException as exc:
+            for link, number in () if keep else numbers:
                 link.drop(number)
+            self.ended_by(exc)
             raise
 
     def whom(self, numbers: list[tuple[ServerLink, int]], what: str, store: int) -> str:
@@ -271,8 +297,12 @@ class Session:
 
     def poll(self) -> None:
         """Receive what the servers have already sent. Never blocks."""
-        for link in self.links:
-            link.poll()
+        try:
+            for link in self.links:
+                link.poll()
+        except BaseException as exc:
+            self.ended_by(exc)
+            raise
 
     def close(self, last_words: m.Message) -> None:
         """End all connections, after a Goodbye or an Abandon."""
@@ -302,7 +332,7 @@ class Session:
 
 @final
 class _Whole:
-    """A block that other ranks, or other threads, rely on to be done whole; see `broken_off`.
+    """A critical section: other ranks, or other threads, rely on it to be done whole; see `broken_off`.
 
     `with job.order, job.whole:` sends several messages that belong together.
     """
@@ -314,8 +344,8 @@ class _Whole:
         """Do nothing: nothing is sent yet."""
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: object) -> None:
-        if exc is not None and not isinstance(exc, TensorKVError):
-            self._job.broken_off(exc)
+        if exc is not None:
+            self._job.ended_by(exc)
 
 
 def _forked(config: JobConfig, parent: int) -> NotInJob:

@@ -1,5 +1,7 @@
 """What SIGUSR1 and SIGTERM do in a worker: report which calls wait for whom, and leave the job.
 
+Ctrl-C is in `tensorkv.interrupts`.
+
 RULES
 1. A handler acquires no lock and writes no text, since the main thread may be in the middle of anything: it
    sets plain attributes and increments an eventfd. A thread does the rest.
@@ -21,6 +23,7 @@ import time
 from types import FrameType
 from typing import final
 
+from tensorkv.interrupts import is_within
 from tensorkv.peer.deadlines import waiting_calls
 
 LEAVE_CALL_S = 2.0
@@ -161,12 +164,7 @@ def _masks(pid: int, names: tuple[str, ...] = ("SigCgt", "SigIgn")) -> int:
 
 def in_store_call(frame: FrameType | None) -> bool:
     """Whether this frame, or one that called it, is in a call of a store."""
-    while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if name.startswith(_CALLS):
-            return True
-        frame = frame.f_back
-    return False
+    return is_within(frame, _CALLS)
 
 
 def report(who: str) -> list[str]:
