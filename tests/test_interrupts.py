@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -196,21 +195,6 @@ def test_only_the_main_thread_takes_the_signal(ctrl_c: CtrlC) -> None:
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_forked_child_has_the_default(ctrl_c: CtrlC) -> None:
-    def in_child() -> bool:
-        ctrl_c.forget()  # as the hook does for the one of the process
-        return signal.getsignal(signal.SIGINT) is signal.default_int_handler and not ctrl_c.noted
-
-    def fork() -> None:
-        pid = os.fork()
-        if pid == 0:
-            os._exit(0 if in_child() else 1)
-        assert os.waitpid(pid, 0)[1] == 0
-
-    with pytest.raises(Interrupted):
-        call(press, fork, lambda: wait(ctrl_c))
 
 
 def test_which_frames_are_within() -> None:

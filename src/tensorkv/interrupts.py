@@ -15,7 +15,6 @@ RULES
 from __future__ import annotations
 
 import _thread
-import os
 import signal
 import sys
 import threading
@@ -83,20 +82,14 @@ class CtrlC:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Do not give up waits within the block: what is half done is finished. Rule 4 still holds."""
-        if not _in_main_thread():
-            yield
-            return
-        before, self._kept = self._kept, True
+        is_main = _in_main_thread()
+        if is_main:
+            self._kept = True
         try:
             yield
         finally:
-            self._kept = before
-
-    def forget(self) -> None:
-        """Give SIGINT back, in a forked child, which does not have the thread."""
-        if signal.getsignal(signal.SIGINT) == self._handle:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.noted = self._kept = self._nudged = self._watched = False
+            if is_main:
+                self._kept = False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         nudged, self._nudged = self._nudged, False
@@ -141,4 +134,3 @@ def _in_main_thread() -> bool:
 
 
 ctrl_c = CtrlC()
-os.register_at_fork(after_in_child=ctrl_c.forget)

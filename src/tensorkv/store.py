@@ -559,7 +559,8 @@ class KVStore(ABC):
             DtypeMismatch: `max_norm` is given and a pushed key is neither float nor complex; every worker
                 gets this, nothing is committed, and you may call commit again without it.
             NotSupported: in `dist_async`, which has no rounds to commit.
-            UpdaterError, WaitTimeout, PeerLostError.
+            WaitTimeout: the commit stays asked for; the next call waits for it, whatever its arguments.
+            UpdaterError, PeerLostError.
 
         Blocks until the updates are applied.
 

@@ -31,7 +31,6 @@ from tensorkv.errors import (
     NotSupported,
     ProtocolError,
     TensorKVError,
-    WaitTimeout,
     not_elementwise,
     to_wire,
 )
@@ -59,7 +58,7 @@ from tensorkv.worker.plancache import PlanCache
 from tensorkv.worker.plans import KeyState, Plan, build_plan
 from tensorkv.worker.pullcall import PullCall
 from tensorkv.worker.pusher import Pusher
-from tensorkv.worker.session import Asked, Session, join
+from tensorkv.worker.session import Asked, Session, join, replies_of
 from tensorkv.worker.transfers import Destinations, gathered
 from tensorkv.worker.views import Viewed, Views, views_of
 
@@ -496,8 +495,7 @@ class DistStore(KVStore):
             link.pump()
         waits = [(link, number) for link, number, _ in exchanges]
         self._job.await_replies(waits, what, self._timeout_s, self._store)
-        for _, _, exchange in exchanges:
-            exchange.check()
+        replies_of(exchanges)
 
     # ---- pull ------------------------------------------------------------------------------------
 
@@ -649,14 +647,11 @@ class DistStore(KVStore):
         if self._sent_commit is None:
             self._sent_commit = self._send_commit(max_norm, skip, check_finite)
         sent = self._sent_commit
-        try:
-            replies = self._job.answers(sent.asked, "commit", self._timeout_s, self._store, keep=True)
-        except (WaitTimeout, Interrupted):
-            raise  # the next call awaits the same commit: servers know one per worker at a time
-        except TensorKVError:
-            self._sent_commit = None
-            raise
+        waits = [(link, number) for link, number, _ in sent.asked]
+        # If this is given up, the next call awaits the same commit: servers know one per worker at a time.
+        self._job.await_replies(waits, "commit", self._timeout_s, self._store, keep=True)
         self._sent_commit = None
+        replies = replies_of(sent.asked)
         with self._table.lock:
             self._table.uncommitted -= sent.key_ids
         self._pusher.merged(sent.key_ids, sent.up_to)

@@ -199,7 +199,9 @@ class Session:
             WaitTimeout, PeerLostError, StoreClosed, or the first refusal.
         """
         asked = self.send_to_all(make, store, servers, leave, turn)
-        return self.answers(asked, what, timeout_s, 0 if leave else store)
+        waits = [(link, number) for link, number, _ in asked]
+        self.await_replies(waits, what, timeout_s, 0 if leave else store)
+        return replies_of(asked)
 
     def send_to_all(
         self,
@@ -209,7 +211,7 @@ class Session:
         leave: bool = False,
         turn: AbstractContextManager[None] | None = None,
     ) -> Asked:
-        """Send a request like `ask_all`, and return what `answers` waits for."""
+        """Send a request like `ask_all`, without waiting for its replies."""
         links = self.links if servers is None else [self.links[rank] for rank in servers]
         with turn or self.order, self.whole:
             self.check_open(store)
@@ -219,14 +221,6 @@ class Session:
         for link in links:
             link.pump()
         return asked
-
-    def answers(self, asked: Asked, what: str, timeout_s: float, store: int, keep: bool = False) -> list[Any]:
-        """Return the replies to requests, as `ask_all` does. With `keep` they can be awaited again."""
-        numbers = [(link, number) for link, number, _ in asked]
-        self.await_replies(numbers, what, timeout_s, store, keep=keep)
-        for _, _, exchange in asked:
-            exchange.check()
-        return [exchange.message for _, _, exchange in asked]
 
     def tell_all(self, message: m.Message, store: int) -> None:
         """Send every server a message that has no answer, unless the store is left."""
@@ -346,6 +340,13 @@ class _Whole:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: object) -> None:
         if exc is not None:
             self._job.ended_by(exc)
+
+
+def replies_of(asked: Asked) -> list[Any]:
+    """Return the replies to requests that have ended, or raise the first refusal."""
+    for _, _, exchange in asked:
+        exchange.check()
+    return [exchange.message for _, _, exchange in asked]
 
 
 def _forked(config: JobConfig, parent: int) -> NotInJob:
