@@ -309,7 +309,20 @@ def test_a_wait_for_another_worker_is_given_up(pair: Pair, name: str) -> None:
     assert before.unique().numel() == 1
 
 
-def test_a_works_wait_is_given_up_at_once(pair: Pair) -> None:
+class Late(Exception):
+    """Raised by a handler of the user's."""
+
+
+@pytest.mark.parametrize(("signum", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGALRM, Late)])
+def test_a_works_wait_is_given_up_at_once(
+    pair: Pair, signum: signal.Signals, kind: type[BaseException]
+) -> None:
+    """It waits for another thread, so nothing is critical."""
+
+    def late(signum: int, frame: Any) -> None:
+        raise Late
+
+    signal.signal(signal.SIGALRM, late)
     kv, other = pair.stores
     kv.push("w", ONE)
     work = kv.pull("w", async_op=True)
@@ -317,29 +330,25 @@ def test_a_works_wait_is_given_up_at_once(pair: Pair) -> None:
     assert main is not None
     waits, raised = threading.Event(), threading.Event()
 
-    def press_until_raised() -> None:
-        """Press again if it came just before Python began to wait, which does not see it then."""
+    def send_until_raised() -> None:
+        """Send it again if it came just before Python began to wait, which does not see it then."""
         waits.wait()
         while not raised.wait(0.25):
-            signal.pthread_kill(main, signal.SIGINT)
+            signal.pthread_kill(main, signum)
 
-    pressing = pair.pool.submit(press_until_raised)
+    sending = pair.pool.submit(send_until_raised)
     try:
         waits.set()
         work.wait(TIMEOUT_S)
-    except KeyboardInterrupt:
+    except kind:
         raised.set()
     assert raised.is_set()
-    pressing.result(TIMEOUT_S)
+    sending.result(TIMEOUT_S)
     other.push("w", ONE)
     assert work.result().tolist() == [2.0] * 4
 
 
 # ---- a second one, and other signals -------------------------------------------------------------
-
-
-class Late(Exception):
-    """Raised by a handler of the user's."""
 
 
 def raise_in_tell(monkeypatch: pytest.MonkeyPatch, *signums: int) -> None:
@@ -354,8 +363,14 @@ def raise_in_tell(monkeypatch: pytest.MonkeyPatch, *signums: int) -> None:
 
 def check_left(pair: Pair, why: str) -> None:
     """Worker 0 has left the job, and the other one is told."""
-    with pytest.raises(PeerLostError, match=f"worker 0 .*a call was broken off by {why}"):
+
+    def meet() -> None:
+        """Worker 0 may have asked for one barrier before."""
         pair.stores[1].barrier()
+        pair.stores[1].barrier()
+
+    with pytest.raises(PeerLostError, match=f"worker 0 .*a call was broken off by {why}"):
+        meet()
     with pytest.raises(PeerLostError, match=f"a call was broken off by {why}"):
         pair.stores[0].pull("w")
 
@@ -369,7 +384,7 @@ def test_a_second_ctrl_c_leaves_the_job_at_once(pair: Pair, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("kind", [Late, TimeoutError])
-@pytest.mark.parametrize("where", ["between messages", "at a server's reply"])
+@pytest.mark.parametrize("where", ["between messages", "at a server's reply", "at the scheduler's"])
 def test_an_exception_of_another_handler_leaves_the_job(
     pair: Pair, where: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,21 +398,12 @@ def test_an_exception_of_another_handler_leaves_the_job(
             raise_in_tell(patch, signal.SIGALRM)
             with pytest.raises(kind):
                 kv.push("w", ONE)
-    else:
+    elif where == "at a server's reply":
         kv.push("w", ONE)
         pair.interrupt(lambda: kv.pull("w"), signal.SIGALRM, kind)
+    else:
+        pair.interrupt(kv.barrier, signal.SIGALRM, kind)
     check_left(pair, kind.__name__)
-
-
-def test_an_exception_of_another_handler_outside_of_a_critical_section_gives_a_wait_up(pair: Pair) -> None:
-    def late(signum: int, frame: Any) -> None:
-        raise Late
-
-    signal.signal(signal.SIGALRM, late)
-    pair.interrupt(pair.stores[0].barrier, signal.SIGALRM, Late)
-    done = pair.pool.submit(pair.stores[1].barrier)
-    pair.stores[0].barrier()
-    done.result(TIMEOUT_S)
 
 
 def test_with_a_handler_of_the_users_nothing_is_deferred(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

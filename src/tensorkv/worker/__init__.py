@@ -83,8 +83,8 @@ WHAT IS HARD
 * Signals. Ctrl-C is deferred to a tick of a wait, and then is like its deadline (`tensorkv/interrupts.py`):
   no other code has to expect it. What another handler raises, or a second Ctrl-C, may come between any two
   steps. Out of a critical section it makes the worker leave the job as lost: out of a block of
-  `Session.whole`, a send, or the wait for servers' replies (`Session.broken_off`). `signals.py` has the rules
-  for SIGTERM and SIGUSR1.
+  `Session.whole`, a send, or a wait for replies (`Session.broken_off`). `signals.py` has the rules for
+  SIGTERM and SIGUSR1.
 * A save while other threads push. All workers meet. Then each begins its hold under `order`, so each call is
   queued to all servers or to none. Then a flush drains what was queued before. The meeting comes first,
   because a late worker may need what others still push. A commit notes its keys only when the hold lets it

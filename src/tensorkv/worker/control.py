@@ -11,7 +11,7 @@ from typing import Any, final
 
 from tensorkv.config import JobConfig
 from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, WaitTimeout, again, from_wire
-from tensorkv.interrupts import Interrupted, ctrl_c
+from tensorkv.interrupts import ORDERLY, Interrupted, ctrl_c
 from tensorkv.peer.deadlines import (
     ASK_GRACE_S,
     Wait,
@@ -137,13 +137,16 @@ class ControlClient:
         self.notify(message)
         try:
             self._await(reply)
-        except BaseException as exc:
+        except ORDERLY as exc:
             if self.failure is None and store:
                 self.notify(m.GiveUp(store, number))
             if not isinstance(exc, (WaitTimeout, Interrupted)) or not store or not self._was_made(reply):
                 raise
             if isinstance(exc, Interrupted):
                 ctrl_c.note()  # for the next wait of this call, or its end
+        except BaseException as exc:  # out of a signal handler: the request may have been made
+            self.break_off(exc)
+            raise
         finally:
             del self._replies[number]
         if isinstance(reply.message, m.Failed):
@@ -161,6 +164,13 @@ class ControlClient:
         answered = reply.ready.wait(grace_s) and reply.message is not None
         withdrawn = isinstance(reply.message, m.Failed) and reply.message.name == WaitTimeout.__name__
         return answered and not withdrawn
+
+    def break_off(self, exc: BaseException) -> None:
+        """Leave the job, as a call was broken off by this exception: requests raise that from now on."""
+        error = broken_off_error(exc)
+        if self.failure is None:
+            self._fail(error)
+            self.notify(m.Abandon(str(error)))
 
     def close(self, last_words: m.Message) -> None:
         """Send a Goodbye or Abandon and end the connection. Requests that wait raise PeerLostError."""

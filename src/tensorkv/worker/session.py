@@ -29,7 +29,7 @@ from tensorkv.errors import (
 )
 from tensorkv.interrupts import ORDERLY
 from tensorkv.peer.code import CodeTable
-from tensorkv.peer.deadlines import Wait, broken_off_error, schedulers_word
+from tensorkv.peer.deadlines import Wait, schedulers_word
 from tensorkv.peer.handshake import connect_to_server
 from tensorkv.transport.base import Connection
 from tensorkv.transport.tcp import hostname
@@ -124,14 +124,9 @@ class Session:
         """Leave the job, as a signal handler has ended a call in the middle of a critical section.
 
         The call may have taken effect in part. Others are told at once; later calls here raise PeerLostError.
-        Critical are the blocks of `whole`, sending, and receiving from servers.
+        Critical are the blocks of `whole`, sending, and waiting for replies.
         """
-        if self.failure() is not None:
-            return
-        self._broken = broken_off_error(exc)
-        self.control.notify(m.Abandon(str(self._broken)))
-        for link in self.links:
-            link.shutdown()
+        self.control.break_off(exc)
 
     def ended_by(self, exc: BaseException) -> None:
         """Leave the job unless a critical section may end with this exception."""
