@@ -67,6 +67,7 @@ def test_importing_and_using_a_store_does_not_import_dynamo() -> None:
         "import sys, torch, tensorkv\n"
         "with tensorkv.create('dist_sync', embedded=True) as kv:\n"
         "    kv.init('w', torch.zeros(2)); kv.push('w', torch.ones(2)); kv.pull('w')\n"
+        "    kv.set_optimizer('adam'); kv.push('w', torch.ones(2)); kv.pull('w')\n"
         "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -66,7 +66,7 @@ WHAT WAS REJECTED
 
 FILES
 All are pure: no socket, thread or clock. `functions` reads the script. `spec`, `functions` and `definitions`
-do without torch. `base` (the contract; assign, add, functions), `optimizer`, `fusing`, `settings`, `groups`
-(optimizer objects), `parameters` (models' parameters), `spec`, `functions` (names to code and back),
-`definitions` (which parts of a script are executed).
+do without torch. `base` (the contract; assign, add, functions), `optimizer`, `undecorated` (how torch's are
+built and stepped), `fusing`, `settings`, `groups` (optimizer objects), `parameters` (models' parameters),
+`spec`, `functions` (names to code and back), `definitions` (which parts of a script are executed).
 """

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tensorkv.updaters.undecorated import build, step
+
 _ON_GPUS = frozenset({torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW})
 _ON_CPUS = _ON_GPUS | {torch.optim.Adagrad}
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -79,9 +81,10 @@ def _trained(
     common: dict[str, Any] = {"lr": 1.0, "foreach": False, "fused": fused}
     if "eps" in parameters:
         common["eps"] = 1e-2  # half floats cannot represent 1e-8
-    optimizer = optimizer_class([{"params": [value], **options} for value, options in values], **common)
-    for step in range(_TRIAL_STEPS):
+    groups = [{"params": [value], **options} for value, options in values]
+    optimizer = build(optimizer_class, groups, common)
+    for number in range(_TRIAL_STEPS):
         for value, _ in values:
-            value.grad = (signs * numbers.roll(step)).to(dtype)
-        optimizer.step()
+            value.grad = (signs * numbers.roll(number)).to(dtype)
+        step(optimizer)
     return torch.stack([value.detach() for value, _ in values])

@@ -41,6 +41,7 @@ from tensorkv.plain import Key, may_travel
 from tensorkv.updaters.base import AwaitedUpdater, Failure, Update, Updater, updater_error
 from tensorkv.updaters.fusing import is_fused_right
 from tensorkv.updaters.spec import UpdaterSpec
+from tensorkv.updaters.undecorated import build, step
 
 ELEMENTWISE_OPTIMIZERS = frozenset(
     {
@@ -298,7 +299,7 @@ class OptimizerUpdater(Updater):
             if new:
                 options = {**self.spec.options, "fused": True} if group.get("fused") else self.spec.options
                 self._optimizer.state.update(make_optimizer(self._class, new, options).state)
-        self._optimizer.step()
+        step(self._optimizer)
 
     # ---- parameters --------------------------------------------------------------------------------
 
@@ -384,7 +385,11 @@ class OptimizerUpdater(Updater):
         if tuple(shape) in self._taken_shapes:
             return
         try:
-            self._class([torch.nn.Parameter(torch.zeros(shape, device="meta"))], **tuples(self.spec.options))
+            build(
+                self._class,
+                [torch.nn.Parameter(torch.zeros(shape, device="meta"))],
+                tuples(self.spec.options),
+            )
         except (ValueError, TypeError) as exc:
             raise InvalidValue(
                 f"{name} cannot update key {key!r} of shape {tuple(shape)}: {exc}; {_NAME_KEYS}"
@@ -399,7 +404,7 @@ class OptimizerUpdater(Updater):
             with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
                 parameter = torch.nn.Parameter(torch.zeros(2, 2).to(dtype), requires_grad=False)
                 parameter.grad = torch.zeros(2, 2).to(dtype)
-                self._class([parameter], **tuples(self.spec.options)).step()
+                step(build(self._class, [parameter], tuples(self.spec.options)))
         except Exception:  # noqa: BLE001  # whatever it is, the first push would raise it, too
             return False
         return True
@@ -558,7 +563,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimizer; turn its error about an option into InvalidOption."""
     try:
-        return optimizer_class(parameters, **tuples(options))
+        return build(optimizer_class, parameters, tuples(options))
     except (
         Exception
     ) as exc:  # betas with one number are an IndexError; a class of the user may raise anything
@@ -610,7 +615,7 @@ def _state_names(optimizer_class: type[torch.optim.Optimizer]) -> tuple[frozense
             optimizer = make_optimizer(optimizer_class, [parameter], {"lr": 0.1})
             if options.keys() <= optimizer.defaults.keys():
                 optimizer.param_groups[0].update(options)
-                optimizer.step()
+                step(optimizer)
                 found.append(frozenset(optimizer.state[parameter]))
     return frozenset.intersection(*found), frozenset.union(*found)
 
