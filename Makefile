@@ -7,6 +7,9 @@
 #   make check     what must pass before a change is merged
 # PIP_ARGS is passed on to pip, for an index or a cache of your own: make test PIP_ARGS="--index-url ..."
 
+# Without the bytecode in __pycache__, each process of each test would compile the sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
