@@ -48,7 +48,7 @@ def inside(command: str, script: Path) -> list[str]:
     return sorted(done.stdout.splitlines())
 
 
-RUN = '"$PYTHON" -m tensorkv run --no-prefix -n 2 -s 2 {} -- "$PYTHON" "$SCRIPT"'
+RUN = '"$PYTHON" -m tensorkv run --no-prefix {} -- "$PYTHON" "$SCRIPT"'
 
 TORCHRUN = (
     '"$PYTHON" -m torch.distributed.run --nnodes 1 --nproc-per-node 2 --rdzv-backend c10d --rdzv-id job '
@@ -59,9 +59,9 @@ TORCHRUN = (
 @pytest.mark.parametrize(
     ("command", "call", "options", "workers"),
     [
-        (RUN.format(""), "work()", "", 2),
-        (RUN.format("--host ::1 --transport tcp"), "work()", "", 2),
-        ("TENSORKV_HOST=[::1] " + RUN.format(""), "work()", "", 2),
+        (RUN.format("-n 2 -s 2"), "work()", "", 2),
+        (RUN.format("--host ::1 --transport tcp"), "work()", "", 1),
+        ("TENSORKV_HOST=[::1] " + RUN.format(""), "work()", "", 1),
         (TORCHRUN, "work()", "", 2),
         ('"$PYTHON" "$SCRIPT"', "tensorkv.spawn(work, num_workers=2)", "", 2),
         ('"$PYTHON" "$SCRIPT"', "work()", "embedded=True, transport='tcp'", 1),

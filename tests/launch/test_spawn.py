@@ -23,8 +23,9 @@ DEADLINE_S = 100.0
 
 HEAD = """
 import os, signal, sys, time
-import torch
 import tensorkv
+if __name__ != "__main__":
+    import torch  # in the workers: the parent does without it, as it takes a second
 
 def say(line):
     os.write(1, f"{line}\\n".encode())
