@@ -41,12 +41,12 @@ $(DOCS): $(DEMO)
 demo: $(DEMO)
 	$(BIN)/tensorkv run -n 4 -s 2 -- $(BIN)/python examples/digits.py
 
-# Two at a time: many tests wait for processes of their own. TESTS=path runs some.
+# Three at a time keep two cores busy: many tests wait for processes of their own. TESTS=path runs some.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow" $(TESTS)
 
 test-all: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -63,7 +63,7 @@ check: lint types test-all
 
 coverage: setup
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 2 --dist worksteal
+	$(BIN)/coverage run -m pytest -n 3 --dist worksteal
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
