@@ -78,8 +78,9 @@ TORCH_FREE = [
     "tensorkv.launch.torchrun",
     "tensorkv.scheduler.loop",
     "tensorkv.cli.main",
+    "tensorkv.bench.command",
 ]
-"""What the launcher and the scheduler load. `import torch` takes over a second and 220 MB."""
+"""What launchers and the scheduler load. `import torch` takes over a second and 220 MB."""
 
 
 def _modules() -> dict[str, Path]:

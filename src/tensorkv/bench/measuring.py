@@ -14,8 +14,6 @@ from typing import Any
 
 from tensorkv.bench.memory import pss_of_job
 from tensorkv.bench.steps import Plan
-from tensorkv.bench.worker import measure
-from tensorkv.stores.registry import create
 
 MARK = "BENCH_EVENT "
 TELL_EVERY_S = 0.1
@@ -37,6 +35,10 @@ def measure_sets(
         WrongResult: a result was wrong.
         What `tensorkv.create` raises.
     """
+    # They need torch; the command that only reads the events of a job does without it.
+    from tensorkv.bench.worker import measure
+    from tensorkv.stores.registry import create
+
     for number, plan in enumerate(plans):
         with create(kind, store=f"bench {number}", **create_options) as kv:
             tell = _teller(plan, report) if kv.rank == 0 else lambda way, number, num_steps: None
