@@ -49,7 +49,7 @@ def seeds() -> None:
     """Seed every test with the same numbers."""
     random.seed(SEED)
     np.random.seed(SEED)
-    torch.manual_seed(SEED)
+    torch.default_generator.manual_seed(SEED)  # `torch.manual_seed` formats a stack for each other device
 
 
 @pytest.fixture(autouse=True)
