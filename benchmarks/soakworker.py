@@ -16,14 +16,13 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import tensorkv
-from tensorkv.errors import KeyDeleted, KeyNotInitialized, ShapeMismatch
+from tensorkv.errors import KeyNotInitialized, ShapeMismatch
 
 RAMP = torch.arange(1.0, 8.0, dtype=torch.float64)
 SIZES = [1, 64, 1000, 40_000, 600_000, 1_500_000]
@@ -138,35 +137,24 @@ class Trial:
         return self.chance.randrange(self.kv.num_workers)
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Let one worker delete keys while no worker uses them."""
+        """Delete keys; other workers may still be using them."""
         if not keys:
             return
-        rank = self.someone()
-        self.kv.barrier()
-        if self.kv.rank == rank:
-            self.kv.delete(keys)
-        self.kv.barrier()
+        self.kv.delete(keys)
         for key in keys:
             del self.keys[key]
+        if any(key in self.kv for key in keys):
+            raise WrongValue(f"{self.kv!r}: a key is there after it was deleted")
         self.counts["keys deleted"] += len(keys)
 
     def delete_in_use(self) -> None:
-        """Let one worker delete a key that the others push and pull meanwhile."""
-        num_elems, rank = self.chance.choice(SIZES), self.someone()
+        """Delete a key after some steps, while the others push and pull it for longer or shorter."""
+        num_elems = self.chance.choice(SIZES)
+        num_steps = [self.chance.randrange(5) for _ in range(self.kv.num_workers)]
         self.kv.init("in use", torch.zeros(num_elems))
-        self.kv.barrier()  # in async mode it could be deleted before all have initialised it
-        with suppress(KeyDeleted, KeyNotInitialized):
-            for number in range(4):
-                self.kv.pushpull("in use", torch.ones(num_elems))
-                if number == 1 and self.kv.rank == rank:
-                    self.kv.delete("in use")
-                    break
-        with suppress(KeyDeleted):  # from a push without a later wait
-            self.kv.barrier()
-        self.kv.barrier()
-        if "in use" in self.kv:
-            raise WrongValue(f"{self.kv!r}: a key is there after it was deleted")
-        self.kv.barrier()  # others could recreate it, in their next step, before all have checked
+        for _ in range(num_steps[self.kv.rank]):
+            self.kv.pushpull("in use", torch.ones(num_elems))
+        self.kv.delete("in use")
         self.counts["keys deleted in use"] += 1
 
     # ---- values ----------------------------------------------------------------------------------
@@ -359,6 +347,7 @@ class Trial:
 def rest(trial: Trial) -> None:
     """Delete all keys of a store, and idle for a while."""
     trial.delete(sorted(trial.keys))
+    trial.kv.barrier()  # all have deleted them
     gc.collect()
     time.sleep(REST_S)
     trial.kv.barrier()

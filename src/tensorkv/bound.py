@@ -202,7 +202,7 @@ class BoundStep:
         sides = [side for side in (self._push, self._out) if side is not None]
         self._keys = tuple(dict.fromkeys(key for side in sides for key in side.keys))
         self._num_retired = store.num_retired
-        self._generations = store._generations_of(self._keys)
+        self._ids = store._ids_of(self._keys)
 
     def push(self, *, apply: bool = True, weight: float | None = None, async_op: bool = False) -> Work | None:
         """Push the bound tensors: `KVStore.push`.
@@ -292,7 +292,7 @@ class BoundStep:
 
     def _check_keys(self, call: str) -> None:
         try:
-            if self._store._generations_of(self._keys) == self._generations:
+            if self._store._ids_of(self._keys) == self._ids:
                 return
         except KeyNotInitialized:
             pass  # the same, for who has bound it

@@ -6,7 +6,7 @@
     │   ├── DuplicateKey (ValueError)         one key twice in one init
     │   ├── KeyNotInitialized (KeyError)      nobody has initialised the key
     │   ├── KeyAlreadyInitialized (ValueError)
-    │   ├── KeyDeleted (KeyError)             the key was deleted, by whom the text says
+    │   ├── KeyDeleted (KeyError)             this worker has deleted the key during the call
     │   ├── InvalidValue (TypeError)          not a tensor or array, or one that cannot be added
     │   ├── InvalidOut (ValueError)           `out` cannot be written
     │   ├── ShapeMismatch (ValueError)
@@ -86,7 +86,7 @@ class KeyAlreadyInitialized(UsageError, ValueError):
 
 
 class KeyDeleted(UsageError, KeyError):
-    """The key was deleted while this worker still knew it."""
+    """The key was deleted by another thread of this worker, or after it was bound to a step."""
 
 
 class InvalidValue(UsageError, TypeError):
@@ -284,6 +284,14 @@ def not_initialized(key: object, near: Sequence[str] = ()) -> KeyNotInitialized:
     """Return the error of a call on a key that does not exist; `near` are similar keys that do."""
     meant = f"did you mean {' or '.join(map(repr, near))}? Else " if near else ""
     return KeyNotInitialized(f"key {key!r} is not initialised; {meant}call init({key!r}, value) first")
+
+
+def deleted_here(key: object, ranks: Sequence[int]) -> KeyNotInitialized:
+    """Return the error of a call on a key that this worker has deleted, and these ranks have not."""
+    return KeyNotInitialized(
+        f"key {key!r} is not initialised: this worker has deleted it, and ranks {list(ranks)} have not yet; "
+        f"call init({key!r}, value) to make it anew, which waits for them"
+    )
 
 
 def already_initialized(key: object, shape: tuple[int, ...]) -> KeyAlreadyInitialized:

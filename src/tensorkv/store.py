@@ -55,11 +55,10 @@ class KeyInfo:
     """Information about a key.
 
     `version` counts applied updates, `round` rounds, including empty ones; of a sliced value both are the
-    minimum over its slices. `num_slices` is 1 for a whole value. `generation` counts the
-    initialisations of this name, from 1. `state_bytes` is the size of the optimizer's state of the key,
-    momentum say, over all slices; it lives with the value. `value_bytes` is the size of the value itself.
-    `late` counts the pushes of all workers that came after their round had merged without them, of a sliced
-    value the maximum over its slices; only a store with `quorum` merges so.
+    minimum over its slices. `num_slices` is 1 for a whole value. `state_bytes` is the size of the optimizer's
+    state of the key, momentum say, over all slices; it lives with the value. `value_bytes` is the size of the
+    value itself. `late` counts the pushes of all workers that came after their round had merged without them,
+    of a sliced value the maximum over its slices; only a store with `quorum` merges so.
     """
 
     key: Key
@@ -69,7 +68,6 @@ class KeyInfo:
     round: int
     updater: str
     num_slices: int = 1
-    generation: int = 1
     state_bytes: int = 0
     late: int = 0
 
@@ -214,7 +212,8 @@ class KVStore(ABC):
         """Create keys with copies of their initial values.
 
         Rank 0's value counts. On another rank the call waits for rank 0's and compares shape and
-        dtype. You can initialise a key once, and again after `delete`.
+        dtype. You can initialise a key once. After `delete` you can initialise it again, as another key: the
+        call then waits until every worker has deleted the old one.
 
         Args:
             key: a key, a list of keys, a dict of key to value, pairs, or a module for its parameters.
@@ -514,7 +513,7 @@ class KVStore(ABC):
             KeyNotInitialized, ShapeMismatch, DtypeMismatch, UncommittedPush: no value was changed.
             DuplicateKey: a key appears twice in the call, or has values of several devices.
             UpdaterError: the updater raised in an earlier round this worker contributed to.
-            KeyDeleted: another worker has deleted a key meanwhile; other values of the call may be replaced.
+            KeyDeleted: another thread of this worker has deleted a key during the call; nothing is replaced.
             InvalidKey, InvalidValue, InvalidArgument, LengthMismatch, WaitTimeout, PeerLostError.
 
         Blocks until every server has replaced its part.
@@ -756,10 +755,11 @@ class KVStore(ABC):
         """Restore what `state_dict` has returned, in a job of any size and in any kind of store.
 
         Keys are created, or replaced if they exist with the same shape and dtype; others stay as they
-        are. Each becomes a new generation, so rounds start at 0, and versions go on. Each worker's next
-        `init` of such a key checks shape and dtype and keeps the value. The settings of the store are
-        replaced; a `set_optimizer` that repeats the setting in force keeps the state. The dict holds a
-        function, or an optimizer that is not torch's own, by name only: set it before or after.
+        are. Rounds of loaded keys start at 0, and versions go on; a replaced key counts as deleted by every
+        worker. Each worker's next `init` of such a key checks shape and dtype and keeps the value. The
+        settings of the store are replaced; a `set_optimizer` that repeats the setting in force keeps the
+        state. The dict holds a function, or an optimizer that is not torch's own, by name only: set it before
+        or after.
 
         Every worker that has not left must call it. Rank 0's dict counts; others may pass an empty one.
 
@@ -936,14 +936,28 @@ class KVStore(ABC):
         return self._info(key)
 
     def delete(self, key: Any) -> None:
-        """Delete a key, or a list of keys, with values, optimizer state and open rounds.
+        """Delete a key, or a list of keys: this worker needs them no more.
 
-        On any worker, a call that waits for such a round raises KeyDeleted. A key that another worker
-        has deleted meanwhile is skipped.
+        For these keys this worker has left, as after `close`: its earlier pushes count, those that wait for
+        a commit are dropped, and later rounds and pulls with bounded staleness do not wait for it.
+        Here the keys are not initialised any more; other workers go on with them. The store drops a key,
+        with value and optimizer state, when every worker has deleted it, has left or was lost. So every
+        worker must delete it, also one that has never used it or has not created the store yet; until then
+        its memory stays in use. Nothing else waits for that but an `init` of the same key, and its text says
+        which ranks have not deleted it.
+
+        An earlier pull of the key that another thread or a Work still waits for is answered as if the key
+        were there. A push of it that another thread waits to make raises KeyDeleted.
 
         Raises:
-            KeyNotInitialized: a key never existed; nothing is deleted.
-            InvalidKey, LengthMismatch.
+            KeyNotInitialized: a key does not exist, or this worker has deleted it; nothing is deleted.
+            KeyDeleted: another thread of this worker has deleted it during the call; nothing is deleted.
+            WaitTimeout: an earlier call has not ended, and nothing is deleted; or a server has not answered,
+                and the keys are deleted here all the same.
+            InvalidKey, LengthMismatch, PeerLostError.
+
+        Does not wait for other workers; only for earlier calls of this worker with `async_op` on these keys
+        that have to wait themselves, and until the servers have taken note.
 
         Example:
             ```python
@@ -1085,10 +1099,6 @@ class KVStore(ABC):
         """Return tensors with their views."""
         return tensors
 
-    def _generations_of(self, keys: tuple[Key, ...]) -> tuple[int, ...]:
-        """Return a number for each key that no later init of the name has. Raises KeyNotInitialized."""
-        return tuple(self._info(key).generation for key in keys)
-
     # ---- what a kind of store implements ---------------------------------------------------------
 
     @abstractmethod
@@ -1150,6 +1160,10 @@ class KVStore(ABC):
 
     @abstractmethod
     def _info(self, key: Key) -> KeyInfo: ...
+
+    @abstractmethod
+    def _ids_of(self, keys: tuple[Key, ...]) -> tuple[int, ...]:
+        """Return a number for each key that no later key of its name has. Raises KeyNotInitialized."""
 
     @abstractmethod
     def _delete(self, keys: tuple[Key, ...]) -> None: ...

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 from tensorkv import ABSENT
-from tensorkv.errors import KeyDeleted, TensorKVError
+from tensorkv.errors import TensorKVError
 from tensorkv.store import KVStore
 from tensorkv.testing.makers import EMBEDDED, JOBS, LOCAL
 from tensorkv.testing.reference import ReferenceStore, WouldWait
@@ -69,7 +69,7 @@ class ReferenceWorker:
         self.model, self.rank = model, rank
 
     def keys(self) -> list[Any]:
-        return list(self.model.entries)
+        return self.model.keys(self.rank)
 
     def barrier(self) -> None:
         """The reference has nothing to wait for."""
@@ -102,20 +102,10 @@ def _perform(store: Any, op: Op) -> Any:
         return store.commit(max_norm=max_norm, skip=skip)
     if op.call in ("barrier", "close", "keys"):
         return getattr(store, op.call)()
-    if op.call == "learn":
-        return _learn(store, op.key)
     result = getattr(store, op.call)(op.key)
     if op.call == "info" and not isinstance(result, tuple):
-        return (result.round, result.version, result.generation)
+        return (result.round, result.version)
     return result
-
-
-def _learn(store: Any, key: str) -> None:
-    """Use a key that another rank has made anew; who knew the old one is told so, once."""
-    try:
-        store.pull(key)
-    except KeyDeleted:
-        store.pull(key)
 
 
 def assert_same(found: Any, expected: Any, where: str, exact: bool) -> None:
@@ -231,12 +221,18 @@ class Job:
         for rank in self.members:
             assert self.add(rank, op)
 
+    def has(self, rank: int, key: str) -> bool:
+        """Whether a rank has not deleted a key since it was last made."""
+        return key in self.model.keys(rank)
+
     def add_commit(self, devices: tuple[int, ...], max_norm: float | None, skipping: int) -> None:
         """Every worker pushes all keys with apply=False, one perhaps absent, and all commit."""
         self.complete_rounds()
         for rank in self.members:
             for key in FLOAT_KEYS:
                 seeds = tuple(rank * 7 + seed for seed in devices)
+                if not self.has(rank, key):
+                    continue
                 weight = 1.5 + rank if self.model.reduction == "mean" else None
                 self.add(rank, Op("push", key, seeds, option=False, weight=weight))
         for rank in self.members:
@@ -244,33 +240,41 @@ class Job:
         for rank in self.members:  # all have the result that the last one got
             self.expected[rank][-1] = self.expected[self.members[-1]][-1]
 
-    def add_new_generation(self, key: str, rank: int, seed: int) -> None:
-        self.complete_rounds()
+    def add_delete(self, key: str, rank: int) -> None:
+        """Let one worker delete a key; what it does with it then depends on the others."""
+        others = [each for each in self.members if each != rank and self.has(each, key)]
+        if others and self.has(rank, key):
+            assert self.add(rank, Op("delete", key))
+
+    def add_again(self, key: str, seed: int) -> None:
+        """Let all delete a key that have not, and make it anew; rank 0 waits for the others."""
+        for rank in self.members:
+            if self.has(rank, key):
+                assert self.add(rank, Op("delete", key))
+        assert self.add(0, Op("init", key, (seed,)))
         self.add_for_all(Op("barrier"))
-        self.add(rank, Op("delete", key))
-        self.add_for_all(Op("barrier"))
-        self.add(0, Op("init", key, (seed,)))
-        self.add_for_all(Op("barrier"))
-        self.add_for_all(Op("learn", key))
+        self.add_for_all(Op("pull", key))
 
     def complete_rounds(self) -> None:
         """Let those who are behind take part in the open rounds, so that nobody waits."""
         for key in FLOAT_KEYS:
             furthest = max(len(pushes) for pushes in self.model.entries[key].pushes)
             for rank in self.members:
-                if len(self.model.entries[key].pushes[rank]) < furthest:
+                if self.has(rank, key) and len(self.model.entries[key].pushes[rank]) < furthest:
                     assert self.add(rank, Op("push", key))
 
     def finish(self) -> None:
         self.complete_rounds()
         self.add_for_all(Op("barrier"))
         for key in FLOAT_KEYS:
-            self.add_for_all(Op("pull", key))
-            self.add_for_all(Op("info", key))
+            for rank in self.members:
+                if self.has(rank, key):
+                    assert self.add(rank, Op("pull", key))
+                    assert self.add(rank, Op("info", key))
 
 
 WEIGHTS = st.sampled_from([None, None, 0, 1, 2.5, 1000, 1e-3])
-STEPS = ["push"] * 6 + ["pull"] * 3 + ["absent", "set", "leave", "commit", "new"]
+STEPS = ["push"] * 6 + ["pull"] * 3 + ["absent", "set", "leave", "commit", "delete", "again"]
 
 
 @st.composite
@@ -278,27 +282,26 @@ def jobs(draw: st.DrawFn, workers: int, reduction: str) -> Job:
     job = Job(workers, reduction)
     key, rank = st.sampled_from(FLOAT_KEYS), st.integers(0, workers - 1)
     for _ in range(draw(st.integers(0, 40))):
-        what = draw(
-            st.sampled_from(["push"] * 6 + ["pull"] * 3 + ["absent", "set", "leave", "commit", "new"])
-        )
-        who = draw(rank)
-        if who not in job.members:
+        what, who, name = draw(st.sampled_from(STEPS)), draw(rank), draw(key)
+        if who not in job.members or (what in ("push", "absent", "pull") and not job.has(who, name)):
             continue
         if what == "push":
             weight = draw(WEIGHTS) if reduction == "mean" else None
-            job.add(who, Op("push", draw(key), draw(seeds), weight=weight))
+            job.add(who, Op("push", name, draw(seeds), weight=weight))
         elif what == "absent":
-            job.add(who, Op("push", draw(key)))
+            job.add(who, Op("push", name))
         elif what == "pull":
-            job.add(who, Op("pull", draw(key)))
+            job.add(who, Op("pull", name))
         elif what == "set":
             job.add(0, Op("set_updater", option=draw(st.sampled_from(sorted(UPDATERS)))))
-        elif what == "leave" and who != 0:
+        elif what == "leave" and who != 0 and set(FLOAT_KEYS) <= set(job.model.keys(0)):
             job.add(who, Op("close"))
+        elif what == "delete":
+            job.add_delete(name, who)
         elif what == "commit":
             job.add_commit(draw(seeds), draw(st.sampled_from([None, 1.0])), draw(st.integers(0, 2 * workers)))
-        elif what == "new":
-            job.add_new_generation(draw(key), who, draw(st.integers(0, 50)))
+        elif what == "again":
+            job.add_again(name, draw(st.integers(0, 50)))
     job.finish()
     return job
 
@@ -349,7 +352,7 @@ def test_several_workers_asynchronously(maker: StoreMaker, workers: int) -> None
         for rank, own in enumerate(program):
             for devices in own:
                 reference.push(rank, "w", [torch.full((2,), float(value)) for value in devices])
-        rounds, version, _ = reference.info(0, "w")
+        rounds, version = reference.info(0, "w")
         expected = (reference.pull(0, "w")[1].item(), rounds, version)
         assert in_workers(maker, workers, work) == [expected] * workers
 

@@ -67,12 +67,12 @@ _from_scheduler: Decoder[Any] = Decoder(m.FromScheduler)
 
 
 _OTHERS: list[Any] = [
-    m.Joined(1, 1), m.InitReply(1, [], []), m.SettingReply(1, 1, True), m.Entries(1, []), m.Deleted(1, []),
-    m.TogetherReply(1, False, None), m.LoadReply(1, [], []), m.Done(1), m.Failed(1, "KeyError", "a text"),
+    m.Joined(1, 1), m.InitReply(1, [], []), m.SettingReply(1, 1, True), m.Entries(1, []),
+    m.TogetherReply(1, False, None), m.LoadReply(1, []), m.Done(1), m.Failed(1, "KeyError", "a text"),
     m.Waiting(1, [0], "a text"), m.Data(1, 0), m.Data(1, 1), m.Merged(1, [0]), m.Merged(1, [-1, 0, 0]),
     m.Committed(1, True, None), m.Info(1, [], [], [], [], "add"), m.SavedFile(1, FileRecord(1), []),
-    m.SliceRecord(1, 1, [], {}), m.Settings(1, SavedSettings([], [])), m.Fault(1, [1], 1, "KeyDeleted", ""),
-    m.Welcome([]), m.Stop(), m.Gone(0), m.WorkerLost(0, "a host", "a cause", []), m.KeysGone(1, [1]),
+    m.SliceRecord(1, 1, [], {}), m.Settings(1, SavedSettings([], [])), m.Fault(1, [1], 1, "UpdaterError", ""),
+    m.Welcome([]), m.Stop(), m.Gone(0), m.WorkerLost(0, "a host", "a cause", []),
     m.Lost("server", 0, "a host", "a cause"), m.CommitDecision(1, 1, True, 1.0, None),
 ]  # fmt: skip
 

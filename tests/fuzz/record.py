@@ -47,8 +47,8 @@ def basic(kv: KVStore) -> None:
     kv.info("w")
     assert sorted(kv.keys()) == ["a", "b", "w"]
     kv.barrier()
-    if kv.rank == 0:
-        kv.delete("b")
+    kv.delete("b")
+    kv.init("b", torch.zeros(2))
     kv.barrier()
 
 

@@ -8,6 +8,7 @@ from tensorkv.scheduler.collectives import Gathering
 from tensorkv.wire import messages as m
 
 SETTINGS = SavedSettings([], [])
+REPLACED = {rank: [m.KeyEntry("w", rank, (), "float32", 0, [])] for rank in range(3)}  # as if they differed
 
 
 def ask(gathering: Gathering, rank: int, call: str = "save('x')") -> None:
@@ -25,7 +26,9 @@ def test_the_lowest_rank_leads_when_all_are_there() -> None:
     assert gathering.waiting(2, 12, {1, 2}) == m.Waiting(12, [1], "save('x')")
     assert gathering.waiting(2, 13, {1, 2}) is None
     assert gathering.waiters() == [(2, 12)]
-    assert gathering.conclude(None, SETTINGS) == [(2, m.TogetherReply(12, False, SETTINGS))]
+    assert gathering.conclude(None, SETTINGS, REPLACED.__getitem__) == [
+        (2, m.TogetherReply(12, False, SETTINGS, REPLACED[2]))
+    ]
     assert gathering.leader is None
     ask(gathering, 1)
     assert gathering.begin({1}) == [(1, m.TogetherReply(11, True, None))]
@@ -36,7 +39,7 @@ def test_an_error_of_the_leader_is_told_to_all() -> None:
     for rank in range(3):
         ask(gathering, rank)
     gathering.begin({0, 1, 2})
-    assert gathering.conclude(("SaveError", "no"), None) == [
+    assert gathering.conclude(("SaveError", "no"), None, REPLACED.__getitem__) == [
         (1, m.Failed(11, "SaveError", "no")),
         (2, m.Failed(12, "SaveError", "no")),
     ]
@@ -87,7 +90,7 @@ def test_one_that_gave_up_waits_for_the_next_call() -> None:
     ask(gathering, 1, "save('y')")
     assert gathering.waiting(1, 11, {0, 1}) == m.Waiting(11, [0], "save('y')")
     assert gathering.waiters() == [(1, 11)]
-    assert gathering.conclude(None, SETTINGS) == []
+    assert gathering.conclude(None, SETTINGS, REPLACED.__getitem__) == []
     assert gathering.waiting(1, 11, {0, 1}) == m.Waiting(11, [0], "save('y')")
     ask(gathering, 0, "save('y')")
     assert gathering.begin({0, 1}) == [(0, m.TogetherReply(10, True, None))]

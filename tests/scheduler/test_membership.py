@@ -144,10 +144,8 @@ def test_keys_settings_and_barriers_go_to_the_store() -> None:
     assert tell(made, 1, m.GiveUp(store, 6)) == [("worker", 1, given_up)]
     assert tell(made, 1, m.GiveUp(store, 6)) == []
     (entry,) = entries.entries
-    assert tell(made, 1, m.DeleteKeys(7, store, [("w", entry.key_id)])) == [
-        ("worker", 1, m.Deleted(7, [entry])),
-        ("worker", 0, m.KeysGone(store, [entry.key_id])),
-    ]
+    assert tell(made, 1, m.DeleteKeys(store, [("w", entry.key_id)])) == []
+    assert tell(made, 1, m.CountKeys(8, store)) == [("worker", 1, m.NumKeys(8, 0))]
 
 
 def test_commits_are_decided_for_all_servers() -> None:
@@ -315,31 +313,28 @@ class TestGoingOn:
             (message,) = {type(message) for _, _, message in taken(made)}
             assert message is (m.WorkerLost if goes_on else m.Lost)
 
-    def test_servers_are_told_what_it_was_about_to_create_or_delete(self) -> None:
+    def test_servers_are_told_what_it_was_about_to_create(self) -> None:
         made = job(2)
         store = join(made, 0, on_worker_loss="continue").store
         other = join(made, 0, "other", on_worker_loss="continue").store
-        specs = [m.KeySpec(key, (2,), "float32", 4, False) for key in ("done", "gone", "half")]
+        specs = [m.KeySpec(key, (2,), "float32", 4, False) for key in ("done", "half")]
         entries = {}
         for number, spec in enumerate(specs):
             ((_, _, reply),) = tell(made, 0, m.ProposeInit(number, store, [spec]))
             entries[spec.key] = reply.entries[0]
             if spec.key != "half":
                 tell(made, 0, m.ConcludeInit(number, store, [reply.entries[0].key_id], None))
-        for number, key in ((10, "done"), (11, "gone")):
-            tell(made, 0, m.DeleteKeys(number, store, [(key, entries[key].key_id)]))
-        tell(made, 0, m.ConcludeDelete(store, 10))
+        tell(made, 1, m.DeleteKeys(store, [("done", entries["done"].key_id)]))
         tell(made, 0, m.ProposeInit(5, other, [specs[0]]))
         made.disconnected("worker", 0, "cause")
         told = {role: message for role, _, message in taken(made)}
-        ids = {key: [each.slice_id for each in entry.slices] for key, entry in entries.items()}
-        ((first, keys), (second, _)) = told["server"].dropped
+        ((first, slice_ids), (second, _)) = told["server"].dropped
         assert (first, second) == (store, other)
-        assert sorted(keys) == [("gone", ids["gone"]), ("half", ids["half"])]
+        assert slice_ids == [each.slice_id for each in entries["half"].slices]
         assert told["worker"].dropped == []
         assert made._placement.load_bytes == [0, 0]
-        ((_, _, reply),) = tell(made, 1, m.ProposeInit(1, store, [specs[2]]))
-        assert reply.lead == [True]
+        ((_, _, reply),) = tell(made, 1, m.ProposeInit(1, store, specs))
+        assert reply.lead == [True, True]  # the lost worker has deleted all
 
     def test_ranks_must_agree_on_it(self) -> None:
         made = job()

@@ -110,6 +110,7 @@ class Bench:
         self.state = ServerState(num_workers, self.pool, self._load, self.files, max_payload_bytes)  # type: ignore[arg-type]
         self.requests = itertools.count(1)
         self.ids = itertools.count(1)
+        self.numbers = itertools.count(1)  # of plans
         self.plans: dict[int, tuple[int, list[m.ChunkEntry]]] = {}
         self.settings = itertools.count(0)
         spec = m.StorePolicy(policy, **options)  # type: ignore[arg-type]
@@ -157,7 +158,7 @@ class Bench:
 
     def define(self, worker: int, *chunks: m.ChunkEntry) -> int:
         """Define a plan; return its number."""
-        number = len(self.plans) + 1
+        number = next(self.numbers)
         self.plans[number] = (worker, list(chunks))
         assert self.state.handle(worker, m.DefinePlan(STORE, number, list(chunks))) == []
         return number
@@ -224,8 +225,12 @@ class Bench:
         return out.message
 
     def delete(self, worker: int, key: Key, ids: Sequence[int]) -> list[Outgoing]:
-        """Delete the slices of a key."""
-        return self.send(worker, m.DeleteSlices(next(self.requests), STORE, worker, [(key, list(ids))]))
+        """Let a worker delete the slices of a key, after it has dropped its plans that name them."""
+        for plan, (owner, chunks) in list(self.plans.items()):
+            if owner == worker and any(not set(ids).isdisjoint(chunk.slice_ids) for chunk in chunks):
+                assert self.send(worker, m.DropPlan(plan)) == []
+                del self.plans[plan]
+        return self.send(worker, m.DeleteSlices(next(self.requests), STORE, list(ids)))
 
     def leave(self, worker: int) -> list[Outgoing]:
         """Let a worker leave the store."""

@@ -119,7 +119,7 @@ def test_what_a_load_brought_before_it_failed_is_dropped_with_its_slices(t: Any)
     assert bench.shard.find(11).restored is not None
     prepare(bench, settings)  # the next load has begun
     assert bench.shard.find(11).restored is None
-    bench.delete(0, "w", [11])
+    ask(bench, m.DropSlices(3, STORE, [11]))
     with pytest.raises(KeyDeleted):
         bench.shard.find(11)
 

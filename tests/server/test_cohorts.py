@@ -138,10 +138,37 @@ def test_a_deletion_leaves_the_rest_of_a_cohort(t: Any) -> None:
     a_round(t, bench, plans, 1.0)
     bench.push(0, plans[0], torch.ones(4), reply=60)
     out = bench.delete(1, "a", ids[:1])
-    assert [type(each.message) for each in out] == [m.Failed, m.Done]
+    assert [type(each.message) for each in out] == [m.Done]  # the rest waits
     rest = bench.define(1, t.dense(ids[1:], [2]))
-    bench.push(1, rest, torch.ones(2))
-    assert bench.value(1, rest).tolist() == [2.0, 2.0]
+    (answer,) = bench.push(1, rest, torch.ones(2))
+    assert torch.cat([each.tensor for each in answer.payload]).tolist() == [1.0, 1.0, 2.0, 2.0]
+    t.settle([answer])
+    bench.check_empty()
+
+
+def test_cohorts_of_other_members_do_not_join(t: Any) -> None:
+    bench, ids, plans = pair(t)
+    a_round(t, bench, plans, 1.0)
+    bench.delete(1, "a", ids[:1])
+    rest = bench.define(1, t.dense(ids[1:], [2]))
+    for value in range(2, 8):
+        bench.push(0, plans[0], torch.full((4,), float(value)))
+        bench.push(1, rest, torch.ones(2))
+        assert bench.value(0, plans[0]).tolist() == [float(value)] * 2 + [value + 1.0] * 2
+    assert len(bench.shard.plans.chunks(0, plans[0])[0].layout.cohorts(-2)) == 2
+    bench.check_empty()
+
+
+def test_a_key_made_after_a_delete_needs_all_again(t: Any) -> None:
+    """Though the slices that nobody has pushed are in one cohort otherwise."""
+    bench, ids, _ = pair(t)
+    bench.delete(1, "a", ids[:1])
+    bench.delete(1, "b", ids[1:])
+    (c,) = bench.init("c", torch.zeros(2))
+    for rank in range(2):
+        assert bench.info(0, [c]).rounds == [0]
+        bench.push(rank, bench.define(rank, t.dense([c], [2])), torch.ones(2))
+    assert bench.info(0, [c]).rounds == [1]
     bench.check_empty()
 
 
@@ -304,9 +331,8 @@ def test_the_memory_of_deleted_slices_is_free_at_once(t: Any) -> None:
         bench.push(0, single[3][0], torch.ones(40_000))
         slots = [weakref.ref(bench.shard.find(each).slot.tensor) for each in ids]
         for number in (0, 1, 3):
-            bench.delete(1, number, ids[number : number + 1])
-        for plan, (worker, _) in bench.plans.items():
-            bench.send(worker, m.DropPlan(plan))
+            for rank in range(2):
+                bench.delete(rank, number, ids[number : number + 1])
         assert [slot() is None for slot in slots] == [True, True, False, True]
         for rank in range(2):
             bench.leave(rank)
@@ -332,7 +358,7 @@ def test_a_wait_for_many_is_found_in_each_part(t: Any) -> None:
 
 
 def test_a_cohort_at_rest_has_nothing_open() -> None:
-    cohort = Cohort()
+    cohort = Cohort({0})
     assert cohort.at_rest
     assert cohort.is_new
     cohort.held = True

@@ -20,7 +20,7 @@ from tensorkv.wire.messages import Commit, Push
 
 
 def a_slice(key: str) -> Slice:
-    cohort = Cohort()
+    cohort = Cohort({0, 1, 2})
     made = Slice(ord(key), key, 0, 2, (2,), Slot(torch.zeros(2)), 0, Setting(Assign()), cohort)
     cohort.add(made)
     return made
@@ -30,9 +30,9 @@ SLICES = [a_slice(key) for key in "abc"]
 
 
 def contribution(worker: int) -> Contribution:
-    layout = Layout([], [])
-    chunk = Chunk([], [], [], torch.float32, False, 0, layout, [], [])
-    return Contribution(worker, Push(1, 0, False, 0), chunk, layout, [], EMPTY, 1, 0)
+    layout = Layout([])
+    chunk = Chunk(layout, [], torch.float32, False, 0)
+    return Contribution(worker, Push(1, 0, False, 0), chunk, layout, EMPTY, 1, 0)
 
 
 def gather(*asked: tuple[dict[str, Any], set[int]]) -> CommitGather:

@@ -12,7 +12,7 @@ from tensorkv.updaters.settings import Setting
 
 
 def a_slice(number: int, slot: Slot, offset: int, length: int, shape: tuple[int, ...] = ()) -> Slice:
-    cohort = Cohort()
+    cohort = Cohort({0})
     made = Slice(
         100 + number, f"k{number}", 0, length, shape or (length,), slot, offset, Setting(Assign()), cohort
     )
@@ -23,7 +23,7 @@ def a_slice(number: int, slot: Slot, offset: int, length: int, shape: tuple[int,
 def test_neighbours_in_chunk_and_slot_are_one_run() -> None:
     one, other = Slot(torch.arange(20.0)), Slot(torch.arange(10.0))
     slices = [a_slice(0, one, 2, 3), a_slice(1, one, 5, 4), a_slice(2, one, 10, 1), a_slice(3, other, 0, 2)]
-    layout = Layout(slices, [0, 3, 7, 8])
+    layout = Layout(slices)
     assert [(run.low, run.high, run.offset) for run in layout.runs] == [(0, 7, 2), (7, 8, 10), (8, 10, 0)]
     assert layout.runs[0].stored.tensor.tolist() == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
     assert layout.bounds(1) == (3, 7)
@@ -31,15 +31,9 @@ def test_neighbours_in_chunk_and_slot_are_one_run() -> None:
     assert layout.slices_in(layout.runs[0]) == slices[:2]
 
 
-def test_a_gap_in_the_chunk_ends_a_run() -> None:
-    slot = Slot(torch.arange(20.0))
-    layout = Layout([a_slice(0, slot, 0, 2), a_slice(1, slot, 2, 2)], [0, 5])
-    assert [(run.low, run.high) for run in layout.runs] == [(0, 2), (5, 7)]
-
-
 def test_empty_slices_make_no_difference() -> None:
     slot = Slot(torch.arange(4.0))
-    layout = Layout([a_slice(0, slot, 0, 2), a_slice(1, slot, 2, 0), a_slice(2, slot, 2, 2)], [0, 2, 2])
+    layout = Layout([a_slice(0, slot, 0, 2), a_slice(1, slot, 2, 0), a_slice(2, slot, 2, 2)])
     assert [(run.low, run.high) for run in layout.runs] == [(0, 4)]
 
 
@@ -56,7 +50,7 @@ def test_a_value_has_its_shape_and_follows_its_slot() -> None:
 
 def test_all_assign_is_looked_up_when_settings_change() -> None:
     slot = Slot(torch.zeros(4))
-    layout = Layout([a_slice(0, slot, 0, 2), a_slice(1, slot, 2, 2)], [0, 2])
+    layout = Layout([a_slice(0, slot, 0, 2), a_slice(1, slot, 2, 2)])
     assert layout.all_assign(0)
     layout.slices[1].setting = Setting(Add())
     assert layout.all_assign(0)
@@ -72,7 +66,7 @@ def test_a_slice_counts_rounds_and_updates_from_its_own_offsets_on() -> None:
 
 def test_cohorts_are_looked_up_when_the_epoch_changes() -> None:
     slot = Slot(torch.zeros(4))
-    layout = Layout([a_slice(0, slot, 0, 2), a_slice(1, slot, 2, 2)], [0, 2])
+    layout = Layout([a_slice(0, slot, 0, 2), a_slice(1, slot, 2, 2)])
     first, second = (each.cohort for each in layout.slices)
     assert layout.cohorts(1) == [first, second]
     first.join(second)
@@ -80,11 +74,11 @@ def test_cohorts_are_looked_up_when_the_epoch_changes() -> None:
     assert layout.cohorts(2) == [first]
 
 
-def test_a_chunk_knows_its_bytes_and_what_is_gone() -> None:
-    layout = Layout([a_slice(0, Slot(torch.zeros(4)), 0, 2)], [3])
-    chunk = Chunk([7, 100], [3, 2], [1, 1], torch.float16, False, 5, layout, [1], [6], whole=False)
-    assert chunk.payload_bytes == 10
-    assert chunk.gone() == [7]
-    absent = Chunk([7, 100], [3, 2], [0, 0], torch.float16, True, 5, layout, [0], [6])
-    assert absent.payload_bytes == 0
-    assert absent.gone() == []
+def test_a_chunk_knows_its_bytes_and_whether_its_counts_are_alike() -> None:
+    slot = Slot(torch.zeros(8))
+    layout = Layout([a_slice(0, slot, 0, 2), a_slice(1, slot, 2, 3)])
+    assert layout.lows == [0, 2]
+    chunk = Chunk(layout, [1, 1], torch.float16, False, 5)
+    assert (chunk.payload_bytes, chunk.alike) == (10, True)
+    absent = Chunk(layout, [0, 2], torch.float16, True, 5)
+    assert (absent.payload_bytes, absent.alike) == (0, False)

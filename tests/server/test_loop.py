@@ -135,6 +135,8 @@ def test_nonsense_ends_one_connection_with_one_line(
     one, other = worker(0), worker(1)
     open_store(one)
     open_store(other)
+    other.say(m.InitSlices(2, 1, "w", (2,), "float32", TINY), bytes(8))
+    other.hear()
     with caplog.at_level(logging.WARNING):
         for message in messages[:-1]:
             one.say(message)
@@ -205,6 +207,8 @@ def test_the_memory_of_a_push_that_does_not_come_whole_is_given_back(
     one, other = worker(0), worker(1)
     open_store(one)
     open_store(other)
+    one.say(m.InitSlices(2, 1, "w", (1 << 20,), "float32", [m.SliceEntry(1, 0, 0, 1 << 20)]), bytes(4 << 20))
+    one.hear()
     one.say(m.DefinePlan(1, 1, [m.ChunkEntry([1], [1 << 20], m.PayloadDescriptor("dense", "float32"), [1])]))
     one.connection.send(encode(m.Push(1, 0, True, 0), 4 << 20), [bytes(100_000)])
     one.connection.shutdown()

@@ -1,4 +1,4 @@
-"""PlanBook: numbered lists of slices, and what becomes of them when slices are deleted."""
+"""PlanBook: numbered lists of slices, which name no slice that their worker has deleted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tensorkv.wire import messages as m
 
 def book() -> tuple[PlanBook, dict[int, Slice]]:
     """A book of slices 1 to 3, of two elements each."""
-    slot, cohort = Slot(torch.zeros(6)), Cohort()
+    slot, cohort = Slot(torch.zeros(6)), Cohort({0, 1})
     slices = {
         number: Slice(number, f"k{number}", 0, 2, (2,), slot, 2 * number - 2, Setting(Assign()), cohort)
         for number in (1, 2, 3)
@@ -36,19 +36,27 @@ def test_workers_that_list_the_same_slices_share_a_layout(t: Any) -> None:
     assert theirs is not None
     assert mine[0].layout is theirs[0].layout
     assert mine[0].layout.slices == [slices[1], slices[2]]
-    assert (mine[1].numbers, mine[0].payload_bytes, theirs[0].payload_bytes) == ([2], 16, 32)
+    assert (mine[1].first, mine[0].payload_bytes, theirs[0].payload_bytes) == (2, 16, 32)
     assert plans.chunks(0, 2) is None
 
 
-def test_a_deleted_slice_leaves_a_gap(t: Any) -> None:
+def test_slices_that_a_plan_names_are_in_use(t: Any) -> None:
     plans, slices = book()
-    plans.define(0, m.DefinePlan(1, 1, [t.dense([1, 2, 3], [2, 2, 2], counts=[1, 2, 3])]))
-    gone = slices.pop(2)
-    plans.forget({gone})
-    found = plans.chunks(0, 1)
-    assert found is not None
-    assert (found[0].layout.lows, found[0].counts, found[0].gone()) == ([0, 4], [1, 3], [2])
-    assert not found[0].alike
+    plans.define(0, m.DefinePlan(1, 7, [t.dense([1], [2]), t.dense([2], [2])]))
+    assert not plans.names_any([slices[2]], 1)
+    assert not plans.names_any([slices[3]])
+    assert plans.names_any([slices[3], slices[2]], 0)
+    assert plans.names_any([slices[1]])
+
+
+def test_a_plan_names_no_slice_that_its_worker_has_deleted(t: Any) -> None:
+    plans, slices = book()
+    slices[1].cohort.members = {1}
+    with pytest.raises(ProtocolError, match="no slice 2, or worker 0 has deleted it"):
+        plans.define(0, m.DefinePlan(1, 7, [t.dense([2], [2])]))
+    plans.define(1, m.DefinePlan(1, 7, [t.dense([2], [2])]))
+    with pytest.raises(ProtocolError, match="no slice 4"):
+        plans.define(1, m.DefinePlan(1, 8, [t.dense([4], [2])]))
 
 
 def test_plans_of_a_worker_that_left_are_dropped(t: Any) -> None:

@@ -24,12 +24,12 @@ def layout_of(updater: Updater, dtype: torch.dtype = torch.float32) -> Layout:
         Setting(updater),
     )
     places = [(shared, 0), (shared, 2), (own, 0)]
-    cohort = Cohort()
+    cohort = Cohort({0})
     slices = [
         Slice(number, f"k{number}", 0, 2, (2,), slot, offset, setting, cohort)
         for number, (slot, offset) in enumerate(places)
     ]
-    return Layout(slices, [0, 2, 4])
+    return Layout(slices)
 
 
 def pushed(
@@ -42,9 +42,9 @@ def pushed(
     absent: bool = False,
 ) -> Contribution:
     counts = [count] * len(layout.slices)
-    chunk = Chunk([], [], counts, values.dtype, absent, 0, layout, counts, [])
+    chunk = Chunk(layout, counts, values.dtype, absent, 0)
     message = Push(1, 0, True, 0, None, weight)
-    return Contribution(peer, message, chunk, layout, counts, Memory(values.clone()), len(layout.slices), 0)
+    return Contribution(peer, message, chunk, layout, Memory(values.clone()), len(layout.slices), 0)
 
 
 def stored(layout: Layout) -> torch.Tensor:

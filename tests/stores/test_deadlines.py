@@ -180,7 +180,6 @@ OF_ONE: Calls = {
 
 OF_SCHEDULER: Calls = {
     "keys": lambda kv: kv.keys(),
-    "delete of 'w'": lambda kv: kv.delete("w"),
     "lookup of 'other'": lambda kv: kv.pull("other"),
     "close": lambda kv: kv.close(),
 }

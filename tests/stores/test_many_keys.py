@@ -148,33 +148,6 @@ def test_in_and_len_are_right(kind: str) -> None:
             assert (len(other), "b" in other, "c" in other) == (2, True, False)
 
 
-def test_deletes_one_by_one_lay_out_a_list_of_keys_once() -> None:
-    """A list that was pushed names what is deleted; it is cut down when it is used, not at every delete."""
-    names = [f"k{number}" for number in range(40)]
-    with tensorkv.create("dist_sync", embedded=True) as kv:
-        kv.init(names, [torch.zeros(2) for _ in names])
-        kv.push(names, [ones() for _ in names])
-        kv.pull(names)  # so far the server has come
-        shards: Any = parts_of(kv)
-        (plans,) = [each.plans for each in shards if type(each).__name__ == "StoreShard"]
-        calls = 0
-        lay_out = type(plans)._lay_out
-
-        def count(*args: Any) -> None:
-            nonlocal calls
-            calls += 1
-            lay_out(*args)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(plans), "_lay_out", count)
-            for name in names[:30]:
-                kv.delete(name)
-            assert calls == 0
-            kv.push(names[30:], [ones() for _ in range(10)])
-            assert [value.tolist() for value in kv.pull(names[30:])] == [[1.0, 1.0]] * 10
-            assert calls <= 2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["local", "dist_sync"])
 def test_the_last_of_many_keys_cost_what_the_first_did(kind: str) -> None:

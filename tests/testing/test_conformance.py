@@ -53,7 +53,6 @@ class Job:
     changed: threading.Condition = field(default_factory=threading.Condition)
     table: SettingsTable = field(default_factory=SettingsTable)
     settings: list[Any] = field(default_factory=list)  # of rank 0, to be compared
-    deleted: dict[tuple[Any, int], int] = field(default_factory=dict)  # key and generation: by whom
     barriers: list[int] = field(default_factory=list)
     commits: dict[int, Any] = field(default_factory=dict)
     outcomes: list[Any] = field(default_factory=list)
@@ -70,7 +69,6 @@ class ModelStore(KVStore):
     def __init__(self, kind: str, job: Job, rank: int, store: str, reduction: Any, timeout_s: float) -> None:
         super().__init__(kind, store=store, reduction=reduction, timeout_s=timeout_s)
         self.job, self.reference, self._rank = job, job.reference, rank
-        self.known: dict[Any, int] = {}
         self.num_settings = 0
         self.pool = ThreadPoolExecutor(1)  # one call after the other, so that they stay in order
 
@@ -114,28 +112,31 @@ class ModelStore(KVStore):
         if self._reduction == "mean" and any(not v.dtype.is_floating_point for v in values):
             raise errors.DtypeMismatch(f"there is no mean of integers: {keys}")
         if self.rank == 0:
-            with self.job.changed:
-                mine = self.job.loaded.intersection(keys)
-                for key, value in zip(keys, values, strict=True):
-                    if key in mine:
-                        self._check_agrees(key, value)
-                if self.job.broken == "init overwrites":
-                    for key, value in zip(keys, values, strict=True):
-                        if key in mine:
-                            self.reference.entries[key].value.copy_(value)
-                for key in keys:
-                    if key in self.reference.entries and key not in mine:
-                        raise errors.KeyAlreadyInitialized(f"key {key!r} is initialised; delete it first")
-                for key, value in zip(keys, values, strict=True):
-                    if key not in mine:
-                        self.reference.init(0, key, value.detach())
-                self.job.loaded -= mine
-                self.job.changed.notify_all()
+            self._when(lambda: self._create_all(keys, values), "init")
             return
         for key, value in zip(keys, values, strict=True):
-            entry = self._when(lambda key=key: self._there(key), "init")
-            self.known[key] = entry.generation
+            self._when(lambda key=key: self._there(key), "init")
             self._check_agrees(key, value)
+
+    def _create_all(self, keys: Any, values: Any) -> None:
+        there = self.reference.entries
+        mine = self.job.loaded.intersection(keys)
+        for key, value in zip(keys, values, strict=True):
+            if key in there and 0 in there[key].deleted:
+                raise WouldWait
+            if key in mine:
+                self._check_agrees(key, value)
+        if self.job.broken == "init overwrites":
+            for key, value in zip(keys, values, strict=True):
+                if key in mine:
+                    there[key].value.copy_(value)
+        for key in keys:
+            if key in there and key not in mine:
+                raise errors.KeyAlreadyInitialized(f"key {key!r} is initialised; delete it first")
+        for key, value in zip(keys, values, strict=True):
+            if key not in mine:
+                self.reference.init(0, key, value.detach())
+        self.job.loaded -= mine
 
     def _check_agrees(self, key: Any, value: torch.Tensor) -> None:
         entry = self.reference.entries[key]
@@ -146,7 +147,7 @@ class ModelStore(KVStore):
             )
 
     def _there(self, key: Any) -> Any:
-        if key not in self.reference.entries:
+        if key not in self.reference.keys(self.rank):
             raise WouldWait
         return self.reference.entries[key]
 
@@ -202,24 +203,25 @@ class ModelStore(KVStore):
         return True
 
     def _pull(self, batch: PullBatch, async_op: bool) -> Any:
-        self._check_pull(batch)
-        return self._submit(lambda: self._pull_now(batch), "pull", async_op)
+        entries = self._check_pull(batch)
+        return self._submit(lambda: self._pull_now(batch, entries), "pull", async_op)
 
-    def _check_pull(self, batch: PullBatch) -> None:
+    def _check_pull(self, batch: PullBatch) -> list[Any]:
         with self.job.changed:
-            values = [self._entry(key).value for key in batch.keys]
+            entries = [self._entry(key) for key in batch.keys]
             for key in batch.keys:
                 self._check_committed(key)
-            for key, value, outs in zip(batch.keys, values, batch.outs, strict=True):
+            for key, entry, outs in zip(batch.keys, entries, batch.outs, strict=True):
                 for out in outs:
-                    check_matches("out", out, key, tuple(value.shape), value.dtype)
+                    check_matches("out", out, key, tuple(entry.value.shape), entry.value.dtype)
+        return entries
 
-    def _pull_now(self, batch: PullBatch) -> Any:
+    def _pull_now(self, batch: PullBatch, entries: list[Any]) -> Any:
         tensors: list[torch.Tensor] = []
         failures: list[errors.UpdaterError] = []
-        for key, outs in zip(batch.keys, batch.outs, strict=True):
+        for key, entry, outs in zip(batch.keys, entries, batch.outs, strict=True):
             try:
-                value = self._when(lambda key=key: self._value(key), "pull")
+                value = self._when(lambda key=key, entry=entry: self._value(key, entry), "pull")
             except errors.UpdaterError as exc:
                 failures.append(exc)
                 continue
@@ -233,20 +235,19 @@ class ModelStore(KVStore):
             raise failures[0]
         return answer(batch, tensors)
 
-    def _value(self, key: Any) -> torch.Tensor:
-        self._entry(key)
+    def _value(self, key: Any, entry: Any) -> torch.Tensor:
         if self.job.broken == "pull does not wait":
-            return self.reference.entries[key].value.clone()
-        return self.reference.pull(self.rank, key)
+            return torch.as_tensor(entry.value.clone())
+        return self.reference.read(self.rank, key, entry)
 
     def _pushpull(self, pushed: PushBatch, pulled: PullBatch, async_op: bool) -> Any:
         self._check_push(pushed)
-        self._check_pull(pulled)
+        entries = self._check_pull(pulled)
         copies = [[tensor.clone() for tensor in each] for each in pushed.tensors]
 
         def both() -> Any:
             self._push_now(pushed, copies, True)
-            return self._pull_now(pulled)
+            return self._pull_now(pulled, entries)
 
         return self._submit(both, "pushpull", async_op)
 
@@ -293,7 +294,14 @@ class ModelStore(KVStore):
         if len(commits) + len(left - set(commits)) < self.num_workers:
             raise WouldWait
         first = commits[min(commits)][0]
-        if any(terms != first for terms, _ in commits.values()):
+        together = {key for (keys, *_), _ in commits.values() for key in keys}
+        lacking = [
+            key
+            for rank, ((keys, *_), _) in commits.items()
+            for key in together.difference(keys)
+            if rank not in self.reference.entries[key].deleted
+        ]
+        if lacking or any(terms[1:] != first[1:] for terms, _ in commits.values()):
             text = f"keys, max_norm or check_finite differ: {commits}"
             self.job.outcomes.append(errors.CommitMismatch(text))
         else:
@@ -316,7 +324,7 @@ class ModelStore(KVStore):
         def update(key: Any, pushed: torch.Tensor, stored: torch.Tensor) -> None:
             current = self.job.table if self.job.broken == "settings hold at once" else table
             setting = current.setting(key)
-            slot = hash((key, self.reference.entries[key].generation))
+            slot = hash((key, self.reference.entries[key].number))
             (failure,) = setting.updater.apply([Update(slot, key, pushed.clone(), stored)], setting.options)
             if failure is not None:
                 raise failure
@@ -418,7 +426,7 @@ class ModelStore(KVStore):
     def _slices(self, table: SettingsTable) -> list[tuple[Any, int, int, SliceState]]:
         found = []
         for key, entry in self.reference.entries.items():
-            state = table.setting(key).updater.state(hash((key, entry.generation)))
+            state = table.setting(key).updater.state(hash((key, entry.number)))
             each = slice_state(key, entry.value, entry.version, state)
             found.append((key, 0, entry.value.numel(), each))
         return found
@@ -446,7 +454,6 @@ class ModelStore(KVStore):
             self._take_over(reduction, settings, found)
 
         self._together("load_state_dict()", lead)
-        self.known.clear()
 
     def _save(self, folder: str, alone: bool) -> None:
         def write(table: SettingsTable, slices: Any) -> None:
@@ -475,7 +482,6 @@ class ModelStore(KVStore):
             self._take_over(index.reduction, index.settings, found)
 
         self._together(f"load({folder!r})", lead)
-        self.known.clear()
 
     def _take_over(self, reduction: Any, settings: Any, found: Any) -> None:
         check_reduction(reduction, self._reduction)
@@ -485,12 +491,11 @@ class ModelStore(KVStore):
                 check_replaces(record, entry.value.shape, dtype_name(entry.value.dtype))
         self.job.table = restored_settings(settings, self.job.table)
         for record, each in found:
-            if record.key in self.reference.entries:
-                self.reference.delete(self.rank, record.key)
+            self.reference.entries.pop(record.key, None)
             self.reference.init(0, record.key, each.value.view(record.shape))
             entry = self.reference.entries[record.key]
             entry.version = 0 if self.job.broken == "versions start anew" else each.version
-            slot = hash((record.key, entry.generation))
+            slot = hash((record.key, entry.number))
             if self.job.broken != "state is lost":
                 setting = self.job.table.setting(record.key)
                 setting.updater.restore(slot, each.optimizer_state(record.shape))
@@ -518,31 +523,25 @@ class ModelStore(KVStore):
 
     def _keys(self) -> list[Any]:
         with self.job.changed:
-            return list(self.reference.entries)
+            return self.reference.keys(self.rank)
 
     def _has(self, key: Any) -> bool:
         with self.job.changed:
-            return key in self.reference.entries
+            return key in self.reference.keys(self.rank)
 
     def _num_keys(self) -> int:
         with self.job.changed:
-            return len(self.reference.entries)
+            return len(self.reference.keys(self.rank))
+
+    def _ids_of(self, keys: Any) -> Any:
+        with self.job.changed:
+            return tuple(self._entry(key).number for key in keys)
 
     def _entry(self, key: Any) -> Any:
-        """Return the entry of a key in the generation that this worker knows."""
-        entry, known = self.reference.entries.get(key), self.known.get(key)
-        if known is not None and (entry is None or entry.generation != known):
-            del self.known[key]
-            raise errors.KeyDeleted(f"key {key!r} was deleted by rank {self.job.deleted[key, known]}")
-        if entry is None:
-            raise errors.KeyNotInitialized(f"key {key!r} is not initialised")
-        self.known[key] = entry.generation
-        return entry
+        return self.reference.entry(self.rank, key)
 
     def _info(self, key: Any) -> KeyInfo:
         with self.job.changed:
-            if key in self.reference.entries:
-                self.known[key] = self.reference.entries[key].generation
             entry = self._entry(key)
             return KeyInfo(
                 key=key,
@@ -551,26 +550,22 @@ class ModelStore(KVStore):
                 version=entry.version,
                 round=entry.round,
                 updater=self.job.table.setting(key).updater.spec.name,
-                generation=entry.generation,
                 state_bytes=self._state_bytes(key, entry),
             )
 
     def _state_bytes(self, key: Any, entry: Any) -> int:
         if self.job.broken == "state is not counted":
             return 0
-        return state_bytes(self.job.table.setting(key).updater.state(hash((key, entry.generation))))
+        return state_bytes(self.job.table.setting(key).updater.state(hash((key, entry.number))))
 
     def _delete(self, keys: Any) -> None:
         with self.job.changed:
             for key in keys:
-                if key not in self.reference.entries and key not in self.known:
-                    raise errors.KeyNotInitialized(f"key {key!r} is not initialised")
+                self._entry(key)
             for key in keys:
-                entry = self.reference.entries.get(key)
-                if entry is not None and self.known.pop(key, entry.generation) == entry.generation:
-                    self.job.deleted[key, entry.generation] = self.rank
+                self.reference.delete(self.rank, key)
+                if key not in self.reference.entries:
                     self.job.loaded.discard(key)
-                    self.reference.delete(self.rank, key)
             self.job.changed.notify_all()
 
     def _close(self) -> None:
@@ -673,10 +668,19 @@ class PutIsARound(ReferenceStore):
         self.entries[key].round += 1
 
 
-class ForgetsGenerations(ReferenceStore):
-    def init(self, rank: int, key: Any, value: torch.Tensor) -> None:
-        super().init(rank, key, value)
-        self.entries[key].generation = 1
+class DeletesForAll(ReferenceStore):
+    def delete(self, rank: int, key: Any) -> None:
+        super().delete(rank, key)
+        self.entries.pop(key, None)
+
+
+class KeepsUncommitted(ReferenceStore):
+    def delete(self, rank: int, key: Any) -> None:
+        dropped = self._is_uncommitted(self.entry(rank, key), rank)
+        last = self.entries[key].pushes[rank][-1:]
+        super().delete(rank, key)
+        if dropped and key in self.entries:
+            self.entries[key].pushes[rank] += last
 
 
 class IgnoresWeights(ReferenceStore):
@@ -699,7 +703,8 @@ FAULTS = {
     "never waits": NeverWaits,
     "spoils on error": SpoilsOnError,
     "counts absent": CountsAbsent,
-    "forgets generations": ForgetsGenerations,
+    "deletes for all": DeletesForAll,
+    "keeps uncommitted": KeepsUncommitted,
     "put is a round": PutIsARound,
 }
 """Faults of the arithmetic; those of the waiting stand in ModelStore."""
@@ -712,7 +717,8 @@ CAUGHT_BY = {
     "never waits": ["double_push-2", "free_keys_go_at_once-2", "pull_waits_for_the_round-2"],
     "spoils on error": ["updater_error", "updater_error_of_workers-2"],
     "counts absent": ["absent", "absent_workers-2", "commit_skips"],
-    "forgets generations": ["directory", "delete_of_an_old_generation-2"],
+    "deletes for all": ["delete_is_leaving-2", "init_after_delete_waits_for_all-2"],
+    "keeps uncommitted": ["delete_drops_uncommitted-2"],
     "versions start anew": ["saved_state_as_dict", "save_and_load-1", "load_into_a_store_in_use"],
     "state is lost": ["saved_state_as_dict", "save_and_load-2", "settings_are_saved"],
     "init overwrites": ["save_and_load-3", "load_into_a_store_in_use"],

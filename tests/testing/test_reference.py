@@ -36,10 +36,10 @@ def test_a_round_waits_for_every_worker() -> None:
     with pytest.raises(WouldWait):
         kv.push(1, "w", [vector(9, 9)])
     assert kv.pull(0, "w").tolist() == [0, 0]
-    assert kv.info(0, "w") == (0, 0, 1)
+    assert kv.info(0, "w") == (0, 0)
     kv.push(0, "w", [vector(10, 10)])
     assert kv.pull(0, "w").tolist() == kv.pull(1, "w").tolist() == [12, 13]
-    assert kv.info(0, "w") == (1, 1, 1)
+    assert kv.info(0, "w") == (1, 1)
 
 
 def test_ranks_are_added_in_order() -> None:
@@ -71,7 +71,7 @@ def test_mean_and_absent() -> None:
     for rank in (0, 1):
         kv.push(rank, "w", ABSENT)
     assert kv.pull(0, "w").tolist() == [5, 5]
-    assert kv.info(0, "w") == (3, 2, 1)
+    assert kv.info(0, "w") == (3, 2)
 
 
 def test_leaving() -> None:
@@ -106,7 +106,7 @@ def test_commit_clips_and_skips() -> None:
     assert last is not None
     assert not last.applied
     assert torch.allclose(kv.pull(0, "w"), vector(1.5, 2))
-    assert kv.info(0, "w") == (3, 1, 1)
+    assert kv.info(0, "w") == (3, 1)
 
 
 def test_leaving_drops_what_was_not_committed() -> None:
@@ -117,7 +117,7 @@ def test_leaving_drops_what_was_not_committed() -> None:
     assert kv.pull(0, "w").tolist() == [1, 1]
 
 
-def test_generations() -> None:
+def test_a_key_that_is_deleted_and_made_anew() -> None:
     kv = store(1)
     with pytest.raises(KeyAlreadyInitialized):
         kv.init(0, "w", vector(1))
@@ -126,9 +126,32 @@ def test_generations() -> None:
     with pytest.raises(KeyNotInitialized):
         kv.pull(0, "w")
     kv.init(0, "w", vector(1))
-    assert kv.info(0, "w") == (0, 0, 2)
+    assert kv.info(0, "w") == (0, 0)
     with pytest.raises(ShapeMismatch):
         kv.push(0, "w", [vector(1, 1)])
+
+
+def test_a_key_is_there_until_all_have_deleted_it() -> None:
+    kv = store(2)
+    kv.push(0, "w", [vector(1, 1)])
+    with pytest.raises(WouldWait):
+        kv.pull(0, "w")
+    kv.push(1, "w", [vector(2, 2)])
+    kv.delete(1, "w")
+    assert (kv.keys(0), kv.keys(1)) == (["w"], [])
+    with pytest.raises(KeyNotInitialized):
+        kv.delete(1, "w")
+    assert kv.pull(0, "w").tolist() == [3, 3]
+    kv.push(0, "w", [vector(1, 1)])
+    assert kv.pull(0, "w").tolist() == [1, 1]
+    kv.delete(0, "w")
+    kv.init(0, "w", vector(5, 5))
+    kv.delete(0, "w")
+    with pytest.raises(WouldWait):
+        kv.init(0, "w", vector(7, 7))
+    kv.leave(1)
+    kv.init(0, "w", vector(7, 7))
+    assert kv.pull(0, "w").tolist() == [7, 7]
 
 
 def test_an_updater_that_raises() -> None:
@@ -140,7 +163,7 @@ def test_an_updater_that_raises() -> None:
         with pytest.raises(UpdaterError, match="negative gradient"):
             kv.pull(rank, "w")
         assert kv.pull(rank, "w").tolist() == [0, 0]
-    assert kv.info(0, "w") == (1, 0, 1)
+    assert kv.info(0, "w") == (1, 0)
 
 
 def test_asynchronous() -> None:
@@ -149,4 +172,4 @@ def test_asynchronous() -> None:
     for rank in (1, 1, 0, 1):
         kv.push(rank, "w", [vector(1, 1)])
     assert kv.pull(0, "w").tolist() == [4, 4]
-    assert kv.info(1, "w") == (4, 4, 1)
+    assert kv.info(1, "w") == (4, 4)

@@ -43,7 +43,7 @@ class Bench:
         states = [
             KeyState.of(
                 m.KeyEntry(
-                    i, i + 1, 1, (4,), "float32", m.EPOCH, [m.SliceEntry(10 * i + p[0], *p) for p in place]
+                    i, i + 1, (4,), "float32", m.EPOCH, [m.SliceEntry(10 * i + p[0], *p) for p in place]
                 )
             )
             for i, place in enumerate(places)

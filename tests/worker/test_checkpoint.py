@@ -542,7 +542,7 @@ def test_a_save_alone_that_fails_lets_the_worker_go_on(
 # ---- what servers tell -----------------------------------------------------------------------------
 
 PART = m.SliceEntry(1, 0, 2, 6)
-ENTRY = m.KeyEntry("w", 1, 1, (8,), "float32", 0, [m.SliceEntry(2, 1, 0, 2), PART, m.SliceEntry(3, 1, 6, 8)])
+ENTRY = m.KeyEntry("w", 1, (8,), "float32", 0, [m.SliceEntry(2, 1, 0, 2), PART, m.SliceEntry(3, 1, 6, 8)])
 RECORD = m.SliceRecord(1, 3, [records.TensorRecord(records.VALUE, "float32", (4,), True)], {})
 
 

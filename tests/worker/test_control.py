@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,10 +43,9 @@ class Scheduler:
             timeout_s=DEADLINE_S,
         )
         self.failures: list[TensorKVError] = []
-        self.gone: queue.Queue[m.KeysGone] = queue.Queue()
         self.failed = threading.Event()
         with ThreadPoolExecutor(1) as pool:
-            joined = pool.submit(ControlClient, config, self._fail, self.gone.put)
+            joined = pool.submit(ControlClient, config, self._fail)
             self.connection: Connection = listener.accept()
             accept(self.connection, "t", lambda role, rank: None)
             self.client = joined.result(DEADLINE_S)
@@ -252,7 +250,7 @@ def test_answers_to_nobody_are_passed_over(scheduler: Scheduler, asked: Callable
     call.result(DEADLINE_S)
 
 
-ENTRY = m.KeyEntry("w", 1, 1, (4,), "float32", 0, [m.SliceEntry(1, 7, 0, 4)])
+ENTRY = m.KeyEntry("w", 1, (4,), "float32", 0, [m.SliceEntry(1, 7, 0, 4)])
 
 
 @pytest.mark.parametrize(
@@ -279,21 +277,19 @@ def test_nonsense_from_a_scheduler_ends_every_request(
 
 
 def test_a_fault_of_ours_ends_every_request(
-    scheduler: Scheduler, asked: Callable[..., Future[Any]], caplog: pytest.LogCaptureFixture
+    scheduler: Scheduler,
+    asked: Callable[..., Future[Any]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nobody reads what the scheduler says after it."""
 
-    def fail(gone: m.KeysGone) -> None:
+    def fail(reply: Any, num_servers: int) -> None:
         raise ZeroDivisionError("a fault")
 
-    scheduler.client._on_gone = fail
+    monkeypatch.setattr("tensorkv.worker.control.check_reply", fail)
     call = asked()
-    scheduler.say(m.KeysGone(1, [3]))
+    scheduler.say(m.Done(1))
     with pytest.raises(PeerLostError, match="a fault"):
         call.result(DEADLINE_S)
     assert "ZeroDivisionError: a fault" in caplog.text
-
-
-def test_keys_that_others_delete_are_handed_on(scheduler: Scheduler) -> None:
-    scheduler.say(m.KeysGone(1, [3, 4]))
-    assert scheduler.gone.get(timeout=DEADLINE_S) == m.KeysGone(1, [3, 4])

@@ -40,7 +40,7 @@ def state(
 ) -> KeyState:
     """Return a key with slices given as (server, start, stop)."""
     entries = [m.SliceEntry(100 * number + i, *each) for i, each in enumerate(slices)]
-    return KeyState.of(m.KeyEntry(f"k{number}", number, 1, (num_elems,), dtype_name(dtype), m.EPOCH, entries))
+    return KeyState.of(m.KeyEntry(f"k{number}", number, (num_elems,), dtype_name(dtype), m.EPOCH, entries))
 
 
 STATES = [
@@ -107,9 +107,7 @@ def test_every_chunk_of_tensors_that_were_handed_out_together_stays(window: Wind
 
 def test_the_tensors_of_the_last_push_are_known(window: Window, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only if they are the very same, where they were, in the same order of elements."""
-    square = KeyState.of(
-        m.KeyEntry("s", 1, 1, (64, 64), "float32", m.EPOCH, [m.SliceEntry(100, 0, 0, 64 * 64)])
-    )
+    square = KeyState.of(m.KeyEntry("s", 1, (64, 64), "float32", m.EPOCH, [m.SliceEntry(100, 0, 0, 64 * 64)]))
     looked: list[int] = []
     real = lending._address
     monkeypatch.setattr(lending, "_address", lambda value: looked.append(1) or real(value))
@@ -160,7 +158,7 @@ def test_a_tensor_in_another_order_or_pushed_twice_does_not_stay_where_it_cannot
 
 def test_a_sparse_tensor_lies_nowhere(window: Window) -> None:
     sparse = torch.eye(3).to_sparse()
-    state_of_it = KeyState.of(m.KeyEntry("s", 1, 1, (3, 3), "float32", m.EPOCH, [m.SliceEntry(100, 0, 0, 9)]))
+    state_of_it = KeyState.of(m.KeyEntry("s", 1, (3, 3), "float32", m.EPOCH, [m.SliceEntry(100, 0, 0, 9)]))
     assert stay(window, [sparse], [state_of_it]) == set()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkv.errors import StoreClosed
+from tensorkv.errors import KeyDeleted, StoreClosed
 from tensorkv.wire import messages as m
 from tensorkv.worker import plancache
 from tensorkv.worker.plancache import PlanCache
@@ -39,7 +39,7 @@ class Bench:
 
 def key(number: int, servers: tuple[int, ...] = (0, 1)) -> KeyState:
     slices = [m.SliceEntry(10 * number + i, i, 2 * i, 2 * i + 2) for i in servers]
-    return KeyState.of(m.KeyEntry(number, number, 1, (4,), "float32", m.EPOCH, slices))
+    return KeyState.of(m.KeyEntry(number, number, (4,), "float32", m.EPOCH, slices))
 
 
 A, B, C = key(1), key(2), key(3)
@@ -102,6 +102,25 @@ def test_a_plan_that_is_still_used_after_its_drop_is_defined_anew() -> None:
         (m.DropPlan, plan.number),
         (m.DefinePlan, plan.number),
     ]
+    bench.cache.tell_dropped()  # it is not forgotten at the servers
+    assert bench.told[0][3:] == [m.DropPlan(plan.number)]
+
+
+def test_no_plan_names_a_retired_key() -> None:
+    bench = Bench()
+    a, b = key(1), key(2)
+    plan, other = bench.plan(a, b), bench.plan(b)
+    bench.cache.remember_push((1, 2), plan)
+    bench.cache.tell(plan)
+    a.retired = True
+    bench.cache.forget([a])
+    bench.cache.tell_dropped()
+    assert bench.told[0][1:] == [m.DropPlan(plan.number)]
+    assert bench.cache.last_push == {}
+    for call in (lambda: bench.cache.tell(plan), lambda: bench.plan(a)):
+        with pytest.raises(KeyDeleted, match="key 1 was deleted by another thread"):
+            call()
+    assert bench.plan(b) is other
 
 
 def test_plans_of_a_forgotten_key_go() -> None:

@@ -20,7 +20,7 @@ def key(
 ) -> KeyState:
     """Return a key with slices given as (server, start, stop)."""
     entries = [m.SliceEntry(100 * number + i, *each) for i, each in enumerate(slices)]
-    return KeyState.of(m.KeyEntry(f"k{number}", number, 1, shape, dtype_name(dtype), m.EPOCH, entries))
+    return KeyState.of(m.KeyEntry(f"k{number}", number, shape, dtype_name(dtype), m.EPOCH, entries))
 
 
 def test_a_key_as_a_worker_knows_it() -> None:

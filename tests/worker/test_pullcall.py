@@ -50,7 +50,7 @@ class Bench:
 
     def __init__(self) -> None:
         slices = [m.SliceEntry(i + 1, i, 2 * i, 2 * i + 2) for i in range(2)]
-        state = KeyState.of(m.KeyEntry("w", 1, 1, (4,), "float32", m.EPOCH, slices))
+        state = KeyState.of(m.KeyEntry("w", 1, (4,), "float32", m.EPOCH, slices))
         self.out = torch.zeros(4)
         self.links = [Link(), Link()]
         self.finished: list[Exception | None] = []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkv.errors import PeerLostError, WaitTimeout
+from tensorkv.errors import KeyDeleted, PeerLostError, WaitTimeout
 from tensorkv.launch.cluster import LocalCluster
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
@@ -106,13 +106,22 @@ def test_only_what_was_pushed_up_to_then_is_merged(bench: Bench) -> None:
     assert bench.pusher.settled
 
 
-def test_a_key_that_another_worker_has_deleted_is_not_waited_for(bench: Bench) -> None:
+def test_a_key_that_is_deleted_is_not_waited_for(bench: Bench) -> None:
     bench.send("a", "b")
-    gone = bench.plan("a").states[0]
-    bench.kv.on_gone(m.KeysGone(bench.kv._store, [gone.key_id]))
+    bench.kv.delete("a")
     assert bench.busy("b") == ["b"]
     bench.pusher.merged({bench.plan("b").states[0].key_id}, bench.pusher.count)
     assert bench.pusher.settled
+
+
+def test_a_push_that_another_thread_delays_until_its_key_is_deleted_is_refused(bench: Bench) -> None:
+    plan = bench.plan("a", "b")
+    bench.kv.delete("a")
+    count = bench.pusher.count
+    with pytest.raises(KeyDeleted, match="'a' was deleted by another thread"):
+        bench.pusher.send(plan, [torch.ones(2)] * 2, True)
+    assert bench.pusher.count == count
+    assert bench.send("b").wait(DEADLINE_S)
 
 
 def test_free_keys_go_around_busy_ones(bench: Bench) -> None:

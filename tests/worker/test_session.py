@@ -167,9 +167,6 @@ class Store:
     def on_fault(self, fault: m.Fault) -> None:
         raise AssertionError("no faults here")
 
-    def on_gone(self, gone: m.KeysGone) -> None:
-        raise AssertionError("no keys here")
-
     def close(self) -> None:
         self.closed = True
         if self.error is not None:

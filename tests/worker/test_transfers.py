@@ -35,7 +35,7 @@ def states(
             slices.append(m.SliceEntry(number, number % num_servers, low, min(low + step, size)))
             number += 1
         made.append(
-            KeyState.of(m.KeyEntry(f"k{index}", index + 1, 1, shape, dtype_name(dtype), m.EPOCH, slices))
+            KeyState.of(m.KeyEntry(f"k{index}", index + 1, shape, dtype_name(dtype), m.EPOCH, slices))
         )
     return made
 

@@ -36,9 +36,9 @@ The leader creates the claim, locks it and removes leftovers of crashes. Then ea
 copies slices and writes them to a part; the part's record holds size and checksums. The leader touches the
 claim at each answer. It publishes the index and removes the parts of the previous save.
 A load reads the index and inspects each part: size, names, dtypes and shapes. In a job the leader then has
-the scheduler make new generations of the keys. Servers read their slices. One of them also reads each part
+the scheduler make new keys beside those that it replaces. Servers read their slices. One also reads each part
 completely, with a batch that it loads anyway, to compare the checksums. Settings and state are installed at
-the end. If anything fails before, the new generations are deleted and the store is unchanged.
+the end. If anything fails before, the new keys are dropped and the store is unchanged.
 `state_dict` and `load_state_dict` do the same with one dict, through the memory of the leader (`slices.py`).
 
 WHAT IS CHECKED AT READING

@@ -13,9 +13,9 @@ STATE
 A `Catalog` (in `catalog`) is one store:
 - `left`: ranks that have left it. All other ranks are members, also one that has not opened it yet. The
   lowest member is the *setting rank*.
-- `_keys`: by name a history: the newest generation, the entry that is alive, how many inits each rank has
-  made, and what the latest generations were initialised with.
-- `_creating`, `_deleting`, `_loading`: what a rank is doing on the servers at the moment.
+- `_keys`: by name the keys that exist: the entry, what init said of it, and which ranks have initialised and
+  which have deleted it. Of a key that all have deleted nothing is kept.
+- `_creating`, `_loading`: what a rank is doing on the servers at the moment.
 - `_settings`: the log of settings, and how many each rank has made. `_gathering`: a save or load.
 - `_waiting_inits`, `_waiting_settings`, `_barrier`: calls that wait, each with rank and request.
 
@@ -44,9 +44,10 @@ Of a store:
 7. Only the setting rank creates keys and makes settings. It proposes, is told to lead, does it on the
    servers, and concludes. If it leaves in between, that is withdrawn, and the next setting rank leads when it
    makes the same call.
-8. The k-th init of a name by a rank is matched with generation k of the name, and its k-th setting with the
-   k-th that was made. It must agree, or is refused; it waits while there is none. An init that would follow a
-   generation that is alive is refused.
+8. A rank initialises a key once, and must agree with what is there, or is refused. After it has deleted the
+   key, its next init waits until every member has. So a key is gone before the next of its name is made. A
+   rank's k-th setting is matched with the k-th that was made; it must agree too, and waits while there is
+   none.
 9. A list of inits is answered whole: it waits, or is refused, for all its keys. A refused call has not been
    made and does not count. A setting that the servers have refused does count: other ranks that make it get
    the same error.
@@ -64,7 +65,7 @@ pass answers none, and then the gathering and the barrier. `_collect` takes the 
 store if nobody is left in it. `_flush` queues them and `_pump` sends.
 
 WHAT IS HARD
-- *A leader that dies half-way.* What a rank creates or deletes on the servers is noted until it concludes.
+- *A leader that dies half-way.* What a rank creates on the servers is noted until it concludes.
   `_drop` collects this (`unfinished`) before the worker leaves its stores, because leaving withdraws it, and
   sends it to the servers, which drop those slices. The next leader may be quicker than that message: its
   slices have ids of their own, so neither disturbs the other.
@@ -73,9 +74,11 @@ WHAT IS HARD
 - *Giving up.* A call that waits here is withdrawn and refused when its caller's deadline has passed. If its
   reply is on the way, the call was made and counts for the other ranks, so nothing is refused. What a rank
   leads is not withdrawn.
-- *Generations.* `delete` takes effect here at once, by key id, and only then on the servers. So a name may be
-  created again while the servers still have the slices of the generation before. A delete of a generation
-  that is gone does nothing. The other members get KeysGone.
+- *Deletes.* A rank tells the servers first and then, without waiting, the scheduler, which forgets a key when
+  every member has told it. A server finds out for itself when it may drop a slice, and may be later than an
+  init of the same name: the new slices have ids of their own. No push can be taken for one to the new key, as
+  nobody that may still push to the old one has been told of the new one. A rank that leaves has deleted all.
+  A delete of a key that a load has replaced meanwhile does nothing.
 - *Placement.* Where slices go is decided once, when a key is created: by the newest setting for that key that
   was not refused, also one under way; for a load, by the settings of the save. The bytes counted for a server
   are taken back when an init or load fails, and when a key is deleted or replaced, or ends with its store.
@@ -86,9 +89,9 @@ WHAT IS HARD
   threads do to the store, flushes what they have sent, and comes to the second, which the lowest rank leads.
   If the leader leaves, the others get an error; a rank that comes while another leads waits for the next
   call.
-- *Loads.* A load makes new generations beside the old ones. They replace those when the leader concludes, and
-  then inits and settings of all ranks are counted anew: the next init of such a key checks only shape and
-  dtype.
+- *Loads.* A load makes new keys beside the old ones. They replace those when the leader concludes. Each rank
+  is told which keys it had and must delete on the servers. Inits and settings of all ranks are counted anew:
+  the next init of such a key checks only shape and dtype.
 - *Commits and losses.* Servers hear of a loss at different times, so what a lost worker has asked for stands
   (see `server/`). A report for a store that has ended is passed over.
 - *Latecomers.* A process that registers late is told what it has missed: who has left, who was dropped, or
@@ -99,7 +102,9 @@ WHAT IS HARD
 REJECTED
 - Heartbeats: a process that is only busy could miss them. The kernel watches these connections
   (`notice_silence`), and only these.
-- Keeping all settings and all names: a job that makes settings again and again took ever more memory.
+- Keeping all settings: a job that makes settings again and again took ever more memory.
+- A delete by one rank for all: keys needed generations, which every worker had to be told of, and servers and
+  workers had to remember what was deleted for those that did not know it yet.
 - Changes of options as settings: the four round trips of one took as long as a step over 50 keys.
 - Letting a rank wait for a setting that the setting rank would be refused too (an updater for whole values
   where a key is sliced): it is never made, so each rank is refused at once.

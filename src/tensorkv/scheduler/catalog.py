@@ -3,12 +3,12 @@
 RULES
 1. The setting rank is the lowest rank that has not left. Only it creates keys and makes settings: the
    scheduler tells it to (`lead`), it does so on the servers, and concludes.
-2. The scheduler matches a rank's k-th init of a key with generation k of that key, and its k-th setting
-   with the k-th of the setting rank. The rank waits until there is one, and must agree with it.
+2. An init of a key that exists must agree with it. A rank that has deleted the key waits until all have. A
+   rank's k-th setting is matched with the k-th of the setting rank; it waits until there is one, and must
+   agree with it.
 3. A refused proposal changes nothing. A setting that the servers refused counts: other ranks that make
    it get the same refusal.
-4. The catalog remembers the names and generations of the last `MAX_DELETED_NAMES` deleted keys. It
-   evicts older ones, and then treats them as new.
+4. A key exists until every member has deleted it. Nothing is remembered of it then.
 
 Answers are (rank, message) pairs in `out`. Nothing here blocks: calls that cannot be answered yet are
 queued and retried after every change.
@@ -32,6 +32,7 @@ from tensorkv.errors import (
     WaitTimeout,
     already_initialized,
     closed_meanwhile,
+    deleted_here,
     not_elementwise,
     not_initialized,
     to_wire,
@@ -43,10 +44,6 @@ from tensorkv.scheduler.collectives import Gathering
 from tensorkv.scheduler.settings import SettingLog
 from tensorkv.wire import messages as m
 from tensorkv.wire.messages import KeyEntry, KeySpec, SettingRecord, SliceEntry
-
-MAX_REMEMBERED_GENERATIONS = 64
-MAX_DELETED_NAMES = 4096
-"""Maximum names remembered without a key; workers and servers remember as many deleted keys."""
 
 MAX_JOB_BYTES = 1 << 44
 """Maximum size of all values of a job. More is a mistake, and its slices alone would fill the memory."""
@@ -69,22 +66,24 @@ class Placement:
 
 
 @final
-@dataclass(slots=True)
-class _KeyHistory:
-    """All generations of one name. `specs` holds the init arguments of the latest ones."""
+@dataclass(slots=True, eq=False)
+class _StoredKey:
+    """A key that exists: what its init said, and the ranks that have initialised or deleted it.
 
-    generation: int = 0
-    alive: KeyEntry | None = None
-    creating: bool = False
-    specs: dict[int, tuple[KeySpec, KeyEntry]] = field(default_factory=dict)
-    inits: dict[int, int] = field(default_factory=dict)  # by rank
-    loaded: int = 0  # the generation that a load made; its init checks shape and dtype only
+    If a load has made it, an init checks only its shape and dtype.
+    """
+
+    spec: KeySpec
+    entry: KeyEntry
+    loaded: bool = False
+    inited: set[int] = field(default_factory=set)
+    deleted: set[int] = field(default_factory=set)
 
 
 @final
 @dataclass(slots=True)
 class _WaitingInit:
-    """A waiting init; `missing` is the first key that the setting rank has yet to create."""
+    """A waiting init; `missing` is its first key that cannot be created yet."""
 
     rank: int
     message: m.ProposeInit
@@ -102,17 +101,16 @@ class Catalog:
         self.left: set[int] = set()
         self.out: list[tuple[int, m.Message]] = []
         self._placement = placement
-        self._keys: dict[Key, _KeyHistory] = {}
-        self._num_alive = 0
-        self._deleted: dict[Key, None] = {}  # names in `_keys` without a key now, oldest first
-        self._creating: dict[int, tuple[int, _KeyHistory, KeySpec, KeyEntry]] = {}  # by key id; first is rank
+        self._keys: dict[Key, _StoredKey] = {}
+        self._partly_deleted: set[Key] = set()  # those that some rank has deleted
+        self._creating: dict[int, tuple[int, KeySpec, KeyEntry]] = {}  # by key id; first is the rank
+        self._loading: list[tuple[KeySpec, KeyEntry]] = []
+        self._under_way: set[Key] = set()  # names that are being created or loaded
         self._settings = SettingLog()
         self._gathering = Gathering()
-        self._loading: list[tuple[_KeyHistory, KeySpec, KeyEntry]] = []
         self._waiting_inits: list[_WaitingInit] = []
         self._waiting_settings: list[tuple[int, m.ProposeSetting]] = []
         self._barrier: dict[int, int] = {}  # rank -> request
-        self._deleting: dict[tuple[int, int], list[KeyEntry]] = {}  # by rank and request
         self._hints = Hints()
 
     @property
@@ -128,7 +126,7 @@ class Catalog:
     # ---- init ------------------------------------------------------------------------------------
 
     def propose_init(self, rank: int, message: m.ProposeInit) -> None:
-        """Handle a rank's init: lead, agree, refuse, or wait for the setting rank.
+        """Handle a rank's init: lead, agree, refuse, or wait for the setting rank or for deletes.
 
         Raises:
             ProtocolError: the list has a key twice or an impossible shape, or the rank waits too often.
@@ -142,11 +140,10 @@ class Catalog:
         rank, message = waiting.rank, waiting.message
         if waiting.missing is not None and self._still_missing(rank, waiting.missing):
             return False
-        histories = [self._history(spec.key) for spec in message.keys]
         lead: list[bool] = []
         try:
-            for spec, history in zip(message.keys, histories, strict=True):
-                leads = self._leads(rank, spec, history)
+            for spec in message.keys:
+                leads = self._leads(rank, spec)
                 if leads is None:
                     waiting.missing = spec
                     return False
@@ -161,13 +158,13 @@ class Catalog:
             return True
         placed = iter(self._place(new, self._settings.is_elementwise))
         entries: list[KeyEntry] = []
-        for spec, history, leads in zip(message.keys, histories, lead, strict=True):
-            number = history.inits.get(rank, 0) + 1
+        for spec, leads in zip(message.keys, lead, strict=True):
             if leads:
-                entry = self._create(rank, spec, history, next(placed))
+                entry = self._begin(spec, next(placed))
+                self._creating[entry.key_id] = (rank, spec, entry)
             else:
-                entry = history.specs[number][1] if number in history.specs else _unknown(spec, number)
-            history.inits[rank] = number
+                entry = self._keys[spec.key].entry
+                self._keys[spec.key].inited.add(rank)
             entries.append(entry)
         self.out.append((rank, m.InitReply(message.request, entries, lead)))
         return True
@@ -175,7 +172,7 @@ class Catalog:
     def _still_missing(self, rank: int, spec: KeySpec) -> bool:
         """Whether a rank still waits for this key; if so, the rest of its list need not be checked."""
         try:
-            return self._leads(rank, spec, self._history(spec.key)) is None
+            return self._leads(rank, spec) is None
         except TensorKVError:
             return False
 
@@ -183,19 +180,17 @@ class Catalog:
         if sum(waiter == rank for waiter in waiters) >= MAX_WAITS:
             raise ProtocolError(f"rank {rank} waits for {MAX_WAITS} answers already")
 
-    def _leads(self, rank: int, spec: KeySpec, history: _KeyHistory) -> bool | None:
+    def _leads(self, rank: int, spec: KeySpec) -> bool | None:
         """Return True if this rank creates the key, False if it agrees, None if it must wait."""
-        number = history.inits.get(rank, 0) + 1
-        if number <= history.generation:
-            if number in history.specs:
-                loaded = number == history.loaded
-                _check_agrees(rank, spec, history.specs[number][0], ("shape", "dtype") if loaded else _AGREED)
-            return False
-        if number == history.generation + 1 and history.alive is not None:
-            raise already_initialized(spec.key, history.alive.shape)
-        if history.creating or rank != self.setting_rank:
+        there = self._keys.get(spec.key)
+        if there is None:
+            return None if spec.key in self._under_way or rank != self.setting_rank else True
+        if rank in there.deleted:  # others have not
             return None
-        return True
+        if rank in there.inited:
+            raise already_initialized(spec.key, there.entry.shape)
+        _check_agrees(rank, spec, there.spec, ("shape", "dtype") if there.loaded else _AGREED)
+        return False
 
     def _too_much(self, specs: Sequence[KeySpec]) -> InvalidValue | None:
         size_bytes = sum(_num_elems(spec.shape) * spec.itemsize_bytes for spec in specs)
@@ -229,51 +224,19 @@ class Catalog:
             )
         return entries
 
-    def _create(self, rank: int, spec: KeySpec, history: _KeyHistory, slices: list[SliceEntry]) -> KeyEntry:
-        entry = self._new_entry(spec, history, slices)
-        self._begin(spec.key, history)
-        self._creating[entry.key_id] = (rank, history, spec, entry)
-        return entry
-
-    def _history(self, key: Key) -> _KeyHistory:
-        """Return the history of a name, or a new one, which is not stored."""
-        return self._keys.get(key) or _KeyHistory()
-
-    def _begin(self, key: Key, history: _KeyHistory) -> None:
-        """Note that a key of this name is being created."""
-        history.creating = True
-        self._keys[key] = history
-        self._deleted.pop(key, None)
-
-    def _end(self, key: Key, history: _KeyHistory) -> None:
-        """Note that creating a key of this name has ended, or that it was deleted; evict old records."""
-        history.creating = False
-        if history.alive is not None:
-            return
-        if history.generation == 0:
-            del self._keys[key]
-            return
-        made_by_all = min((history.inits.get(rank, 0) for rank in self.members), default=0)
-        history.specs = {number: each for number, each in history.specs.items() if number > made_by_all}
-        self._deleted[key] = None
-        while len(self._deleted) > MAX_DELETED_NAMES:
-            oldest = next(iter(self._deleted))
-            del self._deleted[oldest], self._keys[oldest]
-
-    def _new_entry(self, spec: KeySpec, history: _KeyHistory, slices: list[SliceEntry]) -> KeyEntry:
-        entry = KeyEntry(
-            key=spec.key,
-            key_id=self._placement.next_key_id,
-            generation=history.generation + 1,
-            shape=spec.shape,
-            dtype=spec.dtype,
-            epoch=m.EPOCH,
-            slices=slices,
-            whole=spec.whole,
-        )
+    def _begin(self, spec: KeySpec, slices: list[SliceEntry]) -> KeyEntry:
+        """Note that a key is being created or loaded; return its entry."""
+        key_id = self._placement.next_key_id
+        entry = KeyEntry(spec.key, key_id, spec.shape, spec.dtype, m.EPOCH, slices, spec.whole)
         self._placement.next_key_id += 1
         self._add_load(entry, spec.itemsize_bytes)
+        self._under_way.add(spec.key)
         return entry
+
+    def _withdraw(self, spec: KeySpec, entry: KeyEntry) -> None:
+        """Note that creating or loading a key has failed."""
+        self._under_way.discard(entry.key)
+        self._add_load(entry, -spec.itemsize_bytes)
 
     def _add_load(self, entry: KeyEntry, bytes_per_elem: int) -> None:
         for each in entry.slices:
@@ -285,76 +248,72 @@ class Catalog:
             created = self._creating.get(key_id)
             if created is None:
                 continue
-            leader, history, spec, entry = created
+            leader, spec, entry = created
             if leader != rank:
                 raise ProtocolError(f"rank {rank} concludes an init that rank {leader} makes")
             del self._creating[key_id]
             if message.error is None:
-                self._num_alive += history.alive is None
-                history.generation = entry.generation
-                history.alive = entry
-                history.specs[entry.generation] = (spec, entry)
-                history.specs.pop(entry.generation - MAX_REMEMBERED_GENERATIONS, None)
+                self._under_way.discard(entry.key)
+                self._keys[entry.key] = _StoredKey(spec, entry, inited={rank})
             else:
-                history.inits[rank] -= 1
-                self._add_load(entry, -spec.itemsize_bytes)
-            self._end(entry.key, history)
+                self._withdraw(spec, entry)
         self.out.append((rank, m.Done(message.request)))
         self._retry()
 
     # ---- keys ------------------------------------------------------------------------------------
 
     def lookup(self, rank: int, message: m.Lookup) -> None:
-        """Answer with the entries of keys; of all keys, in the order of init, for None."""
+        """Answer with the entries of keys; of all that the rank has not deleted, in their order, for None."""
         if message.keys is None:
-            alive = [history.alive for history in self._keys.values() if history.alive is not None]
-            self.out.append((rank, m.Entries(message.request, sorted(alive, key=lambda e: e.key_id))))
+            found = [each.entry for each in self._keys.values() if rank not in each.deleted]
+            self.out.append((rank, m.Entries(message.request, sorted(found, key=lambda e: e.key_id))))
             return
         entries: list[KeyEntry] = []
         for key in message.keys:
-            history = self._keys.get(key)
-            if history is None or history.alive is None:
-                names = (name for name, each in self._keys.items() if each.alive is not None)
-                self._refuse(rank, message.request, not_initialized(key, self._hints.near(key, names)))
+            if not self._has(rank, key):
+                self._refuse(rank, message.request, self._not_initialized(rank, key))
                 return
-            entries.append(history.alive)
+            entries.append(self._keys[key].entry)
         self.out.append((rank, m.Entries(message.request, entries)))
 
+    def _has(self, rank: int, key: Key) -> bool:
+        """Whether a key exists, and this rank has not deleted it."""
+        return key in self._keys and rank not in self._keys[key].deleted
+
+    def _not_initialized(self, rank: int, key: Key) -> TensorKVError:
+        if key in self._keys:
+            return deleted_here(key, sorted(self.members - self._keys[key].deleted))
+        return not_initialized(key, self._hints.near(key, self._keys))
+
     def count_keys(self, rank: int, message: m.CountKeys) -> None:
-        """Answer with the number of initialised keys, among the named ones or in all."""
+        """Answer with the number of keys that a rank has not deleted, among the named ones or in all."""
         if message.keys is None:
-            number = self._num_alive
+            number = len(self._keys) - sum(not self._has(rank, key) for key in self._partly_deleted)
         else:
-            histories = map(self._keys.get, message.keys)
-            number = sum(each is not None and each.alive is not None for each in histories)
+            number = sum(self._has(rank, key) for key in message.keys)
         self.out.append((rank, m.NumKeys(message.request, number)))
 
     def delete(self, rank: int, message: m.DeleteKeys) -> None:
-        """Delete the named generations; skip those that are gone."""
-        removed: list[KeyEntry] = []
+        """Note which keys a rank has deleted; skip those that a load has replaced meanwhile."""
         for key, key_id in message.keys:
-            history = self._keys.get(key)
-            if history is None or history.alive is None or history.alive.key_id != key_id:
-                continue
-            removed.append(history.alive)
-            spec = history.specs[history.generation][0]
-            self._add_load(history.alive, -spec.itemsize_bytes)
-            history.alive = None
-            self._num_alive -= 1
-            if history.generation == history.loaded:  # perhaps no rank has initialised it
-                history.inits = {r: max(n, history.loaded) for r, n in history.inits.items()}
-            self._end(key, history)
-        if removed:
-            self._deleting[rank, message.request] = removed
-        self.out.append((rank, m.Deleted(message.request, removed)))
-        if removed:
-            gone = m.KeysGone(self.store, [entry.key_id for entry in removed])
-            self.out += [(other, gone) for other in sorted(self.members - {rank})]
+            there = self._keys.get(key)
+            if there is not None and there.entry.key_id == key_id:
+                there.deleted.add(rank)
+                self._partly_deleted.add(key)
+        self._drop_deleted(self._partly_deleted.intersection(key for key, _ in message.keys))
         self._retry()
 
-    def conclude_delete(self, rank: int, message: m.ConcludeDelete) -> None:
-        """Note that the rank has told all servers: if it dies now, they hold nothing of these keys."""
-        self._deleting.pop((rank, message.deletion), None)
+    def _drop_deleted(self, keys: Iterable[Key]) -> None:
+        """Drop those of these keys that every member has deleted."""
+        members = self.members
+        for key in [key for key in keys if members <= self._keys[key].deleted]:
+            self._drop(key)
+
+    def _drop(self, key: Key) -> _StoredKey:
+        there = self._keys.pop(key)
+        self._partly_deleted.discard(key)
+        self._add_load(there.entry, -there.spec.itemsize_bytes)
+        return there
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -399,13 +358,9 @@ class Catalog:
         if record.updater is None or record.updater.elementwise:
             return None
         for key in self._keys if record.keys is None else record.keys:
-            history = self._history(key)
-            if history.alive is None:
-                continue
-            if len(history.alive.slices) > 1:
-                return not_elementwise(
-                    record.updater.name, key, history.alive.shape, len(history.alive.slices)
-                )
+            there = self._keys.get(key)
+            if there is not None and len(there.entry.slices) > 1:
+                return not_elementwise(record.updater.name, key, there.entry.shape, len(there.entry.slices))
         return None
 
     def conclude_setting(self, rank: int, message: m.ConcludeSetting) -> None:
@@ -439,25 +394,21 @@ class Catalog:
             self._refuse(rank, message.request, exc)
             return
         names = {spec.key for spec in message.keys}
-        histories = [self._history(spec.key) for spec in message.keys]
         error = self._cannot_load(names, message.settings) or self._too_much(message.keys)
         if error is not None:
             self._refuse(rank, message.request, error)
             return
         placed = self._place(message.keys, lambda key: message.settings.spec_of(key).elementwise)
-        replaced = [history.alive for history in histories if history.alive is not None]
-        for spec, history, slices in zip(message.keys, histories, placed, strict=True):
-            self._begin(spec.key, history)
-            self._loading.append((history, spec, self._new_entry(spec, history, slices)))
-        entries = [entry for _, _, entry in self._loading]
-        self.out.append((rank, m.LoadReply(message.request, entries, replaced)))
+        self._loading = [
+            (spec, self._begin(spec, slices)) for spec, slices in zip(message.keys, placed, strict=True)
+        ]
+        self.out.append((rank, m.LoadReply(message.request, [entry for _, entry in self._loading])))
 
     def _cannot_load(self, names: set[Key], settings: SavedSettings) -> TensorKVError | None:
-        for key, history in self._keys.items():
-            if key in names and history.creating:
-                return already_initialized(key, ())
-            sliced = history.alive is not None and len(history.alive.slices) > 1
-            if sliced and key not in names and not settings.spec_of(key).elementwise:
+        for key in names & self._under_way:
+            return already_initialized(key, ())
+        for key, there in self._keys.items():
+            if len(there.entry.slices) > 1 and key not in names and not settings.spec_of(key).elementwise:
                 return NotElementwise(
                     f"the save's updater {settings.spec_of(key).name!r} needs whole values, but key {key!r}, "
                     "which is not in it, is kept in slices; delete it first"
@@ -470,38 +421,40 @@ class Catalog:
         Raises:
             ProtocolError: the settings are not valid for a load.
         """
+        reply = m.TogetherReply(message.request, False, None)
         if rank == self._gathering.leader:
             if message.settings is not None:
                 try:
                     check_settings(message.settings, "the load")
                 except LoadError as exc:
                     raise ProtocolError(str(exc)) from exc
-            self._end_load(message.settings if message.error is None else None)
-            self.out += self._gathering.conclude(message.error, message.settings)
-        self.out.append((rank, m.Done(message.request)))
+            replaced = self._end_load(message.settings if message.error is None else None)
+
+            def replaced_for(rank: int) -> list[KeyEntry]:
+                return [each.entry for each in replaced if rank not in each.deleted]
+
+            reply.settings, reply.replaced = message.settings, replaced_for(rank)
+            self.out += self._gathering.conclude(message.error, message.settings, replaced_for)
+        self.out.append((rank, reply))
         self._retry()
 
-    def _end_load(self, settings: SavedSettings | None) -> None:
-        """Adopt the keys and settings of a load; with None, withdraw them."""
+    def _end_load(self, settings: SavedSettings | None) -> list[_StoredKey]:
+        """Adopt the keys and settings of a load, and return the keys that it replaces; None withdraws it."""
         loading, self._loading = self._loading, []
-        for history, spec, entry in loading:
+        replaced: list[_StoredKey] = []
+        for spec, entry in loading:
             if settings is None:
-                self._add_load(entry, -spec.itemsize_bytes)
-                self._end(entry.key, history)
+                self._withdraw(spec, entry)
                 continue
-            if history.alive is not None:
-                self._add_load(history.alive, -history.specs[history.generation][0].itemsize_bytes)
-            self._num_alive += history.alive is None
-            history.generation = history.loaded = entry.generation
-            history.alive = entry
-            history.specs[entry.generation] = (spec, entry)
-            history.specs.pop(entry.generation - MAX_REMEMBERED_GENERATIONS, None)
-            history.inits = dict.fromkeys(range(self.num_workers), entry.generation - 1)
-            self._end(entry.key, history)
+            self._under_way.discard(entry.key)
+            if entry.key in self._keys:
+                replaced.append(self._drop(entry.key))
+            self._keys[entry.key] = _StoredKey(spec, entry, loaded=True)
         if settings is not None:  # restart the count of settings for all ranks
             updaters = settings.updaters
             records = [SettingRecord(each.keys, updater=updaters[each.updater]) for each in settings.entries]
             self._settings.replace(records, self.num_workers)
+        return replaced
 
     # ---- barriers and leaving --------------------------------------------------------------------
 
@@ -528,15 +481,12 @@ class Catalog:
         if waiting is not None and self.waiting(rank, request) is None:
             self._refuse(rank, request, WaitTimeout(f"{waiting.where} was given up"))
 
-    def unfinished(self, rank: int) -> list[tuple[Key, list[int]]]:
-        """Return the keys that a rank is creating or deleting on the servers, each with its slices."""
-        entries = [entry for leader, _, _, entry in self._creating.values() if leader == rank]
+    def unfinished(self, rank: int) -> list[int]:
+        """Return the slices of the keys that a rank is creating on the servers."""
+        entries = [entry for leader, _, entry in self._creating.values() if leader == rank]
         if rank == self._gathering.leader:
-            entries += [entry for _, _, entry in self._loading]
-        for (deleter, _), removed in self._deleting.items():
-            if deleter == rank:
-                entries += removed
-        return [(entry.key, [each.slice_id for each in entry.slices]) for entry in entries]
+            entries += [entry for _, entry in self._loading]
+        return [each.slice_id for entry in entries for each in entry.slices]
 
     def close_for(self, rank: int, message: m.LeaveStore) -> None:
         """Handle a clean leave. Refuse calls of this rank's other threads that still wait here."""
@@ -549,27 +499,24 @@ class Catalog:
     def leave(self, rank: int) -> None:
         """Remove a rank. Withdraw the keys it was creating and the settings it was making."""
         self.left.add(rank)
-        self._deleting = {name: gone for name, gone in self._deleting.items() if name[0] != rank}
         self._barrier.pop(rank, None)
         if rank == self._gathering.leader:
             self._end_load(None)
         self.out += self._gathering.leave(rank)
         self._waiting_inits = [each for each in self._waiting_inits if each.rank != rank]
         self._waiting_settings = [each for each in self._waiting_settings if each[0] != rank]
-        for key_id, (leader, history, spec, entry) in list(self._creating.items()):
+        for key_id, (leader, spec, entry) in list(self._creating.items()):
             if leader == rank:
-                self._add_load(entry, -spec.itemsize_bytes)
                 del self._creating[key_id]
-                self._end(entry.key, history)
+                self._withdraw(spec, entry)
+        self._drop_deleted(self._partly_deleted)
         self._settings.leave(rank, self.members)
         self._retry()
 
     def close(self) -> None:
         """Release the load of this store's keys in the shared placement. All ranks have left."""
-        for history in self._keys.values():
-            if history.alive is not None:
-                self._add_load(history.alive, -history.specs[history.generation][0].itemsize_bytes)
-                history.alive = None
+        for key in list(self._keys):
+            self._drop(key)
 
     def waiting(self, rank: int, request: int) -> m.Waiting | None:
         """Return which ranks a request of this rank waits for, None if it does not wait here."""
@@ -580,12 +527,20 @@ class Catalog:
             return gathering
         for init in self._waiting_inits:
             if (init.rank, init.message.request) == (rank, request):
-                return m.Waiting(request, [self.setting_rank], f"init of {init.message.keys[0].key!r}")
+                return self._waiting_init(init)
         for waiter, setting in self._waiting_settings:
             if (waiter, setting.request) == (rank, request):
                 number = self._settings.num_made(rank) + 1
                 return m.Waiting(request, [self.setting_rank], f"setting number {number}")
         return None
+
+    def _waiting_init(self, init: _WaitingInit) -> m.Waiting:
+        missing = init.missing or init.message.keys[0]
+        there = self._keys.get(missing.key)
+        if there is None:
+            return m.Waiting(init.message.request, [self.setting_rank], f"init of {missing.key!r}")
+        where = f"init of {missing.key!r}, which they have not deleted yet"
+        return m.Waiting(init.message.request, sorted(self.members - there.deleted), where)
 
     def _waits(self) -> list[tuple[int, int]]:
         """Return rank and request of every waiting call."""
@@ -680,11 +635,6 @@ def _check_agrees(rank: int, spec: KeySpec, first: KeySpec, agreed: Sequence[str
                 f"init of key {spec.key!r}: rank {rank} has {what} {mine}, but it was initialised with "
                 f"{theirs}; all ranks must agree"
             )
-
-
-def _unknown(spec: KeySpec, generation: int) -> KeyEntry:
-    """Return an entry for an evicted generation: it is deleted, and has no slices."""
-    return KeyEntry(spec.key, 0, generation, spec.shape, spec.dtype, m.EPOCH, [])
 
 
 def _can_be(spec: KeySpec) -> bool:

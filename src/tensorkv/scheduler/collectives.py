@@ -14,6 +14,7 @@ RULES
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import final
 
 from tensorkv.checkpoint.records import SavedSettings
@@ -57,13 +58,20 @@ class Gathering:
         self.leader = min(self._asked)
         return [(self.leader, m.TogetherReply(self._asked[self.leader].request, True, None))]
 
-    def conclude(self, error: tuple[str, str] | None, settings: SavedSettings | None) -> Answers:
-        """Tell the others that the leader is done."""
+    def conclude(
+        self,
+        error: tuple[str, str] | None,
+        settings: SavedSettings | None,
+        replaced_for: Callable[[int], list[m.KeyEntry]],
+    ) -> Answers:
+        """Tell the others that the leader is done, and the keys that a load has replaced, by rank."""
         answers: Answers = []
         for rank, each in sorted(self._asked.items()):
             if rank != self.leader:
                 failed = None if error is None else m.Failed(each.request, *error)
-                answers.append((rank, failed or m.TogetherReply(each.request, False, settings)))
+                answers.append(
+                    (rank, failed or m.TogetherReply(each.request, False, settings, replaced_for(rank)))
+                )
         self._end()
         return answers
 

@@ -8,7 +8,7 @@ RULES
    another worker is left. Any other loss ends the job: the first such loss is the cause that all
    processes are told, and later ones are ignored.
 4. A worker that has said Goodbye, or is dropped, has left every store. A dropped one may have been
-   creating or deleting keys on the servers; the servers are told which slices to delete.
+   creating keys on the servers; the servers are told which slices to drop.
 5. A store lives from the first JoinStore of its name until every worker has left it.
 
 Outgoing messages are (role, rank, message) tuples in `out`. Nothing here blocks or uses a socket.
@@ -154,8 +154,6 @@ class Membership:
                 directory.count_keys(rank, message)
             case m.DeleteKeys():
                 directory.delete(rank, message)
-            case m.ConcludeDelete():
-                directory.conclude_delete(rank, message)
             case m.Barrier():
                 directory.barrier(rank, message)
             case m.Together():
@@ -271,9 +269,9 @@ class Membership:
         """Remove a worker from every store, and tell all processes."""
         self._dropped[lost.rank] = lost
         unfinished = [
-            (number, keys)
+            (number, slice_ids)
             for number, directory in self._stores.items()
-            if (keys := directory.unfinished(lost.rank))
+            if (slice_ids := directory.unfinished(lost.rank))
         ]
         self._to_servers(m.WorkerLost(lost.rank, lost.hostname, lost.cause, unfinished))
         for role, rank in self._processes:

@@ -9,8 +9,8 @@ of a server; a `StoreShard` has the slices of one store:
   (`applied`) and updates, and its `inbox` has what each worker has contributed to the open round.
 - A `Contribution` is one push: its buffer, its counts or weight, and `live`, the number of slices that need
   it.
-- The `Policy` of the store knows its members, the workers that have not left, and says when a round is
-  merged.
+- A cohort knows its members, the workers that have neither left nor deleted its slices. The `Policy` of the
+  store says when a round is merged.
 - `plans` has each worker's numbered lists of slices, cut into chunks. A chunk has a `Layout`: where its
   slices lie in a frame and in memory. Workers that push the same slices in the same order share the layout
   object.
@@ -28,8 +28,7 @@ serves nobody meanwhile.
 
 RULES
 1. A worker's n-th push of a slice belongs to round n of that slice. In sync the round merges when every
-   worker that has not left has pushed it, and at least one worker has. In async each push is a round of its
-   own.
+   member has pushed it, and at least one worker has. In async each push is a round of its own.
 2. A worker has at most one push of a slice that is not applied; the server refuses another.
 3. A merged round is applied at once, unless it is held: then it waits for a commit.
 4. Each merged round is applied once and in order, also if it is empty, skipped or failed. So a failure leaves
@@ -59,9 +58,8 @@ loop sends them as far as that goes without waiting, and sending threads do the 
 
 WHAT IS HARD
 - *Messages between the two halves of a frame.* Another worker may delete a key after `_place` and before
-  `_take`. The length of a payload depends only on the lengths that the plan named, so it stays right, and a
-  deleted slice leaves a gap. `ServerState._asked` keeps the chunk between the two calls; a delete or a loss
-  clears it, because the chunk has to be laid out anew.
+  `_take`. That changes nothing here: the slice stays until the worker of the frame has deleted it, too.
+  `ServerState._asked` keeps the chunk between the two calls.
 - *Splits and joins.* A push of part of a cohort splits it in the middle of a round; waiting calls then wait
   at both halves. Joins are for speed, and happen at rest only. `cohorts` has the rules, and what keeps a
   store from splitting and joining in each step.
@@ -90,13 +88,17 @@ WHAT IS HARD
 - *Leaving and losses.* Both end in `leave`. It withdraws what the worker has pushed with apply=False and not
   asked to commit, then counts the worker as left, then merges the rounds that waited only for it. Of a lost
   worker the loop first takes in what has come whole, for a second at most; the slices of keys that it was
-  about to create or delete are dropped.
+  about to create are dropped.
 - *Failures.* An updater may fail for one slice: that slice keeps value and state, its contributors get a
   `Fault`, and the others are updated. If a sum cannot be taken, all slices that were merged together fail.
   If there is no memory for a payload, the loop receives it into scrap; the push counts, and its round fails
   for all who contribute.
-- *Deletes.* A plan that names deleted slices is laid out anew when it is next used, so many deletes cost it
-  once. The last 4096 deleted ids keep the text that tells who deleted them.
+- *Deletes.* Deleting is leaving, slice by slice: a worker first drops its plans that name a slice, then says
+  that it has deleted it, and can define no such plan any more. So no push, pull or put ever names a slice
+  that its worker has deleted, and none of them has to look. The cohort is split off and goes on without that
+  member; the rules are those of a worker that leaves. Pulls that the worker still waits for are answered.
+  When the last member is gone, nothing is open and nobody waits, except in a round that is held for a commit:
+  that is finished as it is. Then the slice is dropped, and no plan names it.
 - *Save and load.* A slice is saved with its optimizer's state only if the newest setting has the same
   updater. A load creates new slices beside the old ones and keeps their state in `Slice.restored`;
   `finish_restore` installs the settings, drops those that wait, and hands the state to the updaters. That all

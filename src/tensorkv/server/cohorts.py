@@ -9,17 +9,18 @@ What a cohort says is true of each of its slices. So a push that names part of a
 the slices that the push names and the rest; both go on with the same open round. Pulls and puts only look at
 cohorts, and split none. The slices that nobody has pushed are in one cohort, however many they are.
 
-Joining is the reverse. It is there for speed alone. Cohorts may join when they are at rest, that is when no
-round of theirs is open or held and no call waits. Then they differ only in the numbers of their rounds and
-updates, and each slice keeps the difference (`Slice.round_offset`, `Slice.version_offset`). Where the policy
-counts pushes by peer, cohorts stay apart in which later pushes would count differently. A layout joins the
-cohorts that it covers when a push has found them at rest for the `patience`-th time, at first the second.
-When what a layout has joined is split, its patience doubles. So if a store's keys are pushed in one list now
-and in others then, its cohorts soon stay as small as the smallest list needs them. Otherwise each step would
-split and join a thousand of them.
+Joining is the reverse. It is there for speed alone. Cohorts with the same members may join when they are at
+rest, that is when no round of theirs is open or held and no call waits. Then they differ only in the numbers
+of their rounds and updates, and each slice keeps the difference (`Slice.round_offset`,
+`Slice.version_offset`). Where the policy counts pushes by peer, cohorts stay apart in which later pushes
+would count differently. A layout joins the cohorts that it covers when a push has found them at rest for the
+`patience`-th time, at first the second. When what a layout has joined is split, its patience doubles. So if a
+store's keys are pushed in one list now and in others then, its cohorts soon stay as small as the smallest
+list needs them. Otherwise each step would split and join a thousand of them.
 
 RULES
-1. The slices of a cohort have the same contributors in the open round, and the same numbers in `progress`.
+1. The slices of a cohort have the same members, the same contributors in the open round, and the same
+   numbers in `progress`.
 2. `applied` counts rounds, also empty and failed ones; `updates` counts successful updates of the cohort.
    What differs by slice (a failed update, a put, a later start) is in the slice's offsets, and so is what
    differs in `num_late`.
@@ -73,11 +74,13 @@ class MergeWait:
 class Cohort:
     """Slices with one history.
 
-    `inbox` has the contributions of the open round, or of the held one, by peer. `progress` and `due_s` are
-    the policy's: a number for each peer, and the time at which the open round merges, None if there is none.
-    `num_late` counts pushes that came after their round had merged, `carried` has the peers of those that
-    count in the open round. `waits` has the calls that wait, each with the number that the policy must reach
-    first; `merge_waits` those that wait for the open round to merge.
+    `members` are the peers that contribute: all that have neither left the store nor deleted these slices. As
+    long as nobody has deleted any, it is the set of the store itself. `inbox` has the contributions of the
+    open round, or of the held one, by peer. `progress` and `due_s` are the policy's: a number for each peer,
+    and the time at which the open round merges, None if there is none. `num_late` counts pushes that came
+    after their round had merged, `carried` has the peers of those that count in the open round. `waits` has
+    the calls that wait, each with the number that the policy must reach first; `merge_waits` those that wait
+    for the open round to merge.
     """
 
     __slots__ = (
@@ -87,6 +90,7 @@ class Cohort:
         "held",
         "inbox",
         "joined_by",
+        "members",
         "merge_waits",
         "num_late",
         "progress",
@@ -95,7 +99,8 @@ class Cohort:
         "waits",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, members: set[int]) -> None:
+        self.members = members
         self.slices: dict[Slice, None] = {}  # in the order in which they came
         self.applied = 0
         self.updates = 0
@@ -143,17 +148,18 @@ class Cohort:
         each.cohort = self
         self.slices[each] = None
 
-    def remove(self, each: Slice) -> None:
-        """Drop a deleted slice, and every reference cycle that would keep its memory until gc finds it."""
-        del self.slices[each]
+    def end(self) -> None:
+        """Drop all slices: no member needs them, nobody waits, and nothing is contributed.
+
+        This ends the reference cycles that would keep their memory until gc finds them.
+        """
+        self.slices = {}
         self.joined_by = None
-        if not self.slices:
-            self.inbox = {}
-            self.due_s = None
+        self.due_s = None
 
     def split(self, slices: Iterable[Slice]) -> Cohort:
         """Move slices to a cohort of their own, with the same history, and return it."""
-        part = Cohort()
+        part = Cohort(self.members)
         part.applied, part.updates, part.held = self.applied, self.updates, self.held
         part.inbox, part.progress = dict(self.inbox), dict(self.progress)
         part.due_s, part.num_late, part.carried = self.due_s, self.num_late, set(self.carried)
@@ -199,14 +205,13 @@ def cohorts_of(slices: Iterable[Slice]) -> list[Cohort]:
     return list(dict.fromkeys(each.cohort for each in slices))
 
 
-def split_for(layout: Layout, cohorts: Sequence[Cohort]) -> list[Cohort]:
-    """Split cohorts of which a layout names only a part; return those that have just its slices."""
-    named: dict[Cohort, list[Slice]] = {cohort: [] for cohort in cohorts}
-    for each in layout.slices:
-        named[each.cohort].append(each)
+def split_for(slices: Iterable[Slice]) -> list[Cohort]:
+    """Split cohorts of which only some slices are named; return those that have just these slices."""
+    named: dict[Cohort, list[Slice]] = {}
+    for each in slices:
+        named.setdefault(each.cohort, []).append(each)
     return [
-        cohort if len(slices) == len(cohort.slices) else cohort.split(slices)
-        for cohort, slices in named.items()
+        cohort if len(found) == len(cohort.slices) else cohort.split(found) for cohort, found in named.items()
     ]
 
 
@@ -215,10 +220,10 @@ def join_for(
 ) -> Cohort | None:
     """Join the cohorts that a layout covers, if they are at rest, and it has found them so often enough.
 
-    `alike` says whether two of them may join.
+    `alike` says whether the policy lets two of them join.
     """
     first = cohorts[0]
-    if not all(cohort.at_rest and alike(first, cohort) for cohort in cohorts):
+    if not all(each.at_rest and each.members == first.members and alike(first, each) for each in cohorts):
         return None
     layout.found_at_rest += 1
     if layout.found_at_rest < layout.patience:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -59,14 +60,22 @@ class CommitGather:
                     f"commit: rank {worker} asks for max_norm={mine[0]}, check_finite={mine[1]}, "
                     f"rank {first_worker} for max_norm={theirs[0]}, check_finite={theirs[1]}"
                 )
-            different = self.pushes[worker].keys() ^ self.pushes[first_worker].keys()
+        if all(pushes.keys() == self.pushes[first_worker].keys() for pushes in self.pushes.values()):
+            return None
+        for one, other in itertools.combinations(sorted(self.asked), 2):
+            different = self._lacking(one, other) + self._lacking(other, one)
             if different:
                 keys = sorted({repr(each.key) for each in different})
                 return CommitMismatch(
-                    f"commit: ranks {first_worker} and {worker} have not pushed the same keys with "
+                    f"commit: ranks {one} and {other} have not pushed the same keys with "
                     f"apply=False: only one of them has pushed {', '.join(keys)}"
                 )
         return None
+
+    def _lacking(self, worker: int, other: int) -> list[Slice]:
+        """Return what another worker commits and this one does not, though it needs it."""
+        missing = self.pushes[other].keys() - self.pushes[worker].keys()
+        return [each for each in missing if worker in each.cohort.members]
 
     @property
     def skip(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import final
 
@@ -109,12 +110,12 @@ class Layout:
     """How slices lie in a chunk: where each begins and ends, and which runs of memory they form.
 
     Workers that push the same slices in the same order share one layout object, so that their
-    contributions can be added as whole runs. A deleted slice leaves a gap.
+    contributions can be added as whole runs.
     """
 
-    def __init__(self, slices: list[Slice], lows: list[int]) -> None:
+    def __init__(self, slices: list[Slice]) -> None:
         self.slices = slices
-        self.lows = lows
+        self.lows = [0, *itertools.accumulate(each.num_elems for each in slices)][: len(slices)]
         self.position = {each: number for number, each in enumerate(slices)}
         self.runs = self._find_runs()
         self.patience = FIRST_PATIENCE
@@ -186,51 +187,38 @@ class Layout:
 class Chunk:
     """A chunk of a worker's plan: a layout, and how to read the worker's bytes for it.
 
-    `slice_ids` and `lengths` are as the worker named them; the layout holds the slices that still exist.
-    `dtype` is the pushed one; `absent` means that no bytes come. `counts` and `numbers` (positions in the
-    whole plan) have an entry for each slice of the layout; `alike` says that all counts are equal, `whole`
-    that no slice is deleted. A push carries `payload_bytes` bytes.
+    `dtype` is the pushed one; `absent` means that no bytes come. `counts` has an entry for each slice;
+    `alike` says that all are equal. `first` is the position of the first slice in the whole plan. A push
+    carries `payload_bytes` bytes.
     """
 
-    slice_ids: list[int]
-    lengths: list[int]
-    named_counts: list[int]
+    layout: Layout
+    counts: list[int]
     dtype: torch.dtype
     absent: bool
     first: int
-    layout: Layout
-    counts: list[int]
-    numbers: list[int]
-    alike: bool = True
-    whole: bool = True
+    alike: bool = field(init=False)
     payload_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.payload_bytes = 0 if self.absent else sum(self.lengths) * self.dtype.itemsize
-
-    def gone(self) -> list[int]:
-        """Return the ids of its deleted slices."""
-        if self.whole:
-            return []
-        there = set(self.numbers)
-        return [each for number, each in enumerate(self.slice_ids, self.first) if number not in there]
+        self.alike = len(set(self.counts)) <= 1
+        num_elems = sum(each.num_elems for each in self.layout.slices)
+        self.payload_bytes = 0 if self.absent else num_elems * self.dtype.itemsize
 
 
 @final
 class Contribution(msgspec.Struct, eq=False):  # created in a third of the time of a dataclass
     """One peer's push of a chunk, until each of its slices is applied or dropped.
 
-    In a mean a slice counts as the weight of `message`, or as in `counts` if that is None. `live` counts the
+    In a mean a slice counts as the weight of `message`, or as `chunk` says if that is None. `live` counts the
     remaining slices; at 0 the buffer returns to its pool, and a push that asked for the values pulls them:
-    `request` is the number of that pull, 0 for none. A chunk that is laid out anew has another `layout` and
-    other `counts`; those of a contribution stay.
+    `request` is the number of that pull, 0 for none.
     """
 
     peer: int
     message: Push
     chunk: Chunk
     layout: Layout
-    counts: list[int]
     buffer: Memory
     live: int
     request: int

@@ -1,12 +1,14 @@
 """Policies: when a round is merged, and what a pull may see. One per store.
 
-A policy is pure. The shard asks it at each push, at each call that may wait, when a worker leaves, and when
-time has passed. It changes nothing but what it counts in a cohort: `progress`, `num_late` and `due_s`.
+A policy is pure. The shard asks it at each push, at each call that may wait, when a worker leaves or deletes
+keys, and when time has passed. It changes nothing but what it counts in a cohort: `progress`, `num_late` and
+`due_s`.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from typing import final
 
@@ -16,7 +18,7 @@ from tensorkv.wire.messages import StorePolicy
 
 
 class Policy(ABC):
-    """The rules of one store. `members` are the peers that contribute and have not left."""
+    """The rules of one store. The peers whose pushes a round needs are the `members` of its cohort."""
 
     allows_commit = False
     """Whether a push may wait for a commit."""
@@ -38,9 +40,6 @@ class Policy(ABC):
 
     carries = False
     """Whether a late push counts in the open round. Its peer's pulls need not wait for that round."""
-
-    def __init__(self, members: set[int]) -> None:
-        self.members = members
 
     @abstractmethod
     def merges(self, cohort: Cohort) -> bool:
@@ -71,7 +70,7 @@ class Policy(ABC):
 
     def missing(self, cohort: Cohort, needed: int) -> list[int]:
         """Return the peers that a call waits for, by rank, if it waits for this `needed`."""
-        return sorted(self.members - cohort.inbox.keys())
+        return sorted(cohort.members - cohort.inbox.keys())
 
     def alike(self, one: Cohort, other: Cohort) -> bool:
         """Whether two cohorts at rest may join: whether later pushes count alike in both."""
@@ -87,9 +86,9 @@ class Sync(Policy):
     saves_alone = True
 
     def merges(self, cohort: Cohort) -> bool:
-        if len(cohort.inbox) < len(self.members):  # the usual answer
+        if len(cohort.inbox) < len(cohort.members):  # the usual answer
             return False
-        return bool(cohort.inbox) and self.members <= cohort.inbox.keys()
+        return bool(cohort.inbox) and cohort.members <= cohort.inbox.keys()
 
 
 @final
@@ -113,8 +112,7 @@ class BoundedStaleness(Policy):
     counts_pushes = True
     pulls_wait_for_others = True
 
-    def __init__(self, members: set[int], staleness: int) -> None:
-        super().__init__(members)
+    def __init__(self, staleness: int) -> None:
         self.staleness = staleness
 
     def merges(self, cohort: Cohort) -> bool:
@@ -128,10 +126,10 @@ class BoundedStaleness(Policy):
         return cohort.progress.get(peer, 0) - self.staleness
 
     def reached(self, cohort: Cohort) -> int:
-        return min((cohort.progress.get(peer, 0) for peer in self.members), default=0)
+        return min((cohort.progress.get(peer, 0) for peer in cohort.members), default=sys.maxsize)
 
     def missing(self, cohort: Cohort, needed: int) -> list[int]:
-        return sorted(peer for peer in self.members if cohort.progress.get(peer, 0) < needed)
+        return sorted(peer for peer in cohort.members if cohort.progress.get(peer, 0) < needed)
 
     def alike(self, one: Cohort, other: Cohort) -> bool:
         return one.progress == other.progress
@@ -152,8 +150,7 @@ class Quorum(Policy):
     counts_pushes = True
     has_deadlines = True
 
-    def __init__(self, members: set[int], quorum: int, grace_s: float, carries: bool) -> None:
-        super().__init__(members)
+    def __init__(self, quorum: int, grace_s: float, carries: bool) -> None:
         self.quorum = quorum
         self.grace_s = grace_s
         self.carries = carries
@@ -161,7 +158,7 @@ class Quorum(Policy):
     def merges(self, cohort: Cohort) -> bool:
         if self.grace_s == 0.0 and len(cohort.inbox) >= self.quorum:
             return True
-        return bool(cohort.inbox) and self.members <= cohort.inbox.keys()  # fewer than a quorum may be left
+        return bool(cohort.inbox) and cohort.members <= cohort.inbox.keys()  # fewer than a quorum may be left
 
     def count_push(self, cohort: Cohort, peer: int) -> bool:
         if cohort.progress.get(peer, 0) >= cohort.applied:
@@ -187,10 +184,10 @@ class Quorum(Policy):
         return self._behind(one) == self._behind(other)
 
     def _behind(self, cohort: Cohort) -> set[int]:
-        return {peer for peer in self.members if cohort.progress.get(peer, 0) < cohort.applied}
+        return {peer for peer in cohort.members if cohort.progress.get(peer, 0) < cohort.applied}
 
 
-def make_policy(spec: StorePolicy, members: set[int]) -> Policy:
+def make_policy(spec: StorePolicy) -> Policy:
     """Return the policy of a store.
 
     Raises:
@@ -199,12 +196,12 @@ def make_policy(spec: StorePolicy, members: set[int]) -> Policy:
     staleness, quorum = spec.staleness, spec.quorum
     if quorum is not None:
         if spec.name == "sync" and staleness is None and quorum >= 1 and 0 <= spec.grace_s < math.inf:
-            return Quorum(members, quorum, spec.grace_s, spec.late == "carry")
+            return Quorum(quorum, spec.grace_s, spec.late == "carry")
     elif staleness is not None:
         if spec.name == "async" and staleness >= 0:
-            return BoundedStaleness(members, staleness)
+            return BoundedStaleness(staleness)
     elif spec.name == "sync":
-        return Sync(members)
+        return Sync()
     else:
-        return Async(members)
+        return Async()
     raise ProtocolError(f"there is no policy with {spec}")

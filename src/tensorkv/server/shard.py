@@ -52,7 +52,6 @@ from tensorkv.updaters.settings import SettingsTable
 from tensorkv.wire import messages as m
 from tensorkv.wire.validate import sent_dtype
 
-MAX_TOMBSTONES = 4096
 MAX_REPORTED = 50
 """Maximum number of open rounds of a store that a report lists one by one."""
 MANY_DEADLINES = 64
@@ -98,17 +97,16 @@ class StoreShard:
         self.schedule = SettingSchedule(load_updater)
         self.out: list[Outgoing] = []
         self._members = set(range(num_workers))  # workers that have not left
-        self._policy = make_policy(opened.policy, self._members)
+        self._policy = make_policy(opened.policy)
         self._pool = pool
         self._no_memory = error_of
         self._max_payload_bytes = max_payload_bytes
         self._slots = SlotAllocator(allocate)
         self._slices: dict[int, Slice] = {}  # by id
         self._slices_of: dict[Key, dict[Slice, None]] = {}
-        self._tombstones: dict[int, str] = {}
         self.plans = PlanBook(self._slices.get, max_payload_bytes)
         self._updates = Updates(opened.mean, pool, error_of)
-        self._newborn = Cohort()  # of slices that were never pushed
+        self._newborn = Cohort(self._members)  # of slices that were never pushed
         self._cohorts_epoch = 0  # changes when the slices of a cohort do
         self._settings_epoch = 0
         self._option_log = OptionLog(self._members)
@@ -185,8 +183,8 @@ class StoreShard:
         slot.tensor[offset : offset + length].copy_(value)
         shape = shape if length == math.prod(shape) else (length,)
         setting = self.schedule.newest(key)
-        if not self._newborn.is_new:
-            self._newborn = Cohort()
+        if not self._newborn.is_new or self._newborn.members is not self._members:
+            self._newborn = Cohort(self._members)
         each = Slice(
             entry.slice_id, key, entry.start, entry.stop, shape, slot, offset, setting, self._newborn
         )
@@ -200,11 +198,11 @@ class StoreShard:
         """Return a slice.
 
         Raises:
-            KeyDeleted: it was deleted.
+            KeyDeleted: there is none, any more at least.
         """
         each = self._slices.get(slice_id)
         if each is None:
-            raise KeyDeleted(self._tombstones.get(slice_id, f"slice {slice_id} was deleted"))
+            raise KeyDeleted(f"slice {slice_id} was deleted")
         return each
 
     @property
@@ -213,53 +211,73 @@ class StoreShard:
         return self._slices.values()
 
     def delete_slices(self, worker: int, message: m.DeleteSlices) -> None:
-        """Drop slices, their open rounds, and the calls that wait for them."""
-        self.drop_keys(message.rank, message.keys)
+        """Handle that a worker has deleted slices: for them it has left."""
+        slices = [self._slices.get(slice_id) for slice_id in message.slice_ids]
+        found = [each for each in slices if each is not None and worker in each.cohort.members]
+        if len(set(found)) < len(message.slice_ids):
+            raise ProtocolError(f"worker {worker} deletes slices that do not exist, or that it has deleted")
+        if self.plans.names_any(found, worker):
+            raise ProtocolError(f"worker {worker} deletes slices that a plan of it names")
+        cohorts = self._split_off(found)
+        for cohort in cohorts:
+            cohort.members = cohort.members - {worker}
+        self._go_on_without(worker, cohorts)
         self._reply(worker, m.Done(message.request))
 
-    def drop_keys(self, rank: int, keys: Sequence[tuple[Key, list[int]]]) -> None:
-        """Drop slices of keys that `rank` has deleted; slices that are gone already are skipped."""
-        gone: dict[Slice, str] = {}  # error text for waiting calls
-        for key, slice_ids in keys:
-            text = f"key {key!r} was deleted by rank {rank}"
-            for slice_id in slice_ids:
-                each = self._slices.pop(slice_id, None)
-                if each is not None:
-                    gone[each] = self._tombstones[slice_id] = text
-        while len(self._tombstones) > MAX_TOMBSTONES:
-            del self._tombstones[next(iter(self._tombstones))]
-        if gone:
-            self._end_waits_for(gone)
-            for each in gone:
-                self._remove_slice(each)
-            self.plans.forget(gone)
+    def drop_slices(self, worker: int, message: m.DropSlices) -> None:
+        """Drop slices of an init or a load that has failed, as far as they have been created."""
+        self.drop(message.slice_ids)
+        self._reply(worker, m.Done(message.request))
 
-    def _remove_slice(self, each: Slice) -> None:
+    def drop(self, slice_ids: Iterable[int]) -> None:
+        """Drop those of these slices that exist. No other worker knows them, if all keep to the protocol."""
+        found = [self._slices[slice_id] for slice_id in slice_ids if slice_id in self._slices]
+        if self.plans.names_any(found):
+            return
+        cohorts = self._split_off(found)
+        for cohort in cohorts:
+            cohort.members = set()
+        self._drop_unneeded(cohorts)
+
+    def _split_off(self, slices: Iterable[Slice]) -> list[Cohort]:
+        """Return cohorts that have just these slices."""
+        self._cohorts_epoch += 1
+        return split_for(slices)
+
+    def _go_on_without(self, worker: int, cohorts: list[Cohort]) -> None:
+        """Go on as these cohorts do not need a worker any more, which has left or deleted them.
+
+        What it has pushed counts, except what it has not asked to commit. Rounds that waited only for it are
+        merged, and slices that no worker needs are dropped.
+        """
+        self._drop_uncommitted(worker, cohorts)
+        complete = [cohort for cohort in cohorts if not cohort.held and self._policy.merges(cohort)]
+        if complete:
+            self._merge(complete)
+        if self._policy.pulls_wait_for_others:
+            self._answer_waits(cohorts, [])
+        self._drop_unneeded(cohorts)
+
+    def _drop_unneeded(self, cohorts: Iterable[Cohort]) -> None:
+        """Drop the slices that no worker needs. A round of theirs may be left that was to be committed."""
+        unneeded = [cohort for cohort in cohorts if not cohort.members]
+        if not unneeded:
+            return
+        self._finish([cohort for cohort in unneeded if cohort.inbox])
+        for cohort in unneeded:
+            for each in cohort.slices:
+                self._forget_slice(each)
+            cohort.end()
+        self._cohorts_epoch += 1
+
+    def _forget_slice(self, each: Slice) -> None:
+        del self._slices[each.slice_id]
         others = self._slices_of[each.key]
         del others[each]
         if not others:
             del self._slices_of[each.key]
         each.setting.updater.forget(each.slice_id)
         self.schedule.forget(each.slice_id)
-        for pushed in each.cohort.inbox.values():
-            self._use_up(pushed, 1)
-        each.cohort.remove(each)
-        self._cohorts_epoch += 1
-
-    def _end_waits_for(self, gone: dict[Slice, str]) -> None:
-        """End the calls that wait for deleted slices; `gone` has the text of their error."""
-        ended: dict[tuple[int, int], str] = {}
-        waits: list[Wait | MergeWait] = [*self._waits, *self._merge_waits]
-        asked = [(wait.worker, wait.request, wait.layout) for wait in waits]
-        asked += [(pushed.peer, pushed.request, pushed.layout) for pushed in self._replies]
-        for worker, request, layout in asked:
-            text = next((gone[each] for each in layout.slices if each in gone), None)
-            if text is not None:
-                ended.setdefault((worker, request), text)
-        self._drop_replies(lambda pushed: (pushed.peer, pushed.request) in ended)
-        self._drop_waits(lambda wait: (wait.worker, wait.request) in ended)
-        for (worker, request), text in sorted(ended.items()):
-            self._reply(worker, m.Failed(request, *to_wire(KeyDeleted(text))))
 
     def _drop_replies(self, has_ended: Callable[[Contribution], bool]) -> None:
         for pushed in [each for each in self._replies if has_ended(each)]:
@@ -302,15 +320,7 @@ class StoreShard:
             if worker in cohort.inbox:
                 what = "awaits its commit" if cohort.held else "is not merged"
                 raise ProtocolError(f"worker {worker} pushed a slice whose last push {what}")
-        if not chunk.whole:
-            request = self._tell_gone(worker, request, chunk)
-            if not cohorts:
-                if refused is None:
-                    self._pool.give(payload)
-                return
-        pushed = Contribution(
-            worker, message, chunk, layout, chunk.counts, payload, len(layout.slices), request
-        )
+        pushed = Contribution(worker, message, chunk, layout, payload, len(layout.slices), request)
         if request:
             self._replies[pushed] = None
         if refused is not None:
@@ -386,34 +396,13 @@ class StoreShard:
     def _covered_by(self, layout: Layout, cohorts: list[Cohort]) -> list[Cohort]:
         """Return cohorts that have just the slices of a layout: its `cohorts`, split or joined."""
         if not layout.covers_cohorts:
-            cohorts = split_for(layout, cohorts)
+            cohorts = split_for(layout.slices)
         elif joined := join_for(layout, cohorts, self._policy.alike):
             cohorts = [joined]
         else:
             return cohorts
         self._cohorts_epoch += 1
         return cohorts
-
-    def _tell_gone(self, worker: int, request: int, chunk: Chunk) -> int:
-        """Tell a worker that it pushed deleted slices. Return the request that is still to be answered, or 0.
-
-        Without a request, its next call on the key raises it.
-        """
-        if request:
-            return 0 if self._refuse_gone(worker, request, [chunk]) else request
-        for slice_id in chunk.gone():
-            text = self._tombstones.get(slice_id, "the key was deleted")
-            self._reply(worker, m.Fault(self.opened.store, [slice_id], 0, *to_wire(KeyDeleted(text))))
-        return 0
-
-    def _refuse_gone(self, worker: int, request: int, chunks: Sequence[Chunk]) -> bool:
-        """Refuse a request for chunks that name deleted slices; return whether it is refused."""
-        for chunk in chunks:
-            if not chunk.whole:
-                text = self._tombstones.get(chunk.gone()[0], "the key was deleted")
-                self._reply(worker, m.Failed(request, *to_wire(KeyDeleted(text))))
-                return True
-        return False
 
     # ---- merge and apply -------------------------------------------------------------------------
 
@@ -565,8 +554,6 @@ class StoreShard:
         chunks = self.plans.chunks(worker, message.plan)
         if chunks is None:
             raise ProtocolError(f"there is no plan {message.plan}")
-        if self._refuse_gone(worker, message.request, chunks):
-            return
         for number, chunk in enumerate(chunks):
             self._pull_chunk(worker, message.request, number, chunk.layout)
 
@@ -579,8 +566,6 @@ class StoreShard:
         chunk = self.plans.chunk(worker, message.plan, message.chunk)
         if chunk.absent:
             raise ProtocolError(f"a put of chunk {message.chunk}, which has no values")
-        if self._refuse_gone(worker, message.request, [chunk]):
-            return
         waiting = (wait.put for wait in self._waits if wait.worker == worker)
         held_bytes = sum(len(put[1].bytes) for put in waiting if put is not None)
         if held_bytes + len(payload.bytes) > self._max_payload_bytes:
@@ -641,7 +626,7 @@ class StoreShard:
     def _make_put(self, wait: Wait) -> None:
         assert wait.put is not None
         (chunk, payload), layout = wait.put, wait.layout
-        pushed = payload.elements(chunk.dtype, 0, sum(chunk.lengths))
+        pushed = payload.elements(chunk.dtype, 0, sum(each.num_elems for each in layout.slices))
         try:
             for run in layout.runs:
                 run.slot.make_writable()
@@ -660,11 +645,9 @@ class StoreShard:
     def wait_merged(self, worker: int, message: m.WaitMerged) -> None:
         """Report the slices of a plan as soon as this worker's last push of them is merged."""
         chunks = self.plans.chunks(worker, message.plan) or []
-        if self._refuse_gone(worker, message.request, chunks):
-            return
         for chunk in chunks:
             self._check_waits(worker)
-            numbers = dict(zip(chunk.layout.slices, chunk.numbers, strict=True))
+            numbers = {each: number for number, each in enumerate(chunk.layout.slices, chunk.first)}
             wait = MergeWait(worker, message.request, chunk.layout, numbers)
             merged: list[Cohort] = []
             for cohort in chunk.layout.cohorts(self._cohorts_epoch):
@@ -892,8 +875,8 @@ class StoreShard:
 
     def _add_up_commit(self, gather: CommitGather) -> None:
         """Take the sums of what all workers have asked to commit, in the same order in every run."""
-        agreed = next(iter(gather.pushes.values()))
-        gather.slices = sorted(agreed, key=lambda each: each.slice_id)
+        pushed = {each for pushes in gather.pushes.values() for each in pushes}
+        gather.slices = sorted(pushed, key=lambda each: each.slice_id)
         for each in gather.slices:
             contributions = each.cohort.contributions()
             refused = [pushed for pushed in contributions if pushed in self._refused]
@@ -915,8 +898,8 @@ class StoreShard:
         if decision.error is not None:
             for worker, asked in sorted(gather.asked.items()):
                 self._reply(worker, m.Failed(asked.request, *decision.error))
-                if self.has_left(worker):
-                    self._drop_uncommitted(worker)
+                cohorts = cohorts_of(self._uncommitted(worker))
+                self._drop_uncommitted(worker, [each for each in cohorts if worker not in each.members])
             self._answer_flushes()
             return
         cohorts = cohorts_of(filter(self._exists, gather.slices))
@@ -956,13 +939,12 @@ class StoreShard:
 
     def info(self, worker: int, message: m.AskInfo) -> None:
         """Report rounds, versions, and the sizes of optimizer states."""
-        found = [self._slices.get(slice_id) for slice_id in message.slice_ids]
-        rounds = [each.applied if each else -1 for each in found]
-        versions = [each.version if each else -1 for each in found]
-        late = [each.num_late if each else 0 for each in found]
-        sizes = [state_bytes(each.setting.updater.state(each.slice_id)) if each else 0 for each in found]
-        first = next((each for each in found if each), None)
-        name = self.schedule.newest(first.key).updater.spec.name if first else ""
+        found = [self.find(slice_id) for slice_id in message.slice_ids]
+        rounds = [each.applied for each in found]
+        versions = [each.version for each in found]
+        late = [each.num_late for each in found]
+        sizes = [state_bytes(each.setting.updater.state(each.slice_id)) for each in found]
+        name = self.schedule.newest(found[0].key).updater.spec.name if found else ""
         self._reply(worker, m.Info(message.request, rounds, versions, late, sizes, name))
 
     def leave(self, worker: int) -> list[tuple[int, int]]:
@@ -974,34 +956,27 @@ class StoreShard:
         self._drop_waits(lambda wait: wait.worker == worker)
         self._flushes = [flush for flush in self._flushes if flush[0] != worker]
         plans = self.plans.drop_worker(worker)
-        self._drop_uncommitted(worker)
         self._members.discard(worker)
         self.end_save(worker)
         for change in self._option_log.leave(worker):
             self._change_options(change)
         self._tell_differing()
         cohorts = cohorts_of(self._slices.values())
-        complete = [cohort for cohort in cohorts if not cohort.held and self._policy.merges(cohort)]
-        if complete:
-            self._merge(complete)
-        if self._policy.pulls_wait_for_others:
-            self._answer_waits(cohorts, [])
+        for cohort in cohorts:
+            cohort.members.discard(worker)
+        self._go_on_without(worker, cohorts)
         self._check_commit()
         return plans
 
-    def _drop_uncommitted(self, worker: int) -> None:
+    def _drop_uncommitted(self, worker: int, cohorts: Iterable[Cohort]) -> None:
+        """Drop what a worker has pushed to these cohorts for a commit that it has not asked for."""
         asked = self._commit.pushes.get(worker, {})
-        for cohort in cohorts_of(each for each in self._uncommitted(worker) if each not in asked):
-            self._use_up(cohort.inbox.pop(worker), len(cohort.slices))
-
-    def end(self) -> None:
-        """Release the remaining buffers: all workers have left."""
-        for cohort in cohorts_of(self._slices.values()):
-            for pushed in cohort.inbox.values():
-                self._use_up(pushed, len(cohort.slices))
-            for each in list(cohort.slices):
-                cohort.remove(each)
-        self._untimed, self._deadlines = {}, []
+        for cohort in cohorts if self._to_commit else ():
+            pushed = cohort.inbox.get(worker)
+            if pushed is not None and pushed in self._to_commit and asked.keys().isdisjoint(cohort.slices):
+                del cohort.inbox[worker]
+                if self._use_up(pushed, len(cohort.slices)):
+                    self._send_chunks([(pushed.layout, worker, pushed.request, pushed.message.chunk)])
 
     def waiting(self, worker: int, message: m.AskWaiting) -> None:
         """Report which workers a request of this worker waits for."""

@@ -180,8 +180,9 @@ class ServerState:
             case m.ActivateSetting():
                 shard.activate_setting(worker, message)
             case m.DeleteSlices():
-                self._asked = self._found = None  # the chunk looked up last may have to be laid out again
                 shard.delete_slices(worker, message)
+            case m.DropSlices():
+                shard.drop_slices(worker, message)
             case m.Flush():
                 shard.flush(worker, message)
             case m.AskInfo():
@@ -228,14 +229,13 @@ class ServerState:
     def worker_lost(self, lost: m.WorkerLost) -> list[Outgoing]:
         """Handle a lost worker while the job goes on: its complete messages count, and no more come.
 
-        The keys that it was about to create or delete are dropped.
+        The keys that it was about to create are dropped.
         """
-        self._asked = self._found = None  # as for DeleteSlices
         out = self.worker_gone(lost.rank)
-        for store, keys in lost.dropped:
+        for store, slice_ids in lost.dropped:
             shard = self._stores.get(store)
             if shard is not None:
-                shard.drop_keys(lost.rank, keys)
+                shard.drop(slice_ids)
                 out += shard.out
                 shard.out = []
         return out
@@ -258,9 +258,8 @@ class ServerState:
     def _leave(self, shard: StoreShard, worker: int) -> None:
         for name in shard.leave(worker):
             del self._store_of_plan[name]
+        self._asked = self._found = None  # its memory may be that of a key that nobody needs any more
         if shard.is_over:
-            shard.end()
-            self._asked = self._found = None
             del self._stores[shard.opened.store]
 
     def report(self) -> list[str]:

@@ -42,7 +42,9 @@ class Updates:
         and the counts of each are equal.
         """
         divisor, factors = (
-            weigh([(each.message.weight, each.counts[0]) for each in parts]) if self._mean else (1, None)
+            weigh([(each.message.weight, each.chunk.counts[0]) for each in parts])
+            if self._mean
+            else (1, None)
         )
         if layout.all_assign(settings_epoch):
             return self._assign_runs(layout, parts, divisor, factors)
@@ -78,7 +80,7 @@ class Updates:
                 borrowed = borrowed if parts else pushed.buffer.borrowed
                 low, high = pushed.layout.bounds(position)
                 parts.append(pushed.buffer.elements(pushed.chunk.dtype, low, high))
-                shares.append((pushed.message.weight, pushed.counts[position]))
+                shares.append((pushed.message.weight, pushed.chunk.counts[position]))
         if not parts:
             return None
         may_overwrite = may_overwrite and not borrowed

@@ -25,12 +25,12 @@ from tensorkv.config import DEFAULT_TIMEOUT_S, ENV_ROLE, Transport, from_env, st
 from tensorkv.errors import (
     InvalidArgument,
     InvalidValue,
-    KeyDeleted,
     MemoryLimitReached,
     NotInJob,
     NotSupported,
     ProtocolError,
     TensorKVError,
+    WaitTimeout,
     not_elementwise,
     to_wire,
 )
@@ -53,8 +53,8 @@ from tensorkv.worker.checkpoint import Contents, StateTransfer
 from tensorkv.worker.hold import Hold
 from tensorkv.worker.keytable import KeyTable
 from tensorkv.worker.lending import empty_tensors
-from tensorkv.worker.link import ServerLink
-from tensorkv.worker.plancache import PlanCache
+from tensorkv.worker.link import ServerLink, SingleReply
+from tensorkv.worker.plancache import PlanCache, check_alive
 from tensorkv.worker.plans import KeyState, Plan, build_plan
 from tensorkv.worker.pullcall import PullCall
 from tensorkv.worker.pusher import Pusher
@@ -139,7 +139,7 @@ class DistStore(KVStore):
         )
         self._store: int = joined.store
         self._plans = PlanCache(job, self._store)
-        self._table = KeyTable(job, self._store, timeout_s, _held_weakly(self._forget))
+        self._table = KeyTable(job, self._store, timeout_s, _held_weakly(self._on_retire))
         self._hold = Hold(job, self._store, timeout_s)
         self._pusher = Pusher(job, self._store, timeout_s, policy, self._table, self._plans, self._hold)
         self._transfer = StateTransfer(job, self._store, reduction, timeout_s)
@@ -162,14 +162,10 @@ class DistStore(KVStore):
         super()._check_usable(call, key)
         ctrl_c.begin_call()
 
-    def _forget(self, states: Sequence[KeyState]) -> None:
+    def _on_retire(self, states: Sequence[KeyState]) -> None:
         self.num_retired += 1
         self._plans.forget(states)
         self._pusher.forget(states)
-
-    def on_gone(self, gone: m.KeysGone) -> None:
-        """Drop the cached plans of keys that other workers have deleted."""
-        self._forget(self._table.gone(gone.key_ids))
 
     def on_fault(self, fault: m.Fault) -> None:
         """Record that a round this worker contributed to has failed. Its next call on the key raises it."""
@@ -186,7 +182,7 @@ class DistStore(KVStore):
         ]
         what = f"init of {keys[0]!r}"
         led = _Led()
-        with self._job.whole:
+        with self._job.whole, self._table.asking():
             reply = self._job.control.request(
                 lambda n: m.ProposeInit(n, self._store, specs), what, self._timeout_s, self._store
             )
@@ -198,8 +194,9 @@ class DistStore(KVStore):
             ]
             if created:
                 led = self._lead_init(created, what)
+            if led.error is None:
+                self._table.learn(reply.entries)
         led.check()
-        self._table.learn(reply.entries)
 
     def _check_new(self, key: Key, value: torch.Tensor) -> None:
         if self._reduction == "mean":
@@ -214,13 +211,10 @@ class DistStore(KVStore):
             try:
                 self._send_values(created, what)
             except ORDERLY:
-                if self._job.failure() is None:  # delete what was stored already
-                    gone = [(entry.key, [each.slice_id for each in entry.slices]) for entry, _ in created]
+                if self._job.failure() is None:  # drop what was stored already
+                    gone = [each.slice_id for entry, _ in created for each in entry.slices]
                     self._job.ask_all(
-                        lambda n: m.DeleteSlices(n, self._store, self.rank, gone),
-                        what,
-                        self._timeout_s,
-                        self._store,
+                        lambda n: m.DropSlices(n, self._store, gone), what, self._timeout_s, self._store
                     )
                 raise
 
@@ -241,14 +235,14 @@ class DistStore(KVStore):
             return _Led(error)
         return _Led()
 
-    def _conclude(self, message: m.ConcludeInit | m.ConcludeSetting | m.ConcludeTogether, what: str) -> None:
-        """Report the outcome of what this rank leads to the scheduler, and wait for its acknowledgement."""
+    def _conclude(self, message: m.ConcludeInit | m.ConcludeSetting | m.ConcludeTogether, what: str) -> Any:
+        """Report the outcome of what this rank leads to the scheduler, and return its answer."""
 
         def make(number: int) -> m.Message:
             message.request = number
             return message
 
-        self._job.control.request(make, what, self._timeout_s, self._store)
+        return self._job.control.request(make, what, self._timeout_s, self._store)
 
     def _send_values(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> None:
         """Send each value like a push of one key: one message per key and server."""
@@ -305,10 +299,6 @@ class DistStore(KVStore):
     def _info(self, key: Key) -> KeyInfo:
         state = self._table.known([key])[0]
         replies = self._ask_info(state)
-        if min(number for reply in replies for number in reply.rounds) < 0:  # deleted by another rank
-            self._table.forget([state])
-            state = self._table.known([key])[0]
-            replies = self._ask_info(state)
         return KeyInfo(
             key=key,
             shape=tuple(state.shape),
@@ -317,26 +307,21 @@ class DistStore(KVStore):
             round=min(number for reply in replies for number in reply.rounds),
             updater=replies[0].updater,
             num_slices=len(state.entry.slices),
-            generation=state.entry.generation,
             state_bytes=sum(number for reply in replies for number in reply.state_bytes),
             late=max(number for reply in replies for number in reply.late),
         )
 
     def _ask_info(self, state: KeyState) -> list[m.Info]:
-        entries = state.entry.slices
-        by_server: dict[int, list[int]] = {}
-        for each in entries:
-            by_server.setdefault(each.server, []).append(each.slice_id)
-        servers = sorted(by_server)
-        slices = iter([by_server[server] for server in servers])
+        by_server = dict(_by_server([state.entry]))
+        slices = iter(by_server.values())
         replies: list[m.Info] = self._job.ask_all(
             lambda n: m.AskInfo(n, self._store, next(slices)),
             f"info of {state.key!r}",
             self._timeout_s,
             self._store,
-            servers,
+            list(by_server),
         )
-        for rank, reply in zip(servers, replies, strict=True):
+        for rank, reply in zip(by_server, replies, strict=True):
             number = len(by_server[rank])
             told = (reply.rounds, reply.versions, reply.late, reply.state_bytes)
             least = min([*reply.state_bytes, *reply.late], default=0)
@@ -346,20 +331,30 @@ class DistStore(KVStore):
 
     def _delete(self, keys: tuple[Key, ...]) -> None:
         states = self._table.known(list(dict.fromkeys(keys)))
-        names = [(state.key, state.key_id) for state in states]
         what = f"delete of {keys[0]!r}"
-        # Deleting at the scheduler alone would leave calls waiting at slices forever.
-        with self._job.whole, ctrl_c.deferred():
-            reply = self._job.control.request(
-                lambda n: m.DeleteKeys(n, self._store, names), what, self._timeout_s, self._store
-            )
-            if reply.entries:
-                gone = [(entry.key, [each.slice_id for each in entry.slices]) for entry in reply.entries]
-                delete = functools.partial(m.DeleteSlices, store=self._store, rank=self.rank, keys=gone)
-                self._job.ask_all(delete, what, self._timeout_s, self._store)
-                self._job.control.notify(m.ConcludeDelete(self._store, reply.request))
-        self._table.forget(states)
+        self._pusher.await_deferred(states, what)
+        self._retire([state.entry for state in states], what, states)
         self._table.drop_faults([state.key for state in states])
+
+    def _retire(self, entries: Sequence[m.KeyEntry], what: str, deleted: Sequence[KeyState] = ()) -> None:
+        """Tell the servers that this worker needs these keys no more.
+
+        The scheduler is told which keys it has `deleted`; of those that a load has replaced, it knows.
+        """
+        exchanges: list[tuple[ServerLink, int, SingleReply]] = []
+        with self._hold.turn(what):  # leaving completes rounds, and so changes values
+            self._job.check_open(self._store)
+            check_alive(deleted)
+            entries = self._table.retire(entries)
+            self._plans.tell_dropped()
+            for server, slice_ids in _by_server(entries):
+                make = functools.partial(m.DeleteSlices, store=self._store, slice_ids=slice_ids)
+                link = self._job.links[server]
+                exchanges.append((link, *link.ask(make)))
+            if deleted:
+                names = [(state.key, state.key_id) for state in deleted]
+                self._job.control.notify(m.DeleteKeys(self._store, names))
+        self._await_single(exchanges, what)
 
     # ---- push ------------------------------------------------------------------------------------
 
@@ -373,7 +368,7 @@ class DistStore(KVStore):
     def _viewed(self, tensors: list[torch.Tensor], views: Views) -> list[torch.Tensor]:
         return Viewed(tensors, views)
 
-    def _generations_of(self, keys: tuple[Key, ...]) -> tuple[int, ...]:
+    def _ids_of(self, keys: tuple[Key, ...]) -> tuple[int, ...]:
         return tuple(state.key_id for state in self._table.known(keys))
 
     def _push(self, batch: PushBatch, apply: bool, async_op: bool) -> Work | None:
@@ -466,11 +461,7 @@ class DistStore(KVStore):
         what = f"put of {keys[0]!r}"
         self._pusher.await_deferred(states, what)
         plan = self._plans.plan(states, [value.dtype for value in values], [1] * len(values))
-        try:
-            up_to = self._send_put(plan, _all_on_cpu(plan, values), what)
-        except KeyDeleted:
-            self._forget_deleted(states)
-            raise
+        up_to = self._send_put(plan, _all_on_cpu(plan, values), what)
         self._pusher.merged(plan.key_ids, up_to)
         self._table.raise_faults(keys)
 
@@ -608,8 +599,6 @@ class DistStore(KVStore):
     ) -> PullCall:
         def finish(call: PullCall, error: TensorKVError | None) -> Any:
             if error is not None:
-                if isinstance(error, KeyDeleted):
-                    self._forget_deleted(plan.states)
                 raise error
             call.destinations.finish()
             if not call.destinations.unmerged:
@@ -618,13 +607,6 @@ class DistStore(KVStore):
             return answer(batch, made)
 
         return PullCall(plan, destinations, finish)
-
-    def _forget_deleted(self, states: Sequence[KeyState]) -> None:
-        """Forget these keys: one was deleted, and the error does not say which. The next call looks all up.
-
-        Keys that wait for a commit stay: only a commit may use them.
-        """
-        self._table.forget([state for state in states if state.key_id not in self._table.uncommitted])
 
     # ---- commit ----------------------------------------------------------------------------------
 
@@ -880,30 +862,43 @@ class DistStore(KVStore):
             self._pusher.await_deferred(None, call)
             self._flush(self._timeout_s)  # this worker's pushes have reached the servers
             with self._job.whole:
-                led = self._lead_or_follow(call, lead)
+                try:
+                    led = self._lead_or_follow(call, lead)
+                except (WaitTimeout, Interrupted):  # whether keys were replaced is not known
+                    self._plans.forget(self._table.forget_names())
+                    raise
         led.check()
 
     def _lead_or_follow(self, call: str, lead: Callable[[], SavedSettings | None]) -> _Led:
         """Return the outcome if this rank led; raise the error if another rank led and failed."""
-        reply = self._job.control.request(
-            lambda n: m.Together(n, self._store, call, only_meet=False), call, self._timeout_s, self._store
-        )
-        settings: SavedSettings | None = reply.settings
-        led = _Led()
-        if reply.lead:
+        with self._table.asking():
+            reply = self._job.control.request(
+                lambda n: m.Together(n, self._store, call, only_meet=False),
+                call,
+                self._timeout_s,
+                self._store,
+            )
+            led = _Led()
+            if reply.lead:
+                settings: SavedSettings | None = None
 
-            def keep_settings() -> None:
-                nonlocal settings
-                settings = lead()
+                def keep_settings() -> None:
+                    nonlocal settings
+                    settings = lead()
 
-            led = self._lead(keep_settings)
-            self._conclude(m.ConcludeTogether(0, self._store, led.told(), settings), call)
-        if settings is not None:
-            with self._one_setting():
-                self._settings = restored_settings(settings, self._settings)
-            self._table.forget(list(self._table.states.values()))
-            self._table.restart_changes()
+                led = self._lead(keep_settings)
+                reply = self._conclude(m.ConcludeTogether(0, self._store, led.told(), settings), call)
+            if reply.settings is not None:
+                self._take_over(reply.settings, reply.replaced, call)
         return led
+
+    def _take_over(self, settings: SavedSettings, replaced: Sequence[m.KeyEntry], call: str) -> None:
+        """Go on with what a load has brought."""
+        with self._one_setting():
+            self._settings = restored_settings(settings, self._settings)
+        self._table.restart_changes()
+        if replaced:
+            self._retire(replaced, call)
 
     # ---- together --------------------------------------------------------------------------------
 
@@ -1109,3 +1104,12 @@ def _summed(key: Key, tensors: list[torch.Tensor]) -> torch.Tensor:
         return sum_devices(tensors) if tensors else torch.empty(0, device="cpu")
     except (RuntimeError, MemoryError) as exc:
         raise unreadable(exc, key, tensors[0]) from exc
+
+
+def _by_server(entries: Sequence[m.KeyEntry]) -> list[tuple[int, list[int]]]:
+    """Return the slices of keys, by the server that holds them, in the order of servers."""
+    found: dict[int, list[int]] = {}
+    for entry in entries:
+        for each in entry.slices:
+            found.setdefault(each.server, []).append(each.slice_id)
+    return sorted(found.items())

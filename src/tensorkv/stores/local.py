@@ -107,7 +107,6 @@ class _Slot:
     number: int
     key: Key
     value: torch.Tensor
-    generation: int
     setting: Setting
     pull_device: torch.device  # of a pull without out
     placed: bool = False  # whether `value` is on its final device
@@ -129,7 +128,6 @@ class LocalStore(KVStore):
         self._lock = threading.RLock()  # guards everything below
         self._slots: dict[Key, _Slot] = {}
         self._settings = SettingsTable()
-        self._generations: dict[Key, int] = {}
         self._uncommitted: dict[int, _Slot] = {}  # by number: slots with an `uncommitted` round
         self._load_bytes: dict[torch.device, int] = {}
         self._next_number = 0
@@ -401,9 +399,12 @@ class LocalStore(KVStore):
                 version=slot.version,
                 round=slot.round,
                 updater=slot.setting.updater.spec.name,
-                generation=slot.generation,
                 state_bytes=state_bytes(slot.setting.updater.state(slot.number)),
             )
+
+    def _ids_of(self, keys: tuple[Key, ...]) -> tuple[int, ...]:
+        with self._lock:
+            return tuple(self._slot(key).number for key in keys)
 
     def _delete(self, keys: tuple[Key, ...]) -> None:
         with self._lock:
@@ -485,12 +486,10 @@ class LocalStore(KVStore):
             raise unreadable(exc, key, value) from exc
 
     def _create_slot(self, key: Key, value: torch.Tensor, given_on: torch.device) -> _Slot:
-        self._generations[key] = self._generations.get(key, 0) + 1
         slot = self._slots[key] = _Slot(
             number=self._next_number,
             key=key,
             value=value,
-            generation=self._generations[key],
             setting=self._settings.setting(key),
             pull_device=given_on if self._on_devices else _CPU,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -11,7 +13,6 @@ from tensorkv.errors import (
     CommitMismatch,
     DtypeMismatch,
     KeyAlreadyInitialized,
-    KeyDeleted,
     KeyNotInitialized,
     SettingMismatch,
     StoreMismatch,
@@ -22,6 +23,7 @@ from tensorkv.keys import ABSENT
 from tensorkv.store import KVStore
 from tensorkv.testing.checks_rounds import SEVERAL, assert_waits
 from tensorkv.testing.suite import (
+    DEADLINE_S,
     Meeting,
     StoreMaker,
     arrived,
@@ -352,68 +354,102 @@ def check_commit_cannot_scale_integers_of_workers(maker: StoreMaker, workers: in
 
 
 @check(workers=SEVERAL, only="sync")
-def check_delete_while_another_waits(maker: StoreMaker, workers: int) -> None:
-    """A call that waits for a round of a deleted key raises an error that names the deleting rank."""
+def check_delete_is_leaving(maker: StoreMaker, workers: int) -> None:
+    """A worker that deletes a key is waited for no more; what it pushed counts; the others go on."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
-        kv.init(["w", "b"], [full(0), full(0)])
-        meeting.everybody()
-        if kv.rank == 0:
+        kv.init(["w", "b", "c"], [full(0), full(0), full(0)])
+        if kv.rank == workers - 1:
             kv.push("w", full(1))
             pulled = assert_waits(kv.pull("w", async_op=True), "the pull")
-            meeting.signal("waiting")
-            error = pulled.exception()
-            assert isinstance(error, KeyDeleted), f"the waiting pull ended with {error!r}"
-            assert "'w'" in str(error) and "rank 1" in str(error), f"the text is {error}"
-        elif kv.rank == 1:
-            meeting.wait_for("waiting")
             kv.delete("w")
-            assert kv.keys() == ["b"]
-        meeting.everybody()
-        raises(KeyNotInitialized, lambda: _use(kv, "w"), "'w'")
-        meeting.everybody()
+            assert kv.keys() == ["b", "c"] and len(kv) == 2 and "w" not in kv
+            for call in (kv.pull, kv.info, kv.delete, lambda key: kv.push(key, full(1))):
+                raises(KeyNotInitialized, functools.partial(call, "w"), "'w'")
+            meeting.signal("deleted")
+            same(pulled.result(), float(workers), "a pull that was called before the delete")
+            meeting.wait_for("waiting")
+            kv.delete("b")
+            return
+        meeting.wait_for("deleted")
+        assert kv.keys() == ["w", "b", "c"] and len(kv) == 3 and "w" in kv
+        same(kv.pushpull("w", full(1)), float(workers), "with the push of who has deleted the key")
+        same(kv.pushpull("w", full(1)), workers - 1.0, "a round of those that have not")
+        kv.push("b", full(1))
+        pulled = kv.pull("b", async_op=True)
         if kv.rank == 0:
-            kv.init("w", full(3, 4))
-        meeting.everybody()
-        assert kv.info("w").generation == 2 and kv.info("w").round == 0
-        kv.push("w", full(2, 4))
-        same(kv.pull("w"), full(2 * workers, 4), "the new generation")
+            assert_waits(pulled, "the pull")
+            meeting.signal("waiting")
+        same(pulled.result(), workers - 1.0, "without the push of who has deleted the key")
 
     in_workers(maker, workers, work)
 
 
-def _use(kv: KVStore, key: str) -> None:
-    """Use a deleted key until its worker has learnt of it: first KeyDeleted, then KeyNotInitialized."""
-    try:
-        kv.pull(key)
-    except KeyDeleted:
-        kv.pull(key)
+@check(workers=SEVERAL, only="sync")
+def check_delete_drops_uncommitted(maker: StoreMaker, workers: int) -> None:
+    """A push that waits for a commit is dropped with the key, and the others commit without it."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["w", "b"], [full(0), full(0)])
+        kv.push(["w", "b"], [full(1), full(2)], apply=False)
+        if kv.rank == 1:
+            kv.delete("w")
+        assert kv.commit().applied
+        same(kv.pull("b"), 2.0 * workers, "the key that all have committed")
+        if kv.rank != 1:
+            same(kv.pull("w"), workers - 1.0, "the key that one has deleted")
+
+    in_workers(maker, workers, work)
 
 
 @check(workers=SEVERAL)
-def check_delete_of_an_old_generation(maker: StoreMaker, workers: int) -> None:
-    """All ranks may delete the same key; a rank that knew only the old generation keeps the new one."""
+def check_init_after_delete_waits_for_all(maker: StoreMaker, workers: int) -> None:
+    """A name is free again when every worker has deleted the key, also those that have not used it."""
 
     def work(kv: KVStore, meeting: Meeting) -> None:
-        kv.init(["w", "b"], [full(1), full(2)])
-        same(kv.pull("w"), 1.0)
-        meeting.everybody()
-        kv.delete("w")
-        meeting.everybody()
-        assert kv.keys() == ["b"]
+        if kv.rank == 0:
+            kv.init("w", full(1))
         meeting.everybody()
         if kv.rank == 0:
-            kv.delete("b")
-            kv.init("b", full(3))
+            kv.delete("w")
+            meeting.signal("deleted")
+            with ThreadPoolExecutor(1) as pool:
+                made = pool.submit(kv.init, "w", full(3, 4))
+                meeting.wait_for("seen")
+                assert not made.done(), "init has not waited for the others' delete"
+                meeting.signal("go on")
+                made.result(DEADLINE_S)
+        else:
+            meeting.wait_for("deleted")
+            if kv.rank == 1:
+                same(kv.pull("w"), 1.0, "the key that only rank 0 has deleted")
+                meeting.signal("seen")
+            meeting.wait_for("go on")
+            kv.delete("w")
+            kv.init("w", full(0, 4))
+        same(kv.pull("w"), full(3, 4), "the key that was made anew")
+        assert kv.info("w").round == 0
+        meeting.everybody()
+        kv.push("w", full(2, 4))
+        kv.barrier()
+        same(kv.pull("w"), full(2.0 if maker.is_async else 2.0 * workers, 4), "a round of the new key")
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL)
+def check_leaving_is_deleting(maker: StoreMaker, workers: int) -> None:
+    """A worker that has closed the store need not delete its keys."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init("w", full(1))
         meeting.everybody()
         if kv.rank == 1:
-            kv.delete("b")  # does nothing: the generation it knew is gone
-        elif kv.rank > 1:
-            raises(KeyDeleted, lambda: kv.pull("b"), "'b'", "rank 0")
-        meeting.everybody()
-        same(kv.pull("b"), 3.0, "the new generation")
-        assert kv.keys() == ["b"] and kv.info("b").generation == 2
-        meeting.everybody()
+            kv.close()
+            return
+        kv.delete("w")
+        kv.init("w", full(5))
+        same(kv.pull("w"), 5.0, "the key that was made anew")
 
     in_workers(maker, workers, work)
 
@@ -435,7 +471,6 @@ def check_stores_of_workers(maker: StoreMaker, workers: int) -> None:
                 other.push("w", full(1, 4))
                 other.barrier()
                 same(other.pull("w"), full(10 + workers, 4), f"the other store, turn {turn}")
-                assert other.info("w").generation == 1
                 other.barrier()
             meeting.everybody()  # all have closed it: the name starts empty again
         kv.push("w", full(1))

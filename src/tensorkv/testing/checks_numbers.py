@@ -319,7 +319,7 @@ def check_large_values(maker: StoreMaker) -> None:
 
 @check()
 def check_directory(maker: StoreMaker) -> None:
-    """keys, len, in, info; delete and a new generation."""
+    """keys, len, in, info; delete and init again."""
 
     def work(kv: KVStore) -> None:
         assert kv.keys() == [] and len(kv) == 0 and "w" not in kv
@@ -327,17 +327,18 @@ def check_directory(maker: StoreMaker) -> None:
         assert kv.keys() == ["w", "b"] and len(kv) == 2 and "w" in kv and "x" not in kv and 3 not in kv
         info = kv.info("b")
         assert (info.key, info.shape, info.dtype) == ("b", (4,), torch.float64)
-        assert (info.version, info.round, info.generation, info.num_slices) == (0, 0, 1, 1)
+        assert (info.version, info.round, info.num_slices) == (0, 0, 1)
         assert info.updater == "assign"
         kv.push("b", full(0, 4))
         assert (kv.info("b").version, kv.info("b").round) == (1, 1)
         kv.delete("b")
         assert kv.keys() == ["w"] and "b" not in kv
-        raises(KeyNotInitialized, lambda: kv.pull("b"), "'b'")
+        for call in (kv.pull, kv.info, kv.delete, lambda key: kv.push(key, full(0, 4))):
+            raises(KeyNotInitialized, partial(call, "b"), "'b'")
         kv.init("b", full(7, 2))
         same(kv.pull("b"), full(7, 2), "after delete and init")
         info = kv.info("b")
-        assert (info.version, info.round, info.generation, info.shape) == (0, 0, 2, (2,))
+        assert (info.version, info.round, info.shape) == (0, 0, (2,))
         assert kv.keys() == ["w", "b"]
         kv.delete(["w", "b"])
         assert len(kv) == 0
@@ -351,12 +352,12 @@ def check_delete_forgets_optimizer_state(maker: StoreMaker) -> None:
 
     def work(kv: KVStore) -> None:
         kv.set_optimizer("sgd", lr=1.0, momentum=0.5)
-        for generation in (1, 2):
+        for turn in (1, 2):
             kv.init("w", full(0))
             kv.push("w", full(1))
-            same(kv.pull("w"), -1.0, f"generation {generation}")
+            same(kv.pull("w"), -1.0, f"turn {turn}")
             kv.push("w", full(1))
-            same(kv.pull("w"), -2.5, f"generation {generation}")
+            same(kv.pull("w"), -2.5, f"turn {turn}")
             kv.delete("w")
 
     in_one(maker, work)

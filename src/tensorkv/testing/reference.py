@@ -83,11 +83,15 @@ def _weighted_mean(parts: list[_Push], dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass
 class _Entry:
-    """A key: its value, and the pushes of each rank from the first round of this generation on."""
+    """A key: its value, the pushes of each rank from the first round on, and who has deleted it.
+
+    No other key of the store has its number.
+    """
 
     value: torch.Tensor
-    generation: int
+    number: int
     pushes: list[list[_Push | None]]
+    deleted: set[int] = field(default_factory=set)
     round: int = 0
     version: int = 0
     failures: dict[int, UpdaterError] = field(default_factory=dict)  # by contributor, until raised
@@ -103,16 +107,21 @@ class ReferenceStore:
     entries: dict[Key, _Entry] = field(default_factory=dict)
     left: set[int] = field(default_factory=set)
     _updater: UpdaterFunction = _assign
-    _generations: dict[Key, int] = field(default_factory=dict)
+    _num_made: int = 0
     _commits: dict[int, bool] = field(default_factory=dict)
 
     def init(self, rank: int, key: Key, value: torch.Tensor) -> None:
-        """Create a key. In a real job only rank 0's value counts, so only rank 0 calls this here."""
+        """Create a key. In a real job only rank 0's value counts, so only rank 0 calls this here.
+
+        If the rank has deleted an earlier one, it waits until all have.
+        """
         if key in self.entries:
+            if rank in self.entries[key].deleted:
+                raise WouldWait
             raise KeyAlreadyInitialized(f"key {key!r} is initialised")
-        self._generations[key] = self._generations.get(key, 0) + 1
+        self._num_made += 1
         pushes: list[list[_Push | None]] = [[] for _ in range(self.num_workers)]
-        self.entries[key] = _Entry(value.clone(), self._generations[key], pushes)
+        self.entries[key] = _Entry(value.clone(), self._num_made, pushes)
 
     def push(
         self,
@@ -127,7 +136,7 @@ class ReferenceStore:
 
         In a mean they count as `weight`; without one as `count`, by default their number.
         """
-        entry = self._entry(key)
+        entry = self.entry(rank, key)
         tensors = [] if values is ABSENT or weight == 0 else list(values)  # type: ignore[call-overload]
         for tensor in tensors:
             check_matches("value", tensor, key, tuple(entry.value.shape), entry.value.dtype)
@@ -145,13 +154,16 @@ class ReferenceStore:
 
     def pull(self, rank: int, key: Key) -> torch.Tensor:
         """Return the value after as many rounds as this rank has pushed."""
-        entry = self._entry(key)
+        return self.read(rank, key, self.entry(rank, key))
+
+    def read(self, rank: int, key: Key, entry: _Entry) -> torch.Tensor:
+        """Return the value of a pull that was called when the key was `entry`, which may be deleted now."""
         self._check_free(entry, rank, key)
         return entry.value.clone()
 
     def put(self, rank: int, key: Key, value: torch.Tensor) -> None:
         """Replace a value outside rounds, after all of this rank's pushes."""
-        entry = self._entry(key)
+        entry = self.entry(rank, key)
         self._check_free(entry, rank, key)
         entry.value.copy_(value)
         entry.version += 1
@@ -190,27 +202,36 @@ class ReferenceStore:
     def leave(self, rank: int) -> None:
         """Remove a rank: rounds no longer wait for it. Its pushes count; uncommitted ones are dropped."""
         self.left.add(rank)
-        for key, entry in self.entries.items():
-            if self._is_uncommitted(entry, rank):
-                entry.pushes[rank].pop()
-            self._advance(key, entry)
+        for key in list(self.entries):
+            self._go_on_without(rank, key)
 
     def delete(self, rank: int, key: Key) -> None:
-        """Delete a key and its open round; the name may be initialised again."""
-        del self.entries[self._known(key)]
+        """Remove a rank from a key, as `leave` does. When all have deleted it, the name is free."""
+        self.entry(rank, key).deleted.add(rank)
+        self._go_on_without(rank, key)
 
-    def info(self, rank: int, key: Key) -> tuple[int, int, int]:
-        """Return round, version and generation."""
-        entry = self._entry(key)
-        return entry.round, entry.version, entry.generation
+    def keys(self, rank: int) -> list[Key]:
+        """Return the keys that a rank has not deleted."""
+        return [key for key, entry in self.entries.items() if rank not in entry.deleted]
 
-    def _known(self, key: Key) -> Key:
-        if key not in self.entries:
+    def info(self, rank: int, key: Key) -> tuple[int, int]:
+        """Return round and version."""
+        entry = self.entry(rank, key)
+        return entry.round, entry.version
+
+    def entry(self, rank: int, key: Key) -> _Entry:
+        """Return what a rank means by a key."""
+        if key not in self.entries or rank in self.entries[key].deleted:
             raise KeyNotInitialized(f"key {key!r} is not initialised")
-        return key
+        return self.entries[key]
 
-    def _entry(self, key: Key) -> _Entry:
-        return self.entries[self._known(key)]
+    def _go_on_without(self, rank: int, key: Key) -> None:
+        entry = self.entries[key]
+        if self._is_uncommitted(entry, rank):
+            entry.pushes[rank].pop()
+        self._advance(key, entry)
+        if self.left | entry.deleted >= set(range(self.num_workers)):
+            del self.entries[key]
 
     def _check_free(self, entry: _Entry, rank: int, key: Key) -> None:
         if rank in entry.failures:
@@ -234,7 +255,7 @@ class ReferenceStore:
     def _advance(self, key: Key, entry: _Entry) -> None:
         while parts := self._parts(entry):
             waits = any(
-                len(pushes) <= entry.round and rank not in self.left
+                len(pushes) <= entry.round and rank not in self.left | entry.deleted
                 for rank, pushes in enumerate(entry.pushes)
             )
             if waits or not all(part.apply for part in parts.values()):

@@ -172,11 +172,10 @@ class KeySpec(msgspec.Struct, frozen=True, array_like=True):
 
 
 class KeyEntry(msgspec.Struct, frozen=True, array_like=True):
-    """An initialised key: its id (one per generation), shape, dtype and slices; `whole` as in its init."""
+    """An initialised key: its id, which no later key has, shape, dtype and slices; `whole` as in its init."""
 
     key: Key
     key_id: int
-    generation: int
     shape: tuple[int, ...]
     dtype: str
     epoch: int
@@ -356,12 +355,22 @@ class ChangeOptions(Message, tag=35):
 
 
 class DeleteSlices(Message, tag=30):
-    """Drop slices and everything that waits for them; `rank` has deleted these keys, each with its slices."""
+    """This worker has deleted the keys of these slices, and names them in no plan any more.
+
+    The server drops a slice when every worker has deleted it or left.
+    """
 
     request: int
     store: int
-    rank: int
-    keys: list[tuple[Key, list[int]]]
+    slice_ids: list[int]
+
+
+class DropSlices(Message, tag=36):
+    """Drop slices of an init or a load that has failed: no other worker knows them."""
+
+    request: int
+    store: int
+    slice_ids: list[int]
 
 
 class Flush(Message, tag=31):
@@ -430,8 +439,7 @@ class Committed(Message, tag=42):
 class Info(Message, tag=43):
     """Rounds, versions, late pushes and sizes of the optimizer's state, in the order asked.
 
-    `updater` is the updater's name. A slice that is gone has -1 as round and version, no late pushes and no
-    bytes.
+    `updater` is the updater's name.
     """
 
     request: int
@@ -445,8 +453,8 @@ class Info(Message, tag=43):
 class Fault(Message, tag=44):
     """A round this worker contributed to failed for these slices. Its next call on the key raises this.
 
-    `round` is 0 if the slices are gone. Without slices, change of options number `round` of this worker
-    differs from that of the setting rank: its next call on any key raises this.
+    Without slices, change of options number `round` of this worker differs from that of the setting rank:
+    its next call on any key raises this.
     """
 
     store: int
@@ -581,32 +589,10 @@ class NumKeys(Message, tag=77):
 
 
 class DeleteKeys(Message, tag=62):
-    """A rank deletes these generations (key ids) of keys."""
+    """A rank has deleted these keys, each with its id, and has told the servers. No answer."""
 
-    request: int
     store: int
     keys: list[tuple[Key, int]]
-
-
-class Deleted(Message, tag=63):
-    """The entries that still existed; this rank now drops them from the servers."""
-
-    request: int
-    entries: list[KeyEntry]
-
-
-class ConcludeDelete(Message, tag=75):
-    """The servers have dropped the keys that `deletion` (the request of a DeleteKeys) removed. No answer."""
-
-    store: int
-    deletion: int
-
-
-class KeysGone(Message, tag=79):
-    """To the other workers: these generations (key ids) of keys are deleted."""
-
-    store: int
-    key_ids: list[int]
 
 
 class Barrier(Message, tag=64):
@@ -686,13 +672,13 @@ class Gone(Message, tag=73):
 class WorkerLost(Message, tag=74):
     """A worker is lost and the job goes on: it has left every store, including those it never opened.
 
-    `dropped` are, by store, the slices of keys that it was about to create or delete; for servers only.
+    `dropped` are, by store, the slices of keys that it was about to create; for servers only.
     """
 
     rank: int
     hostname: str
     cause: str
-    dropped: list[tuple[int, list[tuple[Key, list[int]]]]]
+    dropped: list[tuple[int, list[int]]]
 
 
 # ---- saving and loading: worker and server ---------------------------------------------------------
@@ -848,15 +834,19 @@ class Together(Message, tag=100):
 
 
 class TogetherReply(Message, tag=101):
-    """With `lead` this rank has to do it now. Otherwise it is done; after a load these settings apply."""
+    """With `lead` this rank has to do it now. Otherwise it is done; after a load these settings apply.
+
+    `replaced` are the keys that a load has replaced, without those that this rank had deleted.
+    """
 
     request: int
     lead: bool
     settings: SavedSettings | None
+    replaced: list[KeyEntry] = []
 
 
 class ConcludeTogether(Message, tag=102):
-    """The leading rank is done, or has failed. Answered by Done."""
+    """The leading rank is done, or has failed. Answered like the calls of the others, but with no error."""
 
     request: int
     store: int
@@ -874,11 +864,10 @@ class ProposeLoad(Message, tag=103):
 
 
 class LoadReply(Message, tag=104):
-    """The new placement of the keys' slices; `replaced` are the generations that exist until then."""
+    """The keys as the leading rank has to create them."""
 
     request: int
     entries: list[KeyEntry]
-    replaced: list[KeyEntry]
 
 
 HandshakeMessage = Challenge | Hello | Accept | Reject
@@ -898,6 +887,7 @@ ToServer = (
     | ActivateSetting
     | ChangeOptions
     | DeleteSlices
+    | DropSlices
     | Flush
     | AskInfo
     | Leave
@@ -938,7 +928,6 @@ ToScheduler = (
     | Lookup
     | CountKeys
     | DeleteKeys
-    | ConcludeDelete
     | Barrier
     | GiveUp
     | LeaveStore
@@ -958,8 +947,6 @@ FromScheduler = (
     | SettingReply
     | Entries
     | NumKeys
-    | Deleted
-    | KeysGone
     | Done
     | Failed
     | Waiting
@@ -979,6 +966,7 @@ REPLIES: dict[type[Message], type[Message]] = {
     Commit: Committed,
     PrepareSetting: Done,
     DeleteSlices: Done,
+    DropSlices: Done,
     Flush: Done,
     AskInfo: Info,
     Leave: Done,
@@ -996,11 +984,10 @@ REPLIES: dict[type[Message], type[Message]] = {
     ConcludeSetting: Done,
     Lookup: Entries,
     CountKeys: NumKeys,
-    DeleteKeys: Deleted,
     Barrier: Done,
     LeaveStore: Done,
     Together: TogetherReply,
-    ConcludeTogether: Done,
+    ConcludeTogether: TogetherReply,
     ProposeLoad: LoadReply,
 }
 """The reply to each request that has exactly one, without payload. Any request may be answered by Failed."""

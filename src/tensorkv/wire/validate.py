@@ -35,23 +35,23 @@ def check_reply(message: Any, num_servers: int) -> None:
         ProtocolError: a key or a setting in it is not valid.
     """
     match message:
-        case m.InitReply() | m.Entries() | m.Deleted():
+        case m.InitReply() | m.Entries() | m.LoadReply():
             check_entries(message.entries, num_servers)
-        case m.LoadReply():
-            check_entries([*message.entries, *message.replaced], num_servers)
-        case m.TogetherReply() if message.settings is not None:
-            check_saved(message.settings)
+        case m.TogetherReply():
+            check_entries(message.replaced, num_servers)
+            if message.settings is not None:
+                check_saved(message.settings)
 
 
 def check_entries(entries: Sequence[m.KeyEntry], num_servers: int) -> None:
-    """Check that the slices of each key make up its value; a key that is long gone has none.
+    """Check that the slices of each key make up its value.
 
     Raises:
         ProtocolError: they do not.
     """
     for entry in entries:
         if not entry.slices:
-            continue
+            raise ProtocolError(f"key {entry.key!r} was told without slices")
         sent_dtype(entry.dtype)
         low, whole = 0, sent_size(entry.shape)
         for each in sorted(entry.slices, key=lambda each: (each.start, each.stop)):
@@ -72,8 +72,6 @@ def check_init(reply: m.InitReply, specs: Sequence[m.KeySpec]) -> None:
     told = [(entry.key, entry.shape, entry.dtype) for entry in reply.entries]
     if told != [(spec.key, spec.shape, spec.dtype) for spec in specs] or len(reply.lead) != len(specs):
         raise ProtocolError(f"an init of {len(specs)} keys was answered by {len(told)}, or by others")
-    if not all(entry.slices for entry in reply.entries):
-        raise ProtocolError("an init was answered by a key without slices")
 
 
 def check_saved(settings: SavedSettings) -> None:

@@ -9,7 +9,7 @@ its own key table, plan cache, pusher and hold. `stores/dist.py` checks a call a
 STATE
     session     `order`         lock, held while the messages of one call are queued to all servers
                 failure         why the job is broken, None while it is not
-    keytable    `states`        per key the generation that this worker knows, with its slices
+    keytable    `states`        the keys that this worker knows, each with its slices
                 `uncommitted`   ids of keys that were pushed with apply=False and wait for the commit
                 `faults`        per key the error of an earlier round, raised by the next call on the key
     pusher      `count`         number of pushes queued so far; it numbers them
@@ -91,6 +91,11 @@ WHAT IS HARD
   go.
 * A save by one worker, without a meeting. It holds its other threads back only when everything that it has
   pushed is applied. If a thread has pushed again before the hold began, it ends the hold and waits anew.
+* Deletes while other threads go on. Under `order` the keys become `retired`, the servers are told to drop the
+  plans that name them, and then that this worker needs their slices no more. So a push or pull of another
+  thread is queued before, and counts, or finds the key retired when it defines its plan, and raises
+  KeyDeleted. A reply of the scheduler that is under way may still name the key: while one is, ids of retired
+  keys are kept, and not learnt again. A load retires the keys that it has replaced in the same way.
 * Two views of one deadline. The scheduler may have answered a request that times out here; for the others it
   has happened. So `control.py` asks to give it up, and waits a moment for a reply that is on its way.
 * Who was lost. When one process dies several lose each other. A link waits two seconds for the scheduler's
@@ -103,7 +108,7 @@ WHAT WAS REJECTED
 * A receiving thread that callers wait for: a small request would cost a change of threads (`link.py`).
 * Long answers received from one server after the other: over a network the others stall (`interleave.py`).
 * A message for each returned loan and each copied reply: it costs more than it tells (`server/shm.py`).
-* A list of unmerged pushes: every push searched all of it, and it kept keys that others had deleted.
+* A list of unmerged pushes: every push searched all of it, and it kept deleted keys.
 * Ctrl-C between any two steps: fifteen files had to survive it at every one (git log).
 * Raising it at once in a wait: a thread that receives may have read bytes that nobody has noted yet. So it
   waits for a tick, a quarter of a second at most.

@@ -271,11 +271,10 @@ class StateTransfer:
             except Exception:
                 self._withdraw(reply.entries)
                 raise
-            self._delete(reply.replaced)
 
     def _withdraw(self, entries: Iterable[m.KeyEntry]) -> None:
         if self._job.failure() is None:
-            self._delete(entries)
+            self._drop(entries)
 
     def _check_keys(self, records: Sequence[KeyRecord]) -> None:
         there = {entry.key: entry for entry in self._entries()}
@@ -292,11 +291,10 @@ class StateTransfer:
         code = None if spec.type == "named" else current.find_code(spec)
         return None if code is None else describe_code(code, self._job.code_table)
 
-    def _delete(self, entries: Iterable[m.KeyEntry]) -> None:
-        gone = [(entry.key, [each.slice_id for each in entry.slices]) for entry in entries]
-        if gone:
-            rank = self._job.config.rank
-            self._ask_all(lambda n: m.DeleteSlices(n, self._store, rank, gone), "loading")
+    def _drop(self, entries: Iterable[m.KeyEntry]) -> None:
+        """Drop the slices that this load has created."""
+        gone = [each.slice_id for entry in entries for each in entry.slices]
+        self._ask_all(lambda n: m.DropSlices(n, self._store, gone), "loading")
 
     # ---- asking ----------------------------------------------------------------------------------
 

@@ -47,9 +47,8 @@ class _Reply:
 class ControlClient:
     """Requests to the scheduler, and its announcements. Safe from any thread.
 
-    `on_failure` is called once, from any thread, when the job is declared broken, `on_gone` when other
-    workers have deleted keys. After `close`, requests raise PeerLostError. `connection` is an existing
-    connection to the scheduler, if any.
+    `on_failure` is called once, from any thread, when the job is declared broken. After `close`, requests
+    raise PeerLostError. `connection` is an existing connection to the scheduler, if any.
 
     Raises:
         PeerLostError, AuthenticationError, ProtocolVersionError, ProtocolError: the job cannot be joined.
@@ -59,11 +58,9 @@ class ControlClient:
         self,
         config: JobConfig,
         on_failure: Callable[[TensorKVError], None],
-        on_gone: Callable[[m.KeysGone], None],
         connection: Connection | None = None,
     ) -> None:
         self._on_failure = on_failure
-        self._on_gone = on_gone
         self._numbers = itertools.count(1)
         self._replies: dict[int, _Reply] = {}
         self._followed: dict[int, Wait] = {}  # by number of the AskStuck, until it is answered
@@ -214,8 +211,6 @@ class ControlClient:
                 logger.warning("%s; the job goes on without it", lost_text("worker", message))
             case m.Lost():
                 self._fail(lost_error(message))
-            case m.KeysGone():
-                self._on_gone(message)
             case m.Waiting():
                 waiting = self._replies.get(message.request)
                 if waiting is not None:

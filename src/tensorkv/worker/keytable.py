@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import final
 
 from tensorkv.errors import (
-    KeyDeleted,
     KeyNotInitialized,
     TensorKVError,
     UncommittedPush,
@@ -20,20 +19,17 @@ from tensorkv.wire import messages as m
 from tensorkv.worker.plans import KeyState
 from tensorkv.worker.session import Session
 
-MAX_GONE = 4096
-"""Maximum number of keys deleted by others that are remembered; servers remember as many."""
-
 
 @final
 class KeyTable:
-    """Keys by name, each in the generation this worker knows. Safe from any thread.
+    """The keys that this worker knows. Safe from any thread.
 
-    `on_forget` is called, with the lock held, with the generations that are forgotten.
+    `on_retire` is called, with the lock held, with the keys that this worker has deleted.
     `uncommitted` are the ids of keys that were pushed with apply=False.
     """
 
     def __init__(
-        self, job: Session, store: int, timeout_s: float, on_forget: Callable[[Sequence[KeyState]], None]
+        self, job: Session, store: int, timeout_s: float, on_retire: Callable[[Sequence[KeyState]], None]
     ) -> None:
         self.lock = threading.Lock()
         self.states: dict[Key, KeyState] = {}
@@ -42,10 +38,11 @@ class KeyTable:
         self._job = job
         self._store = store
         self._timeout_s = timeout_s
-        self._on_forget = on_forget
+        self._on_retire = on_retire
         self._of_slice: dict[int, KeyState] = {}
         self._of_id: dict[int, KeyState] = {}
-        self._gone: dict[KeyState, None] = {}  # deleted by others, oldest first
+        self._num_asking = 0  # requests under way whose replies may name a key that is retired meanwhile
+        self._retired: set[int] = set()  # ids of keys that were retired during one of them
         self._raised_change = 0  # the last change of options that a server has reported
         self._raised: dict[int, int] = {}  # key id -> the last round whose fault was reported
 
@@ -53,7 +50,7 @@ class KeyTable:
         """Return what is known of keys, asking the scheduler about the unknown ones.
 
         Raises:
-            KeyNotInitialized: one of them does not exist.
+            KeyNotInitialized: one of them does not exist, or this worker has deleted it.
         """
         unknown = [key for key in keys if key not in self.states]
         if unknown:
@@ -61,45 +58,73 @@ class KeyTable:
                 if not may_travel(key):  # so it cannot be sent, and no rank can have initialised it
                     raise not_initialized(key)
             what = f"lookup of {unknown[0]!r}"
-            reply = self._job.control.request(
-                lambda n: m.Lookup(n, self._store, unknown), what, self._timeout_s, self._store
-            )
-            self.learn(reply.entries)
+            with self.asking():
+                reply = self._job.control.request(
+                    lambda n: m.Lookup(n, self._store, unknown), what, self._timeout_s, self._store
+                )
+                self.learn(reply.entries)
         try:
             return [self.states[key] for key in keys]
         except KeyError as exc:  # another thread of this worker has deleted it meanwhile
             raise KeyNotInitialized(f"key {exc.args[0]!r} was deleted during the call") from exc
 
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Make a request to the scheduler and learn from its reply, in which a key may be retired already."""
+        with self.lock:
+            self._num_asking += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._num_asking -= 1
+                if not self._num_asking:
+                    self._retired.clear()
+
     def learn(self, entries: Sequence[m.KeyEntry]) -> None:
-        """Remember keys; skip a generation that is older than the known one, or long gone."""
-        replaced: list[KeyState] = []
+        """Remember the keys of a reply, within `asking`; skip those that were retired since it was made."""
         with self.lock:
             for entry in entries:
-                if not entry.slices:
-                    continue  # so old that the scheduler knows only that it was deleted
                 known = self.states.get(entry.key)
-                if known is not None:
-                    if known.key_id >= entry.key_id:  # ids only grow; generations may begin anew
-                        continue
-                    replaced.append(known)
-                    self._remove(known)
-                state = KeyState.of(entry)
+                if entry.key_id in self._retired or (known is not None and known.key_id >= entry.key_id):
+                    continue
+                state = self._of_id.get(entry.key_id) or KeyState.of(entry)  # one object per id
                 self.states[entry.key] = self._of_id[entry.key_id] = state
                 for each in entry.slices:
                     self._of_slice[each.slice_id] = state
-            self._tell_forgotten(replaced)
 
-    def gone(self, key_ids: Sequence[int]) -> list[KeyState]:
-        """Note that others have deleted these generations; return those that were known.
+    def retire(self, entries: Sequence[m.KeyEntry]) -> list[m.KeyEntry]:
+        """Forget keys for good, as this worker has deleted them or a load has replaced them.
 
-        The last ones stay known, so that the next call on such a key learns that it was deleted.
+        Called with the job's order held. Returns those of which the servers are still to be told.
         """
         with self.lock:
-            found = [self._of_id[key_id] for key_id in key_ids if key_id in self._of_id]
-            self._gone.update(dict.fromkeys(found))
-            oldest = list(itertools.islice(self._gone, max(0, len(self._gone) - MAX_GONE)))
-            self._forget(oldest)
+            found = [entry for entry in entries if entry.key_id not in self._retired]
+            if self._num_asking:
+                self._retired.update(entry.key_id for entry in found)
+            states = [self._of_id[entry.key_id] for entry in found if entry.key_id in self._of_id]
+            for state in states:
+                self._remove(state)  # first: an interrupt here ends the job, and the next call is to say so
+                state.retired = True
+            if states:
+                self._on_retire(states)
         return found
+
+    def forget_names(self) -> list[KeyState]:
+        """Ask the scheduler anew about every key, as a load may have replaced it; return what was known."""
+        with self.lock:
+            states = list(self.states.values())
+            self.states.clear()
+        return states
+
+    def _remove(self, state: KeyState) -> None:
+        if self.states.get(state.key) is state:
+            del self.states[state.key]
+        for each in state.entry.slices:
+            self._of_slice.pop(each.slice_id, None)
+        self._of_id.pop(state.key_id, None)
+        self.uncommitted.discard(state.key_id)
+        self._raised.pop(state.key_id, None)
 
     def those_known(self, keys: Sequence[Key] | None) -> list[KeyState]:
         """Return what is known of these keys (None: all), without asking the scheduler."""
@@ -109,33 +134,9 @@ class KeyTable:
             return [self.states[key] for key in keys if key in self.states]
 
     def names_of(self, key_ids: Iterable[int]) -> list[Key]:
-        """Return the keys of these generations, without the unknown ones."""
+        """Return the keys with these ids, without the unknown ones."""
         with self.lock:
             return [self._of_id[key_id].key for key_id in key_ids if key_id in self._of_id]
-
-    def forget(self, states: Sequence[KeyState]) -> None:
-        """Forget generations of keys: the next call asks the scheduler anew."""
-        with self.lock:
-            self._forget(states)
-
-    def _forget(self, states: Sequence[KeyState]) -> None:
-        for state in states:
-            self._remove(state)
-        self._tell_forgotten(states)
-
-    def _tell_forgotten(self, states: Sequence[KeyState]) -> None:
-        if states:
-            self._on_forget(states)
-
-    def _remove(self, state: KeyState) -> None:
-        if self.states.get(state.key) is state:
-            del self.states[state.key]
-        for each in state.entry.slices:
-            self._of_slice.pop(each.slice_id, None)
-        self._of_id.pop(state.key_id, None)
-        self._gone.pop(state, None)
-        self.uncommitted.discard(state.key_id)
-        self._raised.pop(state.key_id, None)
 
     def check_committed(self, states: Sequence[KeyState], call: str) -> None:
         """Raise UncommittedPush if one of the keys waits for this worker's commit."""
@@ -150,7 +151,6 @@ class KeyTable:
         """Raise UncommittedPush if any key waits for this worker's commit."""
         with self.lock:
             found = [state for key_id in self.uncommitted if (state := self._of_id.get(key_id)) is not None]
-            found = [state for state in found if state not in self._gone]
         self.check_committed(found, call)
 
     def on_fault(self, fault: m.Fault) -> None:
@@ -164,12 +164,9 @@ class KeyTable:
                 state = self._of_slice.get(slice_id)
                 if state is None:
                     continue
-                if isinstance(error, KeyDeleted):
-                    self._forget([state])
-                elif self._raised.get(state.key_id, 0) >= fault.round:
+                if self._raised.get(state.key_id, 0) >= fault.round:
                     continue  # another slice of the same round has reported it
-                else:
-                    self._raised[state.key_id] = fault.round
+                self._raised[state.key_id] = fault.round
                 self.faults.setdefault(state.key, error)
 
     def restart_changes(self) -> None:

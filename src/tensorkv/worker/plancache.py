@@ -9,6 +9,7 @@ from typing import final
 
 import torch
 
+from tensorkv.errors import KeyDeleted
 from tensorkv.plain import Key
 from tensorkv.wire import messages as m
 from tensorkv.worker.plans import KeyState, Plan, build_plan
@@ -39,13 +40,18 @@ class PlanCache:
         self._alone: set[int] = set()  # keys whose slices make chunks of their own
 
     def plan(self, states: Sequence[KeyState], dtypes: Sequence[torch.dtype], counts: Sequence[int]) -> Plan:
-        """Return the plan of pushing values of `dtypes` with these counts; a count of 0 stands for absent."""
+        """Return the plan of pushing values of `dtypes` with these counts; a count of 0 stands for absent.
+
+        Raises:
+            KeyDeleted: another thread has deleted one of the keys.
+        """
         name = (tuple(state.key_id for state in states), tuple(dtypes), tuple(counts))
         with self._lock:
             plan = self._plans.get(name)
             if plan is not None:
                 self._plans.move_to_end(name)
                 return plan
+            check_alive(states)
             number = next(self._job.plan_numbers)
             plan = build_plan(number, states, dtypes, counts, len(self._job.links), self._alone)
             self._plans[name] = plan
@@ -100,23 +106,31 @@ class PlanCache:
         """Queue the definition of a plan to the servers that lack it. Called with the job's order held.
 
         Raises:
-            StoreClosed: another thread has closed the store meanwhile.
+            StoreClosed, KeyDeleted: another thread has closed the store, or deleted a key, meanwhile.
         """
         self._job.check_open(self._store)
-        while self._dropped:
-            dropped = self._dropped.pop()
-            for server in dropped.known_to:
-                self._job.links[server].put(m.DropPlan(dropped.number))
-            dropped.known_to.clear()
+        if self._dropped:
+            self.tell_dropped()
         if len(plan.known_to) == len(plan.parts):
             return
+        check_alive(plan.states)
+        if plan.dropped:  # it was evicted since its caller found it
+            self._dropped.append(plan)
         for part in plan.parts:
             if part.server not in plan.known_to:
                 plan.known_to.add(part.server)
                 self._job.links[part.server].put(m.DefinePlan(self._store, plan.number, part.entries))
 
+    def tell_dropped(self) -> None:
+        """Queue to the servers which plans they need no more. Called with the job's order held."""
+        while self._dropped:
+            dropped = self._dropped.pop()
+            for server in dropped.known_to:
+                self._job.links[server].put(m.DropPlan(dropped.number))
+            dropped.known_to.clear()
+
     def forget(self, states: Sequence[KeyState]) -> None:
-        """Drop the plans that contain these generations of keys, which are gone."""
+        """Drop the plans that contain these keys, which are deleted or are to be looked up anew."""
         gone = {state.key_id for state in states}
         with self._lock:
             self._alone -= gone
@@ -131,3 +145,13 @@ class PlanCache:
             for keys in names:
                 if last.get(keys) is plan:
                     del last[keys]
+
+
+def check_alive(states: Sequence[KeyState]) -> None:
+    """Raise KeyDeleted if this worker needs one of these keys no more."""
+    for state in states:
+        if state.retired:
+            raise KeyDeleted(
+                f"key {state.key!r} was deleted by another thread of this worker, or replaced by a load, "
+                "during the call"
+            )

@@ -37,12 +37,13 @@ _TENSORS = {torch.Tensor}
 @final
 @dataclass(slots=True, eq=False)
 class KeyState:
-    """An initialised key as a worker knows it."""
+    """An initialised key as a worker knows it, until it is `retired`: deleted by this worker, or replaced."""
 
     entry: m.KeyEntry
     shape: torch.Size
     dtype: torch.dtype
     num_elems: int
+    retired: bool = False
 
     @property
     def key(self) -> Key:
@@ -51,7 +52,7 @@ class KeyState:
 
     @property
     def key_id(self) -> int:
-        """The number of this generation of the key."""
+        """Its number, which no later key of the name has."""
         return self.entry.key_id
 
     @classmethod

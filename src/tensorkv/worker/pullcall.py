@@ -54,9 +54,9 @@ class PullCall:
 
     def ask(self, job: Session, plans: PlanCache, pusher: Pusher) -> None:
         """Send the requests of a pull."""
-        self._open(job)
         with job.order, job.whole:
-            plans.tell(self.plan)
+            plans.tell(self.plan)  # first, since it may raise
+            self._open(job)
             for server, number in self.replies.items():
                 job.links[server].put(m.Pull(self.plan.number, number))
             self.up_to = pusher.count

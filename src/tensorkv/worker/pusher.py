@@ -268,7 +268,7 @@ class Pusher:
                     del self._unmerged[key_id]
 
     def forget(self, states: Sequence[KeyState]) -> None:
-        """Forget generations of keys that are gone."""
+        """Forget keys that are retired. Called with the job's order held."""
         self.merged({state.key_id for state in states}, self.count)
 
     def deferred(self, states: Sequence[KeyState]) -> bool:

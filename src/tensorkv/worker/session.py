@@ -51,9 +51,6 @@ class OpenStore(Protocol):
     def on_fault(self, fault: m.Fault) -> None:
         """Handle the failure of a round that this worker contributed to."""
 
-    def on_gone(self, gone: m.KeysGone) -> None:
-        """Handle the deletion of keys by other workers."""
-
     def close(self) -> None:
         """Leave the store."""
 
@@ -92,7 +89,7 @@ class Session:
         self.closed = False
         self._left: set[int] = set()  # stores; guarded by `order`
         self._broken: TensorKVError | None = None
-        self.control = ControlClient(config, self._on_failure, self._on_gone, connection)
+        self.control = ControlClient(config, self._on_failure, connection)
         try:
             for rank, address in enumerate(self.control.servers()):
                 connection = connect_to_server(config, rank, address, self.failure)
@@ -307,11 +304,6 @@ class Session:
     def _on_failure(self, error: TensorKVError) -> None:
         for link in self.links:
             link.shutdown()
-
-    def _on_gone(self, gone: m.KeysGone) -> None:
-        store = self._opened(gone.store)
-        if store is not None:
-            store.on_gone(gone)
 
     def _on_fault(self, fault: m.Fault) -> None:
         store = self._opened(fault.store)
