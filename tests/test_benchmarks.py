@@ -26,6 +26,7 @@ import peerenv
 import pictures
 import pushpull
 import pytest
+import servermemory
 import sidebyside
 import soak
 import soakworker
@@ -547,3 +548,13 @@ def test_an_accuracy_is_the_mean_of_a_second() -> None:
     curve = [(0.0, 0.0), (1.0, 0.2), (1.5, 0.4), (2.0, 0.6)]
     assert stragglers.mean_before(curve, 2.0) == pytest.approx(0.5)
     assert stragglers.mean_before(curve, 1.0) == pytest.approx(0.2)
+
+
+def test_what_a_server_takes_is_counted_in_models(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(servermemory, "WAYS", [("tcp", "assign")])
+    servermemory.main(["--times", "1", "--wait-s", "0"])
+    found = re.search(r"tcp, assign: the server takes (\d\.\d\d) models of 192 MB", capfd.readouterr().out)
+    assert found is not None
+    assert 1.0 <= float(found[1]) < 3.0  # it has the values
