@@ -425,3 +425,23 @@ def test_many_small_tensors_are_pushed_and_pulled_where_they_are(transport: Any,
         mine["w11"] = torch.zeros(8, 8, dtype=torch.float64)
         check()
         check()
+
+
+def test_a_step_that_was_interrupted_while_it_noted_tensors_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tensorkv.create("dist_sync", embedded=True, timeout_s=20.0) as kv:
+        added(kv, w=filled(0.0))
+        pushed, mine = {"w": filled(1.0)}, {"w": filled(0.0)}
+        step = kv.bind(push=pushed, out=mine)
+        step.pushpull()
+        step.pushpull()
+
+        def interrupted(*arguments: Any) -> None:
+            raise KeyboardInterrupt
+
+        pushed["w"].data, mine["w"].data = filled(10.0), filled(0.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(kv), "_views_of", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                step.pushpull()
+        step.pushpull()
+        assert mine["w"].tolist() == kv.pull("w").tolist() == [22.0] * 3

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tensorkv import interrupts
-from tensorkv.interrupts import CtrlC, Interrupted, is_within
+from tensorkv.interrupts import CtrlC, Interrupted, Leaving, is_within
 
 DEADLINE_S = 20.0
 
@@ -203,3 +203,44 @@ def test_which_frames_are_within() -> None:
     call(lambda: found.append(is_within(sys._getframe(), ("tensorkv.worker.",))))
     assert found == [True, False]
     assert not is_within(None, ("tensorkv.",))
+
+
+def test_a_handler_of_the_users_that_calls_this_one_gets_it_at_once(ctrl_c: CtrlC) -> None:
+    """In a call, too: it stands in for Python's."""
+    before = signal.getsignal(signal.SIGINT)
+    assert callable(before)
+    signal.signal(signal.SIGINT, lambda signum, frame: before(signum, frame))
+    with pytest.raises(KeyboardInterrupt):
+        call(press, go_on)
+    assert not ctrl_c.noted
+
+
+def test_a_system_without_a_thread_for_it_is_asked_again(
+    ctrl_c: CtrlC, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupts._thread, "start_new_thread", refuse)
+        call(press)
+    with pytest.raises(KeyboardInterrupt):  # the next call raises it, and a later one is delivered again
+        ctrl_c.begin_call()
+
+    def press_in_a_call_and_go_on() -> None:
+        call(press)
+        go_on()
+
+    with pytest.raises(KeyboardInterrupt):
+        press_in_a_call_and_go_on()
+
+
+def test_a_wait_ends_when_the_process_is_to_leave(ctrl_c: CtrlC) -> None:
+    left: list[bool] = []
+    ctrl_c.on_leave = lambda: left.append(True)
+    with ctrl_c.deferred():
+        wait(ctrl_c)
+    with pytest.raises(Leaving) as caught:
+        wait(ctrl_c)
+    assert (left, caught.value.code) == ([True], 0)
+    wait(ctrl_c)

@@ -117,11 +117,12 @@ class _Named:
         others = None if all(map(operator.is_, values, singles)) else singles
         if others is not None and not all(isinstance(each, torch.nn.Parameter) for each in values):
             return  # an array, say, of which each call makes a tensor
-        self._last, self._plan, self._singles = list(map(weakref.ref, values)), plan, others
+        self._last, self._singles = list(map(weakref.ref, values)), others
         self._addresses = addresses_of(values)
         self._views = store._views_of(plan, singles, self._name == "push")
         # A view keeps its memory alive, so no tensor of another dtype can lie there.
         self._dtypes = list(map(_dtype_of, values)) if self._views is None else []
+        self._plan = plan  # last: the rest counts only with a plan, and Ctrl-C may come in between
 
 
 def _reader(name: str, given: Any, keys: tuple[Key, ...], values: list[Any]) -> Callable[[], list[Any]]:

@@ -21,7 +21,7 @@ import threading
 import time
 from _signal import getsignal  # type: ignore[import-not-found]  # that of `signal` takes microseconds
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import final
 
@@ -37,7 +37,15 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, raised where a call could be given up. The text says in which call, and for whom it waited."""
 
 
-ORDERLY = (TensorKVError, Interrupted)
+@final
+class Leaving(SystemExit):
+    """SIGTERM, raised where a call could be given up: see `WorkerSignals`."""
+
+
+GIVEN_UP = (Interrupted, Leaving)
+"""The exceptions of a call that is given up in its wait, as by a deadline."""
+
+ORDERLY = (TensorKVError, *GIVEN_UP)
 """The exceptions that leave a call where others may rely on it. Any other may have come in the middle."""
 
 
@@ -47,6 +55,7 @@ class CtrlC:
 
     def __init__(self) -> None:
         self.noted = False  # a plain attribute, since every call reads it
+        self.on_leave: Callable[[], None] | None = None  # called when the next wait raises Leaving
         self._kept = False
         self._nudged = False
         self._watched = False
@@ -63,10 +72,18 @@ class CtrlC:
             raise KeyboardInterrupt
 
     def check(self, describe: Callable[[], str]) -> None:
-        """Raise Interrupted if Ctrl-C was noted: this call, which `describe` names, can be given up here."""
-        if self.noted and not self._kept and _in_main_thread():
-            self.noted = False
-            raise Interrupted(f"Ctrl-C in {describe()}")
+        """Raise Interrupted if Ctrl-C was noted: this call, which `describe` names, can be given up here.
+
+        Raise Leaving if SIGTERM is to end the call.
+        """
+        if not (self.noted or self.on_leave) or self._kept or not _in_main_thread():
+            return
+        if self.on_leave is not None:
+            on_leave, self.on_leave = self.on_leave, None
+            on_leave()
+            raise Leaving(0)
+        self.noted = False
+        raise Interrupted(f"Ctrl-C in {describe()}")
 
     def note(self) -> None:
         """Let the next wait raise Ctrl-C, or the end of the call. Acquires no lock."""
@@ -76,16 +93,18 @@ class CtrlC:
     def _start_to_watch(self) -> None:
         if self.noted and not self._watched:
             self._watched = True
-            with suppress(RuntimeError):  # the system has no thread for it: the next call will raise it
+            try:
                 _thread.start_new_thread(self._watch, ())
+            except RuntimeError:  # the system has no thread for it: the next call will raise it
+                self._watched = False
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Do not give up waits within the block: what is half done is finished. Rule 4 still holds."""
         is_main = _in_main_thread()
-        if is_main:
-            self._kept = True
         try:
+            if is_main:
+                self._kept = True
             yield
         finally:
             if is_main:
@@ -93,7 +112,9 @@ class CtrlC:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         nudged, self._nudged = self._nudged, False
-        if is_within(frame, _CALLS):
+        if getsignal(signal.SIGINT) != self._handle:
+            pass  # the user's handler has called this one: then Ctrl-C is his
+        elif is_within(frame, _CALLS):
             if nudged:
                 return  # a call has begun meanwhile
             if not self.noted:

@@ -292,7 +292,7 @@ def jobs(draw: st.DrawFn, workers: int, reduction: str) -> Job:
             job.add(who, Op("push", name))
         elif what == "pull":
             job.add(who, Op("pull", name))
-        elif what == "set":
+        elif what == "set" and set(FLOAT_KEYS) <= set(job.model.keys(0)):  # else it holds when it arrives
             job.add(0, Op("set_updater", option=draw(st.sampled_from(sorted(UPDATERS)))))
         elif what == "leave" and who != 0 and set(FLOAT_KEYS) <= set(job.model.keys(0)):
             job.add(who, Op("close"))

@@ -1419,3 +1419,31 @@ def test_a_setting_that_its_leader_gives_up_fails_for_the_others_too(
         assert kv.pull("w").tolist() == [2.0] * 4
 
     run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S)
+
+
+def test_a_save_alone_waits_for_no_worker_that_has_changed_options() -> None:
+    """It sends the change to all servers with its next call, though this concerns one of them."""
+    changed = threading.Event()
+
+    def work(kv: KVStore) -> float:
+        assert isinstance(kv, DistStore)
+        kv.set_optimizer("sgd", lr=1.0)
+        kv.init("w", ones(0))  # on one of two servers
+        kv.barrier()
+        if kv.rank == 0:
+            kv.set_optimizer_options(lr=0.5)
+            kv.push("w", ones())
+            changed.set()
+            return kv.pull("w")[0].item()
+        assert changed.wait(DEADLINE_S)
+        saved = kv.state_dict(alone=True)
+        kv.set_optimizer_options(lr=0.5)
+        kv.push("w", ones())
+        assert kv.pull("w")[0].item() == -1.0
+        with tensorkv.create("local") as resumed:
+            resumed.load_state_dict(saved)
+            resumed.push("w", ones())
+            return resumed.pull("w")[0].item()
+
+    found = run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S)
+    assert found == [-1.0, -0.5]

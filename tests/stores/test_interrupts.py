@@ -25,13 +25,13 @@ import torch
 
 import tensorkv
 from tensorkv.errors import PeerLostError, TensorKVError
-from tensorkv.interrupts import Interrupted, ctrl_c
+from tensorkv.interrupts import Interrupted, Leaving, ctrl_c
 from tensorkv.launch.cluster import LocalCluster
 from tensorkv.peer import deadlines
 from tensorkv.stores.dist import DistStore
 from tensorkv.transport import inproc
 from tensorkv.wire import messages as m
-from tensorkv.worker import control, interleave
+from tensorkv.worker import control, interleave, signals
 from tensorkv.worker.plancache import PlanCache
 from tensorkv.worker.session import Session
 
@@ -422,3 +422,18 @@ def test_with_a_handler_of_the_users_nothing_is_deferred(pair: Pair, monkeypatch
     assert not ctrl_c.noted
     pair.stores[1].push("w", ONE)
     assert pair.stores[0].pull("w").tolist() == [2.0] * 4
+
+
+def test_term_gives_a_wait_up_and_the_others_go_on(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "LEAVE_CALL_S", 0.0)
+    made = signals.WorkerSignals("worker 0")
+    try:
+        pair.stores[0].push("w", ONE)
+        pair.interrupt(lambda: pair.stores[0].pull("w"), signal.SIGTERM, Leaving)
+    finally:
+        made.stop()
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert pair.jobs[0].failure() is None
+    pair.stores[0].close()
+    found = pair.pool.submit(push_and(pull), pair.stores[1]).result(TIMEOUT_S)
+    assert found.tolist() == [2.0] * 4  # what it had pushed counts

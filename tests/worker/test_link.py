@@ -289,6 +289,20 @@ def test_ctrl_c_inside_a_frame_waits_for_the_rest_of_it(tcp_bench: Bench) -> Non
     bench.link.wait(waiting, bench.wait())
 
 
+def test_after_ctrl_c_too_the_end_of_a_frame_is_not_awaited_for_ever(
+    tcp_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "STALL_S", 0.3)
+    monkeypatch.setattr(deadlines, "LOST_GRACE_S", 0.0)
+    bench = tcp_bench
+    number = bench.link.open(SingleReply())
+    bench.server.send(encode(m.Done(number))[:-1])
+    ctrl_c.noted = True
+    with pytest.raises(Interrupted, match="Ctrl-C in a call"):
+        bench.link.wait(number, bench.wait())
+    assert not ctrl_c.noted
+
+
 def test_a_frame_whose_end_never_comes(tcp_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "STALL_S", 0.3)
     monkeypatch.setattr(deadlines, "LOST_GRACE_S", 0.0)

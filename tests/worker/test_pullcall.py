@@ -60,7 +60,12 @@ class Bench:
     def ask(self) -> None:
         from contextlib import nullcontext
 
-        job: Any = SimpleNamespace(links=self.links, order=nullcontext(), whole=nullcontext())
+        job: Any = SimpleNamespace(
+            links=self.links,
+            order=nullcontext(),
+            whole=nullcontext(),
+            pump=lambda links: [link.pump() for link in links],
+        )
         plans: Any = SimpleNamespace(tell=lambda plan: None)
         pusher: Any = SimpleNamespace(count=5)
         self.call.ask(job, plans, pusher)

@@ -34,7 +34,7 @@ from tensorkv.errors import (
     not_elementwise,
     to_wire,
 )
-from tensorkv.interrupts import ORDERLY, Interrupted, ctrl_c
+from tensorkv.interrupts import GIVEN_UP, ORDERLY, ctrl_c
 from tensorkv.keys import PullBatch, PushBatch, answer
 from tensorkv.peer.code import describe_code
 from tensorkv.peer.deadlines import taken
@@ -229,7 +229,7 @@ class DistStore(KVStore):
         """
         try:
             lead()
-        except (Exception, Interrupted) as error:
+        except (Exception, *GIVEN_UP) as error:
             if self._job.failure() is not None:
                 raise
             return _Led(error)
@@ -695,6 +695,7 @@ class DistStore(KVStore):
                 self._job.check_open(self._store)
                 for link in self._job.links:
                     link.put(message)
+                self._job.has_changes_queued = True
                 self._num_unsent_changes += 1
             self._settings = table
         if not self._policy.settings_wait:  # else another rank's push could overtake it
@@ -864,7 +865,7 @@ class DistStore(KVStore):
             with self._job.whole:
                 try:
                     led = self._lead_or_follow(call, lead)
-                except (WaitTimeout, Interrupted):  # whether keys were replaced is not known
+                except (WaitTimeout, *GIVEN_UP):  # whether keys were replaced is not known
                     self._plans.forget(self._table.forget_names())
                     raise
         led.check()

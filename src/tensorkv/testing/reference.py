@@ -95,6 +95,7 @@ class _Entry:
     round: int = 0
     version: int = 0
     failures: dict[int, UpdaterError] = field(default_factory=dict)  # by contributor, until raised
+    left_with: UpdaterFunction | None = None  # that in force when rank 0 deleted the key
 
 
 @dataclass
@@ -207,7 +208,10 @@ class ReferenceStore:
 
     def delete(self, rank: int, key: Key) -> None:
         """Remove a rank from a key, as `leave` does. When all have deleted it, the name is free."""
-        self.entry(rank, key).deleted.add(rank)
+        entry = self.entry(rank, key)
+        entry.deleted.add(rank)
+        if rank == 0:
+            entry.left_with = self._updater
         self._go_on_without(rank, key)
 
     def keys(self, rank: int) -> list[Key]:
@@ -275,7 +279,10 @@ class ReferenceStore:
         return mean.to(total.dtype)
 
     def _apply(self, key: Key, entry: _Entry, total: torch.Tensor | None) -> None:
-        """End the open round. It uses the updater in force when its lowest rank pushed."""
+        """End the open round. It uses the updater in force when its lowest rank pushed.
+
+        If rank 0, which makes the settings, has deleted the key before it pushed, that in force then.
+        """
         parts = self._parts(entry)
         for part in parts.values():
             part.apply = True
@@ -286,7 +293,10 @@ class ReferenceStore:
     def _update(self, key: Key, entry: _Entry, total: torch.Tensor, parts: dict[int, _Push]) -> None:
         changed = entry.value.clone()
         try:
-            parts[min(parts)].updater(key, total, changed)
+            updater = parts[min(parts)].updater
+            if 0 not in parts and entry.left_with is not None:
+                updater = entry.left_with
+            updater(key, total, changed)
         except Exception as exc:  # noqa: BLE001  (raised at each contributor)
             error = UpdaterError(f"key {key!r}: {''.join(traceback.format_exception(exc))}")
             entry.failures.update(dict.fromkeys(parts, error))

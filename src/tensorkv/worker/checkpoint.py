@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from tensorkv.checkpoint.slices import (
     unpack,
 )
 from tensorkv.errors import ProtocolError, TensorKVError, from_wire
-from tensorkv.interrupts import Interrupted, ctrl_c
+from tensorkv.interrupts import GIVEN_UP, ctrl_c
 from tensorkv.keys import check_keys, check_new_keys
 from tensorkv.peer.code import describe_code
 from tensorkv.plain import Key
@@ -53,6 +54,9 @@ from tensorkv.worker.session import Asked, Session
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+ASK_AGAIN_S = 0.01
+"""Time between two questions whether all servers have been given the same settings."""
 
 PROGRESS_BYTES = 64 << 20
 """Minimum size of a save or load that shows its progress."""
@@ -119,6 +123,7 @@ class StateTransfer:
                 return Contents(entries, _settings_of(entries, begun), alone=True)
             before = numbers
             wait.tick()
+            time.sleep(ASK_AGAIN_S)
 
     def save(self, folder: str, contents: Contents) -> None:
         """Let every server write its slices, then publish the save."""
@@ -262,7 +267,7 @@ class StateTransfer:
         try:
             self._ask_all(lambda n: m.PrepareRestore(n, self._store, settings, codes), what)
             send(reply.entries)
-        except (Exception, Interrupted):
+        except (Exception, *GIVEN_UP):
             self._withdraw(reply.entries)
             raise
         with ctrl_c.deferred():

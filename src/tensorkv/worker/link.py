@@ -332,14 +332,12 @@ class ServerLink:
         """
         try:
             self._tick()
-        except Interrupted:
-            if not self._connection.in_frame:
-                raise
-            ctrl_c.note()
-        except WaitTimeout:
+        except (Interrupted, WaitTimeout) as exc:
             self._stalled += 1
             if not self._connection.in_frame or self._stalled * TICK_S > STALL_S:
                 raise
+            if isinstance(exc, Interrupted):
+                ctrl_c.note()
 
     def _tell(self) -> None:
         """Wake the threads that wait for the lead or for an exchange; they are counted before they look."""

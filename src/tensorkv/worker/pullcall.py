@@ -60,8 +60,7 @@ class PullCall:
             for server, number in self.replies.items():
                 job.links[server].put(m.Pull(self.plan.number, number))
             self.up_to = pusher.count
-        for link, _ in self.numbers:
-            link.pump()
+        job.pump([link for link, _ in self.numbers])
 
     def push(
         self, job: Session, pusher: Pusher, values: Sequence[torch.Tensor], weight: float | None = None

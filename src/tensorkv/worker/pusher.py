@@ -194,8 +194,7 @@ class Pusher:
             self._note(plan, apply)
             if asks is not None:
                 asks.up_to = self.count
-        for part in plan.parts:
-            links[part.server].pump()
+        self._job.pump([links[part.server] for part in plan.parts])
         return sent
 
     def _note(self, plan: Plan, apply: bool) -> None:

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, final
 
@@ -87,6 +87,7 @@ class Session:
         self.links: list[ServerLink] = []
         self.window = Window()
         self.closed = False
+        self.has_changes_queued = False  # of options, for every server; the next call sends them
         self._left: set[int] = set()  # stores; guarded by `order`
         self._broken: TensorKVError | None = None
         self.control = ControlClient(config, self._on_failure, connection)
@@ -210,8 +211,7 @@ class Session:
             if leave:
                 self.leave_store(store)
             asked = [(link, *link.ask(make)) for link in links]
-        for link in links:
-            link.pump()
+        self.pump(links)
         return asked
 
     def tell_all(self, message: m.Message, store: int) -> None:
@@ -280,6 +280,16 @@ class Session:
             if store not in self._left:
                 link.put(m.AskWaiting(number, store))
         link.pump()
+
+    def pump(self, links: Iterable[ServerLink]) -> None:
+        """Send what is queued to these servers; to all of them if changes of options are queued.
+
+        So no server lacks a change that another has for longer than this call takes.
+        """
+        if self.has_changes_queued:
+            self.has_changes_queued, links = False, self.links
+        for link in links:
+            link.pump()
 
     def poll(self) -> None:
         """Receive what the servers have already sent. Never blocks."""

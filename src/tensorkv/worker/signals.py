@@ -8,8 +8,9 @@ RULES
 2. Only a signal without another handler is taken, and only from the main thread. Forked children give it
    back.
 3. SIGTERM raises SystemExit(0) in the main thread: at once if it is in the user's code; if it is in a call of
-   a store, when that has returned, or after LEAVE_CALL_S seconds. So `with` and `finally` blocks do their
-   work, and the stores are closed in good order.
+   a store, when that has returned, or after LEAVE_CALL_S seconds: a call that waits then ends at the next
+   tick of its wait, as at a deadline. So `with` and `finally` blocks do their work, and the stores are closed
+   in good order. A call that neither waits nor returns is broken off WAIT_ENDS_S later, wherever it is.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ import time
 from types import FrameType
 from typing import final
 
-from tensorkv.interrupts import is_within
+from tensorkv.interrupts import ctrl_c, is_within
 from tensorkv.peer.deadlines import waiting_calls
 
 LEAVE_CALL_S = 2.0
 """Timeout in seconds for a call of a store after SIGTERM; `tensorkv run` kills one second later."""
+
+WAIT_ENDS_S = 0.5
+"""Time after LEAVE_CALL_S in which a wait ends by itself; it ticks twice as often."""
 
 NUDGE_S = 0.05
 ANSWER_S = 1.0
@@ -70,6 +74,7 @@ class WorkerSignals:
         if not self.taken:
             return
         self._stopping = True
+        ctrl_c.on_leave = None
         os.eventfd_write(self._wake, 1)
         self._thread.join()  # first, since it may be about to nudge, which must find our handler
         self._give_back(signal.SIG_IGN)
@@ -111,9 +116,15 @@ class WorkerSignals:
         if self._leave_at is None:
             self._leave_at = now + LEAVE_CALL_S
             os.eventfd_write(self._wake, 1)
-        if now >= self._leave_at or not in_store_call(frame):
-            self._left = True
+        if not in_store_call(frame) or now >= self._leave_at + WAIT_ENDS_S:
+            self._leave()
             raise SystemExit(0)
+        if now >= self._leave_at:
+            ctrl_c.on_leave = self._leave  # its wait, if it is in one, ends in good order
+
+    def _leave(self) -> None:
+        self._left = True
+        ctrl_c.on_leave = None
 
     # ---- the thread ------------------------------------------------------------------------------
 
@@ -130,11 +141,16 @@ class WorkerSignals:
                 self._to_report = False
                 sys.stderr.write("\n".join([*report(self._who), ""]))
                 sys.stderr.flush()
-            if self._leave_at is not None and not self._left:
+            if self._leave_at is not None and not self._left and self._is_to_nudge(self._leave_at):
                 self._nudged = True
                 main = threading.main_thread().ident
                 assert main is not None
                 signal.pthread_kill(main, signal.SIGTERM)  # the call may have returned
+
+    @staticmethod
+    def _is_to_nudge(leave_at: float) -> bool:
+        """Whether to send the signal again: not to a wait that is to end. Each makes its tick late."""
+        return ctrl_c.on_leave is None or time.monotonic() >= leave_at + WAIT_ENDS_S
 
 
 def is_free(signum: int) -> bool:

@@ -20,6 +20,7 @@ from tensorkv.worker.plans import COALESCE_BYTES
 
 _TYPES = (torch.Tensor, torch.nn.Parameter)
 _ALL = slice(None)
+_COUNTS_MANY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5)
 
 
 @final
@@ -37,6 +38,7 @@ class Viewed(list[torch.Tensor]):
 
     def __init__(self, tensors: Sequence[torch.Tensor], views: Views) -> None:
         super().__init__(tensors)
+        self._views = views  # keeps the memory: a call may fill it when its step has others already
         self._parts = views.parts
 
     def gather(self, pick: Callable[[Any], Sequence[Any]]) -> bytes:
@@ -46,7 +48,7 @@ class Viewed(list[torch.Tensor]):
     def fill(self, pick: Callable[[Any], Sequence[Any]], parts: Sequence[memoryview]) -> None:
         """Copy a part of equal size to each tensor that `pick` selects, and tell autograd."""
         deque(map(operator.setitem, pick(self._parts), repeat(_ALL), parts), maxlen=0)
-        torch.autograd.graph.increment_version(pick(self))
+        _count_changes(pick(self))
 
 
 def views_of(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> Views | None:
@@ -65,6 +67,14 @@ def _can_be_viewed(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
         and tensor.is_contiguous()
         and not (dtype.is_complex or tensor.is_neg() or tensor.is_inference())
     )
+
+
+def _count_changes(tensors: Sequence[torch.Tensor]) -> None:
+    """Tell autograd that tensors were changed. torch 2.4 takes one at a time."""
+    if _COUNTS_MANY:
+        torch.autograd.graph.increment_version(tensors)
+    else:
+        deque(map(torch.autograd.graph.increment_version, tensors), maxlen=0)
 
 
 def _view_of(tensor: torch.Tensor) -> memoryview:
