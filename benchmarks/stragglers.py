@@ -17,6 +17,7 @@ with. DDP is torch's DistributedDataParallel over gloo. Needs the extra `bench` 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -183,9 +184,9 @@ def print_curves(found: dict[str, dict[str, Curve]]) -> None:
 
 
 def mean_before(curve: Curve, time_s: float) -> float:
-    """Return the mean accuracy in the second before a time."""
+    """Return the mean accuracy in the second before a time; NaN if none was measured then."""
     found = [right for at_s, right in curve if time_s - 1.0 < at_s <= time_s]
-    return sum(found) / len(found)
+    return sum(found) / len(found) if found else math.nan
 
 
 def plot(found: dict[str, dict[str, Curve]], path: Path) -> None:
