@@ -24,6 +24,7 @@ from tensorkv.arguments import flag, number, positive, seconds
 from tensorkv.arrays import check_matches, check_summable, shape_of, size_bytes
 from tensorkv.bound import BoundStep
 from tensorkv.errors import DuplicateKey, InvalidArgument, InvalidOption, NotPicklable, StoreClosed
+from tensorkv.interrupts import ctrl_c
 from tensorkv.keys import (
     PullBatch,
     PushBatch,
@@ -108,6 +109,8 @@ class KVStore(ABC):
     A store is a context manager. A refused call changes nothing. Several threads may call methods;
     one thread's calls on one key take effect in program order.
     """
+
+    _defers_ctrl_c = False  # whether calls have messages that Ctrl-C must not come between
 
     def __init__(self, kind: str, *, store: str, reduction: Reduction, timeout_s: float) -> None:
         if reduction not in ("sum", "mean"):
@@ -1185,6 +1188,8 @@ class KVStore(ABC):
                 f"{call}: store {self._name!r} belongs to process {self._pid}, and this is its forked child "
                 f"{os.getpid()}; create a store of its own, or start the process by 'spawn'"
             )
+        if self._defers_ctrl_c:
+            ctrl_c.begin_call()
 
     def _weighted(self, call: str, batch: PushBatch, weight: Any) -> PushBatch:
         """Return a push with a weight. Raises the errors of the push itself and of `_checked_weight`."""

@@ -64,7 +64,7 @@ class Bench:
             links=self.links,
             order=nullcontext(),
             whole=nullcontext(),
-            pump=lambda links: [link.pump() for link in links],
+            has_changes_queued=False,
         )
         plans: Any = SimpleNamespace(tell=lambda plan: None)
         pusher: Any = SimpleNamespace(count=5)

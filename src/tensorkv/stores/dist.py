@@ -34,7 +34,7 @@ from tensorkv.errors import (
     not_elementwise,
     to_wire,
 )
-from tensorkv.interrupts import GIVEN_UP, ORDERLY, ctrl_c
+from tensorkv.interrupts import GIVEN_UP, ORDERLY
 from tensorkv.keys import PullBatch, PushBatch, answer
 from tensorkv.peer.code import describe_code
 from tensorkv.peer.deadlines import taken
@@ -107,6 +107,8 @@ class _SentCommit:
 class DistStore(KVStore):
     """A store on servers. The contract is that of `KVStore`."""
 
+    _defers_ctrl_c = True
+
     def __init__(
         self,
         kind: str,
@@ -157,10 +159,6 @@ class DistStore(KVStore):
     def num_workers(self) -> int:
         """Number of workers in the job."""
         return self._job.config.num_workers
-
-    def _check_usable(self, call: str, key: Any = None) -> None:
-        super()._check_usable(call, key)
-        ctrl_c.begin_call()
 
     def _on_retire(self, states: Sequence[KeyState]) -> None:
         self.num_retired += 1

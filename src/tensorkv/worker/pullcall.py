@@ -60,7 +60,10 @@ class PullCall:
             for server, number in self.replies.items():
                 job.links[server].put(m.Pull(self.plan.number, number))
             self.up_to = pusher.count
-        job.pump([link for link, _ in self.numbers])
+        if job.has_changes_queued:
+            job.send_changes()
+        for link, _ in self.numbers:
+            link.pump()
 
     def push(
         self, job: Session, pusher: Pusher, values: Sequence[torch.Tensor], weight: float | None = None

@@ -194,7 +194,10 @@ class Pusher:
             self._note(plan, apply)
             if asks is not None:
                 asks.up_to = self.count
-        self._job.pump([links[part.server] for part in plan.parts])
+        if self._job.has_changes_queued:
+            self._job.send_changes()
+        for part in plan.parts:
+            links[part.server].pump()
         return sent
 
     def _note(self, plan: Plan, apply: bool) -> None:

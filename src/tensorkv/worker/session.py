@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, final
 
@@ -211,7 +211,10 @@ class Session:
             if leave:
                 self.leave_store(store)
             asked = [(link, *link.ask(make)) for link in links]
-        self.pump(links)
+        if self.has_changes_queued:
+            self.send_changes()
+        for link in links:
+            link.pump()
         return asked
 
     def tell_all(self, message: m.Message, store: int) -> None:
@@ -281,14 +284,13 @@ class Session:
                 link.put(m.AskWaiting(number, store))
         link.pump()
 
-    def pump(self, links: Iterable[ServerLink]) -> None:
-        """Send what is queued to these servers; to all of them if changes of options are queued.
+    def send_changes(self) -> None:
+        """Send the changes of options that are queued, to all servers, if `has_changes_queued`.
 
-        So no server lacks a change that another has for longer than this call takes.
+        Every call that sends to some servers does so first: no server lacks for long what another has.
         """
-        if self.has_changes_queued:
-            self.has_changes_queued, links = False, self.links
-        for link in links:
+        self.has_changes_queued = False
+        for link in self.links:
             link.pump()
 
     def poll(self) -> None:
