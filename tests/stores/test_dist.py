@@ -1447,3 +1447,31 @@ def test_a_save_alone_waits_for_no_worker_that_has_changed_options() -> None:
 
     found = run_job(work, num_workers=2, num_servers=2, timeout_s=DEADLINE_S)
     assert found == [-1.0, -0.5]
+
+
+def test_the_scheduler_hears_of_a_delete_before_the_key_can_be_looked_up_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a look-up of another thread could learn the key anew, and use what the servers have dropped."""
+
+    def work(kv: KVStore) -> None:
+        assert isinstance(kv, DistStore)
+        kv.init("w", ones())
+        told: list[Any] = []
+        retire, notify = kv._table.retire, kv._job.control.notify
+
+        def noted(message: Any) -> None:
+            told.append(type(message))
+            notify(message)
+
+        def checked(entries: Any) -> Any:
+            assert m.DeleteKeys in told
+            return retire(entries)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kv._job.control, "notify", noted)
+            patch.setattr(kv._table, "retire", checked)
+            kv.delete("w")
+        assert "w" not in kv
+
+    run_job(work, num_workers=1, num_servers=1, timeout_s=DEADLINE_S)

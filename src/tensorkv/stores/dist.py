@@ -343,15 +343,15 @@ class DistStore(KVStore):
         with self._hold.turn(what):  # leaving completes rounds, and so changes values
             self._job.check_open(self._store)
             check_alive(deleted)
+            if deleted:  # first: a look-up of another thread, made after `retire`, must not name them
+                names = [(state.key, state.key_id) for state in deleted]
+                self._job.control.notify(m.DeleteKeys(self._store, names))
             entries = self._table.retire(entries)
             self._plans.tell_dropped()
             for server, slice_ids in _by_server(entries):
                 make = functools.partial(m.DeleteSlices, store=self._store, slice_ids=slice_ids)
                 link = self._job.links[server]
                 exchanges.append((link, *link.ask(make)))
-            if deleted:
-                names = [(state.key, state.key_id) for state in deleted]
-                self._job.control.notify(m.DeleteKeys(self._store, names))
         self._await_single(exchanges, what)
 
     # ---- push ------------------------------------------------------------------------------------
