@@ -131,6 +131,23 @@ def test_a_key_that_is_deleted_and_made_anew() -> None:
         kv.push(0, "w", [vector(1, 1)])
 
 
+def test_a_pull_before_a_delete_reads_no_later_round() -> None:
+    kv = store(2)
+    kv.push(1, "w", [vector(1, 1)])
+    entry = kv.entry(1, "w")
+    kv.delete(1, "w")
+    with pytest.raises(WouldWait):
+        kv.read(1, "w", entry)
+    for _ in range(2):
+        kv.push(0, "w", [vector(2, 2)])
+    assert kv.pull(0, "w").tolist() == [2, 2]
+    assert kv.read(1, "w", entry).tolist() == [3, 3]
+    kv = store(2)
+    kv.delete(1, "w")
+    kv.push(0, "w", [vector(2, 2)])
+    assert kv.read(1, "w", kv.entries["w"]).tolist() == [0, 0]
+
+
 def test_a_key_is_there_until_all_have_deleted_it() -> None:
     kv = store(2)
     kv.push(0, "w", [vector(1, 1)])

@@ -96,6 +96,8 @@ class _Entry:
     version: int = 0
     failures: dict[int, UpdaterError] = field(default_factory=dict)  # by contributor, until raised
     left_with: UpdaterFunction | None = None  # that in force when rank 0 deleted the key
+    # The value after the last round of each rank that is gone: the others' rounds go on without it.
+    seen_last: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -160,7 +162,7 @@ class ReferenceStore:
     def read(self, rank: int, key: Key, entry: _Entry) -> torch.Tensor:
         """Return the value of a pull that was called when the key was `entry`, which may be deleted now."""
         self._check_free(entry, rank, key)
-        return entry.value.clone()
+        return entry.seen_last.get(rank, entry.value).clone()
 
     def put(self, rank: int, key: Key, value: torch.Tensor) -> None:
         """Replace a value outside rounds, after all of this rank's pushes."""
@@ -233,6 +235,8 @@ class ReferenceStore:
         entry = self.entries[key]
         if self._is_uncommitted(entry, rank):
             entry.pushes[rank].pop()
+        if len(entry.pushes[rank]) <= entry.round:
+            entry.seen_last[rank] = entry.value.clone()
         self._advance(key, entry)
         if self.left | entry.deleted >= set(range(self.num_workers)):
             del self.entries[key]
@@ -289,6 +293,8 @@ class ReferenceStore:
         if total is not None:
             self._update(key, entry, total, parts)
         entry.round += 1
+        for rank in (self.left | entry.deleted) & set(parts):
+            entry.seen_last[rank] = entry.value.clone()
 
     def _update(self, key: Key, entry: _Entry, total: torch.Tensor, parts: dict[int, _Push]) -> None:
         changed = entry.value.clone()
