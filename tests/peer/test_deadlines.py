@@ -13,7 +13,7 @@ import pytest
 
 from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, WaitTimeout
 from tensorkv.peer import deadlines
-from tensorkv.peer.deadlines import Wait, ended_because, lost_error, scheduler_lost_error, taken
+from tensorkv.peer.deadlines import Taken, Wait, ended_because, lost_error, scheduler_lost_error
 from tensorkv.wire import messages as m
 
 
@@ -319,13 +319,13 @@ def test_a_lock_that_is_not_free_is_waited_for_with_a_deadline() -> None:
     def take() -> str:
         """Take it in another thread, with no patience; return what came of it."""
         try:
-            with taken(lock, Wait("a call", 0.0, lambda: None, whom=lambda: "another thread")):
+            with Taken(lock, lambda: Wait("a call", 0.0, lambda: None, whom=lambda: "another thread")):
                 return "taken"
         except WaitTimeout as exc:
             return str(exc)
 
     with ThreadPoolExecutor(1) as pool:
-        with taken(lock, Wait("a call", 20.0, lambda: None)):
+        with Taken(lock, lambda: Wait("a call", 20.0, lambda: None)):
             for _ in range(2):  # whoever has not got it does not set it free
                 text = pool.submit(take).result(20.0)
                 assert text == "a call did not finish within 0 s: waiting for another thread"

@@ -273,7 +273,7 @@ class Model:
 
 
 def has_deadlines(state: ServerState) -> bool:
-    return any(shard.has_deadlines for shard in state._stores.values())
+    return any(shard._untimed or shard._deadlines for shard in state.timed)
 
 
 # ---- the job ---------------------------------------------------------------------------------------

@@ -7,8 +7,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import final
 
 from tensorkv.errors import PeerLostError, TensorKVError, WaitTimeout, again
@@ -233,15 +232,28 @@ def scheduler_lost_error(host: str, cause: BaseException) -> PeerLostError:
     return PeerLostError(f"the scheduler on host {host} is gone: {ended_because(cause)}")
 
 
-@contextmanager
-def taken(lock: threading.Lock, wait: Wait) -> Iterator[None]:
-    """Hold a lock that another call may hold for long. Raises what `wait.tick` raises while it waits."""
-    while not lock.acquire(timeout=TICK_S):
-        wait.tick()
-    try:
-        yield
-    finally:
-        lock.release()
+@final
+class Taken:
+    """Holds, within its block, a lock that another call may hold for long.
+
+    Entering raises what `Wait.tick` raises while it waits; `make_wait` is called if it has to.
+    """
+
+    __slots__ = ("_lock", "_make_wait")
+
+    def __init__(self, lock: threading.Lock, make_wait: Callable[[], Wait]) -> None:
+        self._lock = lock
+        self._make_wait = make_wait
+
+    def __enter__(self) -> None:
+        if self._lock.acquire(blocking=False):
+            return
+        wait = self._make_wait()
+        while not self._lock.acquire(timeout=TICK_S):
+            wait.tick()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
 
 
 def broken_off_error(exc: BaseException) -> PeerLostError:

@@ -60,6 +60,7 @@ from tensorkv.wire.codec import Decoder, encode
 
 logger = logging.getLogger("tensorkv.server.loop")  # the same name if this module is __main__
 JOIN_TIMEOUT_S = 5.0
+TICK_MS = int(TICK_S * 1000)
 FRAMES_PER_TURN = 16
 """Maximum number of frames of one worker that the loop takes before others have their turn."""
 
@@ -286,10 +287,10 @@ class Server:
 
         admit(self._scheduler)
         unread: dict[int, _Peer] = {}  # peers with more to read, whatever the poller reports
-        pause_s = TICK_S
+        pause_ms = TICK_MS
         while not self._ended.is_set():
             ready, unread = unread, {}
-            for descriptor, _ in poller.poll(0 if ready else math.ceil(pause_s * 1000)):
+            for descriptor, _ in poller.poll(0 if ready else pause_ms):
                 if descriptor == self._wake:
                     os.eventfd_read(self._wake)
                     self._serve_signals()
@@ -303,17 +304,19 @@ class Server:
                 if peer.ended:
                     poller.unregister(descriptor)
                     del peers[descriptor]
-            pause_s = self._tick()
+            pause_ms = self._tick()
 
-    def _tick(self) -> float:
-        """Merge the rounds whose deadline has passed; return how long the loop may sleep."""
+    def _tick(self) -> int:
+        """Merge the rounds whose deadline has passed; return how many milliseconds the loop may sleep."""
         now_s = time.monotonic()
-        out, due_s = self._state.tick(now_s)
-        self._queue(out)
         if self._trim is not None and now_s >= self._trim_at_s:
             self._trim()
             self._trim_at_s = now_s + TRIM_EVERY_S
-        return TICK_S if due_s is None else min(TICK_S, due_s - now_s)
+        if not self._state.timed:
+            return TICK_MS
+        out, due_s = self._state.tick(now_s)
+        self._queue(out)
+        return TICK_MS if due_s is None else min(TICK_MS, math.ceil((due_s - now_s) * 1000))
 
     def _serve_signals(self) -> None:
         """Do what signal handlers have asked for."""
@@ -431,10 +434,12 @@ class Server:
             raise ProtocolError(
                 f"{type(message).__name__} came with {payload_bytes} bytes of payload, not {expected}"
             )
+        if not expected and type(message) is not m.Push:
+            return []
         try:
-            if isinstance(message, m.Push):
+            if type(message) is m.Push:
                 buffer = peer.buffer = self._pool.take(payload_bytes)
-            elif isinstance(message, (m.InitSlices, m.Put, m.RestoreSlice)):  # rare, not for the pool
+            else:  # rare, not for the pool
                 buffer = peer.buffer = fresh(payload_bytes)
         except MemoryLimitReached as exc:
             if payload_bytes > _memory_bytes():
@@ -454,7 +459,8 @@ class Server:
 
     def _take(self, peer: _Peer) -> None:
         """Pass a complete message to the state machine, and send its answers."""
-        self._settle()
+        if self._released or self._values is not None:
+            self._settle()
         if peer.worker != SCHEDULER:
             payload, peer.buffer = peer.buffer, EMPTY
             if type(peer.message) in (m.ShareSegment, m.DropSegment):
@@ -493,16 +499,10 @@ class Server:
                 self._released.append(each.leases)
             elif not each.payload:
                 peer.sender.send([encode(each.message)])
-            elif not self._reply_in_place(peer, each):
+            elif peer.sharing is None or not _reply_in_place(peer.sharing, each):
                 parts = [memory.bytes for memory in each.payload]
                 on_sent = functools.partial(self._released.append, each.leases)
                 peer.sender.send([encode(each.message, sum(map(len, parts))), *parts], on_sent)
-
-    def _reply_in_place(self, peer: _Peer, reply: Outgoing) -> bool:
-        """Tell a worker of this host where its requested values lie, if it can copy them from there."""
-        if peer.sharing is None or type(reply.message) is not m.Data:
-            return False
-        return peer.sharing.reply(reply.message, reply.payload, reply.leases)
 
     def _share_with(self, peer: _Peer) -> Sharing | None:
         if self._values is None or not isinstance(peer.connection, UnixConnection):
@@ -517,6 +517,11 @@ class Server:
             peer.sharing.drop(message)
         else:
             peer.sharing.attach(message)
+
+
+def _reply_in_place(sharing: Sharing, reply: Outgoing) -> bool:
+    """Tell a worker of this host where its requested values lie, if it can copy them from there."""
+    return type(reply.message) is m.Data and sharing.reply(reply.message, reply.payload, reply.leases)
 
 
 def _listen(config: JobConfig) -> list[Listener]:

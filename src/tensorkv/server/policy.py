@@ -60,9 +60,9 @@ class Policy(ABC):
         """Return the round that a peer's last push belongs to. Its next put waits until that is applied."""
         return cohort.applied + 1 if peer in cohort.inbox else cohort.applied
 
-    def needed(self, cohort: Cohort, peer: int) -> int:
-        """Return what `reached` must be before a pull by this peer gets the value."""
-        return cohort.applied + 1 if peer in cohort.inbox else cohort.applied  # its last round
+    def needed(self, cohort: Cohort, peer: int) -> int | None:
+        """Return what `reached` must be before a pull by this peer gets the value; None if it gets it now."""
+        return cohort.applied + 1 if peer in cohort.inbox else None  # its last round
 
     def reached(self, cohort: Cohort) -> int:
         """Return how far the cohort has come, as `needed` counts."""
@@ -122,8 +122,9 @@ class BoundedStaleness(Policy):
         cohort.progress[peer] = cohort.progress.get(peer, 0) + 1
         return True
 
-    def needed(self, cohort: Cohort, peer: int) -> int:
-        return cohort.progress.get(peer, 0) - self.staleness
+    def needed(self, cohort: Cohort, peer: int) -> int | None:
+        needed = cohort.progress.get(peer, 0) - self.staleness
+        return needed if self.reached(cohort) < needed else None
 
     def reached(self, cohort: Cohort) -> int:
         return min((cohort.progress.get(peer, 0) for peer in cohort.members), default=sys.maxsize)
@@ -170,10 +171,10 @@ class Quorum(Policy):
             cohort.carried.add(peer)
         return self.carries
 
-    def needed(self, cohort: Cohort, peer: int) -> int:
+    def needed(self, cohort: Cohort, peer: int) -> int | None:
         # Nobody else may push again before the peer of a late push does: if each of several waited for the
         # round of the slice that it was late for, all would wait.
-        return cohort.applied if peer in cohort.carried else super().needed(cohort, peer)
+        return None if peer in cohort.carried else super().needed(cohort, peer)
 
     def deadline_s(self, cohort: Cohort, now_s: float) -> float | None:
         if cohort.due_s is None and len(cohort.inbox) >= self.quorum:

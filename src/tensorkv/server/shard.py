@@ -123,6 +123,11 @@ class StoreShard:
         self._commit: CommitGather = CommitGather(1)
         self._flushes: list[tuple[int, int]] = []  # worker and request; wait for its decision
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether rounds may merge because time has passed, so that `tick` is needed."""
+        return self._policy.has_deadlines
+
     def has_left(self, worker: int) -> bool:
         """Whether a worker has left the store."""
         return worker not in self._members
@@ -378,11 +383,6 @@ class StoreShard:
             self._merge(list(due))
         return self._deadlines[0][0] if self._deadlines else None
 
-    @property
-    def has_deadlines(self) -> bool:
-        """Whether `tick` may have something to do."""
-        return bool(self._untimed or self._deadlines)
-
     def _check_push(self, worker: int, message: m.Push) -> None:
         weight = message.weight
         if weight is not None:
@@ -579,7 +579,7 @@ class StoreShard:
         policy, worker = self._policy, wait.worker
         for cohort in wait.layout.cohorts(self._cohorts_epoch):
             needed = policy.needed(cohort, worker)
-            if policy.reached(cohort) < needed:
+            if needed is not None:
                 if not wait.late:
                     self._check_waits(worker)
                     self._waits[wait] = None

@@ -49,6 +49,7 @@ class ServerState:
         self._load_updater = load_updater
         self._files = files
         self._stores: dict[int, StoreShard] = {}
+        self.timed: list[StoreShard] = []  # those that `tick` concerns
         self._store_of_plan: dict[tuple[int, int], StoreShard] = {}
         self._gone: set[int] = set()
         self._asked: Any = None  # the message whose chunk was looked up last
@@ -153,6 +154,8 @@ class ServerState:
         for gone in self._gone:
             shard.leave(gone)
         self._stores[message.store] = shard
+        if shard.is_timed:
+            self.timed.append(shard)
 
     def _dispatch(self, shard: StoreShard, worker: int, message: Any, payload: Memory) -> None:
         match message:
@@ -214,16 +217,16 @@ class ServerState:
     def tick(self, now_s: float) -> tuple[list[Outgoing], float | None]:
         """Merge the rounds whose deadline has passed; return messages to send, and the next deadline.
 
-        `now_s` is of a clock that never goes back; None says that there is no deadline.
+        `now_s` is of a clock that never goes back; None says that there is no deadline. Without `timed`
+        stores there is nothing to do.
         """
         out: list[Outgoing] = []
         deadlines: list[float] = []
-        for shard in self._stores.values():
-            if shard.has_deadlines:
-                due_s = shard.tick(now_s)
-                deadlines += [] if due_s is None else [due_s]
-                out += shard.out
-                shard.out = []
+        for shard in self.timed:
+            due_s = shard.tick(now_s)
+            deadlines += [] if due_s is None else [due_s]
+            out += shard.out
+            shard.out = []
         return out, min(deadlines, default=None)
 
     def worker_lost(self, lost: m.WorkerLost) -> list[Outgoing]:
@@ -261,6 +264,7 @@ class ServerState:
         self._asked = self._found = None  # its memory may be that of a key that nobody needs any more
         if shard.is_over:
             del self._stores[shard.opened.store]
+            self.timed = [each for each in self.timed if each is not shard]
 
     def report(self) -> list[str]:
         """Return which workers the open rounds of each store wait for, a line per key and round."""

@@ -37,7 +37,7 @@ from tensorkv.errors import (
 from tensorkv.interrupts import GIVEN_UP, ORDERLY
 from tensorkv.keys import PullBatch, PushBatch, answer
 from tensorkv.peer.code import describe_code
-from tensorkv.peer.deadlines import taken
+from tensorkv.peer.deadlines import Taken
 from tensorkv.plain import Key, may_travel
 from tensorkv.reduce import sum_devices, sum_dtype
 from tensorkv.store import CommitResult, KeyInfo, KVStore, Reduction, UpdaterFunction
@@ -125,6 +125,7 @@ class DistStore(KVStore):
         self._job = job
         self._embedded = embedded
         self._policy = policy = policy or policy_of(kind)
+        self._rounds_wait = policy.rounds_wait  # a plain attribute, since every push reads it
         self._setting = threading.Lock()  # held while making a setting: each builds on the previous one
         # Held during a barrier or a commit: scheduler and servers know one such call per worker, not one
         # per thread.
@@ -133,7 +134,7 @@ class DistStore(KVStore):
         self._settings = SettingsTable()
         self._sent_commit: _SentCommit | None = None
         self._num_unsent_changes = 0  # of options, at most: a push has taken earlier ones along
-        at_loss = on_worker_loss or ("fail" if policy.rounds_wait else "continue")
+        at_loss = on_worker_loss or ("fail" if self._rounds_wait else "continue")
         joined = job.control.request(
             lambda n: m.JoinStore(n, store, policy, reduction, at_loss),
             f"opening store {store!r}",
@@ -415,7 +416,7 @@ class DistStore(KVStore):
 
     def _check_push(self, batch: PushBatch) -> tuple[Plan, list[torch.Tensor]]:
         """Check a whole push, sum over devices, and return its plan and a tensor per key, on any device."""
-        if not self._policy.rounds_wait:  # else, a pull or the wait for a merge delivers the faults
+        if not self._rounds_wait:  # else, a pull or the wait for a merge delivers the faults
             self._job.poll()
         if self._table.faults:
             self._table.raise_faults(batch.keys)
@@ -449,7 +450,7 @@ class DistStore(KVStore):
     # ---- put -------------------------------------------------------------------------------------
 
     def _put(self, keys: tuple[Key, ...], values: list[torch.Tensor]) -> None:
-        if not self._policy.rounds_wait:
+        if not self._rounds_wait:
             self._job.poll()
         self._table.raise_faults(keys)
         states = self._table.known(keys)
@@ -616,7 +617,7 @@ class DistStore(KVStore):
     def _check_commits(self, what: str) -> None:
         if self._policy.allows_commit:
             return
-        if self._policy.rounds_wait:
+        if self._rounds_wait:
             why = f"with quorum={self._policy.quorum} a round may lack a worker's push; a commit needs all"
         else:
             why = "dist_async has no rounds to commit"
@@ -727,8 +728,7 @@ class DistStore(KVStore):
     ) -> AbstractContextManager[None]:
         """Serialize such calls: a second thread waits for the first, up to its deadline."""
         whom = f"another thread, which is in {what}"
-        wait = self._job.wait(what, timeout_s, store=self._store, whom=lambda: whom)
-        return taken(lock, wait)
+        return Taken(lock, lambda: self._job.wait(what, timeout_s, store=self._store, whom=lambda: whom))
 
     def _check_fused(self, table: SettingsTable, keys: tuple[Key, ...] | None) -> None:
         for state in self._table.those_known(keys):
@@ -822,8 +822,9 @@ class DistStore(KVStore):
     def _after_commit(self, call: str) -> AbstractContextManager[None]:
         """Wait for a commit that another thread has asked for, and let none begin."""
         whom = "another thread, which is in commit"
-        return taken(
-            self._committing, self._job.wait(call, self._timeout_s, store=self._store, whom=lambda: whom)
+        return Taken(
+            self._committing,
+            lambda: self._job.wait(call, self._timeout_s, store=self._store, whom=lambda: whom),
         )
 
     def _try_alone(self, save: Callable[[Contents], None]) -> _Led | None:

@@ -60,6 +60,10 @@ class TcpConnection(StreamConnection):
     def send_now(self, buffers: Sequence[Buffer]) -> list[Buffer]:
         if not self._within_room:
             return super().send_now(buffers)
+        size_bytes = sum(map(len, buffers))
+        if size_bytes <= self._room_bytes:  # usually
+            self._room_bytes -= size_bytes
+            return super().send_now(buffers)
         rest = buffers
         while rest:
             fits, rest = self._fitting(rest)

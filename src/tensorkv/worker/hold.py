@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import final
 
-from tensorkv.peer.deadlines import taken
+from tensorkv.peer.deadlines import Taken
 from tensorkv.transport.base import TICK_S
 from tensorkv.worker.session import Session
 
@@ -33,8 +33,7 @@ class Hold:
         self._over.set()
         self.on = False  # a plain attribute, since every push reads it
 
-    @contextmanager
-    def one_call(self, what: str) -> Iterator[None]:
+    def one_call(self, what: str) -> AbstractContextManager[None]:
         """Make one collective call at a time; the call of a second thread waits for that of the first.
 
         Args:
@@ -43,11 +42,11 @@ class Hold:
         Raises:
             WaitTimeout, PeerLostError, StoreClosed: it had to wait, and the wait failed.
         """
-        wait = self._job.wait(
-            what, self._timeout_s, store=self._store, whom=lambda: "another thread, which saves or loads"
+        whom = "another thread, which saves or loads"
+        return Taken(
+            self._calls,
+            lambda: self._job.wait(what, self._timeout_s, store=self._store, whom=lambda: whom),
         )
-        with taken(self._calls, wait):
-            yield
 
     @contextmanager
     def back(self) -> Iterator[None]:

@@ -241,7 +241,10 @@ class Destinations:
             self._copy_each(pick(self._firsts), pieces.views)
 
     def _copy_each(self, targets: Tensors, sources: Tensors) -> None:
-        with on(self._streams):
+        if self._streams:
+            with on(self._streams):
+                copy_each(targets, sources)
+        else:  # a small copy takes as long as the block
             copy_each(targets, sources)
 
     def _target_of(self, piece: Piece) -> torch.Tensor:
