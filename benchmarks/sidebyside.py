@@ -6,8 +6,8 @@ memory, and from tensors of `empty_like`. Both jobs live side by side and take t
 what it takes there in the turn beside it, the median of the turns and of the rounds: 1.05 is 5 % slower here.
 A process stays quicker or slower than another of the same code as long as it lives, by 15 % where a step
 takes 0.2 ms: where its memory lies differs, and the order of its sets. So several rounds are needed, each
-with two new jobs, which begin in turn, and more of the case whose step is short. Results are checked, as in
-`pushpull.py`.
+with two new jobs, which begin in turn. The case whose steps are that short takes more of them, and no CPU may
+sleep meanwhile (`harness.kept_awake`). Results are checked, as in `pushpull.py`.
 
     git worktree add ../before COMMIT
     python benchmarks/sidebyside.py ../before            about 70 minutes with 6 rounds
@@ -26,10 +26,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from cases import CASES, quick
-from harness import SOURCE, JobFailed, middle, ratio_of_rounds, run_jobs
+from harness import SOURCE, JobFailed, kept_awake, middle, ratio_of_rounds, run_jobs
 from jobs import Case, turns_job
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -43,8 +44,10 @@ TURNS_OF_A_CASE = 10
 """Number of turns that `pushpull.py`'s steps of a case are split into."""
 STEPS_FACTOR = 5
 """Factor by which a job multiplies those steps."""
-ROUNDS_FACTOR = {"dist-one": 5}
-"""Factor by which the rounds of a case are multiplied."""
+SHORT = ("dist-one",)
+"""Cases whose steps take a fraction of a millisecond."""
+SHORT_ROUNDS_FACTOR = 5
+"""Factor by which the rounds of such a case are multiplied."""
 
 Ratios = Sequence[float]
 """Ratio of each round, for one way."""
@@ -59,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in (case for case in CASES if not arguments.case or case.name in arguments.case):
         measured = quick(case) if arguments.quick else case
         other = arguments.checkout.resolve() / "src"
-        rounds = arguments.rounds * ROUNDS_FACTOR.get(case.name, 1)
-        ratios = compare(measured, other, rounds, arguments.system, arguments.bound)
+        is_short = case.name in SHORT
+        rounds = arguments.rounds * (SHORT_ROUNDS_FACTOR if is_short else 1)
+        with kept_awake() if is_short else nullcontext():
+            ratios = compare(measured, other, rounds, arguments.system, arguments.bound)
         console.print(_table(case, ratios))
         slower += [
             f"{case.name} {name}" for name, found in ratios.items() if middle(found) > arguments.allowed

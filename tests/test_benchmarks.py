@@ -15,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,30 @@ def test_a_checkout_is_measured_beside_another(more: list[str], capsys: pytest.C
     rows = [line.split()[:2] for line in printed.splitlines() if "tensorkv," in line]
     assert rows[:2] == [["tensorkv,", "push+pull"], ["tensorkv,", "pushpull"]]
     assert "slower than 0.0: local-assign tensorkv, pus" in printed
+
+
+def test_what_keeps_a_cpu_awake_gives_way_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def popen(command: list[str]) -> subprocess.Popen[bytes]:
+        started.append(real(command))
+        return started[-1]
+
+    monkeypatch.setattr(harness.subprocess, "Popen", popen)
+    with harness.kept_awake():
+        cpus = os.sched_getaffinity(0)
+        assert len(started) == len(cpus)
+        for process in started:
+            until = time.monotonic() + 20.0
+            while (
+                os.sched_getscheduler(process.pid) != os.SCHED_IDLE
+                or len(os.sched_getaffinity(process.pid)) > 1
+            ):
+                assert process.poll() is None
+                assert time.monotonic() < until
+        assert {cpu for each in started for cpu in os.sched_getaffinity(each.pid)} == cpus
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * len(started)
 
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
