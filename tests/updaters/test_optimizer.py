@@ -366,7 +366,7 @@ def test_a_kernel_may_use_the_gradients_of_its_own_call_only() -> None:
     )
     stored, pushed = torch.zeros(4), torch.ones(4)
     for _ in range(2):
-        assert updater.apply([Update(0, "w", pushed, stored, borrowed=True)], options) == [None]
+        assert updater.apply([Update(0, "w", pushed, stored)], options) == [None]
     assert (pushed == 1).all()
 
 

@@ -112,10 +112,7 @@ def run_updaters(sums: Sequence[Sum], only: Setting | None = None) -> Failed:
     """Run the updater of each slice on its sum. `only` is the setting of all slices, if known."""
     for each, _, _ in sums:
         each.slot.make_writable()
-    updates = [
-        Update(each.slice_id, each.key, total.view(each.shape), each.value, borrowed)
-        for each, total, borrowed in sums
-    ]
+    updates = [Update(each.slice_id, each.key, total.view(each.shape), each.value) for each, total, _ in sums]
     if only is not None:
         failures = only.updater.apply(updates, only.options)
     else:

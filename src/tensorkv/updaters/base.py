@@ -29,14 +29,13 @@ UpdaterFunction = Callable[[Key, torch.Tensor, torch.Tensor], None]
 class Update:
     """One slot to update: change `stored` in place by `pushed`, both of the slot's shape and dtype.
 
-    `pushed` is valid during this call only. The updater may overwrite it, unless it is borrowed.
+    `pushed` is valid during this call only, and only read: it may be a worker's own memory.
     """
 
     slot: int
     key: Key
     pushed: torch.Tensor
     stored: torch.Tensor
-    borrowed: bool = False
 
 
 class Updater(ABC):
