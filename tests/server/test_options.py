@@ -36,9 +36,10 @@ def texts(log: OptionLog) -> list[str]:
 
 def test_changes_of_the_setting_rank_hold_and_others_are_compared() -> None:
     log = OptionLog({0, 1, 2})
-    assert log.is_next(0)
-    assert not log.is_next(1)
-    added(log, change(1, 0.5), change(0, 0.5), change(2, 0.25), change(0, 0.1), change(1, 0.1, "w"))
+    assert log.add(change(1, 0.5)) == "waits"
+    assert log.add(change(0, 0.5)) == "holds"
+    assert log.add(change(2, 0.25)) == "compared"
+    added(log, change(0, 0.1), change(1, 0.1, "w"))
     assert texts(log) == ["2:1", "1:2"]
     added(log, change(2, 0.1), change(2, 7.0), change(0, 8.0))
     assert texts(log) == ["2:3"]
@@ -60,12 +61,11 @@ def test_what_the_next_rank_was_ahead_by_holds_when_the_setting_rank_leaves() ->
     members.discard(0)
     assert [each.options["lr"] for each in log.leave(0)] == [0.4, 0.3]
     assert texts(log) == ["2:2"]
-    assert log.is_next(1)
     members.discard(1)
     assert log.leave(1) == []
-    added(log, change(2, 0.3))
+    assert log.add(change(2, 0.3)) == "compared"
     assert texts(log) == []
-    assert log.is_next(2)
+    assert log.add(change(2, 0.2)) == "holds"
 
 
 def test_memory_is_bounded_and_what_is_forgotten_agrees(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ class Bench:
             links=self.links,
             order=nullcontext(),
             whole=nullcontext(),
-            has_changes_queued=False,
+            num_changes_queued=0,
         )
         plans: Any = SimpleNamespace(tell=lambda plan: None)
         pusher: Any = SimpleNamespace(count=5)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Literal, final
 
 from tensorkv.plain import Key
 
@@ -62,20 +62,18 @@ class OptionLog:
         self._waiting: dict[int, deque[Change]] = {}  # by rank
         self.differing: list[tuple[Change, str]] = []
 
-    def is_next(self, rank: int) -> bool:
-        """Whether the next change of a rank holds."""
-        return rank == min(self._members, default=rank) and self._num_made.get(rank, 0) >= self._num_held
-
-    def add(self, change: Change) -> None:
-        """Number a rank's next change, and take it: it holds if `is_next` says so, else it is compared."""
-        rank, holds = change.rank, self.is_next(change.rank)
+    def add(self, change: Change) -> Literal["holds", "compared", "waits"]:
+        """Number a rank's next change, and take it; return what has become of it."""
+        rank = change.rank
         change.number = self._num_made[rank] = self._num_made.get(rank, 0) + 1
-        if holds:
-            self._hold(change)
-        elif change.number <= self._num_held:
+        if change.number <= self._num_held:
             self._compare(change)
-        else:
-            self._waiting.setdefault(rank, deque(maxlen=MAX_REMEMBERED_CHANGES)).append(change)
+            return "compared"
+        if rank == min(self._members, default=rank):
+            self._hold(change)
+            return "holds"
+        self._waiting.setdefault(rank, deque(maxlen=MAX_REMEMBERED_CHANGES)).append(change)
+        return "waits"
 
     def leave(self, rank: int) -> list[Change]:
         """Forget a rank, which is no member any more; return the changes that hold from now on, in order."""

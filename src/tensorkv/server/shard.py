@@ -703,11 +703,10 @@ class StoreShard:
         A change that differs, or that an optimizer refuses, is told to its worker and changes nothing.
         """
         change = Change(worker, message.keys, message.options)
-        holds = self._option_log.is_next(worker)
-        if not holds:
+        came = self._option_log.add(change)
+        if came == "waits":
             change.from_round = self._next_rounds(worker, self._slices_of_keys(message.keys))
-        self._option_log.add(change)
-        if holds:
+        elif came == "holds":
             self._change_options(change)
         if self._option_log.differing:
             self._tell_differing()

@@ -62,7 +62,7 @@ from tensorkv.worker.session import Asked, Session, join, replies_of
 from tensorkv.worker.transfers import Destinations, gathered
 from tensorkv.worker.views import Viewed, Views, views_of
 
-MAX_UNSENT_CHANGES = 64
+MAX_QUEUED_CHANGES = 64
 """Maximum number of changes of options that wait for a push to take them along."""
 
 if TYPE_CHECKING:  # only an embedded job imports the scheduler and servers
@@ -133,7 +133,6 @@ class DistStore(KVStore):
         self._committing = threading.Lock()
         self._settings = SettingsTable()
         self._sent_commit: _SentCommit | None = None
-        self._num_unsent_changes = 0  # of options, at most: a push has taken earlier ones along
         at_loss = on_worker_loss or ("fail" if self._rounds_wait else "continue")
         joined = job.control.request(
             lambda n: m.JoinStore(n, store, policy, reduction, at_loss),
@@ -694,15 +693,12 @@ class DistStore(KVStore):
                 self._job.check_open(self._store)
                 for link in self._job.links:
                     link.put(message)
-                self._job.has_changes_queued = True
-                self._num_unsent_changes += 1
+                self._job.num_changes_queued += 1
             self._settings = table
         if not self._policy.settings_wait:  # else another rank's push could overtake it
             self._flush(self._timeout_s)
-        elif self._num_unsent_changes >= MAX_UNSENT_CHANGES:
-            self._num_unsent_changes = 0
-            for link in self._job.links:
-                link.pump()
+        elif self._job.num_changes_queued >= MAX_QUEUED_CHANGES:
+            self._job.send_changes()
 
     def _make_setting(self, record: m.SettingRecord, built: Updater) -> None:
         """Make a setting if this is the setting rank; otherwise check that it agrees with that rank's."""

@@ -60,7 +60,7 @@ class PullCall:
             for server, number in self.replies.items():
                 job.links[server].put(m.Pull(self.plan.number, number))
             self.up_to = pusher.count
-        if job.has_changes_queued:
+        if job.num_changes_queued:
             job.send_changes()
         for link, _ in self.numbers:
             link.pump()

@@ -194,7 +194,7 @@ class Pusher:
             self._note(plan, apply)
             if asks is not None:
                 asks.up_to = self.count
-        if self._job.has_changes_queued:
+        if self._job.num_changes_queued:
             self._job.send_changes()
         for part in plan.parts:
             links[part.server].pump()

@@ -87,7 +87,7 @@ class Session:
         self.links: list[ServerLink] = []
         self.window = Window()
         self.closed = False
-        self.has_changes_queued = False  # of options, for every server; the next call sends them
+        self.num_changes_queued = 0  # of options, for every server; the next call sends them
         self._left: set[int] = set()  # stores; guarded by `order`
         self._broken: TensorKVError | None = None
         self.control = ControlClient(config, self._on_failure, connection)
@@ -211,7 +211,7 @@ class Session:
             if leave:
                 self.leave_store(store)
             asked = [(link, *link.ask(make)) for link in links]
-        if self.has_changes_queued:
+        if self.num_changes_queued:
             self.send_changes()
         for link in links:
             link.pump()
@@ -285,11 +285,11 @@ class Session:
         link.pump()
 
     def send_changes(self) -> None:
-        """Send the changes of options that are queued, to all servers, if `has_changes_queued`.
+        """Send the changes of options that are queued, to all servers, if there are any.
 
         Every call that sends to some servers does so first: no server lacks for long what another has.
         """
-        self.has_changes_queued = False
+        self.num_changes_queued = 0
         for link in self.links:
             link.pump()
 
