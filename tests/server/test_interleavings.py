@@ -1,9 +1,10 @@
 """Whole jobs as pure state machines: whatever the interleaving, the results are those of a dictionary.
 
-Workers run small programs against two ServerStates and one Membership. Each connection is a queue, in
-each direction; hypothesis chooses what moves next: a queue delivers its first message, or a worker
-goes on. The model runs the same programs one after the other, as far as they go without waiting for
-somebody; how far that is, and every value, must be the same, bit by bit.
+Workers run small programs against two ServerStates and one Membership. They say what the real worker says
+when all agree on something (`worker/conversations.py`). Each connection is a queue, in each direction;
+hypothesis chooses what moves next: a queue delivers its first message, or a worker goes on. The model runs
+the same programs one after the other, as far as they go without waiting for somebody; how far that is, and
+every value, must be the same, bit by bit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 
 from tensorkv.arrays import dtype_name
 from tensorkv.checkpoint.records import SavedSettings
+from tensorkv.errors import TensorKVError, from_wire
 from tensorkv.plain import Key
 from tensorkv.scheduler.membership import Membership
 from tensorkv.server.memory import Memory
@@ -32,6 +34,18 @@ from tensorkv.updaters.settings import build
 from tensorkv.updaters.spec import UpdaterSpec
 from tensorkv.wire import messages as m
 from tensorkv.worker.checkpoint import _settings_of
+from tensorkv.worker.conversations import (
+    AskScheduler,
+    AskServers,
+    Conversation,
+    Lead,
+    Step,
+    StoreValues,
+    TellServers,
+    act_together,
+    init_keys,
+    make_setting,
+)
 
 NUM_SERVERS = 2
 SHAPES = {"a": (5,), "big": (7, 20), "one": (), "none": (0, 3), "held": (3,), "wide": (150,)}
@@ -577,6 +591,50 @@ class Worker:
         yield lambda: all(self.replies[name] for name in names)
         return [self.replies[name][0][0] for name in names]
 
+    def turn(self) -> Generator[Condition, None, None]:
+        """Wait until nothing is held back; what is sent before the next yield goes to every server."""
+        yield from ()
+
+    def converse(
+        self,
+        conversation: Conversation[Any],
+        lead: Callable[[], Generator[Condition, None, Any]] | None = None,
+        after: Callable[[Step], None] = lambda step: None,
+    ) -> Generator[Condition, None, Any]:
+        """Carry out what the real worker says, as `DistStore._converse` does, and return its outcome."""
+        result: Any = None
+        try:
+            while True:
+                failed = isinstance(result, m.Failed)
+                step = (
+                    conversation.throw(from_wire(result.name, result.text))
+                    if failed
+                    else conversation.send(result)
+                )
+                result = yield from self.carry_out(step, lead)
+                after(step)
+        except StopIteration as done:
+            return done.value
+
+    def carry_out(
+        self, step: Step, lead: Callable[[], Generator[Condition, None, Any]] | None
+    ) -> Generator[Condition, None, Any]:
+        match step:
+            case AskScheduler(make):
+                return (yield from self.ask(make))
+            case AskServers(make):
+                replies = yield from self.ask_all(make)
+                return next((each for each in replies if isinstance(each, m.Failed)), replies)
+            case TellServers(message):
+                yield from self.turn()
+                for server in range(NUM_SERVERS):
+                    self.send(server, message)
+            case StoreValues(entries):
+                yield from self.store_values(entries)
+            case Lead():
+                assert lead is not None
+                return (yield from lead())
+
     # ---- the program -----------------------------------------------------------------------------
 
     def run(self, program: Program) -> Generator[Condition, None, None]:
@@ -602,28 +660,35 @@ class Worker:
     def init(self, *keys: str) -> Generator[Condition, None, None]:
         dtype = dtype_name(self.job.dtype)
         specs = [m.KeySpec(key, SHAPES[key], dtype, self.job.dtype.itemsize, False) for key in keys]
-        reply = yield from self.ask(lambda n: m.ProposeInit(n, self.number_of_store, specs))
-        if isinstance(reply, m.Failed):
-            self.results.append(reply.name)
+        try:
+            reply, led = yield from self.converse(init_keys(self.number_of_store, specs))
+        except TensorKVError as exc:
+            self.results.append(type(exc).__name__)
             return
+        assert led.error is None
+        self.entries.update({str(entry.key): entry for entry in reply.entries})
+
+    def store_values(self, entries: list[m.KeyEntry]) -> Generator[Condition, None, None]:
         requests = []
-        for entry, lead in zip(reply.entries, reply.lead, strict=True):
-            for server in {each.server for each in entry.slices} if lead else ():
+        for entry in entries:
+            for server in {each.server for each in entry.slices}:
                 slices = [each for each in entry.slices if each.server == server]
                 request = next(self.numbers)
                 flat = start_of(str(entry.key)).reshape(-1).to(self.job.dtype)
                 self.send(
                     server,
-                    m.InitSlices(request, self.number_of_store, entry.key, entry.shape, dtype, slices),
+                    m.InitSlices(
+                        request,
+                        self.number_of_store,
+                        entry.key,
+                        entry.shape,
+                        dtype_name(self.job.dtype),
+                        slices,
+                    ),
                     *[flat[each.start : each.stop] for each in slices],
                 )
                 requests.append((("server", server), request))
         yield lambda: all(self.replies[name] for name in requests)
-        led = [entry.key_id for entry, lead in zip(reply.entries, reply.lead, strict=True) if lead]
-        if led:
-            done = yield from self.ask(lambda n: m.ConcludeInit(n, self.number_of_store, led, None))
-            assert isinstance(done, m.Done)
-        self.entries.update({str(entry.key): entry for entry in reply.entries})
 
     def plan(self, keys: list[str], absent: frozenset[str], count: int) -> tuple[int, Any]:
         """Return the plan of a list of keys: for each server its chunks, and their slices."""
@@ -799,20 +864,8 @@ class Worker:
 
     def set(self, name: str, keys: tuple[str, ...] | None) -> Generator[Condition, None, None]:
         record = m.SettingRecord(keys, updater=spec_of(name))
-        reply = yield from self.ask(lambda n: m.ProposeSetting(n, self.number_of_store, record))
-        assert isinstance(reply, m.SettingReply), reply
-        if not reply.lead:
-            return
-        done = yield from self.ask_all(
-            lambda n: m.PrepareSetting(n, self.number_of_store, reply.number, record)
-        )
-        assert all(isinstance(each, m.Done) for each in done)
-        for server in range(NUM_SERVERS):
-            self.send(server, m.ActivateSetting(self.number_of_store, reply.number))
-        yield from self.ask_all(lambda n: m.Flush(n, self.number_of_store))
-        number = reply.number
-        done = yield from self.ask(lambda n: m.ConcludeSetting(n, self.number_of_store, number, None))
-        assert isinstance(done, m.Done)
+        led = yield from self.converse(make_setting(self.number_of_store, record))
+        assert led.error is None
 
     def delete(self, key: str) -> Generator[Condition, None, None]:
         if not (yield from self.look_up([key])):
@@ -1465,12 +1518,14 @@ class TwoThreads(Worker):
         self.held = True
         if self.leaves_out != "flush":
             yield from self.flush()
-        reply = yield from self.ask(lambda n: m.Together(n, store, call, only_meet=False))
-        if reply.lead:
-            self.saved.append((yield from self.save_all(f"folder {number}")))
-            done = yield from self.ask(lambda n: m.ConcludeTogether(n, store, None, None))
-            assert isinstance(done, m.TogetherReply)
+        _, led = yield from self.converse(
+            act_together(store, call), lambda: self.lead_save(f"folder {number}")
+        )
+        assert led.error is None
         self.held = False
+
+    def lead_save(self, folder: str) -> Generator[Condition, None, None]:
+        self.saved.append((yield from self.save_all(folder)))
 
     def await_merged(self) -> Generator[Condition, None, None]:
         late = {key: self.num_pushes[key] for key in self.unmerged}
@@ -1518,18 +1573,17 @@ class TwoThreads(Worker):
         """Make a setting, if this is rank 0, and note from which round of each key on it holds."""
         if self.rank:
             return
+        job: Saving = self.job  # type: ignore[assignment]
+
+        def note(step: Step) -> None:
+            if isinstance(step, TellServers):
+                job.made.append((name, keys, {key: self.num_pushes[key] + 1 for key in SHAPES}))
+            elif isinstance(step, AskServers) and isinstance(step.make(0), m.Flush):
+                job.num_arrived += 1
+
         record = m.SettingRecord(keys, updater=spec_of(name))
-        reply = yield from self.ask(lambda n: m.ProposeSetting(n, self.number_of_store, record))
-        number = reply.number
-        yield from self.ask_all(lambda n: m.PrepareSetting(n, self.number_of_store, number, record))
-        yield from self.turn()
-        for server in range(NUM_SERVERS):
-            self.send(server, m.ActivateSetting(self.number_of_store, number))
-        first = {key: self.num_pushes[key] + 1 for key in SHAPES}
-        self.job.made.append((name, keys, first))  # type: ignore[attr-defined]
-        yield from self.flush()
-        self.job.num_arrived += 1  # type: ignore[attr-defined]
-        yield from self.ask(lambda n: m.ConcludeSetting(n, self.number_of_store, number, None))
+        led = yield from self.converse(make_setting(self.number_of_store, record), after=note)
+        assert led.error is None
 
     def save_all(
         self, folder: str, alone: bool = False

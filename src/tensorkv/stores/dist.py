@@ -32,9 +32,8 @@ from tensorkv.errors import (
     TensorKVError,
     WaitTimeout,
     not_elementwise,
-    to_wire,
 )
-from tensorkv.interrupts import GIVEN_UP, ORDERLY
+from tensorkv.interrupts import GIVEN_UP
 from tensorkv.keys import PullBatch, PushBatch, answer
 from tensorkv.peer.code import describe_code
 from tensorkv.peer.deadlines import Taken
@@ -47,9 +46,21 @@ from tensorkv.updaters.groups import OptimizerGroup
 from tensorkv.updaters.optimizer import find_optimizer, optimizer_spec
 from tensorkv.updaters.settings import SettingsTable, build, build_from_argument, restored_settings
 from tensorkv.wire import messages as m
-from tensorkv.wire.validate import check_init
 from tensorkv.work import Work
 from tensorkv.worker.checkpoint import Contents, StateTransfer
+from tensorkv.worker.conversations import (
+    AskScheduler,
+    AskServers,
+    Conversation,
+    Lead,
+    Led,
+    Step,
+    StoreValues,
+    TellServers,
+    act_together,
+    init_keys,
+    make_setting,
+)
 from tensorkv.worker.hold import Hold
 from tensorkv.worker.keytable import KeyTable
 from tensorkv.worker.lending import empty_tensors
@@ -67,29 +78,6 @@ MAX_QUEUED_CHANGES = 64
 
 if TYPE_CHECKING:  # only an embedded job imports the scheduler and servers
     from tensorkv.launch.cluster import LocalCluster
-
-
-@final
-class _Led:
-    """Outcome of an operation this rank performs for all (init, setting, load)."""
-
-    __slots__ = ("error",)
-
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.error = error
-
-    def told(self) -> tuple[str, str] | None:
-        """Return the error in the form sent to the scheduler."""
-        return None if self.error is None else to_wire(self.error)
-
-    def check(self) -> None:
-        """Raise the error if there was one. Drop our reference: its traceback holds the sent tensors."""
-        error, self.error = self.error, None
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error
 
 
 @final
@@ -178,20 +166,14 @@ class DistStore(KVStore):
             m.KeySpec(key, tuple(value.shape), dtype_name(value.dtype), value.dtype.itemsize, whole)
             for key, value in zip(keys, values, strict=True)
         ]
+        value_of = dict(zip(keys, values, strict=True))
         what = f"init of {keys[0]!r}"
-        led = _Led()
+
+        def store(entries: list[m.KeyEntry]) -> None:
+            self._send_values([(entry, value_of[entry.key]) for entry in entries], what)
+
         with self._job.whole, self._table.asking():
-            reply = self._job.control.request(
-                lambda n: m.ProposeInit(n, self._store, specs), what, self._timeout_s, self._store
-            )
-            check_init(reply, specs)
-            created = [
-                (entry, value)
-                for entry, value, lead in zip(reply.entries, values, reply.lead, strict=True)
-                if lead
-            ]
-            if created:
-                led = self._lead_init(created, what)
+            reply, led = self._converse(init_keys(self._store, specs), what, store)
             if led.error is None:
                 self._table.learn(reply.entries)
         led.check()
@@ -201,46 +183,56 @@ class DistStore(KVStore):
             check_has_mean(key, value.dtype)
         self._settings.setting(key).check_value(key, value.shape, value.dtype)
 
-    def _lead_init(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> _Led:
-        """Store the values of the keys this rank creates on the servers, and tell the scheduler."""
-        key_ids = [entry.key_id for entry, _ in created]
+    def _converse(
+        self, conversation: Conversation[_Outcome], what: str, lead: Callable[..., Any] | None = None
+    ) -> _Outcome:
+        """Carry out the steps of a conversation, one after the other, and return its outcome.
 
-        def send() -> None:
-            try:
-                self._send_values(created, what)
-            except ORDERLY:
-                if self._job.failure() is None:  # drop what was stored already
-                    gone = [each.slice_id for entry, _ in created for each in entry.slices]
-                    self._job.ask_all(
-                        lambda n: m.DropSlices(n, self._store, gone), what, self._timeout_s, self._store
-                    )
-                raise
+        Args:
+            conversation: what to say.
+            what: the call, for texts.
+            lead: does what this rank does for all: stores values, saves or loads.
 
-        led = self._lead(send)
-        self._conclude(m.ConcludeInit(0, self._store, key_ids, led.told()), what)
-        return led
-
-    def _lead(self, lead: Callable[[], Any]) -> _Led:
-        """Run what this rank leads, and return the outcome; raise the error if the job is broken.
-
-        Ctrl-C counts as an error too: the scheduler is told, so that no rank waits for this one.
+        Raises:
+            The error of a step, if the job is broken or the conversation does not handle it.
         """
+        reply: Any = None
+        error: BaseException | None = None
         try:
-            lead()
-        except (Exception, *GIVEN_UP) as error:
-            if self._job.failure() is not None:
-                raise
-            return _Led(error)
-        return _Led()
+            while True:
+                step = conversation.send(reply) if error is None else conversation.throw(error)
+                reply = error = None
+                try:
+                    reply = self._carry_out(step, what, lead)
+                except (Exception, *GIVEN_UP) as exc:
+                    if self._job.failure() is not None:
+                        raise
+                    error = exc
+        except StopIteration as done:
+            outcome: _Outcome = done.value
+            return outcome
+        finally:
+            error = None  # its traceback holds this frame
+            conversation.close()
 
-    def _conclude(self, message: m.ConcludeInit | m.ConcludeSetting | m.ConcludeTogether, what: str) -> Any:
-        """Report the outcome of what this rank leads to the scheduler, and return its answer."""
-
-        def make(number: int) -> m.Message:
-            message.request = number
-            return message
-
-        return self._job.control.request(make, what, self._timeout_s, self._store)
+    def _carry_out(self, step: Step, what: str, lead: Callable[..., Any] | None) -> Any:
+        match step:
+            case AskScheduler(make):
+                return self._job.control.request(make, what, self._timeout_s, self._store)
+            case AskServers(make):
+                return self._job.ask_all(make, what, self._timeout_s, self._store)
+            case TellServers(message):
+                with self._hold.turn(what):
+                    self._job.check_open(self._store)
+                    for link in self._job.links:
+                        link.put(message)
+            case StoreValues(entries):
+                assert lead is not None
+                lead(entries)
+            case Lead():
+                assert lead is not None
+                return lead()
+        return None
 
     def _send_values(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> None:
         """Send each value like a push of one key: one message per key and server."""
@@ -705,14 +697,8 @@ class DistStore(KVStore):
         with self._one_setting():
             table = self._settings.copy()
             table.set_updater(built, record.keys)
-            led = _Led()
-            what = "a setting"
             with self._job.whole:
-                reply = self._job.control.request(
-                    lambda n: m.ProposeSetting(n, self._store, record), what, self._timeout_s, self._store
-                )
-                if reply.lead:
-                    led = self._lead_setting(reply.number, record, what)
+                led = self._converse(make_setting(self._store, record), "a setting")
             led.check()
             self._settings = table
 
@@ -731,33 +717,6 @@ class DistStore(KVStore):
             setting = table.setting(state.key)
             if setting is not self._settings.setting(state.key):
                 setting.check_value(state.key, state.shape, state.dtype)
-
-    def _lead_setting(self, number: int, record: m.SettingRecord, what: str) -> _Led:
-        """Make a setting on all servers, and tell the scheduler."""
-        led = self._lead(
-            lambda: self._job.ask_all(
-                lambda n: m.PrepareSetting(n, self._store, number, record), what, self._timeout_s, self._store
-            )
-        )
-        if led.error is None:
-            led = self._lead(lambda: self._activate_setting(number, what))
-        arrived = led
-        if led.error is None:
-            # In async mode another rank's push could overtake the setting unless that rank waits for this
-            # flush. A setting is concluded once it is no longer in flight: losing this worker undoes nothing.
-            arrived = self._lead(
-                lambda: self._job.ask_all(
-                    lambda n: m.Flush(n, self._store), what, self._timeout_s, self._store
-                )
-            )
-        self._conclude(m.ConcludeSetting(0, self._store, number, led.told()), what)
-        return arrived
-
-    def _activate_setting(self, number: int, what: str) -> None:
-        with self._hold.turn(what):
-            self._job.check_open(self._store)
-            for link in self._job.links:
-                link.put(m.ActivateSetting(self._store, number))
 
     # ---- state -----------------------------------------------------------------------------------
 
@@ -803,7 +762,7 @@ class DistStore(KVStore):
             )
         whom = "other threads of this worker, which push on"
         wait = self._job.wait(call, self._timeout_s, store=self._store, whom=lambda: whom)
-        led: _Led | None = None
+        led: Led | None = None
         while led is None:
             self._pusher.await_deferred(None, call)
             with self._after_commit(call):
@@ -823,18 +782,18 @@ class DistStore(KVStore):
             lambda: self._job.wait(call, self._timeout_s, store=self._store, whom=lambda: whom),
         )
 
-    def _try_alone(self, save: Callable[[Contents], None]) -> _Led | None:
+    def _try_alone(self, save: Callable[[Contents], None]) -> Led | None:
         """Save while changes are held back; do nothing and return None if there is a round to wait for."""
-        contents: Contents | None = None
-
-        def lead() -> None:
-            nonlocal contents
+        try:
             contents = self._transfer.begin()
-            if contents is not None:
-                save(contents)
-
-        led = self._lead(lead)
-        return None if contents is None and led.error is None else led
+            if contents is None:
+                return None
+            save(contents)
+        except (Exception, *GIVEN_UP) as error:
+            if self._job.failure() is not None:
+                raise
+            return Led(error)
+        return Led()
 
     def _at_rest(self, call: str, lead: Callable[[], None]) -> None:
         """Run a collective call, like `_together`, while no thread of any worker changes the store.
@@ -865,25 +824,10 @@ class DistStore(KVStore):
                     raise
         led.check()
 
-    def _lead_or_follow(self, call: str, lead: Callable[[], SavedSettings | None]) -> _Led:
+    def _lead_or_follow(self, call: str, lead: Callable[[], SavedSettings | None]) -> Led:
         """Return the outcome if this rank led; raise the error if another rank led and failed."""
         with self._table.asking():
-            reply = self._job.control.request(
-                lambda n: m.Together(n, self._store, call, only_meet=False),
-                call,
-                self._timeout_s,
-                self._store,
-            )
-            led = _Led()
-            if reply.lead:
-                settings: SavedSettings | None = None
-
-                def keep_settings() -> None:
-                    nonlocal settings
-                    settings = lead()
-
-                led = self._lead(keep_settings)
-                reply = self._conclude(m.ConcludeTogether(0, self._store, led.told(), settings), call)
+            reply, led = self._converse(act_together(self._store, call), call, lead)
             if reply.settings is not None:
                 self._take_over(reply.settings, reply.replaced, call)
         return led
@@ -1065,6 +1009,7 @@ def _held_weakly(method: Callable[[Sequence[KeyState]], None]) -> Callable[[Sequ
     return call
 
 
+_Outcome = TypeVar("_Outcome")
 _Pushed = TypeVar("_Pushed")
 
 

@@ -117,8 +117,9 @@ WHAT WAS REJECTED
 * References from its parts back to a store: the cycle kept its memory until the garbage collector came by.
 
 FILES
-Pure: `plans` (what a list of keys means on the wire), `devices` (copies from and to GPUs), `nontemporal`
-(copies that bypass the caches). All others are shells. The process: `session`, `signals`, `uncaught` (how the
+Pure: `conversations` (what to say when all workers agree on something), `plans` (what a list of keys means on
+the wire), `devices` (copies from and to GPUs), `nontemporal` (copies that bypass the caches). All others are
+shells. The process: `session`, `signals`, `uncaught` (how the
 exception that ends a worker is told). Connections: `control` (the scheduler), `link` (one server),
 `interleave` (several servers at once). A store: `keytable`, `plancache`, `pusher`, `backpressure`,
 `pullcall`, `hold`, `checkpoint` (what a leader does to save and load). Bytes: `transfers` (tensors to frames
