@@ -30,6 +30,7 @@ from tensorkv.checkpoint.records import (
 )
 from tensorkv.checkpoint.slices import SliceState, slice_state
 from tensorkv.errors import LoadError, SaveError
+from tensorkv.updaters.optimizer import ELEMENTWISE_OPTIMIZERS
 from tensorkv.updaters.spec import UpdaterSpec
 
 ADAM = SavedSettings([UpdaterSpec(type="optimizer", name="mine:Adam")], [SettingEntry(None, 0, {}, None)])
@@ -149,6 +150,29 @@ def test_an_optimizer_keeps_state_of_any_dtype_or_its_save_is_refused(
         }  # fmt: skip
         assert all(bytes_of(state[name]) == bytes_of(kept) for name in ("each", "all"))
         assert bytes_of(state["one"]) == bytes_of(kept)[: dtype.itemsize]
+
+
+SCALAR_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", SCALAR_DTYPES, ids=str)
+@pytest.mark.parametrize("name", sorted(each.__name__ for each in ELEMENTWISE_OPTIMIZERS))
+def test_a_scalar_value_is_saved_with_the_steps_that_have_its_shape(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    one = torch.tensor(1.0, dtype=dtype)
+    kv = tensorkv.create("local")
+    kv.init("scale", one)
+    kv.set_optimizer(name, lr=0.1)
+    kv.push("scale", one)
+    kv.save(tmp_path)
+    state = kv.state_dict()
+    expected = kv.pushpull("scale", one)
+    of_folder, of_dict = tensorkv.create("local"), tensorkv.create("local")
+    of_folder.load(tmp_path)
+    of_dict.load_state_dict(state)
+    for again in (of_folder, of_dict):
+        assert torch.equal(again.pushpull("scale", one), expected)
 
 
 def test_the_dtypes_that_no_optimizer_can_keep_are_few() -> None:

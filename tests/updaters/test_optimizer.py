@@ -589,3 +589,22 @@ def test_state_of_another_optimizer_is_not_loaded(optimizer_class: type[torch.op
     if optimizer_class is not torch.optim.SGD:
         with pytest.raises(LoadError, match="'w'"):
             check(names - {"step"})
+
+
+def test_a_step_of_a_scalar_value_is_not_of_its_dtype_but_a_momentum_is() -> None:
+    spec = optimizer_spec(torch.optim.Adam, {})
+    settings = SavedSettings([spec], [SettingEntry(None, 0, {}, None)])
+
+    def check(dtypes: dict[str, str], shape: tuple[int, ...] = ()) -> None:
+        tensors = [TensorRecord(VALUE, "bfloat16", (1,), True)]
+        tensors += [TensorRecord(name, dtype, (1,), True) for name, dtype in dtypes.items()]
+        record = KeyRecord("w", shape, "bfloat16", False, [PieceRecord(0, 1, 1, tensors)])
+        check_state_names(settings, [record], "it")
+
+    fits = {"step": "float32", "exp_avg": "bfloat16", "exp_avg_sq": "bfloat16"}
+    check(fits)
+    check({**fits, "step": "bfloat16"})
+    with pytest.raises(LoadError, match="'exp_avg' is float32"):
+        check({**fits, "exp_avg": "float32"})
+    with pytest.raises(LoadError, match="'step' is float32"):
+        check(fits, (1,))  # where a shape tells it from a momentum

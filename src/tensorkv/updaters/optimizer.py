@@ -583,7 +583,7 @@ def check_state_names(settings: SavedSettings, records: Iterable[KeyRecord], whe
         optimizer_class = classes.get(settings.spec_of(record.key).name)
         if optimizer_class is None:
             continue
-        always, known = _state_names(optimizer_class)
+        always, known, scalars = _state_names(optimizer_class)
         for piece in record.pieces:
             names = {each.name for each in piece.tensors[1:]} | set(piece.plain)
             if names and not always <= names <= known:
@@ -592,10 +592,10 @@ def check_state_names(settings: SavedSettings, records: Iterable[KeyRecord], whe
                     f"{optimizer_class.__name__}: {sorted(known)}"
                 )
             for each in piece.tensors[1:]:
-                if each.elementwise:
+                if each.elementwise and not (record.shape == () and each.name in scalars):
                     fits = each.dtype == record.dtype
-                else:
-                    fits = each.shape == ()
+                else:  # of a scalar value no shape tells a step from a momentum
+                    fits = each.shape == ((1,) if each.elementwise else ())
                 if not fits:
                     raise LoadError(
                         f"{where}: key {record.key!r} is {record.dtype}, and its optimizer state "
@@ -604,9 +604,15 @@ def check_state_names(settings: SavedSettings, records: Iterable[KeyRecord], whe
 
 
 @functools.cache
-def _state_names(optimizer_class: type[torch.optim.Optimizer]) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the names that an optimizer's state always has, and all that it may have, by trying it."""
+def _state_names(
+    optimizer_class: type[torch.optim.Optimizer],
+) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """Return the names that an optimizer's state always has, all that it may have, and those of scalars.
+
+    Finds them by trying it.
+    """
     found: list[frozenset[str]] = []
+    scalars: set[str] = set()
     extras: list[dict[str, Any]] = [{}, {"momentum": 0.5}, {"amsgrad": True}, {"centered": True}]
     with torch.device("cpu"):  # whatever the caller's default is
         for options in extras:
@@ -616,8 +622,11 @@ def _state_names(optimizer_class: type[torch.optim.Optimizer]) -> tuple[frozense
             if options.keys() <= optimizer.defaults.keys():
                 optimizer.param_groups[0].update(options)
                 step(optimizer)
-                found.append(frozenset(optimizer.state[parameter]))
-    return frozenset.intersection(*found), frozenset.union(*found)
+                state = optimizer.state[parameter]
+                found.append(frozenset(state))
+                tensors = {name: each for name, each in state.items() if isinstance(each, torch.Tensor)}
+                scalars.update(name for name, each in tensors.items() if each.shape == ())
+    return frozenset.intersection(*found), frozenset.union(*found), frozenset(scalars)
 
 
 # ---- small things -----------------------------------------------------------------------------------
