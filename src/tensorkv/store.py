@@ -1251,6 +1251,8 @@ def _folder(call: str, directory: Any) -> str:
         folder = os.path.abspath(os.fsdecode(directory))
     except TypeError as exc:
         raise InvalidArgument(f"{call}: {directory!r} is not a path") from exc
+    if not directory:
+        raise InvalidArgument(f"{call}: an empty path; '.' is the current folder")
     if "\0" in folder or not may_travel(str(folder)):
         raise InvalidArgument(
             f"{call}: {folder!r} cannot be a folder of saves: it holds a NUL, or no valid Unicode"

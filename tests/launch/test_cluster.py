@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 
-from tensorkv.errors import PeerLostError
+from tensorkv.errors import MemoryLimitReached, PeerLostError
 from tensorkv.launch import cluster as cluster_module
 from tensorkv.launch.cluster import LocalCluster
 from tensorkv.server.loop import Server
@@ -49,3 +52,12 @@ def test_a_server_that_cannot_start_leaves_nothing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cluster_module, "Server", Second)
     with pytest.raises(OSError, match="no more descriptors"):
         LocalCluster(1, 2, host="127.0.0.1")
+
+
+def test_a_job_without_descriptors_says_what_to_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*args: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("tensorkv.server.loop.os.eventfd", none_left)
+    with pytest.raises(MemoryLimitReached, match=r"cannot be started: .*Too many open files.*ulimit -n"):
+        LocalCluster(1, 1, timeout_s=DEADLINE_S)

@@ -209,7 +209,9 @@ def run(
     except InvalidArgument as exc:
         status = _fail(str(exc), 2)
     except OSError as exc:
-        status = _fail(f"the job could not be started: {exc}", 1)
+        from tensorkv.transport.memorylimits import with_the_way_out
+
+        status = _fail(f"the job could not be started: {with_the_way_out(exc)}", 1)
     raise typer.Exit(status)
 
 

@@ -6,6 +6,7 @@ queues.
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import secrets
@@ -22,9 +23,11 @@ from tensorkv.config import (
     Role,
     Transport,
 )
+from tensorkv.errors import MemoryLimitReached
 from tensorkv.peer.code import CodeTable, updater_loader
 from tensorkv.scheduler.loop import SchedulerServer
 from tensorkv.server.loop import Server
+from tensorkv.transport.memorylimits import with_the_way_out
 from tensorkv.wire import messages as m
 from tensorkv.worker.session import Session
 
@@ -74,8 +77,10 @@ class LocalCluster:
             for rank in range(num_servers):
                 self.servers.append(Server(self.config("server", rank), loader))
                 self.servers[-1].start()
-        except BaseException:
+        except BaseException as exc:
             self.stop()
+            if isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise MemoryLimitReached(f"the job cannot be started: {with_the_way_out(exc)}") from exc
             raise
 
     def config(self, role: Role, rank: int) -> JobConfig:

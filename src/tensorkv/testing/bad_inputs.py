@@ -415,7 +415,13 @@ def _settings() -> list[BadInput]:
 
 def _folders() -> list[BadInput]:
     """Folders that no system call accepts, or whose path cannot be sent to the servers."""
-    bad: dict[str, Any] = {"nul": "a\0b", "no_unicode": "/tmp/\udcff", "bytes": b"/tmp/\xff", "number": 3.5}
+    bad: dict[str, Any] = {
+        "empty": "",
+        "nul": "a\0b",
+        "no_unicode": "/tmp/\udcff",
+        "bytes": b"/tmp/\xff",
+        "number": 3.5,
+    }
     return [
         BadInput(
             f"{call}_{name}",
