@@ -20,6 +20,7 @@ import pytest
 
 from tensorkv.config import JobConfig
 from tensorkv.errors import PeerLostError, RankTaken
+from tensorkv.launch import processes
 from tensorkv.launch import sidecar as module
 from tensorkv.launch.sidecar import JobRecord, Sidecar
 from tensorkv.peer.code import updater_loader
@@ -170,7 +171,7 @@ def test_those_who_never_joined_are_waited_for_a_while_only(monkeypatch: pytest.
 
 
 def test_a_server_that_fails_at_its_start_is_a_lost_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "shielded", lambda argv, environ: ["false"])
+    monkeypatch.setattr(processes, "shielded", lambda argv, environ: ["false"])
     with Parent() as parent, Sidecar(config(), (0,), os.environ) as sidecar:
         sidecar.start_servers()
         with running(sidecar, parent), pytest.raises(PeerLostError, match="server 0"):
@@ -178,7 +179,7 @@ def test_a_server_that_fails_at_its_start_is_a_lost_server(monkeypatch: pytest.M
 
 
 def test_a_keeper_without_a_scheduler_ends_with_its_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "shielded", lambda argv, environ: ["true"])
+    monkeypatch.setattr(processes, "shielded", lambda argv, environ: ["true"])
     elsewhere = config(scheduler_host="127.0.0.1", scheduler_port=1, token="t")
     with Parent() as parent, Sidecar(elsewhere, (0,), os.environ) as sidecar:
         sidecar.start_servers()
@@ -197,7 +198,7 @@ def test_it_tells_who_waits_and_has_its_servers_tell(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     scripts = iter([ASKED, NOT_YET])
-    monkeypatch.setattr(module, "shielded", lambda argv, environ: [sys.executable, "-c", next(scripts)])
+    monkeypatch.setattr(processes, "shielded", lambda argv, environ: [sys.executable, "-c", next(scripts)])
     with Parent() as parent, Sidecar(config(num_servers=2), (0, 1), os.environ) as sidecar:
         sidecar.start_servers()
         asked, not_yet = sidecar._servers.values()
@@ -214,7 +215,7 @@ def test_it_tells_who_waits_and_has_its_servers_tell(
 
 def test_servers_that_nobody_tells_are_asked_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import signal; signal.pause()"
-    monkeypatch.setattr(module, "shielded", lambda argv, environ: [sys.executable, "-c", script])
+    monkeypatch.setattr(processes, "shielded", lambda argv, environ: [sys.executable, "-c", script])
     monkeypatch.setattr(module, "SERVER_STOP_S", DEADLINE_S)
     with Sidecar(config(scheduler_port=1, token="t"), (0, 1), os.environ) as sidecar:
         sidecar.start_servers()

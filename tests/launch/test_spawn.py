@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tensorkv.errors import InvalidArgument, JobFailed
-from tensorkv.launch import spawn as module
+from tensorkv.launch import processes as module
 from tensorkv.launch.spawn import spawn
 
 DEADLINE_S = 100.0

@@ -4,7 +4,7 @@
 - `output`: lines, prefixes and progress bars of many processes on one terminal; pure.
 - `forwarder`: the thread that reads the pipes of the processes.
 - `signals`: signals to the launcher, as a descriptor to wait for.
-- `processes`: runs any list of real processes under those rules.
+- `processes`: watches real processes under those rules, and ends them; runs any list of commands.
 - `local`: scheduler, servers and workers on this machine.
 - `spawn`: the same, with workers that call a function.
 - `torchrun`: the job of workers that torchrun has started; they start the rest.

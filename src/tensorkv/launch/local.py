@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ from tensorkv.addresses import bare_host
 from tensorkv.config import (
     STREAM_BYTES,
     JobConfig,
-    Role,
     Transport,
     check_transport,
     read_host,
@@ -25,8 +23,8 @@ from tensorkv.config import (
 )
 from tensorkv.errors import InvalidArgument
 from tensorkv.launch.output import FileSink, Output, Sink, Stream, prefix_text
-from tensorkv.launch.processes import ProcessGroup, ProcessSpec
-from tensorkv.launch.supervisor import Node, status_text
+from tensorkv.launch.processes import ProcessGroup, ProcessSpec, open_scheduler, scheduler_calls, server_spec
+from tensorkv.launch.supervisor import Node
 
 STREAMING = f"glibc.cpu.x86_non_temporal_threshold={STREAM_BYTES}"
 """Setting of the C library: minimum size of its non-temporal copies; see `tensorkv.worker.nontemporal`."""
@@ -148,22 +146,16 @@ def plan(config: JobConfig, command: Sequence[str], environ: Mapping[str, str]) 
     threads = max(1, len(os.sched_getaffinity(0)) // config.num_workers)
     inherited = {"OMP_NUM_THREADS": str(threads), **environ, "PYTHONUNBUFFERED": "1"}
 
-    def env(role: Role, rank: int) -> dict[str, str]:
-        return {**inherited, **dataclasses.replace(config, role=role, rank=rank).to_env()}
-
-    servers = [
-        ProcessSpec(
-            node=Node("server", rank),
-            argv=(sys.executable, "-m", "tensorkv.server.loop"),
-            env={**env("server", rank), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(config.num_servers)
-    ]
+    servers = [server_spec(config, rank, inherited) for rank in range(config.num_servers)]
     workers = [
         ProcessSpec(
             node=Node("worker", rank),
             argv=tuple(command),
-            env={"GLIBC_TUNABLES": STREAMING, **env("worker", rank)},
+            env={
+                "GLIBC_TUNABLES": STREAMING,
+                **inherited,
+                **dataclasses.replace(config, rank=rank).to_env(),
+            },
             inherit_stdin=config.num_workers == 1,
         )
         for rank in range(config.num_workers)
@@ -183,46 +175,14 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
         OSError: a process cannot be started.
     """
     command = find_command(options.command, environ)
-    from tensorkv.scheduler.loop import SchedulerServer
-
-    token = secrets.token_hex(32)
-    scheduler = SchedulerServer(
-        num_workers=options.num_workers,
-        num_servers=options.num_servers,
-        token=token,
-        host=_host(options, environ),
-        slice_bound_bytes=read_slice_bound_bytes(environ),
-        peer_timeout_s=_peer_timeout_s(options, environ),
-    )
-
-    def first_lost() -> Node | None:
-        lost = scheduler.lost
-        return Node(lost.role, lost.rank) if lost is not None and lost.role != "scheduler" else None
-
-    def goes_on(node: Node, returncode: int) -> bool:
-        return scheduler.worker_failed(node.rank, f"it ended with {status_text(returncode)}")
-
-    def absent_servers() -> list[Node]:
-        servers = [Node("server", rank) for rank in range(options.num_servers)]
-        return [node for node in servers if not scheduler.has_joined(node.role, node.rank)]
-
+    scheduler, config = open_scheduler(job_config(options, environ, scheduler=("", 0), token=""))
     scheduler.start()
     try:
         sinks: dict[Stream, Sink] = {"stdout": FileSink(sys.stdout), "stderr": FileSink(sys.stderr)}
         eager = options.num_workers == 1 and sys.stdin is not None and sys.stdin.isatty()
         output = Output(sinks, prefix=options.prefix, eager=eager)
-        config = job_config(options, environ, scheduler=scheduler.address, token=token)
         specs = plan(config, command, {**terminal_variables(options, sinks), **environ})
-        return ProcessGroup(
-            specs,
-            output,
-            absent_servers=absent_servers,
-            stop_servers=scheduler.stop,
-            first_lost=first_lost,
-            on_worker_done=scheduler.worker_exited,
-            goes_on=goes_on,
-            report=scheduler.report,
-        ).run()
+        return ProcessGroup(specs, output, **scheduler_calls(scheduler, options.num_servers)).run()
     finally:
         scheduler.stop()
 

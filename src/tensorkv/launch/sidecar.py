@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import secrets
 import select
 import signal
 import subprocess
@@ -31,7 +30,7 @@ import msgspec
 
 from tensorkv.config import JobConfig, from_env
 from tensorkv.errors import TensorKVError
-from tensorkv.launch.processes import shielded
+from tensorkv.launch.processes import open_scheduler, server_spec, start
 from tensorkv.launch.supervisor import KILL_WAIT_S, SERVER_STOP_S, shell_status
 from tensorkv.peer.handshake import connect_as
 from tensorkv.scheduler.loop import SchedulerServer
@@ -88,18 +87,7 @@ class Sidecar:
         self.token_file = ""
         self._token: int | None = None  # descriptor of that file
         if config.scheduler_port == 0:
-            config = dataclasses.replace(config, token=config.token or secrets.token_hex(32))
-            self._scheduler = SchedulerServer(
-                num_workers=config.num_workers,
-                num_servers=config.num_servers,
-                token=config.token,
-                host=config.host,
-                slice_bound_bytes=config.slice_bound_bytes,
-                peer_timeout_s=config.peer_timeout_s,
-                starter_gone=self._parent_gone,
-            )
-            host, port = self._scheduler.address
-            config = dataclasses.replace(config, scheduler_host=host, scheduler_port=port)
+            self._scheduler, config = open_scheduler(config, self._parent_gone)
         self.config = config
         self._asked = os.eventfd(0, os.EFD_CLOEXEC)  # counted up by `ask_report`
 
@@ -132,12 +120,7 @@ class Sidecar:
     def start_servers(self) -> None:
         """Start the servers of this host. Does not wait for them."""
         for rank in self._ranks:
-            config = dataclasses.replace(self.config, role="server", rank=rank)
-            environ = {**self._environ, **config.to_env(), "OMP_NUM_THREADS": "1"}
-            argv = (sys.executable, "-m", "tensorkv.server.loop")
-            self._servers[rank] = subprocess.Popen(
-                shielded(argv, environ), env=environ, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+            self._servers[rank] = start(server_spec(self.config, rank, self._environ))
 
     def _parent_gone(self) -> bool:
         return self._parent is not None and bool(select.select([self._parent], [], [], 0)[0])

@@ -7,39 +7,24 @@ process, the servers are processes as under `tensorkv run`. All of them die with
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import multiprocessing
 import os
-import secrets
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from types import TracebackType
 from typing import Any, final
 
 from tensorkv.config import JobConfig, Transport
 from tensorkv.errors import InvalidArgument, JobFailed
 from tensorkv.launch.local import JobOptions, job_config
 from tensorkv.launch.pdeathsig import die_with
-from tensorkv.launch.processes import shielded
-from tensorkv.launch.supervisor import (
-    KILL_WAIT_S,
-    Action,
-    Finish,
-    Kill,
-    Node,
-    StopServers,
-    Supervisor,
-    Terminate,
-    status_text,
-)
-from tensorkv.scheduler.loop import SchedulerServer
+from tensorkv.launch.processes import Processes, open_scheduler, scheduler_calls, server_spec, start
+from tensorkv.launch.supervisor import KILL_WAIT_S, Action, Finish, Node, status_text
 from tensorkv.worker.uncaught import described
 
 logger = logging.getLogger(__name__)
@@ -110,9 +95,12 @@ def spawn(
         allow_import=tuple(allow_import),
         transport=transport,
     )
-    with _Job(options, os.environ) as job:
-        job.start(fn, args)
-        job.supervise()
+    scheduler, config = open_scheduler(job_config(options, os.environ, scheduler=("", 0), token=""))
+    scheduler.start()
+    try:
+        _Job(config, **scheduler_calls(scheduler, num_servers)).run(fn, args)
+    finally:
+        scheduler.stop()
 
 
 def _check_function(fn: Any, args: Any) -> None:
@@ -129,7 +117,7 @@ def _check_function(fn: Any, args: Any) -> None:
         )
 
 
-def _start_worker(worker: SpawnProcess) -> None:
+def _start(worker: SpawnProcess) -> None:
     """Start a process. This pickles its arguments; not earlier, as some can be pickled once per process only.
 
     Raises:
@@ -148,172 +136,94 @@ def _start_worker(worker: SpawnProcess) -> None:
 
 
 @final
-class _Job:
-    """The processes of a job and their supervisor. Leaving the block ends them all."""
+@dataclass
+class _Job(Processes):
+    """The processes of a job: servers as under `tensorkv run`, and workers of `multiprocessing`."""
 
-    def __init__(self, options: JobOptions, environ: Mapping[str, str]) -> None:
-        self._environ = environ
-        token = secrets.token_hex(32)
-        self._config = job_config(options, environ, scheduler=("", 0), token=token)
-        self._scheduler = SchedulerServer(
-            num_workers=options.num_workers,
-            num_servers=options.num_servers,
-            token=token,
-            host=self._config.host,
-            slice_bound_bytes=self._config.slice_bound_bytes,
-        )
-        host, port = self._scheduler.address
-        self._config = dataclasses.replace(self._config, scheduler_host=host, scheduler_port=port)
-        self._servers: dict[Node, subprocess.Popen[bytes]] = {}
-        self._workers: dict[Node, SpawnProcess] = {}
-        self._reports: dict[Node, Connection] = {}  # pipes that deliver a worker's traceback
-        self._tracebacks: dict[Node, str] = {}
-        self._pidfds: dict[int, Node] = {}
-        nodes = [Node("server", rank) for rank in range(options.num_servers)]
-        nodes += [Node("worker", rank) for rank in range(options.num_workers)]
-        self._supervisor = Supervisor(nodes)
+    config: JobConfig
+    _workers: dict[Node, SpawnProcess] = field(init=False, default_factory=dict)
+    _pipes: dict[Node, Connection] = field(init=False, default_factory=dict)  # deliver a worker's traceback
+    _tracebacks: dict[Node, str] = field(init=False, default_factory=dict)
+    _pidfds: dict[Node, int] = field(init=False, default_factory=dict)
 
-    def __enter__(self) -> _Job:
-        self._scheduler.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for node in (*self._workers, *self._servers):
-            self._signal(node, signal.SIGKILL)
-        for worker in self._workers.values():
-            worker.join(KILL_WAIT_S)
-        for server in self._servers.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
-                server.wait(KILL_WAIT_S)
-        self._scheduler.stop()
-        for report in self._reports.values():
-            report.close()
-        for descriptor in self._pidfds:
-            os.close(descriptor)
-
-    def start(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
-        """Start all processes, without waiting for them."""
-        context = multiprocessing.get_context("spawn")
-        for node in self._supervisor.alive:
-            config = dataclasses.replace(self._config, role=node.role, rank=node.rank)
-            if node.role == "server":
-                environ = {**self._environ, **config.to_env(), "OMP_NUM_THREADS": "1"}
-                argv = (sys.executable, "-m", "tensorkv.server.loop")
-                server = subprocess.Popen(
-                    shielded(argv, environ), env=environ, stdin=subprocess.DEVNULL, start_new_session=True
-                )
-                self._servers[node] = server
-                pid: int | None = server.pid
-            else:
-                report, told = context.Pipe(duplex=False)
-                self._reports[node] = report
-                worker = context.Process(
-                    target=_work, args=(fn, args, config, os.getpid(), told), name=f"tensorkv {node}"
-                )
-                with told:
-                    _start_worker(worker)
-                self._workers[node] = worker
-                pid = worker.pid
-            assert pid is not None
-            self._pidfds[os.pidfd_open(pid)] = node
-
-    def supervise(self) -> None:
-        """Wait until the job is over. Raises JobFailed."""
-        running = dict(self._pidfds)
-        supervisor = self._supervisor
-        while True:
-            deadline = supervisor.deadline
-            timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-            listened = [report for report in self._reports.values() if not report.closed]
-            ready = wait([*running, *listened], timeout_s)
-            for node, report in self._reports.items():
-                if report in ready:
-                    self._take_report(node, report)
-            exits = {}
-            for descriptor in [each for each in ready if isinstance(each, int)]:
-                node = running.pop(descriptor)
-                exits[node] = self._status(node)
-                if node.role == "worker" and exits[node] == 0:
-                    self._scheduler.worker_exited(node.rank)
-            spared = self._spared(exits)
-            now = time.monotonic()
-            actions = supervisor.exited(exits, now, self._first_lost(), spared) if exits else []
-            for action in [*actions, *supervisor.tick(now)]:
-                if isinstance(action, Finish):
-                    self._conclude(action)
-                    return
-                self._perform(action)
-
-    def _spared(self, exits: Mapping[Node, int]) -> list[Node]:
-        """Return the failed workers that the job survives; none once the job is ending."""
-        return [
-            node
-            for node, returncode in exits.items()
-            if self._supervisor.running
-            and node.role == "worker"
-            and returncode != 0
-            and self._scheduler.worker_failed(node.rank, f"it ended with {status_text(returncode)}")
-        ]
-
-    def _take_report(self, node: Node, report: Connection) -> None:
+    def run(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
+        """Run the job to its end. Raises JobFailed. No process is left."""
         try:
-            text = report.recv_bytes(_MAX_REPORT_BYTES).decode("utf-8", "replace")
+            for rank in range(self.config.num_servers):
+                self._start_server(rank)
+            for rank in range(self.config.num_workers):
+                self._start_worker(rank, fn, args)
+            self._conclude(self._watch(self._pidfds, self._news))
+        finally:
+            self._signal(self._workers, signal.SIGKILL)
+            self._end()
+            for worker in self._workers.values():
+                worker.join(KILL_WAIT_S)
+            for pipe in self._pipes.values():
+                pipe.close()
+            for descriptor in self._pidfds.values():
+                os.close(descriptor)
+
+    def _start_server(self, rank: int) -> None:
+        spec = server_spec(self.config, rank, os.environ)
+        self._processes[spec.node] = server = start(spec)
+        self._pidfds[spec.node] = os.pidfd_open(server.pid)
+
+    def _start_worker(self, rank: int, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
+        node = Node("worker", rank)
+        config = dataclasses.replace(self.config, rank=rank)
+        context = multiprocessing.get_context("spawn")
+        self._pipes[node], told = context.Pipe(duplex=False)
+        worker = context.Process(
+            target=_work, args=(fn, args, config, os.getpid(), told), name=f"tensorkv {node}"
+        )
+        with told:
+            _start(worker)
+        self._workers[node] = worker
+        assert worker.pid is not None
+        self._pidfds[node] = os.pidfd_open(worker.pid)
+
+    def _news(self, timeout_s: float | None) -> tuple[list[Action], dict[Node, int]]:
+        """Wait for the end of processes, and for tracebacks."""
+        alive = {self._pidfds[node]: node for node in self._supervisor.alive}
+        pipes = {pipe: node for node, pipe in self._pipes.items() if not pipe.closed}
+        ready = wait([*alive, *pipes], timeout_s)
+        for pipe in pipes.keys() & ready:
+            self._take_report(pipes[pipe], pipe)
+        return [], {node: self._status(node) for descriptor, node in alive.items() if descriptor in ready}
+
+    def _take_report(self, node: Node, pipe: Connection) -> None:
+        try:
+            text = pipe.recv_bytes(_MAX_REPORT_BYTES).decode("utf-8", "replace")
         except (EOFError, OSError):  # it ended without a report, or was killed while sending it
             text = ""
-        report.close()
+        pipe.close()
         if text:
             self._tracebacks[node] = text
 
     def _status(self, node: Node) -> int:
         if node.role == "server":
-            return self._servers[node].wait()
+            return self._processes[node].wait()
         worker = self._workers[node]
         worker.join()
         assert worker.exitcode is not None
-        report = self._reports[node]
-        if not report.closed and report.poll():
-            self._take_report(node, report)
+        pipe = self._pipes[node]
+        if not pipe.closed and pipe.poll():
+            self._take_report(node, pipe)
         return worker.exitcode
 
-    def _first_lost(self) -> Node | None:
-        lost = self._scheduler.lost
-        return Node(lost.role, lost.rank) if lost is not None and lost.role != "scheduler" else None
-
-    def _perform(self, action: Action) -> None:
-        match action:
-            case Terminate(nodes):
-                for node in nodes:
-                    self._signal(node, signal.SIGTERM)
-            case Kill(nodes):
-                for node in nodes:
-                    self._signal(node, signal.SIGKILL)
-            case StopServers():
-                absent = [
-                    node for node in self._servers if not self._scheduler.has_joined("server", node.rank)
-                ]
-                # These first: otherwise one may find the scheduler gone, and report it.
-                for further in self._supervisor.dismiss(absent):
-                    self._perform(further)
-                self._scheduler.stop()
-
-    def _signal(self, node: Node, signum: signal.Signals) -> None:
-        """Signal a process that has not been reaped yet; for a server, its process group."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if node.role == "server":
-                if self._servers[node].returncode is None:
-                    os.killpg(self._servers[node].pid, signum)
-            elif self._workers[node].exitcode is None:
-                pid = self._workers[node].pid
-                assert pid is not None
-                os.kill(pid, signum)
+    def _send(self, node: Node, signum: signal.Signals) -> None:
+        if node.role == "server":
+            super()._send(node, signum)
+        elif (worker := self._workers[node]).exitcode is None:
+            assert worker.pid is not None
+            os.kill(worker.pid, signum)
 
     def _conclude(self, finish: Finish) -> None:
         if finish.text is None:
             return
         culprit, text = finish.culprit, finish.text
-        first = self._first_lost()
+        first = self.first_lost()
         if first in self._tracebacks:  # it reported its failure, but ended later than those that followed it
             culprit, text = first, f"{first} failed with {status_text(1)}"
         words = self._tracebacks.get(culprit) if culprit is not None else None
