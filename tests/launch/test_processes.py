@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from tensorkv.config import JobConfig
 from tensorkv.launch import processes as module
 from tensorkv.launch.forwarder import Forwarder
 from tensorkv.launch.output import FileSink, Output
-from tensorkv.launch.processes import ProcessGroup, ProcessSpec, Reaper
+from tensorkv.launch.processes import ProcessGroup, ProcessSpec, Reaper, open_scheduler
 from tensorkv.launch.supervisor import Node
 
 LAUNCHER = """
@@ -606,3 +607,33 @@ def test_last_lines_that_cannot_be_written_fail_the_job(
     assert capfd.readouterr().err.endswith(
         "the output cannot be written: No space left on device; the job was ended\n"
     )
+
+
+def test_a_scheduler_is_opened_as_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, object] = {}
+
+    class Scheduler:
+        address = ("127.0.0.1", 4321)
+
+        def __init__(self, **options: object) -> None:
+            told.update(options)
+
+    monkeypatch.setattr(module, "SchedulerServer", Scheduler)
+    job_of_two = JobConfig(
+        role="worker",
+        rank=0,
+        num_workers=2,
+        num_servers=1,
+        scheduler_host="",
+        scheduler_port=0,
+        token="",
+        host="127.0.0.2",
+        peer_timeout_s=2.5,
+        slice_bound_bytes=100,
+    )
+    _, config = open_scheduler(job_of_two)
+    assert (config.scheduler_host, config.scheduler_port) == Scheduler.address
+    assert len(config.token) == 64
+    given = {name: told[name] for name in ("num_workers", "num_servers", "token", "host")}
+    assert given == {"num_workers": 2, "num_servers": 1, "token": config.token, "host": "127.0.0.2"}
+    assert (told["peer_timeout_s"], told["slice_bound_bytes"]) == (2.5, 100)
