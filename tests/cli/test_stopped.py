@@ -36,77 +36,75 @@ def stop(process):
     os.kill(process, signal.SIGSTOP)
     threading.Timer(stopped_s, os.kill, (process, signal.SIGCONT)).start()
 
-names = [f"key number {{number}}" for number in range(int(sys.argv[1]))]
-values = [torch.zeros(2)] * len(names)
+def init(case, num_keys):
+    kv.init([f"key number {{number}}, {{case}}" for number in range(num_keys)], [torch.zeros(2)] * num_keys)
+    kv.barrier()
+    print(f"rank {{kv.rank}} has {{num_keys}} keys, {{case}}", flush=True)
 """
 
-CASES = {
-    # The reply of the init, which rank 0 makes meanwhile, is more than the worker's socket holds.
-    "worker": """
-kv = tensorkv.create("dist_sync")
-if kv.rank == 1:
-    me = os.getpid()
-    stopping = f"time.sleep(1); os.kill({me}, 19); time.sleep({stopped_s}); os.kill({me}, 18)"
-    subprocess.Popen([sys.executable, "-c", f"import os, time; {stopping}"])
-else:
-    time.sleep(2)
-kv.init(names, values)
-kv.barrier()
-""",
-    # The question of the init is more than the scheduler's socket holds.
-    "scheduler": """
-kv = tensorkv.create("dist_sync")
-if kv.rank == 0:
-    stop(os.getppid())
-kv.init(names, values)
-kv.barrier()
-""",
-    # The values of the init are more than the server's socket holds.
-    "server": """
-kv = tensorkv.create("dist_sync")
+SERVER = """
+# The values of the init are more than the server's socket holds.
 if kv.rank == 0:
     stop(server_of(os.getppid()))
-kv.init(names, values)
-kv.barrier()
-""",
-    # Before anybody has joined: the handshakes wait.
-    "scheduler at the start": """
+init("server", 1_000)
+"""
+
+TCP = f"""
+# Before anybody has joined: the handshakes wait.
 if os.environ["TENSORKV_RANK"] == "0":
     stop(os.getppid())
 kv = tensorkv.create("dist_sync")
-kv.init(names, values)
-kv.barrier()
-""",
-    "server at the start": """
+init("scheduler at the start", 10)
+{SERVER}
+# The reply of the init, which rank 0 makes meanwhile, is more than the worker's socket holds.
+if kv.rank == 1:
+    me = os.getpid()
+    stopping = f"time.sleep(1); os.kill({{me}}, 19); time.sleep({{stopped_s}}); os.kill({{me}}, 18)"
+    stopper = subprocess.Popen([sys.executable, "-c", f"import os, time; {{stopping}}"])
+else:
+    time.sleep(2)
+init("worker", 5_000)
+
+# The question of the init is more than the scheduler's socket holds.
+if kv.rank == 0:
+    stop(os.getppid())
+init("scheduler", 20_000)
+"""
+
+SHM = f"""
 if os.environ["TENSORKV_RANK"] == "0":
     time.sleep(1)
     stop(server_of(os.getppid()))
 kv = tensorkv.create("dist_sync")
-kv.init(names, values)
-kv.barrier()
-""",
-}
+init("server at the start", 10)
+{SERVER}
+"""
 
 
 @pytest.mark.parametrize(
-    ("case", "transport", "num_keys"),
+    ("transport", "script", "keys"),
     [
-        ("worker", "tcp", 5_000),
-        ("scheduler", "tcp", 20_000),
-        ("server", "tcp", 1_000),
-        ("server", "shm", 1_000),
-        ("scheduler at the start", "tcp", 10),
-        ("server at the start", "shm", 10),
+        (
+            "tcp",
+            TCP,
+            {"scheduler at the start": 10, "server": 1_000, "worker": 5_000, "scheduler": 20_000},
+        ),
+        ("shm", SHM, {"server at the start": 10, "server": 1_000}),
     ],
+    ids=["tcp", "shm"],
 )
-def test_a_stopped_process_is_waited_for(case: str, transport: str, num_keys: int, tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(f"{STOP}{CASES[case]}print(f'rank {{kv.rank}} has {{len(names)}} keys')\n")
+def test_a_stopped_process_is_waited_for(
+    transport: str, script: str, keys: dict[str, int], tmp_path: Path
+) -> None:
+    """One process after the other of a job is stopped; that of the case whose lines are missing was lost."""
+    path = tmp_path / "train.py"
+    path.write_text(STOP + script)
     options = ["-n", "2", "-s", "1", "--peer-timeout", str(PEER_TIMEOUT_S), "--transport", transport]
-    worker = [sys.executable, str(script), str(num_keys)]
-    command = [sys.executable, "-m", "tensorkv", "run", *options, *worker]
+    command = [sys.executable, "-m", "tensorkv", "run", *options, sys.executable, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    for rank in range(2):
-        assert f"rank {rank} has {num_keys} keys" in done.stdout
+    told = [
+        f"[worker {rank}] rank {rank} has {num} keys, {case}" for case, num in keys.items() for rank in (0, 1)
+    ]
+    assert sorted(done.stdout.splitlines()) == sorted(told)
     assert "lost" not in done.stderr
