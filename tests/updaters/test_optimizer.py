@@ -608,3 +608,35 @@ def test_a_step_of_a_scalar_value_is_not_of_its_dtype_but_a_momentum_is() -> Non
         check({**fits, "exp_avg": "float32"})
     with pytest.raises(LoadError, match="'step' is float32"):
         check(fits, (1,))  # where a shape tells it from a momentum
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{name: True} for name in ("capturable", "foreach", "differentiable")]
+    + [{"foreach": True, "capturable": True}],
+    ids=lambda each: "-".join(each),
+)
+@pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop", "nadam", "asgd"])
+def test_an_implementation_that_refuses_a_dtype_is_refused_before_the_first_push(
+    name: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    try:
+        updater = optimizer(name, lr=0.5, **options)
+        updater.check_value("w", (3,), dtype)
+    except InvalidOption as exc:
+        assert "capturable" in str(exc)  # noqa: PT017  # the others run everywhere
+        assert "'w'" in str(exc)  # noqa: PT017
+        assert "capturable" in options
+        return
+    assert (
+        step(updater, 0, torch.ones(3, dtype=dtype), torch.zeros(3, dtype=dtype), lr=0.5, **options) is None
+    )
+
+
+def test_adafactor_takes_no_tensor_without_elements() -> None:
+    """It would divide by their number."""
+    updater = optimizer("adafactor", lr=0.5)
+    updater.check_value("w", (3,), torch.float32)
+    with pytest.raises(InvalidValue, match=r"'w' of shape \(0, 3\)"):
+        updater.check_value("w", (0, 3), torch.float32)

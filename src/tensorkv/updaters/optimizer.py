@@ -130,6 +130,7 @@ class OptimizerUpdater(Updater):
         self._states: dict[int, Any] = {}  # of slots that are updated on a copy
         self._restored: dict[int, dict[str, Any]] = {}  # of slots not updated since the restore
         self._taken_shapes: set[tuple[int, ...]] = set()  # shapes that it is known to accept
+        self._taken_cases: set[tuple[torch.dtype, tuple[str, ...]]] = set()
 
     @property
     def optimizer_class(self) -> type[torch.optim.Optimizer]:
@@ -381,6 +382,8 @@ class OptimizerUpdater(Updater):
             fused = options.get("fused") and device_type is not None
             if fused and not is_fused_right(self._class, dtype, device_type or "cpu"):
                 raise InvalidOption(_wrong_fused_text(name, key, dtype))
+            if device_type == "cpu":
+                self._check_implementation(key, dtype, options)
             return
         if tuple(shape) in self._taken_shapes:
             return
@@ -390,24 +393,49 @@ class OptimizerUpdater(Updater):
                 [torch.nn.Parameter(torch.zeros(shape, device="meta"))],
                 tuples(self.spec.options),
             )
+            refused = self._trial(shape, dtype, self.spec.options) if 0 in shape else None
         except (ValueError, TypeError) as exc:
+            refused = exc
+        if refused is not None:
             raise InvalidValue(
-                f"{name} cannot update key {key!r} of shape {tuple(shape)}: {exc}; {_NAME_KEYS}"
-            ) from exc
+                f"{name} cannot update key {key!r} of shape {tuple(shape)}: {refused}; {_NAME_KEYS}"
+            ) from refused
         self._taken_shapes.add(tuple(shape))
+
+    def _check_implementation(self, key: Key, dtype: torch.dtype, options: Mapping[str, Any]) -> None:
+        """Raise InvalidOption if the kernel that options ask for does not take a dtype on the CPU."""
+        chosen = {name: options[name] for name in _IMPLEMENTATIONS if options.get(name)}
+        case = (dtype, tuple(chosen))
+        if not chosen or case in self._taken_cases:
+            return
+        if self._way(dtype, "cpu", dict(options)) is _Way.FUSED:
+            return  # torch then ignores these options
+        refused = self._trial((2,), dtype, options)
+        if refused is not None:
+            raise InvalidOption(
+                f"{self._class.__name__} with {chosen} cannot update key {key!r} of dtype {dtype} on a CPU: "
+                f"{refused}; leave these options out, or {_NAME_KEYS}"
+            ) from refused
+        self._taken_cases.add(case)
+
+    def _trial(
+        self, shape: Sequence[int], dtype: torch.dtype, options: Mapping[str, Any]
+    ) -> Exception | None:
+        """Return the error of a step of zeros, None if it goes well."""
+        try:
+            with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+                parameter = torch.nn.Parameter(torch.zeros(shape).to(dtype), requires_grad=False)
+                parameter.grad = torch.zeros(shape).to(dtype)
+                step(build(self._class, [parameter], tuples(dict(options))))
+        except Exception as exc:  # noqa: BLE001  # whatever it is, the first push would raise it, too
+            return exc
+        return None
 
     def _takes(self, dtype: torch.dtype) -> bool:
         """Whether values of this dtype can be updated; found by a trial if the class is not a known one."""
         if self._in_place or (_is_trainable(dtype) and not dtype.is_complex):
             return _is_trainable(dtype)
-        try:
-            with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-                parameter = torch.nn.Parameter(torch.zeros(2, 2).to(dtype), requires_grad=False)
-                parameter.grad = torch.zeros(2, 2).to(dtype)
-                step(build(self._class, [parameter], tuples(self.spec.options)))
-        except Exception:  # noqa: BLE001  # whatever it is, the first push would raise it, too
-            return False
-        return True
+        return self._trial((2, 2), dtype, self.spec.options) is None
 
     def _refusal(self, update: Update) -> TensorKVError:
         """Return the error of a push that the optimizer cannot apply, to a loaded key for example."""
@@ -686,6 +714,9 @@ def _default_device_is_cpu() -> bool:
     """Whether new tensors go to the CPU by default. Trying is six times as fast as torch's getter."""
     return torch.empty(0).is_cpu
 
+
+_IMPLEMENTATIONS = ("foreach", "capturable", "differentiable")
+"""Options that choose one of torch's implementations of an optimizer, beside `fused`."""
 
 _NAME_KEYS = "name the keys it is for with set_optimizer(..., keys=[...])"
 
