@@ -45,8 +45,8 @@ SHELLS = {
     *("server.loop", "server.shm", "server.statefiles"),
     "scheduler.loop",
     *("worker.session", "worker.link", "worker.control", "worker.interleave", "worker.hold"),
-    *("worker.keytable", "worker.pusher", "worker.backpressure", "worker.pullcall", "worker.plancache"),
-    *("worker.transfers", "worker.window", "worker.lending", "worker.latch"),
+    *("worker.driver", "worker.pusher", "worker.backpressure", "worker.pullcall"),
+    *("worker.window", "worker.lending", "worker.latch"),
     *("worker.signals", "worker.uncaught", "worker.checkpoint"),
 }
 """Files with threads, sockets, shared memory or a clock. The roles' other files are pure, and import none."""

@@ -19,7 +19,7 @@ from tensorkv.wire import messages as m
 from tensorkv.wire.codec import PREFIX, encode
 from tensorkv.worker import window
 from tensorkv.worker.control import ControlClient
-from tensorkv.worker.link import ServerLink
+from tensorkv.worker.requests import RequestTable
 from tensorkv.worker.transfers import Destinations
 
 CORPUS = Path(__file__).parents[1] / "corpus"
@@ -59,10 +59,7 @@ def test_a_write_outside_of_what_was_asked_for_is_found(monkeypatch: pytest.Monk
 
 
 def test_an_error_of_another_class_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def check(self: ServerLink, number: int) -> None:
-        raise KeyError(number)
-
-    monkeypatch.setattr(ServerLink, "_check_given_up", check)
+    monkeypatch.setattr(RequestTable, "find", lambda self, number: self.exchanges[number])
     with pytest.raises(WorkerFault, match="raised KeyError"):
         fuzz_worker(random.Random(1), POOL, 1000)
 

@@ -41,6 +41,7 @@ from tensorkv.errors import (
 from tensorkv.launch.cluster import LocalCluster
 from tensorkv.server import shm
 from tensorkv.store import KVStore
+from tensorkv.stores import dist
 from tensorkv.stores.dist import DistStore, open_dist
 from tensorkv.testing.cluster import run_job
 from tensorkv.wire import messages as m
@@ -354,7 +355,10 @@ def test_the_job_of_a_dropped_store_ends_although_a_call_has_broken_it_off() -> 
 
 
 def test_the_values_of_a_refused_init_are_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DistStore, "_send_values", refuse)
+    def refuse(tensor: torch.Tensor, key: Any) -> torch.Tensor:
+        raise ArithmeticError("not today")
+
+    monkeypatch.setattr(dist, "_on_cpu", refuse)
     value = ones()
     kept = weakref.ref(value)
     with open_dist("dist_sync", embedded=True) as kv:
@@ -679,13 +683,13 @@ def test_an_init_that_waits_for_deletes_says_whose() -> None:
         kv.init("w", ones(1))
         if kv.rank == 0:
             kv.delete("w")
-            kv._timeout_s = 0.2
+            kv._timeout_s = kv._driver.timeout_s = 0.2
             text = (
                 "did not finish within 0.2 s: waiting for worker 1, init of 'w', which they have not deleted"
             )
             with pytest.raises(WaitTimeout, match=text):
                 kv.init("w", ones(2))
-            kv._timeout_s = DEADLINE_S
+            kv._timeout_s = kv._driver.timeout_s = DEADLINE_S
             kv.barrier()
             kv.init("w", ones(3))
         else:
@@ -766,7 +770,7 @@ def test_a_load_that_is_given_up_is_looked_up_anew() -> None:
     with tensorkv.create("dist_sync", embedded=True) as kv:
         assert isinstance(kv, DistStore)
         kv.init("w", ones(1))
-        (state,) = kv._table.known(["w"])
+        (state,) = kv._known(["w"])
         kv.push("w", ones(2))
 
         def late(*args: Any) -> Any:
@@ -776,9 +780,9 @@ def test_a_load_that_is_given_up_is_looked_up_anew() -> None:
             patch.setattr(kv, "_lead_or_follow", late)
             with pytest.raises(WaitTimeout):
                 kv.load_state_dict({})
-        assert kv._table.those_known(None) == []
+        assert kv._core.keys.those_known(None) == []
         assert kv.pull("w").tolist() == [2] * 4
-        assert kv._table.known(["w"]) == [state]
+        assert kv._known(["w"]) == [state]
 
 
 def test_a_list_of_keys_is_deleted_by_one_message_to_each_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -853,7 +857,7 @@ def test_a_deadline_names_who_is_missing_and_leaves_the_store_usable() -> None:
         assert isinstance(kv, DistStore)
         kv.init("w", ones(0))
         if kv.rank == 0:
-            kv._timeout_s = kv._pusher._timeout_s = 0.3
+            kv._timeout_s = kv._driver.timeout_s = 0.3
             kv.push("w", ones(1))
             with pytest.raises(WaitTimeout, match="pull of 'w' .*waiting for worker 1, round 1 of 'w'"):
                 kv.pull("w")
@@ -863,7 +867,7 @@ def test_a_deadline_names_who_is_missing_and_leaves_the_store_usable() -> None:
                 kv.barrier()
             with pytest.raises(WaitTimeout, match="pull of 'w' is not complete"):
                 kv.pull("w", async_op=True).wait(0.1)
-            kv._timeout_s = kv._pusher._timeout_s = DEADLINE_S
+            kv._timeout_s = kv._driver.timeout_s = DEADLINE_S
             go_on.set()
         else:
             assert go_on.wait(DEADLINE_S)
@@ -888,13 +892,13 @@ def test_with_bounded_staleness_a_pull_waits_for_who_is_too_far_behind() -> None
         if kv.rank == 0:
             kv.push(["v", "w"], [ones(1), ones(1, 100_000)])
             seen.append(kv.pull("w")[-1].item())  # one ahead is allowed
-            kv._timeout_s = 0.3
+            kv._timeout_s = kv._driver.timeout_s = 0.3
             with pytest.raises(WaitTimeout, match="pushpull of 'v' .*waiting for worker 1, push 1 of 'v'"):
                 kv.pushpull("v", ones(1))
             kv.push("w", ones(1, 100_000))
             with pytest.raises(WaitTimeout, match="pull of 'w' .*waiting for worker 1, push 1 of 'w'"):
                 kv.pull("w")
-            kv._timeout_s = DEADLINE_S
+            kv._timeout_s = kv._driver.timeout_s = DEADLINE_S
             go_on.set()
         else:
             assert go_on.wait(DEADLINE_S)
@@ -926,14 +930,14 @@ def test_a_circle_through_a_barrier_is_named(host: str) -> None:
         kv.init("w", ones(0))
         if kv.rank == 0:
             kv.push("w", ones())
-            kv._timeout_s = 0.3
+            kv._timeout_s = kv._driver.timeout_s = 0.3
             texts: list[str] = []
             while not any(re.match(circle, text) for text in texts):
                 assert len(texts) < 60, texts  # worker 1 comes to its barrier in the end
                 with pytest.raises(WaitTimeout) as caught:
                     kv.pull("w")
                 texts.append(str(caught.value))
-            kv._timeout_s = DEADLINE_S
+            kv._timeout_s = kv._driver.timeout_s = DEADLINE_S
         kv.barrier()
         if kv.rank == 1:
             kv.push("w", ones())
@@ -955,10 +959,10 @@ def test_a_round_with_a_quorum_tells_whom_it_waits_for() -> None:
         kv.barrier()
         if kv.rank == 0:
             kv.push("w", ones(1, 100_000))
-            kv._timeout_s = 0.3
+            kv._timeout_s = kv._driver.timeout_s = 0.3
             with pytest.raises(WaitTimeout, match="pull of 'w' .*waiting for workers 1, 2, round 1 of 'w'"):
                 kv.pull("w")
-            kv._timeout_s = DEADLINE_S
+            kv._timeout_s = kv._driver.timeout_s = DEADLINE_S
             go_on.set()
         elif kv.rank == 1:
             assert go_on.wait(DEADLINE_S)
@@ -1002,12 +1006,12 @@ def test_init_that_waits_for_rank_0_in_vain() -> None:
     def work(kv: KVStore) -> None:
         assert isinstance(kv, DistStore)
         if kv.rank == 1:
-            kv._timeout_s = 0.3
+            kv._timeout_s = kv._driver.timeout_s = 0.3
             with pytest.raises(WaitTimeout, match="init of 'w' .*waiting for worker 0, init of 'w'"):
                 kv.init("w", ones())
             with pytest.raises(WaitTimeout, match="waiting for worker 0, setting number 1"):
                 kv.set_updater("add")
-            kv._timeout_s = DEADLINE_S
+            kv._timeout_s = kv._driver.timeout_s = DEADLINE_S
             go_on.set()
         else:
             assert go_on.wait(DEADLINE_S)
@@ -1217,7 +1221,7 @@ def test_a_close_that_gives_up_tells_for_whom() -> None:
         if kv.rank == 1:
             assert go_on.wait(DEADLINE_S)
             return
-        kv._timeout_s = kv._pusher._timeout_s = 0.3
+        kv._timeout_s = kv._driver.timeout_s = 0.3
         kv.push("w", ones())
         kv.push("w", ones(), async_op=True)
         try:
@@ -1433,6 +1437,8 @@ def test_a_save_alone_waits_for_no_worker_that_has_changed_options() -> None:
         if kv.rank == 0:
             kv.set_optimizer_options(lr=0.5)
             kv.push("w", ones())
+            assert not kv._job.num_changes_queued
+            kv.info("w")  # its server has the change now; the other one gets it sooner or later
             changed.set()
             return kv.pull("w")[0].item()
         assert changed.wait(DEADLINE_S)
@@ -1458,7 +1464,7 @@ def test_the_scheduler_hears_of_a_delete_before_the_key_can_be_looked_up_again(
         assert isinstance(kv, DistStore)
         kv.init("w", ones())
         told: list[Any] = []
-        retire, notify = kv._table.retire, kv._job.control.notify
+        retire, notify = kv._core.keys.retire, kv._job.control.notify
 
         def noted(message: Any) -> None:
             told.append(type(message))
@@ -1469,8 +1475,8 @@ def test_the_scheduler_hears_of_a_delete_before_the_key_can_be_looked_up_again(
             return retire(entries)
 
         with monkeypatch.context() as patch:
-            patch.setattr(kv._job.control, "notify", noted)
-            patch.setattr(kv._table, "retire", checked)
+            patch.setattr(kv._core, "_notify", noted)
+            patch.setattr(kv._core.keys, "retire", checked)
             kv.delete("w")
         assert "w" not in kv
 

@@ -72,7 +72,7 @@ def parts_of(kv: Any) -> list[Any]:
     membership = kv._embedded.scheduler._membership
     directories = membership._stores.values()
     shards = [shard for each in kv._embedded.servers for shard in each._state._stores.values()]
-    parts: list[Any] = [kv, kv._table, kv._plans, kv._pusher, membership, *directories, *shards]
+    parts: list[Any] = [kv, kv._core, kv._core.keys, kv._plans, kv._pusher, membership, *directories, *shards]
     return [*parts, *(each.schedule for each in shards), *(each._settings for each in directories)]
 
 

@@ -132,7 +132,7 @@ def test_the_store_is_left_after_it(bench: Bench) -> None:
 def test_it_ends_with_an_error_of_the_call_that_saves(bench: Bench) -> None:
     with pytest.raises(ValueError, match="of the call"), bench.hold.back():
         raise ValueError("of the call")
-    assert not bench.hold.on
+    assert not bench.kv._core.held
     bench.kv.push(KEYS, ONES)
     assert bench.values() == [1.0, 1.0]
 
@@ -140,7 +140,7 @@ def test_it_ends_with_an_error_of_the_call_that_saves(bench: Bench) -> None:
 def test_a_turn_is_a_moment_outside_of_it(bench: Bench) -> None:
     def turn() -> tuple[bool, bool]:
         with bench.hold.turn("a test"):
-            return bench.hold.on, bench.kv._job.order.locked()
+            return bench.kv._core.held, bench.kv._job.order.locked()
 
     with bench.hold.back():
         future = bench.start(turn)
@@ -169,7 +169,7 @@ def test_one_call_of_all_at_a_time(bench: Bench, tmp_path: Path) -> None:
     """Two threads that save make one save after the other."""
     with bench.hold.one_call("a test"):
         future = bench.pool.submit(bench.kv.save, tmp_path / "one")
-        assert not bench.hold.on
+        assert not bench.kv._core.held
     bench.kv.save(tmp_path / "two")
     future.result(DEADLINE_S)
     assert (tmp_path / "one/tensorkv.json").exists()

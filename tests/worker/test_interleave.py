@@ -16,7 +16,8 @@ from tensorkv.wire import messages as m
 from tensorkv.wire.codec import encode
 from tensorkv.worker import interleave
 from tensorkv.worker.interleave import pays, receive_in_turn
-from tensorkv.worker.link import Exchange, ServerLink
+from tensorkv.worker.link import ServerLink
+from tensorkv.worker.requests import Exchange
 
 DEADLINE_S = 20.0
 NUM_CHUNKS = 4

@@ -32,7 +32,8 @@ from tensorkv.transport.unix import UnixConnection, UnixListener
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 from tensorkv.worker import link as link_module
-from tensorkv.worker.link import Exchange, ServerLink, SingleReply
+from tensorkv.worker.link import ServerLink
+from tensorkv.worker.requests import Exchange, SingleReply
 from tensorkv.worker.window import Window
 
 DEADLINE_S = 20.0

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ports import Port
 
-from tensorkv.errors import KeyDeleted, StoreClosed
+from tensorkv.errors import KeyDeleted
 from tensorkv.wire import messages as m
 from tensorkv.worker import plancache
 from tensorkv.worker.plancache import PlanCache
@@ -22,16 +21,8 @@ class Bench:
 
     def __init__(self) -> None:
         self.told: list[list[Any]] = [[], []]
-        self.closed = False
-        links = [SimpleNamespace(put=told.append) for told in self.told]
-        job: Any = SimpleNamespace(
-            links=links, plan_numbers=itertools.count(1), order=threading.Lock(), check_open=self._check_open
-        )
-        self.cache = PlanCache(job, 1)
-
-    def _check_open(self, store: int) -> None:
-        if self.closed:
-            raise StoreClosed("closed")
+        ports = [Port(lambda message, data, told=told: told.append(message)) for told in self.told]
+        self.cache = PlanCache(1, ports, itertools.count(1))
 
     def plan(self, *states: KeyState) -> Plan:
         return self.cache.plan_to_pull(states)
@@ -129,15 +120,6 @@ def test_plans_of_a_forgotten_key_go() -> None:
     bench.cache.forget([A])
     assert bench.plan(B) is plans[2]
     assert bench.plan(A, B) is not plans[1]
-
-
-def test_a_closed_store_tells_nothing() -> None:
-    bench = Bench()
-    plan = bench.plan(A)
-    bench.closed = True
-    with pytest.raises(StoreClosed):
-        bench.cache.tell(plan)
-    assert bench.told == [[], []]
 
 
 def test_slices_that_are_cut_alone_share_no_chunk_from_then_on() -> None:

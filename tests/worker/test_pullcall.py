@@ -66,9 +66,8 @@ class Bench:
             whole=nullcontext(),
             num_changes_queued=0,
         )
-        plans: Any = SimpleNamespace(tell=lambda plan: None)
-        pusher: Any = SimpleNamespace(count=5)
-        self.call.ask(job, plans, pusher)
+        core: Any = SimpleNamespace(tell=lambda plan: None, count=5)
+        self.call.ask(job, core)
 
     def _finish(self, call: PullCall, error: Exception | None) -> Any:
         self.finished.append(error)

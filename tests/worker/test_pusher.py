@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,7 @@ from tensorkv.errors import KeyDeleted, PeerLostError, WaitTimeout
 from tensorkv.launch.cluster import LocalCluster
 from tensorkv.stores.dist import DistStore
 from tensorkv.wire import messages as m
-from tensorkv.worker.backpressure import Backpressure
+from tensorkv.worker.conversations import AwaitMerged, Step, WatchMerged
 from tensorkv.worker.plans import Plan
 from tensorkv.worker.pullcall import PullCall
 from tensorkv.worker.pusher import Pusher
@@ -39,7 +39,7 @@ class Bench:
         self.pusher: Pusher = self.kv._pusher
 
     def plan(self, *keys: str) -> Plan:
-        return self.kv._plans.plan_to_pull(self.kv._table.known(keys))
+        return self.kv._plans.plan_to_pull(self.kv._known(keys))
 
     def send(self, *keys: str, apply: bool = True) -> Any:
         plan = self.plan(*keys)
@@ -47,20 +47,21 @@ class Bench:
 
     def busy(self, *keys: str) -> list[str]:
         plan = self.plan(*keys)
-        ids = self.pusher.busy(plan)
+        ids = self.kv._core.busy(plan)
+        assert self.pusher.busy(plan) == bool(ids)
         return [str(state.key) for state in plan.states if state.key_id in ids]
 
     def merged(self, *keys: str) -> list[list[int]]:
         """Wait until the last push of these keys is merged; return the steps in which they were."""
         plan = self.plan(*keys)
-        watch = Backpressure(self.job, self.kv._store, plan, DEADLINE_S, "a test")
-        with self.job.order:
-            self.kv._plans.tell(plan)
-            watch.ask()
-        try:
-            return list(watch.ready())
-        finally:
-            watch.close()
+
+        def watch() -> Generator[Step, Any, list[list[int]]]:
+            steps, watch = [], (yield WatchMerged(plan.states))
+            while not watch.is_over:
+                steps.append((yield AwaitMerged(watch)))
+            return steps
+
+        return self.kv._driver.converse(watch(), "a test")
 
     def close(self) -> None:
         for kv, job in zip(self.stores, self.jobs, strict=True):
@@ -83,44 +84,44 @@ def test_keys_are_busy_until_their_push_is_merged(bench: Bench) -> None:
     assert bench.busy("c") == []
     bench.other.push(["a"], [torch.ones(2)])
     assert bench.merged("a") == [[0]]
-    bench.pusher.merged(bench.plan("a").key_ids, bench.pusher.count)
+    bench.kv._core.merged(bench.plan("a").key_ids, bench.kv._core.count)
     assert bench.busy("a", "b") == ["b"]
     assert bench.send("a").wait(DEADLINE_S)
 
 
 def test_what_is_merged_says_nothing_of_later_pushes(bench: Bench) -> None:
-    up_to = bench.pusher.count
+    up_to = bench.kv._core.count
     bench.send("a")
-    bench.pusher.merged(bench.plan("a").key_ids, up_to)
+    bench.kv._core.merged(bench.plan("a").key_ids, up_to)
     assert bench.busy("a") == ["a"]
 
 
 def test_only_what_was_pushed_up_to_then_is_merged(bench: Bench) -> None:
     bench.send("a", "b")
-    up_to = bench.pusher.count
+    up_to = bench.kv._core.count
     bench.send("c")
-    bench.pusher.merged(bench.plan("b", "c").key_ids, up_to)
+    bench.kv._core.merged(bench.plan("b", "c").key_ids, up_to)
     assert bench.busy(*KEYS) == ["a", "c"]
-    bench.pusher.merged(bench.plan(*KEYS).key_ids, bench.pusher.count)
+    bench.kv._core.merged(bench.plan(*KEYS).key_ids, bench.kv._core.count)
     assert bench.busy(*KEYS) == []
-    assert bench.pusher.settled
+    assert bench.kv._core.settled
 
 
 def test_a_key_that_is_deleted_is_not_waited_for(bench: Bench) -> None:
     bench.send("a", "b")
     bench.kv.delete("a")
     assert bench.busy("b") == ["b"]
-    bench.pusher.merged({bench.plan("b").states[0].key_id}, bench.pusher.count)
-    assert bench.pusher.settled
+    bench.kv._core.merged({bench.plan("b").states[0].key_id}, bench.kv._core.count)
+    assert bench.kv._core.settled
 
 
 def test_a_push_that_another_thread_delays_until_its_key_is_deleted_is_refused(bench: Bench) -> None:
     plan = bench.plan("a", "b")
     bench.kv.delete("a")
-    count = bench.pusher.count
+    count = bench.kv._core.count
     with pytest.raises(KeyDeleted, match="'a' was deleted by another thread"):
         bench.pusher.send(plan, [torch.ones(2)] * 2, True)
-    assert bench.pusher.count == count
+    assert bench.kv._core.count == count
     assert bench.send("b").wait(DEADLINE_S)
 
 
@@ -188,10 +189,10 @@ def test_an_error_of_a_late_call_is_its_own(bench: Bench) -> None:
 
 def test_a_late_push_has_a_deadline_that_names_who_is_missing(bench: Bench) -> None:
     bench.send("a")
-    bench.pusher._timeout_s = 0.1
+    bench.kv._driver.timeout_s = 0.1
     with pytest.raises(WaitTimeout, match="waiting for worker 1, round 1 of 'a'"):
         bench.pusher.push_late(bench.plan("a"), [0], [torch.ones(2)], True, "a push")
-    bench.pusher._timeout_s = DEADLINE_S
+    bench.kv._driver.timeout_s = DEADLINE_S
 
 
 def test_without_rounds_no_key_is_busy() -> None:
@@ -216,10 +217,10 @@ def test_a_pull_that_pushes_does_nothing_while_a_key_is_busy(bench: Bench) -> No
     for _ in range(2):
         bench.other.push(["a", "b"], [torch.ones(2)] * 2, async_op=True)
     bench.merged("a")
-    bench.pusher.merged(bench.plan("a").key_ids, bench.pusher.count)
+    bench.kv._core.merged(bench.plan("a").key_ids, bench.kv._core.count)
     going = call()
     assert going.push(bench.job, bench.pusher, [torch.full((2,), 3.0)] * 2)
-    assert going.up_to == bench.pusher.count
+    assert going.up_to == bench.kv._core.count
     assert going.watch().result(DEADLINE_S) == "done"
     assert [out[0].tolist() for out in outs] == [[4.0, 4.0], [4.0, 4.0]]
 

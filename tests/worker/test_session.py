@@ -81,7 +81,8 @@ def test_one_deadline_for_all_servers(job: Session) -> None:
 
 def test_after_leave_nothing_is_sent_for_a_store(job: Session) -> None:
     store, other = open_store(job), open_store(job, "other")
-    job.ask_all(lambda n: m.Leave(n, store), "close", DEADLINE_S, store, leave=True)
+    job.ask_all(lambda n: m.Leave(n, store), "close", DEADLINE_S, store)
+    job.left.add(store)
     with pytest.raises(StoreClosed, match="closed by another thread"):
         job.ask_all(lambda n: m.Flush(n, store), "a flush", DEADLINE_S, store)
     job.ask_waiting(job.links[0], 1, store)

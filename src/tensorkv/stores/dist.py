@@ -1,19 +1,17 @@
 """DistStore: `dist_sync` and `dist_async`, a store whose values and updaters live on server processes.
 
-This file turns the calls of the contract into messages, and replies into results. It builds on
-`tensorkv.worker`: `keytable` (the known keys), `plancache`, `pusher` and `pullcall`. On the other side,
-`tensorkv.server.shard` holds rounds and updates, and `tensorkv.scheduler.catalog` keys, settings and
-barriers.
+This file checks the calls of the contract and makes results of what `tensorkv.worker` brings: `core` decides
+what may be sent, `driver` carries out what takes several messages, `pusher` and `pullcall` send pushes and
+pulls. On the other side, `tensorkv.server.shard` holds rounds and updates, and `tensorkv.scheduler.catalog`
+keys, settings and barriers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import torch
@@ -49,27 +47,27 @@ from tensorkv.wire import messages as m
 from tensorkv.work import Work
 from tensorkv.worker.checkpoint import Contents, StateTransfer
 from tensorkv.worker.conversations import (
-    AskScheduler,
-    AskServers,
     Conversation,
-    Lead,
     Led,
-    Step,
-    StoreValues,
-    TellServers,
+    act_at_rest,
     act_together,
+    commit,
     init_keys,
+    leave,
+    look_up,
     make_setting,
+    meet,
+    put,
+    retire,
 )
+from tensorkv.worker.core import WorkerCore, by_server
+from tensorkv.worker.driver import Driver
 from tensorkv.worker.hold import Hold
-from tensorkv.worker.keytable import KeyTable
 from tensorkv.worker.lending import empty_tensors
-from tensorkv.worker.link import ServerLink, SingleReply
-from tensorkv.worker.plancache import PlanCache, check_alive
-from tensorkv.worker.plans import KeyState, Plan, build_plan
+from tensorkv.worker.plans import KeyState, Plan
 from tensorkv.worker.pullcall import PullCall
 from tensorkv.worker.pusher import Pusher
-from tensorkv.worker.session import Asked, Session, join, replies_of
+from tensorkv.worker.session import Session, join
 from tensorkv.worker.transfers import Destinations, gathered
 from tensorkv.worker.views import Viewed, Views, views_of
 
@@ -78,17 +76,6 @@ MAX_QUEUED_CHANGES = 64
 
 if TYPE_CHECKING:  # only an embedded job imports the scheduler and servers
     from tensorkv.launch.cluster import LocalCluster
-
-
-@final
-@dataclasses.dataclass(slots=True)
-class _SentCommit:
-    """A commit that the servers were asked for, which they answer when all workers have asked."""
-
-    asked: Asked = dataclasses.field(default_factory=list)
-    key_ids: set[int] = dataclasses.field(default_factory=set)
-    keys: list[Key] = dataclasses.field(default_factory=list)
-    up_to: int = 0  # number of pushes made before
 
 
 @final
@@ -120,7 +107,6 @@ class DistStore(KVStore):
         self._at_barrier = threading.Lock()
         self._committing = threading.Lock()
         self._settings = SettingsTable()
-        self._sent_commit: _SentCommit | None = None
         at_loss = on_worker_loss or ("fail" if self._rounds_wait else "continue")
         joined = job.control.request(
             lambda n: m.JoinStore(n, store, policy, reduction, at_loss),
@@ -128,11 +114,14 @@ class DistStore(KVStore):
             timeout_s,
         )
         self._store: int = joined.store
-        self._plans = PlanCache(job, self._store)
-        self._table = KeyTable(job, self._store, timeout_s, _held_weakly(self._on_retire))
-        self._hold = Hold(job, self._store, timeout_s)
-        self._pusher = Pusher(job, self._store, timeout_s, policy, self._table, self._plans, self._hold)
-        self._transfer = StateTransfer(job, self._store, reduction, timeout_s)
+        self._core = core = WorkerCore(
+            self._store, policy, job.links, job.plan_numbers, job.left, job.control.notify
+        )
+        self._plans = core.plans
+        self._hold = Hold(job, core, timeout_s)
+        self._driver = Driver(job, core, self._hold, timeout_s)
+        self._pusher = Pusher(job, core, self._driver, policy)
+        self._transfer = StateTransfer(job, core, self._driver, reduction, timeout_s)
         job.enter(self._store, self, weakly=embedded is not None)
         with job.order, job.whole:
             for link in job.links:
@@ -148,14 +137,16 @@ class DistStore(KVStore):
         """Number of workers in the job."""
         return self._job.config.num_workers
 
-    def _on_retire(self, states: Sequence[KeyState]) -> None:
-        self.num_retired += 1
-        self._plans.forget(states)
-        self._pusher.forget(states)
-
     def on_fault(self, fault: m.Fault) -> None:
         """Record that a round this worker contributed to has failed. Its next call on the key raises it."""
-        self._table.on_fault(fault)
+        with self._job.order:
+            self._core.keys.on_fault(fault)
+
+    def _raise_faults(self, keys: Sequence[Key] | None = None) -> None:
+        """Raise the errors that servers have reported for these keys (None: all), each once."""
+        if self._core.keys.faults:
+            with self._job.order:
+                self._core.keys.raise_faults(keys)
 
     # ---- init ------------------------------------------------------------------------------------
 
@@ -169,13 +160,14 @@ class DistStore(KVStore):
         value_of = dict(zip(keys, values, strict=True))
         what = f"init of {keys[0]!r}"
 
-        def store(entries: list[m.KeyEntry]) -> None:
-            self._send_values([(entry, value_of[entry.key]) for entry in entries], what)
+        def on_cpu(key: Key) -> torch.Tensor:
+            return _on_cpu(value_of[key], key)
 
-        with self._job.whole, self._table.asking():
-            reply, led = self._converse(init_keys(self._store, specs), what, store)
+        with self._job.whole, self._driver.asking():
+            reply, led = self._driver.converse(init_keys(self._core, specs, on_cpu), what)
             if led.error is None:
-                self._table.learn(reply.entries)
+                with self._job.order:
+                    self._core.keys.learn(reply.entries)
         led.check()
 
     def _check_new(self, key: Key, value: torch.Tensor) -> None:
@@ -183,87 +175,16 @@ class DistStore(KVStore):
             check_has_mean(key, value.dtype)
         self._settings.setting(key).check_value(key, value.shape, value.dtype)
 
-    def _converse(
-        self, conversation: Conversation[_Outcome], what: str, lead: Callable[..., Any] | None = None
-    ) -> _Outcome:
-        """Carry out the steps of a conversation, one after the other, and return its outcome.
-
-        Args:
-            conversation: what to say.
-            what: the call, for texts.
-            lead: does what this rank does for all: stores values, saves or loads.
-
-        Raises:
-            The error of a step, if the job is broken or the conversation does not handle it.
-        """
-        reply: Any = None
-        error: BaseException | None = None
-        try:
-            while True:
-                step = conversation.send(reply) if error is None else conversation.throw(error)
-                reply = error = None
-                try:
-                    reply = self._carry_out(step, what, lead)
-                except (Exception, *GIVEN_UP) as exc:
-                    if self._job.failure() is not None:
-                        raise
-                    error = exc
-        except StopIteration as done:
-            outcome: _Outcome = done.value
-            return outcome
-        finally:
-            error = None  # its traceback holds this frame
-            conversation.close()
-
-    def _carry_out(self, step: Step, what: str, lead: Callable[..., Any] | None) -> Any:
-        match step:
-            case AskScheduler(make):
-                return self._job.control.request(make, what, self._timeout_s, self._store)
-            case AskServers(make):
-                return self._job.ask_all(make, what, self._timeout_s, self._store)
-            case TellServers(message):
-                with self._hold.turn(what):
-                    self._job.check_open(self._store)
-                    for link in self._job.links:
-                        link.put(message)
-            case StoreValues(entries):
-                assert lead is not None
-                lead(entries)
-            case Lead():
-                assert lead is not None
-                return lead()
-        return None
-
-    def _send_values(self, created: list[tuple[m.KeyEntry, torch.Tensor]], what: str) -> None:
-        """Send each value like a push of one key: one message per key and server."""
-        exchanges: Asked = []
-        messages = [each for entry, value in created for each in self._init_messages(entry, value)]
-        with self._job.order, self._job.whole:
-            self._job.check_open(self._store)
-            for link, make, payload in messages:
-                exchanges.append((link, *link.ask(make, payload)))
-        self._await_single(exchanges, what)
-
-    def _init_messages(
-        self, entry: m.KeyEntry, value: torch.Tensor
-    ) -> Iterator[tuple[ServerLink, Callable[[int], m.Message], list[memoryview]]]:
-        """Yield the messages of a new key to the servers. Sends nothing: copying the value may fail."""
-        state = KeyState.of(entry)
-        plan = build_plan(0, [state], [value.dtype], [1], len(self._job.links))
-        flat = [_on_cpu(value, entry.key)]
-        for part in plan.parts:
-            payload = [view for chunk in part.chunks for view in gathered(plan, chunk, flat)]
-            make = functools.partial(
-                m.InitSlices,
-                store=self._store,
-                key=entry.key,
-                shape=entry.shape,
-                dtype=entry.dtype,
-                slices=[each for each in entry.slices if each.server == part.server],
-            )
-            yield self._job.links[part.server], make, payload
-
     # ---- keys ------------------------------------------------------------------------------------
+
+    def _known(self, keys: Sequence[Key]) -> list[KeyState]:
+        """Return what is known of keys, asking the scheduler about the unknown ones."""
+        table = self._core.keys
+        unknown = table.unknown(keys)
+        if not unknown:
+            return table.known(keys)
+        with self._driver.asking():
+            return self._driver.converse(look_up(self._core, keys), f"lookup of {unknown[0]!r}")
 
     def _keys(self) -> list[Key]:
         reply = self._job.control.request(
@@ -287,7 +208,7 @@ class DistStore(KVStore):
         return number
 
     def _info(self, key: Key) -> KeyInfo:
-        state = self._table.known([key])[0]
+        state = self._known([key])[0]
         replies = self._ask_info(state)
         return KeyInfo(
             key=key,
@@ -302,17 +223,17 @@ class DistStore(KVStore):
         )
 
     def _ask_info(self, state: KeyState) -> list[m.Info]:
-        by_server = dict(_by_server([state.entry]))
-        slices = iter(by_server.values())
+        slices_of = dict(by_server([state.entry]))
+        slices = iter(slices_of.values())
         replies: list[m.Info] = self._job.ask_all(
             lambda n: m.AskInfo(n, self._store, next(slices)),
             f"info of {state.key!r}",
             self._timeout_s,
             self._store,
-            list(by_server),
+            list(slices_of),
         )
-        for rank, reply in zip(by_server, replies, strict=True):
-            number = len(by_server[rank])
+        for rank, reply in zip(slices_of, replies, strict=True):
+            number = len(slices_of[rank])
             told = (reply.rounds, reply.versions, reply.late, reply.state_bytes)
             least = min([*reply.state_bytes, *reply.late], default=0)
             if any(len(each) != number for each in told) or least < 0:
@@ -320,31 +241,19 @@ class DistStore(KVStore):
         return replies
 
     def _delete(self, keys: tuple[Key, ...]) -> None:
-        states = self._table.known(list(dict.fromkeys(keys)))
+        states = self._known(list(dict.fromkeys(keys)))
         what = f"delete of {keys[0]!r}"
         self._pusher.await_deferred(states, what)
         self._retire([state.entry for state in states], what, states)
-        self._table.drop_faults([state.key for state in states])
+        with self._job.order:
+            self._core.keys.drop_faults([state.key for state in states])
 
     def _retire(self, entries: Sequence[m.KeyEntry], what: str, deleted: Sequence[KeyState] = ()) -> None:
-        """Tell the servers that this worker needs these keys no more.
-
-        The scheduler is told which keys it has `deleted`; of those that a load has replaced, it knows.
-        """
-        exchanges: list[tuple[ServerLink, int, SingleReply]] = []
-        with self._hold.turn(what):  # leaving completes rounds, and so changes values
-            self._job.check_open(self._store)
-            check_alive(deleted)
-            if deleted:  # first: a look-up of another thread, made after `retire`, must not name them
-                names = [(state.key, state.key_id) for state in deleted]
-                self._job.control.notify(m.DeleteKeys(self._store, names))
-            entries = self._table.retire(entries)
-            self._plans.tell_dropped()
-            for server, slice_ids in _by_server(entries):
-                make = functools.partial(m.DeleteSlices, store=self._store, slice_ids=slice_ids)
-                link = self._job.links[server]
-                exchanges.append((link, *link.ask(make)))
-        self._await_single(exchanges, what)
+        try:
+            self._driver.converse(retire(self._core, entries, deleted), what)
+        finally:
+            with self._job.order:
+                self.num_retired = self._core.num_retired
 
     # ---- push ------------------------------------------------------------------------------------
 
@@ -359,7 +268,7 @@ class DistStore(KVStore):
         return Viewed(tensors, views)
 
     def _ids_of(self, keys: tuple[Key, ...]) -> tuple[int, ...]:
-        return tuple(state.key_id for state in self._table.known(keys))
+        return tuple(state.key_id for state in self._known(keys))
 
     def _push(self, batch: PushBatch, apply: bool, async_op: bool) -> Work | None:
         if not apply:
@@ -409,16 +318,15 @@ class DistStore(KVStore):
         """Check a whole push, sum over devices, and return its plan and a tensor per key, on any device."""
         if not self._rounds_wait:  # else, a pull or the wait for a merge delivers the faults
             self._job.poll()
-        if self._table.faults:
-            self._table.raise_faults(batch.keys)
+        self._raise_faults(batch.keys)
         plan, singles = batch.known, batch.singles
         if plan is None and singles:
             plan = self._plan_of_push(batch.keys, singles)
-        if plan is not None and singles and not (plan.dropped or self._table.uncommitted):
+        if plan is not None and singles and not (plan.dropped or self._core.uncommitted):
             return plan, singles
         batch = batch.checked()
-        states = self._table.known(batch.keys)
-        self._table.check_committed(states, "push")
+        states = self._known(batch.keys)
+        self._core.check_committed(states, "push")
         for state, tensors in zip(states, batch.tensors, strict=True):
             for tensor in tensors:
                 check_matches("the pushed tensor", tensor, state.key, state.shape, state.dtype)
@@ -427,15 +335,17 @@ class DistStore(KVStore):
             for state, tensors in zip(states, batch.tensors, strict=True)
         ]
         values = [_summed(key, tensors) for key, tensors in zip(batch.keys, batch.tensors, strict=True)]
-        plan = self._plans.plan(states, dtypes, batch.counts)
-        if set(map(len, batch.tensors)) == {1} and set(batch.counts) == {1}:
-            self._plans.remember_push(batch.keys, plan)
+        with self._job.order:
+            plan = self._plans.plan(states, dtypes, batch.counts)
+            if set(map(len, batch.tensors)) == {1} and set(batch.counts) == {1}:
+                self._plans.remember_push(batch.keys, plan)
         return plan, values
 
     def _empty_like(self, keys: tuple[Key, ...]) -> list[torch.Tensor]:
-        states, window = self._table.known(keys), self._job.window
+        states, window = self._known(keys), self._job.window
         if window.shared:
-            self._plans.cut_alone(states)
+            with self._job.order:
+                self._plans.cut_alone(states)
         return empty_tensors(window, states)
 
     # ---- put -------------------------------------------------------------------------------------
@@ -443,40 +353,19 @@ class DistStore(KVStore):
     def _put(self, keys: tuple[Key, ...], values: list[torch.Tensor]) -> None:
         if not self._rounds_wait:
             self._job.poll()
-        self._table.raise_faults(keys)
-        states = self._table.known(keys)
-        self._table.check_committed(states, "put")
+        self._raise_faults(keys)
+        states = self._known(keys)
+        self._core.check_committed(states, "put")
         for state, value in zip(states, values, strict=True):
             check_matches("the value", value, state.key, state.shape, state.dtype)
         what = f"put of {keys[0]!r}"
         self._pusher.await_deferred(states, what)
-        plan = self._plans.plan(states, [value.dtype for value in values], [1] * len(values))
-        up_to = self._send_put(plan, _all_on_cpu(plan, values), what)
-        self._pusher.merged(plan.key_ids, up_to)
-        self._table.raise_faults(keys)
-
-    def _send_put(self, plan: Plan, values: list[torch.Tensor], what: str) -> int:
-        """Put values, wait until the servers have them, and return the number of pushes made before."""
-        payloads = [[gathered(plan, chunk, values) for chunk in part.chunks] for part in plan.parts]
-        exchanges: Asked = []
-        with self._hold.turn(what):
-            self._plans.tell(plan)
-            up_to = self._pusher.count
-            for part, chunks in zip(plan.parts, payloads, strict=True):
-                link = self._job.links[part.server]
-                for chunk, payload in enumerate(chunks):
-                    make = functools.partial(m.Put, plan.number, chunk)
-                    exchanges.append((link, *link.ask(make, payload)))
-        self._await_single(exchanges, what)
-        return up_to
-
-    def _await_single(self, exchanges: Asked, what: str) -> None:
-        """Send the queued frames and wait for the single reply of each exchange; raise the first refusal."""
-        for link in self._job.links:
-            link.pump()
-        waits = [(link, number) for link, number, _ in exchanges]
-        self._job.await_replies(waits, what, self._timeout_s, self._store)
-        replies_of(exchanges)
+        with self._job.order:
+            plan = self._plans.plan(states, [value.dtype for value in values], [1] * len(values))
+        values = _all_on_cpu(plan, values)
+        payloads = [gathered(plan, chunk, values) for _, _, chunk in plan.frames]
+        self._driver.converse(put(self._core, plan, payloads), what)
+        self._raise_faults(keys)
 
     # ---- pull ------------------------------------------------------------------------------------
 
@@ -489,7 +378,7 @@ class DistStore(KVStore):
         what = f"pull of {batch.keys[0]!r}"
         if self._pusher.deferred(call.plan.states):
             return self._after_deferred(call.plan, lambda: self._run_pull(call, what), async_op, what)
-        call.ask(self._job, self._plans, self._pusher)
+        call.ask(self._job, self._core)
         if async_op:
             return self._pull_work(call, what)
         return self._await_call(call, what)
@@ -525,7 +414,7 @@ class DistStore(KVStore):
             return call.push(self._job, self._pusher, values, pushed.weight)
         if self._pusher.send(plan, values, True, None, pushed.weight) is None:
             return False
-        call.ask(self._job, self._plans, self._pusher)
+        call.ask(self._job, self._core)
         return True
 
     def _after_deferred(self, plan: Plan, call: Callable[[], Any], async_op: bool, what: str) -> Any:
@@ -540,7 +429,7 @@ class DistStore(KVStore):
         return Work(call.watch(), what, self._timeout_s, lambda: job.whom(numbers, what, store))
 
     def _run_pull(self, call: PullCall, what: str) -> Any:
-        call.ask(self._job, self._plans, self._pusher)
+        call.ask(self._job, self._core)
         return self._await_call(call, what)
 
     def _await_call(self, call: PullCall, what: str) -> Any:
@@ -549,14 +438,13 @@ class DistStore(KVStore):
 
     def _prepare_pull(self, batch: PullBatch) -> PullCall:
         """Check a whole pull, and return the call to send."""
-        if self._table.faults:
-            self._table.raise_faults(batch.keys)
+        self._raise_faults(batch.keys)
         known, singles = batch.known is not None, batch.singles
         plan = batch.known if known else self._plans.last_pull.get(batch.keys)
         if (
             plan
             and singles
-            and not (plan.dropped or self._table.uncommitted)
+            and not (plan.dropped or self._core.uncommitted)
             and (known or plan.fits(singles))
         ):
             destinations = Destinations(plan.states, singles, None, plan.sizes_bytes, plain=known)
@@ -565,8 +453,8 @@ class DistStore(KVStore):
             return self._pull_call(batch, plan, destinations, [])
         batch = batch.checked()
         keys = tuple(dict.fromkeys(batch.keys))
-        states = self._table.known(keys)
-        self._table.check_committed(states, "pull")
+        states = self._known(keys)
+        self._core.check_committed(states, "pull")
         outs_of: dict[Key, list[torch.Tensor]] = {key: [] for key in keys}
         state_of = dict(zip(keys, states, strict=True))
         for key, outs in zip(batch.keys, batch.outs, strict=True):
@@ -578,9 +466,10 @@ class DistStore(KVStore):
             made = [new_tensor(key, state_of[key].shape, state_of[key].dtype) for key in batch.keys]
             for key, tensor in zip(batch.keys, made, strict=True):
                 outs_of[key].append(tensor)
-        plan = self._plans.plan_to_pull(states)
-        if len(keys) == len(batch.keys):
-            self._plans.remember_pull(keys, plan)
+        with self._job.order:
+            plan = self._plans.plan_to_pull(states)
+            if len(keys) == len(batch.keys):
+                self._plans.remember_pull(keys, plan)
         destinations = Destinations.per_device(states, list(outs_of.values()))
         return self._pull_call(batch, plan, destinations, made)
 
@@ -591,9 +480,10 @@ class DistStore(KVStore):
             if error is not None:
                 raise error
             call.destinations.finish()
-            if not call.destinations.unmerged:
-                self._pusher.merged(plan.key_ids, call.up_to)
-            self._table.raise_faults(batch.keys)
+            if not call.destinations.unmerged and self._core.may_be_busy:
+                with self._job.order:
+                    self._core.merged(plan.key_ids, call.up_to)
+            self._raise_faults(batch.keys)
             return answer(batch, made)
 
         return PullCall(plan, destinations, finish)
@@ -616,37 +506,13 @@ class DistStore(KVStore):
 
     def _commit_all(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
         self._pusher.await_deferred(None, "commit")
-        if self._sent_commit is None:
-            self._sent_commit = self._send_commit(max_norm, skip, check_finite)
-        sent = self._sent_commit
-        waits = [(link, number) for link, number, _ in sent.asked]
-        # If this is given up, the next call awaits the same commit: servers know one per worker at a time.
-        self._job.await_replies(waits, "commit", self._timeout_s, self._store, keep=True)
-        self._sent_commit = None
-        replies = replies_of(sent.asked)
-        with self._table.lock:
-            self._table.uncommitted -= sent.key_ids
-        self._pusher.merged(sent.key_ids, sent.up_to)
-        self._table.raise_faults(sent.keys)
+
+        def make(number: int) -> m.Message:
+            return m.Commit(number, self._store, max_norm, skip, check_finite)
+
+        keys, replies = self._driver.converse(commit(self._core, make), "commit")
+        self._raise_faults(keys)
         return CommitResult(applied=replies[0].applied, norm=replies[0].norm)
-
-    def _send_commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> _SentCommit:
-        sent = _SentCommit()
-
-        @contextmanager
-        def turn() -> Iterator[None]:
-            """Note what is committed once that can no longer change: it is known only after a hold."""
-            with self._hold.turn("commit"):
-                sent.up_to = self._pusher.count
-                with self._table.lock:
-                    sent.key_ids.update(self._table.uncommitted)
-                sent.keys = self._table.names_of(sent.key_ids)
-                yield
-
-        sent.asked = self._job.send_to_all(
-            lambda n: m.Commit(n, self._store, max_norm, skip, check_finite), self._store, turn=turn()
-        )
-        return sent
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -662,7 +528,7 @@ class DistStore(KVStore):
         specs = [optimizer_spec(optimizer_class, group.options) for group in groups]
         built = [build(spec, optimizer_class) for spec in specs]
         for updater, group in zip(built, groups, strict=True):
-            for state in self._table.those_known(group.keys):
+            for state in self._those_known(group.keys):
                 updater.check_value(state.key, state.shape, state.dtype, group.options)
                 num_slices = len(state.entry.slices)
                 if num_slices > 1 and not updater.spec.elementwise:
@@ -673,8 +539,7 @@ class DistStore(KVStore):
 
     def _set_optimizer_options(self, keys: tuple[Key, ...] | None, options: dict[str, Any]) -> None:
         """Change options: they travel with the next message to each server, which compares the workers'."""
-        if self._table.faults:
-            self._table.raise_faults(())
+        self._raise_faults(())
         with self._one_setting():
             table = self._settings.copy()
             table.set_options(options, keys)
@@ -682,15 +547,13 @@ class DistStore(KVStore):
                 self._check_fused(table, keys)
             message = m.ChangeOptions(self._store, keys, options)
             with self._hold.turn("a setting"):
-                self._job.check_open(self._store)
-                for link in self._job.links:
-                    link.put(message)
+                self._core.tell_all(message)
                 self._job.num_changes_queued += 1
             self._settings = table
         if not self._policy.settings_wait:  # else another rank's push could overtake it
             self._flush(self._timeout_s)
         elif self._job.num_changes_queued >= MAX_QUEUED_CHANGES:
-            self._job.send_changes()
+            self._job.pump()
 
     def _make_setting(self, record: m.SettingRecord, built: Updater) -> None:
         """Make a setting if this is the setting rank; otherwise check that it agrees with that rank's."""
@@ -698,9 +561,13 @@ class DistStore(KVStore):
             table = self._settings.copy()
             table.set_updater(built, record.keys)
             with self._job.whole:
-                led = self._converse(make_setting(self._store, record), "a setting")
+                led = self._driver.converse(make_setting(self._core, record), "a setting")
             led.check()
             self._settings = table
+
+    def _those_known(self, keys: Sequence[Key] | None) -> list[KeyState]:
+        with self._job.order:
+            return self._core.keys.those_known(keys)
 
     def _one_setting(self) -> AbstractContextManager[None]:
         return self._one_at_a_time(self._setting, "a setting", self._timeout_s)
@@ -713,7 +580,7 @@ class DistStore(KVStore):
         return Taken(lock, lambda: self._job.wait(what, timeout_s, store=self._store, whom=lambda: whom))
 
     def _check_fused(self, table: SettingsTable, keys: tuple[Key, ...] | None) -> None:
-        for state in self._table.those_known(keys):
+        for state in self._those_known(keys):
             setting = table.setting(state.key)
             if setting is not self._settings.setting(state.key):
                 setting.check_value(state.key, state.shape, state.dtype)
@@ -765,8 +632,8 @@ class DistStore(KVStore):
         led: Led | None = None
         while led is None:
             self._pusher.await_deferred(None, call)
-            with self._after_commit(call):
-                self._table.check_all_committed(call)
+            with self._after_commit(call), self._job.order:
+                self._core.check_all_committed(call)
             self._pusher.await_merged(call)
             with self._hold.one_call(call), self._job.whole, self._hold.back(), self._transfer.alone():
                 led = self._try_alone(save)
@@ -803,12 +670,9 @@ class DistStore(KVStore):
         """
         with self._hold.one_call(call):
             self._pusher.await_deferred(None, call)
-            self._job.control.request(
-                lambda n: m.Together(n, self._store, call, only_meet=True), call, self._timeout_s, self._store
-            )
+            self._driver.converse(meet(self._core, call), call)
             with self._job.whole, self._hold.back():
-                self._flush(self._timeout_s)  # all earlier calls have reached every server
-                led = self._lead_or_follow(call, lead)
+                led = self._lead_or_follow(act_at_rest(self._core, call), call, lead)
         led.check()
 
     def _together(self, call: str, lead: Callable[[], SavedSettings | None]) -> None:
@@ -818,16 +682,22 @@ class DistStore(KVStore):
             self._flush(self._timeout_s)  # this worker's pushes have reached the servers
             with self._job.whole:
                 try:
-                    led = self._lead_or_follow(call, lead)
+                    led = self._lead_or_follow(act_together(self._core, call), call, lead)
                 except (WaitTimeout, *GIVEN_UP):  # whether keys were replaced is not known
-                    self._plans.forget(self._table.forget_names())
+                    with self._job.order:
+                        self._plans.forget(self._core.keys.forget_names())
                     raise
         led.check()
 
-    def _lead_or_follow(self, call: str, lead: Callable[[], SavedSettings | None]) -> Led:
+    def _lead_or_follow(
+        self,
+        conversation: Conversation[tuple[m.TogetherReply, Led]],
+        call: str,
+        lead: Callable[[], SavedSettings | None],
+    ) -> Led:
         """Return the outcome if this rank led; raise the error if another rank led and failed."""
-        with self._table.asking():
-            reply, led = self._converse(act_together(self._store, call), call, lead)
+        with self._driver.asking():
+            reply, led = self._driver.converse(conversation, call, lead)
             if reply.settings is not None:
                 self._take_over(reply.settings, reply.replaced, call)
         return led
@@ -836,7 +706,8 @@ class DistStore(KVStore):
         """Go on with what a load has brought."""
         with self._one_setting():
             self._settings = restored_settings(settings, self._settings)
-        self._table.restart_changes()
+        with self._job.order:
+            self._core.keys.restart_changes()
         if replaced:
             self._retire(replaced, call)
 
@@ -848,13 +719,13 @@ class DistStore(KVStore):
 
     def _meet(self, timeout_s: float) -> None:
         self._pusher.await_all_deferred("barrier", timeout_s)
-        settled = self._pusher.settled  # if so, no server has anything to report
+        settled = self._core.settled  # if so, no server has anything to report
         if not settled:
             self._flush(timeout_s)
         self._job.control.request(lambda n: m.Barrier(n, self._store), "barrier", timeout_s, self._store)
         if not settled:
             self._flush(timeout_s)  # earlier pushes of others may have failed a round of ours
-        self._table.raise_faults()
+        self._raise_faults()
 
     def _flush(self, timeout_s: float) -> None:
         """Wait until the servers have handled all that this worker has sent."""
@@ -863,21 +734,11 @@ class DistStore(KVStore):
     def _close(self) -> None:
         try:
             self._pusher.await_all_deferred("close", self._timeout_s)
-            self._job.ask_all(
-                lambda n: m.Leave(n, self._store),
-                "close",
-                self._timeout_s,
-                self._store,
-                leave=True,
-                turn=self._hold.turn("close"),  # leaving completes rounds, and so changes values
-            )
-            self._job.control.request(
-                lambda n: m.LeaveStore(n, self._store), "close", self._timeout_s, self._store
-            )
+            self._driver.converse(leave(self._core), "close")
         finally:
             self._job.forget(self._store)
             self._end_embedded(m.Goodbye())
-        self._table.raise_faults()
+        self._raise_faults()
 
     def _abandon(self, why: str) -> None:
         self._job.forget(self._store)
@@ -993,23 +854,6 @@ def _open_embedded(
         raise
 
 
-def _held_weakly(method: Callable[[Sequence[KeyState]], None]) -> Callable[[Sequence[KeyState]], None]:
-    """Return a call to a bound method that does not keep its object alive.
-
-    Nothing that a store owns refers back to it, so its plans and their receive buffers are freed with it.
-    The garbage collector counts objects, not bytes, and may not run for a long time.
-    """
-    found = weakref.WeakMethod(method)
-
-    def call(states: Sequence[KeyState]) -> None:
-        bound = found()
-        if bound is not None:
-            bound(states)
-
-    return call
-
-
-_Outcome = TypeVar("_Outcome")
 _Pushed = TypeVar("_Pushed")
 
 
@@ -1045,12 +889,3 @@ def _summed(key: Key, tensors: list[torch.Tensor]) -> torch.Tensor:
         return sum_devices(tensors) if tensors else torch.empty(0, device="cpu")
     except (RuntimeError, MemoryError) as exc:
         raise unreadable(exc, key, tensors[0]) from exc
-
-
-def _by_server(entries: Sequence[m.KeyEntry]) -> list[tuple[int, list[int]]]:
-    """Return the slices of keys, by the server that holds them, in the order of servers."""
-    found: dict[int, list[int]] = {}
-    for entry in entries:
-        for each in entry.slices:
-            found.setdefault(each.server, []).append(each.slice_id)
-    return sorted(found.items())

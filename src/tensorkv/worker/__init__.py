@@ -3,31 +3,33 @@
 THEORY OF OPERATION
 
 A process has one place in its job (`session.py`): a connection to the scheduler, a link to each server, and a
-window of memory that the servers of its host map. All stores of the process share that place. Each store has
-its own key table, plan cache, pusher and hold. `stores/dist.py` checks a call and drives them.
+window of memory that the servers of its host map. All stores of the process share that place.
+Each store has a pure core (`core.py`): what it knows, what may be sent next, what a reply vouches for. A call
+that needs several messages, or a wait between them, is a conversation (`conversations.py`), pure as well: it
+calls the core and says what to wait for. Around them is the shell: `driver.py` carries conversations out,
+`pusher.py` and `pullcall.py` send what needs no wait, and `stores/dist.py` checks a call and starts it.
 
 STATE
     session     `order`         lock, held while the messages of one call are queued to all servers
                 failure         why the job is broken, None while it is not
-    keytable    `states`        the keys that this worker knows, each with its slices
-                `uncommitted`   ids of keys that were pushed with apply=False and wait for the commit
-                `faults`        per key the error of an earlier round, raised by the next call on the key
-    pusher      `count`         number of pushes queued so far; it numbers them
+    core        `count`         number of pushes queued so far; it numbers them
                 unmerged        per key id the number of its last push, until that is known to be merged
-                deferred        per key id the call with async_op that could not be sent yet
+                `deferred_of`   per key id the call with async_op that could not be sent yet
+                `uncommitted`   ids of keys that were pushed with apply=False and wait for the commit
+                `held`          whether calls that change the store wait, because it is being saved
+    keytable    `states`        the keys that this worker knows, each with its slices
+                `faults`        per key the error of an earlier round, raised by the next call on the key
     plancache   plans           by key ids, dtypes and counts, and which servers know each of them
-    hold        `on`            whether calls that change the store wait, because it is being saved
-    link        exchanges       requests in flight by number, each with the object that takes its replies
+    requests    `exchanges`     requests in flight by number, each with the object that takes its replies
     window      loans           places from which a server may still read a push
 
 THREADS AND LOCKS
 The caller's thread checks, copies, queues, sends as far as the connection takes it, and receives. Helper
 threads: one per connection sends the rest, one reads the scheduler's messages, one per link receives for
 requests that no caller waits in (`watch`), one runs each deferred call, and one serves signals.
-`order` is the outermost lock. It guards `count`, `on`, and which plans the servers know. Inside it a thread
-may take the lock of the key table or of the pusher. The key table calls the plan cache and the pusher with
-its lock held, never the reverse. No thread waits for a message while it holds one of these. The locks for one
-save and for one setting at a time are held across replies, so they are acquired with a deadline.
+`order` guards the cores of all stores, and with them the order in which messages are queued. No thread waits
+for a message, or for another lock but those of the queues, while it holds `order`. The locks for one save,
+one setting and one commit at a time are held across replies, so they are acquired with a deadline.
 Whoever holds the lead of a link receives on it. Only the leader calls exchanges and maps segments.
 
 RULES
@@ -43,8 +45,9 @@ RULES
    busy.
 5. A push is checked as a whole, and copied before `order` is taken. A push that is not queued returns its
    loans.
-6. A link numbers its requests from one counter and reuses no number. A reply to a number that was never
-   handed out ends the connection. A reply to a call that has given up is received and discarded.
+6. A connection numbers its requests from one counter and reuses no number (`requests.py`). A reply to a
+   number that was never handed out ends the connection. A reply to a call that has given up is received and
+   discarded.
 7. An exchange that cannot take its reply fails alone. A reply that breaks the protocol ends the connection.
 8. A loan keeps its memory until the server returns it. In sync, rule 2 bounds the loans. In async at most 64
    MB per server, or one push if that is larger, are on loan; beyond that a push waits, and goes through the
@@ -60,10 +63,10 @@ RULES
 THE LIFE OF A PUSH AND OF A PULL
 `stores/dist.py` finds the plan of the list of keys. The plan says which slices travel in which frame. Both
 ends keep it by number, and a step that repeats a list only looks it up. The pusher gathers each chunk,
-outside of all locks: into the window, into a buffer, or as views of the caller's tensors. Under `order` it
-looks once more whether a key is busy or a hold is on, sends the plan to servers that lack it, and queues one
-Push per chunk. A blocking push returns when no queued frame reads the caller's memory any more; in async it
-awaits all frames.
+outside of all locks: into the window, into a buffer, or as views of the caller's tensors. Under `order` the
+core looks whether a key is busy or changes are held back, sends the plan to servers that lack it, and queues
+one Push per chunk. A blocking push returns when no queued frame reads the caller's memory any more; in async
+it awaits all frames.
 A pull opens one exchange per server and queues one Pull to each. The caller then leads one link after the
 other, or, for long answers over TCP, all at once. Chunks arrive in any order, and each goes to its place in
 `out`, straight or by way of a small buffer. The last one finishes the call: the keys count as merged up to
@@ -109,6 +112,7 @@ WHAT WAS REJECTED
 * Long answers received from one server after the other: over a network the others stall (`interleave.py`).
 * A message for each returned loan and each copied reply: it costs more than it tells (`server/shm.py`).
 * A list of unmerged pushes: every push searched all of it, and it kept deleted keys.
+* A lock for each part of the core: an order among four locks to keep, and each push took all of them.
 * Ctrl-C between any two steps: fifteen files had to survive it at every one (git log).
 * Raising it at once in a wait: a thread that receives may have read bytes that nobody has noted yet. So it
   waits for a tick, a quarter of a second at most.
@@ -117,11 +121,12 @@ WHAT WAS REJECTED
 * References from its parts back to a store: the cycle kept its memory until the garbage collector came by.
 
 FILES
-Pure: `conversations` (what to say when all workers agree on something), `plans` (what a list of keys means on
-the wire), `devices` (copies from and to GPUs), `nontemporal` (copies that bypass the caches). All others are
-shells. The process: `session`, `signals`, `uncaught` (how the
-exception that ends a worker is told). Connections: `control` (the scheduler), `link` (one server),
-`interleave` (several servers at once). A store: `keytable`, `plancache`, `pusher`, `backpressure`,
-`pullcall`, `hold`, `checkpoint` (what a leader does to save and load). Bytes: `transfers` (tensors to frames
-and back), `window`, `lending`, `latch` (frames still to be sent).
+Pure: `core` with `keytable` and `plancache`, `conversations`, `requests` (what is in flight on a connection),
+`plans` (what a list of keys means on the wire), `transfers` and `views` (tensors to frames and back),
+`devices` (copies from and to GPUs), `nontemporal` (copies that bypass the caches).
+`tests/server/test_interleavings.py` drives them through queues, in every order.
+All others are shells. The process: `session`, `signals`, `uncaught` (how the exception that ends a worker is
+told). Connections: `control` (the scheduler), `link` (one server), `interleave` (several servers at once). A
+store: `driver`, `pusher`, `backpressure`, `pullcall`, `hold`, `checkpoint` (what a leader does to save and
+load). Bytes: `window`, `lending`, `latch` (frames still to be sent).
 """

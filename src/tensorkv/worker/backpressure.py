@@ -7,15 +7,15 @@ slices are merged.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from tensorkv.errors import ProtocolError, TensorKVError, from_wire
-from tensorkv.transport.base import TICK_S
+from tensorkv.peer.deadlines import Wait
 from tensorkv.wire import messages as m
-from tensorkv.worker.link import Exchange, ServerLink
-from tensorkv.worker.plans import Plan, ServerPart
-from tensorkv.worker.session import Session
+from tensorkv.worker.core import WorkerCore
+from tensorkv.worker.plans import KeyState, Plan, ServerPart
+from tensorkv.worker.requests import Exchange, ServerPort
 
 
 @final
@@ -26,9 +26,6 @@ class _MergeExchange(Exchange):
         self._part = part
         self._merged = merged
         self._missing = set(range(len(part.values)))
-
-    def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
-        raise ProtocolError("a payload where none belongs")
 
     def take(self, message: Any) -> bool:
         if isinstance(message, TensorKVError):
@@ -49,54 +46,60 @@ class _MergeExchange(Exchange):
 
 @final
 class Backpressure:
-    """Watches the values of a plan, which the servers know, until each is merged."""
+    """Watches the values of a plan, which the servers know, until each is merged.
 
-    def __init__(self, job: Session, store: int, plan: Plan, timeout_s: float, what: str) -> None:
-        self._job = job
-        self._store = store
-        self._plan = plan
+    `up_to` is the number of this worker's pushes that the answers vouch for, `asked` are the requests, each
+    with the rank of its server, and `wait` is the deadline of the thread that waits for news.
+    """
+
+    def __init__(self, plan: Plan, up_to: int = 0) -> None:
+        self.plan = plan
+        self.up_to = up_to
+        self.asked: list[tuple[int, int]] = []
+        self.wait: Wait | None = None
+        self._servers: Sequence[ServerPort] = ()
         self._changed = threading.Condition()
         self._slices_left = [len(state.entry.slices) for state in plan.states]
+        self._num_left = len(plan.states)
         self._free: list[int] = []
         self._error: TensorKVError | None = None
-        self._numbers: list[tuple[ServerLink, int]] = []
-        self._wait = job.wait(what, timeout_s, self._ask_waiting, store, self._whom)
 
-    def ask(self) -> None:
-        """Queue the question to each server. Called with the job's order held."""
-        for part in self._plan.parts:
-            link = self._job.links[part.server]
-            number = link.open(_MergeExchange(part, self._merged))
-            self._numbers.append((link, number))
-            link.put(m.WaitMerged(self._plan.number, number))
+    @property
+    def is_over(self) -> bool:
+        """Whether all values were free."""
+        return self._num_left == 0
 
-    def ready(self) -> Iterator[list[int]]:
-        """Yield the numbers of values as they become free, until all are.
+    @property
+    def has_news(self) -> bool:
+        """Whether `news` has something to return, or to raise."""
+        return bool(self._free or self._error)
+
+    def ask(self, servers: Sequence[ServerPort]) -> None:
+        """Queue the question to each server."""
+        self._servers = servers
+        for part in self.plan.parts:
+            number = servers[part.server].open(_MergeExchange(part, self._merged))
+            self.asked.append((part.server, number))
+            servers[part.server].put(m.WaitMerged(self.plan.number, number))
+
+    def news(self, timeout_s: float = 0.0) -> list[int]:
+        """Wait up to `timeout_s` seconds; return the numbers of values that are free since the last call.
 
         Raises:
-            WaitTimeout, PeerLostError, KeyDeleted.
+            KeyDeleted, PeerLostError: a server refuses or has ended its connection, and none is free.
         """
-        for link, number in self._numbers:
-            link.pump()
-            link.watch(number, self._wait)
-        left = len(self._plan.states)
-        while left:
-            with self._changed:
-                self._changed.wait_for(lambda: self._free or self._error, TICK_S)
-                free, self._free = self._free, []
-                error = self._error
-            if free:
-                left -= len(free)
-                yield sorted(free)
-            elif error is not None:
-                raise error
-            else:
-                self._wait.tick()
+        with self._changed:
+            self._changed.wait_for(lambda: self.has_news, timeout_s)
+            free, self._free = self._free, []
+            if not free and self._error is not None:
+                raise self._error
+        self._num_left -= len(free)
+        return sorted(free)
 
     def close(self) -> None:
-        """Give up the exchanges that are still open."""
-        for link, number in self._numbers:
-            link.drop(number)
+        """Give up the requests that are still open."""
+        for server, number in self.asked:
+            self._servers[server].drop(number)
 
     def _merged(self, news: list[int] | TensorKVError) -> None:
         with self._changed:
@@ -109,9 +112,11 @@ class Backpressure:
                         self._free.append(value)
             self._changed.notify_all()
 
-    def _whom(self) -> str:
-        return ", ".join(link.name for link, _ in self._numbers)
 
-    def _ask_waiting(self) -> None:
-        for link, number in self._numbers:
-            self._job.ask_waiting(link, number, self._store)
+def watch_merged(core: WorkerCore, states: Sequence[KeyState]) -> Backpressure:
+    """Ask the servers to report the merge of the last pushes of these keys. The caller holds the lock."""
+    plan = core.plans.plan_to_pull(states)
+    core.tell(plan)
+    watch = Backpressure(plan, core.count)
+    watch.ask(core.servers)
+    return watch

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,14 +48,15 @@ from tensorkv.plain import Key
 from tensorkv.updaters.settings import SettingsTable, restored_settings
 from tensorkv.wire import messages as m
 from tensorkv.wire.validate import check_saved, check_slice
-from tensorkv.worker.link import Exchange, ServerLink, SingleReply
-from tensorkv.worker.session import Asked, Session
+from tensorkv.worker.conversations import begin_save
+from tensorkv.worker.core import WorkerCore
+from tensorkv.worker.driver import Driver
+from tensorkv.worker.link import ServerLink
+from tensorkv.worker.requests import Asked, Exchange, replies_of
+from tensorkv.worker.session import Session
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-ASK_AGAIN_S = 0.01
-"""Time between two questions whether all servers have been given the same settings."""
 
 PROGRESS_BYTES = 64 << 20
 """Minimum size of a save or load that shows its progress."""
@@ -76,9 +76,18 @@ class Contents:
 class StateTransfer:
     """Saves and loads one store, in the worker that leads; the others wait meanwhile."""
 
-    def __init__(self, job: Session, store: int, reduction: Literal["sum", "mean"], timeout_s: float) -> None:
+    def __init__(
+        self,
+        job: Session,
+        core: WorkerCore,
+        driver: Driver,
+        reduction: Literal["sum", "mean"],
+        timeout_s: float,
+    ) -> None:
         self._job = job
-        self._store = store
+        self._core = core
+        self._driver = driver
+        self._store = core.store
         self._reduction = reduction
         self._timeout_s = timeout_s
 
@@ -101,29 +110,13 @@ class StateTransfer:
                 self._job.tell_all(m.EndSave(self._store), self._store)
 
     def begin(self) -> Contents | None:
-        """Return the keys and settings of a save by this worker alone; see `StoreShard.begin_save`.
+        """Return the keys and settings of a save by this worker alone.
 
-        Returns None if a round that this worker has pushed is not applied. Its changes are held back
-        meanwhile, and so this waits for no other worker. It only waits until all servers have been given the
-        same settings: one may be on its way to some of them. A lost worker's may never come; then the save
-        has what each server has.
+        Returns None if a round that this worker has pushed is not applied; see `begin_save`.
         """
-        entries, what = self._entries(), "saving alone"
-        whom = "a server that lacks the newest setting"
-        wait = self._job.wait(what, self._timeout_s, store=self._store, whom=lambda: whom)
-        before: list[int] = []
-        while True:
-            begun: list[m.SaveBegun] = self._job.ask_all(
-                lambda n: m.BeginSave(n, self._store), what, self._timeout_s, self._store
-            )
-            if any(each.num_open for each in begun):
-                return None
-            numbers = [each.num_settings for each in begun]
-            if len(set(numbers)) == 1 or (self._job.control.num_lost and numbers == before):
-                return Contents(entries, _settings_of(entries, begun), alone=True)
-            before = numbers
-            wait.tick()
-            time.sleep(ASK_AGAIN_S)
+        entries, control = self._entries(), self._job.control
+        begun = self._driver.converse(begin_save(self._core, lambda: control.num_lost > 0), "saving alone")
+        return None if begun is None else Contents(entries, _settings_of(entries, begun), alone=True)
 
     def save(self, folder: str, contents: Contents) -> None:
         """Let every server write its slices, then publish the save."""
@@ -222,7 +215,7 @@ class StateTransfer:
         return settings
 
     def _send_key(self, entry: m.KeyEntry, pieces: MemoryPieces) -> None:
-        exchanges: Asked = []
+        asked: Asked = []
         states = [assemble(pieces.record, each.start, each.stop, pieces.fetch) for each in entry.slices]
         with self._job.order, self._job.whole:
             self._job.check_open(self._store)
@@ -238,11 +231,9 @@ class StateTransfer:
                     tensors=records,
                     plain=plain,
                 )
-                link = self._job.links[each.server]
-                exchanges.append((link, *link.ask(make, [bytes_of(pack(tensors))])))
-        self._await([(link, number) for link, number, _ in exchanges], f"loading {entry.key!r}")
-        for _, _, exchange in exchanges:
-            exchange.check()
+                ask = self._job.links[each.server].ask
+                asked.append((each.server, *ask(make, [bytes_of(pack(tensors))])))
+        self._await_asked(asked, f"loading {entry.key!r}")
 
     def _restore(
         self,
@@ -323,9 +314,13 @@ class StateTransfer:
         self._job.ask_all(make, what, self._timeout_s, self._store)
 
     def _await(self, waits: list[tuple[ServerLink, int]], what: str) -> None:
-        for link in self._job.links:
-            link.pump()
+        self._job.pump()
         self._job.await_replies(waits, what, self._timeout_s, self._store)
+
+    def _await_asked(self, asked: Asked, what: str) -> list[Any]:
+        self._job.pump()
+        self._job.await_asked(asked, what, self._timeout_s, self._store)
+        return replies_of(asked)
 
     def _in_batches(
         self,
@@ -344,7 +339,8 @@ class StateTransfer:
         with _progress(total) as progress:
             bar = progress.add_task(what, total=total)
             for number in range(max(map(len, groups), default=0)):
-                asked: list[tuple[int, list[Any], ServerLink, int, SingleReply]] = []
+                asked: Asked = []
+                asked_for: list[list[Any]] = []  # per request
                 done = 0
                 with self._job.order, self._job.whole:
                     self._job.check_open(self._store)
@@ -354,15 +350,13 @@ class StateTransfer:
                         chosen = [lines[place] for place in groups[server][number]]
                         done += sum(size for _, size in chosen)
                         things = [thing for thing, _ in chosen]
-                        link = self._job.links[server]
                         ask = functools.partial(make, server=server, number=number, things=things)
-                        request, exchange = link.ask(ask)
-                        asked.append((server, things, link, request, exchange))
-                self._await([(link, request) for _, _, link, request, _ in asked], what)
-                for server, things, _, _, exchange in asked:
-                    exchange.check()
-                    if take is not None:
-                        take(server, number, things, exchange.message)
+                        asked.append((server, *self._job.links[server].ask(ask)))
+                        asked_for.append(things)
+                replies = self._await_asked(asked, what)
+                if take is not None:
+                    for (server, _, _), things, reply in zip(asked, asked_for, replies, strict=True):
+                        take(server, number, things, reply)
                 progress.advance(bar, done)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, final
 
 from tensorkv.config import JobConfig
-from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, WaitTimeout, again, from_wire
+from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, WaitTimeout, again
 from tensorkv.interrupts import ORDERLY, Interrupted, ctrl_c
 from tensorkv.peer.deadlines import (
     ASK_GRACE_S,
@@ -27,20 +26,30 @@ from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
 from tensorkv.wire.validate import check_reply
+from tensorkv.worker.requests import RequestTable, SingleReply
 
 logger = logging.getLogger(__name__)
 JOIN_TIMEOUT_S = 5.0
 
 
 @final
-class _Reply:
-    """A place for the reply to a request."""
+class _Reply(SingleReply):
+    """The reply to a request. The thread that reads the scheduler's messages wakes the one that waits."""
 
     def __init__(self, wait: Wait) -> None:
+        super().__init__(m.Welcome)
         self.ready = threading.Event()
-        self.kind: type[m.Message] = m.Welcome
-        self.message: Any = None
         self.wait = wait
+
+    def take(self, message: Any) -> bool:
+        super().take(message)
+        self.ready.set()
+        return True
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the scheduler has replied."""
+        return self.message is not None and not isinstance(self.message, TensorKVError)
 
 
 @final
@@ -61,8 +70,7 @@ class ControlClient:
         connection: Connection | None = None,
     ) -> None:
         self._on_failure = on_failure
-        self._numbers = itertools.count(1)
-        self._replies: dict[int, _Reply] = {}
+        self._requests = RequestTable()
         self._followed: dict[int, Wait] = {}  # by number of the AskStuck, until it is answered
         joining = Wait(
             "joining the job", config.timeout_s, lambda: self.failure, whom=lambda: "all servers to join it"
@@ -82,6 +90,7 @@ class ControlClient:
     def servers(self) -> list[m.ServerAddress]:
         """Wait until all servers have joined, and return their addresses."""
         self._await(self._welcome)
+        self._welcome.check()
         self._welcome.wait.end()
         servers: list[m.ServerAddress] = self._welcome.message.servers
         return servers
@@ -98,7 +107,7 @@ class ControlClient:
         """
 
         def follow() -> None:
-            number = next(self._numbers)
+            number = self._requests.number()
             self._followed[number] = wait
             self.notify(m.AskStuck(number, waiting.ranks))
 
@@ -119,18 +128,12 @@ class ControlClient:
         """
         if self.failure is not None:  # the scheduler may still answer, but the job is broken
             raise again(self.failure) from None
-        number = next(self._numbers)
-        wait = Wait(
-            what,
-            timeout_s,
-            lambda: self.failure,
-            lambda: self.notify(m.AskWaiting(number, store)),
-            lambda: "the scheduler",
-        )
-        message = make(number)
-        reply = _Reply(wait)
-        reply.kind = m.REPLIES[type(message)]
-        self._replies[number] = reply
+
+        def ask() -> None:
+            self.notify(m.AskWaiting(number, store))
+
+        reply = _Reply(Wait(what, timeout_s, lambda: self.failure, ask, lambda: "the scheduler"))
+        number, message = self._requests.request(make, reply)
         self.notify(message)
         try:
             self._await(reply)
@@ -145,9 +148,8 @@ class ControlClient:
             self.break_off(exc)
             raise
         finally:
-            del self._replies[number]
-        if isinstance(reply.message, m.Failed):
-            raise from_wire(reply.message.name, reply.message.text)
+            self._requests.drop(number)
+        reply.check()
         return reply.message
 
     def _was_made(self, reply: _Reply) -> bool:
@@ -158,7 +160,7 @@ class ControlClient:
         grace_s = (
             0.0 if reply.wait.open_question else ASK_GRACE_S
         )  # an open question: the scheduler does not answer
-        answered = reply.ready.wait(grace_s) and reply.message is not None
+        answered = reply.ready.wait(grace_s) and reply.is_made
         withdrawn = isinstance(reply.message, m.Failed) and reply.message.name == WaitTimeout.__name__
         return answered and not withdrawn
 
@@ -175,7 +177,7 @@ class ControlClient:
         with self._failing:
             if self.failure is None:
                 self.failure = PeerLostError("this worker has left the job")
-        self._wake_all()
+        self._end_all(self.failure)
         self._sender.close(JOIN_TIMEOUT_S)
         self._connection.shutdown()
         if threading.current_thread() is not self._thread:
@@ -185,8 +187,6 @@ class ControlClient:
     def _await(self, reply: _Reply) -> None:
         while not reply.ready.wait(TICK_S):
             reply.wait.tick()
-        if self.failure is not None and reply.message is None:
-            raise again(self.failure) from None
 
     def _read(self) -> None:
         decoder: Decoder[m.FromScheduler] = Decoder(m.FromScheduler)
@@ -205,15 +205,15 @@ class ControlClient:
             case m.Welcome():
                 if self._welcome.message is not None or len(message.servers) != self._num_servers:
                     raise ProtocolError(f"a welcome to {len(message.servers)} servers")
-                self._answer(self._welcome, message)
+                self._welcome.take(message)
             case m.WorkerLost():
                 self.num_lost += 1
                 logger.warning("%s; the job goes on without it", lost_text("worker", message))
             case m.Lost():
                 self._fail(lost_error(message))
             case m.Waiting():
-                waiting = self._replies.get(message.request)
-                if waiting is not None:
+                waiting = self._requests.exchanges.get(message.request)
+                if isinstance(waiting, _Reply):
                     waiting.wait.answered(message)
             case m.Stuck():
                 followed = self._followed.pop(message.request, None)
@@ -223,17 +223,9 @@ class ControlClient:
                 raise ProtocolError(f"{type(message).__name__} is not for a worker to hear")
             case _:
                 check_reply(message, self._num_servers)
-                reply = self._replies.get(message.request)
+                reply = self._requests.find(message.request)
                 if reply is not None:
-                    self._answer(reply, message)
-                elif not 0 < message.request < next(self._numbers):
-                    raise ProtocolError(f"a reply to request {message.request}, which was never made")
-
-    def _answer(self, reply: _Reply, message: Any) -> None:
-        if not isinstance(message, (reply.kind, m.Failed)):
-            raise ProtocolError(f"{type(message).__name__} where {reply.kind.__name__} belongs")
-        reply.message = message
-        reply.ready.set()
+                    self._requests.take(reply, message.request, message)
 
     def _cannot_send(self, exc: BaseException) -> None:
         self._fail(exc if isinstance(exc, (ConnectionError, EOFError)) else broken_off_error(exc))
@@ -246,9 +238,10 @@ class ControlClient:
                 self.failure = exc
             else:
                 self.failure = scheduler_lost_error(self._scheduler_host, exc)
-        self._wake_all()
+        self._end_all(self.failure)
         self._on_failure(self.failure)
 
-    def _wake_all(self) -> None:
-        for reply in [self._welcome, *self._replies.values()]:
-            reply.ready.set()
+    def _end_all(self, failure: TensorKVError) -> None:
+        self._requests.end_all(failure)
+        if self._welcome.message is None:
+            self._welcome.take(failure)

@@ -14,6 +14,7 @@ from typing import final
 
 from tensorkv.peer.deadlines import Taken
 from tensorkv.transport.base import TICK_S
+from tensorkv.worker.core import WorkerCore
 from tensorkv.worker.session import Session
 
 
@@ -21,17 +22,17 @@ from tensorkv.worker.session import Session
 class Hold:
     """The hold of one store in one worker. Safe from any thread.
 
-    `on` tells whether changes are held back. It does not change while the job's order is held.
+    `WorkerCore.held` tells whether changes are held back. It does not change while the job's order is held.
     """
 
-    def __init__(self, job: Session, store: int, timeout_s: float) -> None:
+    def __init__(self, job: Session, core: WorkerCore, timeout_s: float) -> None:
         self._job = job
-        self._store = store
+        self._core = core
+        self._store = core.store
         self._timeout_s = timeout_s
         self._calls = threading.Lock()  # held by the call in progress
         self._over = threading.Event()
         self._over.set()
-        self.on = False  # a plain attribute, since every push reads it
 
     def one_call(self, what: str) -> AbstractContextManager[None]:
         """Make one collective call at a time; the call of a second thread waits for that of the first.
@@ -53,12 +54,12 @@ class Hold:
         """Hold changes back, within `one_call`. Those already begun are in flight to every server."""
         try:
             with self._job.order:
-                self.on = True
+                self._core.held = True
                 self._over.clear()
             yield
         finally:
             with self._job.order:
-                self.on = False
+                self._core.held = False
                 self._over.set()
 
     def wait(self, what: str) -> None:
@@ -86,6 +87,6 @@ class Hold:
         while True:
             self.wait(what)
             with self._job.order, self._job.whole:
-                if not self.on:
+                if not self._core.held:
                     yield
                     return

@@ -13,7 +13,7 @@ class Latch:
 
     __slots__ = ("_left", "_lock", "_waiters")
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int = 0) -> None:
         self._left = number
         self._lock = threading.Lock()
         self._waiters: list[Callable[[], None]] = []
@@ -22,6 +22,10 @@ class Latch:
     def open(self) -> bool:
         """Whether all events have happened."""
         return self._left == 0
+
+    def up(self) -> None:
+        """Wait for one event more; before any has happened."""
+        self._left += 1
 
     def down(self) -> None:
         """Count one event."""

@@ -8,24 +8,12 @@ in flight (`watch`), as in calls with `async_op`.
 
 from __future__ import annotations
 
-import itertools
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, final
 
-import torch
-
-from tensorkv.errors import (
-    PeerLostError,
-    ProtocolError,
-    TensorKVError,
-    WaitTimeout,
-    again,
-    from_wire,
-    to_wire,
-)
+from tensorkv.errors import PeerLostError, ProtocolError, TensorKVError, WaitTimeout, again
 from tensorkv.interrupts import Interrupted, ctrl_c
 from tensorkv.peer.deadlines import Wait, schedulers_word
 from tensorkv.transport.base import TICK_S, Connection, Tick, no_tick
@@ -34,6 +22,7 @@ from tensorkv.transport.stream import StreamConnection
 from tensorkv.transport.unix import UnixConnection
 from tensorkv.wire import messages as m
 from tensorkv.wire.codec import Decoder, encode
+from tensorkv.worker.requests import Exchange, Make, RequestTable, SingleReply, error_of
 from tensorkv.worker.window import Window, WindowEnd
 
 JOIN_TIMEOUT_S = 5.0
@@ -45,56 +34,6 @@ MAX_DISCARDED_BYTES = 1 << 40
 """Maximum size of a discarded payload, more than any chunk has; a longer one ends the connection."""
 
 _decoder: Decoder[m.FromServer] = Decoder(m.FromServer)
-
-
-class Exchange(ABC):
-    """A request to one server until it is answered. The leader calls its methods."""
-
-    @abstractmethod
-    def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
-        """Return where the payload of `message` goes."""
-
-    def copy(self, message: m.Data, parts: list[torch.Tensor]) -> None:
-        """Copy a payload from `parts` (uint8, memory of another process) to its destination."""
-        size_bytes = sum(part.nbytes for part in parts)
-        buffers = self.place(message, size_bytes)
-        payload = torch.cat(parts) if len(parts) > 1 else parts[0]
-        low = 0
-        for buffer in buffers:
-            torch.frombuffer(buffer, dtype=torch.uint8).copy_(payload[low : low + len(buffer)])
-            low += len(buffer)
-
-    @abstractmethod
-    def take(self, message: Any) -> bool:
-        """Handle a reply whose payload is in place, and return whether it was the last.
-
-        `message` may also be a TensorKVError instead of a reply; then it is the last.
-        """
-
-
-@final
-class SingleReply(Exchange):
-    """A request that has one reply without payload, of class `kind`."""
-
-    def __init__(self, kind: type[m.Message] = m.Done) -> None:
-        self.kind = kind
-        self.message: Any = None
-
-    def place(self, message: m.Data, payload_bytes: int) -> list[memoryview]:
-        raise ProtocolError("a payload where none belongs")
-
-    def take(self, message: Any) -> bool:
-        if not isinstance(message, (self.kind, m.Failed, TensorKVError)):
-            raise ProtocolError(f"{type(message).__name__} where {self.kind.__name__} belongs")
-        self.message = message
-        return True
-
-    def check(self) -> None:
-        """Raise if the request was refused."""
-        if isinstance(self.message, TensorKVError):
-            raise again(self.message) from None
-        if isinstance(self.message, m.Failed):
-            raise from_wire(self.message.name, self.message.text)
 
 
 @final
@@ -132,8 +71,8 @@ class ServerLink:
         self._on_waiting = on_waiting
         self._broken_off = broken_off
         self._sender = Sender(connection, name.replace(" ", "-"), self._cannot_send)
-        self._numbers = itertools.count(1)
-        self._exchanges: dict[int, Exchange] = {}
+        self._requests = RequestTable()
+        self._exchanges = self._requests.exchanges  # those that have not ended
         self._waits: dict[int, Wait] = {}
         self._reading = threading.Lock()  # its holder leads
         self._turn = threading.Condition(
@@ -155,18 +94,12 @@ class ServerLink:
 
     def open(self, exchange: Exchange) -> int:
         """Return a new request number; `exchange` gets the replies to it."""
-        number = next(self._numbers)
-        self._exchanges[number] = exchange
-        return number
+        return self._requests.open(exchange)
 
-    def ask(
-        self, make: Callable[[int], m.Message], parts: list[memoryview] | None = None
-    ) -> tuple[int, SingleReply]:
+    def ask(self, make: Make, parts: list[memoryview] | None = None) -> tuple[int, SingleReply]:
         """Queue, like `put`, the request that `make` builds from its number; return number and exchange."""
         exchange = SingleReply()
-        number = self.open(exchange)
-        message = make(number)
-        exchange.kind = m.REPLIES[type(message)]
+        number, message = self._requests.request(make, exchange)
         self.put(message, parts)
         return number, exchange
 
@@ -198,7 +131,7 @@ class ServerLink:
 
     def drop(self, number: int) -> None:
         """Give up an exchange: its later replies are received and discarded."""
-        self._exchanges.pop(number, None)
+        self._requests.drop(number)
 
     # ---- receiving -------------------------------------------------------------------------------
 
@@ -399,18 +332,15 @@ class ServerLink:
             return []
         if not isinstance(message, m.Data):
             raise ProtocolError(f"{type(message).__name__} came with {payload_bytes} bytes of payload")
-        exchange = self._exchanges.get(message.request)
+        exchange = self._requests.find(message.request)
         if exchange is None:
-            self._check_given_up(message.request)
             return _discard(payload_bytes)
         try:
             return exchange.place(message, payload_bytes)
         except ProtocolError:
             raise
         except Exception as exc:  # noqa: BLE001  # e.g. no memory for it: an error of this exchange alone
-            exchange.take(_error_of(exc))
-            self._exchanges.pop(message.request, None)
-            self._tell()
+            self._end_exchange(exchange, message.request, error_of(exc))
             return _discard(payload_bytes)
 
     def _hand_on(self, message: Any) -> None:
@@ -425,10 +355,8 @@ class ServerLink:
             if wait is not None:
                 self._on_waiting(wait, message)
         else:
-            exchange = self._exchanges.get(message.request)
-            if exchange is None:
-                self._check_given_up(message.request)
-            else:
+            exchange = self._requests.find(message.request)
+            if exchange is not None:
                 self._end_exchange(exchange, message.request, message)
 
     def _hand_on_placed(self, message: m.Data, placed: m.Placed) -> None:
@@ -439,9 +367,8 @@ class ServerLink:
         if self.shared is None:
             raise ProtocolError("a reply in shared memory, where there is none")
         parts = self.shared.view(placed)
-        exchange = self._exchanges.get(message.request)
+        exchange = self._requests.find(message.request)
         if exchange is None:
-            self._check_given_up(message.request)
             self.shared.copied()
             return
         try:
@@ -450,7 +377,7 @@ class ServerLink:
             raise
         except Exception as exc:  # noqa: BLE001  # e.g. unwritable memory: an error of this exchange alone
             self.shared.copied()
-            self._end_exchange(exchange, message.request, _error_of(exc))
+            self._end_exchange(exchange, message.request, error_of(exc))
             return
         if self._connection.ended:
             raise ConnectionError("it ended the connection while its reply was copied")
@@ -459,10 +386,8 @@ class ServerLink:
 
     def _end_exchange(self, exchange: Exchange, number: int, message: Any) -> None:
         """Pass a reply, which may be its last, to an exchange."""
-        if _take(exchange, message):
-            self._exchanges.pop(number, None)
-            if self._waiting:
-                self._tell()
+        if self._requests.take(exchange, number, message) and self._waiting:
+            self._tell()
 
     def _share(self, message: m.ShareSegment | m.DropSegment) -> None:
         if self.shared is None:
@@ -471,11 +396,6 @@ class ServerLink:
             self.shared.detach(message)
         else:
             self.shared.attach(message)
-
-    def _check_given_up(self, number: int) -> None:
-        """Raise unless a request with this number was made, whose caller has given up since."""
-        if not 0 < number < next(self._numbers):
-            raise ProtocolError(f"a reply to request {number}, which was never made")
 
     def _why_gone(self, exc: BaseException) -> TensorKVError:
         """Return why the connection ended: the scheduler's report takes precedence if it arrives soon."""
@@ -486,10 +406,7 @@ class ServerLink:
     def _end_all(self, error: TensorKVError) -> None:
         """End every exchange with this error, as nothing more will arrive."""
         with self._reading:  # no thread dispatches a reply meanwhile
-            for number in list(self._exchanges):
-                exchange = self._exchanges.pop(number, None)
-                if exchange is not None:
-                    exchange.take(error)
+            self._requests.end_all(error)
         with self._turn:
             self._turn.notify_all()
 
@@ -501,19 +418,3 @@ def _discard(payload_bytes: int) -> list[memoryview]:
     scratch = memoryview(bytearray(min(payload_bytes, DISCARD_BYTES)))
     whole, rest = divmod(payload_bytes, DISCARD_BYTES)
     return [scratch] * whole + ([scratch[:rest]] if rest else [])
-
-
-def _take(exchange: Exchange, message: Any) -> bool:
-    """Pass a reply to its exchange. A failure there is that exchange's error, not the receiver's."""
-    try:
-        return exchange.take(message)
-    except ProtocolError:
-        raise
-    except Exception as exc:  # noqa: BLE001  # e.g. unwritable memory
-        return exchange.take(_error_of(exc))
-
-
-def _error_of(exc: Exception) -> TensorKVError:
-    error = from_wire(*to_wire(exc))
-    error.__cause__ = exc
-    return error

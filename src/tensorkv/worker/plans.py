@@ -241,13 +241,15 @@ def build_plan(
     counts: Sequence[int],
     num_servers: int,
     alone: Container[int] = (),
+    max_chunk_bytes: int = MAX_SLICE_BYTES,
 ) -> Plan:
     """Return the plan of pushing values of `dtypes` to `states`; a count of 0 stands for absent.
 
-    Slices of the keys in `alone`, given by id, make chunks of their own, after all others.
+    Slices of the keys in `alone`, given by id, make chunks of their own, after all others. A chunk of several
+    slices has at most `max_chunk_bytes`.
     """
     sizes_bytes = np.array([state.num_elems * state.dtype.itemsize for state in states], np.int64)
-    builders = [_PartBuilder(server) for server in range(num_servers)]
+    builders = [_PartBuilder(server, max_chunk_bytes) for server in range(num_servers)]
     apart = [state.key_id in alone for state in states]
     for value in sorted(range(len(states)), key=apart.__getitem__):
         for entry in states[value].entry.slices:
@@ -274,8 +276,9 @@ def build_plan(
 class _PartBuilder:
     """Packs the slices of one server into chunks."""
 
-    def __init__(self, server: int) -> None:
+    def __init__(self, server: int, max_chunk_bytes: int) -> None:
         self._server = server
+        self._max_chunk_bytes = max_chunk_bytes
         self.chunks: list[PlanChunk] = []
         self._entries: list[m.ChunkEntry] = []
         self._values: list[int] = []
@@ -309,7 +312,7 @@ class _PartBuilder:
         last = self.chunks[-1]
         if (last.dtype, last.stored_dtype, last.absent) != (dtype, stored, absent):
             return False
-        return last.num_elems * max(dtype.itemsize, stored.itemsize) + size_bytes <= MAX_SLICE_BYTES
+        return last.num_elems * max(dtype.itemsize, stored.itemsize) + size_bytes <= self._max_chunk_bytes
 
     def finish(self, states: Sequence[KeyState], list_bytes: int) -> ServerPart:
         for chunk in self.chunks:

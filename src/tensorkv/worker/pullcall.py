@@ -11,8 +11,8 @@ import torch
 
 from tensorkv.errors import TensorKVError
 from tensorkv.wire import messages as m
+from tensorkv.worker.core import WorkerCore
 from tensorkv.worker.link import ServerLink
-from tensorkv.worker.plancache import PlanCache
 from tensorkv.worker.plans import Plan
 from tensorkv.worker.pusher import Pusher
 from tensorkv.worker.session import Session
@@ -52,18 +52,27 @@ class PullCall:
         self._left = len(plan.parts)
         self._lock = threading.Lock()
 
-    def ask(self, job: Session, plans: PlanCache, pusher: Pusher) -> None:
+    @property
+    def has_ended(self) -> bool:
+        """Whether every server has answered everything, or refused."""
+        return self._left == 0
+
+    def ask(self, job: Session, core: WorkerCore) -> None:
         """Send the requests of a pull."""
         with job.order, job.whole:
-            plans.tell(self.plan)  # first, since it may raise
-            self._open(job)
-            for server, number in self.replies.items():
-                job.links[server].put(m.Pull(self.plan.number, number))
-            self.up_to = pusher.count
+            self.queue(core, job.links)
         if job.num_changes_queued:
-            job.send_changes()
+            job.pump()
         for link, _ in self.numbers:
             link.pump()
+
+    def queue(self, core: WorkerCore, links: Sequence[ServerLink]) -> None:
+        """Queue the requests of a pull."""
+        core.tell(self.plan)  # first, since it may raise
+        self._open(links)
+        for server, number in self.replies.items():
+            links[server].put(m.Pull(self.plan.number, number))
+        self.up_to = core.count
 
     def push(
         self, job: Session, pusher: Pusher, values: Sequence[torch.Tensor], weight: float | None = None
@@ -73,7 +82,7 @@ class PullCall:
         Returns False, and has done nothing, if a key is busy or pushes are held back. Raises what
         `Pusher.send` raises.
         """
-        self._open(job)
+        self._open(job.links)
         sent = None
         try:
             sent = pusher.send(self.plan, values, True, self, weight)
@@ -84,10 +93,10 @@ class PullCall:
                 self.numbers.clear()
         return sent is not None
 
-    def _open(self, job: Session) -> None:
+    def _open(self, links: Sequence[ServerLink]) -> None:
         self.replies: dict[int, int] = {}
         for part in self.plan.parts:
-            link = job.links[part.server]
+            link = links[part.server]
             number = link.open(PullExchange(part, self.destinations, self._ended))
             self.numbers.append((link, number))
             self.replies[part.server] = number
@@ -97,7 +106,7 @@ class PullCall:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         with self._lock:
             self._future = future
-            ended = self._left == 0
+            ended = self.has_ended
         if ended:
             self._settle(future)
         for link, number in self.numbers:

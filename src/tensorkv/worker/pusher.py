@@ -8,9 +8,8 @@ that calls take effect in program order.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, final
 
 import torch
@@ -20,13 +19,12 @@ from tensorkv.peer.deadlines import ASK_GRACE_S
 from tensorkv.transport.base import TICK_S
 from tensorkv.wire import messages as m
 from tensorkv.work import Work
-from tensorkv.worker.backpressure import Backpressure
-from tensorkv.worker.hold import Hold
-from tensorkv.worker.keytable import KeyTable
+from tensorkv.worker.conversations import await_merged, push_free, push_late
+from tensorkv.worker.core import Frame, WorkerCore
+from tensorkv.worker.driver import Driver
 from tensorkv.worker.latch import OPEN, Latch
 from tensorkv.worker.lending import spans_of
 from tensorkv.worker.link import ServerLink
-from tensorkv.worker.plancache import PlanCache
 from tensorkv.worker.plans import KeyState, Plan, PlanChunk, Span
 from tensorkv.worker.session import Session
 from tensorkv.worker.transfers import COPY_ERRORS, check_gathered, failed_copy, gather, gather_into
@@ -56,14 +54,15 @@ class Asks(Protocol):
 class _Payloads:
     """The payloads of a push, one per frame: parts to send, or a loan of shared memory.
 
-    Leaving the block returns the loans, unless they were pushed.
+    Leaving the block returns the loans, unless they were pushed. `sent` opens when the values may be changed:
+    copied frames need no wait, except in async mode, where only the connection provides backpressure.
 
     Args:
         plan: what to push.
         values: per key of the plan.
         links: by server.
         spans: per frame, its place in the window; None if it has to be copied.
-        bounded: lend each server at most `MAX_LENT_BYTES`, or one push if that is larger.
+        is_async: lend each server at most `MAX_LENT_BYTES`, or one push if that is larger.
     """
 
     def __init__(
@@ -72,26 +71,35 @@ class _Payloads:
         values: Sequence[torch.Tensor],
         links: Sequence[ServerLink],
         spans: Sequence[Span | None],
-        bounded: bool,
+        is_async: bool,
     ) -> None:
         self.pushed = False
-        self.frames: list[tuple[list[memoryview] | None, Loan | None]] = []
-        self.num_lending = 0  # frames that lend the caller's memory
+        self.frames: list[Frame] = []
+        self.sent = OPEN
         self._loans: list[tuple[WindowEnd, Loan]] = []
         try:
             for (server, _, chunk), span in zip(plan.frames, spans, strict=True):
-                most = max(MAX_LENT_BYTES, plan.sent_bytes[server]) if bounded else None
+                most = max(MAX_LENT_BYTES, plan.sent_bytes[server]) if is_async else None
                 loan = self._lend(chunk, values, links[server].shared, span, most)
-                parts = gather(chunk, values) if loan is None else None
-                if parts is not None:
+                parts, placed = None, None
+                if loan is None:
+                    parts = gather(chunk, values)
                     check_gathered(sum(map(len, parts)), chunk)
-                self.frames.append((parts, loan))
-                self.num_lending += chunk.lends and loan is None
+                else:
+                    placed = loan.placed
+                is_awaited = is_async or (chunk.lends and loan is None)
+                self.frames.append((parts, placed, self._await_one() if is_awaited else None))
         except BaseException as exc:
             self.__exit__()
             if isinstance(exc, COPY_ERRORS) and not isinstance(exc, TensorKVError):
                 raise failed_copy(exc, chunk, plan.states, values) from exc
             raise
+
+    def _await_one(self) -> Callable[[], None]:
+        if self.sent is OPEN:
+            self.sent = Latch()
+        self.sent.up()
+        return self.sent.down
 
     def _lend(
         self,
@@ -128,28 +136,12 @@ class _Payloads:
 class Pusher:
     """Sends pushes. Safe from any thread."""
 
-    def __init__(
-        self,
-        job: Session,
-        store: int,
-        timeout_s: float,
-        policy: m.StorePolicy,
-        keys: KeyTable,
-        plans: PlanCache,
-        hold: Hold,
-    ) -> None:
+    def __init__(self, job: Session, core: WorkerCore, driver: Driver, policy: m.StorePolicy) -> None:
         self._job = job
-        self._store = store
-        self._timeout_s = timeout_s
-        self._waits_for_merge = policy.rounds_wait
-        self._keys = keys
-        self._plans = plans
-        self._hold = hold
-        self._lock = threading.Lock()  # guards _unmerged and _deferred
-        self._unmerged: dict[int, int] = {}  # key id -> number of its last push, until it is known merged
-        self._newest = 0  # the largest number in it since it was last empty
-        self._deferred: dict[int, concurrent.futures.Future[Any]] = {}  # key id -> deferred call
-        self.count = 0  # pushes queued so far; read and written with the job's order held
+        self._core = core
+        self._driver = driver
+        self._store = core.store
+        self._is_async = not policy.rounds_wait
 
     def send(
         self,
@@ -173,48 +165,27 @@ class Pusher:
         Raises:
             InvalidValue, MemoryLimitReached: torch fails to copy a value.
         """
-        links = self._job.links
-        window = self._job.window
+        job, core = self._job, self._core
+        window = job.window
         spans = spans_of(window, plan, values) if window.lends else [None] * len(plan.frames)
-        payloads = _Payloads(plan, values, links, spans, bounded=not self._waits_for_merge)
-        # Copied frames need no wait, except in async mode, where only the connection provides backpressure.
-        num_awaited = payloads.num_lending if self._waits_for_merge else len(plan.frames)
-        sent = Latch(num_awaited) if num_awaited else OPEN
-        with payloads, self._job.order, self._job.whole:
-            if self._hold.on or (self._unmerged and self._unmerged_of(plan)):
+        payloads = _Payloads(plan, values, job.links, spans, self._is_async)
+        replies = None if asks is None else asks.replies
+        with payloads, job.order, job.whole:
+            if not core.push(plan, payloads.frames, apply, weight, replies):
                 return None
-            self._plans.tell(plan)
-            for (server, number, chunk), (parts, loan) in zip(plan.frames, payloads.frames, strict=True):
-                reply = 0 if asks is None else asks.replies[server]
-                lends = chunk.lends and loan is None
-                on_sent = sent.down if lends or not self._waits_for_merge else None
-                placed = None if loan is None else loan.placed
-                links[server].put(m.Push(plan.number, number, apply, reply, placed, weight), parts, on_sent)
             payloads.pushed = True
-            self._note(plan, apply)
             if asks is not None:
-                asks.up_to = self.count
-        if self._job.num_changes_queued:
-            self._job.send_changes()
+                asks.up_to = core.count
+        if job.num_changes_queued:
+            job.pump()
         for part in plan.parts:
-            links[part.server].pump()
-        return sent
-
-    def _note(self, plan: Plan, apply: bool) -> None:
-        self.count += 1
-        if not self._waits_for_merge:
-            return
-        with self._lock:
-            self._newest = self.count
-            self._unmerged.update(dict.fromkeys(plan.key_ids, self.count))
-        if not apply:
-            with self._keys.lock:
-                self._keys.uncommitted |= plan.key_ids
+            job.links[part.server].pump()
+        return payloads.sent
 
     def await_sent(self, sent: Latch, what: str) -> None:
         """Wait until a push has been handed to the system. Raises WaitTimeout, PeerLostError."""
         if not sent.open:
-            wait = self._job.wait(what, self._timeout_s, store=self._store, whom=lambda: _NOT_TAKEN)
+            wait = self._job.wait(what, self._driver.timeout_s, store=self._store, whom=lambda: _NOT_TAKEN)
             while not sent.wait(TICK_S):
                 wait.tick()
         failure = self._job.failure()
@@ -235,59 +206,32 @@ class Pusher:
                 done.set_exception(again(error))
 
         sent.then(settle)
-        return Work(done, what, self._timeout_s, lambda: f"waiting for {_NOT_TAKEN}")
+        return Work(done, what, self._driver.timeout_s, lambda: f"waiting for {_NOT_TAKEN}")
 
-    @property
-    def settled(self) -> bool:
-        """Whether every push of this worker is known, from pulls, to be applied or to have failed."""
-        return self._waits_for_merge and not (self._unmerged or self._deferred)
+    # ---- calls that cannot be sent yet -----------------------------------------------------------
 
-    # ---- busy keys -------------------------------------------------------------------------------
-
-    def busy(self, plan: Plan) -> set[int]:
-        """Return the keys of a plan whose last push by this worker may not be merged, or is not sent yet."""
-        if not (self._unmerged or self._deferred):
-            return set()
-        found = self._unmerged_of(plan)
-        with self._lock:
-            found |= plan.key_ids & self._deferred.keys()
-        return found
-
-    def _unmerged_of(self, plan: Plan) -> set[int]:
-        with self._lock:
-            return self._unmerged.keys() & plan.key_ids
-
-    def merged(self, key_ids: frozenset[int] | set[int], up_to: int) -> None:
-        """Note that the pushes of these keys up to this number are merged."""
-        if not self._unmerged:
-            return
-        with self._lock:
-            if self._newest <= up_to and self._unmerged.keys() == key_ids:  # the common case
-                self._unmerged.clear()
-                return
-            for key_id in key_ids:
-                if self._unmerged.get(key_id, up_to + 1) <= up_to:
-                    del self._unmerged[key_id]
-
-    def forget(self, states: Sequence[KeyState]) -> None:
-        """Forget keys that are retired. Called with the job's order held."""
-        self.merged({state.key_id for state in states}, self.count)
+    def busy(self, plan: Plan) -> bool:
+        """Whether the last push of a key of this plan may not be merged, or is not sent yet."""
+        if not self._core.may_be_busy:
+            return False
+        with self._job.order:
+            return bool(self._core.busy(plan))
 
     def deferred(self, states: Sequence[KeyState]) -> bool:
         """Whether an earlier call with `async_op` on one of these keys is still deferred."""
-        return bool(self._deferred) and any(state.key_id in self._deferred for state in states)
+        if not self._core.deferred_of:
+            return False
+        with self._job.order:
+            return bool(self._core.deferred(states))
 
     def await_deferred(
         self, states: Sequence[KeyState] | None, what: str, timeout_s: float | None = None
     ) -> list[concurrent.futures.Future[Any]]:
         """Wait until the deferred calls on these keys (None: on any) have ended, and return them."""
-        if not self._deferred:
+        if not self._core.deferred_of:
             return []
-        with self._lock:
-            if states is None:
-                found = list(self._deferred.values())
-            else:
-                found = [f for state in states if (f := self._deferred.get(state.key_id)) is not None]
+        with self._job.order:
+            found: list[concurrent.futures.Future[Any]] = self._core.deferred(states)
         self._await_futures(found, what, timeout_s)
         return found
 
@@ -314,7 +258,7 @@ class Pusher:
         def whom() -> str:
             return "an earlier call with async_op on its keys"
 
-        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        timeout_s = self._driver.timeout_s if timeout_s is None else timeout_s
         wait = self._job.wait(what, timeout_s, ask, self._store, whom)
         for future in dict.fromkeys(futures):
             while not concurrent.futures.wait([future], TICK_S).done:
@@ -325,7 +269,7 @@ class Pusher:
 
         Such a call has deadlines of its own, and gets the time to report whom it waited for.
         """
-        return Work(self.run_later(states, call, what), what, self._timeout_s + LAST_WORD_S)
+        return Work(self.run_later(states, call, what), what, self._driver.timeout_s + LAST_WORD_S)
 
     def run_later(
         self, states: Sequence[KeyState], call: Callable[[], Any], what: str
@@ -338,9 +282,8 @@ class Pusher:
             what: for texts.
         """
         done: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        with self._lock:
-            before = [f for state in states if (f := self._deferred.get(state.key_id)) is not None]
-            self._deferred.update(dict.fromkeys((state.key_id for state in states), done))
+        with self._job.order:
+            before = self._core.defer(states, done)
 
         def run() -> None:
             try:
@@ -362,8 +305,8 @@ class Pusher:
         return done
 
     def _gone(self, done: concurrent.futures.Future[Any]) -> None:
-        with self._lock:
-            self._deferred = {k: f for k, f in self._deferred.items() if f is not done}
+        with self._job.order:
+            self._core.end_deferred(done)
 
     # ---- pushing behind an unmerged push ---------------------------------------------------------
 
@@ -374,16 +317,15 @@ class Pusher:
 
         Pushes none while pushes are held back.
         """
-        while not self._hold.on:
-            busy = self.busy(plan)
-            free = [place for place, state in enumerate(plan.states) if state.key_id not in busy]
-            late = [place for place, state in enumerate(plan.states) if state.key_id in busy]
-            if not free:
-                return [], late
-            sent = self._send_part(plan, free, values, apply, weight)
-            if sent is not None:
-                return [sent], late
-        return [], list(range(len(plan.states)))
+        sent: list[Latch] = []
+
+        def push(places: Sequence[int]) -> bool:
+            latch = self._send_part(plan, places, values, apply, weight)
+            sent.extend([] if latch is None else [latch])
+            return latch is not None
+
+        late = self._driver.converse(push_free(self._core, plan), "push", push)
+        return sent, late
 
     def push_late(
         self,
@@ -398,54 +340,18 @@ class Pusher:
 
         Blocks.
         """
-        while places:
-            self._hold.wait(what)
-            places = self._push_merged(plan, places, values, apply, what, weight)
 
-    def _push_merged(
-        self,
-        plan: Plan,
-        places: Sequence[int],
-        values: Sequence[torch.Tensor],
-        apply: bool,
-        what: str,
-        weight: float | None,
-    ) -> list[int]:
-        """Push each value when its key's last push is merged; return those where another thread was first."""
-        again: list[int] = []
-        with contextlib.closing(self._merging([plan.states[place] for place in places], what)) as merging:
-            for merged in merging:
-                free = [places[number] for number in merged]
-                sent = self._send_part(plan, free, values, apply, weight)
-                if sent is None:
-                    again += free
-                else:
-                    self.await_sent(sent, what)
-        return again
+        def push(places: Sequence[int]) -> bool:
+            latch = self._send_part(plan, places, values, apply, weight)
+            if latch is not None:
+                self.await_sent(latch, what)
+            return latch is not None
+
+        self._driver.converse(push_late(self._core, plan, places), what, push)
 
     def await_merged(self, what: str) -> None:
         """Wait until everything that this worker has pushed so far is merged. Later pushes go on."""
-        with self._lock:
-            unmerged = set(self._unmerged)
-        states = [state for state in self._keys.those_known(None) if state.key_id in unmerged]
-        if states:
-            for _ in self._merging(states, what):
-                pass
-
-    def _merging(self, states: Sequence[KeyState], what: str) -> Generator[list[int], None, None]:
-        """Yield the numbers of these keys as the last push of each is merged, until all are."""
-        asked = self._plans.plan_to_pull(states)
-        watch = Backpressure(self._job, self._store, asked, self._timeout_s, what)
-        with self._job.order, self._job.whole:
-            up_to = self.count
-            self._plans.tell(asked)
-            watch.ask()
-        try:
-            for merged in watch.ready():
-                self.merged({states[number].key_id for number in merged}, up_to)
-                yield merged
-        finally:
-            watch.close()
+        self._driver.converse(await_merged(self._core), what)
 
     def _send_part(
         self,
@@ -455,5 +361,6 @@ class Pusher:
         apply: bool,
         weight: float | None,
     ) -> Latch | None:
-        part = self._plans.part_of(plan, places)
+        with self._job.order:
+            part = self._core.plans.part_of(plan, places)
         return self.send(part, [values[place] for place in places], apply, weight=weight)

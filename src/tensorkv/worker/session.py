@@ -14,7 +14,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Protocol, final
 
 from tensorkv.config import JobConfig
@@ -36,13 +35,12 @@ from tensorkv.transport.tcp import hostname
 from tensorkv.wire import messages as m
 from tensorkv.worker import interleave, uncaught
 from tensorkv.worker.control import ControlClient
-from tensorkv.worker.link import ServerLink, SingleReply
+from tensorkv.worker.link import ServerLink
+from tensorkv.worker.requests import Asked, Make, replies_of
 from tensorkv.worker.signals import WorkerSignals
 from tensorkv.worker.window import Window
 
 logger = logging.getLogger(__name__)
-Asked = list[tuple[ServerLink, int, SingleReply]]
-"""Requests with a single reply each: the link, the request's number, and the exchange."""
 
 
 class OpenStore(Protocol):
@@ -88,7 +86,7 @@ class Session:
         self.window = Window()
         self.closed = False
         self.num_changes_queued = 0  # of options, for every server; the next call sends them
-        self._left: set[int] = set()  # stores; guarded by `order`
+        self.left: set[int] = set()  # numbers of stores; guarded by `order`
         self._broken: TensorKVError | None = None
         self.control = ControlClient(config, self._on_failure, connection)
         try:
@@ -152,12 +150,8 @@ class Session:
 
     def check_open(self, store: int) -> None:
         """Raise StoreClosed if another thread has closed the store meanwhile. Called with the order held."""
-        if store in self._left:
+        if store in self.left:
             raise closed_meanwhile("a call")
-
-    def leave_store(self, store: int) -> None:
-        """Refuse further messages for this store, and end its waiting calls. Called with the order held."""
-        self._left.add(store)
 
     def wait(
         self,
@@ -170,62 +164,45 @@ class Session:
         """Return a deadline for one call. It also ends when another thread closes the store."""
 
         def failure() -> TensorKVError | None:
-            return self.failure() or (closed_meanwhile(what) if store in self._left else None)
+            return self.failure() or (closed_meanwhile(what) if store in self.left else None)
 
         return Wait(what, timeout_s, failure, ask, whom)
 
     def ask_all(
         self,
-        make: Callable[[int], m.Message],
+        make: Make,
         what: str,
         timeout_s: float,
         store: int,
         servers: Sequence[int] | None = None,
-        leave: bool = False,
-        turn: AbstractContextManager[None] | None = None,
     ) -> list[Any]:
         """Send a request to every server (or to `servers`) and return their replies, by rank.
-
-        With `leave`, it is the last request for this store. `turn` acquires the order when it may be sent.
 
         Raises:
             WaitTimeout, PeerLostError, StoreClosed, or the first refusal.
         """
-        asked = self.send_to_all(make, store, servers, leave, turn)
-        waits = [(link, number) for link, number, _ in asked]
-        self.await_replies(waits, what, timeout_s, 0 if leave else store)
-        return replies_of(asked)
-
-    def send_to_all(
-        self,
-        make: Callable[[int], m.Message],
-        store: int,
-        servers: Sequence[int] | None = None,
-        leave: bool = False,
-        turn: AbstractContextManager[None] | None = None,
-    ) -> Asked:
-        """Send a request like `ask_all`, without waiting for its replies."""
-        links = self.links if servers is None else [self.links[rank] for rank in servers]
-        with turn or self.order, self.whole:
+        ranks = range(len(self.links)) if servers is None else servers
+        with self.order, self.whole:
             self.check_open(store)
-            if leave:
-                self.leave_store(store)
-            asked = [(link, *link.ask(make)) for link in links]
-        if self.num_changes_queued:
-            self.send_changes()
-        for link in links:
-            link.pump()
-        return asked
+            asked: Asked = [(rank, *self.links[rank].ask(make)) for rank in ranks]
+        self.pump()
+        self.await_asked(asked, what, timeout_s, store)
+        return replies_of(asked)
 
     def tell_all(self, message: m.Message, store: int) -> None:
         """Send every server a message that has no answer, unless the store is left."""
         with self.order, self.whole:
-            if store in self._left:
+            if store in self.left:
                 return
             for link in self.links:
                 link.put(message)
         for link in self.links:
             link.pump()
+
+    def await_asked(self, asked: Asked, what: str, timeout_s: float, store: int, keep: bool = False) -> None:
+        """Wait until these requests have ended, as in `await_replies`."""
+        waits = [(self.links[rank], number) for rank, number, _ in asked]
+        self.await_replies(waits, what, timeout_s, store, keep=keep)
 
     def await_replies(
         self,
@@ -280,14 +257,15 @@ class Session:
     def ask_waiting(self, link: ServerLink, number: int, store: int) -> None:
         """Ask a server whom a request waits for; the link passes the answer to its Wait."""
         with self.order:
-            if store not in self._left:
+            if store not in self.left:
                 link.put(m.AskWaiting(number, store))
         link.pump()
 
-    def send_changes(self) -> None:
-        """Send the changes of options that are queued, to all servers, if there are any.
+    def pump(self) -> None:
+        """Send what is queued for the servers, as far as possible without blocking.
 
-        Every call that sends to some servers does so first: no server lacks for long what another has.
+        A call that sends to some servers does so first if changes of options are queued: no server lacks for
+        long what another has.
         """
         self.num_changes_queued = 0
         for link in self.links:
@@ -339,13 +317,6 @@ class _Whole:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: object) -> None:
         if exc is not None:
             self._job.ended_by(exc)
-
-
-def replies_of(asked: Asked) -> list[Any]:
-    """Return the replies to requests that have ended, or raise the first refusal."""
-    for _, _, exchange in asked:
-        exchange.check()
-    return [exchange.message for _, _, exchange in asked]
 
 
 def _forked(config: JobConfig, parent: int) -> NotInJob:

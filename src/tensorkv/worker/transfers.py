@@ -16,9 +16,9 @@ from tensorkv.arrays import bytes_of, new_tensor, unreadable
 from tensorkv.errors import InvalidValue, ProtocolError, TensorKVError, from_wire
 from tensorkv.wire import messages as m
 from tensorkv.worker.devices import Tensors, copy_each, join_into, joined, no_grad, on, streams_of
-from tensorkv.worker.link import Exchange
 from tensorkv.worker.nontemporal import stream
 from tensorkv.worker.plans import KeyState, Piece, Pieces, Plan, PlanChunk, ServerPart, Staging
+from tensorkv.worker.requests import Exchange
 from tensorkv.worker.views import Viewed
 
 
