@@ -746,7 +746,7 @@ class Worker:
         states = yield from self.look_up(keys)
         if states is not None:
             try:
-                self.known.check_committed(states, "a call")
+                self.known.check_may_use(states, "a call")
             except UncommittedPush:
                 self.results.append("uncommitted")
                 return None

@@ -35,6 +35,7 @@ from tensorkv.errors import (
     StoreClosed,
     StoreMismatch,
     TensorKVError,
+    UncommittedPush,
     UpdaterError,
     WaitTimeout,
 )
@@ -1481,3 +1482,52 @@ def test_the_scheduler_hears_of_a_delete_before_the_key_can_be_looked_up_again(
         assert "w" not in kv
 
     run_job(work, num_workers=1, num_servers=1, timeout_s=DEADLINE_S)
+
+
+@pytest.mark.parametrize("host", ["inproc", "127.0.0.1"])
+def test_calls_behind_a_deferred_push_that_waits_for_a_commit_are_refused(host: str) -> None:
+    """Sent behind it, a push would end the connection, and a pull would wait for a commit that follows it."""
+    refused = threading.Event()
+
+    def work(kv: KVStore) -> list[float]:
+        kv.set_updater("add")
+        kv.init(["w", "v"], [ones(0), ones(0)])
+        if kv.rank == 1:
+            assert refused.wait(DEADLINE_S)
+        kv.push("w", ones(1))
+        deferred = kv.push("w", ones(10), apply=False, async_op=True)
+        assert deferred is not None
+        if kv.rank == 0:
+            calls: list[Callable[[], Any]] = [
+                lambda: kv.push("w", ones(100)),
+                lambda: kv.push(["v", "w"], [ones(100)] * 2),
+                lambda: kv.push("w", ones(100), apply=False),
+                lambda: kv.push("w", ones(100), async_op=True),
+                lambda: kv.pushpull("w", ones(100)),
+                lambda: kv.pull("w"),
+                lambda: kv.pull(["v", "w"], async_op=True),
+                lambda: kv.put("w", ones(100)),
+            ]
+            for call in calls:
+                with pytest.raises(UncommittedPush, match="key 'w' was pushed with apply=False"):
+                    call()
+            refused.set()
+        deferred.wait()
+        assert kv.commit().applied
+        return [value[0].item() for value in kv.pull(["w", "v"])]
+
+    found = run_job(work, num_workers=2, num_servers=2, host=host, timeout_s=DEADLINE_S)
+    assert found == [[22.0, 0.0]] * 2
+
+
+def test_a_fault_of_a_key_that_a_load_replaces_is_not_the_new_keys() -> None:
+    with open_dist("dist_sync", embedded=True) as kv:
+        assert isinstance(kv, DistStore)
+        kv.init("w", ones(1))
+        saved = kv.state_dict()
+        kv.set_updater(refuse)
+        kv.push("w", ones())
+        kv._flush(DEADLINE_S)
+        assert kv._core.keys.faults
+        kv.load_state_dict(saved)
+        assert kv.pull("w").tolist() == [1.0] * 4

@@ -117,29 +117,62 @@ def test_a_deferred_call_makes_its_keys_busy_and_knows_whom_it_follows() -> None
     assert bench.core.defer(a, "first") == []
     assert bench.core.defer([*a, *b], "second") == ["first"]
     assert bench.busy("a", "b", "c") == ["a", "b"]
-    assert bench.core.deferred(None) == ["second", "second"]
+    assert bench.core.defer(a, "third") == ["first", "second"]
+    assert bench.core.deferred(b) == ["second"]
+    bench.core.end_deferred("second")  # it has given up waiting for the first
+    assert bench.busy("a", "b", "c") == ["a"]
+    assert bench.core.deferred(None) == ["first", "third"]
     assert bench.push("a")  # the deferred call itself
-    bench.core.end_deferred("first")
-    assert bench.core.deferred(a) == ["second"]
-    bench.core.end_deferred("second")
+    for call in ("first", "third"):
+        bench.core.end_deferred(call)
     assert bench.core.deferred(None) == []
     assert not bench.core.settled
+
+
+def test_a_deferred_push_that_waits_for_a_commit_keeps_its_keys_from_other_calls() -> None:
+    """Else they would be sent behind it, and wait for a commit that comes after them."""
+    bench = Bench()
+    states = bench.plan("a", "b").states
+    assert bench.push("a")
+    bench.core.defer(states[:1], "later", apply=False)
+    assert bench.core.needs_commit
+    bench.core.check_may_use(states[1:], "pull")
+    with pytest.raises(UncommittedPush, match="pull: key 'a' was pushed with apply=False"):
+        bench.core.check_may_use(states, "pull")
+    bench.core.check_committed(None, "save")  # it waits for deferred calls first
+    bench.core.merged({7}, bench.core.count)
+    assert bench.push("a", apply=False)
+    bench.core.end_deferred("later")
+    with pytest.raises(UncommittedPush):
+        bench.core.check_may_use(states, "pull")
+
+
+def test_a_push_behind_one_of_another_thread_that_waits_for_a_commit_is_refused() -> None:
+    bench = Bench()
+    assert bench.push("a", apply=False)
+    told = [list(each) for each in bench.told]
+    for _ in range(2):  # also once it is merged: the server would take it for a mistake
+        with pytest.raises(UncommittedPush, match="push: key 'a' was pushed with apply=False"):
+            bench.push("a", "b")
+        bench.core.merged({7}, bench.core.count)
+    assert bench.told == told
+    assert bench.push("b")
 
 
 def test_keys_that_wait_for_a_commit() -> None:
     bench = Bench()
     states = bench.plan("a", "b").states
-    bench.core.check_committed(states, "push")
+    bench.core.check_may_use(states, "push")
     assert bench.push("b", apply=False)
-    bench.core.check_committed(states[:1], "push")
+    bench.core.check_may_use(states[:1], "push")
     with pytest.raises(UncommittedPush, match="push: key 'b' was pushed with apply=False"):
-        bench.core.check_committed(states, "push")
+        bench.core.check_may_use(states, "push")
     with pytest.raises(UncommittedPush, match="save: key 'b'"):
-        bench.core.check_all_committed("save")
+        bench.core.check_committed(None, "save")
     bench.core.retire([state.entry for state in states], states)
     assert bench.core.uncommitted == set()
     assert bench.core.settled
-    bench.core.check_all_committed("save")
+    bench.core.check_committed(None, "save")
 
 
 def test_a_key_that_was_deleted_meanwhile_is_not_pushed() -> None:

@@ -106,6 +106,19 @@ def test_a_fault_is_raised_once_however_many_slices_tell_it() -> None:
         bench.table.raise_faults()
 
 
+def test_the_fault_of_a_key_goes_with_it() -> None:
+    bench = Bench(entry("a", 1), entry("b", 2))
+    bench.fault(10, 1, UpdaterError("of the old key"))
+    bench.fault(20, 1, UpdaterError("of another"))
+    bench.table.retire([entry("a", 1)])
+    bench.table.learn([entry("a", 5)])
+    bench.table.raise_faults(["a"])
+    bench.fault(50, 1, UpdaterError("of the new one"))
+    bench.table.retire([entry("b", 2)])
+    with pytest.raises(UpdaterError, match="of the new one"):
+        bench.table.raise_faults()
+
+
 def test_several_faults_are_one_error_with_notes() -> None:
     bench = Bench()
     bench.table.learn([entry("a", 1), entry("b", 2)])

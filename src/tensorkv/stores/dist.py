@@ -148,6 +148,10 @@ class DistStore(KVStore):
             with self._job.order:
                 self._core.keys.raise_faults(keys)
 
+    def _check_may_use(self, states: Sequence[KeyState], call: str) -> None:
+        with self._job.order:
+            self._core.check_may_use(states, call)
+
     # ---- init ------------------------------------------------------------------------------------
 
     def _init(self, keys: tuple[Key, ...], values: list[torch.Tensor], whole: bool) -> None:
@@ -245,8 +249,6 @@ class DistStore(KVStore):
         what = f"delete of {keys[0]!r}"
         self._pusher.await_deferred(states, what)
         self._retire([state.entry for state in states], what, states)
-        with self._job.order:
-            self._core.keys.drop_faults([state.key for state in states])
 
     def _retire(self, entries: Sequence[m.KeyEntry], what: str, deleted: Sequence[KeyState] = ()) -> None:
         try:
@@ -309,7 +311,7 @@ class DistStore(KVStore):
                 self._pusher.await_sent(latch, what)
 
         if async_op:
-            return self._pusher.later_work(states, push_rest, what)
+            return self._pusher.later_work(states, push_rest, what, apply)
         self._pusher.await_deferred(states, what)
         push_rest()
         return None
@@ -322,11 +324,11 @@ class DistStore(KVStore):
         plan, singles = batch.known, batch.singles
         if plan is None and singles:
             plan = self._plan_of_push(batch.keys, singles)
-        if plan is not None and singles and not (plan.dropped or self._core.uncommitted):
+        if plan is not None and singles and not (plan.dropped or self._core.needs_commit):
             return plan, singles
         batch = batch.checked()
         states = self._known(batch.keys)
-        self._core.check_committed(states, "push")
+        self._check_may_use(states, "push")
         for state, tensors in zip(states, batch.tensors, strict=True):
             for tensor in tensors:
                 check_matches("the pushed tensor", tensor, state.key, state.shape, state.dtype)
@@ -355,7 +357,7 @@ class DistStore(KVStore):
             self._job.poll()
         self._raise_faults(keys)
         states = self._known(keys)
-        self._core.check_committed(states, "put")
+        self._check_may_use(states, "put")
         for state, value in zip(states, values, strict=True):
             check_matches("the value", value, state.key, state.shape, state.dtype)
         what = f"put of {keys[0]!r}"
@@ -444,7 +446,7 @@ class DistStore(KVStore):
         if (
             plan
             and singles
-            and not (plan.dropped or self._core.uncommitted)
+            and not (plan.dropped or self._core.needs_commit)
             and (known or plan.fits(singles))
         ):
             destinations = Destinations(plan.states, singles, None, plan.sizes_bytes, plain=known)
@@ -454,7 +456,7 @@ class DistStore(KVStore):
         batch = batch.checked()
         keys = tuple(dict.fromkeys(batch.keys))
         states = self._known(keys)
-        self._core.check_committed(states, "pull")
+        self._check_may_use(states, "pull")
         outs_of: dict[Key, list[torch.Tensor]] = {key: [] for key in keys}
         state_of = dict(zip(keys, states, strict=True))
         for key, outs in zip(batch.keys, batch.outs, strict=True):
@@ -551,7 +553,7 @@ class DistStore(KVStore):
                 self._job.num_changes_queued += 1
             self._settings = table
         if not self._policy.settings_wait:  # else another rank's push could overtake it
-            self._flush(self._timeout_s)
+            self._flush(self._timeout_s, "a setting")
         elif self._job.num_changes_queued >= MAX_QUEUED_CHANGES:
             self._job.pump()
 
@@ -633,7 +635,7 @@ class DistStore(KVStore):
         while led is None:
             self._pusher.await_deferred(None, call)
             with self._after_commit(call), self._job.order:
-                self._core.check_all_committed(call)
+                self._core.check_committed(None, call)
             self._pusher.await_merged(call)
             with self._hold.one_call(call), self._job.whole, self._hold.back(), self._transfer.alone():
                 led = self._try_alone(save)
@@ -642,7 +644,7 @@ class DistStore(KVStore):
         led.check()
 
     def _after_commit(self, call: str) -> AbstractContextManager[None]:
-        """Wait for a commit that another thread has asked for, and let none begin."""
+        """Wait for a commit that another thread has asked for, and let none begin within the block."""
         whom = "another thread, which is in commit"
         return Taken(
             self._committing,
@@ -679,7 +681,7 @@ class DistStore(KVStore):
         """Run a collective call: all workers arrive, the lowest rank leads, and all learn the outcome."""
         with self._hold.one_call(call):
             self._pusher.await_deferred(None, call)
-            self._flush(self._timeout_s)  # this worker's pushes have reached the servers
+            self._flush(self._timeout_s, call)  # this worker's pushes have reached the servers
             with self._job.whole:
                 try:
                     led = self._lead_or_follow(act_together(self._core, call), call, lead)
@@ -727,9 +729,9 @@ class DistStore(KVStore):
             self._flush(timeout_s)  # earlier pushes of others may have failed a round of ours
         self._raise_faults()
 
-    def _flush(self, timeout_s: float) -> None:
+    def _flush(self, timeout_s: float, call: str = "barrier") -> None:
         """Wait until the servers have handled all that this worker has sent."""
-        self._job.ask_all(lambda n: m.Flush(n, self._store), "barrier", timeout_s, self._store)
+        self._job.ask_all(lambda n: m.Flush(n, self._store), call, timeout_s, self._store)
 
     def _close(self) -> None:
         try:

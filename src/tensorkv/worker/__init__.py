@@ -7,7 +7,8 @@ window of memory that the servers of its host map. All stores of the process sha
 Each store has a pure core (`core.py`): what it knows, what may be sent next, what a reply vouches for. A call
 that needs several messages, or a wait between them, is a conversation (`conversations.py`), pure as well: it
 calls the core and says what to wait for. Around them is the shell: `driver.py` carries conversations out,
-`pusher.py` and `pullcall.py` send what needs no wait, and `stores/dist.py` checks a call and starts it.
+`pullcall.py` sends and awaits a pull, `pusher.py` gathers and sends pushes, and makes those of a conversation,
+and `stores/dist.py` checks a call and starts it.
 
 STATE
     session     `order`         lock, held while the messages of one call are queued to all servers
@@ -38,7 +39,7 @@ RULES
    is queued for a store after its Leave.
 2. Ahead. In `dist_sync` a worker has at most one unmerged push per key. Only the next push of such a key
    waits. The free keys of a list are sent at once, and each busy one when `backpressure.py` learns that it is
-   merged.
+   merged. A key pushed with apply=False is not used at all until the commit.
 3. Program order. A call with async_op that cannot be sent yet is deferred to a thread of its own. Later calls
    on its keys wait for it.
 4. A pull, put, commit or merge notice vouches only for pushes queued before it (`up_to`). Later ones stay

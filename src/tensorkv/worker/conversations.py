@@ -90,7 +90,7 @@ class Change:
 class AwaitReplies:
     """Wait until these requests have ended. With `keep`, they stay open if the wait fails.
 
-    `leaving` tells that the store was left with them.
+    `leaving`: they have left the store, which else would end the wait.
     """
 
     asked: Asked

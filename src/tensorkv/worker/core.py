@@ -40,6 +40,15 @@ class SentCommit:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class _Deferred:
+    """The keys of a call that could not be sent yet, and whether it applies what it pushes."""
+
+    key_ids: frozenset[int]
+    apply: bool
+
+
+@final
 class WorkerCore:
     """The state of one store in one worker. Pure: the caller holds one lock, and no method waits.
 
@@ -78,7 +87,7 @@ class WorkerCore:
         self._rounds_wait = policy.rounds_wait
         self._unmerged: dict[int, int] = {}  # key id -> number of its last push, until it is known merged
         self._newest = 0  # the largest number in it since it was last empty
-        self.deferred_of: dict[int, Any] = {}  # key id -> the last call on it that could not be sent yet
+        self.deferred_calls: dict[Any, _Deferred] = {}  # in order; those that could not be sent yet
         self._commit: SentCommit | None = None
 
     # ---- push ------------------------------------------------------------------------------------
@@ -86,11 +95,12 @@ class WorkerCore:
     @property
     def may_be_busy(self) -> bool:
         """Whether any key is busy."""
-        return bool(self._unmerged or self.deferred_of)
+        return bool(self._unmerged or self.deferred_calls)
 
     def busy(self, plan: Plan) -> set[int]:
         """Return the ids of the keys whose last push by this worker may not be merged, or is not sent yet."""
-        return (self._unmerged.keys() | self.deferred_of.keys()) & plan.key_ids
+        found = self._unmerged.keys() & plan.key_ids
+        return found.union(*(plan.key_ids & each.key_ids for each in self.deferred_calls.values()))
 
     def push(
         self,
@@ -102,7 +112,8 @@ class WorkerCore:
     ) -> bool:
         """Queue a push to all its servers.
 
-        Returns False, and does nothing, if a key is busy or changes are held back.
+        Returns False, and does nothing, if the last push of a key may not be merged, or changes are held
+        back. The caller knows whether an earlier call on a key is deferred.
 
         Args:
             plan: what to push.
@@ -111,8 +122,10 @@ class WorkerCore:
             replies: by server, the request that gets the values after the round.
 
         Raises:
-            StoreClosed, KeyDeleted: by another thread, meanwhile.
+            StoreClosed, KeyDeleted, UncommittedPush: by another thread, meanwhile.
         """
+        if self.uncommitted and not plan.key_ids.isdisjoint(self.uncommitted):
+            self.check_committed(plan.states, "push")
         if self.held or (self._unmerged and not plan.key_ids.isdisjoint(self._unmerged)):
             return False
         self.tell(plan)
@@ -144,7 +157,7 @@ class WorkerCore:
 
     @property
     def settled(self) -> bool:
-        """Whether every push of this worker is known, from pulls, to be applied or to have failed."""
+        """Whether every push of this worker is known to be merged. A commit may still have to apply it."""
         return self._rounds_wait and not self.may_be_busy
 
     def tell(self, plan: Plan) -> None:
@@ -158,21 +171,25 @@ class WorkerCore:
 
     # ---- calls that cannot be sent yet -----------------------------------------------------------
 
-    def defer(self, states: Sequence[KeyState], call: Any) -> list[Any]:
-        """Note a call on these keys that cannot be sent yet; return the earlier ones that it waits for."""
+    def defer(self, states: Sequence[KeyState], call: Any, apply: bool = True) -> list[Any]:
+        """Note a call on these keys that cannot be sent yet; return the earlier ones that it waits for.
+
+        Without `apply` it is a push that waits for a commit.
+        """
         before = self.deferred(states)
-        self.deferred_of.update(dict.fromkeys((state.key_id for state in states), call))
+        self.deferred_calls[call] = _Deferred(frozenset(state.key_id for state in states), apply)
         return before
 
     def deferred(self, states: Sequence[KeyState] | None) -> list[Any]:
-        """Return the last deferred call on each of these keys (None: on every key)."""
+        """Return the deferred calls on any of these keys (None: on any key), in order."""
         if states is None:
-            return list(self.deferred_of.values())
-        return [call for state in states if (call := self.deferred_of.get(state.key_id)) is not None]
+            return list(self.deferred_calls)
+        key_ids = {state.key_id for state in states}
+        return [call for call, each in self.deferred_calls.items() if not key_ids.isdisjoint(each.key_ids)]
 
     def end_deferred(self, call: Any) -> None:
         """Note that a deferred call has ended."""
-        self.deferred_of = {key_id: each for key_id, each in self.deferred_of.items() if each is not call}
+        del self.deferred_calls[call]
 
     # ---- put and init ----------------------------------------------------------------------------
 
@@ -213,18 +230,24 @@ class WorkerCore:
         self.merged(sent.key_ids, sent.up_to)
         return replies
 
-    def check_committed(self, states: Sequence[KeyState], call: str) -> None:
-        """Raise UncommittedPush if one of the keys waits for this worker's commit."""
-        if self.uncommitted:
-            for state in states:
-                if state.key_id in self.uncommitted:
-                    raise UncommittedPush(
-                        f"{call}: key {state.key!r} was pushed with apply=False; call commit() first"
-                    )
+    @property
+    def needs_commit(self) -> bool:
+        """Whether a key was pushed with apply=False, or a deferred call will do so."""
+        if not self.deferred_calls:  # the usual case, in every push
+            return bool(self.uncommitted)
+        return bool(self.uncommitted) or any(not each.apply for each in self.deferred_calls.values())
 
-    def check_all_committed(self, call: str) -> None:
-        """Raise UncommittedPush if any key waits for this worker's commit."""
-        self.check_committed(self.keys.of_ids(self.uncommitted), call)
+    def check_may_use(self, states: Sequence[KeyState], call: str) -> None:
+        """Raise UncommittedPush if one of the keys waits for this worker's commit, or will."""
+        if self.needs_commit:
+            deferred = [each.key_ids for each in self.deferred_calls.values() if not each.apply]
+            _check_none_of(self.uncommitted.union(*deferred), states, call)
+
+    def check_committed(self, states: Sequence[KeyState] | None, call: str) -> None:
+        """Raise UncommittedPush if one of the keys (None: any) waits for this worker's commit."""
+        _check_none_of(
+            self.uncommitted, self.keys.of_ids(self.uncommitted) if states is None else states, call
+        )
 
     # ---- leaving ---------------------------------------------------------------------------------
 
@@ -275,6 +298,14 @@ class WorkerCore:
         """Raise StoreClosed if another thread has closed the store meanwhile."""
         if self.store in self._left:
             raise closed_meanwhile("a call")
+
+
+def _check_none_of(uncommitted: set[int], states: Sequence[KeyState], call: str) -> None:
+    for state in states:
+        if state.key_id in uncommitted:
+            raise UncommittedPush(
+                f"{call}: key {state.key!r} was pushed with apply=False; call commit() first"
+            )
 
 
 def init_messages(

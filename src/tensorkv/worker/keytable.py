@@ -87,14 +87,15 @@ class KeyTable:
         return found, states
 
     def forget_names(self) -> list[KeyState]:
-        """Ask the scheduler anew about every key, as a load may have replaced it; return what was known."""
+        """Forget which key has which name, as a load may have replaced it; return what was known."""
         states = list(self.states.values())
         self.states.clear()
         return states
 
     def _remove(self, state: KeyState) -> None:
-        if self.states.get(state.key) is state:
-            del self.states[state.key]
+        if self.states.get(state.key, state) is state:
+            self.states.pop(state.key, None)
+            self.faults.pop(state.key, None)
         for each in state.entry.slices:
             self._of_slice.pop(each.slice_id, None)
         self._of_id.pop(state.key_id, None)
@@ -128,11 +129,6 @@ class KeyTable:
     def restart_changes(self) -> None:
         """Changes of options are counted from 1 again: a save was loaded."""
         self._raised_change = 0
-
-    def drop_faults(self, keys: Sequence[Key]) -> None:
-        """Forget the errors of keys that were deleted."""
-        for key in keys:
-            self.faults.pop(key, None)
 
     def raise_faults(self, keys: Sequence[Key] | None = None) -> None:
         """Raise the errors that servers have reported for these keys (None: all), each once."""

@@ -219,7 +219,7 @@ class Pusher:
 
     def deferred(self, states: Sequence[KeyState]) -> bool:
         """Whether an earlier call with `async_op` on one of these keys is still deferred."""
-        if not self._core.deferred_of:
+        if not self._core.deferred_calls:
             return False
         with self._job.order:
             return bool(self._core.deferred(states))
@@ -228,7 +228,7 @@ class Pusher:
         self, states: Sequence[KeyState] | None, what: str, timeout_s: float | None = None
     ) -> list[concurrent.futures.Future[Any]]:
         """Wait until the deferred calls on these keys (None: on any) have ended, and return them."""
-        if not self._core.deferred_of:
+        if not self._core.deferred_calls:
             return []
         with self._job.order:
             found: list[concurrent.futures.Future[Any]] = self._core.deferred(states)
@@ -236,7 +236,7 @@ class Pusher:
         return found
 
     def await_all_deferred(self, what: str, timeout_s: float) -> None:
-        """Wait for all deferred calls; one that times out may not have pushed everything, and ends this call.
+        """Wait for all calls that are deferred now. One that times out ends this call, too.
 
         Raises:
             WaitTimeout: also that of such a call, whose text names the missing ranks.
@@ -264,15 +264,18 @@ class Pusher:
             while not concurrent.futures.wait([future], TICK_S).done:
                 wait.tick()
 
-    def later_work(self, states: Sequence[KeyState], call: Callable[[], Any], what: str) -> Work:
+    def later_work(
+        self, states: Sequence[KeyState], call: Callable[[], Any], what: str, apply: bool = True
+    ) -> Work:
         """Return the work of a call that must wait; see `run_later`.
 
         Such a call has deadlines of its own, and gets the time to report whom it waited for.
         """
-        return Work(self.run_later(states, call, what), what, self._driver.timeout_s + LAST_WORD_S)
+        done = self.run_later(states, call, what, apply)
+        return Work(done, what, self._driver.timeout_s + LAST_WORD_S)
 
     def run_later(
-        self, states: Sequence[KeyState], call: Callable[[], Any], what: str
+        self, states: Sequence[KeyState], call: Callable[[], Any], what: str, apply: bool = True
     ) -> concurrent.futures.Future[Any]:
         """Run a call that must wait in a thread of its own; later calls on its keys wait for it.
 
@@ -280,10 +283,11 @@ class Pusher:
             states: the keys of the call; it runs after earlier deferred calls on them.
             call: makes the call, blocking.
             what: for texts.
+            apply: False if the call is a push that waits for a commit.
         """
         done: concurrent.futures.Future[Any] = concurrent.futures.Future()
         with self._job.order:
-            before = self._core.defer(states, done)
+            before = self._core.defer(states, done, apply)
 
         def run() -> None:
             try:
