@@ -7,8 +7,8 @@ window of memory that the servers of its host map. All stores of the process sha
 Each store has a pure core (`core.py`): what it knows, what may be sent next, what a reply vouches for. A call
 that needs several messages, or a wait between them, is a conversation (`conversations.py`), pure as well: it
 calls the core and says what to wait for. Around them is the shell: `driver.py` carries conversations out,
-`pullcall.py` sends and awaits a pull, `pusher.py` gathers and sends pushes, and makes those of a conversation,
-and `stores/dist.py` checks a call and starts it.
+`pullcall.py` sends and awaits a pull, `pusher.py` gathers and sends pushes, also those of a conversation, and
+`stores/dist.py` checks a call and starts it.
 
 STATE
     session     `order`         lock, held while the messages of one call are queued to all servers
