@@ -140,11 +140,16 @@ def test_a_deferred_push_that_waits_for_a_commit_keeps_its_keys_from_other_calls
     with pytest.raises(UncommittedPush, match="pull: key 'a' was pushed with apply=False"):
         bench.core.check_may_use(states, "pull")
     bench.core.check_committed(None, "save")  # it waits for deferred calls first
+    bench.core.defer(states[1:], "given up", apply=False)
+    bench.core.end_deferred("given up")
+    bench.core.check_may_use(states[1:], "pull")
     bench.core.merged({7}, bench.core.count)
     assert bench.push("a", apply=False)
     bench.core.end_deferred("later")
     with pytest.raises(UncommittedPush):
         bench.core.check_may_use(states, "pull")
+    bench.core.retire([ENTRIES[0]])
+    assert not bench.core.needs_commit
 
 
 def test_a_push_behind_one_of_another_thread_that_waits_for_a_commit_is_refused() -> None:

@@ -52,7 +52,7 @@ class _Deferred:
 class WorkerCore:
     """The state of one store in one worker. Pure: the caller holds one lock, and no method waits.
 
-    Without the lock one may read `held`, `may_be_busy`, and whether a collection is empty.
+    Without the lock one may read `held`, `may_be_busy`, `needs_commit`, and whether a collection is empty.
 
     Args:
         store: its number.
@@ -88,6 +88,7 @@ class WorkerCore:
         self._unmerged: dict[int, int] = {}  # key id -> number of its last push, until it is known merged
         self._newest = 0  # the largest number in it since it was last empty
         self.deferred_calls: dict[Any, _Deferred] = {}  # in order; those that could not be sent yet
+        self._num_deferred_commits = 0  # those among them that push with apply=False
         self._commit: SentCommit | None = None
 
     # ---- push ------------------------------------------------------------------------------------
@@ -178,6 +179,7 @@ class WorkerCore:
         """
         before = self.deferred(states)
         self.deferred_calls[call] = _Deferred(frozenset(state.key_id for state in states), apply)
+        self._num_deferred_commits += not apply
         return before
 
     def deferred(self, states: Sequence[KeyState] | None) -> list[Any]:
@@ -189,7 +191,7 @@ class WorkerCore:
 
     def end_deferred(self, call: Any) -> None:
         """Note that a deferred call has ended."""
-        del self.deferred_calls[call]
+        self._num_deferred_commits -= not self.deferred_calls.pop(call).apply
 
     # ---- put and init ----------------------------------------------------------------------------
 
@@ -233,9 +235,7 @@ class WorkerCore:
     @property
     def needs_commit(self) -> bool:
         """Whether a key was pushed with apply=False, or a deferred call will do so."""
-        if not self.deferred_calls:  # the usual case, in every push
-            return bool(self.uncommitted)
-        return bool(self.uncommitted) or any(not each.apply for each in self.deferred_calls.values())
+        return bool(self.uncommitted or self._num_deferred_commits)
 
     def check_may_use(self, states: Sequence[KeyState], call: str) -> None:
         """Raise UncommittedPush if one of the keys waits for this worker's commit, or will."""
