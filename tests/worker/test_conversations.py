@@ -528,3 +528,17 @@ def test_workers_meet_before_they_act_at_rest() -> None:
     said, (reply, _) = say(act_at_rest(core, "save('x')"), [DONE, DONE], last)
     assert said == [m.Flush(1, 3), m.Together(1, 3, "save('x')", only_meet=False)]
     assert reply is last
+
+
+def test_what_changes_values_is_queued_when_nothing_is_held_back() -> None:
+    bench = Bench()
+    plan = bench.plan("a")
+    for conversation in (
+        put(bench.core, plan, [[memoryview(bytes(4))]] * 2),
+        commit_of(bench),
+        retire(bench.core, [ENTRIES[0]], plan.states),
+        leave(bench.core),
+    ):
+        change = next(conversation)
+        assert isinstance(change, Change)
+        assert change.in_turn
