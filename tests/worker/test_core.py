@@ -90,7 +90,7 @@ def test_a_worker_is_at_most_one_push_of_a_key_ahead() -> None:
     assert not bench.core.settled
     bench.core.merged(bench.plan("a", "b", "c").key_ids, bench.core.count)
     assert bench.core.settled
-    assert not bench.core.may_be_busy
+    assert not bench.core.unmerged
     assert bench.push("b", "c")
 
 
@@ -135,7 +135,7 @@ def test_a_deferred_push_that_waits_for_a_commit_keeps_its_keys_from_other_calls
     states = bench.plan("a", "b").states
     assert bench.push("a")
     bench.core.defer(states[:1], "later", apply=False)
-    assert bench.core.needs_commit
+    assert bench.core.num_deferred_commits == 1
     bench.core.check_may_use(states[1:], "pull")
     with pytest.raises(UncommittedPush, match="pull: key 'a' was pushed with apply=False"):
         bench.core.check_may_use(states, "pull")
@@ -149,7 +149,8 @@ def test_a_deferred_push_that_waits_for_a_commit_keeps_its_keys_from_other_calls
     with pytest.raises(UncommittedPush):
         bench.core.check_may_use(states, "pull")
     bench.core.retire([ENTRIES[0]])
-    assert not bench.core.needs_commit
+    assert bench.core.uncommitted == set()
+    assert bench.core.num_deferred_commits == 0
 
 
 def test_a_push_behind_one_of_another_thread_that_waits_for_a_commit_is_refused() -> None:

@@ -117,7 +117,7 @@ class DistStore(KVStore):
         self._core = core = WorkerCore(
             self._store, policy, job.links, job.plan_numbers, job.left, job.control.notify
         )
-        self._plans = core.plans
+        self._plans, self._faults = core.plans, core.keys.faults
         self._hold = Hold(job, core, timeout_s)
         self._driver = Driver(job, core, self._hold, timeout_s)
         self._pusher = Pusher(job, core, self._driver, policy)
@@ -144,7 +144,7 @@ class DistStore(KVStore):
 
     def _raise_faults(self, keys: Sequence[Key] | None = None) -> None:
         """Raise the errors that servers have reported for these keys (None: all), each once."""
-        if self._core.keys.faults:
+        if self._faults:
             with self._job.order:
                 self._core.keys.raise_faults(keys)
 
@@ -320,11 +320,17 @@ class DistStore(KVStore):
         """Check a whole push, sum over devices, and return its plan and a tensor per key, on any device."""
         if not self._rounds_wait:  # else, a pull or the wait for a merge delivers the faults
             self._job.poll()
-        self._raise_faults(batch.keys)
+        if self._faults:  # as every call that a step makes: a call in between costs more than the look
+            self._raise_faults(batch.keys)
         plan, singles = batch.known, batch.singles
         if plan is None and singles:
             plan = self._plan_of_push(batch.keys, singles)
-        if plan is not None and singles and not (plan.dropped or self._core.needs_commit):
+        core = self._core
+        if (
+            plan is not None
+            and singles
+            and not (plan.dropped or core.uncommitted or core.num_deferred_commits)
+        ):
             return plan, singles
         batch = batch.checked()
         states = self._known(batch.keys)
@@ -440,13 +446,14 @@ class DistStore(KVStore):
 
     def _prepare_pull(self, batch: PullBatch) -> PullCall:
         """Check a whole pull, and return the call to send."""
-        self._raise_faults(batch.keys)
+        if self._faults:
+            self._raise_faults(batch.keys)
         known, singles = batch.known is not None, batch.singles
         plan = batch.known if known else self._plans.last_pull.get(batch.keys)
         if (
             plan
             and singles
-            and not (plan.dropped or self._core.needs_commit)
+            and not (plan.dropped or self._core.uncommitted or self._core.num_deferred_commits)
             and (known or plan.fits(singles))
         ):
             destinations = Destinations(plan.states, singles, None, plan.sizes_bytes, plain=known)
@@ -482,10 +489,11 @@ class DistStore(KVStore):
             if error is not None:
                 raise error
             call.destinations.finish()
-            if not call.destinations.unmerged and self._core.may_be_busy:
+            if self._core.unmerged and not call.destinations.unmerged:
                 with self._job.order:
                     self._core.merged(plan.key_ids, call.up_to)
-            self._raise_faults(batch.keys)
+            if self._faults:
+                self._raise_faults(batch.keys)
             return answer(batch, made)
 
         return PullCall(plan, destinations, finish)

@@ -218,7 +218,7 @@ def _push_merged(core: WorkerCore, plan: Plan, places: Sequence[int]) -> Convers
 
 def await_merged(core: WorkerCore) -> Conversation[None]:
     """Wait until everything that this worker has pushed so far is merged. Later pushes go on."""
-    states = yield Change(core.unmerged)
+    states = yield Change(core.unmerged_keys)
     if states:
         watch: Watch = yield WatchMerged(states)
         try:

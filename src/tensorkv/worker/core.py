@@ -52,7 +52,7 @@ class _Deferred:
 class WorkerCore:
     """The state of one store in one worker. Pure: the caller holds one lock, and no method waits.
 
-    Without the lock one may read `held`, `may_be_busy`, `needs_commit`, and whether a collection is empty.
+    Without the lock one may read `held`, `num_deferred_commits`, and whether a collection is empty.
 
     Args:
         store: its number.
@@ -85,22 +85,17 @@ class WorkerCore:
         self._left = left
         self._notify = notify
         self._rounds_wait = policy.rounds_wait
-        self._unmerged: dict[int, int] = {}  # key id -> number of its last push, until it is known merged
+        self.unmerged: dict[int, int] = {}  # key id -> number of its last push, until it is known merged
         self._newest = 0  # the largest number in it since it was last empty
         self.deferred_calls: dict[Any, _Deferred] = {}  # in order; those that could not be sent yet
-        self._num_deferred_commits = 0  # those among them that push with apply=False
+        self.num_deferred_commits = 0  # those among them that push with apply=False
         self._commit: SentCommit | None = None
 
     # ---- push ------------------------------------------------------------------------------------
 
-    @property
-    def may_be_busy(self) -> bool:
-        """Whether any key is busy."""
-        return bool(self._unmerged or self.deferred_calls)
-
     def busy(self, plan: Plan) -> set[int]:
         """Return the ids of the keys whose last push by this worker may not be merged, or is not sent yet."""
-        found = self._unmerged.keys() & plan.key_ids
+        found = self.unmerged.keys() & plan.key_ids
         return found.union(*(plan.key_ids & each.key_ids for each in self.deferred_calls.values()))
 
     def push(
@@ -127,7 +122,7 @@ class WorkerCore:
         """
         if self.uncommitted and not plan.key_ids.isdisjoint(self.uncommitted):
             self.check_committed(plan.states, "push")
-        if self.held or (self._unmerged and not plan.key_ids.isdisjoint(self._unmerged)):
+        if self.held or (self.unmerged and not plan.key_ids.isdisjoint(self.unmerged)):
             return False
         self.tell(plan)
         servers, reply = self.servers, 0
@@ -138,28 +133,28 @@ class WorkerCore:
         self.count += 1
         if self._rounds_wait:
             self._newest = self.count
-            self._unmerged.update(dict.fromkeys(plan.key_ids, self.count))
+            self.unmerged.update(dict.fromkeys(plan.key_ids, self.count))
             if not apply:
                 self.uncommitted |= plan.key_ids
         return True
 
     def merged(self, key_ids: frozenset[int] | set[int], up_to: int) -> None:
         """Note that the pushes of these keys up to this number are merged."""
-        if self._newest <= up_to and self._unmerged.keys() == key_ids:  # the common case
-            self._unmerged.clear()
+        if self._newest <= up_to and self.unmerged.keys() == key_ids:  # the common case
+            self.unmerged.clear()
             return
         for key_id in key_ids:
-            if self._unmerged.get(key_id, up_to + 1) <= up_to:
-                del self._unmerged[key_id]
+            if self.unmerged.get(key_id, up_to + 1) <= up_to:
+                del self.unmerged[key_id]
 
-    def unmerged(self) -> list[KeyState]:
+    def unmerged_keys(self) -> list[KeyState]:
         """Return the keys whose last push may not be merged."""
-        return self.keys.of_ids(self._unmerged)
+        return self.keys.of_ids(self.unmerged)
 
     @property
     def settled(self) -> bool:
         """Whether every push of this worker is known to be merged. A commit may still have to apply it."""
-        return self._rounds_wait and not self.may_be_busy
+        return self._rounds_wait and not (self.unmerged or self.deferred_calls)
 
     def tell(self, plan: Plan) -> None:
         """Queue what servers have to know before a message names this plan.
@@ -167,7 +162,8 @@ class WorkerCore:
         Raises:
             StoreClosed, KeyDeleted: by another thread, meanwhile.
         """
-        self.check_open()
+        if self.store in self._left:
+            self.check_open()
         self.plans.tell(plan)
 
     # ---- calls that cannot be sent yet -----------------------------------------------------------
@@ -179,7 +175,7 @@ class WorkerCore:
         """
         before = self.deferred(states)
         self.deferred_calls[call] = _Deferred(frozenset(state.key_id for state in states), apply)
-        self._num_deferred_commits += not apply
+        self.num_deferred_commits += not apply
         return before
 
     def deferred(self, states: Sequence[KeyState] | None) -> list[Any]:
@@ -191,7 +187,7 @@ class WorkerCore:
 
     def end_deferred(self, call: Any) -> None:
         """Note that a deferred call has ended."""
-        self._num_deferred_commits -= not self.deferred_calls.pop(call).apply
+        self.num_deferred_commits -= not self.deferred_calls.pop(call).apply
 
     # ---- put and init ----------------------------------------------------------------------------
 
@@ -232,14 +228,9 @@ class WorkerCore:
         self.merged(sent.key_ids, sent.up_to)
         return replies
 
-    @property
-    def needs_commit(self) -> bool:
-        """Whether a key was pushed with apply=False, or a deferred call will do so."""
-        return bool(self.uncommitted or self._num_deferred_commits)
-
     def check_may_use(self, states: Sequence[KeyState], call: str) -> None:
         """Raise UncommittedPush if one of the keys waits for this worker's commit, or will."""
-        if self.needs_commit:
+        if self.uncommitted or self.num_deferred_commits:
             deferred = [each.key_ids for each in self.deferred_calls.values() if not each.apply]
             _check_none_of(self.uncommitted.union(*deferred), states, call)
 

@@ -72,6 +72,7 @@ class ServerLink:
         self._broken_off = broken_off
         self._sender = Sender(connection, name.replace(" ", "-"), self._cannot_send)
         self._requests = RequestTable()
+        self.open, self.drop = self._requests.open, self._requests.drop  # without a call in between
         self._exchanges = self._requests.exchanges  # those that have not ended
         self._waits: dict[int, Wait] = {}
         self._reading = threading.Lock()  # its holder leads
@@ -91,10 +92,6 @@ class ServerLink:
             self.shared = window.open_to(connection, self._put_frame)
 
     # ---- sending ---------------------------------------------------------------------------------
-
-    def open(self, exchange: Exchange) -> int:
-        """Return a new request number; `exchange` gets the replies to it."""
-        return self._requests.open(exchange)
 
     def ask(self, make: Make, parts: list[memoryview] | None = None) -> tuple[int, SingleReply]:
         """Queue, like `put`, the request that `make` builds from its number; return number and exchange."""
@@ -128,10 +125,6 @@ class ServerLink:
     def cut_off(self) -> TensorKVError | None:
         """Return why frames are dropped instead of sent; None while they are not."""
         return PeerLostError(f"the connection to {self.name} has ended") if self._sender.failed else None
-
-    def drop(self, number: int) -> None:
-        """Give up an exchange: its later replies are received and discarded."""
-        self._requests.drop(number)
 
     # ---- receiving -------------------------------------------------------------------------------
 

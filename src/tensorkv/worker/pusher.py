@@ -212,10 +212,11 @@ class Pusher:
 
     def busy(self, plan: Plan) -> bool:
         """Whether the last push of a key of this plan may not be merged, or is not sent yet."""
-        if not self._core.may_be_busy:
+        core = self._core
+        if not (core.unmerged or core.deferred_calls):
             return False
         with self._job.order:
-            return bool(self._core.busy(plan))
+            return bool(core.busy(plan))
 
     def deferred(self, states: Sequence[KeyState]) -> bool:
         """Whether an earlier call with `async_op` on one of these keys is still deferred."""
