@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -134,6 +135,23 @@ def test_a_wait_for_a_merge_ends_with_it_or_with_the_deadline(bench: Bench) -> N
     assert isinstance(error, WaitTimeout)
     assert "waiting for worker 1, round 1 of 'a'" in str(error)
     bench.kv._driver.timeout_s = DEADLINE_S
+
+
+def test_a_watch_that_finds_no_thread_leaves_no_request(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    bench.kv.push(["a", "b"], [torch.ones(2)] * 2)
+    before = [len(link._exchanges) for link in bench.kv._job.links]
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)  # what a limit on threads does
+        (error,) = bench.converse(steps(WatchMerged(bench.kv._known(["a", "b"]))))
+    assert isinstance(error, RuntimeError)
+    assert [len(link._exchanges) for link in bench.kv._job.links] == before
+    bench.other.push(["a", "b"], [torch.ones(2)] * 2)
+    assert torch.equal(bench.kv.pull("a"), torch.full((2,), 2.0))
 
 
 def test_a_conversation_in_a_broken_job_is_ended_where_it_is(bench: Bench) -> None:

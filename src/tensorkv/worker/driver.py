@@ -132,9 +132,13 @@ class Driver:
         def whom() -> str:
             return ", ".join(link.name for link, _ in links)
 
-        watch.wait = job.wait(what, self.timeout_s, ask, store, whom)
-        for link, number in links:
-            link.watch(number, watch.wait)
+        try:
+            watch.wait = job.wait(what, self.timeout_s, ask, store, whom)
+            for link, number in links:
+                link.watch(number, watch.wait)
+        except BaseException:  # no thread can be started, say
+            watch.close()
+            raise
         return watch
 
     def _await_merged(self, watch: Backpressure) -> list[int]:

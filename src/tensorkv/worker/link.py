@@ -200,15 +200,15 @@ class ServerLink:
             wait: gets the server's reports of whom the exchange waits for, if it asks.
         """
         with self._turn:
-            self._watched.add(number)
-            if wait is not None:
-                self._waits[number] = wait
             if self._thread is None:
                 thread = threading.Thread(
                     target=self._lead_watched, name=f"tensorkv-receive-{self.name}", daemon=True
                 )
                 thread.start()
                 self._thread = thread
+            self._watched.add(number)
+            if wait is not None:
+                self._waits[number] = wait
             self._turn.notify_all()
 
     def close(self) -> None:
