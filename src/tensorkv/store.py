@@ -23,7 +23,14 @@ import torch
 from tensorkv.arguments import flag, number, positive, seconds
 from tensorkv.arrays import check_matches, check_summable, shape_of, size_bytes
 from tensorkv.bound import BoundStep
-from tensorkv.errors import DuplicateKey, InvalidArgument, InvalidOption, NotPicklable, StoreClosed
+from tensorkv.errors import (
+    DuplicateKey,
+    InvalidArgument,
+    InvalidOption,
+    NotPicklable,
+    NotSupported,
+    StoreClosed,
+)
 from tensorkv.interrupts import ctrl_c
 from tensorkv.keys import (
     PullBatch,
@@ -83,8 +90,8 @@ class CommitResult:
     """Outcome of a commit.
 
     `applied` is False if some worker asked to skip or, with `check_finite`, an element was not finite;
-    then no value changed. `norm` is the Euclidean norm of all pushed values, before clipping; None
-    if neither `max_norm` nor `check_finite` was given.
+    then no value changed; nor did it with `apply=False`. `norm` is the Euclidean norm of all pushed values,
+    before clipping; None if it was not needed.
     """
 
     applied: bool
@@ -110,6 +117,7 @@ class KVStore(ABC):
     one thread's calls on one key take effect in program order.
     """
 
+    _allows_commit = True  # whether a push may wait for a commit
     _defers_ctrl_c = False  # whether calls have messages that Ctrl-C must not come between
 
     def __init__(self, kind: str, *, store: str, reduction: Reduction, timeout_s: float) -> None:
@@ -537,7 +545,12 @@ class KVStore(ABC):
         self._put(batch.keys, [each[0] for each in batch.tensors])
 
     def commit(
-        self, *, max_norm: float | None = None, skip: bool = False, check_finite: bool = False
+        self,
+        *,
+        max_norm: float | None = None,
+        skip: bool = False,
+        check_finite: bool = False,
+        apply: bool = True,
     ) -> CommitResult:
         """Apply all pushes made with `apply=False`, on all workers together.
 
@@ -551,13 +564,15 @@ class KVStore(ABC):
                 torch.nn.utils.clip_grad_norm_ does.
             skip: drop the round instead; OR-ed over the workers.
             check_finite: drop the round if an element of it is infinite or NaN.
+            apply: False only returns the norm: the pushes stay, for a later commit.
 
         Returns:
             Whether it was applied, and the norm.
 
         Raises:
-            CommitMismatch: the workers' keys, `max_norm` or `check_finite` differ; every worker gets
-                this and nothing is committed.
+            CommitMismatch: the workers' keys, `max_norm`, `check_finite` or `apply` differ; every worker
+                gets this and nothing is committed.
+            InvalidArgument: another argument beside apply=False.
             DtypeMismatch: `max_norm` is given and a pushed key is neither float nor complex; every worker
                 gets this, nothing is committed, and you may call commit again without it.
             NotSupported: in `dist_async`, which has no rounds to commit.
@@ -577,7 +592,13 @@ class KVStore(ABC):
         """
         self._check_usable("commit")
         bound = None if max_norm is None else positive("max_norm", max_norm)
-        return self._commit(bound, flag("skip", skip), flag("check_finite", check_finite))
+        skip, check_finite = flag("skip", skip), flag("check_finite", check_finite)
+        if not flag("apply", apply) and (bound is not None or skip or check_finite):
+            raise InvalidArgument(
+                "commit(apply=False) only measures: pass max_norm, skip and check_finite to the commit that "
+                "applies"
+            )
+        return self._commit(bound, skip, check_finite, apply)
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -684,7 +705,17 @@ class KVStore(ABC):
                 f"{next(iter(options))}= beside a {type(optimizer).__name__} that was made, and has its "
                 f"options in its groups; leave it away, or pass the class, {type(optimizer).__name__}"
             )
-        groups = groups_of(optimizer, self._names(keys), self._parameters.keys_by_id())
+        self._set_instance(optimizer, self._names(keys), self._parameters.keys_by_id())
+
+    def _set_instance(
+        self,
+        optimizer: torch.optim.Optimizer,
+        keys: tuple[Key, ...] | None,
+        keys_by_id: Mapping[int, Sequence[Key]],
+    ) -> None:
+        """Use an optimizer that was made: its single group for `keys`, or each group for those of its
+        parameters."""
+        groups = groups_of(optimizer, keys, keys_by_id)
         checked = [OptimizerGroup(self._names(each.keys), each.options) for each in groups]
         self._set_optimizer(type(optimizer), checked)
         self._parameters.stop_watching()
@@ -1073,6 +1104,10 @@ class KVStore(ABC):
 
     # ---- what a kind of store may do better ------------------------------------------------------
 
+    def _open_beside(self, name: str) -> KVStore:
+        """Return a synchronous store of the same workers that sums, under a name that they all use."""
+        raise NotSupported(f"a store of kind {self.kind!r} opens no other one for its workers")
+
     def _empty_like(self, keys: tuple[Key, ...]) -> list[torch.Tensor]:
         return [torch.empty(info.shape, dtype=info.dtype, device="cpu") for info in map(self._info, keys)]
 
@@ -1124,7 +1159,9 @@ class KVStore(ABC):
     def _put(self, keys: tuple[Key, ...], values: list[torch.Tensor]) -> None: ...
 
     @abstractmethod
-    def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult: ...
+    def _commit(
+        self, max_norm: float | None, skip: bool, check_finite: bool, apply: bool
+    ) -> CommitResult: ...
 
     @abstractmethod
     def _set_updater(self, updater: UpdaterFunction | str | None, elementwise: bool) -> None: ...

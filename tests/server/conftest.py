@@ -205,7 +205,7 @@ class Bench:
 
     def commit(self, worker: int, **arguments: Any) -> list[Outgoing]:
         """Ask for a commit."""
-        message = {"max_norm": None, "skip": False, "check_finite": False, **arguments}
+        message = {"max_norm": None, "skip": False, "check_finite": False, "apply": True, **arguments}
         return self.send(worker, m.Commit(next(self.requests), STORE, **message))
 
     def decide(self, ready: m.CommitReady) -> list[Outgoing]:

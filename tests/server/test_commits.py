@@ -38,7 +38,7 @@ def contribution(worker: int) -> Contribution:
 def gather(*asked: tuple[dict[str, Any], set[int]]) -> CommitGather:
     made = CommitGather(1)
     for worker, (arguments, slices) in enumerate(asked):
-        every = {"max_norm": None, "skip": False, "check_finite": False, **arguments}
+        every = {"max_norm": None, "skip": False, "check_finite": False, "apply": True, **arguments}
         made.add(worker, Commit(worker + 1, 1, **every), {SLICES[i]: contribution(worker) for i in slices})
     return made
 
@@ -51,9 +51,11 @@ def test_equal_commits_agree_and_one_skip_is_enough() -> None:
     assert made.disagreement() is None
     assert (made.skip, made.wants_norm) == (False, False)
     assert gather(({"check_finite": True}, set())).wants_norm
+    made = gather(({"apply": False}, set()))
+    assert (made.applies, made.wants_norm) == (False, True)
 
 
-@pytest.mark.parametrize("other", [{"max_norm": 3.0}, {"check_finite": True}])
+@pytest.mark.parametrize("other", [{"max_norm": 3.0}, {"check_finite": True}, {"apply": False}])
 def test_other_arguments_are_a_mismatch(other: dict[str, Any]) -> None:
     error = gather(({}, {0}), ({}, {0}), (other, {0})).disagreement()
     assert isinstance(error, CommitMismatch)

@@ -73,6 +73,7 @@ from tensorkv.worker.transfers import Destinations, gathered
 NUM_SERVERS = 2
 SHAPES = {"a": (5,), "big": (7, 20), "one": (), "none": (0, 3), "held": (3,), "wide": (150,)}
 HELD = ("held", "wide")  # always pushed with apply=False, the others never
+MEASURE = "measure"  # instead of a norm to clip to: commit(apply=False)
 BOUND_BYTES = 64  # "big" and "wide" are sliced over both servers
 
 Condition = Callable[[], bool]
@@ -274,6 +275,9 @@ class Model:
         ]
         if lacking or len({max_norm for max_norm, _, _ in asked.values()}) > 1:
             self.decided.append("refused")
+            return
+        if MEASURE in {max_norm for max_norm, _, _ in asked.values()}:
+            self.decided.append("skipped")  # by its answer; but what was pushed stays
             return
         skip = any(skip for _, skip, _ in asked.values())
         for each in together:
@@ -822,11 +826,12 @@ class Worker:
         yield lambda: call.has_ended
         self.results.append(call.result())
 
-    def commit(self, max_norm: float | None, skip: bool) -> Generator[Condition, None, None]:
-        core = self.known
+    def commit(self, max_norm: float | str | None, skip: bool) -> Generator[Condition, None, None]:
+        core, apply = self.known, max_norm != MEASURE
+        bound = None if isinstance(max_norm, str) else max_norm
         try:
             _, replies = yield from self.converse(
-                commit(core, lambda n: m.Commit(n, core.store, max_norm, skip, False))
+                commit(core, lambda n: m.Commit(n, core.store, bound, skip, False, apply), apply)
             )
         except TensorKVError:
             self.results.append("refused")
@@ -877,6 +882,7 @@ def programs(draw: st.DrawFn, with_settings: bool = True) -> list[Program]:
             continue
         num_settings += kind == "set"
         repeat = draw(st.sampled_from([1, 1, 3])) if kind == "push" else 1
+        measured = kind == "held" and draw(st.integers(0, 3)) == 0
         for rank, program in enumerate(found):
             if step >= ends[rank] or (kind != "set" and draw(st.integers(0, 9)) == 0):
                 continue
@@ -887,7 +893,7 @@ def programs(draw: st.DrawFn, with_settings: bool = True) -> list[Program]:
             elif kind in ("push", "held"):
                 program += draw(pushes(keys, step, kind == "push"))
                 if kind == "held" and draw(st.integers(0, 3)):
-                    program.append(("commit", None, False))
+                    program += [("commit", MEASURE, False)] * measured + [("commit", None, False)]
             elif kind == "pull":
                 program.append(("pull", keys))
             elif kind == "commit":

@@ -710,7 +710,7 @@ def test_waiting_for_a_commit_names_who_has_not_asked(t: Any) -> None:
     for rank in range(2):
         bench.push(rank, plans[rank], ones(1), apply=False)
     bench.send(0, m.Pull(plans[0], 70))
-    bench.send(0, m.Commit(71, 1, None, False, False))
+    bench.send(0, m.Commit(71, 1, None, False, False, True))
     (out,) = bench.send(0, m.AskWaiting(70, 1))
     assert out.message == m.Waiting(70, [1], "round 1 of 'w', to be committed")
     (out,) = bench.send(0, m.AskWaiting(71, 1))

@@ -213,7 +213,7 @@ def test_nothing_more_is_taken_of_a_lost_worker(t: Any) -> None:
     assert not bench.state.is_gone(1)
     assert bench.state.worker_lost(m.WorkerLost(1, "host", "cause", [])) == []
     assert bench.state.is_gone(1)
-    for message in (m.Push(plan, 0, True, 0), m.Pull(plan, 1), m.Commit(1, 1, None, False, False)):
+    for message in (m.Push(plan, 0, True, 0), m.Pull(plan, 1), m.Commit(1, 1, None, False, False, True)):
         with pytest.raises(ProtocolError):
             bench.state.handle(1, message)
 
@@ -241,7 +241,7 @@ def test_a_report_tells_whom_each_open_round_waits_for(t: Any) -> None:
         "store 'default': round 1 of 'b' waits for worker 2",
     ]
     bench.push(2, plans[2], torch.ones(1), chunk=1, apply=False)
-    bench.send(1, m.Commit(7, 1, None, False, False))
+    bench.send(1, m.Commit(7, 1, None, False, False, True))
     assert bench.state.report() == [
         "store 'default': round 1 of 'w' waits for workers 1, 2",
         "store 'default': round 1 of 'b', to be committed waits for workers 0, 2",

@@ -266,7 +266,7 @@ class ModelStore(KVStore):
 
     # ---- commit
 
-    def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
+    def _commit(self, max_norm: float | None, skip: bool, check_finite: bool, apply: bool) -> CommitResult:
         if self.reference.is_async:
             raise errors.NotSupported("there is no commit in an asynchronous kind")
         with self.job.changed:
@@ -276,7 +276,8 @@ class ModelStore(KVStore):
                 for key, entry in self.reference.entries.items()
                 if self.reference._is_uncommitted(entry, self.rank)
             ]
-            self.job.commits[self.rank] = (uncommitted, max_norm, check_finite), skip
+            apply = apply or self.job.broken == "a measure applies"
+            self.job.commits[self.rank] = (uncommitted, max_norm, check_finite, apply), skip
 
         def decided() -> Any:
             if len(self.job.outcomes) <= number:
@@ -302,7 +303,7 @@ class ModelStore(KVStore):
             if rank not in self.reference.entries[key].deleted
         ]
         if lacking or any(terms[1:] != first[1:] for terms, _ in commits.values()):
-            text = f"keys, max_norm or check_finite differ: {commits}"
+            text = f"keys, max_norm, check_finite or apply differ: {commits}"
             self.job.outcomes.append(errors.CommitMismatch(text))
         else:
             skips = [skip for _, skip in commits.values()]
@@ -310,7 +311,9 @@ class ModelStore(KVStore):
             result: Any = None
             try:
                 for rank in commits:
-                    result = self.reference.commit(rank, max_norm=first[1], skip=skip, check_finite=first[2])
+                    result = self.reference.commit(
+                        rank, max_norm=first[1], skip=skip, check_finite=first[2], apply=first[3]
+                    )
             except errors.DtypeMismatch as exc:  # told to every rank
                 result = exc
             self.job.outcomes.append(result)
@@ -728,6 +731,7 @@ CAUGHT_BY = {
     "keeps memory": ["pushed_memory_is_free_at_once-2"],
     "pull does not wait": ["pull_waits_for_the_round-2", "updater_error"],
     "skip is and-ed": ["commit_skip_is_ored-2"],
+    "a measure applies": ["commit_measures-2"],
     "settings hold at once": ["setting_holds_from_the_next_push_of_rank_0-2"],
     "barrier does not wait": ["barrier_timeout-2"],
     "a save alone does not wait": ["save_alone_waits_for_own_round-2"],

@@ -93,6 +93,8 @@ def test_commit_clips_and_skips() -> None:
         kv.push(rank, "w", [vector(1.5, 2)], apply=False)
     with pytest.raises(UncommittedPush):
         kv.pull(0, "w")
+    assert kv.commit(0, apply=False) is None
+    assert kv.commit(1, apply=False) == CommitResult(applied=False, norm=5.0)
     assert kv.commit(0, max_norm=2.5) is None
     assert kv.commit(1, max_norm=2.5) == CommitResult(applied=True, norm=5.0)
     assert torch.allclose(kv.pull(0, "w"), vector(1.5, 2))

@@ -175,6 +175,13 @@ def test_keys_that_wait_for_a_commit() -> None:
         bench.core.check_may_use(states, "push")
     with pytest.raises(UncommittedPush, match="save: key 'b'"):
         bench.core.check_committed(None, "save")
+    for apply, left in ((False, {8}), (True, set())):
+        sent = bench.core.commit(lambda n, apply=apply: m.Commit(n, 1, None, False, False, apply), apply)  # type: ignore[misc]
+        for _, _, exchange in sent.asked:
+            exchange.take(m.Committed(1, applied=apply, norm=None))
+        bench.core.end_commit(sent)
+        assert bench.core.uncommitted == left
+    assert bench.push("b", apply=False)
     bench.core.retire([state.entry for state in states], states)
     assert bench.core.uncommitted == set()
     assert bench.core.settled

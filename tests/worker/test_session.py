@@ -75,7 +75,7 @@ def test_one_deadline_for_all_servers(job: Session) -> None:
     with pytest.raises(
         WaitTimeout, match="commit did not finish within 0.1 s: waiting for worker 1, commit 1"
     ):
-        job.ask_all(lambda n: m.Commit(n, store, None, False, False), "commit", 0.1, store)
+        job.ask_all(lambda n: m.Commit(n, store, None, False, False, True), "commit", 0.1, store)
     job.ask_all(lambda n: m.Flush(n, store), "a flush", DEADLINE_S, store)
 
 
@@ -147,7 +147,7 @@ def test_a_loss_wakes_a_call_that_waits(cluster: LocalCluster, job: Session) -> 
     store = open_store(job)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(
-            job.ask_all, lambda n: m.Commit(n, store, None, False, False), "commit", DEADLINE_S, store
+            job.ask_all, lambda n: m.Commit(n, store, None, False, False, True), "commit", DEADLINE_S, store
         )
         cluster.join(1).close(m.Abandon("it fell over"))
         with pytest.raises(PeerLostError, match="worker 1 .*it fell over"):

@@ -54,11 +54,12 @@ class CommitGather:
         first_worker = min(self.asked)
         first = self.asked[first_worker]
         for worker, commit in sorted(self.asked.items()):
-            mine, theirs = (commit.max_norm, commit.check_finite), (first.max_norm, first.check_finite)
+            mine, theirs = _terms(commit), _terms(first)
             if mine != theirs:
                 return CommitMismatch(
                     f"commit: rank {worker} asks for max_norm={mine[0]}, check_finite={mine[1]}, "
-                    f"rank {first_worker} for max_norm={theirs[0]}, check_finite={theirs[1]}"
+                    f"apply={mine[2]}, rank {first_worker} for max_norm={theirs[0]}, "
+                    f"check_finite={theirs[1]}, apply={theirs[2]}"
                 )
         if all(pushes.keys() == self.pushes[first_worker].keys() for pushes in self.pushes.values()):
             return None
@@ -93,9 +94,19 @@ class CommitGather:
         return next(iter(self.asked.values())).check_finite
 
     @property
+    def applies(self) -> bool:
+        """Whether it may apply something, or only measures; all workers agree on it."""
+        return next(iter(self.asked.values())).apply
+
+    @property
     def wants_norm(self) -> bool:
         """Whether norms are needed at all."""
-        return self.max_norm is not None or self.check_finite
+        return self.max_norm is not None or self.check_finite or not self.applies
+
+
+def _terms(commit: Commit) -> tuple[float | None, bool, bool]:
+    """Return what all workers must agree on."""
+    return commit.max_norm, commit.check_finite, commit.apply
 
 
 def norms_of(tensors: Iterable[torch.Tensor]) -> list[float]:

@@ -889,14 +889,15 @@ class StoreShard:
                 gather.totals.append((each, total.clone() if borrowed else total))  # it may be scaled
 
     def decide_commit(self, decision: m.CommitDecision) -> None:
-        """Apply, skip or refuse the commit: all servers are ready."""
+        """Apply, skip, measure or refuse the commit: all servers are ready."""
         gather = self._commit
         if decision.number != gather.number or not gather.reported:
             raise ProtocolError(f"commit {decision.number} was decided, but {gather.number} is under way")
         self._commit = CommitGather(gather.number + 1)
-        if decision.error is not None:
+        if decision.error is not None or not gather.applies:  # what was pushed stays for the next one
             for worker, asked in sorted(gather.asked.items()):
-                self._reply(worker, m.Failed(asked.request, *decision.error))
+                refusal = None if decision.error is None else m.Failed(asked.request, *decision.error)
+                self._reply(worker, refusal or m.Committed(asked.request, False, decision.norm))
                 cohorts = cohorts_of(self._uncommitted(worker))
                 self._drop_uncommitted(worker, [each for each in cohorts if worker not in each.members])
             self._answer_flushes()

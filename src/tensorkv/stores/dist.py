@@ -100,6 +100,7 @@ class DistStore(KVStore):
         self._job = job
         self._embedded = embedded
         self._policy = policy = policy or policy_of(kind)
+        self._allows_commit = policy.allows_commit
         self._rounds_wait = policy.rounds_wait  # a plain attribute, since every push reads it
         self._setting = threading.Lock()  # held while making a setting: each builds on the previous one
         # Held during a barrier or a commit: scheduler and servers know one such call per worker, not one
@@ -136,6 +137,9 @@ class DistStore(KVStore):
     def num_workers(self) -> int:
         """Number of workers in the job."""
         return self._job.config.num_workers
+
+    def _open_beside(self, name: str) -> KVStore:
+        return DistStore("dist_sync", self._job, store=name, reduction="sum", timeout_s=self._timeout_s)
 
     def on_fault(self, fault: m.Fault) -> None:
         """Record that a round this worker contributed to has failed. Its next call on the key raises it."""
@@ -500,10 +504,10 @@ class DistStore(KVStore):
 
     # ---- commit ----------------------------------------------------------------------------------
 
-    def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
+    def _commit(self, max_norm: float | None, skip: bool, check_finite: bool, apply: bool) -> CommitResult:
         self._check_commits("commit")
         with self._one_at_a_time(self._committing, "commit", self._timeout_s):
-            return self._commit_all(max_norm, skip, check_finite)
+            return self._commit_all(max_norm, skip, check_finite, apply)
 
     def _check_commits(self, what: str) -> None:
         if self._policy.allows_commit:
@@ -514,13 +518,15 @@ class DistStore(KVStore):
             why = "dist_async has no rounds to commit"
         raise NotSupported(f"{what}: {why}")
 
-    def _commit_all(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
+    def _commit_all(
+        self, max_norm: float | None, skip: bool, check_finite: bool, apply: bool
+    ) -> CommitResult:
         self._pusher.await_deferred(None, "commit")
 
         def make(number: int) -> m.Message:
-            return m.Commit(number, self._store, max_norm, skip, check_finite)
+            return m.Commit(number, self._store, max_norm, skip, check_finite, apply)
 
-        keys, replies = self._driver.converse(commit(self._core, make), "commit")
+        keys, replies = self._driver.converse(commit(self._core, make, apply), "commit")
         self._raise_faults(keys)
         return CommitResult(applied=replies[0].applied, norm=replies[0].norm)
 

@@ -143,6 +143,9 @@ class LocalStore(KVStore):
         """1."""
         return 1
 
+    def _open_beside(self, name: str) -> KVStore:
+        return LocalStore(self.kind, store=name, reduction="sum", timeout_s=self._timeout_s)
+
     # ---- values ----------------------------------------------------------------------------------
 
     def _init(self, keys: tuple[Key, ...], values: list[torch.Tensor], whole: bool) -> None:
@@ -205,16 +208,18 @@ class LocalStore(KVStore):
                     raise unreadable(exc, slot.key, value) from exc
                 slot.version += 1
 
-    def _commit(self, max_norm: float | None, skip: bool, check_finite: bool) -> CommitResult:
+    def _commit(self, max_norm: float | None, skip: bool, check_finite: bool, apply: bool) -> CommitResult:
         with self._writing():
             slots = [self._uncommitted[number] for number in sorted(self._uncommitted)]
             waiting = [(slot, slot.uncommitted) for slot in slots if slot.uncommitted]
             merged = [(slot, each.merged) for slot, each in waiting if each.merged is not None]
             norm, finite = None, True
-            if max_norm is not None or check_finite:
+            if max_norm is not None or check_finite or not apply:
                 if max_norm is not None:
                     _check_scalable(merged)
                 norm, finite = _norm([tensor for _, tensor in merged])
+            if not apply:
+                return CommitResult(applied=False, norm=norm)
             applied = not skip and (finite or not check_finite)
             factor = 1.0 if norm is None else clip_factor(norm, max_norm)
             if applied and factor != 1.0:

@@ -447,6 +447,7 @@ def _flags() -> list[BadInput]:
         ("pushpull", "async_op", lambda kv, value: kv.pushpull("w", one, async_op=value)),
         ("commit", "skip", lambda kv, value: kv.commit(skip=value)),
         ("commit", "check_finite", lambda kv, value: kv.commit(check_finite=value)),
+        ("commit", "apply", lambda kv, value: kv.commit(apply=value)),
         ("set_updater", "elementwise", lambda kv, value: kv.set_updater("assign", elementwise=value)),
     ]
     return [

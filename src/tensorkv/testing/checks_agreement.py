@@ -12,15 +12,17 @@ import torch
 from tensorkv.errors import (
     CommitMismatch,
     DtypeMismatch,
+    InvalidArgument,
     KeyAlreadyInitialized,
     KeyNotInitialized,
     SettingMismatch,
     StoreMismatch,
     TensorKVError,
+    UncommittedPush,
     UpdaterError,
 )
 from tensorkv.keys import ABSENT
-from tensorkv.store import KVStore
+from tensorkv.store import CommitResult, KVStore
 from tensorkv.testing.checks_rounds import SEVERAL, assert_waits
 from tensorkv.testing.suite import (
     DEADLINE_S,
@@ -309,6 +311,27 @@ def check_commit_skip_is_ored(maker: StoreMaker, workers: int) -> None:
         assert kv.commit(check_finite=True).applied
         same(kv.pull("w"), 1.0 + 5 * workers)
         assert (kv.info("w").round, kv.info("w").version) == (3, 1)
+
+    in_workers(maker, workers, work)
+
+
+@check(workers=SEVERAL, only="sync")
+def check_commit_measures(maker: StoreMaker, workers: int) -> None:
+    """With apply=False every rank gets the norm and nothing changes; what was pushed waits for the next."""
+
+    def work(kv: KVStore, meeting: Meeting) -> None:
+        kv.init(["a", "b"], [full(0, 1), full(0, 1)])
+        kv.set_updater("add")
+        for round_ in (1, 2):
+            kv.push({"a": full(3.0, 1), "b": full(4.0, 1)}, apply=False)
+            for _ in range(2):
+                assert kv.commit(apply=False) == CommitResult(applied=False, norm=5.0 * workers)
+            raises(UncommittedPush, lambda: kv.pull("a"), "commit")
+            assert (kv.info("a").round, kv.info("b").version) == (round_ - 1, round_ - 1)
+            raises(CommitMismatch, lambda: kv.commit(apply=kv.rank != 0), "apply")
+            assert kv.commit().applied
+            same(kv.pull("a"), 3.0 * workers * round_)
+        raises(InvalidArgument, lambda: kv.commit(apply=False, max_norm=1.0), "measures")
 
     in_workers(maker, workers, work)
 

@@ -172,7 +172,13 @@ class ReferenceStore:
         entry.version += 1
 
     def commit(
-        self, rank: int, *, max_norm: float | None = None, skip: bool = False, check_finite: bool = False
+        self,
+        rank: int,
+        *,
+        max_norm: float | None = None,
+        skip: bool = False,
+        check_finite: bool = False,
+        apply: bool = True,
     ) -> CommitResult | None:
         """Commit pushes made with `apply=False`: the last worker's call applies them, others get None."""
         self._commits[rank] = skip
@@ -190,6 +196,8 @@ class ReferenceStore:
             _check_scalable(sums)
         values = [_real(total) for total in sums.values() if total is not None]
         norm = math.hypot(*[each for value in values for each in value.flatten().tolist()])
+        if not apply:
+            return CommitResult(applied=False, norm=norm)
         finite = all(bool(value.isfinite().all()) for value in values)
         skip = asked_to_skip or (check_finite and not finite)
         scale = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))

@@ -136,13 +136,14 @@ class WaitMerged(Message, tag=26):
 
 
 class Commit(Message, tag=27):
-    """Apply the values pushed with apply=False."""
+    """Apply the values pushed with apply=False, or only measure them if `apply` is false."""
 
     request: int
     store: int
     max_norm: float | None
     skip: bool
     check_finite: bool
+    apply: bool
 
 
 class PrepareSetting(Message, tag=28):

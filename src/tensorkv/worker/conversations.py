@@ -242,13 +242,13 @@ def put(core: WorkerCore, plan: Plan, payloads: Sequence[list[memoryview]]) -> C
     yield Change(lambda: core.merged(plan.key_ids, up_to))
 
 
-def commit(core: WorkerCore, make: Make) -> Conversation[tuple[list[Key], list[Any]]]:
-    """Commit what was pushed with apply=False; return its keys and the servers' answers.
+def commit(core: WorkerCore, make: Make, apply: bool) -> Conversation[tuple[list[Key], list[Any]]]:
+    """Commit what was pushed with apply=False, or measure it; return its keys and the servers' answers.
 
     What is committed is known only when nothing is held back. If the wait is given up, the next call awaits
     the same commit: servers know one per worker at a time.
     """
-    sent: SentCommit = yield Change(lambda: core.commit(make), in_turn=True)
+    sent: SentCommit = yield Change(lambda: core.commit(make, apply), in_turn=True)
     yield AwaitReplies(sent.asked, keep=True)
     replies = yield Change(lambda: core.end_commit(sent))
     return sent.keys, replies

@@ -37,6 +37,7 @@ class SentCommit:
     key_ids: set[int]
     keys: list[Key]
     up_to: int  # number of pushes made before
+    apply: bool
 
 
 @final
@@ -207,13 +208,13 @@ class WorkerCore:
 
     # ---- commit ----------------------------------------------------------------------------------
 
-    def commit(self, make: Make) -> SentCommit:
+    def commit(self, make: Make, apply: bool) -> SentCommit:
         """Queue a commit, or return the one that is under way: its last call was given up."""
         if self._commit is None:
             asked = self.ask_all(make)
             states = self.keys.of_ids(self.uncommitted)
             names = [state.key for state in states]
-            self._commit = SentCommit(asked, set(self.uncommitted), names, self.count)
+            self._commit = SentCommit(asked, set(self.uncommitted), names, self.count, apply)
         return self._commit
 
     def end_commit(self, sent: SentCommit) -> list[Any]:
@@ -224,6 +225,8 @@ class WorkerCore:
         """
         self._commit = None
         replies = replies_of(sent.asked)
+        if not sent.apply:
+            return replies
         self.uncommitted -= sent.key_ids
         self.merged(sent.key_ids, sent.up_to)
         return replies
