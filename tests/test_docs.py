@@ -41,8 +41,12 @@ PACKAGE = ROOT / "src" / "tensorkv"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTED = {
     "stores/registry.py": ("create", "register"),
+    "launch/place.py": ("rank", "num_workers"),
     "launch/spawn.py": ("spawn",),
     "store.py": ("KVStore",),
+    "training/averaging.py": ("average",),
+    "training/optimizer.py": ("DistributedOptimizer",),
+    "training/sharding.py": ("shard",),
     "work.py": ("Work",),
 }
 """The functions whose docstrings have examples, and the classes of whose public methods each has."""

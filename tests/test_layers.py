@@ -27,7 +27,7 @@ LAYERS = {
     **dict.fromkeys(("server", "scheduler", "worker"), 5),
     "launch": 6,
     "stores": 7,
-    **dict.fromkeys(("bench", "compat", "testing"), 8),
+    **dict.fromkeys(("bench", "compat", "testing", "training"), 8),
     "cli": 9,
     **dict.fromkeys(("__init__", "__main__"), 10),
 }
@@ -73,6 +73,7 @@ TORCH_FREE = [
     "tensorkv.checkpoint.records",
     "tensorkv.updaters.functions",
     "tensorkv.launch.local",
+    "tensorkv.launch.place",
     "tensorkv.launch.sidecar",
     "tensorkv.launch.spawn",
     "tensorkv.launch.torchrun",

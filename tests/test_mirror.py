@@ -12,6 +12,7 @@ PACKAGE = ROOT / "src" / "tensorkv"
 ELSEWHERE = {
     "__init__.py": "test_exports.py",
     "peer/shm.py": "server/test_shm.py",  # both ends, over a real connection
+    "training/remote.py": "training/test_optimizer.py",  # the face of it
     "testing/makers.py": "conformance/test_stores.py",
     **dict.fromkeys(
         (

@@ -17,6 +17,7 @@ General layout, from the bottom; an import goes to a lower line or stays on its 
     server/ scheduler/ worker/            the three roles: their pure state machines, and their threads
     launch/                               starting the processes of a job, or finding it
     stores/                               the kinds of store, and `create`
+    training/                             a torch optimizer whose steps the servers make
     compat/ cli/ testing/                 MXNet's names, the command line, the conformance suite
     this file                             the public names, resolved when first used
 
@@ -74,9 +75,13 @@ from tensorkv.errors import (
 if TYPE_CHECKING:
     from tensorkv.bound import BoundStep
     from tensorkv.keys import ABSENT
+    from tensorkv.launch.place import num_workers, rank
     from tensorkv.launch.spawn import spawn
     from tensorkv.store import CommitResult, KeyInfo, KVStore
     from tensorkv.stores.registry import create, register
+    from tensorkv.training.averaging import average
+    from tensorkv.training.optimizer import DistributedOptimizer
+    from tensorkv.training.sharding import shard
     from tensorkv.work import Work
 
 __version__ = "0.1.0.dev0"
@@ -88,6 +93,7 @@ __all__ = [
     "BoundStep",
     "CommitMismatch",
     "CommitResult",
+    "DistributedOptimizer",
     "DtypeMismatch",
     "DuplicateKey",
     "InvalidArgument",
@@ -130,21 +136,30 @@ __all__ = [
     "WaitTimeout",
     "Work",
     "__version__",
+    "average",
     "create",
     "errors",
+    "num_workers",
+    "rank",
     "register",
+    "shard",
     "spawn",
 ]
 
 _MODULE_OF = {
     "ABSENT": "tensorkv.keys",
     "CommitResult": "tensorkv.store",
+    "DistributedOptimizer": "tensorkv.training.optimizer",
     "BoundStep": "tensorkv.bound",
     "KVStore": "tensorkv.store",
     "KeyInfo": "tensorkv.store",
     "Work": "tensorkv.work",
+    "average": "tensorkv.training.averaging",
     "create": "tensorkv.stores.registry",
+    "num_workers": "tensorkv.launch.place",
+    "rank": "tensorkv.launch.place",
     "register": "tensorkv.stores.registry",
+    "shard": "tensorkv.training.sharding",
     "spawn": "tensorkv.launch.spawn",
 }
 """Where the names live that are imported only when somebody asks for them."""

@@ -133,7 +133,7 @@ def _options_of(
     """
     name = optimizer_class.__name__
     group = {
-        option: _plain(value)
+        option: plain(value)
         for option, value in optimizer.param_groups[number].items()
         if option not in _NO_OPTIONS
     }
@@ -196,8 +196,8 @@ def _number(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _plain(value: Any) -> Any:
-    """Convert a number in a tensor, or of NumPy, to Python's."""
+def plain(value: Any) -> Any:
+    """Return an option, with Python's number for one in a tensor or of NumPy."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.item()
     return _number(value)

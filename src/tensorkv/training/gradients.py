@@ -1,0 +1,138 @@
+"""The gradients of a step: what is pushed, whether the script changed them, and what a GradScaler has
+found."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, final
+
+import torch
+
+from tensorkv.keys import ABSENT
+
+_WATCHED_STEPS = 3
+"""Number of steps whose gradients are watched. It costs a norm of each gradient in every backward."""
+
+
+def pushed_gradient(parameter: torch.nn.Parameter) -> Any:
+    """Return what a parameter pushes: its gradient, dense and without a graph, or ABSENT."""
+    found = parameter.grad
+    if found is None:
+        return ABSENT
+    if found.layout is not torch.strided:
+        found = found.to_dense()
+    return found.detach() if found.requires_grad else found
+
+
+@final
+class Marks:
+    """Tells whether gradients are still those of an earlier moment: not replaced, and not changed."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self._parameters = parameters
+        gradients = [each.grad for each in parameters]
+        self._gradients = [None if each is None else weakref.ref(each) for each in gradients]
+        self._versions = [None if each is None else each._version for each in gradients]
+
+    def hold(self) -> bool:
+        """Whether all gradients are as they were."""
+        for parameter, reference, version in zip(
+            self._parameters, self._gradients, self._versions, strict=True
+        ):
+            now = parameter.grad
+            if now is not (None if reference is None else reference()):
+                return False
+            if now is not None and now._version != version:
+                return False
+        return True
+
+
+@final
+class ClippingWatch:
+    """Notices gradients that were changed between backward and step, and says once what that means.
+
+    Clipping by the norm of one worker's gradients, which frameworks do unasked, is another algorithm than
+    clipping by the norm of their mean. Torch counts changes in place, but clipping to a norm that is not
+    reached multiplies by 1, and counts too: so norms are compared.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self._made: dict[int, tuple[int, torch.Tensor]] = {}  # what backward has made: version and norm
+        self._parameters = parameters
+        self._steps_left = _WATCHED_STEPS
+        self._hooks = [
+            each.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]  # torch's
+            for each in parameters
+        ]
+
+    def _note(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            self._made[id(parameter)] = parameter.grad._version, _norm(parameter.grad)
+
+    def check(self) -> None:
+        """Look at the gradients of a step, and warn if they are not what backward has made."""
+        if not self._steps_left:
+            return
+        self._steps_left -= 1
+        changed = any(
+            each.grad is not None and self._is_changed(each, each.grad) for each in self._parameters
+        )
+        if changed or not self._steps_left:
+            self.stop()
+        if changed:
+            warnings.warn(_CLIPPED, UserWarning, stacklevel=6)
+
+    def _is_changed(self, parameter: torch.Tensor, gradient: torch.Tensor) -> bool:
+        version, norm = self._made.get(id(parameter), (gradient._version, gradient))
+        return version != gradient._version and not torch.equal(norm, _norm(gradient))
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self._steps_left = 0
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    dense = gradient.detach()
+    norm: torch.Tensor = torch.linalg.vector_norm(
+        dense if dense.layout is torch.strided else dense.to_dense()
+    )
+    return norm
+
+
+_CLIPPED = (
+    "the gradients of this worker were changed between backward and step, by clip_grad_norm_ say, or by a "
+    "framework's max_grad_norm. To clip each worker's own gradients is not to clip their mean: pass "
+    "max_norm=... to DistributedOptimizer and switch the other off (Trainer: max_grad_norm=0), or call "
+    "optimizer.clip_grad_norm_(...). If it is meant, pass clip='local'. This is said once"
+)
+
+
+def unscale(parameters: Iterable[torch.nn.Parameter], scale: torch.Tensor) -> None:
+    """Divide gradients by the scale of a GradScaler, in place, as its `unscale_` does."""
+    inverse = scale.double().reciprocal().float()
+    for each in parameters:
+        if each.grad is not None:
+            each.grad.mul_(inverse.to(each.grad.device))
+
+
+def tell_scaler() -> None:
+    """Tell the GradScaler that is calling `step` that the step was skipped: another worker has found
+    infinities.
+
+    All workers then go on with the same scale. The scaler passes only a copy of what it has found, so it is
+    looked up among the callers.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is torch.amp.GradScaler.step.__code__:
+            scaler, optimizer = frame.f_locals["self"], frame.f_locals["optimizer"]
+            for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+                found.fill_(1.0)
+            return
+        frame = frame.f_back  # type: ignore[assignment]

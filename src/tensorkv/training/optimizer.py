@@ -1,0 +1,405 @@
+"""DistributedOptimizer: a torch optimizer that runs where the weights live, on the servers of a store."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, MutableMapping
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+
+from tensorkv.arguments import flag, positive
+from tensorkv.errors import InvalidArgument, NotPicklable
+from tensorkv.launch.place import find_place
+from tensorkv.store import KVStore, Reduction
+from tensorkv.stores.registry import create
+from tensorkv.training.gradients import ClippingWatch, tell_scaler, unscale
+from tensorkv.training.remote import Remote
+
+_numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
+"""How many optimizers of a name this process has made: all workers make them in the same order."""
+
+
+class DistributedOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose steps the servers make, with the mean of all workers' gradients.
+
+    It takes the place of the optimizer it is made from, in a script or a framework: it has the same class of
+    options, the same groups, and its `state_dict` is what that optimizer alone would have written, so that
+    checkpoints go both ways between one process and any job. Schedulers, hooks and closures work as usual.
+    Outside a job everything happens in this process, so the script still runs alone.
+
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+        optimizer = tensorkv.DistributedOptimizer(optimizer, model)
+        for x, y in DataLoader(tensorkv.shard(data), 32):
+            loss(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    When it is made, all parameters and buffers of the model become rank 0's. A step pushes the gradients and
+    pulls the weights that they lead to; in a synchronous job it waits for all workers that have not left. A
+    parameter without a gradient takes no part in a step: the mean is over the workers that have one, and
+    where none has, the weight stays. Frozen parameters are never sent again; one that is unfrozen later must
+    be unfrozen on every worker before the same step. Changes of options, by a schedule say, must be the same
+    on all workers: a `ReduceLROnPlateau` gets `tensorkv.average(loss)`.
+
+    Weights that the script changes itself, by loading a checkpoint or by an in-place operation, are sent with
+    the next
+    step: those of rank 0 count. A change through `.data` is not seen, and the next step undoes it.
+
+    Not safe for several threads at once.
+    """
+
+    _remote: Remote
+    _step_supports_amp_scaling = True  # a GradScaler leaves unscaling and skipping to `step`
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        *,
+        kind: str | KVStore = "auto",
+        reduction: Reduction = "mean",
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        clip: Literal["local"] | None = None,
+        name: str = "optimizer",
+        **options: Any,
+    ) -> None:
+        """Move an optimizer to the servers.
+
+        Args:
+            inner: the optimizer, which has made no step. It must be one that a store can run: see
+                `KVStore.set_optimizer`.
+            model: the module that has the parameters of `inner`.
+            kind: kind of the store. "auto" is "dist_sync" in a job and "local" outside one. A store that is
+                open already may be passed instead; its reduction holds then.
+            reduction: "mean" or "sum" over the workers' gradients.
+            max_norm: maximum Euclidean norm of the mean of all gradients, over all parameters: each step
+                scales them down to it, as `torch.nn.utils.clip_grad_norm_` would in one process on the whole
+                batch.
+            skip_nonfinite: skip a step in which an element of the mean is infinite or NaN, on all workers.
+            clip: "local" if the script clips each worker's own gradients and that is meant: no warning then.
+            name: name of the store. A second optimizer of the same name gets one of its own.
+            **options: further options of `tensorkv.create`: staleness, quorum, timeout_s and so on.
+
+        Raises:
+            InvalidArgument: an argument is of another type, a parameter of `inner` is not in `model`, none
+                requires a gradient, or `inner` has made steps.
+            SettingMismatch: model or optimizer differ between the workers. All of them get this error, with
+                the first difference.
+            NotSupported: a parameter is a DTensor; or max_norm or skip_nonfinite in a store whose steps do
+                not wait for all workers (dist_async, quorum).
+            UnsupportedOptimizer, InvalidOption, InvalidValue: as `KVStore.set_optimizer`.
+            What `tensorkv.create` and `KVStore.init` raise.
+
+        Blocks until all workers have made theirs.
+
+        Example:
+            ```python
+            model = torch.nn.Linear(2, 1)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            optimizer = tensorkv.DistributedOptimizer(optimizer, model)
+            model(torch.ones(4, 2)).sum().backward()
+            optimizer.step()
+            print(optimizer.store.info("bias").round)  # 1
+            ```
+        """
+        _check_arguments(inner, model)
+        super().__setstate__(
+            {"defaults": inner.defaults}
+        )  # all that torch's own constructor makes but groups, state
+        opened = None if isinstance(kind, KVStore) else _open(kind, reduction, name, options)
+        if opened is None and options:
+            raise InvalidArgument(
+                f"{next(iter(options))}= beside a store that is open: pass it to tensorkv.create"
+            )
+        store = kind if isinstance(kind, KVStore) else opened
+        assert store is not None
+        bound = None if max_norm is None else positive("max_norm", max_norm)
+        if clip not in (None, "local"):
+            raise InvalidArgument(f"clip={clip!r} is not known; pass 'local', or nothing")
+        self._remote = Remote(inner, model, store, bound, flag("skip_nonfinite", skip_nonfinite))
+        if clip is None and store.num_workers > 1:
+            self._remote.watch = ClippingWatch(self._remote.parameters)
+
+    @property
+    def store(self) -> KVStore:
+        """The store that has the weights, under the names of `model.named_parameters()`.
+
+        Example:
+            ```python
+            model = torch.nn.Linear(2, 1)
+            inner = torch.optim.Adam(model.parameters(), lr=0.1)
+            optimizer = tensorkv.DistributedOptimizer(inner, model)
+            print(optimizer.store.keys())  # ['weight', 'bias']
+            ```
+        """
+        return self._remote.kv
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # an attribute of torch's
+        """The groups of the inner optimizer.
+
+        Example:
+            ```python
+            model = torch.nn.Linear(2, 1)
+            inner = torch.optim.Adam(model.parameters(), lr=0.1)
+            optimizer = tensorkv.DistributedOptimizer(inner, model)
+            print(optimizer.param_groups[0]["lr"])  # 0.1
+            ```
+        """
+        return self._remote.inner.param_groups
+
+    @property
+    def state(self) -> MutableMapping[torch.Tensor, Any]:  # type: ignore[override]  # an attribute of torch's
+        """The state of each parameter, read from the servers when it is looked at.
+
+        Example:
+            ```python
+            model = torch.nn.Linear(2, 1)
+            inner = torch.optim.Adam(model.parameters(), lr=0.1)
+            optimizer = tensorkv.DistributedOptimizer(inner, model)
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            print(optimizer.state[model.bias]["exp_avg"])  # tensor([0.1000])
+            ```
+        """
+        return _ServerState(self._remote)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Push the gradients, let the servers update the weights, and pull these.
+
+        Args:
+            closure: evaluates the model and returns the loss; called once, before the push.
+
+        Returns:
+            What the closure has returned.
+
+        Raises:
+            StoreClosed: after `close`.
+            SettingMismatch: options differ between the workers.
+            What `KVStore.pushpull` raises.
+
+        Blocks until the weights of this step are here.
+
+        Example:
+            ```python
+            model = torch.nn.Linear(2, 1)
+            inner = torch.optim.SGD(model.parameters(), lr=0.01)
+            optimizer = tensorkv.DistributedOptimizer(inner, model)
+
+            def closure():
+                optimizer.zero_grad()
+                loss = model(torch.ones(4, 2)).square().sum()
+                loss.backward()
+                return loss
+
+            before = optimizer.step(closure)
+            after = optimizer.step(closure)
+            print(bool(after < before))  # True
+            ```
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        remote = self._remote
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is None:
+            if remote.watch is not None:
+                remote.watch.check()
+            self._remote.skipped = not remote.step()
+            return loss
+        mine = bool(found_inf.item())
+        if scale is not None and not mine:
+            unscale(remote.parameters, scale)
+        remote.skipped = not remote.step(skip=mine)
+        if remote.skipped and not mine:
+            tell_scaler()
+        return loss
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Let the next step scale the mean of all workers' gradients down to a norm; return their norm now.
+
+        It stands in for `torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)` between backward and
+        step, and is called by every worker. It sends the gradients, which must not change until the step. A
+        step that is not made, because the norm is bad say, must be left out by all workers.
+
+        Args:
+            max_norm: maximum Euclidean norm over all parameters.
+
+        Returns:
+            The norm before clipping, float64.
+
+        Raises:
+            NotSupported: the store's steps do not wait for all workers (dist_async, quorum).
+
+        Blocks until all workers have made the call.
+
+        Example:
+            ```python
+            model = torch.nn.Linear(1, 1, bias=False)
+            inner = torch.optim.SGD(model.parameters(), lr=1.0)
+            optimizer = tensorkv.DistributedOptimizer(inner, model)
+            before = model.weight.item()
+            model(torch.full((1, 1), 4.0)).sum().backward()
+            print(optimizer.clip_grad_norm_(1.0))  # tensor(4., dtype=torch.float64)
+            optimizer.step()
+            print(round(before - model.weight.item(), 3))  # 1.0
+            ```
+        """
+        norm = self._remote.clip(positive("max_norm", max_norm))
+        return torch.tensor(norm, dtype=torch.float64, device="cpu")
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm of the gradients of the last step before clipping; None if no step has needed it.
+
+        Example:
+            ```python
+            model = torch.nn.Linear(2, 1)
+            inner = torch.optim.Adam(model.parameters(), lr=0.1)
+            optimizer = tensorkv.DistributedOptimizer(inner, model, max_norm=1.0)
+            model(torch.full((1, 2), 2.0)).sum().backward()
+            optimizer.step()
+            print(round(optimizer.grad_norm, 6))  # 3.0
+            ```
+        """
+        return self._remote.norm
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step was skipped, because a worker has found infinities or NaN.
+
+        Example:
+            ```python
+            model = torch.nn.Linear(2, 1)
+            inner = torch.optim.Adam(model.parameters(), lr=0.1)
+            optimizer = tensorkv.DistributedOptimizer(inner, model, skip_nonfinite=True)
+            model(torch.full((1, 2), torch.nan)).sum().backward()
+            optimizer.step()
+            print(optimizer.step_was_skipped)  # True
+            ```
+        """
+        return self._remote.skipped
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters of the model, as torch's optimizers do. Every worker makes the call.
+
+        Raises:
+            InvalidArgument: a parameter is not in the model.
+            ValueError, TypeError: as torch raises them.
+
+        Blocks until all workers have made it.
+
+        Example:
+            ```python
+            model = torch.nn.Linear(2, 1)
+            optimizer = tensorkv.DistributedOptimizer(torch.optim.SGD([model.weight], lr=0.1), model)
+            optimizer.add_param_group({"params": [model.bias], "lr": 0.01})
+            print(len(optimizer.store), len(optimizer.param_groups))  # 2 2
+            ```
+        """
+        self._remote.add_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what torch's `load_state_dict` has made of a checkpoint. Every worker loads the same one."""
+        self._remote.load(state["state"], state["param_groups"])
+
+    def close(self) -> None:
+        """Leave the store: the other workers' steps need this worker no more. Call it when its data have
+        ended.
+
+        A worker that ends leaves by itself. Before that, for example while this worker evaluates the model,
+        the others wait for its next step. The weights stay as they are; further steps raise StoreClosed.
+
+        Example:
+            ```python
+            model = torch.nn.Linear(2, 1)
+            inner = torch.optim.SGD(model.parameters(), lr=0.1)
+            with tensorkv.DistributedOptimizer(inner, model) as optimizer:
+                model(torch.ones(4, 2)).sum().backward()
+                optimizer.step()
+            print(optimizer.store.closed)  # True
+            ```
+        """
+        self._remote.kv.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._remote.kv.__exit__(exc_type, exc, traceback)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse: its store belongs to this process."""
+        raise NotPicklable(
+            "a DistributedOptimizer cannot be pickled or copied, because its state is on the servers: save "
+            "what state_dict() returns, or make another one with a name of its own"
+        )
+
+    def __repr__(self) -> str:
+        return f"DistributedOptimizer of {self._remote.inner!r} in {self.store!r}"
+
+
+class _ServerState(MutableMapping[Any, Any]):
+    """The state of all parameters, read from the servers when it is needed.
+
+    It is never false: torch's distributed checkpoints take an empty state for one to be created by a step.
+    Writing to it does nothing: frameworks move state to other devices that way, and the servers' stays there.
+    """
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+        self._found: dict[Any, Any] | None = None
+
+    def _read(self) -> dict[Any, Any]:
+        if self._found is None:
+            self._found = dict(self._remote.state())
+        return self._found
+
+    def __getitem__(self, parameter: Any) -> Any:
+        return self._read()[parameter]
+
+    def __setitem__(self, parameter: Any, state: Any) -> None: ...
+
+    def __delitem__(self, parameter: Any) -> None: ...
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def _check_arguments(inner: Any, model: Any) -> None:
+    if isinstance(inner, DistributedOptimizer):
+        raise InvalidArgument("the optimizer is a DistributedOptimizer already; use it as it is")
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise InvalidArgument(
+            f"the optimizer is a {type(inner).__name__}; pass one of torch.optim that was made"
+        )
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidArgument(
+            f"the model is a {type(model).__name__}; pass the module that has the optimizer's parameters"
+        )
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise InvalidArgument(
+            "the model is wrapped in DistributedDataParallel, which averages gradients by itself, so they "
+            "would be averaged twice: pass the model without DDP"
+        )
+
+
+def _open(kind: Any, reduction: Reduction, name: str, options: dict[str, Any]) -> KVStore:
+    if kind == "auto":
+        kind = "local" if find_place() is None and not options.get("embedded") else "dist_sync"
+    number = next(_numbers[name])
+    return create(kind, store=name if number == 1 else f"{name}.{number}", reduction=reduction, **options)

@@ -1,0 +1,55 @@
+"""Checkpoints of an optimizer: between torch's format, which numbers parameters, and the store's, which names
+them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tensorkv.arrays import bytes_of
+
+State = dict[str, Any]
+
+
+def with_states(
+    held: Mapping[str, Any], weights: Mapping[str, torch.Tensor], states: Mapping[str, State]
+) -> dict[str, Any]:
+    """Return a store's state dict with other values and another optimizer state.
+
+    Args:
+        held: what the store has now: `KVStore.state_dict`.
+        weights: the new value of each key.
+        states: the new state of each key that has one.
+    """
+    return {
+        **held,
+        "values": {**held["values"], **weights},
+        "optimizer_state": {name: _on_cpu(state) for name, state in states.items()},
+    }
+
+
+def _on_cpu(state: State) -> State:
+    return {
+        name: each.detach().cpu() if isinstance(each, torch.Tensor) else each for name, each in state.items()
+    }
+
+
+def state_digest(states: Mapping[str, State]) -> list[str]:
+    """Return lines that are equal for equal states: for each parameter a hash of every entry."""
+    lines = ["state"]
+    for name in sorted(states):
+        for entry, value in sorted(states[name].items()):
+            lines.append(f"{name}: {entry} {_digest(value)}")
+    return lines
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    whole = value.detach().cpu().contiguous()
+    return (
+        f"{value.dtype} {tuple(value.shape)} {hashlib.blake2b(bytes_of(whole), digest_size=16).hexdigest()}"
+    )
