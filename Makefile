@@ -2,6 +2,7 @@
 # TensorKV needs, torch and 120 MB, `make docs` with mkdocs on top, and the others with the tools of its developers.
 #   make demo      train a small network on real images, 4 workers and 2 servers on this machine
 #   make test      run the tests but those marked slow, within six minutes on two cores
+#   make test-frameworks   try what Trainer, Accelerate, Lightning, TRL and JAX need, in .venv-frameworks (1.5 GB)
 #   make bench     measure TensorKV, its peers and the floor, and write docs/benchmarks.md (25 minutes)
 #   make docs      build the site, with a reference from the docstrings, in site/; a broken link is an error
 #   make check     what must pass before a change is merged
@@ -17,9 +18,12 @@ BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs
+FRAMEWORKS_VENV := .venv-frameworks
+FRAMEWORKS_BIN := $(FRAMEWORKS_VENV)/bin
+FRAMEWORKS := $(FRAMEWORKS_VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test test-all lint types format check coverage bench docs clean
+.PHONY: setup demo test test-all test-frameworks lint types format check coverage bench docs clean
 
 setup: $(STAMP)
 
@@ -48,6 +52,17 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -n 3 --dist worksteal $(TESTS)
 
+# The frameworks would take the tools of the other environment to other versions.
+$(FRAMEWORKS): pyproject.toml constraints-frameworks.txt
+	test -x $(FRAMEWORKS_BIN)/python || $(PYTHON) -m venv $(FRAMEWORKS_VENV)
+	$(FRAMEWORKS_BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints-frameworks.txt setuptools
+	$(FRAMEWORKS_BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints-frameworks.txt \
+		--no-build-isolation -e '.[frameworks]'
+	touch $(FRAMEWORKS)
+
+test-frameworks: $(FRAMEWORKS)
+	OMP_NUM_THREADS=1 $(FRAMEWORKS_BIN)/python -m pytest tests/frameworks
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,6 +90,6 @@ docs: $(DOCS)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FRAMEWORKS_VENV) build dist site htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

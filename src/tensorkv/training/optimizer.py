@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping
 from types import TracebackType
@@ -396,6 +397,24 @@ def _check_arguments(inner: Any, model: Any) -> None:
             "the model is wrapped in DistributedDataParallel, which averages gradients by itself, so they "
             "would be averaged twice: pass the model without DDP"
         )
+    framework = _averaging_framework(model)
+    if framework is not None:
+        raise InvalidArgument(
+            f"{framework} has made several processes a job of its own, in which it averages gradients and "
+            "deals out data, so both would be done twice. It does so when torchrun or accelerate starts the "
+            "processes: start them with `tensorkv run -n WORKERS -s SERVERS -- python script.py`"
+        )
+
+
+def _averaging_framework(model: Any) -> str | None:
+    """Return the framework that is going to wrap the model in DistributedDataParallel, if there is one."""
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is not None and accelerate.PartialState._shared_state.get("num_processes", 1) > 1:
+        return "Accelerate (or transformers' Trainer, which uses it)"
+    trainer = getattr(model, "_trainer", None)  # of a LightningModule that is being fitted
+    if "lightning" in sys.modules and getattr(trainer, "world_size", 1) > 1:
+        return "Lightning"
+    return None
 
 
 def _open(kind: Any, reduction: Reduction, name: str, options: dict[str, Any]) -> KVStore:

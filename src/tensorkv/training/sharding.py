@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -28,7 +27,8 @@ def shard(data: Any, *, seed: int = 0) -> Any:
         data: one of these. What is returned is of the same kind.
             - a map-style Dataset of torch, or anything else with a length that is indexed by number, for a
               `torch.utils.data.Subset`; a list, tuple, tensor, NumPy array or range for one of its own type;
-            - a `datasets.Dataset` of Hugging Face, or one of its streams;
+            - a `datasets.Dataset` of Hugging Face; of one of its streams each worker takes whole files, if
+              their number allows it;
             - an IterableDataset or any other iterable: each worker reads all of it and skips the others'
               elements;
             - a Sampler: every worker must go through the same order, so a random sampler is run with torch's
@@ -57,20 +57,16 @@ def shard(data: Any, *, seed: int = 0) -> Any:
         raise InvalidArgument(f"shard of a {type(data).__name__}: pass a data set, a sampler or an iterable")
     if isinstance(data, Sampler):
         return _ShardedSampler(data, mine, of_all, seed)
-    if _is_of_hugging_face(data):
-        return importlib.import_module("datasets.distributed").split_dataset_by_node(
-            data, rank=mine, world_size=of_all
-        )
+    datasets = sys.modules.get("datasets")  # of Hugging Face, if the script has loaded it
+    if datasets is not None and isinstance(data, datasets.Dataset):
+        return data.shard(num_shards=of_all, index=mine, contiguous=False)
+    if datasets is not None and isinstance(data, datasets.IterableDataset):
+        return datasets.distributed.split_dataset_by_node(data, rank=mine, world_size=of_all)
     if isinstance(data, (list, tuple, range, torch.Tensor, np.ndarray)):
         return data[mine::of_all]
     if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         return _ShardedIterable(data, mine, of_all)
     return Subset(data, range(mine, len(data), of_all))
-
-
-def _is_of_hugging_face(data: Any) -> bool:
-    module = sys.modules.get("datasets")
-    return module is not None and isinstance(data, (module.Dataset, module.IterableDataset))
 
 
 class _ShardedIterable(IterableDataset[Any]):

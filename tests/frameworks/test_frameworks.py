@@ -1,0 +1,117 @@
+"""Scripts of frameworks before and after a few lines were changed: two workers train what one process does.
+
+`make test-frameworks` runs this in an environment of its own; without the frameworks most tests are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+NEEDS = {
+    "plain": (),
+    "numpied": (),
+    "trainer": ("transformers", "accelerate"),
+    "sft": ("trl", "datasets"),
+    "accelerated": ("accelerate",),
+    "lit": ("lightning",),
+    "lit_manual": ("lightning",),
+    "optaxed": ("jax", "optax"),
+}
+MAX_ADDED_LINES = 4
+BATCH = 8
+SCRIPTS = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(not all(map(importlib.util.find_spec, needed)), reason="not installed")
+    )
+    for name, needed in NEEDS.items()
+]
+
+pytestmark = pytest.mark.timeout(300)  # some take ten seconds to import
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def start(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250, check=False
+    )
+
+
+def run(folder: Path, *command: str) -> list[list[float]]:
+    """Run a script; return the weights that each of its processes prints."""
+    done = start(folder, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = re.findall(r"weights \[(.*)\]", done.stdout)
+    return [[float(number) for number in line.split(",")] for line in lines]
+
+
+def run_alone(folder: Path, name: str, *arguments: str) -> list[float]:
+    (found,) = run(folder, sys.executable, str(HERE / "before" / f"{name}.py"), str(BATCH), *arguments)
+    return found
+
+
+def run_job(folder: Path, name: str, *arguments: str) -> list[list[float]]:
+    job = (sys.executable, "-m", "tensorkv", "run", "-n", "2", "-s", "1", "--", sys.executable)
+    return run(folder, *job, str(HERE / "after" / f"{name}.py"), str(BATCH // 2), *arguments)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_workers_train_what_one_process_does(name: str, tmp_path: Path) -> None:
+    (tmp_path / "job").mkdir()
+    first, second = run_job(tmp_path / "job", name)
+    assert first == second
+    assert first == pytest.approx(run_alone(tmp_path, name), rel=1e-3, abs=2e-3)
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="not installed")
+def test_trainer_resumes_bit_by_bit(tmp_path: Path) -> None:
+    expected = run_job(tmp_path, "trainer")
+    for rank in range(2):
+        (tmp_path / "out" / str(rank) / "checkpoint-6").rename(tmp_path / f"last{rank}")
+    assert run_job(tmp_path, "trainer", "resume") == expected
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", [each for each in SCRIPTS if each.values[0] in ("plain", "optaxed", "lit")])
+def test_torchrun_starts_what_needs_no_framework(name: str, tmp_path: Path) -> None:
+    script = str(HERE / "after" / f"{name}.py")
+    first, second = run(tmp_path, *TORCHRUN, script, str(BATCH // 2))
+    assert first == second
+    assert first == pytest.approx(run_alone(tmp_path, name), rel=1e-3, abs=2e-3)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", [each for each in SCRIPTS if each.values[0] in ("trainer", "lit")])
+def test_a_framework_that_averages_by_itself_is_refused(name: str, tmp_path: Path) -> None:
+    script = (HERE / "after" / f"{name}.py").read_text()
+    (tmp_path / "script.py").write_text(
+        script.replace('"accelerator": "cpu",', '"accelerator": "cpu", "devices": 2,')
+    )
+    done = start(tmp_path, *TORCHRUN, "script.py", str(BATCH // 2))
+    assert done.returncode != 0
+    assert "start them with `tensorkv run" in done.stderr
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_few_lines_are_changed(name: str) -> None:
+    scripts = [str(HERE / version / f"{name}.py") for version in ("before", "after")]
+    done = subprocess.run(
+        ["git", "diff", "--no-index", "--numstat", *scripts],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert int(done.stdout.split()[0]) <= MAX_ADDED_LINES
