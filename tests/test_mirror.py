@@ -12,7 +12,10 @@ PACKAGE = ROOT / "src" / "tensorkv"
 ELSEWHERE = {
     "__init__.py": "test_exports.py",
     "peer/shm.py": "server/test_shm.py",  # both ends, over a real connection
-    "training/remote.py": "training/test_optimizer.py",  # the face of it
+    **dict.fromkeys(
+        ("training/servers.py", "training/steps.py", "training/workers.py"),
+        "training/test_optimizer.py",  # the face of them
+    ),
     "testing/makers.py": "conformance/test_stores.py",
     **dict.fromkeys(
         (

@@ -1104,8 +1104,9 @@ class KVStore(ABC):
 
     # ---- what a kind of store may do better ------------------------------------------------------
 
-    def _open_beside(self, name: str) -> KVStore:
-        """Return a synchronous store of the same workers that sums, under a name that they all use."""
+    def _open_beside(self, name: str, kind: str = "dist_sync", reduction: Reduction = "sum") -> KVStore:
+        """Return another store of the same workers, under a name that they all use; in one process a local
+        one."""
         raise NotSupported(f"a store of kind {self.kind!r} opens no other one for its workers")
 
     def _empty_like(self, keys: tuple[Key, ...]) -> list[torch.Tensor]:

@@ -98,15 +98,17 @@ def part_of(kv: KVStore) -> slice:
     return slice(kv.rank, None, kv.num_workers)
 
 
+@pytest.mark.parametrize("where", ["servers", "workers"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_trains_like_one_process_on_the_whole_batch(name: str) -> None:
+def test_it_trains_like_one_process_on_the_whole_batch(name: str, where: Any) -> None:
     expected = make_model()
     plain = OPTIMIZERS[name](groups_of(expected))
     alone(plain, expected, range(20), torch.optim.lr_scheduler.ExponentialLR(plain, 0.9))
 
     def work(kv: KVStore) -> torch.Tensor:
         model = make_model()
-        optimizer = tensorkv.DistributedOptimizer(OPTIMIZERS[name](groups_of(model)), model, kind=kv)
+        inner = OPTIMIZERS[name](groups_of(model))
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, where=where)
         alone(
             optimizer, model, range(20), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), part_of(kv)
         )
@@ -395,8 +397,9 @@ def reread(checkpoint: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.parametrize("where", ["servers", "workers"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_checkpoint_goes_both_ways(name: str) -> None:
+def test_a_checkpoint_goes_both_ways(name: str, where: Any) -> None:
     """What one process has saved a job goes on with, and the other way round; each as if nothing had
     happened."""
     expected = make_model()
@@ -409,10 +412,12 @@ def test_a_checkpoint_goes_both_ways(name: str) -> None:
 
     def work(kv: KVStore) -> Any:
         model = make_model()
-        optimizer = tensorkv.DistributedOptimizer(OPTIMIZERS[name](groups_of(model)), model, kind=kv)
+        inner = OPTIMIZERS[name](groups_of(model))
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, where=where)
         alone(optimizer, model, range(5), part=part_of(kv))
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        mine = copy.deepcopy(saved)  # torch keeps what it loads, and these workers are threads
+        model.load_state_dict(mine["model"])
+        optimizer.load_state_dict(mine["optimizer"])
         assert kv.rank or equal(optimizer.state_dict(), kept)
         alone(optimizer, model, range(3, 6), part=part_of(kv))
         found = {"model": model.state_dict(), "optimizer": optimizer.state_dict()} if kv.rank == 0 else None
@@ -466,12 +471,14 @@ def test_checkpoints_that_differ_are_one_error_on_every_worker() -> None:
     assert len(set(as_workers(work))) == 1
 
 
-def test_torchs_distributed_checkpoint_saves_and_loads_it() -> None:
+@pytest.mark.parametrize("where", ["servers", "workers"])
+def test_torchs_distributed_checkpoint_saves_and_loads_it(where: Any) -> None:
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     expected, model = make_model(), make_model()
     plain = torch.optim.Adam(expected.parameters(), lr=0.1)
-    optimizer = tensorkv.DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=0.1), model)
+    inner = torch.optim.Adam(model.parameters(), lr=0.1)
+    optimizer = tensorkv.DistributedOptimizer(inner, model, where=where)
     optimizer.zero_grad()
     get_state_dict(model, optimizer)
     assert optimizer.store.info("0.weight").round == 0  # it has made no step
@@ -510,19 +517,21 @@ def clipped_alone(max_norm: float, steps: range) -> torch.Tensor:
     return weights(expected)
 
 
+@pytest.mark.parametrize("where", ["servers", "workers"])
 @pytest.mark.parametrize("way", ["max_norm", "clip_grad_norm_"])
-def test_clipping_is_that_of_the_whole_batch(way: str) -> None:
+def test_clipping_is_that_of_the_whole_batch(way: str, where: Any) -> None:
     def work(kv: KVStore) -> torch.Tensor:
         model = make_model()
         options = {"max_norm": 0.5} if way == "max_norm" else {}
         inner = torch.optim.Adam(model.parameters(), lr=0.1)
-        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, **options)
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, where=where, **options)
         for step in range(6):
             optimizer.zero_grad()
             (100 * model(rows(step)[part_of(kv)]).square().mean()).backward()
             if way == "clip_grad_norm_":
                 norm = optimizer.clip_grad_norm_(0.5)
-                assert torch.equal(norm, optimizer.clip_grad_norm_(0.5))  # it may be asked again
+                if where == "servers":
+                    assert torch.equal(norm, optimizer.clip_grad_norm_(0.5))  # it may be asked again
             optimizer.step()
             assert optimizer.grad_norm is not None
             assert optimizer.grad_norm > 0.5
@@ -534,11 +543,12 @@ def test_clipping_is_that_of_the_whole_batch(way: str) -> None:
     assert torch.allclose(first, clipped_alone(0.5, range(6)), rtol=1e-9)
 
 
-def test_a_step_that_is_left_out_after_clipping_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("where", ["servers", "workers"])
+def test_a_step_that_is_left_out_after_clipping_leaves_nothing_behind(where: Any) -> None:
     def work(kv: KVStore) -> torch.Tensor:
         model = make_model()
         optimizer = tensorkv.DistributedOptimizer(
-            torch.optim.Adam(model.parameters(), lr=0.1), model, kind=kv
+            torch.optim.Adam(model.parameters(), lr=0.1), model, kind=kv, where=where
         )
         for step in (7, 0, 8, 1):
             optimizer.zero_grad()
@@ -552,11 +562,14 @@ def test_a_step_that_is_left_out_after_clipping_leaves_nothing_behind() -> None:
         assert torch.allclose(result, clipped_alone(0.5, range(2)), rtol=1e-9)
 
 
-def test_a_step_with_a_nan_is_skipped_by_all() -> None:
+@pytest.mark.parametrize("where", ["servers", "workers"])
+def test_a_step_with_a_nan_is_skipped_by_all(where: Any) -> None:
     def work(kv: KVStore) -> tuple[list[bool], torch.Tensor]:
         model = make_model()
         inner = torch.optim.Adam(model.parameters(), lr=0.1)
-        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, skip_nonfinite=True, clip="local")
+        optimizer = tensorkv.DistributedOptimizer(
+            inner, model, kind=kv, skip_nonfinite=True, clip="local", where=where
+        )
         skipped = []
         for step in (0, 5, 1):
             optimizer.zero_grad()
@@ -574,11 +587,13 @@ def test_a_step_with_a_nan_is_skipped_by_all() -> None:
         assert torch.allclose(result, weights(expected), rtol=1e-10)
 
 
+@pytest.mark.parametrize("where", ["servers", "workers"])
 @pytest.mark.parametrize("unscaled", [False, True])
-def test_a_scaler_skips_and_scales_alike_on_all_workers(unscaled: bool) -> None:
+def test_a_scaler_skips_and_scales_alike_on_all_workers(unscaled: bool, where: Any) -> None:
     def work(kv: KVStore) -> tuple[list[float], torch.Tensor]:
         model = make_model(torch.float32)
-        optimizer = tensorkv.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, kind=kv)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, where=where)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
         scales = []
         for step in (0, 5, 1, 2):
@@ -646,3 +661,98 @@ def test_clipping_of_ones_own_gradients_is_said_once(way: str) -> None:
         as_workers(work)
     texts = [str(each.message) for each in caught if "is not to clip" in str(each.message)]
     assert len(texts) == (2 if way == "said" else 0)  # one by each worker, which are threads here
+
+
+# ---- the update on the workers -----------------------------------------------------------------
+
+
+def test_lbfgs_searches_along_one_line_on_all_workers() -> None:
+    def closure_of(
+        model: nn.Module, optimizer: torch.optim.Optimizer, part: slice
+    ) -> Callable[[], torch.Tensor]:
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss: torch.Tensor = (model(rows(0)[part]) - 1).square().mean()
+            loss.backward()
+            return loss
+
+        return closure
+
+    expected = make_model()
+    plain = torch.optim.LBFGS(expected.parameters(), lr=0.5, max_iter=4, line_search_fn="strong_wolfe")
+    losses = [plain.step(closure_of(expected, plain, slice(None))).item() for _ in range(3)]
+
+    def work(kv: KVStore) -> tuple[list[float], torch.Tensor]:
+        model = make_model()
+        inner = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4, line_search_fn="strong_wolfe")
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, where="workers")
+        found = [optimizer.step(closure_of(model, optimizer, part_of(kv))).item() for _ in range(3)]
+        return found, weights(model)
+
+    (first, values), (second, others) = as_workers(work)
+    assert first == second
+    assert torch.equal(values, others)
+    assert first == pytest.approx(losses, rel=1e-9)
+    assert torch.allclose(values, weights(expected), rtol=1e-7, atol=1e-9)
+
+
+def test_means_may_be_looked_at_and_changed_before_the_step() -> None:
+    def work(kv: KVStore) -> torch.Tensor:
+        model = make_model()
+        inner = torch.optim.SGD(model.parameters(), lr=0.5)
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, where="workers")
+        for step in range(3):
+            optimizer.zero_grad(set_to_none=step == 1)
+            model(rows(step)[part_of(kv)]).square().mean().backward()
+            optimizer.allreduce_grads()
+            optimizer.allreduce_grads()  # they are means already
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+        assert kv.info("0.weight").round == 3
+        return weights(model)
+
+    expected = make_model()
+    plain = torch.optim.SGD(expected.parameters(), lr=0.5)
+    for step in range(3):
+        plain.zero_grad()
+        expected(rows(step)).square().mean().backward()
+        nn.utils.clip_grad_norm_(expected.parameters(), 0.01)
+        plain.step()
+    for result in as_workers(work):
+        assert torch.allclose(result, weights(expected), rtol=1e-10)
+
+
+def test_on_workers_a_parameter_that_some_use_gets_their_mean_and_one_that_none_uses_stays() -> None:
+    def work(kv: KVStore) -> list[Any]:
+        model = nn.ParameterDict({name: nn.Parameter(torch.zeros(2)) for name in ("all", "one", "none")})
+        model["late"] = nn.Parameter(torch.zeros(1), requires_grad=False)
+        inner = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.5)
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, where="workers")
+        for step in range(3):
+            model["late"].requires_grad_(step == 2)
+            optimizer.zero_grad()
+            used = ["all", "late"][: 1 + (step == 2)] + ["one"] * (kv.rank == 0)
+            torch.stack([model[each].sum() for each in used]).sum().backward()
+            optimizer.step()
+        assert model["none"].grad is None
+        return [model[name].tolist() for name in ("all", "one", "none", "late")]
+
+    for found in as_workers(work):
+        assert found == [[-1.75] * 2, [-1.75] * 2, [0.0] * 2, [-1.0]]
+
+
+def test_where_is_checked() -> None:
+    model = make_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InvalidArgument, match="where='gpu'"):
+        tensorkv.DistributedOptimizer(inner, model, where="gpu")  # type: ignore[arg-type]
+    with (
+        tensorkv.create("dist_async", embedded=True) as kv,
+        pytest.raises(NotSupported, match="where='workers'"),
+    ):
+        tensorkv.DistributedOptimizer(inner, model, kind=kv, where="workers")
+    with (
+        tensorkv.DistributedOptimizer(inner, model) as optimizer,
+        pytest.raises(NotSupported, match="where="),
+    ):
+        optimizer.allreduce_grads()

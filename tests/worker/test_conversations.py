@@ -418,7 +418,7 @@ def test_a_put_that_is_refused_vouches_for_nothing() -> None:
 
 
 def commit_of(bench: Bench) -> Conversation[Any]:
-    return commit(bench.core, lambda n: m.Commit(n, 3, None, False, False))
+    return commit(bench.core, lambda n: m.Commit(n, 3, None, False, False, True), apply=True)
 
 
 def test_a_commit_that_was_given_up_is_awaited_by_the_next_call() -> None:
@@ -432,7 +432,7 @@ def test_a_commit_that_was_given_up_is_awaited_by_the_next_call() -> None:
     assert said == [("replies", [0, 1], True, False)]
     assert bench.core.uncommitted == {7}
     said, (keys, _) = say(commit_of(bench), None)
-    assert bench.messages(m.Commit) == [[m.Commit(1, 3, None, False, False)]] * 2  # not asked for again
+    assert bench.messages(m.Commit) == [[m.Commit(1, 3, None, False, False, True)]] * 2  # not asked for again
     assert keys == ["a"]
     assert bench.core.uncommitted == set()
     assert bench.busy() == set()

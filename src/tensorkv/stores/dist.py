@@ -138,8 +138,8 @@ class DistStore(KVStore):
         """Number of workers in the job."""
         return self._job.config.num_workers
 
-    def _open_beside(self, name: str) -> KVStore:
-        return DistStore("dist_sync", self._job, store=name, reduction="sum", timeout_s=self._timeout_s)
+    def _open_beside(self, name: str, kind: str = "dist_sync", reduction: Reduction = "sum") -> KVStore:
+        return DistStore(kind, self._job, store=name, reduction=reduction, timeout_s=self._timeout_s)
 
     def on_fault(self, fault: m.Fault) -> None:
         """Record that a round this worker contributed to has failed. Its next call on the key raises it."""

@@ -143,8 +143,8 @@ class LocalStore(KVStore):
         """1."""
         return 1
 
-    def _open_beside(self, name: str) -> KVStore:
-        return LocalStore(self.kind, store=name, reduction="sum", timeout_s=self._timeout_s)
+    def _open_beside(self, name: str, kind: str = "dist_sync", reduction: Reduction = "sum") -> KVStore:
+        return LocalStore("local", store=name, reduction=reduction, timeout_s=self._timeout_s)
 
     # ---- values ----------------------------------------------------------------------------------
 

@@ -12,12 +12,15 @@ from typing import Any, Literal, Self
 import torch
 
 from tensorkv.arguments import flag, positive
-from tensorkv.errors import InvalidArgument, NotPicklable
+from tensorkv.errors import InvalidArgument, NotPicklable, NotSupported
 from tensorkv.launch.place import find_place
 from tensorkv.store import KVStore, Reduction
 from tensorkv.stores.registry import create
-from tensorkv.training.gradients import ClippingWatch, tell_scaler, unscale
-from tensorkv.training.remote import Remote
+from tensorkv.training.buffers import Buffers
+from tensorkv.training.gradients import ClippingWatch
+from tensorkv.training.servers import ServerSteps
+from tensorkv.training.steps import Steps
+from tensorkv.training.workers import WorkerSteps
 
 _numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
 """How many optimizers of a name this process has made: all workers make them in the same order."""
@@ -53,7 +56,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     Not safe for several threads at once.
     """
 
-    _remote: Remote
+    _steps: Steps
     _step_supports_amp_scaling = True  # a GradScaler leaves unscaling and skipping to `step`
 
     def __init__(
@@ -63,9 +66,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         *,
         kind: str | KVStore = "auto",
         reduction: Reduction = "mean",
+        where: Literal["servers", "workers"] = "servers",
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         clip: Literal["local"] | None = None,
+        buffers: Buffers = "rank0",
         name: str = "optimizer",
         **options: Any,
     ) -> None:
@@ -78,11 +83,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
             kind: kind of the store. "auto" is "dist_sync" in a job and "local" outside one. A store that is
                 open already may be passed instead; its reduction holds then.
             reduction: "mean" or "sum" over the workers' gradients.
+            where: "servers", or "workers": then the servers only take the mean of the gradients, and each
+                worker makes the same step itself, with all the optimizer's state. Any optimizer works there,
+                LBFGS too.
             max_norm: maximum Euclidean norm of the mean of all gradients, over all parameters: each step
                 scales them down to it, as `torch.nn.utils.clip_grad_norm_` would in one process on the whole
                 batch.
             skip_nonfinite: skip a step in which an element of the mean is infinite or NaN, on all workers.
             clip: "local" if the script clips each worker's own gradients and that is meant: no warning then.
+            buffers: what the running statistics of a BatchNorm, say, are after each step on all workers:
+                "rank0", those of rank 0, or "mean". Buffers that the first step does not change are not
+                exchanged.
             name: name of the store. A second optimizer of the same name gets one of its own.
             **options: further options of `tensorkv.create`: staleness, quorum, timeout_s and so on.
 
@@ -122,9 +133,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
         bound = None if max_norm is None else positive("max_norm", max_norm)
         if clip not in (None, "local"):
             raise InvalidArgument(f"clip={clip!r} is not known; pass 'local', or nothing")
-        self._remote = Remote(inner, model, store, bound, flag("skip_nonfinite", skip_nonfinite))
-        if clip is None and store.num_workers > 1:
-            self._remote.watch = ClippingWatch(self._remote.parameters)
+        if buffers not in ("rank0", "mean"):
+            raise InvalidArgument(f"buffers={buffers!r} is not known; use 'rank0' or 'mean'")
+        if where not in ("servers", "workers"):
+            raise InvalidArgument(f"where={where!r} is not known; use 'servers' or 'workers'")
+        steps = ServerSteps if where == "servers" else WorkerSteps
+        self._steps = steps(inner, model, store, bound, flag("skip_nonfinite", skip_nonfinite), buffers)
+        if clip is None and where == "servers" and store.num_workers > 1:
+            self._steps.watch = ClippingWatch(self._steps.parameters)
 
     @property
     def store(self) -> KVStore:
@@ -138,7 +154,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             print(optimizer.store.keys())  # ['weight', 'bias']
             ```
         """
-        return self._remote.kv
+        return self._steps.kv
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # an attribute of torch's
@@ -152,7 +168,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             print(optimizer.param_groups[0]["lr"])  # 0.1
             ```
         """
-        return self._remote.inner.param_groups
+        return self._steps.inner.param_groups
 
     @property
     def state(self) -> MutableMapping[torch.Tensor, Any]:  # type: ignore[override]  # an attribute of torch's
@@ -168,7 +184,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             print(optimizer.state[model.bias]["exp_avg"])  # tensor([0.1000])
             ```
         """
-        return _ServerState(self._remote)
+        return self._steps.state
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Push the gradients, let the servers update the weights, and pull these.
@@ -203,24 +219,42 @@ class DistributedOptimizer(torch.optim.Optimizer):
             print(bool(after < before))  # True
             ```
         """
+        found_inf = getattr(self, "found_inf", None)  # a GradScaler that is calling sets it, and `grad_scale`
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        remote = self._remote
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is None:
-            if remote.watch is not None:
-                remote.watch.check()
-            self._remote.skipped = not remote.step()
-            return loss
-        mine = bool(found_inf.item())
-        if scale is not None and not mine:
-            unscale(remote.parameters, scale)
-        remote.skipped = not remote.step(skip=mine)
-        if remote.skipped and not mine:
-            tell_scaler()
+            loss = self._steps.step(closure)
+        else:
+            self._steps.step_scaled(getattr(self, "grad_scale", None), found_inf)
+        self._steps.exchange_buffers()
         return loss
+
+    def allreduce_grads(self) -> None:
+        """With where="workers": replace each parameter's gradient by its mean over the workers that have one.
+
+        `step` does it, unless it is done already. Call it to look at the means before the step, or to change
+        them: the step that follows takes them as they are.
+
+        Raises:
+            NotSupported: with where="servers", where the mean is not known here.
+
+        Blocks until all workers have made the call.
+
+        Example:
+            ```python
+            model = torch.nn.Linear(1, 1)
+            inner = torch.optim.SGD(model.parameters(), lr=0.1)
+            optimizer = tensorkv.DistributedOptimizer(inner, model, where="workers")
+            model(torch.full((1, 1), 3.0)).sum().backward()
+            optimizer.allreduce_grads()
+            print(model.weight.grad)  # tensor([[3.]])
+            optimizer.step()
+            ```
+        """
+        if not isinstance(self._steps, WorkerSteps):
+            raise NotSupported(
+                "allreduce_grads: the servers have the mean; pass where='workers' to have it here"
+            )
+        self._steps.reduce()
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Let the next step scale the mean of all workers' gradients down to a norm; return their norm now.
@@ -252,7 +286,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             print(round(before - model.weight.item(), 3))  # 1.0
             ```
         """
-        norm = self._remote.clip(positive("max_norm", max_norm))
+        norm = self._steps.clip(positive("max_norm", max_norm))
         return torch.tensor(norm, dtype=torch.float64, device="cpu")
 
     @property
@@ -269,7 +303,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             print(round(optimizer.grad_norm, 6))  # 3.0
             ```
         """
-        return self._remote.norm
+        return self._steps.norm
 
     @property
     def step_was_skipped(self) -> bool:
@@ -285,7 +319,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             print(optimizer.step_was_skipped)  # True
             ```
         """
-        return self._remote.skipped
+        return self._steps.skipped
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters of the model, as torch's optimizers do. Every worker makes the call.
@@ -304,11 +338,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
             print(len(optimizer.store), len(optimizer.param_groups))  # 2 2
             ```
         """
-        self._remote.add_group(param_group)
+        self._steps.add_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what torch's `load_state_dict` has made of a checkpoint. Every worker loads the same one."""
-        self._remote.load(state["state"], state["param_groups"])
+        self._steps.load(state["state"], state["param_groups"])
 
     def close(self) -> None:
         """Leave the store: the other workers' steps need this worker no more. Call it when its data have
@@ -327,7 +361,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             print(optimizer.store.closed)  # True
             ```
         """
-        self._remote.kv.close()
+        self._steps.close()
 
     def __enter__(self) -> Self:
         return self
@@ -335,7 +369,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._remote.kv.__exit__(exc_type, exc, traceback)
+        self._steps.kv.__exit__(exc_type, exc, traceback)  # after an exception the worker counts as lost
+        self._steps.close()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse: its store belongs to this process."""
@@ -345,40 +380,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         )
 
     def __repr__(self) -> str:
-        return f"DistributedOptimizer of {self._remote.inner!r} in {self.store!r}"
-
-
-class _ServerState(MutableMapping[Any, Any]):
-    """The state of all parameters, read from the servers when it is needed.
-
-    It is never false: torch's distributed checkpoints take an empty state for one to be created by a step.
-    Writing to it does nothing: frameworks move state to other devices that way, and the servers' stays there.
-    """
-
-    def __init__(self, remote: Remote) -> None:
-        self._remote = remote
-        self._found: dict[Any, Any] | None = None
-
-    def _read(self) -> dict[Any, Any]:
-        if self._found is None:
-            self._found = dict(self._remote.state())
-        return self._found
-
-    def __getitem__(self, parameter: Any) -> Any:
-        return self._read()[parameter]
-
-    def __setitem__(self, parameter: Any, state: Any) -> None: ...
-
-    def __delitem__(self, parameter: Any) -> None: ...
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._read())
-
-    def __len__(self) -> int:
-        return len(self._read())
-
-    def __bool__(self) -> bool:
-        return True
+        return f"DistributedOptimizer of {self._steps.inner!r} in {self.store!r}"
 
 
 def _check_arguments(inner: Any, model: Any) -> None:

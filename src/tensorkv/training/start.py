@@ -8,7 +8,7 @@ from typing import final
 
 import torch
 
-from tensorkv.errors import SettingMismatch
+from tensorkv.errors import SettingMismatch, UsageError
 from tensorkv.keys import ABSENT
 from tensorkv.store import KVStore
 
@@ -49,6 +49,15 @@ class Meeting:
             return
         lowest = int(differing.argmax())
         raise SettingMismatch(self._text_of(lowest, difference))
+
+    def union(self, names: Sequence[str], mine: Sequence[str]) -> list[str]:
+        """Return which of the names that all workers know some worker has passed as `mine`."""
+        kv, key, chosen = self._kv, self._name("names"), set(mine)
+        flags = torch.tensor([float(name in chosen) for name in names], device="cpu")
+        if kv.num_workers > 1 and len(names):
+            kv.init(key, torch.zeros_like(flags))
+            kv.pushpull(key, flags, out=flags)
+        return [name for name, flag in zip(names, flags.tolist(), strict=True) if flag]
 
     def share(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Overwrite tensors by those of rank 0, under the same names. The workers have agreed on these."""
@@ -102,7 +111,7 @@ def meeting(kv: KVStore, number: int) -> Iterator[Meeting]:
     beside = kv._open_beside(f"{kv.name}.start.{number}")
     try:
         yield Meeting(beside)
-    except SettingMismatch:  # raised on all workers alike: none waits for another
+    except UsageError:  # raised on all workers alike: none waits for another
         beside.close()
         raise
     beside.close()

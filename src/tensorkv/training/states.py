@@ -4,8 +4,8 @@ them."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, final
 
 import torch
 
@@ -53,3 +53,43 @@ def _digest(value: Any) -> str:
     return (
         f"{value.dtype} {tuple(value.shape)} {hashlib.blake2b(bytes_of(whole), digest_size=16).hexdigest()}"
     )
+
+
+@final
+class StateView(MutableMapping[Any, Any]):
+    """The state of all parameters as `Optimizer.state`, read when somebody looks at it.
+
+    It is never false: torch's distributed checkpoints take an empty state for one to be created by a step.
+    Without `target`, writing to it does nothing: frameworks move state to other devices that way, and that of
+    servers stays there.
+    """
+
+    def __init__(
+        self, read: Callable[[], Mapping[Any, Any]], target: MutableMapping[Any, Any] | None = None
+    ) -> None:
+        self._read = read
+        self._target: MutableMapping[Any, Any] = {} if target is None else target
+        self._known: Mapping[Any, Any] | None = target
+
+    def _found(self) -> Mapping[Any, Any]:
+        if self._known is None:
+            self._known = self._read()
+        return self._known
+
+    def __getitem__(self, parameter: Any) -> Any:
+        return self._found()[parameter]
+
+    def __setitem__(self, parameter: Any, state: Any) -> None:
+        self._target[parameter] = state
+
+    def __delitem__(self, parameter: Any) -> None:
+        self._target.pop(parameter, None)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._found())
+
+    def __len__(self) -> int:
+        return len(self._found())
+
+    def __bool__(self) -> bool:
+        return True

@@ -1,0 +1,211 @@
+"""ServerSteps: the servers run the optimizer; a step pushes gradients and pulls weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, final
+
+import torch
+
+from tensorkv.bound import BoundStep
+from tensorkv.errors import NotSupported
+from tensorkv.keys import ABSENT
+from tensorkv.training.gradients import Marks, pushed_gradient
+from tensorkv.training.states import StateView, state_digest, with_states
+from tensorkv.training.steps import State, Steps
+from tensorkv.updaters.groups import plain
+
+
+@final
+class ServerSteps(Steps):
+    """Steps that the servers of a store make. Their keys are the parameters that require a gradient, by
+    name."""
+
+    def _start(self, names: list[tuple[str, ...]]) -> None:
+        self._keyed: dict[str, torch.nn.Parameter] = {}
+        self._gradients: dict[str, Any] = {}
+        self._step: BoundStep | None = None
+        self._versions: list[int] = []  # of the parameters, after the last pull
+        self._sent: list[State] = []  # the options of each group that the servers have
+        self._groups: list[tuple[str, ...]] = []  # the names in each group
+        self._steps = 0  # number that this worker has made, or loaded
+        self._held: Marks | None = None  # of the gradients that await a commit
+        self._clip_to: float | None = None
+        trained = self.trained(names)
+        with self.meeting() as others:
+            self.check_alike(others, names)
+            others.share({name: each for name, each in self.tensors().items() if name not in trained})
+        self._set_groups(names)
+        self._learn_keys()
+        self._pull()
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self._keyed.values())
+
+    # ---- settings and keys -----------------------------------------------------------------------
+
+    def _set_groups(self, names: list[tuple[str, ...]]) -> None:
+        """Set the optimizer on the servers, as its groups are now."""
+        keys_by_id = {identity: [name] for identity, name in self._name_of.items()}
+        self.kv._set_instance(self.inner, None, keys_by_id)
+        self._groups = names
+        self._sent = [self._options(group) for group in self.inner.param_groups]
+
+    def _options(self, group: Mapping[str, Any]) -> State:
+        """Return the options of a group, not what schedules and scripts keep beside them."""
+        return {name: plain(group[name]) for name in self.inner.defaults if name in group}
+
+    def _learn_keys(self) -> None:
+        """Initialise the parameters that require a gradient and are not in the store yet."""
+        new = {name: each for name, each in self.trained(self._groups).items() if name not in self._keyed}
+        if not new:
+            return
+        self.kv.init({name: each.detach() for name, each in new.items()})
+        self._keyed.update(new)
+        self._gradients.update(dict.fromkeys(new, ABSENT))
+        self._versions += [each._version for each in new.values()]
+        self._bind()
+
+    def _bind(self) -> None:
+        self._step = self.kv.bind(push=self._gradients, out=self._keyed)
+
+    def add_group(self, group: State) -> None:
+        self._set_groups(self.extend(group))
+        self._learn_keys()
+
+    # ---- a step ----------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.watch is not None:
+            self.watch.check()
+        self.skipped = not self.apply(None)
+        return loss
+
+    def apply(self, skip: bool | None) -> bool:
+        if not self.kv._allows_commit:  # a worker skips its own steps only
+            self._exchange(absent=bool(skip))
+            return not skip
+        if not (self.max_norm is not None or self.skip_nonfinite or self._held or skip is not None):
+            self._exchange()
+            return True
+        self._hold()
+        max_norm = self.max_norm if self._clip_to is None else self._clip_to
+        self._held, self._clip_to = None, None
+        result = self.kv.commit(max_norm=max_norm, skip=bool(skip), check_finite=self.skip_nonfinite)
+        self.norm = result.norm
+        self._pull()
+        return result.applied
+
+    def clip(self, max_norm: float) -> float:
+        if not self.kv._allows_commit:
+            raise NotSupported(
+                f"clip_grad_norm_: {self.kv!r} does not wait for all workers' gradients of a step"
+            )
+        self._hold()
+        self._clip_to = max_norm
+        norm = self.kv.commit(apply=False).norm
+        assert norm is not None
+        return norm
+
+    def _exchange(self, absent: bool = False) -> None:
+        """Push the gradients, or take part without, and pull the weights."""
+        self._prepare()
+        if absent:
+            self._gradients.update(dict.fromkeys(self._keyed, ABSENT))
+        assert self._step is not None
+        self._step.pushpull()
+        self._note_pull()
+
+    def _hold(self) -> None:
+        """Push the gradients for a commit, unless these are pushed already."""
+        if self._held is not None and self._held.hold():
+            return
+        if self._held is not None:  # of a step that the script has not made
+            self.kv.commit(skip=True)
+        self._prepare()
+        assert self._step is not None
+        self._step.push(apply=False)
+        self._held = Marks(self.parameters)
+
+    def _prepare(self) -> None:
+        """Send what goes ahead of the gradients, and collect these."""
+        self._send_values()
+        if self._has_grown():
+            self._learn_keys()
+        self._send_options()
+        for name, parameter in self._keyed.items():
+            self._gradients[name] = pushed_gradient(parameter)
+        self._steps += 1
+
+    def _has_grown(self) -> bool:
+        """Whether a frozen parameter of the optimizer requires a gradient by now."""
+        if sum(map(len, self._groups)) == len(self._keyed):
+            return False
+        return not self.trained(self._groups).keys() <= self._keyed.keys()
+
+    def _send_values(self) -> None:
+        """Put the parameters that the script has changed since the last pull."""
+        versions = [each._version for each in self._keyed.values()]
+        if versions == self._versions or self.kv.rank != 0:
+            return
+        changed = {
+            name: each.detach()
+            for (name, each), now, then in zip(self._keyed.items(), versions, self._versions, strict=True)
+            if now != then
+        }
+        self.kv.put(changed)
+
+    def _send_options(self) -> None:
+        for number, group in enumerate(self.inner.param_groups):
+            options, sent = self._options(group), self._sent[number]
+            if options == sent:
+                continue
+            changed = {name: each for name, each in options.items() if each != sent.get(name)}
+            keys = list(self._groups[number]) if len(self._groups) > 1 else None
+            self.kv.set_optimizer_options(keys=keys, **changed)
+            self._sent[number] = options
+
+    def _pull(self) -> None:
+        assert self._step is not None
+        self._step.pull()
+        self._note_pull()
+
+    def _note_pull(self) -> None:
+        self._versions = [each._version for each in self._keyed.values()]
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    @property
+    def state(self) -> MutableMapping[torch.Tensor, Any]:
+        return StateView(self._read_state)
+
+    def _read_state(self) -> dict[torch.Tensor, State]:
+        """Return the state of each parameter that has one, as of this worker's last step."""
+        if not self._steps:
+            return {}
+        found = self.kv.state_dict(alone=True)["optimizer_state"]
+        ordered = [each for group in self.inner.param_groups for each in group["params"]]
+        names = {self._name_of[id(each)]: each for each in ordered}
+        return {each: found[name] for name, each in names.items() if name in found}
+
+    def load(self, state: Mapping[Any, State], groups: list[State]) -> None:
+        inner, kv = self.inner, self.kv
+        inner.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
+        found, inner.state = inner.state, defaultdict(dict)
+        states = self.by_name(found)
+        with self.meeting() as others:
+            others.check_alike("checkpoint", state_digest(states))
+        self._set_groups(self.names())
+        held = kv.state_dict()
+        weights = {name: each.detach() for name, each in self._keyed.items()}
+        kv.load_state_dict(with_states(held, weights, states) if held else {})
+        kv.init(weights)
+        self._bind()
+        self._steps += bool(states)
+        self._pull()

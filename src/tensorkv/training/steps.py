@@ -1,0 +1,230 @@
+"""Steps: what changes about a `DistributedOptimizer`, wherever the update runs; see the package's
+docstring."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from tensorkv.errors import InvalidArgument, InvalidValue, LoadError, NotSupported
+from tensorkv.store import KVStore
+from tensorkv.training.buffers import BufferExchange, Buffers
+from tensorkv.training.gradients import ClippingWatch, tell_scaler, unscale
+from tensorkv.training.start import Meeting, describe, meeting
+
+State = dict[str, Any]
+
+
+class Steps(ABC):
+    """An inner optimizer, a model, and the store in which its workers meet. Not safe for several threads at
+    once."""
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        kv: KVStore,
+        max_norm: float | None,
+        skip_nonfinite: bool,
+        buffers: Buffers,
+    ) -> None:
+        self.inner = inner
+        self.kv = kv
+        self.max_norm = max_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.norm: float | None = None  # of the gradients of the last step, if it was needed
+        self.skipped = False  # whether the last step was
+        self.watch: ClippingWatch | None = None
+        self._model = model
+        self._name_of = {id(each): name for name, each in model.named_parameters()}
+        self._num_meetings = 0
+        if (max_norm is not None or skip_nonfinite) and not kv._allows_commit:
+            raise NotSupported(
+                f"max_norm and skip_nonfinite need all workers' gradients of a step at once, and {kv!r} does "
+                "not wait for these; leave them away, or use kind='dist_sync'"
+            )
+        self._start(self.names())
+        self._buffers: BufferExchange | None = None
+        if kv.num_workers > 1 and next(model.buffers(), None) is not None:
+            self._buffers = self._exchange_of_buffers(buffers)
+
+    # ---- what a step is --------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that are trained."""
+
+    @abstractmethod
+    def step(self, closure: Callable[[], Any] | None) -> Any:
+        """Make a step, and return what the closure has returned."""
+
+    @abstractmethod
+    def apply(self, skip: bool | None) -> bool:
+        """Make a step with the gradients that are there.
+
+        Args:
+            skip: whether this worker asks all to skip the step; None if no worker may.
+
+        Returns:
+            Whether the step was made; False if it was skipped.
+        """
+
+    def step_scaled(self, scale: torch.Tensor | None, found_inf: torch.Tensor) -> None:
+        """Make a step for a GradScaler. Without a scale the gradients are unscaled already."""
+        mine = bool(found_inf.item())
+        if scale is not None and not mine:
+            unscale(self.parameters, scale)
+        self.skipped = not self.apply(mine)
+        if self.skipped and not mine:
+            tell_scaler()
+
+    @abstractmethod
+    def clip(self, max_norm: float) -> float:
+        """Return the norm of the mean of all gradients; the step that follows scales them down to
+        `max_norm`."""
+
+    @abstractmethod
+    def add_group(self, group: State) -> None:
+        """Add a group to the optimizer. Every worker calls it."""
+
+    @property
+    @abstractmethod
+    def state(self) -> MutableMapping[torch.Tensor, Any]:
+        """The optimizer's state of each parameter. It is never false."""
+
+    @abstractmethod
+    def load(self, state: Mapping[Any, State], groups: list[State]) -> None:
+        """Go on with the state and the options of a checkpoint, and rank 0's present weights.
+
+        Every worker calls it, with the same checkpoint.
+        """
+
+    def close(self) -> None:
+        """Leave the store."""
+        self.kv.close()
+        if self._buffers is not None:
+            self._buffers.close()
+
+    # ---- buffers ---------------------------------------------------------------------------------
+
+    def _exchange_of_buffers(self, which: Buffers) -> BufferExchange:
+        """Return what makes buffers alike. Without rounds, workers take what rank 0 has pushed last."""
+        in_rounds = self.kv._allows_commit
+        if which == "mean" and not in_rounds:
+            raise NotSupported(f"buffers='mean' needs those of all workers, and {self.kv!r} waits for none")
+        kind = "dist_sync" if in_rounds else "dist_async"
+        return BufferExchange(
+            self._model, self.kv._open_beside(f"{self.kv.name}.buffers", kind, "mean"), which
+        )
+
+    def exchange_buffers(self) -> None:
+        """Make the buffers alike on all workers, after a step."""
+        if self._buffers is None:
+            return
+        if not self._buffers.is_known:
+            with self.meeting() as others:
+                self._buffers.agree(others)
+        self._buffers.exchange()
+
+    # ---- who has what ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def _start(self, names: list[tuple[str, ...]]) -> None:
+        """Make sure that all workers have the same optimizer, model and values; `names` are those of each
+        group."""
+
+    def meeting(self) -> AbstractContextManager[Meeting]:
+        """Let the workers meet."""
+        self._num_meetings += 1
+        return meeting(self.kv, self._num_meetings)
+
+    def names(self) -> list[tuple[str, ...]]:
+        """Return the names of the parameters in each group.
+
+        Raises:
+            InvalidArgument: a parameter is not one of the model.
+        """
+        found: list[tuple[str, ...]] = []
+        for number, group in enumerate(self.inner.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                if id(parameter) not in self._name_of:
+                    raise InvalidArgument(
+                        f"parameter {place} of group {number}, of shape {tuple(parameter.shape)}, is "
+                        "no parameter of the model that was passed: pass the model whose parameters the "
+                        "optimizer has, as they are after a load with assign=True, say"
+                    )
+                _check_placement(self._name_of[id(parameter)], parameter)
+            found.append(tuple(self._name_of[id(each)] for each in group["params"]))
+        return found
+
+    def trained(self, names: list[tuple[str, ...]]) -> dict[str, torch.nn.Parameter]:
+        """Return the parameters of all groups that require a gradient, by name."""
+        found = {name: self._model.get_parameter(name) for group in names for name in group}
+        return {name: each for name, each in found.items() if each.requires_grad}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return all parameters and buffers of the model."""
+        return {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+
+    def description(self, names: list[tuple[str, ...]]) -> Iterator[str]:
+        """Yield what must be alike on all workers, a line for each part."""
+        yield f"{type(self.inner).__name__} with {len(names)} groups"
+        for number, group in enumerate(names):
+            yield f"group {number}: {', '.join(group)}"
+        for name, each in self.tensors().items():
+            yield describe(name, each)
+
+    def check_alike(self, others: Meeting, names: list[tuple[str, ...]]) -> None:
+        """Raise on all workers if their models or optimizers differ, or there is nothing to train."""
+        others.check_alike("model and optimizer", list(self.description(names)))
+        if not self.trained(names):
+            raise InvalidArgument(
+                "no parameter of this optimizer requires a gradient, so there is nothing to train"
+            )
+
+    def extend(self, group: State) -> list[tuple[str, ...]]:
+        """Add a group to the inner optimizer; return the names in all groups, which are alike on all
+        workers."""
+        self.inner.add_param_group(group)
+        try:
+            names = self.names()
+        except Exception:
+            self.inner.param_groups.pop()
+            raise
+        with self.meeting() as others:
+            self.check_alike(others, names)
+        return names
+
+    def by_name(self, state: Mapping[Any, State]) -> dict[str, State]:
+        """Return the state of each parameter that is trained, by its name, without empty entries.
+
+        Raises:
+            LoadError: there is state of something else.
+        """
+        found: dict[str, State] = {}
+        for parameter, each in state.items():
+            name = self._name_of.get(id(parameter))
+            if name is None:
+                raise LoadError("the checkpoint has state that belongs to no parameter")
+            known = {
+                entry: value for entry, value in each.items() if value is not None
+            }  # SGD's momentum may be
+            if known and parameter.requires_grad:
+                found[name] = known
+        return found
+
+
+def _check_placement(name: str, parameter: torch.nn.Parameter) -> None:
+    """Raise if a parameter is not a whole, dense tensor of this process."""
+    if hasattr(parameter, "device_mesh"):
+        raise NotSupported(
+            f"parameter {name!r} is a DTensor, of FSDP2 say: its parts are on several workers, and each "
+            "would push its own under one key. Without fully_shard, too, the servers hold the state only once"
+        )
+    if torch.nn.parameter.is_lazy(parameter):
+        raise InvalidValue(f"parameter {name!r} is lazy and has no shape yet; call forward once first")
