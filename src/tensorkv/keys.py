@@ -29,6 +29,7 @@ from tensorkv.plain import Key, may_travel
 _traits = attrgetter("dtype", "requires_grad", "layout")
 _PLAIN = (False, torch.strided)
 _TENSORS = {torch.Tensor}
+_PLAIN_OR_PARAMETERS = {torch.Tensor, torch.nn.Parameter}
 _LISTS = {list, tuple}
 _LOWEST_ADDRESS = 1 << 22
 """Minimum address of a program's memory; a lower one is an offset into a storage that was freed."""
@@ -381,6 +382,10 @@ def _batch_of(
 def _batch_into(keys: tuple[Key, ...], values: list[Any], form: Form, given: Any) -> PullBatch:
     if _are_plain_outs(values):
         return PullBatch(keys, None, form, given, values)
+    if _PLAIN_OR_PARAMETERS.issuperset(map(type, values)):
+        detached = [each.detach() if type(each) is torch.nn.Parameter else each for each in values]
+        if _are_plain_outs(detached):
+            return PullBatch(keys, None, form, given, detached)
     flat = _flat(values)
     if flat is not None and _are_plain_outs(flat):
         outs = list(map(list, values))

@@ -1178,6 +1178,10 @@ class KVStore(ABC):
     @abstractmethod
     def _state_dict(self, alone: bool) -> dict[str, Any]: ...
 
+    def _state_now(self) -> dict[str, Any]:
+        """Return what `state_dict(alone=True)` does or, where it cannot, each slice as of one moment."""
+        return self._state_dict(True)
+
     @abstractmethod
     def _load_state_dict(self, state_dict: Mapping[str, Any]) -> None: ...
 

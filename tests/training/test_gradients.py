@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from torch import nn
 
 from tensorkv.keys import ABSENT
-from tensorkv.training.gradients import ClippingWatch, Marks, pushed_gradient, tell_scaler, unscale
+from tensorkv.training.gradients import (
+    ClippingWatch,
+    Marks,
+    digest,
+    pushed_gradient,
+    tell_scaler,
+    unscale,
+    warn_if_alike,
+)
 
 
 def parameter(*numbers: float) -> nn.Parameter:
@@ -88,6 +97,16 @@ def test_unscale_divides_in_place() -> None:
     assert before is one.grad
     assert before is not None
     assert before.tolist() == [0.25, 0.25]
+
+
+def test_the_very_same_gradients_are_said() -> None:
+    one, other = digest([torch.ones(2), torch.zeros(1)]), digest([torch.ones(2), torch.full((1,), 0.1)])
+    assert one == digest([torch.ones(2), ABSENT])
+    assert one != other
+    with pytest.warns(UserWarning, match="workers 0, 2 have pushed the very same gradients.*shard"):
+        warn_if_alike([one, other, one])
+    with warnings.catch_warnings(action="error"):
+        warn_if_alike([one, other, 0.0, 0.0, math.nan, math.nan, math.inf, math.inf])
 
 
 def test_without_a_scaler_nobody_is_told() -> None:

@@ -756,3 +756,43 @@ def test_where_is_checked() -> None:
         pytest.raises(NotSupported, match="where="),
     ):
         optimizer.allreduce_grads()
+
+
+def test_workers_with_the_same_data_are_told_once() -> None:
+    def work(kv: KVStore) -> None:
+        model = make_model()
+        optimizer = tensorkv.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, kind=kv)
+        alone(optimizer, model, range(3))
+
+    with pytest.warns(UserWarning, match="workers 0, 1 have pushed the very same gradients") as caught:
+        as_workers(work)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"kind": "dist_async"}, {"kind": "dist_async", "staleness": 1}, {"quorum": 1}]
+)
+def test_without_common_rounds_it_trains_saves_and_loads(options: dict[str, Any]) -> None:
+    def work(kv: KVStore) -> float:
+        model = make_model()
+        inner = torch.optim.Adam(model.parameters(), lr=0.05)
+        with tensorkv.DistributedOptimizer(inner, model, kind=kv) as optimizer:
+            first = model(rows(0)).square().mean().item()
+            alone(optimizer, model, range(20), part=part_of(kv))
+            saved = optimizer.state_dict()  # by each alone, while others go on
+            assert saved["state"].keys() == {0, 1, 2, 3}
+            assert saved["state"][0]["exp_avg"].shape == model[0].weight.shape
+            kv.barrier()
+            optimizer.load_state_dict(saved if kv.num_workers == 1 else alone_state())
+            alone(optimizer, model, range(20, 30), part=part_of(kv))
+            assert optimizer.state[model[0].weight]["step"] > 3
+            return model(rows(0)).square().mean().item() / first
+
+    def alone_state() -> dict[str, Any]:
+        expected = make_model()
+        plain = torch.optim.Adam(expected.parameters(), lr=0.05)
+        alone(plain, expected, range(3))
+        return plain.state_dict()
+
+    for ratio in as_workers(work, **options):
+        assert ratio < 0.5

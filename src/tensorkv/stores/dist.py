@@ -108,7 +108,7 @@ class DistStore(KVStore):
         self._at_barrier = threading.Lock()
         self._committing = threading.Lock()
         self._settings = SettingsTable()
-        at_loss = on_worker_loss or ("fail" if self._rounds_wait else "continue")
+        self._on_worker_loss = at_loss = on_worker_loss or ("fail" if self._rounds_wait else "continue")
         joined = job.control.request(
             lambda n: m.JoinStore(n, store, policy, reduction, at_loss),
             f"opening store {store!r}",
@@ -139,7 +139,14 @@ class DistStore(KVStore):
         return self._job.config.num_workers
 
     def _open_beside(self, name: str, kind: str = "dist_sync", reduction: Reduction = "sum") -> KVStore:
-        return DistStore(kind, self._job, store=name, reduction=reduction, timeout_s=self._timeout_s)
+        return DistStore(
+            kind,
+            self._job,
+            store=name,
+            reduction=reduction,
+            timeout_s=self._timeout_s,
+            on_worker_loss=self._on_worker_loss,
+        )
 
     def on_fault(self, fault: m.Fault) -> None:
         """Record that a round this worker contributed to has failed. Its next call on the key raises it."""
@@ -614,6 +621,12 @@ class DistStore(KVStore):
         else:
             self._at_rest("state_dict()", lambda: save(self._transfer.newest()))
         return found
+
+    def _state_now(self) -> dict[str, Any]:
+        if self._policy.saves_alone:
+            return self._state_dict(True)
+        self._pusher.await_deferred(None, "state_dict")
+        return self._transfer.state_dict(self._transfer.newest())
 
     def _load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._together(

@@ -26,8 +26,8 @@ A step with `servers` sends, in this order:
 
 1. Values that the script has changed: it may load a checkpoint into the model, or clamp a weight. Torch
    counts in-place changes of a tensor, our pull among them, whose count is noted. If there were others, rank
-   0 puts its values. A put goes to the servers ahead of rank 0's push, on the same connections, and a round is
-   applied only with that push: so it is between rounds. A change through `.data` is not counted, and so is
+   0 puts its values. A put goes to the servers ahead of rank 0's push, on the same connections, and a round
+   is applied only with that push: so it is between rounds. A change through `.data` is not counted, and so is
    overwritten by the next pull.
 2. Options that differ from those sent last. All workers run the same schedule, so each sends its changes, and
    the servers compare (`server/options.py`).

@@ -26,13 +26,8 @@ class BufferExchange:
         self._model = model
         self._kv = kv
         self._which = which
-        self._names: list[str] | None = None  # of what is exchanged, once that is known
+        self._names: list[str] = []  # of what is exchanged, once that is known
         self._before = {name: each.detach().clone() for name, each in model.named_buffers()}
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the workers have agreed on what to exchange."""
-        return self._names is not None
 
     def agree(self, others: Meeting) -> None:
         """Find out with all workers what the first step has changed."""

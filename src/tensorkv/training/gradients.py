@@ -3,6 +3,7 @@ found."""
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 import weakref
@@ -95,6 +96,28 @@ class ClippingWatch:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+def digest(gradients: Iterable[Any]) -> float:
+    """Return a number that differs for gradients of different data: their norm, to the last bit."""
+    norms = [_norm(each).double().item() for each in gradients if each is not ABSENT]
+    return math.hypot(*norms)
+
+
+def warn_if_alike(digests: Sequence[float]) -> None:
+    """Warn if several workers have pushed the very same gradients, in the first step."""
+    ranks: dict[float, list[int]] = {}
+    for rank, each in enumerate(digests):
+        if each and math.isfinite(each):
+            ranks.setdefault(each, []).append(rank)
+    alike = max(ranks.values(), key=len, default=[])
+    if len(alike) > 1:
+        warnings.warn(
+            f"workers {', '.join(map(str, alike))} have pushed the very same gradients: do they read the "
+            "same data? Give each its part, by DataLoader(tensorkv.shard(data), ...)",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:

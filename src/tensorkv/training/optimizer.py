@@ -225,7 +225,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             loss = self._steps.step(closure)
         else:
             self._steps.step_scaled(getattr(self, "grad_scale", None), found_inf)
-        self._steps.exchange_buffers()
+        self._steps.after_step()
         return loss
 
     def allreduce_grads(self) -> None:

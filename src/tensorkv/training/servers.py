@@ -141,6 +141,7 @@ class ServerSteps(Steps):
         self._send_options()
         for name, parameter in self._keyed.items():
             self._gradients[name] = pushed_gradient(parameter)
+        self.note_pushed(self._gradients.values())
         self._steps += 1
 
     def _has_grown(self) -> bool:
@@ -189,7 +190,8 @@ class ServerSteps(Steps):
         """Return the state of each parameter that has one, as of this worker's last step."""
         if not self._steps:
             return {}
-        found = self.kv.state_dict(alone=True)["optimizer_state"]
+        self.kv._check_usable("state_dict")
+        found = self.kv._state_now()["optimizer_state"]
         ordered = [each for group in self.inner.param_groups for each in group["params"]]
         names = {self._name_of[id(each)]: each for each in ordered}
         return {each: found[name] for name, each in names.items() if name in found}

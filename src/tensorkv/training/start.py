@@ -59,6 +59,16 @@ class Meeting:
             kv.pushpull(key, flags, out=flags)
         return [name for name, flag in zip(names, flags.tolist(), strict=True) if flag]
 
+    def numbers(self, mine: float) -> list[float]:
+        """Return the number of each worker, by rank."""
+        kv, key = self._kv, self._name("numbers")
+        all_ = torch.zeros(kv.num_workers, dtype=torch.float64, device="cpu")
+        kv.init(key, all_)
+        all_[kv.rank] = mine
+        kv.pushpull(key, all_, out=all_)
+        found: list[float] = all_.tolist()
+        return found
+
     def share(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Overwrite tensors by those of rank 0, under the same names. The workers have agreed on these."""
         kv = self._kv

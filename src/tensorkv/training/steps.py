@@ -4,7 +4,7 @@ docstring."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from tensorkv.errors import InvalidArgument, InvalidValue, LoadError, NotSupported
 from tensorkv.store import KVStore
 from tensorkv.training.buffers import BufferExchange, Buffers
-from tensorkv.training.gradients import ClippingWatch, tell_scaler, unscale
+from tensorkv.training.gradients import ClippingWatch, digest, tell_scaler, unscale, warn_if_alike
 from tensorkv.training.start import Meeting, describe, meeting
 
 State = dict[str, Any]
@@ -47,6 +47,8 @@ class Steps(ABC):
                 f"max_norm and skip_nonfinite need all workers' gradients of a step at once, and {kv!r} does "
                 "not wait for these; leave them away, or use kind='dist_sync'"
             )
+        self._was_first = False  # whether the first step was made
+        self._digest = 0.0  # of this worker's gradients in the first step
         self._start(self.names())
         self._buffers: BufferExchange | None = None
         if kv.num_workers > 1 and next(model.buffers(), None) is not None:
@@ -122,14 +124,22 @@ class Steps(ABC):
             self._model, self.kv._open_beside(f"{self.kv.name}.buffers", kind, "mean"), which
         )
 
-    def exchange_buffers(self) -> None:
-        """Make the buffers alike on all workers, after a step."""
-        if self._buffers is None:
-            return
-        if not self._buffers.is_known:
+    def after_step(self) -> None:
+        """Make the buffers alike on all workers, after a step; and see in the first one whether all is
+        well."""
+        if not self._was_first and self.kv.num_workers > 1:
+            self._was_first = True
             with self.meeting() as others:
-                self._buffers.agree(others)
-        self._buffers.exchange()
+                self._look_at_first_step(others)
+        if self._buffers is not None:
+            self._buffers.exchange()
+
+    def _look_at_first_step(self, others: Meeting) -> None:
+        if self._buffers is not None:
+            self._buffers.agree(others)
+        digests = others.numbers(self._digest)
+        if self.kv.rank == 0:
+            warn_if_alike(digests)
 
     # ---- who has what ----------------------------------------------------------------------------
 
@@ -137,6 +147,11 @@ class Steps(ABC):
     def _start(self, names: list[tuple[str, ...]]) -> None:
         """Make sure that all workers have the same optimizer, model and values; `names` are those of each
         group."""
+
+    def note_pushed(self, gradients: Iterable[Any]) -> None:
+        """Note what this worker pushes in its first step."""
+        if not self._was_first and self.kv.num_workers > 1:
+            self._digest = digest(gradients)
 
     def meeting(self) -> AbstractContextManager[Meeting]:
         """Let the workers meet."""

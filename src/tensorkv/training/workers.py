@@ -95,6 +95,7 @@ class WorkerSteps(Steps):
             return
         self._learn_keys(self.names())
         pushed = {name: pushed_gradient(each) for name, each in self._keyed.items()}
+        self.note_pushed(pushed.values())
         used = torch.tensor([float(each is not ABSENT) for each in pushed.values()], device="cpu")
         means = {name: self._destination(each) for name, each in self._keyed.items()}
         self.kv.pushpull({**pushed, _USED: used}, out={**means, _USED: used})
