@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import re
@@ -104,7 +105,33 @@ def test_a_framework_that_averages_by_itself_is_refused(name: str, tmp_path: Pat
     assert "start them with `tensorkv run" in done.stderr
 
 
-@pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_a_script_of_ddp_goes_on_from_its_snapshot_with_either(tmp_path: Path) -> None:
+    """Three epochs at once, and by turns: DDP, then the servers from its snapshot, then DDP from theirs."""
+    scripts = [str(HERE / version / "ddp.py") for version in ("before", "after")]
+
+    def weights(folder: str, script: str, epochs: int) -> list[float]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        first, second = run(tmp_path / folder, *TORCHRUN, script, str(BATCH), str(epochs))
+        assert first == second
+        return first
+
+    expected = weights("whole", scripts[0], 3)
+    assert weights("job", scripts[1], 3) == pytest.approx(expected, rel=1e-3, abs=2e-4)
+    by_turns = [weights("turns", scripts[number % 2], number + 1) for number in range(3)]
+    assert by_turns[-1] == pytest.approx(expected, rel=1e-3, abs=2e-4)
+
+
+def test_the_page_shows_the_lines_that_are_changed() -> None:
+    scripts = [(HERE / version / "ddp.py").read_text().splitlines() for version in ("before", "after")]
+    page = (HERE.parents[1] / "docs" / "from-ddp.md").read_text()
+    for line in difflib.unified_diff(*scripts, n=0, lineterm=""):
+        if not line.startswith(("---", "+++", "@@")):
+            assert f"\n{line}\n" in page
+
+
+@pytest.mark.parametrize("name", [*NEEDS, "ddp"])
 def test_few_lines_are_changed(name: str) -> None:
     scripts = [str(HERE / version / f"{name}.py") for version in ("before", "after")]
     done = subprocess.run(
