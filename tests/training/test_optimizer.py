@@ -741,11 +741,52 @@ def test_on_workers_a_parameter_that_some_use_gets_their_mean_and_one_that_none_
         assert found == [[-1.75] * 2, [-1.75] * 2, [0.0] * 2, [-1.0]]
 
 
+@pytest.mark.parametrize("short", [False, True])
+def test_the_last_backward_of_a_step_takes_the_mean(short: bool) -> None:
+    """So a framework that clips before the step clips the mean. A group that is short is reduced by
+    `step`."""
+
+    def passes(model: nn.Module, step: int, part: slice) -> None:
+        for number in range(1 if short and step == 2 else 2):
+            model(rows(10 * step + number)[part]).square().mean().backward()
+
+    def work(kv: KVStore) -> torch.Tensor:
+        model = make_model()
+        inner = torch.optim.SGD(model.parameters(), lr=0.5)
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, where="workers", accumulate=2)
+        for step in range(4):
+            optimizer.zero_grad()
+            passes(model, step, part_of(kv))
+            if not (short and step == 2):
+                nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+        assert kv.info("0.weight").round == 4
+        return weights(model)
+
+    expected = make_model()
+    plain = torch.optim.SGD(expected.parameters(), lr=0.5)
+    for step in range(4):
+        plain.zero_grad()
+        passes(expected, step, slice(None))
+        if not (short and step == 2):
+            nn.utils.clip_grad_norm_(expected.parameters(), 0.01)
+        plain.step()
+    for result in as_workers(work):
+        assert torch.allclose(result, weights(expected), rtol=1e-9)
+
+
 def test_where_is_checked() -> None:
     model = make_model()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(InvalidArgument, match="where='gpu'"):
         tensorkv.DistributedOptimizer(inner, model, where="gpu")  # type: ignore[arg-type]
+    for options in (
+        {"accumulate": 2},
+        {"accumulate": 0, "where": "workers"},
+        {"accumulate": True, "where": "workers"},
+    ):
+        with pytest.raises(InvalidArgument, match="accumulate="):
+            tensorkv.DistributedOptimizer(inner, model, **options)
     with (
         tensorkv.create("dist_async", embedded=True) as kv,
         pytest.raises(NotSupported, match="where='workers'"),

@@ -71,6 +71,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         skip_nonfinite: bool = False,
         clip: Literal["local"] | None = None,
         buffers: Buffers = "rank0",
+        accumulate: int | None = None,
         name: str = "optimizer",
         **options: Any,
     ) -> None:
@@ -94,6 +95,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             buffers: what the running statistics of a BatchNorm, say, are after each step on all workers:
                 "rank0", those of rank 0, or "mean". Buffers that the first step does not change are not
                 exchanged.
+            accumulate: with where="workers", the number of backward passes in a step: the last of them takes
+                the mean, so that what clips gradients before `step`, such as a framework, clips their mean.
             name: name of the store. A second optimizer of the same name gets one of its own.
             **options: further options of `tensorkv.create`: staleness, quorum, timeout_s and so on.
 
@@ -135,10 +138,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
             raise InvalidArgument(f"clip={clip!r} is not known; pass 'local', or nothing")
         if buffers not in ("rank0", "mean"):
             raise InvalidArgument(f"buffers={buffers!r} is not known; use 'rank0' or 'mean'")
+        if accumulate is not None and (type(accumulate) is not int or accumulate < 1 or where != "workers"):
+            raise InvalidArgument(
+                f"accumulate={accumulate!r} with where={where!r}: it is a number of backward passes, 1 or "
+                "more, for where='workers'; servers get the gradients in `step`, however many passes were made"
+            )
         if where not in ("servers", "workers"):
             raise InvalidArgument(f"where={where!r} is not known; use 'servers' or 'workers'")
         steps = ServerSteps if where == "servers" else WorkerSteps
         self._steps = steps(inner, model, store, bound, flag("skip_nonfinite", skip_nonfinite), buffers)
+        if isinstance(self._steps, WorkerSteps):
+            self._steps.accumulate = accumulate
         if clip is None and where == "servers" and store.num_workers > 1:
             self._steps.watch = ClippingWatch(self._steps.parameters)
 

@@ -29,6 +29,9 @@ class WorkerSteps(Steps):
             )
         self._keyed: dict[str, torch.nn.Parameter] = {}
         self._reduced = False  # whether the gradients are means: no backward was run after `reduce`
+        self.accumulate: int | None = None  # number of backward passes in a step; the last one reduces
+        self._in_backward = False
+        self._num_backwards = 0  # since the last step
         with self.meeting() as others:
             self.check_alike(others, names)
             others.share(self.tensors())
@@ -51,7 +54,18 @@ class WorkerSteps(Steps):
         self.kv.init(_USED, torch.zeros(len(self._keyed), device="cpu"))
 
     def _note_backward(self, parameter: torch.Tensor) -> None:
+        """Called for each gradient as it is accumulated; calls `_after_backward` when all are."""
         self._reduced = False
+        if self.accumulate is not None and not self._in_backward:
+            self._in_backward = True
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(self._after_backward)
+
+    def _after_backward(self) -> None:
+        self._in_backward = False
+        self._num_backwards += 1
+        if self._num_backwards == self.accumulate:
+            self.reduce()
 
     def add_group(self, group: State) -> None:
         self._learn_keys(self.extend(group))
@@ -66,8 +80,9 @@ class WorkerSteps(Steps):
         def on_all() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            self._reduced = False  # also if no hook has run
+            self._reduced = self._reduced and self.accumulate is not None  # no hook may have run
             self.reduce()
+            self._new_step()
             self._clip_mean(self.max_norm)
             return self._mean_loss(loss)
 
@@ -76,12 +91,16 @@ class WorkerSteps(Steps):
     def apply(self, skip: bool | None) -> bool:
         self.reduce()
         self._clip_mean(self.max_norm)
-        self._reduced = False
+        self._new_step()
         checks = self.skip_nonfinite or skip is not None
         if checks and not all(bool(each.isfinite().all()) for each in self._means()):
             return False
         self.inner.step()
         return True
+
+    def _new_step(self) -> None:
+        self._reduced = self._in_backward = False
+        self._num_backwards = 0
 
     def clip(self, max_norm: float) -> float:
         self.reduce()
