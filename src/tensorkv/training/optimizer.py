@@ -140,7 +140,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             raise InvalidArgument(f"buffers={buffers!r} is not known; use 'rank0' or 'mean'")
         if accumulate is not None and (type(accumulate) is not int or accumulate < 1 or where != "workers"):
             raise InvalidArgument(
-                f"accumulate={accumulate!r} with where={where!r}: it is a number of backward passes, 1 or "
+                f"accumulate={accumulate!r} with where={where!r}: it is a number of passes, 1 or "
                 "more, for where='workers'; servers get the gradients in `step`, however many passes were made"
             )
         if where not in ("servers", "workers"):
