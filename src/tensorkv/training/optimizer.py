@@ -141,7 +141,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if accumulate is not None and (type(accumulate) is not int or accumulate < 1 or where != "workers"):
             raise InvalidArgument(
                 f"accumulate={accumulate!r} with where={where!r}: it is a number of passes, 1 or "
-                "more, for where='workers'; servers get the gradients in `step`, however many passes were made"
+                "more, for where='workers'; servers get the gradients in `step`, after any number of passes"
             )
         if where not in ("servers", "workers"):
             raise InvalidArgument(f"where={where!r} is not known; use 'servers' or 'workers'")
