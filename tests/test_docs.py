@@ -105,8 +105,13 @@ def _docstrings() -> list[Docstring]:
     return found
 
 
+def _is_setter(node: ast.FunctionDef) -> bool:
+    """Whether it is the setter of a property, whose getter has the docstring."""
+    return any(isinstance(each, ast.Attribute) and each.attr == "setter" for each in node.decorator_list)
+
+
 def _public_methods(node: ast.ClassDef) -> list[ast.FunctionDef]:
-    methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+    methods = [part for part in node.body if isinstance(part, ast.FunctionDef) and not _is_setter(part)]
     return [
         each for each in methods if not each.name.startswith("_") or each.name in ("__contains__", "__len__")
     ]

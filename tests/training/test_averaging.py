@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from typing import Any
 
 import numpy as np
@@ -54,26 +54,57 @@ def test_other_trees_may_follow_and_the_same_again() -> None:
         for step in range(4):
             found.append(averager.average(torch.tensor(float(step + kv.rank))).item())
             found.append(averager.average([torch.tensor([1.0]), torch.tensor(2.0 * kv.rank)])[1].item())
-        assert len(kv) == 3
+        assert len(kv) == 4
         return found
 
     for found in as_workers(work):
         assert found == [0.5, 1.0, 1.5, 1.0, 2.5, 1.0, 3.5, 1.0]
 
 
-def test_shapes_that_differ_are_an_error() -> None:
-    def work(kv: KVStore) -> None:
-        Averager(kv).average(torch.zeros(2 + kv.rank))
+@pytest.mark.parametrize(
+    "trees",
+    [
+        (torch.zeros(2), torch.zeros(3)),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.float64)),
+        ({"a": 1.0, "b": 2.0}, {"a": 1.0, "c": 2.0}),
+        ([1.0, 2.0], [1.0]),
+        ((), 1.0),
+    ],
+)
+def test_trees_that_differ_are_an_error_on_all(trees: tuple[Any, Any]) -> None:
+    def work(kv: KVStore) -> list[float]:
+        averager = Averager(kv)
+        for number in range(2):
+            averager.average(trees[0])
+            if number:
+                with pytest.raises(SettingMismatch, match="trees differ"):
+                    averager.average(trees[kv.rank])
+        return averager.average([1.0 + kv.rank])  # and they may go on
 
-    with pytest.raises(SettingMismatch):
-        as_workers(work)
+    assert as_workers(work) == [[1.5], [1.5]]
+
+
+def test_dicts_are_alike_in_any_order_and_keep_theirs() -> None:
+    def work(kv: KVStore) -> Any:
+        pairs = [("a", 1.0), ("b", 100.0), (3, 0.0)]
+        found = Averager(kv).average(OrderedDict(pairs if kv.rank else reversed(pairs)))
+        assert type(found) is OrderedDict
+        return list(found.items())
+
+    first, second = as_workers(work)
+    assert first == [(3, 0.0), ("b", 100.0), ("a", 1.0)]
+    assert second == first[::-1]
+
+
+def test_reversed_arrays_are_taken() -> None:
+    assert tensorkv.average(np.arange(3.0)[::-1]).tolist() == [2.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(
     ("leaf", "error"), [(torch.tensor(1), DtypeMismatch), ("text", InvalidArgument), (3, InvalidArgument)]
 )
 def test_what_has_no_mean_is_refused(leaf: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match="leaf 1|integer|mean"):
+    with pytest.raises(error, match=r"leaf '\[1\]' of the tree"):
         tensorkv.average([torch.zeros(1), leaf])
 
 

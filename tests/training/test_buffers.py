@@ -116,3 +116,24 @@ def test_which_is_checked() -> None:
     model = nn.Linear(1, 1)
     with pytest.raises(InvalidArgument, match="buffers='all'"):
         tensorkv.DistributedOptimizer(torch.optim.SGD(model.parameters()), model, buffers="all")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("where", ["servers", "workers"])
+def test_after_a_worker_has_left_the_next_one_sends_its_buffers(where: str) -> None:
+    def work(kv: KVStore) -> list[dict[str, torch.Tensor]]:
+        model = Model()
+        inner = torch.optim.SGD(model.parameters(), lr=0.0)
+        found = []
+        with tensorkv.DistributedOptimizer(inner, model, kind=kv, where=where) as optimizer:
+            for _ in range((2, 4, 12, 12)[kv.rank]):
+                optimizer.zero_grad()
+                model(rows(kv.rank) + 10).sum().backward()
+                optimizer.step()
+                found.append({name: each.clone() for name, each in model.named_buffers()})
+        return found
+
+    *_, third, fourth = as_workers(work, 4)
+    for name in third[-1]:
+        assert torch.equal(third[-1][name], fourth[-1][name]), name
+    assert third[-1]["norm.num_batches_tracked"] == 12
+    assert (third[-1]["norm.running_mean"] > 5).all()  # it goes on to follow the data

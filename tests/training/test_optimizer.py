@@ -4,9 +4,11 @@ script."""
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -296,7 +298,7 @@ def test_all_workers_start_from_rank_0() -> None:
 
 
 DIFFERENCES: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "shape": (lambda: nn.Linear(3, 1), "part 2 is 'weight: 1x3 of torch.float32.*1x2"),
+    "shape": (lambda: nn.Linear(3, 1), "part 3 is 'weight: 1x3 of torch.float32.*1x2"),
     "dtype": (lambda: nn.Linear(2, 1).double(), "torch.float64"),
     "name": (
         lambda: nn.ParameterDict({"weight": torch.zeros(1, 2), "b": torch.zeros(1)}),
@@ -837,3 +839,256 @@ def test_without_common_rounds_it_trains_saves_and_loads(options: dict[str, Any]
 
     for ratio in as_workers(work, **options):
         assert ratio < 0.5
+
+
+# ---- what scripts do between steps -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["servers", "workers"])
+def test_a_group_that_is_added_after_a_change_of_the_rate_keeps_all_state(where: Any) -> None:
+    """As when an epoch has ended and a layer is unfrozen."""
+
+    def train(model: nn.Module, wrap: Callable[[Any], Any], part: slice) -> torch.Tensor:
+        optimizer = wrap(torch.optim.Adam(model[0].parameters(), lr=0.01))
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        for step in range(3):
+            alone(optimizer, model, range(step, step + 1), part=part)
+            schedule.step()
+        optimizer.add_param_group({"params": list(model[2].parameters()), "lr": 0.1})
+        alone(optimizer, model, range(3, 5), part=part)
+        assert optimizer.state[model[0].weight]["step"] == 5
+        return weights(model)
+
+    def work(kv: KVStore) -> torch.Tensor:
+        model = make_model()
+        return train(
+            model,
+            lambda inner: tensorkv.DistributedOptimizer(inner, model, kind=kv, where=where),
+            part_of(kv),
+        )
+
+    expected = train(make_model(), lambda inner: inner, slice(None))
+    for result in as_workers(work):
+        assert torch.allclose(result, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("where", ["servers", "workers"])
+def test_a_layer_that_the_model_gets_later_is_trained(where: Any) -> None:
+    def work(kv: KVStore) -> torch.Tensor:
+        model = make_model()
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, where=where)
+        model.append(nn.Linear(3, 2).double())
+        with torch.no_grad():
+            for each in model[3].parameters():
+                each.fill_(0.5)
+        optimizer.add_param_group({"params": model[3].parameters(), "lr": 0.2})
+        alone(optimizer, model, range(2), part=part_of(kv))
+        return weights(model)
+
+    first, second = as_workers(work)
+    assert torch.equal(first, second)
+    assert not (first[-2:] == 0.5).any()
+
+
+def test_options_that_differ_are_refused_at_the_start_and_on_workers_in_each_step() -> None:
+    def work(kv: KVStore) -> None:
+        model = make_model()
+        for where in ("servers", "workers"):
+            inner = torch.optim.SGD(model.parameters(), lr=0.1 * (1 + kv.rank))
+            with pytest.raises(SettingMismatch, match=r"options of group 0: \{'lr': 0.2"):
+                tensorkv.DistributedOptimizer(inner, model, kind=kv, where=where)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, where="workers")
+        alone(optimizer, model, range(2), part=part_of(kv))
+        if kv.rank == 1:
+            optimizer.param_groups[0]["lr"] = 0.3
+        with pytest.raises(SettingMismatch, match="options of the workers' optimizers differ"):
+            alone(optimizer, model, range(2, 3), part=part_of(kv))
+        optimizer.param_groups[0]["lr"] = 0.3
+        alone(optimizer, model, range(3, 4), part=part_of(kv))
+
+    as_workers(work)
+
+
+def test_on_workers_weights_that_rank_0_changes_are_those_of_all() -> None:
+    def work(kv: KVStore) -> torch.Tensor:
+        model = make_model()
+        inner = torch.optim.Adam(model.parameters(), lr=0.1)
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, where="workers")
+        for step in range(4):
+            if step == 2 and kv.rank == 0:
+                with torch.no_grad():
+                    model[0].weight.mul_(0.5)
+            alone(optimizer, model, range(step, step + 1), part=part_of(kv))
+        return weights(model)
+
+    first, *others = as_workers(work, 3)
+    assert all(torch.equal(first, each) for each in others)
+
+
+def test_on_workers_state_that_only_one_has_is_refused() -> None:
+    def work(kv: KVStore) -> None:
+        model = make_model()
+        inner = torch.optim.Adam(model.parameters(), lr=0.1)
+        if kv.rank == 0:
+            alone(inner, model, range(1))
+        with pytest.raises(
+            SettingMismatch, match="the state of the optimizer of worker 1 is not that of rank 0"
+        ):
+            tensorkv.DistributedOptimizer(inner, model, kind=kv, where="workers")
+
+    as_workers(work)
+
+
+def test_on_workers_a_closure_with_a_nan_is_skipped() -> None:
+    def work(kv: KVStore) -> tuple[list[bool], torch.Tensor]:
+        model = make_model()
+        inner = torch.optim.Adam(model.parameters(), lr=0.1)
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, where="workers", skip_nonfinite=True)
+        skipped = []
+        for step in (0, 5, 1):
+
+            def closure(step: int = step) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss: torch.Tensor = model(rows(step)[part_of(kv)]).square().mean()
+                (loss * (torch.nan if step == 5 and kv.rank else 1)).backward()
+                return loss
+
+            optimizer.step(closure)
+            skipped.append(optimizer.step_was_skipped)
+        return skipped, weights(model)
+
+    expected = make_model()
+    alone(torch.optim.Adam(expected.parameters(), lr=0.1), expected, range(2))
+    for skipped, result in as_workers(work):
+        assert skipped == [False, True, False]
+        assert torch.allclose(result, weights(expected), rtol=1e-10)
+
+
+@pytest.mark.parametrize("where", ["servers", "workers"])
+def test_hooks_and_schedules_made_before_the_wrap_count(model: nn.Module, where: Any) -> None:
+    inner = torch.optim.Adam(model.parameters(), lr=0.1)
+    called: list[str] = []
+    handle = inner.register_step_pre_hook(lambda *_: called.append("before"))
+    inner.register_step_post_hook(lambda *_: called.append("after"))
+    inner.register_state_dict_post_hook(lambda *_: called.append("state"))
+    schedule = torch.optim.lr_scheduler.StepLR(inner, 1)
+    with tensorkv.DistributedOptimizer(inner, model, where=where) as optimizer:
+        alone(optimizer, model, range(1))
+        schedule.step()  # torch warns, which is an error here, if it thinks that no step came before
+        optimizer.state_dict()
+        handle.remove()
+        alone(optimizer, model, range(1))
+    assert called == ["before", "after", "state", "after"]
+
+
+def test_a_rate_that_changes_between_clipping_and_step_is_that_of_the_step() -> None:
+    def work(kv: KVStore) -> torch.Tensor:
+        model = make_model()
+        inner = torch.optim.SGD(model.parameters(), lr=9.0)
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv)
+        model(rows(0)[part_of(kv)]).square().mean().backward()
+        optimizer.clip_grad_norm_(1e9)
+        optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.step()
+        return weights(model)
+
+    expected = make_model()
+    alone(torch.optim.SGD(expected.parameters(), lr=0.1), expected, range(1))
+    for result in as_workers(work):
+        assert torch.allclose(result, weights(expected), rtol=1e-10)
+
+
+def test_on_workers_gradients_that_are_assigned_after_a_mean_are_averaged() -> None:
+    def work(kv: KVStore) -> torch.Tensor:
+        model = make_model()
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, where="workers")
+        alone(optimizer, model, range(1), part=part_of(kv))
+        optimizer.allreduce_grads()
+        loss = model(rows(1)[part_of(kv)]).square().mean()
+        parameters = list(model.parameters())
+        for parameter, found in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = found  # no hook of backward runs
+        optimizer.step()
+        return weights(model)
+
+    first, second = as_workers(work)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("where", ["servers", "workers"])
+def test_a_load_gives_all_what_rank_0_has_frozen_parameters_too(where: Any) -> None:
+    def work(kv: KVStore) -> torch.Tensor:
+        model = make_model()
+        model[0].requires_grad_(False)
+        trained = model[2].parameters()
+        optimizer = tensorkv.DistributedOptimizer(
+            torch.optim.Adam(trained, lr=0.1), model, kind=kv, where=where
+        )
+        alone(optimizer, model, range(2), part=part_of(kv))
+        saved = optimizer.state_dict()
+        if kv.rank == 0:
+            model.load_state_dict({name: each + 1 for name, each in model.state_dict().items()})
+        kv.barrier()
+        optimizer.load_state_dict(saved)
+        return weights(model)
+
+    first, second = as_workers(work)
+    assert torch.equal(first, second)
+
+
+def test_state_on_servers_is_not_removed(optimizer: tensorkv.DistributedOptimizer, model: nn.Module) -> None:
+    alone(optimizer, model, range(1))
+
+    def replace() -> None:
+        optimizer.state = {}
+
+    for call in (optimizer.state.clear, replace, lambda: optimizer.state.pop(model[0].weight)):
+        with pytest.raises(NotSupported, match="on the servers"):
+            call()
+    optimizer.state[model[0].weight] = {}  # as frameworks do that move it to a device
+    assert optimizer.state[model[0].weight]["step"] == 1
+    optimizer.param_groups.append({"params": [], **optimizer.defaults})
+    with pytest.raises(InvalidArgument, match="add_param_group"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("where", ["servers", "workers"])
+def test_after_rank_0_has_left_others_load_and_add_groups(where: Any) -> None:
+    def work(kv: KVStore) -> torch.Tensor | None:
+        model = make_model()
+        inner = torch.optim.Adam(model[0].parameters(), lr=0.1)
+        optimizer = tensorkv.DistributedOptimizer(inner, model, kind=kv, where=where)
+        alone(optimizer, model, range(2), part=part_of(kv))
+        saved = optimizer.state_dict()
+        if kv.rank == 0:
+            optimizer.close()
+            return None
+        optimizer.load_state_dict(saved)
+        optimizer.add_param_group({"params": list(model[2].parameters())})
+        alone(optimizer, model, range(2, 4), part=part_of(kv))
+        return weights(model)
+
+    _, second, third = as_workers(work, 3)
+    assert torch.equal(second, third)
+
+
+def test_an_optimizer_that_is_closed_and_dropped_is_freed() -> None:
+    def work(kv: KVStore) -> bool:
+        for where in ("servers", "workers"):
+            model = make_model()
+            reference = weakref.ref(model[0].weight)
+            store = kv._open_beside(f"of {where}", "dist_sync", "mean")
+            inner = torch.optim.SGD(model.parameters(), lr=0.1)
+            optimizer = tensorkv.DistributedOptimizer(inner, model, kind=store, where=where)
+            alone(optimizer, model, range(1), part=part_of(kv))
+            optimizer.close()
+            del optimizer, inner, model
+            gc.collect()
+            if reference() is not None:
+                return False
+        return True
+
+    assert as_workers(work) == [True, True]

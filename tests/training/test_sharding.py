@@ -14,6 +14,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     Subset,
     TensorDataset,
@@ -26,13 +27,13 @@ from tensorkv.training import sharding
 NUM_WORKERS = 3
 
 
-def shards(monkeypatch: pytest.MonkeyPatch, make: Any, seed: int = 0) -> list[Any]:
+def shards(monkeypatch: pytest.MonkeyPatch, make: Any, seed: int = 0, even: bool = False) -> list[Any]:
     """Return the part of each worker; each has data of its own."""
     found = []
     monkeypatch.setattr(sharding, "num_workers", lambda: NUM_WORKERS)  # as a launcher would have said
     for rank in range(NUM_WORKERS):
         monkeypatch.setattr(sharding, "rank", lambda rank=rank: rank)
-        found.append(tensorkv.shard(make(), seed=seed))
+        found.append(tensorkv.shard(make(), seed=seed, even=even))
     return found
 
 
@@ -49,6 +50,11 @@ class Squares(Dataset[int]):
 class Stream(IterableDataset[int]):
     def __iter__(self) -> Iterator[int]:
         return iter(range(10))
+
+
+class Stream10(Stream):
+    def __len__(self) -> int:
+        return 10
 
 
 @pytest.mark.parametrize(
@@ -110,9 +116,64 @@ def test_outside_a_job_it_is_everything() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [DataLoader([1]), {"a": 1}, "text", 3, None, torch.nn.Linear(1, 1)],
+    [
+        DataLoader([1]),
+        {"a": 1},
+        "text",
+        3,
+        None,
+        torch.nn.Linear(1, 1),
+        {"a", "b"},
+        torch.tensor(1.0),
+        np.array(1.0),
+    ],
     ids=lambda each: type(each).__name__,
 )
 def test_what_is_no_data_set_is_refused(data: Any) -> None:
     with pytest.raises(InvalidArgument, match="shard"):
         tensorkv.shard(data)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: list(range(11)),
+        Stream10,
+        lambda: iter(range(11)),
+        lambda: SequentialSampler(range(11)),
+        Squares,
+    ],
+    ids=["list", "dataset", "iterator", "sampler", "map"],
+)
+def test_even_parts_are_equally_long(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    parts = [list(each) for each in shards(monkeypatch, make, even=True)]
+    assert [len(each) for each in parts] == [3, 3, 3]
+    assert len({each for part in parts for each in part}) == 9
+
+
+def test_a_generator_of_the_sampler_is_seeded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> BatchSampler:
+        generator = torch.Generator().manual_seed(torch.seed() % 1000)  # another on each worker
+        return BatchSampler(RandomSampler(range(12), generator=generator), 2, drop_last=False)
+
+    parts = shards(monkeypatch, make)
+    found = [sorted(index for part in parts for batch in part for index in batch) for _ in range(2)]
+    assert found == [list(range(12))] * 2
+
+
+def test_a_sampler_may_have_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless(Sampler[int]):
+        def __iter__(self) -> Iterator[int]:
+            while True:
+                yield int(torch.randint(1000, ()))
+
+    parts = [iter(each) for each in shards(monkeypatch, Endless)]
+    in_turn = [next(parts[number % 3]) for number in range(30)]
+    torch.manual_seed(1)  # of seed 0, pass 1
+    assert in_turn == [int(torch.randint(1000, ())) for _ in range(30)]
+
+
+def test_a_stream_with_a_length_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [len(each) for each in shards(monkeypatch, Stream10)] == [4, 3, 3]
+    with pytest.raises(TypeError):
+        len(shards(monkeypatch, Stream)[0])

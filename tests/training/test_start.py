@@ -22,7 +22,7 @@ def as_workers(fn: Any, num_workers: int = 3) -> list[Any]:
 def test_equal_lines_pass_and_workers_may_meet_again() -> None:
     def work(kv: KVStore) -> list[str]:
         for number in range(3):
-            with meeting(kv, number) as others:
+            with meeting(kv) as others:
                 others.check_alike("list", ["one", "größer"])
                 others.check_alike("list", [str(number)])
         return kv.keys()
@@ -41,7 +41,7 @@ def test_equal_lines_pass_and_workers_may_meet_again() -> None:
 def test_a_difference_is_one_error_with_one_text(lines: list[str], text: str) -> None:
     def work(kv: KVStore) -> str:
         mine = lines if kv.rank else ["a", "b"]
-        with pytest.raises(SettingMismatch) as caught, meeting(kv, 1) as others:
+        with pytest.raises(SettingMismatch) as caught, meeting(kv) as others:
             others.check_alike("list", mine)
         kv.barrier()  # the job goes on
         return str(caught.value)
@@ -63,7 +63,7 @@ def test_values_become_those_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
             "half": torch.full((5,), kv.rank + 0.5, dtype=torch.bfloat16),
             "none": torch.zeros(0, 2),
         }
-        with meeting(kv, 1) as others:
+        with meeting(kv) as others:
             others.share(mine)
         return [each.tolist() for each in mine.values()]
 
@@ -73,7 +73,7 @@ def test_values_become_those_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_single_worker_asks_nobody() -> None:
-    with tensorkv.create("local") as kv, meeting(kv, 1) as others:
+    with tensorkv.create("local") as kv, meeting(kv) as others:
         value = torch.ones(1)
         others.check_alike("list", ["a"])
         others.share({"value": value})

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 import numpy as np
 import torch
 
 from tensorkv.arrays import to_tensor
-from tensorkv.errors import InvalidArgument
+from tensorkv.errors import DtypeMismatch, InvalidArgument, SettingMismatch
 from tensorkv.launch.place import find_place
 from tensorkv.store import KVStore
 from tensorkv.stores.registry import create
+from tensorkv.training.start import NUM_DIGESTS, digests
 
 STORE = "tensorkv.average"
 """Name of the store in which the workers of a job meet."""
@@ -63,26 +65,45 @@ def average(tree: Any) -> Any:
 
 @final
 class Averager:
-    """Averages trees over the workers of a store, which takes means and serves nothing else."""
+    """Averages trees over the workers of a store, which takes means and serves nothing else.
+
+    In each call the workers first compare what their trees are like, in a round of its own: a worker that
+    began to exchange leaves of its own would wait for the others for ever.
+    """
 
     def __init__(self, kv: KVStore) -> None:
         self._kv = kv
-        self._keys: dict[tuple[Any, ...], list[str]] = {}
+        self._keys: dict[str, list[str]] = {}
 
     def average(self, tree: Any) -> Any:
         """Return the mean of a tree. Every worker makes the same calls in the same order."""
-        leaves, rebuild = _flatten(tree)
-        tensors = [_to_tensor(number, each) for number, each in enumerate(leaves)]
+        names, leaves, rebuild = _flatten(tree)
+        tensors = [_to_tensor(name, each) for name, each in zip(names, leaves, strict=True)]
+        kind = ", ".join(
+            f"{name} {tuple(each.shape)} {each.dtype}" for name, each in zip(names, tensors, strict=True)
+        )
+        if self._kv.num_workers > 1:
+            self._check_alike(kind)
         if not tensors:
             return rebuild([])
         means = [torch.empty_like(each) for each in tensors]
-        self._kv.pushpull(self._keys_of(tensors), tensors, out=means)
+        self._kv.pushpull(self._keys_of(kind, tensors), tensors, out=means)
         return rebuild([_like(leaf, mean) for leaf, mean in zip(leaves, means, strict=True)])
 
-    def _keys_of(self, tensors: Sequence[torch.Tensor]) -> list[str]:
-        """Return the keys of a kind of tree, the gradients of each step say; the first of its kind makes
-        them."""
-        kind = tuple((each.shape, each.dtype) for each in tensors)
+    def _check_alike(self, kind: str) -> None:
+        if not self._keys:
+            self._kv.init(_KIND, torch.zeros(NUM_DIGESTS, dtype=torch.float64, device="cpu"))
+            self._keys[_KIND] = []
+        mine = digests(kind)
+        if not torch.equal(self._kv.pushpull(_KIND, mine), mine):
+            shown = kind if len(kind) <= _MAX_SHOWN else f"{kind[:_MAX_SHOWN]}..."
+            raise SettingMismatch(
+                f"average: the workers' trees differ in structure, shapes or dtypes; that of worker "
+                f"{self._kv.rank} is: {shown or 'empty'}"
+            )
+
+    def _keys_of(self, kind: str, tensors: Sequence[torch.Tensor]) -> list[str]:
+        """Return the keys of a kind of tree, the gradients of each step say; its first call makes them."""
         keys = self._keys.get(kind)
         if keys is None:
             keys = [f"{len(self._keys)}.{number}" for number in range(len(tensors))]
@@ -91,45 +112,79 @@ class Averager:
         return keys
 
 
-def _flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Return the leaves of a tree, and a function that makes the same tree of other leaves."""
+_KIND = "kind"
+"""Key of the digests of what a tree is like."""
+
+_MAX_SHOWN = 1000
+"""Maximum length of a description in an error."""
+
+
+def _flatten(tree: Any) -> tuple[list[str], list[Any], Callable[[list[Any]], Any]]:
+    """Return the names and values of a tree's leaves, and a function that makes the same tree of others."""
     jax = sys.modules.get("jax")
     if jax is not None:
-        leaves, structure = jax.tree_util.tree_flatten(tree)
-        return leaves, lambda found: jax.tree_util.tree_unflatten(structure, found)
-    leaves = []
-    place = _places(tree, leaves)
-    return leaves, lambda found: place(found)
+        named, structure = jax.tree_util.tree_flatten_with_path(tree)
+        names = [jax.tree_util.keystr(path) for path, _ in named]
+        return (
+            names,
+            [leaf for _, leaf in named],
+            lambda found: jax.tree_util.tree_unflatten(structure, found),
+        )
+    leaves: dict[str, Any] = {}
+    place = _places(tree, "", leaves)
+    return list(leaves), list(leaves.values()), lambda found: place(found)
 
 
-def _places(tree: Any, leaves: list[Any]) -> Callable[[Sequence[Any]], Any]:
-    """Append the leaves of a tree to a list; return a function that builds it of a list like that."""
+def _places(tree: Any, name: str, leaves: dict[str, Any]) -> Callable[[Sequence[Any]], Any]:
+    """Add the leaves of a tree by name; return a function that builds it of a list of others.
+
+    Dicts are gone through in the order of their keys, as JAX does: workers may have filled them in another.
+    """
     if tree is None:
         return lambda _: None
     if isinstance(tree, dict):
-        parts = {name: _places(each, leaves) for name, each in tree.items()}
-        return lambda found: {name: part(found) for name, part in parts.items()}
+        parts = {key: _places(tree[key], f"{name}[{key!r}]", leaves) for key in _in_order(tree)}
+
+        def filled(found: Sequence[Any]) -> Any:
+            made = copy.copy(tree)  # an OrderedDict, say, in its own order
+            made.update({key: parts[key](found) for key in tree})
+            return made
+
+        return filled
     if isinstance(tree, (list, tuple)):
-        items = [_places(each, leaves) for each in tree]
+        items = [_places(each, f"{name}[{number}]", leaves) for number, each in enumerate(tree)]
         make = type(tree)._make if hasattr(tree, "_make") else type(tree)
         return lambda found: make(item(found) for item in items)
-    number = len(leaves)
-    leaves.append(tree)
-    return lambda found: found[number]
+    place = len(leaves)
+    leaves[name] = tree
+    return lambda found: found[place]
 
 
-def _to_tensor(number: int, leaf: Any) -> torch.Tensor:
+def _in_order(keys: Iterable[Any]) -> list[Any]:
+    return sorted(keys, key=lambda key: (type(key).__name__, key))
+
+
+def _to_tensor(name: str, leaf: Any) -> torch.Tensor:
+    """Return a leaf as a tensor that has a mean."""
     if isinstance(leaf, (float, complex)) and not isinstance(leaf, np.generic):
         return torch.tensor(
             leaf, dtype=torch.complex128 if isinstance(leaf, complex) else torch.float64, device="cpu"
         )
     if isinstance(leaf, np.generic):
         leaf = np.asarray(leaf)
+    if isinstance(leaf, np.ndarray):
+        leaf = np.ascontiguousarray(leaf).reshape(leaf.shape)
     if not isinstance(leaf, (torch.Tensor, np.ndarray)) and not hasattr(leaf, "__dlpack__"):
         raise InvalidArgument(
-            f"average: leaf {number} of the tree is a {type(leaf).__name__}; pass tensors, arrays and floats"
+            f"average: leaf {name!r} of the tree is a {type(leaf).__name__}; pass tensors, arrays and floats"
         )
-    return to_tensor(leaf, f"leaf {number}").contiguous()
+    tensor = to_tensor(leaf, f"leaf {name!r}").contiguous()
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise DtypeMismatch(
+            f"average: leaf {name!r} of the tree is {tensor.dtype}, in which a mean cannot be told; convert "
+            "it to floats, or leave it out"
+        )
+    return tensor
 
 
 def _like(leaf: Any, mean: torch.Tensor) -> Any:

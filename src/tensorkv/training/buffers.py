@@ -3,7 +3,7 @@ alike."""
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 
@@ -14,12 +14,18 @@ from tensorkv.training.start import Meeting
 Buffers = Literal["rank0", "mean"]
 
 
+_CLOCK = "tensorkv.clock"
+
+
 @final
 class BufferExchange:
     """Gives all workers the same buffers after each step: rank 0's, or the mean of all.
 
     Only those that the first step has changed on some worker are exchanged: a model may have masks and tables
     that no step changes. Numbers that are no floats travel as float64.
+
+    One worker sends its buffers, rank 0 first, and with them a clock. If nobody has set the clock in a round,
+    that worker is gone: all see it in the same round, keep what they have, and expect the next rank to send.
     """
 
     def __init__(self, model: torch.nn.Module, kv: KVStore, which: Buffers) -> None:
@@ -27,6 +33,9 @@ class BufferExchange:
         self._kv = kv
         self._which = which
         self._names: list[str] = []  # of what is exchanged, once that is known
+        self._sender = 0  # the rank that sends its buffers
+        self._num_rounds = 0  # that this worker has taken part in
+        self._clock = 0.0  # what the sender has set it to last
         self._before = {name: each.detach().clone() for name, each in model.named_buffers()}
 
     def agree(self, others: Meeting) -> None:
@@ -37,7 +46,8 @@ class BufferExchange:
         self._before.clear()
         self._names = others.union(list(now), changed)
         if self._names:
-            self._kv.init({name: self._value(name) for name in self._names})
+            clock = torch.zeros(1, dtype=torch.float64, device="cpu")
+            self._kv.init({**{name: self._value(name) for name in self._names}, _CLOCK: clock})
 
     def close(self) -> None:
         """Leave the exchange."""
@@ -48,9 +58,18 @@ class BufferExchange:
         names = self._names
         if not names:
             return
-        pushes = self._which == "mean" or self._kv.rank == 0
-        pushed = [self._value(name) if pushes else ABSENT for name in names]
-        found = self._kv.pushpull(names, pushed)
+        kv = self._kv
+        self._num_rounds += 1
+        pushed: dict[str, Any] = dict.fromkeys([*names, _CLOCK], ABSENT)
+        if self._which == "mean" or kv.rank == self._sender:
+            pushed = {name: self._value(name) for name in names}
+            pushed[_CLOCK] = torch.tensor([float(self._num_rounds)], dtype=torch.float64, device="cpu")
+        *found, clock = kv.pushpull(list(pushed), list(pushed.values()))
+        before, self._clock = self._clock, clock.item()
+        if self._clock == before:
+            if kv._allows_commit:  # without rounds, the sender may only be slower
+                self._sender = (self._sender + 1) % kv.num_workers
+            return
         for name, value in zip(names, found, strict=True):
             buffer = self._model.get_buffer(name)
             buffer.copy_(value if buffer.is_floating_point() else value.round())

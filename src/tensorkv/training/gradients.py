@@ -7,10 +7,11 @@ import math
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 import torch
+import torch.utils.hooks
 
 from tensorkv.keys import ABSENT
 
@@ -28,6 +29,26 @@ def pushed_gradient(parameter: torch.nn.Parameter) -> Any:
     return found.detach() if found.requires_grad else found
 
 
+def call_after_accumulation(
+    parameter: torch.nn.Parameter, method: Callable[[torch.Tensor], None]
+) -> torch.utils.hooks.RemovableHandle:
+    """Call a method whenever a gradient of the parameter was accumulated, while its object lives.
+
+    A hook that held the object would keep it, and its parameters, alive for ever: the garbage collector does
+    not look through torch's own structures.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def hook(parameter: torch.Tensor) -> None:
+        found = reference()
+        if found is not None:
+            found(parameter)
+
+    handle: torch.utils.hooks.RemovableHandle
+    handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch's
+    return handle
+
+
 @final
 class Marks:
     """Tells whether gradients are still those of an earlier moment: not replaced, and not changed."""
@@ -40,15 +61,17 @@ class Marks:
 
     def hold(self) -> bool:
         """Whether all gradients are as they were."""
-        for parameter, reference, version in zip(
-            self._parameters, self._gradients, self._versions, strict=True
-        ):
-            now = parameter.grad
-            if now is not (None if reference is None else reference()):
-                return False
-            if now is not None and now._version != version:
-                return False
-        return True
+        return self.are_there() and all(
+            each.grad is None or each.grad._version == version
+            for each, version in zip(self._parameters, self._versions, strict=True)
+        )
+
+    def are_there(self) -> bool:
+        """Whether no gradient was replaced."""
+        return all(
+            each.grad is (None if reference is None else reference())
+            for each, reference in zip(self._parameters, self._gradients, strict=True)
+        )
 
 
 @final
@@ -64,10 +87,7 @@ class ClippingWatch:
         self._made: dict[int, tuple[int, torch.Tensor]] = {}  # what backward has made: version and norm
         self._parameters = parameters
         self._steps_left = _WATCHED_STEPS
-        self._hooks = [
-            each.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]  # torch's
-            for each in parameters
-        ]
+        self._hooks = [call_after_accumulation(each, self._note) for each in parameters]
 
     def _note(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:

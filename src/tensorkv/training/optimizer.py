@@ -19,8 +19,16 @@ from tensorkv.stores.registry import create
 from tensorkv.training.buffers import Buffers
 from tensorkv.training.gradients import ClippingWatch
 from tensorkv.training.servers import ServerSteps
+from tensorkv.training.states import STATE_IS_THERE
 from tensorkv.training.steps import Steps
 from tensorkv.training.workers import WorkerSteps
+
+_HOOKS = frozenset(
+    f"_optimizer_{call}_{when}_hooks"
+    for call in ("step", "state_dict", "load_state_dict")
+    for when in ("pre", "post")
+)
+"""The attributes in which torch keeps the hooks of an optimizer."""
 
 _numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
 """How many optimizers of a name this process has made: all workers make them in the same order."""
@@ -78,8 +86,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Move an optimizer to the servers.
 
         Args:
-            inner: the optimizer, which has made no step. It must be one that a store can run: see
-                `KVStore.set_optimizer`.
+            inner: the optimizer. With where="servers" it must have made no step, and be one that a store can
+                run: see `KVStore.set_optimizer`.
             model: the module that has the parameters of `inner`.
             kind: kind of the store. "auto" is "dist_sync" in a job and "local" outside one. A store that is
                 open already may be passed instead; its reduction holds then.
@@ -123,9 +131,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
             ```
         """
         _check_arguments(inner, model)
-        super().__setstate__(
-            {"defaults": inner.defaults}
-        )  # all that torch's own constructor makes but groups, state
+        # Hooks of the inner optimizer are ours; those of its step it runs itself where it steps itself.
+        hooks = {name: each for name, each in vars(inner).items() if name in _HOOKS}
+        if where == "workers":
+            hooks = {name: each for name, each in hooks.items() if "_step_" not in name}
+        super().__setstate__({"defaults": inner.defaults, **hooks})  # as for one that was unpickled
         opened = None if isinstance(kind, KVStore) else _open(kind, reduction, name, options)
         if opened is None and options:
             raise InvalidArgument(
@@ -180,8 +190,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """
         return self._steps.inner.param_groups
 
-    @property
-    def state(self) -> MutableMapping[torch.Tensor, Any]:  # type: ignore[override]  # an attribute of torch's
+    @property  # type: ignore[override]  # an attribute of torch's
+    def state(self) -> MutableMapping[torch.Tensor, Any]:
         """The state of each parameter, read from the servers when it is looked at.
 
         Example:
@@ -195,6 +205,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
             ```
         """
         return self._steps.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        raise NotSupported(STATE_IS_THERE)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Push the gradients, let the servers update the weights, and pull these.
@@ -270,8 +284,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Let the next step scale the mean of all workers' gradients down to a norm; return their norm now.
 
         It stands in for `torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)` between backward and
-        step, and is called by every worker. It sends the gradients, which must not change until the step. A
-        step that is not made, because the norm is bad say, must be left out by all workers.
+        step, and is called by every worker. It sends the gradients; neither these nor the weights may change
+        until the step. A step that is not made, because the norm is bad say, must be left out by all workers.
 
         Args:
             max_norm: maximum Euclidean norm over all parameters.
@@ -379,8 +393,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._steps.kv.__exit__(exc_type, exc, traceback)  # after an exception the worker counts as lost
-        self._steps.close()
+        if exc_type is None:
+            self._steps.close()
+        else:  # the worker counts as lost
+            self._steps.kv.__exit__(exc_type, exc, traceback)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse: its store belongs to this process."""

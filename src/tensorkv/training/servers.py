@@ -9,12 +9,11 @@ from typing import Any, final
 import torch
 
 from tensorkv.bound import BoundStep
-from tensorkv.errors import NotSupported
+from tensorkv.errors import InvalidArgument, NotSupported
 from tensorkv.keys import ABSENT
 from tensorkv.training.gradients import Marks, pushed_gradient
 from tensorkv.training.states import StateView, state_digest, with_states
 from tensorkv.training.steps import State, Steps
-from tensorkv.updaters.groups import plain
 
 
 @final
@@ -51,11 +50,7 @@ class ServerSteps(Steps):
         keys_by_id = {identity: [name] for identity, name in self._name_of.items()}
         self.kv._set_instance(self.inner, None, keys_by_id)
         self._groups = names
-        self._sent = [self._options(group) for group in self.inner.param_groups]
-
-    def _options(self, group: Mapping[str, Any]) -> State:
-        """Return the options of a group, not what schedules and scripts keep beside them."""
-        return {name: plain(group[name]) for name in self.inner.defaults if name in group}
+        self._sent = self.options()
 
     def _learn_keys(self) -> None:
         """Initialise the parameters that require a gradient and are not in the store yet."""
@@ -72,6 +67,7 @@ class ServerSteps(Steps):
         self._step = self.kv.bind(push=self._gradients, out=self._keyed)
 
     def add_group(self, group: State) -> None:
+        self._send_options()  # else the new setting would be another one for all groups, and drop their state
         self._set_groups(self.extend(group))
         self._learn_keys()
 
@@ -85,6 +81,7 @@ class ServerSteps(Steps):
         if self.watch is not None:
             self.watch.check()
         self.skipped = not self.apply(None)
+        self.inner._opt_called = True  # type: ignore[attr-defined]  # or a scheduler made before the wrap warns
         return loss
 
     def apply(self, skip: bool | None) -> bool:
@@ -124,7 +121,7 @@ class ServerSteps(Steps):
 
     def _hold(self) -> None:
         """Push the gradients for a commit, unless these are pushed already."""
-        if self._held is not None and self._held.hold():
+        if self._held is not None and self._held.hold() and not self._has_new_options():
             return
         if self._held is not None:  # of a step that the script has not made
             self.kv.commit(skip=True)
@@ -162,9 +159,13 @@ class ServerSteps(Steps):
         }
         self.kv.put(changed)
 
+    def _has_new_options(self) -> bool:
+        return self.options() != self._sent
+
     def _send_options(self) -> None:
-        for number, group in enumerate(self.inner.param_groups):
-            options, sent = self._options(group), self._sent[number]
+        if len(self.inner.param_groups) != len(self._sent):
+            raise InvalidArgument("param_groups has other groups than before: add one by add_param_group")
+        for number, (options, sent) in enumerate(zip(self.options(), self._sent, strict=True)):
             if options == sent:
                 continue
             changed = {name: each for name, each in options.items() if each != sent.get(name)}
@@ -203,6 +204,7 @@ class ServerSteps(Steps):
         states = self.by_name(found)
         with self.meeting() as others:
             others.check_alike("checkpoint", state_digest(states))
+            others.share({name: each for name, each in self.tensors().items() if name not in self._keyed})
         self._set_groups(self.names())
         held = kv.state_dict()
         weights = {name: each.detach() for name, each in self._keyed.items()}

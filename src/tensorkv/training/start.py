@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import final
@@ -17,6 +19,23 @@ MAX_TEXT_BYTES = 4096
 
 BATCH_BYTES = 256 << 20
 """Size of the values that are shared at once. The servers hold them meanwhile."""
+
+
+NUM_DIGESTS = 2
+"""Number of the digests of a text."""
+
+_MAX_DIGEST = 1 << 22
+"""Digests are less than this: sums of them over many workers are exact in float64."""
+
+
+def digests(text: str) -> torch.Tensor:
+    """Return digests that are equal on all workers if, and almost only if, their means are.
+
+    The mean of others may be that of one worker by chance, so there are two.
+    """
+    found = hashlib.blake2b(text.encode(errors="backslashreplace"), digest_size=8).digest()
+    halves = [int.from_bytes(half) % _MAX_DIGEST for half in (found[:4], found[4:])]
+    return torch.tensor(halves, dtype=torch.float64, device="cpu")
 
 
 @final
@@ -81,8 +100,8 @@ class Meeting:
             kv.delete(names)
 
     def _from_rank_0(self, data: bytes) -> bytes:
-        length = self._broadcast(torch.tensor([len(data)], device="cpu"))
-        mine = data if self._kv.rank == 0 else bytes(int(length))
+        length = int(self._broadcast(torch.tensor([len(data)], device="cpu")))
+        mine = data if len(data) == length else bytes(length)  # rank 0's counts, or the lowest that is there
         return bytes(self._broadcast(_as_tensor(mine)).tolist())
 
     def _broadcast(self, value: torch.Tensor) -> torch.Tensor:
@@ -114,10 +133,17 @@ class Meeting:
         return f"{self._num_calls}.{name}"
 
 
+_num_meetings: weakref.WeakKeyDictionary[KVStore, int] = weakref.WeakKeyDictionary()
+"""How often the workers of a store have met: as often on all of them."""
+
+
 @contextmanager
-def meeting(kv: KVStore, number: int) -> Iterator[Meeting]:
-    """Let the workers of a store meet for the n-th time, in a store that goes when all have left the
-    block."""
+def meeting(kv: KVStore) -> Iterator[Meeting]:
+    """Let the workers of a store meet, in a store beside it that goes when all have left the block.
+
+    Each meeting has a name of its own: a worker may come to the next one while another has not left yet.
+    """
+    number = _num_meetings[kv] = _num_meetings.get(kv, 0) + 1
     beside = kv._open_beside(f"{kv.name}.start.{number}")
     try:
         yield Meeting(beside)

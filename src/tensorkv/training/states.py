@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 
 from tensorkv.arrays import bytes_of
+from tensorkv.errors import NotSupported
 
 State = dict[str, Any]
 
@@ -55,13 +56,19 @@ def _digest(value: Any) -> str:
     )
 
 
+STATE_IS_THERE = (
+    "the optimizer's state is on the servers, and cannot be removed or replaced here: load a state_dict, or "
+    "make another DistributedOptimizer to start afresh"
+)
+
+
 @final
 class StateView(MutableMapping[Any, Any]):
     """The state of all parameters as `Optimizer.state`, read when somebody looks at it.
 
     It is never false: torch's distributed checkpoints take an empty state for one to be created by a step.
-    Without `target`, writing to it does nothing: frameworks move state to other devices that way, and that of
-    servers stays there.
+    Without `target`, setting an entry does nothing: frameworks move state to other devices that way, and that
+    of servers stays there. Removing one is refused.
     """
 
     def __init__(
@@ -83,7 +90,15 @@ class StateView(MutableMapping[Any, Any]):
         self._target[parameter] = state
 
     def __delitem__(self, parameter: Any) -> None:
-        self._target.pop(parameter, None)
+        if self._known is not self._target:
+            raise NotSupported(STATE_IS_THERE)
+        del self._target[parameter]
+
+    def clear(self) -> None:
+        """Remove all state, if it is here."""
+        if self._known is not self._target:
+            raise NotSupported(STATE_IS_THERE)
+        self._target.clear()
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._found())

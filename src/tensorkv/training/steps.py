@@ -15,6 +15,7 @@ from tensorkv.store import KVStore
 from tensorkv.training.buffers import BufferExchange, Buffers
 from tensorkv.training.gradients import ClippingWatch, digest, tell_scaler, unscale, warn_if_alike
 from tensorkv.training.start import Meeting, describe, meeting
+from tensorkv.updaters.groups import plain
 
 State = dict[str, Any]
 
@@ -41,7 +42,6 @@ class Steps(ABC):
         self.watch: ClippingWatch | None = None
         self._model = model
         self._name_of = {id(each): name for name, each in model.named_parameters()}
-        self._num_meetings = 0
         if (max_norm is not None or skip_nonfinite) and not kv._allows_commit:
             raise NotSupported(
                 f"max_norm and skip_nonfinite need all workers' gradients of a step at once, and {kv!r} does "
@@ -109,6 +109,8 @@ class Steps(ABC):
     def close(self) -> None:
         """Leave the store."""
         self.kv.close()
+        if self.watch is not None:
+            self.watch.stop()
         if self._buffers is not None:
             self._buffers.close()
 
@@ -155,8 +157,7 @@ class Steps(ABC):
 
     def meeting(self) -> AbstractContextManager[Meeting]:
         """Let the workers meet."""
-        self._num_meetings += 1
-        return meeting(self.kv, self._num_meetings)
+        return meeting(self.kv)
 
     def names(self) -> list[tuple[str, ...]]:
         """Return the names of the parameters in each group.
@@ -189,8 +190,9 @@ class Steps(ABC):
     def description(self, names: list[tuple[str, ...]]) -> Iterator[str]:
         """Yield what must be alike on all workers, a line for each part."""
         yield f"{type(self.inner).__name__} with {len(names)} groups"
-        for number, group in enumerate(names):
+        for number, (group, options) in enumerate(zip(names, self.options(), strict=True)):
             yield f"group {number}: {', '.join(group)}"
+            yield f"options of group {number}: {options}"
         for name, each in self.tensors().items():
             yield describe(name, each)
 
@@ -202,9 +204,17 @@ class Steps(ABC):
                 "no parameter of this optimizer requires a gradient, so there is nothing to train"
             )
 
+    def options(self) -> list[State]:
+        """Return the options of each group, not what schedules and scripts keep beside them."""
+        return [
+            {name: plain(group[name]) for name in self.inner.defaults if name in group}
+            for group in self.inner.param_groups
+        ]
+
     def extend(self, group: State) -> list[tuple[str, ...]]:
         """Add a group to the inner optimizer; return the names in all groups, which are alike on all
         workers."""
+        self._name_of = {id(each): name for name, each in self._model.named_parameters()}  # it may have grown
         self.inner.add_param_group(group)
         try:
             names = self.names()

@@ -180,7 +180,8 @@ def _check_makes_first_step(
             raise InvalidArgument(
                 f"this {name} has made steps, and its state ({', '.join(map(str, state))}) stays here: pass "
                 f"a new {name}, made of the same parameters and options, and let the store make the steps; "
-                "what a store has saved is loaded by its own load"
+                "what a store has saved is loaded by its own load. A checkpoint of this optimizer is loaded "
+                "by DistributedOptimizer.load_state_dict, after the wrap"
             )
 
 
