@@ -52,7 +52,8 @@ def run(folder: Path, *command: str) -> list[list[float]]:
     """Run a script; return the weights that each of its processes prints."""
     done = start(folder, *command)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = re.findall(r"weights \[(.*)\]", done.stdout)
+    # A list is written at once, but what two processes of torchrun print may lie between its line's parts.
+    lines = re.findall(r"\[(-?[0-9][-+.e0-9]*(?:, -?[0-9][-+.e0-9]*)+)\]", done.stdout)
     return [[float(number) for number in line.split(",")] for line in lines]
 
 
