@@ -206,7 +206,7 @@ def test_the_state_that_is_saved_stays_while_its_optimizer_is_replaced(t: Any) -
     assert bench.info(0, [slice_id]).state_bytes == [8]
     bench.send(1, m.EndSave(STORE))
     assert bench.info(0, [slice_id]).state_bytes == [0]
-    assert not bench.shard.schedule.has_pending
+    assert not bench.shard.schedule.pending
 
 
 def test_a_save_alone_has_no_setting_of_a_later_round(t: Any) -> None:

@@ -114,7 +114,7 @@ def test_a_change_holds_from_the_setting_ranks_next_push_on(t: Any) -> None:
     set_lr(bench, 0, 0.25, "b")
     bench.push(0, plans[0], ones())
     assert bench.value(0, plans[0]).tolist() == [-3.0, -2.5]
-    assert not bench.shard.schedule.has_pending
+    assert not bench.shard.schedule.pending
     bench.check_empty()
 
 

@@ -54,15 +54,15 @@ def due(of: SettingSchedule, index: int, round_number: int) -> str | None:
 
 def test_each_slice_waits_for_its_own_round() -> None:
     settings = schedule()
-    assert not settings.has_pending
+    assert not settings.pending
     make(settings, 0, named("add"), a=3, b=5)
     assert settings.newest("c").updater.spec.name == "add"
     assert [due(settings, 0, n) for n in (1, 2, 3, 4)] == [None, None, "add", None]
     settings.tidy()
-    assert settings.has_pending
+    assert settings.pending
     assert due(settings, 1, 6) == "add"
     settings.tidy()
-    assert not settings.has_pending
+    assert not settings.pending
 
 
 def test_the_last_one_made_wins() -> None:
@@ -93,7 +93,7 @@ def test_a_deleted_slice_waits_no_more() -> None:
     for index in KEYS:
         settings.forget(index)
     settings.tidy()
-    assert not settings.has_pending
+    assert not settings.pending
 
 
 def test_only_what_was_prepared_can_be_activated() -> None:

@@ -449,7 +449,7 @@ def test_a_setting_holds_from_the_setting_ranks_next_push_on(t: Any, order: tupl
     for rank in order:
         bench.push(rank, plans[rank], ones(1))
     assert bench.value(0, plans[0]).tolist() == [6.0]
-    assert not bench.shard.schedule.has_pending
+    assert not bench.shard.schedule.pending
 
 
 def test_a_setting_holds_for_keys_that_are_made_after_it_and_not_for_others(t: Any) -> None:
@@ -488,7 +488,7 @@ def test_a_later_setting_is_not_undone_by_an_earlier_one_that_waits(t: Any) -> N
     for value in (2.0, 3.0):
         bench.push(1, plans[1], ones(1, value))
     assert bench.value(1, plans[1]).tolist() == [3.0]
-    assert not bench.shard.schedule.has_pending
+    assert not bench.shard.schedule.pending
 
 
 def test_a_setting_for_some_keys_leaves_the_round_of_others_alone(t: Any) -> None:
@@ -514,7 +514,7 @@ def test_in_async_a_setting_holds_at_once(t: Any) -> None:
     bench.set_updater(0, ADD)
     bench.push(1, plan, ones(1))
     assert bench.value(1, plan).tolist() == [11.0]
-    assert not bench.shard.schedule.has_pending
+    assert not bench.shard.schedule.pending
 
 
 # ---- delete ----------------------------------------------------------------------------------------

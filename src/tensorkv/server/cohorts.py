@@ -132,7 +132,7 @@ class Cohort:
     def contributions(self) -> list[Contribution]:
         """Return what was contributed to the open or held round, by rank: the order of every sum."""
         inbox = self.inbox
-        return [inbox[peer] for peer in sorted(inbox)]
+        return list(map(inbox.__getitem__, sorted(inbox)))
 
     def finish_round(self) -> None:
         """The round is applied, whatever came of it; the next one is open."""

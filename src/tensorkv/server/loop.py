@@ -13,6 +13,7 @@ import functools
 import gc
 import logging
 import math
+import operator
 import os
 import select
 import signal
@@ -72,6 +73,8 @@ TRIM_EVERY_S = 10.0
 
 LAST_WORDS_S = 1.0
 """Timeout in seconds for draining a lost worker's connection. Every other worker waits meanwhile."""
+
+_bytes_of = operator.attrgetter("bytes")
 
 
 @final
@@ -304,16 +307,14 @@ class Server:
                 if peer.ended:
                     poller.unregister(descriptor)
                     del peers[descriptor]
-            pause_ms = self._tick()
+            now_s = time.monotonic()
+            if self._trim is not None and now_s >= self._trim_at_s:
+                self._trim()
+                self._trim_at_s = now_s + TRIM_EVERY_S
+            pause_ms = self._tick(now_s) if self._state.timed else TICK_MS
 
-    def _tick(self) -> int:
+    def _tick(self, now_s: float) -> int:
         """Merge the rounds whose deadline has passed; return how many milliseconds the loop may sleep."""
-        now_s = time.monotonic()
-        if self._trim is not None and now_s >= self._trim_at_s:
-            self._trim()
-            self._trim_at_s = now_s + TRIM_EVERY_S
-        if not self._state.timed:
-            return TICK_MS
         out, due_s = self._state.tick(now_s)
         self._queue(out)
         return TICK_MS if due_s is None else min(TICK_MS, math.ceil((due_s - now_s) * 1000))
@@ -500,7 +501,7 @@ class Server:
             elif not each.payload:
                 peer.sender.send([encode(each.message)])
             elif peer.sharing is None or not _reply_in_place(peer.sharing, each):
-                parts = [memory.bytes for memory in each.payload]
+                parts = list(map(_bytes_of, each.payload))
                 on_sent = functools.partial(self._released.append, each.leases)
                 peer.sender.send([encode(each.message, sum(map(len, parts))), *parts], on_sent)
 

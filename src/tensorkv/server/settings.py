@@ -46,13 +46,8 @@ class SettingSchedule:
         self._load = load
         self._latest = SettingsTable()
         self._prepared: dict[int, tuple[SettingsTable, tuple[Key, ...] | None]] = {}
-        self._pending: list[_Pending] = []
+        self.pending: list[_Pending] = []  # settings that wait for their round
         self._restored: SettingsTable | None = None
-
-    @property
-    def has_pending(self) -> bool:
-        """Whether a setting waits for its round."""
-        return bool(self._pending)
 
     def prepare(self, number: int, record: SettingRecord) -> None:
         """Load what a setting needs and apply it to a copy of the newest settings.
@@ -103,7 +98,7 @@ class SettingSchedule:
             if self._latest.setting(keys[slice_id]) is not before.setting(keys[slice_id])
         }
         if changed:
-            self._pending.append(_Pending(self.number, before, table, changed))
+            self.pending.append(_Pending(self.number, before, table, changed))
 
     def table(self) -> SettingsTable:
         """Return the newest settings."""
@@ -138,7 +133,7 @@ class SettingSchedule:
         self._latest = table
         self.number += 1
         self._prepared = {}
-        self._pending = []
+        self.pending = []
 
     def newest(self, key: Key) -> Setting:
         """Return the setting of a new slice of `key`."""
@@ -151,10 +146,10 @@ class SettingSchedule:
         one was ahead and has left.
         """
         found: Setting | None = None
-        for number, pending in enumerate(self._pending):
+        for number, pending in enumerate(self.pending):
             if pending.from_round.get(slice_id, round_number + 1) <= round_number:
                 found = pending.table.setting(key)
-                for overtaken in self._pending[: number + 1]:
+                for overtaken in self.pending[: number + 1]:
                     overtaken.from_round.pop(slice_id, None)
         return found
 
@@ -166,14 +161,14 @@ class SettingSchedule:
         """
         number, table = self.number, self._latest
         open_rounds = {each.slice_id: each.applied + 1 for each in slices}
-        for pending in reversed(self._pending):
+        for pending in reversed(self.pending):
             if any(first <= open_rounds.get(slice_id, 0) for slice_id, first in pending.from_round.items()):
                 break
             number, table = pending.number - 1, pending.before
         found = table.copy()
         for each in slices:
             setting = each.setting
-            for pending in self._pending:
+            for pending in self.pending:
                 first = pending.from_round.get(each.slice_id)
                 if first is not None and first <= each.applied + 1:
                     setting = pending.table.setting(each.key)
@@ -182,9 +177,9 @@ class SettingSchedule:
 
     def forget(self, slice_id: int) -> None:
         """Forget a deleted slice."""
-        for pending in self._pending:
+        for pending in self.pending:
             pending.from_round.pop(slice_id, None)
 
     def tidy(self) -> None:
         """Drop settings that no slice waits for."""
-        self._pending = [each for each in self._pending if each.from_round]
+        self.pending = [each for each in self.pending if each.from_round]

@@ -335,8 +335,6 @@ class StoreShard:
         if len(cohorts) > 1 or not layout.covers_cohorts:
             cohorts = self._covered_by(layout, cohorts)
         policy, complete = self._policy, []
-        if policy.has_deadlines:
-            self._untimed.update(dict.fromkeys(cohorts))  # also those that it has split off and is late for
         if policy.counts_pushes:
             cohorts = self._count_push(pushed, cohorts)
         for cohort in cohorts:
@@ -352,12 +350,14 @@ class StoreShard:
 
     def _count_push(self, pushed: Contribution, cohorts: list[Cohort]) -> list[Cohort]:
         """Return the cohorts in which a push counts; of the others drop it."""
+        if self._policy.has_deadlines:
+            self._untimed.update(dict.fromkeys(cohorts))  # also those that it is late for
         counting: list[Cohort] = []
         for cohort in cohorts:
             if self._policy.count_push(cohort, pushed.peer):
                 counting.append(cohort)
-            elif self._use_up(pushed, len(cohort.slices)):
-                self._send_chunks([(pushed.layout, pushed.peer, pushed.request, pushed.message.chunk)])
+            else:
+                self._send_chunks(self._use_up([pushed], len(cohort.slices)))
         return counting
 
     def tick(self, now_s: float) -> float | None:
@@ -407,10 +407,23 @@ class StoreShard:
     # ---- merge and apply -------------------------------------------------------------------------
 
     def _merge(self, cohorts: list[Cohort]) -> None:
-        """Apply the complete rounds of these cohorts, or hold them for the commit."""
+        """Apply the complete rounds of these cohorts, or hold them for the commit.
+
+        To apply a round is to add up its contributions, run the updaters, and answer the waiting calls.
+        """
         applying = self._hold(cohorts) if self._to_commit else cohorts
         if applying:
-            self._apply(applying)
+            if self.schedule.pending:
+                self._take_due_settings(_slices_in(applying))
+            updating = self._blame_refused(applying) if self._refused else applying
+            try:
+                failed = self._update(updating) if updating else {}
+            except Exception as exc:  # noqa: BLE001  # any error fails the round, not one peer
+                self._blame_all(updating, exc)
+            else:
+                for each, error in failed.items():
+                    self._blame(each, error)
+            self._finish(applying)
         if self._merge_waits:
             self._answer_merge_waits(cohorts)
 
@@ -439,20 +452,6 @@ class StoreShard:
             self._blame(each, error)
         self._finish(cohorts)
 
-    def _apply(self, cohorts: list[Cohort]) -> None:
-        """Add up the contributions of merged cohorts, run the updaters, and answer the waiting calls."""
-        if self.schedule.has_pending:
-            self._take_due_settings(_slices_in(cohorts))
-        updating = self._blame_refused(cohorts) if self._refused else cohorts
-        try:
-            failed = self._update(updating) if updating else {}
-        except Exception as exc:  # noqa: BLE001  # any error fails the round, not one peer
-            self._blame_all(updating, exc)
-        else:
-            for each, error in failed.items():
-                self._blame(each, error)
-        self._finish(cohorts)
-
     def _blame_refused(self, cohorts: list[Cohort]) -> list[Cohort]:
         """Fail rounds that lack a contribution since there was no memory; return the other cohorts."""
         updating: list[Cohort] = []
@@ -466,9 +465,8 @@ class StoreShard:
 
     def _update(self, cohorts: list[Cohort]) -> Failed:
         """Run the updaters on the sums of contributions, and count updates; return what failed."""
-        contributions = cohorts[0].contributions()
-        if _have_all_of_one_layout(contributions, cohorts):
-            parts = [pushed for pushed in contributions if not pushed.chunk.absent]
+        parts = _parts_of_one_layout(cohorts)
+        if parts is not None:
             if not parts:
                 return {}
             failed = self._updates.of_layout(parts[0].layout, parts, self._settings_epoch)
@@ -496,11 +494,9 @@ class StoreShard:
         """Finish the applied rounds of these cohorts, whatever their outcome; answer waiting calls."""
         pulls: list[_Pull] = []
         for cohort in cohorts:
-            inbox, size = cohort.inbox, len(cohort.slices)
+            inbox = cohort.inbox
             cohort.finish_round()
-            for pushed in inbox.values():
-                if self._use_up(pushed, size):
-                    pulls.append((pushed.layout, pushed.peer, pushed.request, pushed.message.chunk))
+            pulls += self._use_up(inbox.values(), len(cohort.slices))
         if self._policy.pulls_wait_for_others:
             for layout, worker, request, number in pulls:
                 self._pull_chunk(worker, request, number, layout)
@@ -510,22 +506,24 @@ class StoreShard:
         elif pulls:
             self._send_chunks(pulls)
 
-    def _use_up(self, pushed: Contribution, count: int) -> bool:
-        """Mark `count` slices of a contribution as done; release its buffer when all are.
+    def _use_up(self, used: Iterable[Contribution], count: int) -> list[_Pull]:
+        """Mark `count` slices of each contribution as done; release its buffer when all are.
 
-        Returns whether all are done and its worker now gets the values that it asked for.
+        Returns the pulls of those that are done, and whose workers have asked for the values.
         """
-        pushed.live -= count
-        if pushed.live:
-            return False
-        if not pushed.message.apply:
-            del self._to_commit[pushed]
-        if not self._refused or self._refused.pop(pushed, None) is None:
-            self._pool.give(pushed.buffer)
-        if not pushed.request:
-            return False
-        del self._replies[pushed]
-        return True
+        pulls: list[_Pull] = []
+        for pushed in used:
+            pushed.live -= count
+            if pushed.live:
+                continue
+            if not pushed.message.apply:
+                del self._to_commit[pushed]
+            if not self._refused or self._refused.pop(pushed, None) is None:
+                self._pool.give(pushed.buffer)
+            if pushed.request:
+                del self._replies[pushed]
+                pulls.append((pushed.layout, pushed.peer, pushed.request, pushed.message.chunk))
+        return pulls
 
     # ---- blame -----------------------------------------------------------------------------------
 
@@ -726,7 +724,7 @@ class StoreShard:
             self._tell_differing()
             return
         rounds_of = self._policy.last_round if self._policy.settings_wait else _applied
-        at_once = not self.schedule.has_pending and not change.from_round
+        at_once = not self.schedule.pending and not change.from_round
         if at_once and all(rounds_of(each, change.rank) == each.applied for each in cohorts_of(found)):
             self.schedule.replace(table, {}, {})  # the usual case: nothing of the setting rank is open
             for each in found:
@@ -767,7 +765,7 @@ class StoreShard:
         self._option_log.clear()
 
     def _take_due_settings(self, slices: Iterable[Slice]) -> None:
-        if not self.schedule.has_pending:
+        if not self.schedule.pending:
             return
         for each in slices:
             setting = self.schedule.due(each.slice_id, each.key, each.applied + 1)
@@ -975,8 +973,7 @@ class StoreShard:
             pushed = cohort.inbox.get(worker)
             if pushed is not None and pushed in self._to_commit and asked.keys().isdisjoint(cohort.slices):
                 del cohort.inbox[worker]
-                if self._use_up(pushed, len(cohort.slices)):
-                    self._send_chunks([(pushed.layout, worker, pushed.request, pushed.message.chunk)])
+                self._send_chunks(self._use_up([pushed], len(cohort.slices)))
 
     def waiting(self, worker: int, message: m.AskWaiting) -> None:
         """Report which workers a request of this worker waits for."""
@@ -1044,21 +1041,26 @@ def _slices_in(cohorts: Iterable[Cohort]) -> list[Slice]:
     return [each for cohort in cohorts for each in cohort.slices]
 
 
-def _have_all_of_one_layout(contributions: Sequence[Contribution], cohorts: Sequence[Cohort]) -> bool:
-    """Whether all cohorts have these contributions, of one layout and equal counts, and all its slices.
+def _parts_of_one_layout(cohorts: Sequence[Cohort]) -> list[Contribution] | None:
+    """Return the contributions that are not absent, by rank, if they can be added up as whole runs.
 
-    `contributions` are those of the first cohort.
+    They can if all cohorts have the same ones, of one layout and equal counts, and all its slices.
     """
-    layout = contributions[0].layout
-    for pushed in contributions:
-        if pushed.layout is not layout or not pushed.chunk.alike:
-            return False
-    if len(cohorts) == 1:
-        return len(cohorts[0].slices) == len(layout.slices)
-    inbox, rest = cohorts[0].inbox, cohorts[1:]
-    if any(cohort.inbox != inbox for cohort in rest):
-        return False
-    return sum(len(cohort.slices) for cohort in cohorts) == len(layout.slices)
+    first = cohorts[0]
+    num_slices, layout = len(first.slices), None
+    if len(cohorts) > 1:
+        if any(cohort.inbox != first.inbox for cohort in cohorts):
+            return None
+        num_slices = sum(len(cohort.slices) for cohort in cohorts)
+    parts: list[Contribution] = []
+    for pushed in first.contributions():
+        chunk = pushed.chunk
+        layout = layout or pushed.layout
+        if pushed.layout is not layout or not chunk.alike or len(layout.slices) != num_slices:
+            return None
+        if not chunk.absent:
+            parts.append(pushed)
+    return parts
 
 
 def _ready(cohorts: Iterable[Cohort], policy: Policy) -> list[Wait]:

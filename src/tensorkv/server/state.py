@@ -107,7 +107,8 @@ class ServerState:
         """
         kind = type(message)
         if kind is m.Push:  # the messages of every step come first
-            shard, chunk = self._find(worker, message)
+            found = self._found if message is self._asked else None
+            shard, chunk = found or self._find(worker, message)
             shard.push(worker, message, chunk, payload, refused)
             out, shard.out = shard.out, []
             return out

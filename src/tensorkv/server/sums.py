@@ -36,10 +36,10 @@ def add_up(
     """
     if factors is not None:
         return _add_up_products(parts, dtype, divisor, out, factors)
-    if out is not None and len(parts) == 2 and divisor == 1 and _is_plain(parts, dtype):
-        return torch.add(parts[0], parts[1], out=out)
     wide = accumulate_dtype(dtype)
     first, rest = parts[0], parts[1:]
+    if out is not None and len(rest) == 1 and divisor == 1 and wide == dtype == first.dtype == rest[0].dtype:
+        return torch.add(first, rest[0], out=out)  # usually: nothing is cast
     # A cast of the third part allocates memory after the sum of the first two is written.
     in_place = dtype == wide and (len(parts) < 3 or all(part.dtype == wide for part in rest[1:]))
     target = out if in_place else None
@@ -90,11 +90,6 @@ def _add_up_products(
         total.add_(part.to(wide) * factor)
     total.div_(divisor)
     return total.to(dtype) if out is None else out.copy_(total)
-
-
-def _is_plain(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
-    """Whether nothing is cast: usually two small contributions are added up in one operation."""
-    return accumulate_dtype(dtype) == dtype == parts[0].dtype == parts[1].dtype
 
 
 def _single(

@@ -13,7 +13,7 @@ import torch
 
 from tensorkv.arrays import accumulate_dtype
 from tensorkv.errors import TensorKVError, UpdaterError
-from tensorkv.server.layouts import Contribution, Layout, Run, Slice
+from tensorkv.server.layouts import Contribution, Layout, Slice
 from tensorkv.server.memory import BufferPool, NoMemory, short_of
 from tensorkv.server.sums import add_up, weigh
 from tensorkv.updaters.base import Update
@@ -99,9 +99,20 @@ class Updates:
     ) -> Failed:
         """Add whole runs directly into the stored values."""
         failed: Failed = {}
+        dtype, may_overwrite = layout.slices[0].dtype, not parts[0].buffer.borrowed
         for run in layout.runs:
             try:
-                _assign_run(run, layout.slices[0].dtype, parts, divisor, factors)
+                found = [each.buffer.elements(each.chunk.dtype, run.low, run.high) for each in parts]
+                slot, fresh = run.slot, None
+                if slot.lease.readers:
+                    if run.is_whole_slot:  # the old value is not needed
+                        fresh = slot.fresh()
+                    else:
+                        slot.make_writable()
+                target = run.stored.tensor if fresh is None else fresh
+                add_up(found, dtype, divisor, target, may_overwrite=may_overwrite, factors=factors)
+                if fresh is not None:
+                    slot.replace(fresh)
             except Exception as exc:  # noqa: BLE001  # any error; the other runs are assigned
                 error = self.sum_error(exc)
                 failed.update(dict.fromkeys(layout.slices_in(run), error))
@@ -120,22 +131,3 @@ def run_updaters(sums: Sequence[Sum], only: Setting | None = None) -> Failed:
             [(each.setting, update) for (each, *_), update in zip(sums, updates, strict=True)]
         )
     return {each: failure for (each, *_), failure in zip(sums, failures, strict=True) if failure is not None}
-
-
-def _assign_run(
-    run: Run,
-    dtype: torch.dtype,
-    parts: Sequence[Contribution],
-    divisor: float,
-    factors: Sequence[float] | None,
-) -> None:
-    may_overwrite = not parts[0].buffer.borrowed
-    found = [each.buffer.elements(each.chunk.dtype, run.low, run.high) for each in parts]
-    if run.slot.lease.readers:
-        if run.is_whole_slot:  # the old value is not needed
-            fresh = run.slot.fresh()
-            add_up(found, dtype, divisor, fresh, may_overwrite=may_overwrite, factors=factors)
-            run.slot.replace(fresh)
-            return
-        run.slot.make_writable()
-    add_up(found, dtype, divisor, run.stored.tensor, may_overwrite=may_overwrite, factors=factors)

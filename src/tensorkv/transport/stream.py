@@ -76,23 +76,30 @@ class StreamConnection(Connection):
             raise
 
     def send_now(self, buffers: Sequence[Buffer]) -> list[Buffer]:
-        rest: list[Buffer] = buffers if isinstance(buffers, list) else list(buffers)
+        return self._send_now(buffers, sum(map(len, buffers)))
+
+    def _send_now(self, buffers: Sequence[Buffer], size_bytes: int) -> list[Buffer]:
+        """Send buffers of this many bytes as far as possible without blocking; return the rest."""
+        rest = buffers
         try:
+            sent_bytes = self._sendmsg(rest, _DONTWAIT)
+            if sent_bytes == size_bytes:  # mostly
+                return []
+            rest = _after(rest, sent_bytes)
             while rest:
                 rest = _after(rest, self._sendmsg(rest, _DONTWAIT))
         except BlockingIOError:
             pass  # the rest is the answer
-        return rest
+        return list(rest)
 
-    def _sendmsg(self, buffers: list[Buffer], flags: int) -> int:
+    def _sendmsg(
+        self, buffers: Sequence[Buffer], flags: int, ancillary: Sequence[tuple[int, int, Any]] = ()
+    ) -> int:
         """Send part of `buffers` and return the number of bytes, or raise BlockingIOError."""
-        return self._send_with(buffers[:MAX_BUFFERS], (), flags)
-
-    def _send_with(self, buffers: list[Buffer], ancillary: Sequence[tuple[int, int, Any]], flags: int) -> int:
         try:
             if len(buffers) == 1 and not ancillary:
                 return self._sock.send(buffers[0], flags)
-            return self._sock.sendmsg(buffers, ancillary, flags)
+            return self._sock.sendmsg(buffers[:MAX_BUFFERS], ancillary, flags)
         except BlockingIOError:
             raise
         except OSError as exc:
@@ -202,7 +209,13 @@ class StreamConnection(Connection):
 
     def _receive_ahead(self, buffer: memoryview, flags: int) -> int:
         """Receive what has arrived, at least one byte, or raise BlockingIOError."""
-        return self._receive_some((buffer,), flags)
+        try:
+            got = self._sock.recv_into(buffer, 0, flags)
+        except BlockingIOError:
+            raise
+        except OSError as exc:
+            self._raise_gone(exc)
+        return got or self._at_end()
 
     def _look_up(self) -> None:
         """Raise BlockingIOError if a tick has passed while a frame arrived in small pieces.

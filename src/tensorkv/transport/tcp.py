@@ -58,12 +58,12 @@ class TcpConnection(StreamConnection):
         self._end.register(sock, select.POLLRDHUP)
 
     def send_now(self, buffers: Sequence[Buffer]) -> list[Buffer]:
-        if not self._within_room:
-            return super().send_now(buffers)
         size_bytes = sum(map(len, buffers))
+        if not self._within_room:
+            return self._send_now(buffers, size_bytes)
         if size_bytes <= self._room_bytes:  # usually
             self._room_bytes -= size_bytes
-            return super().send_now(buffers)
+            return self._send_now(buffers, size_bytes)
         rest = buffers
         while rest:
             fits, rest = self._fitting(rest)

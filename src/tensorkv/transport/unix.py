@@ -13,12 +13,13 @@ import socket
 import struct
 import sys
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, final
 
 from tensorkv.errors import ProtocolError
 from tensorkv.transport.base import Buffer, Connection
 from tensorkv.transport.memorylimits import with_the_way_out
-from tensorkv.transport.stream import MAX_BUFFERS, StreamConnection, StreamListener
+from tensorkv.transport.stream import StreamConnection, StreamListener
 
 NAME_PREFIX = "@tensorkv-"
 """Prefix of our abstract names. The "@" stands for their leading zero byte, as in the system's tools."""
@@ -67,12 +68,14 @@ class UnixConnection(StreamConnection):
             )
         return self._unclaimed.popleft()
 
-    def _sendmsg(self, buffers: list[Buffer], flags: int) -> int:
+    def _sendmsg(
+        self, buffers: Sequence[Buffer], flags: int, ancillary: Sequence[tuple[int, int, Any]] = ()
+    ) -> int:
         head = buffers[0]
-        if not isinstance(head, DescriptorHead):
-            return super()._sendmsg(buffers, flags)
-        rights = array.array("i", [head.descriptor])
-        return self._send_with(buffers[:MAX_BUFFERS], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], flags)
+        if isinstance(head, DescriptorHead):
+            rights = array.array("i", [head.descriptor])
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+        return super()._sendmsg(buffers, flags, ancillary)
 
     def _receive_ahead(self, buffer: memoryview, flags: int) -> int:
         got, ancillary = self._receive_with(buffer, _ONE_DESCRIPTOR, flags | _CMSG_CLOEXEC)
