@@ -46,7 +46,7 @@ STEPS_FACTOR = 5
 """Factor by which a job multiplies those steps."""
 SHORT = ("dist-one",)
 """Cases whose steps take a fraction of a millisecond."""
-SHORT_ROUNDS_FACTOR = 5
+SHORT_ROUNDS_FACTOR = 10
 """Factor by which the rounds of such a case are multiplied."""
 
 Ratios = Sequence[float]
@@ -155,7 +155,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--rounds",
         type=int,
         default=6,
-        help="rounds per case and system (6); of one short key 5 times as many",
+        help="rounds per case and system (6); of one short key 10 times as many",
     )
     parser.add_argument("--allowed", type=float, default=1.03, help="the largest ratio that is good (1.03)")
     parser.add_argument("--bound", action="store_true", help="take the steps here through kv.bind")
