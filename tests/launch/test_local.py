@@ -155,6 +155,13 @@ class TestPlan:
         assert told is not None
         assert (told.rank, told.num_workers) == (2, 3)
 
+    def test_workers_get_what_torchrun_tells_if_that_is_wanted(self) -> None:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        told = [tuple(map(spec.env.get, names)) for spec in plan(config(), ("train",), {}, 29500)]
+        nothing = (None,) * 6
+        workers = [(str(rank), "3", str(rank), "3", "127.0.0.1", "29500") for rank in range(3)]
+        assert told == [nothing, nothing, *workers]
+
     def test_only_a_single_worker_reads_what_is_typed(self) -> None:
         assert [s.inherit_stdin for s in plan(config(num_workers=1), ("x",), {})] == [False, False, True]
         assert not any(s.inherit_stdin for s in plan(config(num_workers=2), ("x",), {}))
@@ -195,6 +202,15 @@ class TestRunLocal:
         out, err = capfd.readouterr()
         assert sorted(out.splitlines()) == ["[worker 0] worker 0 of 2", "[worker 1] worker 1 of 2"]
         assert err == ""
+
+    def test_a_script_makes_a_process_group(self, capfd: pytest.CaptureFixture[str]) -> None:
+        code = (
+            "import torch, torch.distributed as dist; dist.init_process_group('gloo'); "
+            "one = torch.ones(1); dist.all_reduce(one); print(one.item()); dist.destroy_process_group()"
+        )
+        command = (sys.executable, "-c", code)
+        assert run_local(options(command=command, num_workers=2, torch_env=True), os.environ) == 0
+        assert sorted(capfd.readouterr().out.splitlines()) == ["[worker 0] 2.0", "[worker 1] 2.0"]
 
     def test_tokens_are_fresh(self, capfd: pytest.CaptureFixture[str]) -> None:
         tokens = set[str]()

@@ -172,6 +172,14 @@ def run(
     prefix: Annotated[
         bool, typer.Option("--prefix/--no-prefix", help="Name the process before each line.")
     ] = True,
+    torch_env: Annotated[
+        bool,
+        typer.Option(
+            "--torch-env",
+            help="Also set RANK, WORLD_SIZE, MASTER_ADDR and so on as torchrun does, for scripts that make a "
+            "process group.",
+        ),
+    ] = False,
 ) -> None:
     """Run a job on this machine: a scheduler, servers, and COMMAND as each worker.
 
@@ -199,6 +207,7 @@ def run(
             allow_import=tuple(allow_import or ()),
             transport=None if transport is None else check_transport("transport", transport),
             prefix=prefix,
+            torch_env=torch_env,
         )
     except InvalidArgument as exc:
         raise typer.BadParameter(str(exc)) from exc

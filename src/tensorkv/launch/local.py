@@ -25,6 +25,7 @@ from tensorkv.errors import InvalidArgument
 from tensorkv.launch.output import FileSink, Output, Sink, Stream, prefix_text
 from tensorkv.launch.processes import ProcessGroup, ProcessSpec, open_scheduler, scheduler_calls, server_spec
 from tensorkv.launch.supervisor import Node
+from tensorkv.transport.tcp import listening_socket
 
 STREAMING = f"glibc.cpu.x86_non_temporal_threshold={STREAM_BYTES}"
 """Setting of the C library: minimum size of its non-temporal copies; see `tensorkv.worker.nontemporal`."""
@@ -63,7 +64,8 @@ class JobOptions:
 
     `host` is the address everything binds to, `timeout_s` the deadline of a waiting call and
     `peer_timeout_s` how long a host may be silent; None takes them from the environment. `allow_import` are
-    the modules servers may import; `prefix` says whether each output line names its process.
+    the modules servers may import; `prefix` says whether each output line names its process, and `torch_env`
+    whether workers get the variables of `torch_variables`.
 
     Raises:
         InvalidArgument: a number is out of range, a module name is not valid, or the command is empty.
@@ -78,6 +80,7 @@ class JobOptions:
     allow_import: tuple[str, ...] = ()
     transport: Transport | None = None
     prefix: bool = True
+    torch_env: bool = False
 
     def __post_init__(self) -> None:
         for name, number in (("workers", self.num_workers), ("servers", self.num_servers)):
@@ -137,11 +140,32 @@ def _peer_timeout_s(options: JobOptions, environ: Mapping[str, str]) -> float:
     return read_peer_timeout_s(environ)
 
 
-def plan(config: JobConfig, command: Sequence[str], environ: Mapping[str, str]) -> list[ProcessSpec]:
+def torch_variables(config: JobConfig, master_port: int) -> dict[str, str]:
+    """Return what torchrun tells a worker, by which `init_process_group` finds the others."""
+    rank, num_workers = str(config.rank), str(config.num_workers)
+    return {
+        **dict.fromkeys(("RANK", "LOCAL_RANK"), rank),
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), num_workers),
+        "MASTER_ADDR": config.scheduler_host,
+        "MASTER_PORT": str(master_port),
+    }
+
+
+def _free_port(host: str) -> int:
+    """Return a port that is free now; rank 0's process group will listen there."""
+    with listening_socket(host) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def plan(
+    config: JobConfig, command: Sequence[str], environ: Mapping[str, str], master_port: int = 0
+) -> list[ProcessSpec]:
     """Return the processes of a job, servers first; workers run `command`.
 
     All inherit `environ`. The workers divide the cores among them, unless it sets OMP_NUM_THREADS, and get
-    `STREAMING` for their C library, unless it sets GLIBC_TUNABLES.
+    `STREAMING` for their C library, unless it sets GLIBC_TUNABLES. A `master_port` other than 0 gives them
+    `torch_variables`.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // config.num_workers)
     inherited = {"OMP_NUM_THREADS": str(threads), **environ, "PYTHONUNBUFFERED": "1"}
@@ -149,16 +173,17 @@ def plan(config: JobConfig, command: Sequence[str], environ: Mapping[str, str]) 
     servers = [server_spec(config, rank, inherited) for rank in range(config.num_servers)]
     workers = [
         ProcessSpec(
-            node=Node("worker", rank),
+            node=Node("worker", each.rank),
             argv=tuple(command),
             env={
                 "GLIBC_TUNABLES": STREAMING,
                 **inherited,
-                **dataclasses.replace(config, rank=rank).to_env(),
+                **each.to_env(),
+                **(torch_variables(each, master_port) if master_port else {}),
             },
             inherit_stdin=config.num_workers == 1,
         )
-        for rank in range(config.num_workers)
+        for each in (dataclasses.replace(config, rank=rank) for rank in range(config.num_workers))
     ]
     return servers + workers
 
@@ -181,7 +206,8 @@ def run_local(options: JobOptions, environ: Mapping[str, str]) -> int:
         sinks: dict[Stream, Sink] = {"stdout": FileSink(sys.stdout), "stderr": FileSink(sys.stderr)}
         eager = options.num_workers == 1 and sys.stdin is not None and sys.stdin.isatty()
         output = Output(sinks, prefix=options.prefix, eager=eager)
-        specs = plan(config, command, {**terminal_variables(options, sinks), **environ})
+        master_port = _free_port(config.scheduler_host) if options.torch_env else 0
+        specs = plan(config, command, {**terminal_variables(options, sinks), **environ}, master_port)
         return ProcessGroup(specs, output, **scheduler_calls(scheduler, options.num_servers)).run()
     finally:
         scheduler.stop()
