@@ -2,6 +2,7 @@
 # TensorKV needs, torch and 120 MB, `make docs` with mkdocs on top, and the others with the tools of its developers.
 #   make demo      train a small network on real images, 4 workers and 2 servers on this machine
 #   make test      run the tests but those marked slow, within six minutes on two cores
+#   make test-mxnet        try MXNet's own gluon.Trainer, in .venv-mxnet, for a numpy that MXNet can import
 #   make test-frameworks   try what Trainer, Accelerate, Lightning, TRL and JAX need, in .venv-frameworks (1.5 GB)
 #   make bench     measure TensorKV, its peers and the floor, and write docs/benchmarks.md (25 minutes)
 #   make docs      build the site, with a reference from the docstrings, in site/; a broken link is an error
@@ -21,9 +22,12 @@ DOCS := $(VENV)/.docs
 FRAMEWORKS_VENV := .venv-frameworks
 FRAMEWORKS_BIN := $(FRAMEWORKS_VENV)/bin
 FRAMEWORKS := $(FRAMEWORKS_VENV)/.installed
+MXNET_VENV := .venv-mxnet
+MXNET_BIN := $(MXNET_VENV)/bin
+MXNET := $(MXNET_VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test test-all test-frameworks lint types format check coverage bench docs clean
+.PHONY: setup demo test test-all test-frameworks test-mxnet lint types format check coverage bench docs clean
 
 setup: $(STAMP)
 
@@ -63,6 +67,16 @@ $(FRAMEWORKS): pyproject.toml constraints-frameworks.txt
 test-frameworks: $(FRAMEWORKS)
 	OMP_NUM_THREADS=1 $(FRAMEWORKS_BIN)/python -m pytest tests/frameworks
 
+$(MXNET): pyproject.toml constraints-mxnet.txt
+	test -x $(MXNET_BIN)/python || $(PYTHON) -m venv $(MXNET_VENV)
+	$(MXNET_BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints-mxnet.txt setuptools
+	$(MXNET_BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints-mxnet.txt \
+		--no-build-isolation -e '.[mxnet]'
+	touch $(MXNET)
+
+test-mxnet: $(MXNET)
+	OMP_NUM_THREADS=1 $(MXNET_BIN)/python -m pytest tests/frameworks/test_gluon.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -90,6 +104,6 @@ docs: $(DOCS)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(FRAMEWORKS_VENV) build dist site htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FRAMEWORKS_VENV) $(MXNET_VENV) build dist site htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ ELSEWHERE = {
         ("training/servers.py", "training/steps.py", "training/workers.py"),
         "training/test_optimizer.py",  # the face of them
     ),
+    "compat/gluon.py": "frameworks/test_gluon.py",
     "testing/makers.py": "conformance/test_stores.py",
     **dict.fromkeys(
         (
