@@ -1109,6 +1109,19 @@ class KVStore(ABC):
         one."""
         raise NotSupported(f"a store of kind {self.kind!r} opens no other one for its workers")
 
+    @property
+    def _why_no_sharing(self) -> str | None:
+        """Why workers cannot map the stored values; "" if they can, None if there is nobody to share with."""
+        return None
+
+    def _place_values(
+        self, keys: Sequence[Key], offsets_bytes: Sequence[int], path: str, size_bytes: int
+    ) -> None:
+        raise NotSupported(f"a store of kind {self.kind!r} shares no values")
+
+    def _await_applied(self, what: str) -> None:
+        raise NotSupported(f"a store of kind {self.kind!r} shares no values")
+
     def _empty_like(self, keys: tuple[Key, ...]) -> list[torch.Tensor]:
         return [torch.empty(info.shape, dtype=info.dtype, device="cpu") for info in map(self._info, keys)]
 

@@ -17,6 +17,7 @@ from tensorkv.errors import (
     UpdaterError,
 )
 from tensorkv.server import updates as updates_module
+from tensorkv.server.memory import Memory
 from tensorkv.server.shard import SCHEDULER
 from tensorkv.server.slots import PACKED_BYTES, Slot
 from tensorkv.updaters.spec import UpdaterSpec
@@ -1373,3 +1374,102 @@ def test_a_put_or_a_save_without_memory_is_refused(t: Any, monkeypatch: pytest.M
             assert (out.message.request, out.message.name) == (message.request, "MemoryLimitReached")
     bench.put(0, plan, ones(2))
     assert bench.value(0, plan).tolist() == [1.0, 1.0]
+
+
+# ---- slices in memory that workers map -------------------------------------------------------------
+
+
+def place(bench: Any, ids: list[int], offsets: list[int], size_bytes: int = 64) -> torch.Tensor:
+    """Move slices to memory of so many bytes, and return it."""
+    memory = torch.zeros(size_bytes, dtype=torch.uint8)
+    message = m.PlaceSlices(next(bench.requests), 1, "/proc/1/fd/1", size_bytes, ids, offsets)
+    assert kinds(bench.state.handle(0, message, Memory(memory))) == [(0, "Done")]
+    return memory
+
+
+def test_placed_slices_are_updated_where_they_lie_and_replies_are_copies(t: Any) -> None:
+    bench = t.Bench(2)
+    bench.set_updater(0, ADD)
+    (a,), (b,) = bench.init("a", ones(2)), bench.init("b", ones(3, 2.0))
+    plans = [bench.define(rank, t.dense([a, b], [2, 3])) for rank in range(2)]
+    memory = place(bench, [a, b], [0, 32]).view(torch.float32)
+    assert memory[:2].tolist() == [1.0] * 2
+    assert memory[8:11].tolist() == [2.0] * 3
+    sent = bench.pull(0, plans[0])
+    for rank in range(2):
+        bench.push(rank, plans[rank], ones(5))
+    assert memory[:2].tolist() == [3.0] * 2  # in place, although a reply is on its way
+    assert memory[8:11].tolist() == [4.0] * 3
+    assert torch.cat([each.tensor for each in sent[0].payload]).tolist() == [1.0, 1.0, 2.0, 2.0, 2.0]
+    assert bench.value(1, plans[1]).tolist() == [3.0, 3.0, 4.0, 4.0, 4.0]
+    t.settle(sent)
+    bench.check_empty()
+
+
+def test_assigned_values_stay_where_they_were_placed(t: Any) -> None:
+    bench = t.Bench(1)
+    (w,) = bench.init("w", torch.zeros(PACKED_BYTES))  # it has a slot of its own
+    plan = bench.define(0, t.dense([w], [PACKED_BYTES]))
+    memory = place(bench, [w], [0], 4 * PACKED_BYTES).view(torch.float32)
+    out = bench.pull(0, plan)
+    bench.push(0, plan, ones(PACKED_BYTES, 7.0))
+    assert memory.eq(7.0).all()
+    t.settle(out)
+
+
+@pytest.mark.parametrize("how", ["push", "commit", "skip"])
+def test_a_put_of_placed_slices_is_made_when_their_round_is_complete(t: Any, how: str) -> None:
+    bench = t.Bench(2)
+    bench.set_updater(0, ADD)
+    (a,), (b,) = bench.init("a", torch.zeros(2)), bench.init("b", torch.zeros(2))
+    both = [bench.define(rank, t.dense([a, b], [2, 2])) for rank in range(2)]
+    plan = bench.define(0, t.dense([a], [2]))
+    memory = place(bench, [a, b], [0, 16]).view(torch.float32)
+    assert kinds(bench.put(0, plan, ones(2, 10.0))) == [(0, "Done")]
+    bench.push(0, both[0], ones(4), apply=how == "push")
+    assert memory[:2].tolist() == [0.0, 0.0]  # the other worker may be computing
+    bench.push(1, both[1], ones(4), apply=how == "push")
+    if how != "push":
+        assert bench.commit(0, skip=how == "skip") == []
+        (ready,) = bench.commit(1)
+        bench.decide(ready.message)
+    expected = 10.0 if how == "skip" else 12.0
+    assert memory[:2].tolist() == [expected] * 2
+    assert memory[4:6].tolist() == [0.0 if how == "skip" else 2.0] * 2
+    assert bench.info(0, [a, b]).versions == ([1, 0] if how == "skip" else [2, 1])
+    assert not bench.shard._kept_puts
+    bench.check_empty()
+
+
+def test_a_put_of_placed_slices_ends_with_the_key(t: Any) -> None:
+    bench = t.Bench(1)
+    (w,) = bench.init("w", torch.zeros(2))
+    plan = bench.define(0, t.dense([w], [2]))
+    place(bench, [w], [0])
+    bench.put(0, plan, ones(2))
+    bench.delete(0, "w", [w])
+    assert not bench.shard._kept_puts
+
+
+@pytest.mark.parametrize(
+    ("ids", "offsets"),
+    [([0, 1], [0, 4]), ([0, 1], [8, 0]), ([0], [2]), ([0, 1], [0, 60]), ([0, 1], [0]), ([0], [-8])],
+    ids=["overlap", "order", "alignment", "end", "number", "negative"],
+)
+def test_places_that_cannot_be_change_nothing(t: Any, ids: list[int], offsets: list[int]) -> None:
+    bench = t.Bench(1)
+    made = [*bench.init("a", ones(2)), *bench.init("b", ones(2, 2.0))]
+    plan = bench.define(0, t.dense(made, [2, 2]))
+    memory = torch.zeros(64, dtype=torch.uint8)
+    message = m.PlaceSlices(next(bench.requests), 1, "", 64, [made[number] for number in ids], offsets)
+    with pytest.raises(ProtocolError, match="cannot lie|do not fit"):
+        bench.state.handle(0, message, Memory(memory))
+    assert bench.value(0, plan).tolist() == [1.0, 1.0, 2.0, 2.0]
+
+
+def test_a_slice_that_is_gone_is_not_placed(t: Any) -> None:
+    bench = t.Bench(1)
+    (w,) = bench.init("w", ones(2))
+    message = m.PlaceSlices(next(bench.requests), 1, "", 64, [w, w + 100], [0, 8])
+    (out,) = bench.state.handle(0, message, Memory(torch.zeros(64, dtype=torch.uint8)))
+    assert isinstance(t.error_of(out.message), KeyDeleted)

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkv.errors import ProtocolError
+from tensorkv.errors import ProtocolError, TransportUnavailable
 from tensorkv.transport import segments
 from tensorkv.transport.segments import (
     ALIGN_BYTES,
@@ -27,6 +27,7 @@ from tensorkv.transport.segments import (
     Arena,
     FreeRanges,
     Segment,
+    open_path,
 )
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -104,6 +105,33 @@ def test_another_size_than_was_announced_is_refused(announced: int) -> None:
     _, descriptor = Segment.create(1, PAGE, others_may_write=False)
     with pytest.raises(ProtocolError, match=f"has {PAGE} bytes, not {announced}"):
         Segment.attach(1, announced, descriptor, writable=False)
+
+
+def test_a_segment_is_found_by_its_path() -> None:
+    segment, descriptor = Segment.create(0, PAGE, others_may_write=True)
+    other = Segment.open(f"/proc/{os.getpid()}/fd/{descriptor}", PAGE)
+    other.bytes[5] = 42
+    assert segment.bytes[5] == 42
+    readable = open_path(f"/proc/{os.getpid()}/fd/{descriptor}", os.O_RDONLY)
+    with pytest.raises(OSError):
+        os.write(readable, b"x")
+    os.close(readable)
+    os.close(descriptor)
+
+
+def test_only_segments_are_opened(tmp_path: Path, count_descriptors: Callable[[], int]) -> None:
+    before = count_descriptors()
+    with open(tmp_path / "file", "wb") as file:
+        for path in (str(tmp_path / "file"), "/proc/self/mem", f"/proc/{os.getpid()}/fd/{file.fileno()}"):
+            with pytest.raises(ProtocolError, match="segment"):
+                open_path(path, os.O_RDONLY)
+    other = os.memfd_create("other")
+    with pytest.raises(ProtocolError, match="no segment of a process of this user"):
+        open_path(f"/proc/{os.getpid()}/fd/{other}", os.O_RDONLY)
+    os.close(other)
+    with pytest.raises(TransportUnavailable, match="cannot be reached"):
+        open_path("/proc/99999999/fd/3", os.O_RDONLY)
+    assert count_descriptors() == before
 
 
 @pytest.mark.parametrize(("offset", "size"), [(-1, 1), (0, PAGE + 1), (PAGE, 1), (1, -1), (PAGE + 1, 0)])

@@ -33,6 +33,7 @@ TAGS = {
     20: "OpenStore", 21: "InitSlices", 22: "DefinePlan", 23: "DropPlan", 24: "Push", 25: "Pull",
     26: "WaitMerged", 27: "Commit", 28: "PrepareSetting", 29: "ActivateSetting", 30: "DeleteSlices",
     31: "Flush", 32: "AskInfo", 33: "Leave", 34: "Put", 35: "ChangeOptions", 36: "DropSlices",
+    37: "PlaceSlices",
     40: "Data", 41: "Merged", 42: "Committed", 43: "Info", 44: "Fault",
     45: "ShareSegment", 46: "DropSegment",
     50: "Register", 51: "Welcome", 52: "JoinStore", 53: "Joined", 54: "ProposeInit", 55: "InitReply",

@@ -109,6 +109,8 @@ class Run:
 class Layout:
     """How slices lie in a chunk: where each begins and ends, and which runs of memory they form.
 
+    `is_fixed` tells whether any of it is memory that workers map.
+
     Workers that push the same slices in the same order share one layout object, so that their
     contributions can be added as whole runs.
     """
@@ -117,7 +119,7 @@ class Layout:
         self.slices = slices
         self.lows = [0, *itertools.accumulate(each.num_elems for each in slices)][: len(slices)]
         self.position = {each: number for number, each in enumerate(slices)}
-        self.runs = self._find_runs()
+        self.find_runs()
         self.patience = FIRST_PATIENCE
         self.found_at_rest = 0  # how often `join_for` has found its cohorts at rest since it last joined
         self.covers_cohorts = False  # whether its cohorts, as last returned, have no other slices
@@ -129,10 +131,18 @@ class Layout:
 
     def stored(self) -> tuple[list[Memory], list[Lease]]:
         """Return the stored elements, in runs of memory, and a lease for each."""
+        if self.is_fixed:
+            copies = [Memory(run.stored.tensor.clone()) for run in self.runs]
+            return copies, [Lease() for _ in copies]
         if len(self.runs) == 1:  # of small values most are
             run = self.runs[0]
             return [run.stored], [run.slot.lease]
         return [run.stored for run in self.runs], [run.slot.lease for run in self.runs]
+
+    def find_runs(self) -> None:
+        """Look up where the slices lie: they may have moved to other slots."""
+        self.runs = self._find_runs()
+        self.is_fixed = any(run.slot.fixed for run in self.runs)
 
     def bounds(self, position: int) -> tuple[int, int]:
         """Return where the slice at `position` begins and ends in the chunk, in elements."""

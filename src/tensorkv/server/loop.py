@@ -37,12 +37,14 @@ from tensorkv.errors import (
     ProtocolError,
     RankTaken,
     TensorKVError,
+    TransportUnavailable,
+    to_wire,
 )
 from tensorkv.peer.admission import SPARE_NEWCOMERS, Admission
 from tensorkv.peer.code import LoadUpdater, updater_loader
 from tensorkv.peer.deadlines import lost_error, scheduler_lost_error
 from tensorkv.peer.handshake import accept, connect_to_scheduler
-from tensorkv.server.memory import EMPTY, BufferPool, fresh, trim_heap
+from tensorkv.server.memory import EMPTY, BufferPool, Memory, fresh, trim_heap
 from tensorkv.server.shard import SCHEDULER, Outgoing
 from tensorkv.server.shm import SharedValues, Sharing
 from tensorkv.server.slots import Lease, allocate_private
@@ -52,6 +54,7 @@ from tensorkv.transport import unix
 from tensorkv.transport.base import TICK_S, Connection, Listener
 from tensorkv.transport.endpoint import listen
 from tensorkv.transport.memorylimits import limits, with_the_way_out
+from tensorkv.transport.segments import Segment
 from tensorkv.transport.seldomlog import SeldomLog
 from tensorkv.transport.sender import MAX_QUEUED_FRAMES, Sender
 from tensorkv.transport.tcp import hostname
@@ -464,7 +467,7 @@ class Server:
             self._settle()
         if peer.worker != SCHEDULER:
             payload, peer.buffer = peer.buffer, EMPTY
-            if type(peer.message) in (m.ShareSegment, m.DropSegment):
+            if type(peer.message) in (m.ShareSegment, m.DropSegment, m.PlaceSlices):
                 self._share(peer, peer.message)
                 return
             no_room, peer.no_room = peer.no_room, None
@@ -510,14 +513,26 @@ class Server:
             return None
         return self._values.share_with(peer.connection, lambda frame: peer.sender.send([frame]))
 
-    def _share(self, peer: _Peer, message: m.ShareSegment | m.DropSegment) -> None:
+    def _share(self, peer: _Peer, message: m.ShareSegment | m.DropSegment | m.PlaceSlices) -> None:
         """Map a segment that a worker hands over, or drop one that it takes back."""
         if peer.sharing is None:
             raise ProtocolError("shared memory, over a connection that cannot hand it over")
-        if isinstance(message, m.DropSegment):
-            peer.sharing.drop(message)
-        else:
-            peer.sharing.attach(message)
+        match message:
+            case m.DropSegment():
+                peer.sharing.drop(message)
+            case m.ShareSegment():
+                peer.sharing.attach(message)
+            case m.PlaceSlices():
+                self._place_slices(peer.worker, message)
+
+    def _place_slices(self, worker: int, message: m.PlaceSlices) -> None:
+        """Map memory that workers map, too, and move slices there."""
+        try:
+            segment = Segment.open(message.path, message.size_bytes)
+        except (MemoryLimitReached, TransportUnavailable) as error:
+            self._queue([Outgoing(worker, m.Failed(message.request, *to_wire(error)))])
+            return
+        self._queue(self._state.handle(worker, message, Memory(torch.from_numpy(segment.bytes))))
 
 
 def _reply_in_place(sharing: Sharing, reply: Outgoing) -> bool:

@@ -66,6 +66,12 @@ class PlanBook:
         """Return the chunks of a plan, None if there is none."""
         return self._plans.get((worker, plan))
 
+    def layouts_of(self, slices: Iterable[Slice]) -> list[Layout]:
+        """Return the layouts that name any of these slices, each once."""
+        named = dict.fromkeys(slices).keys()
+        layouts = dict.fromkeys(chunk.layout for chunks in self._plans.values() for chunk in chunks)
+        return [each for each in layouts if not named.isdisjoint(each.position.keys())]
+
     def drop(self, worker: int, plan: int) -> None:
         """Forget a plan."""
         chunks = self._plans.pop((worker, plan))

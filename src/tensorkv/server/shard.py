@@ -120,6 +120,7 @@ class StoreShard:
         self._replies: dict[Contribution, None] = {}  # pushes that ask for the values
         self._waits: dict[Wait, None] = {}  # pulls and puts, in order of arrival
         self._merge_waits: dict[MergeWait, None] = {}
+        self._kept_puts: dict[Slice, torch.Tensor] = {}  # flat, of slices that workers map
         self._commit: CommitGather = CommitGather(1)
         self._flushes: list[tuple[int, int]] = []  # worker and request; wait for its decision
 
@@ -199,6 +200,34 @@ class StoreShard:
         self._slices_of.setdefault(key, {})[each] = None
         return each
 
+    def place_slices(self, worker: int, message: m.PlaceSlices, memory: Memory) -> None:
+        """Move slices to memory that workers map, uint8, each to its place. They never move again.
+
+        Raises:
+            KeyDeleted: a slice does not exist; none has moved.
+        """
+        found = [self.find(slice_id) for slice_id in message.slice_ids]
+        stop = 0
+        for each, offset in zip(found, message.offsets_bytes, strict=False):
+            if offset < stop or offset % each.dtype.itemsize:
+                raise ProtocolError(f"slice {each.slice_id} cannot lie at byte {offset}")
+            stop = offset + each.num_elems * each.dtype.itemsize
+        if stop > len(memory.bytes) or len(found) != len(message.offsets_bytes):
+            raise ProtocolError(
+                f"{len(found)} slices do not fit in {len(memory.bytes)} bytes at these places"
+            )
+        slots: dict[torch.dtype, Slot] = {}
+        for each, offset in zip(found, message.offsets_bytes, strict=True):
+            dtype, value = each.dtype, each.value
+            if dtype not in slots:
+                whole = memory.tensor[: len(memory.bytes) // dtype.itemsize * dtype.itemsize]
+                slots[dtype] = Slot(whole.view(dtype), fixed=True)
+            each.slot, each.offset = slots[dtype], offset // dtype.itemsize
+            each.value.copy_(value)
+        for layout in self.plans.layouts_of(found):
+            layout.find_runs()
+        self._reply(worker, m.Done(message.request))
+
     def find(self, slice_id: int) -> Slice:
         """Return a slice.
 
@@ -277,6 +306,7 @@ class StoreShard:
 
     def _forget_slice(self, each: Slice) -> None:
         del self._slices[each.slice_id]
+        self._kept_puts.pop(each, None)
         others = self._slices_of[each.key]
         del others[each]
         if not others:
@@ -415,6 +445,8 @@ class StoreShard:
         if applying:
             if self.schedule.pending:
                 self._take_due_settings(_slices_in(applying))
+            if self._kept_puts:
+                self._make_kept_puts(applying)
             updating = self._blame_refused(applying) if self._refused else applying
             try:
                 failed = self._update(updating) if updating else {}
@@ -564,6 +596,9 @@ class StoreShard:
         chunk = self.plans.chunk(worker, message.plan, message.chunk)
         if chunk.absent:
             raise ProtocolError(f"a put of chunk {message.chunk}, which has no values")
+        if chunk.layout.is_fixed:
+            self._keep_put(worker, message, chunk, payload)
+            return
         waiting = (wait.put for wait in self._waits if wait.worker == worker)
         held_bytes = sum(len(put[1].bytes) for put in waiting if put is not None)
         if held_bytes + len(payload.bytes) > self._max_payload_bytes:
@@ -571,6 +606,22 @@ class StoreShard:
         wait = Wait(worker, message.request, chunk.layout, message.chunk, put=(chunk, payload))
         if self._policy.pulls_wait_for_others or not self._must_wait(wait):
             self._make_put(wait)
+
+    def _keep_put(self, worker: int, message: m.Put, chunk: Chunk, payload: Memory) -> None:
+        """Keep values for slices that workers map until their next round, when nobody computes with them."""
+        layout = chunk.layout
+        values = payload.elements(chunk.dtype, 0, sum(each.num_elems for each in layout.slices))
+        for each, low in zip(layout.slices, layout.lows, strict=True):
+            self._kept_puts[each] = values[low : low + each.num_elems]
+        self._reply(worker, m.Done(message.request))
+
+    def _make_kept_puts(self, cohorts: Iterable[Cohort]) -> None:
+        """Make the puts to slices whose round is complete, before it is applied."""
+        for each in _slices_in(cohorts):
+            value = self._kept_puts.pop(each, None)
+            if value is not None:
+                each.value.view(-1).copy_(value)
+                each.version_offset += 1
 
     def _must_wait(self, wait: Wait) -> bool:
         """Make a call wait if it needs more than its cohorts have reached; return whether it waits."""
@@ -902,6 +953,7 @@ class StoreShard:
             return
         cohorts = cohorts_of(filter(self._exists, gather.slices))
         self._take_due_settings(_slices_in(cohorts))
+        self._make_kept_puts(cohorts)
         if decision.apply:
             try:
                 self._apply_totals(gather, decision)

@@ -42,12 +42,18 @@ class Lease:
 
 @final
 class Slot:
-    """A flat tensor, with the lease on its current memory."""
+    """A flat tensor, with the lease on its current memory.
 
-    __slots__ = ("_allocate", "lease", "tensor")
+    A `fixed` one is mapped by workers, and never moves: nobody gets a lease on it, but a copy.
+    """
 
-    def __init__(self, tensor: torch.Tensor, allocate: Allocate = allocate_private) -> None:
+    __slots__ = ("_allocate", "fixed", "lease", "tensor")
+
+    def __init__(
+        self, tensor: torch.Tensor, allocate: Allocate = allocate_private, fixed: bool = False
+    ) -> None:
         self.tensor = tensor
+        self.fixed = fixed
         self.lease = Lease()
         self._allocate = allocate
 

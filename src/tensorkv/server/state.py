@@ -179,6 +179,8 @@ class ServerState:
                 shard.change_options(worker, message)
             case m.InitSlices():
                 shard.init_slices(worker, message, payload)
+            case m.PlaceSlices():
+                shard.place_slices(worker, message, payload)
             case m.PrepareSetting():
                 shard.prepare_setting(worker, message)
             case m.ActivateSetting():

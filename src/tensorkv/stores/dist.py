@@ -57,6 +57,7 @@ from tensorkv.worker.conversations import (
     look_up,
     make_setting,
     meet,
+    place,
     put,
     retire,
 )
@@ -147,6 +148,36 @@ class DistStore(KVStore):
             timeout_s=self._timeout_s,
             on_worker_loss=self._on_worker_loss,
         )
+
+    @property
+    def _why_no_sharing(self) -> str:
+        if not self._policy.allows_commit:
+            return "its values change while other workers compute with them"
+        if self._on_worker_loss == "continue":
+            return "it goes on without a lost worker, which may be in the middle of a step"
+        if any(link.shared is None for link in self._job.links):
+            return "a server of it shares no memory with this worker"
+        return ""
+
+    def _place_values(
+        self, keys: Sequence[Key], offsets_bytes: Sequence[int], path: str, size_bytes: int
+    ) -> None:
+        """Let the servers move values to a segment, each to its place there, where they stay.
+
+        Rank 0 calls it, while no worker reads them.
+        """
+        places: dict[int, tuple[list[int], list[int]]] = {}
+        for state, offset in zip(self._known(keys), offsets_bytes, strict=True):
+            for each in state.entry.slices:
+                slice_ids, offsets = places.setdefault(each.server, ([], []))
+                slice_ids.append(each.slice_id)
+                offsets.append(offset + each.start * state.dtype.itemsize)
+        self._driver.converse(place(self._core, places, path, size_bytes), "share_weights")
+
+    def _await_applied(self, what: str) -> None:
+        """Wait until everything that this worker has pushed is applied. Raises as a pull of it would."""
+        self._pusher.await_merged(what)
+        self._raise_faults()
 
     def on_fault(self, fault: m.Fault) -> None:
         """Record that a round this worker contributed to has failed. Its next call on the key raises it."""

@@ -80,6 +80,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         clip: Literal["local"] | None = None,
         buffers: Buffers = "rank0",
         accumulate: int | None = None,
+        share_weights: bool = False,
         name: str = "optimizer",
         **options: Any,
     ) -> None:
@@ -105,6 +106,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 exchanged.
             accumulate: with where="workers", the number of backward passes in a step: the last of them takes
                 the mean, so that what clips gradients before `step`, such as a framework, clips their mean.
+            share_weights: let all parameters lie in the servers' own memory, where all workers and servers
+                are on one host: one copy of the weights for all of them, nothing is pulled, and gradients are
+                held once. Not with on_worker_loss="continue".
             name: name of the store. A second optimizer of the same name gets one of its own.
             **options: further options of `tensorkv.create`: staleness, quorum, timeout_s and so on.
 
@@ -113,7 +117,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 requires a gradient, or `inner` has made steps.
             SettingMismatch: model or optimizer differ between the workers. All of them get this error, with
                 the first difference.
-            NotSupported: a parameter is a DTensor; or max_norm or skip_nonfinite in a store whose steps do
+            NotSupported: a parameter is a DTensor; share_weights=True is not possible, on all workers
+                alike; or max_norm or skip_nonfinite in a store whose steps do
                 not wait for all workers (dist_async, quorum).
             UnsupportedOptimizer, InvalidOption, InvalidValue: as `KVStore.set_optimizer`.
             What `tensorkv.create` and `KVStore.init` raise.
@@ -155,8 +160,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
             )
         if where not in ("servers", "workers"):
             raise InvalidArgument(f"where={where!r} is not known; use 'servers' or 'workers'")
+        if flag("share_weights", share_weights) and where != "servers":
+            raise InvalidArgument(
+                "share_weights=True with where='workers', where the servers have no weights"
+            )
         steps = ServerSteps if where == "servers" else WorkerSteps
-        self._steps = steps(inner, model, store, bound, flag("skip_nonfinite", skip_nonfinite), buffers)
+        skips = flag("skip_nonfinite", skip_nonfinite)
+        self._steps = steps(inner, model, store, bound, skips, buffers, share_weights)
         if isinstance(self._steps, WorkerSteps):
             self._steps.accumulate = accumulate
         if clip is None and where == "servers" and store.num_workers > 1:
@@ -396,6 +406,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if exc_type is None:
             self._steps.close()
         else:  # the worker counts as lost
+            self._steps.release()
             self._steps.kv.__exit__(exc_type, exc, traceback)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

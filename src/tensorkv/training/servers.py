@@ -14,6 +14,7 @@ from tensorkv.keys import ABSENT
 from tensorkv.training.gradients import Marks, pushed_gradient
 from tensorkv.training.states import StateView, state_digest, with_states
 from tensorkv.training.steps import State, Steps
+from tensorkv.training.weights import SharedWeights
 
 
 @final
@@ -31,6 +32,8 @@ class ServerSteps(Steps):
         self._steps = 0  # number that this worker has made, or loaded
         self._held: Marks | None = None  # of the gradients that await a commit
         self._clip_to: float | None = None
+        self._shared: list[SharedWeights] = []
+        self._rejoins = False  # whether the script has changed some of them
         trained = self.trained(names)
         with self.meeting() as others:
             self.check_alike(others, names)
@@ -38,6 +41,7 @@ class ServerSteps(Steps):
         self._set_groups(names)
         self._learn_keys()
         self._pull()
+        self._share(self._keyed)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -62,9 +66,28 @@ class ServerSteps(Steps):
         self._gradients.update(dict.fromkeys(new, ABSENT))
         self._versions += [each._version for each in new.values()]
         self._bind()
+        if self._shared:
+            self._pull_new(new)
+            self._share(new)
+
+    def _pull_new(self, new: Mapping[str, torch.nn.Parameter]) -> None:
+        """Take over rank 0's values of parameters that are trained from now on."""
+        self.kv.pull(list(new), out=[each.detach() for each in new.values()])
 
     def _bind(self) -> None:
         self._step = self.kv.bind(push=self._gradients, out=self._keyed)
+        self._num_retired = self.kv.num_retired
+
+    def _share(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Let these parameters, whose keys are new, lie in memory of the servers, if that is wanted."""
+        if self.share_weights and self.kv._why_no_sharing is not None and parameters:
+            with self.meeting() as others:
+                self._shared.append(SharedWeights(self.kv, parameters, others))
+            self._note_pull()
+
+    def release(self) -> None:
+        while self._shared:
+            self._shared.pop().release()
 
     def add_group(self, group: State) -> None:
         self._send_options()  # else the new setting would be another one for all groups, and drop their state
@@ -116,8 +139,12 @@ class ServerSteps(Steps):
         if absent:
             self._gradients.update(dict.fromkeys(self._keyed, ABSENT))
         assert self._step is not None
-        self._step.pushpull()
-        self._note_pull()
+        if self._shared:
+            self._step.push()
+            self._await_update()
+        else:
+            self._step.pushpull()
+            self._note_pull()
 
     def _hold(self) -> None:
         """Push the gradients for a commit, unless these are pushed already."""
@@ -132,6 +159,11 @@ class ServerSteps(Steps):
 
     def _prepare(self) -> None:
         """Send what goes ahead of the gradients, and collect these."""
+        if self.kv.num_retired != self._num_retired:  # the script has loaded a save into the store
+            self.release()
+            self._bind()
+            self._pull()
+            self._share(self._keyed)
         self._send_values()
         if self._has_grown():
             self._learn_keys()
@@ -149,6 +181,12 @@ class ServerSteps(Steps):
 
     def _send_values(self) -> None:
         """Put the parameters that the script has changed since the last pull."""
+        if self._shared:
+            changed = {name: each for shared in self._shared for name, each in shared.changed().items()}
+            self._rejoins = bool(changed)
+            if changed and self.kv.rank == 0:
+                self.kv.put(changed)
+            return
         versions = [each._version for each in self._keyed.values()]
         if versions == self._versions or self.kv.rank != 0:
             return
@@ -175,7 +213,20 @@ class ServerSteps(Steps):
 
     def _pull(self) -> None:
         assert self._step is not None
-        self._step.pull()
+        if self._shared:
+            self._await_update()
+        else:
+            self._step.pull()
+            self._note_pull()
+
+    def _await_update(self) -> None:
+        """Wait until the servers have updated the weights that lie in their memory."""
+        self.kv._await_applied("step")
+        for each in self._shared:
+            if self._rejoins:
+                each.rejoin()
+            each.note_update()
+        self._rejoins = False
         self._note_pull()
 
     def _note_pull(self) -> None:
@@ -199,6 +250,7 @@ class ServerSteps(Steps):
 
     def load(self, state: Mapping[Any, State], groups: list[State]) -> None:
         inner, kv = self.inner, self.kv
+        self.release()
         inner.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         found, inner.state = inner.state, defaultdict(dict)
         states = self.by_name(found)
@@ -213,3 +265,4 @@ class ServerSteps(Steps):
         self._bind()
         self._steps += bool(states)
         self._pull()
+        self._share(self._keyed)

@@ -88,6 +88,10 @@ class Meeting:
         found: list[float] = all_.tolist()
         return found
 
+    def text_of_rank_0(self, mine: str) -> str:
+        """Return the text that rank 0 has passed; "" if it has left."""
+        return self._from_rank_0(mine.encode()).rstrip(b"\0").decode()
+
     def share(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Overwrite tensors by those of rank 0, under the same names. The workers have agreed on these."""
         kv = self._kv

@@ -32,6 +32,7 @@ class Steps(ABC):
         max_norm: float | None,
         skip_nonfinite: bool,
         buffers: Buffers,
+        share_weights: bool = False,
     ) -> None:
         self.inner = inner
         self.kv = kv
@@ -40,6 +41,7 @@ class Steps(ABC):
         self.norm: float | None = None  # of the gradients of the last step, if it was needed
         self.skipped = False  # whether the last step was
         self.watch: ClippingWatch | None = None
+        self.share_weights = share_weights
         self._model = model
         self._name_of = {id(each): name for name, each in model.named_parameters()}
         if (max_norm is not None or skip_nonfinite) and not kv._allows_commit:
@@ -106,8 +108,12 @@ class Steps(ABC):
         Every worker calls it, with the same checkpoint.
         """
 
+    def release(self) -> None:  # noqa: B027  # only servers share
+        """Make shared weights this worker's own, before it leaves."""
+
     def close(self) -> None:
         """Leave the store."""
+        self.release()
         self.kv.close()
         if self.watch is not None:
             self.watch.stop()

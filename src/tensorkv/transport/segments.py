@@ -18,6 +18,7 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import threading
 import time
 import weakref
@@ -27,7 +28,7 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
-from tensorkv.errors import MemoryLimitReached, ProtocolError
+from tensorkv.errors import MemoryLimitReached, ProtocolError, TransportUnavailable
 from tensorkv.transport.memorylimits import check_room, limits
 
 SEGMENT_BYTES = 64 << 20
@@ -51,6 +52,9 @@ PURGE_BYTES = 256 << 10
 _SEAL_FUTURE_WRITE = 0x10  # F_SEAL_FUTURE_WRITE: existing mappings may write, new ones may not
 _SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _PAGE_BYTES = mmap.PAGESIZE
+_NAME = "tensorkv"
+_LINK = f"/memfd:{_NAME} (deleted)"
+_PATH = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -75,7 +79,7 @@ class Segment:
             OSError: the system has no memory for it.
         """
         check_room(size_bytes)
-        descriptor = os.memfd_create("tensorkv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         shared = descriptor
         try:
             os.ftruncate(descriptor, -size_bytes // _PAGE_BYTES * -_PAGE_BYTES)
@@ -125,6 +129,16 @@ class Segment:
             os.close(descriptor)
         return cls(number, mapped)
 
+    @classmethod
+    def open(cls, path: str, size_bytes: int) -> Segment:
+        """Map a segment that a process of this user holds, for writing, by its path in /proc.
+
+        Raises:
+            TransportUnavailable: it cannot be reached: the process is gone, or /proc shows others.
+            MemoryLimitReached, ProtocolError: as `attach`.
+        """
+        return cls.attach(0, size_bytes, open_path(path, os.O_RDWR), writable=True)
+
     def purge(self, start: int, stop: int) -> None:
         """Return the whole pages of a part to the system; every process that maps them then reads zeros.
 
@@ -147,6 +161,27 @@ class Segment:
                 f"which has {self.size_bytes}"
             )
         return self.bytes[offset_bytes : offset_bytes + size_bytes]
+
+
+def open_path(path: str, access: int) -> int:
+    """Return a descriptor of a segment that a process of this user holds; `access` is O_RDONLY or O_RDWR.
+
+    The path came from a peer, so what it leads to is checked.
+
+    Raises:
+        TransportUnavailable: it cannot be reached.
+        ProtocolError: it leads to something else, or to what belongs to another user.
+    """
+    if not _PATH.fullmatch(path):
+        raise ProtocolError(f"a segment is said to be at {path!r}, where none can be")
+    try:
+        descriptor = os.open(path, access | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        raise TransportUnavailable(f"shared memory cannot be reached at {path}: {exc.strerror}") from exc
+    if os.readlink(f"/proc/self/fd/{descriptor}") != _LINK or os.fstat(descriptor).st_uid != os.geteuid():
+        os.close(descriptor)
+        raise ProtocolError(f"{path} is no segment of a process of this user")
+    return descriptor
 
 
 def _read_only(descriptor: int) -> int:

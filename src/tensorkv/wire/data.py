@@ -89,6 +89,20 @@ class InitSlices(Message, tag=21):
     slices: list[SliceEntry]
 
 
+class PlaceSlices(Message, tag=37):
+    """Move slices to shared memory that workers of this host map: from now on they never move.
+
+    `path` names the memory in /proc, and `offsets_bytes` the place of each slice in it.
+    """
+
+    request: int
+    store: int
+    path: str
+    size_bytes: int
+    slice_ids: list[int]
+    offsets_bytes: list[int]
+
+
 class DefinePlan(Message, tag=22):
     """Name a list of slices that will be pushed or pulled together, so that a step need not repeat it."""
 

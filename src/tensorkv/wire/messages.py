@@ -22,6 +22,7 @@ ToServer = (
     | ShareSegment
     | DropSegment
     | InitSlices
+    | PlaceSlices
     | DefinePlan
     | DropPlan
     | Push
@@ -108,6 +109,7 @@ FromScheduler = (
 
 REPLIES: dict[type[Message], type[Message]] = {
     InitSlices: Done,
+    PlaceSlices: Done,
     Put: Done,
     Commit: Committed,
     PrepareSetting: Done,

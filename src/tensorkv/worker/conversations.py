@@ -13,7 +13,7 @@ with success or with its error, so that no other rank waits for it in vain.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, final
 
@@ -240,6 +240,14 @@ def put(core: WorkerCore, plan: Plan, payloads: Sequence[list[memoryview]]) -> C
     asked, up_to = yield Change(lambda: (core.put(plan, payloads), core.count), in_turn=True)
     yield from _replies(asked)
     yield Change(lambda: core.merged(plan.key_ids, up_to))
+
+
+def place(
+    core: WorkerCore, places: Mapping[int, tuple[list[int], list[int]]], path: str, size_bytes: int
+) -> Conversation[None]:
+    """Let the servers move slices to shared memory; see `WorkerCore.place`."""
+    asked = yield Change(lambda: core.place(places, path, size_bytes), in_turn=True)
+    yield from _replies(asked)
 
 
 def commit(core: WorkerCore, make: Make, apply: bool) -> Conversation[tuple[list[Key], list[Any]]]:

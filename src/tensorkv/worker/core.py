@@ -206,6 +206,20 @@ class WorkerCore:
         self.check_open()
         return [(server, *self.servers[server].ask(make, payload)) for server, make, payload in messages]
 
+    def place(self, places: Mapping[int, tuple[list[int], list[int]]], path: str, size_bytes: int) -> Asked:
+        """Queue that slices move to shared memory: for each server their ids and offsets in bytes."""
+        self.check_open()
+        asked: Asked = []
+        for server, (slice_ids, offsets) in places.items():
+
+            def make(
+                number: int, slice_ids: list[int] = slice_ids, offsets: list[int] = offsets
+            ) -> m.Message:
+                return m.PlaceSlices(number, self.store, path, size_bytes, slice_ids, offsets)
+
+            asked.append((server, *self.servers[server].ask(make)))
+        return asked
+
     # ---- commit ----------------------------------------------------------------------------------
 
     def commit(self, make: Make, apply: bool) -> SentCommit:
