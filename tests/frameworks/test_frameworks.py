@@ -42,7 +42,12 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def start(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250, check=False
     )
@@ -74,6 +79,18 @@ def test_two_workers_train_what_one_process_does(name: str, tmp_path: Path) -> N
     first, second = run_job(tmp_path / "job", name)
     assert first == second
     assert first == pytest.approx(run_alone(tmp_path, name), rel=1e-3, abs=2e-3)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="not installed")
+def test_ray_train_starts_the_workers_and_these_the_servers(tmp_path: Path) -> None:
+    scripts = [str(HERE / version / "rayed.py") for version in ("before", "after")]
+    expected = run(tmp_path, sys.executable, scripts[0], str(BATCH), "1")[0]
+    found = run(tmp_path, sys.executable, scripts[1], str(BATCH // 2), "2")
+    assert len(found) >= 2
+    for each in found:
+        assert each == found[0] == pytest.approx(expected, rel=1e-3, abs=2e-3)
 
 
 @pytest.mark.e2e
@@ -132,7 +149,7 @@ def test_the_page_shows_the_lines_that_are_changed() -> None:
             assert f"\n{line}\n" in page
 
 
-@pytest.mark.parametrize("name", [*NEEDS, "ddp"])
+@pytest.mark.parametrize("name", [*NEEDS, "ddp", "rayed"])
 def test_few_lines_are_changed(name: str) -> None:
     scripts = [str(HERE / version / f"{name}.py") for version in ("before", "after")]
     done = subprocess.run(
