@@ -83,7 +83,7 @@ def test_commands_call_the_same_thing_the_same() -> None:
     assert run["--workers"] == bench["--workers"] == "-n, --workers <int>"
     assert run["--servers"] == bench["--servers"] == "-s, --servers <int>"
     parameters = inspect.signature(tensorkv.spawn).parameters
-    for long in run.keys() - {"--host", "--prefix", "--help", "--peer-timeout"}:
+    for long in run.keys() - {"--host", "--prefix", "--help", "--peer-timeout", "--torch-env"}:
         name = long[2:].replace("-", "_")
         assert {name, f"num_{name}", f"{name}_s"} & parameters.keys(), f"spawn has no name for {long}"
 
