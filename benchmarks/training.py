@@ -45,7 +45,7 @@ TIMED_STEPS = 24
 WARMUP_STEPS = 4
 OVERHEAD_STEPS = 300
 JOB_TIMEOUT_S = 300.0
-SAMPLE_S = 0.01
+SAMPLE_S = 0.05
 """Pause between two samples of memory."""
 
 
