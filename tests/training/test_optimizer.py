@@ -818,7 +818,7 @@ def test_workers_with_the_same_data_are_told_once() -> None:
 def test_without_common_rounds_it_trains_saves_and_loads(options: dict[str, Any]) -> None:
     def work(kv: KVStore) -> float:
         model = make_model()
-        inner = torch.optim.Adam(model.parameters(), lr=0.05)
+        inner = torch.optim.Adam(model.parameters(), lr=0.01)  # slow enough for any order of steps
         with tensorkv.DistributedOptimizer(inner, model, kind=kv) as optimizer:
             first = model(rows(0)).square().mean().item()
             alone(optimizer, model, range(20), part=part_of(kv))
@@ -833,7 +833,7 @@ def test_without_common_rounds_it_trains_saves_and_loads(options: dict[str, Any]
 
     def alone_state() -> dict[str, Any]:
         expected = make_model()
-        plain = torch.optim.Adam(expected.parameters(), lr=0.05)
+        plain = torch.optim.Adam(expected.parameters(), lr=0.01)
         alone(plain, expected, range(3))
         return plain.state_dict()
 
