@@ -13,7 +13,7 @@ from tensorkv.errors import InvalidArgument, NotSupported, UnknownKind
 from tensorkv.store import KVStore
 from tensorkv.stores import registry
 from tensorkv.stores.local import LOCAL_KINDS, LocalStore
-from tensorkv.stores.registry import create, register
+from tensorkv.stores.registry import create, open_next, register
 
 
 @pytest.fixture
@@ -32,6 +32,20 @@ def test_local_kinds(kind: str) -> None:
 def test_local_is_the_default() -> None:
     with create() as kv:
         assert (kv.kind, kv.name, kv.reduction) == ("local", "default", "sum")
+
+
+def test_the_next_store_of_a_name_has_a_number() -> None:
+    options = [{}, {"reduction": "mean"}, {"store": "mine"}, {"embedded": True}]
+    stores = [open_next("auto", "numbered", **each) for each in options]
+    found = [(kv.kind, kv.name, kv.reduction) for kv in stores]
+    for kv in stores:
+        kv.close()
+    assert found == [
+        ("local", "numbered", "sum"),
+        ("local", "numbered.2", "mean"),
+        ("local", "mine", "sum"),
+        ("dist_sync", "numbered.4", "sum"),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["LOCAL", "distx_syncc", "local ", "", "device_local", None, 3, ["local"]])

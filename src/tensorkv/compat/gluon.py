@@ -19,7 +19,6 @@ Source: python/mxnet/kvstore/base.py and python/mxnet/gluon/trainer.py of MXNet 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,17 +29,14 @@ from mxnet.kvstore import KVStoreBase
 
 from tensorkv.compat import arithmetic
 from tensorkv.errors import NotSupported
-from tensorkv.launch.place import find_place
 from tensorkv.store import KVStore
-from tensorkv.stores.registry import create
+from tensorkv.stores.registry import open_next
 
 _ON_SERVERS: dict[type, tuple[type[torch.optim.Optimizer], tuple[str, ...]]] = {
     mx.optimizer.SGD: (arithmetic.SGD, ("momentum",)),
     mx.optimizer.Adam: (arithmetic.Adam, ("beta1", "beta2", "epsilon")),
 }
 """MXNet's optimizers that servers can run: their arithmetic, and their options beside those of all."""
-
-_numbers = itertools.count(1)  # of the stores of this process: all workers make them in the same order
 
 
 @KVStoreBase.register
@@ -58,11 +54,7 @@ class TensorKV(KVStoreBase):  # type: ignore[misc]  # MXNet has no types
             kind: as in `tensorkv.create`; "auto" is "dist_sync" in a job and "local" outside one.
             **options: those of `tensorkv.create`.
         """
-        number = next(_numbers)
-        if kind == "auto":
-            kind = "local" if find_place() is None else "dist_sync"
-        name = "gluon" if number == 1 else f"gluon.{number}"
-        self.store: KVStore = create(kind, **{"store": name, **options})
+        self.store: KVStore = open_next(kind, "gluon", **options)
         self._updater: Any = None  # MXNet's, whose optimizer Trainer reads; it steps if servers cannot
         self._on_servers = False
         self._sent: dict[Any, dict[str, Any]] = {}  # options that the servers have, by key; None: by default

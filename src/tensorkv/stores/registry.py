@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from tensorkv.arguments import flag, seconds
@@ -138,6 +140,28 @@ def register(kind: str, factory: Factory) -> None:
     if kind in _FACTORIES:
         raise InvalidArgument(f"there is a kind {kind!r} already; choose another name")
     _FACTORIES[kind] = factory
+
+
+_numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
+"""How many stores of a name `open_next` has opened: all workers open them in the same order."""
+
+
+def open_next(kind: str, name: str, **options: Any) -> KVStore:
+    """Open the next store of a name for what a script makes several of, such as optimizers.
+
+    Args:
+        kind: as in `create`; "auto" is "dist_sync" in a job and "local" outside one.
+        name: the store's name. The second store of it is called `name.2`, and so on.
+        **options: those of `create`.
+
+    Raises and blocks as `create`.
+    """
+    if kind == "auto":
+        from tensorkv.launch.place import find_place  # a store by its kind needs no launcher
+
+        kind = "local" if find_place() is None and not options.get("embedded") else "dist_sync"
+    number = next(_numbers[name])
+    return create(kind, **{"store": name if number == 1 else f"{name}.{number}", **options})
 
 
 _OPTIONS_OF_JOBS: dict[str, Any] = {

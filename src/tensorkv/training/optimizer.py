@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, MutableMapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -13,9 +11,8 @@ import torch
 
 from tensorkv.arguments import flag, positive
 from tensorkv.errors import InvalidArgument, NotPicklable, NotSupported
-from tensorkv.launch.place import find_place
 from tensorkv.store import KVStore, Reduction
-from tensorkv.stores.registry import create
+from tensorkv.stores.registry import open_next
 from tensorkv.training.buffers import Buffers
 from tensorkv.training.gradients import ClippingWatch
 from tensorkv.training.servers import ServerSteps
@@ -29,9 +26,6 @@ _HOOKS = frozenset(
     for when in ("pre", "post")
 )
 """The attributes in which torch keeps the hooks of an optimizer."""
-
-_numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
-"""How many optimizers of a name this process has made: all workers make them in the same order."""
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -58,8 +52,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     on all workers: a `ReduceLROnPlateau` gets `tensorkv.average(loss)`.
 
     Weights that the script changes itself, by loading a checkpoint or by an in-place operation, are sent with
-    the next
-    step: those of rank 0 count. A change through `.data` is not seen, and the next step undoes it.
+    the next step: those of rank 0 count. A change through `.data` is not seen, and the next step undoes it,
+    unless weights are shared.
 
     Not safe for several threads at once.
     """
@@ -118,8 +112,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             SettingMismatch: model or optimizer differ between the workers. All of them get this error, with
                 the first difference.
             NotSupported: a parameter is a DTensor; share_weights=True is not possible, on all workers
-                alike; or max_norm or skip_nonfinite in a store whose steps do
-                not wait for all workers (dist_async, quorum).
+                alike; or max_norm or skip_nonfinite in a store whose steps do not wait for all workers
+                (dist_async, quorum).
             UnsupportedOptimizer, InvalidOption, InvalidValue: as `KVStore.set_optimizer`.
             What `tensorkv.create` and `KVStore.init` raise.
 
@@ -141,7 +135,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if where == "workers":
             hooks = {name: each for name, each in hooks.items() if "_step_" not in name}
         super().__setstate__({"defaults": inner.defaults, **hooks})  # as for one that was unpickled
-        opened = None if isinstance(kind, KVStore) else _open(kind, reduction, name, options)
+        opened = None if isinstance(kind, KVStore) else open_next(kind, name, reduction=reduction, **options)
         if opened is None and options:
             raise InvalidArgument(
                 f"{next(iter(options))}= beside a store that is open: pass it to tensorkv.create"
@@ -454,10 +448,3 @@ def _averaging_framework(model: Any) -> str | None:
     if "lightning" in sys.modules and getattr(trainer, "world_size", 1) > 1:
         return "Lightning"
     return None
-
-
-def _open(kind: Any, reduction: Reduction, name: str, options: dict[str, Any]) -> KVStore:
-    if kind == "auto":
-        kind = "local" if find_place() is None and not options.get("embedded") else "dist_sync"
-    number = next(_numbers[name])
-    return create(kind, store=name if number == 1 else f"{name}.{number}", reduction=reduction, **options)
