@@ -67,4 +67,17 @@ with pytest.raises(ValueError, match="wings"):
     kv.is_capable("wings")
 with pytest.raises(NotSupported, match="row_sparse"):
     kv.broadcast("b", out.tostype("row_sparse"), out)
+
+# Without rounds of all workers there is no sum to update with on a worker; servers take each push by itself.
+asynchronous = {"kind": "dist_async", "embedded": True}
+for optimizer, options in (("rmsprop", {}), ("sgd", {"update_on_kvstore": False})):
+    with tensorkv.compat.gluon.TensorKV(**asynchronous).store as store:
+        net, trainer = make(optimizer, kvstore=tensorkv.compat.gluon.TensorKV(**asynchronous), **options)
+        with pytest.raises(NotSupported, match="no sum over all workers"):
+            step(net, trainer)
+        trainer._kvstore.store.close()
+on_servers = tensorkv.compat.gluon.TensorKV(**asynchronous)
+net, trainer = make("sgd", optimizer_params={"learning_rate": 0.5}, kvstore=on_servers)
+assert step(net, trainer) == [0.5, 0.0]
+on_servers.store.close()
 print("weights", [float(np.ones(()))])

@@ -99,8 +99,17 @@ class TensorKV(KVStoreBase):  # type: ignore[misc]  # MXNet has no types
             out: gets the updated weight; None writes the sum into `value`.
             priority: without effect.
 
+        Raises:
+            NotSupported: no optimizer runs on the servers, and the store's rounds do not wait for all
+                workers (dist_async, quorum), so that there is no sum over them.
+
         Blocks until all workers have made the call.
         """
+        if not self._on_servers and not self.store._allows_commit:
+            raise NotSupported(
+                f"{self.store!r} has no sum over all workers, which an update on the workers needs: use "
+                "kind='dist_sync' without a quorum, or let MXNet's SGD or Adam run on the servers"
+            )
         gradients = _tensors(value)
         if out is None or self._updater is None:
             self.store.pushpull(key, gradients, _tensors(value if out is None else out, write=True))
