@@ -24,6 +24,7 @@ Before a worker leaves, its parameters become ordinary tensors, since the others
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import weakref
@@ -40,6 +41,7 @@ from tensorkv.training.start import Meeting
 from tensorkv.transport.segments import ALIGN_BYTES, Segment, open_path
 
 _PAGE_BYTES = mmap.PAGESIZE
+_PAGEMAP = "/proc/self/pagemap"
 _PRESENT, _SWAPPED, _SHARED = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
 """Bits of an entry of pagemap (Documentation/admin-guide/mm/pagemap.rst of Linux)."""
 
@@ -95,9 +97,9 @@ class SharedWeights:
         """Let the parameters lie in the segment."""
         descriptor = open_path(path, os.O_RDONLY)
         try:
+            self._servers = Segment.attach(0, size_bytes, os.dup(descriptor), writable=False)  # checks it
             writable = mmap.PROT_READ | mmap.PROT_WRITE
             self._private = mmap.mmap(descriptor, size_bytes, mmap.MAP_PRIVATE, writable)
-            self._servers = mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
         finally:
             os.close(descriptor)
         self._address = np.frombuffer(self._private, np.uint8).ctypes.data
@@ -148,8 +150,8 @@ class SharedWeights:
     def _differs(self, pages: np.ndarray[Any, Any], start: int, stop: int) -> bool:
         """Whether a part differs from what the servers have; it can if one of these pages is in it."""
         first, last = np.searchsorted(pages, [start - _PAGE_BYTES + 1, stop])
-        mine, theirs = (np.frombuffer(each, np.uint8)[start:stop] for each in (self._private, self._servers))
-        return bool(first < last) and not np.array_equal(mine, theirs)
+        mine = np.frombuffer(self._private, np.uint8)[start:stop]
+        return bool(first < last) and not np.array_equal(mine, self._servers.bytes[start:stop])
 
     def rejoin(self) -> None:
         """Let all parameters be what the servers have."""
@@ -167,11 +169,10 @@ class SharedWeights:
     def _written(self) -> np.ndarray[Any, Any]:
         """Return the numbers of the pages that this process has written."""
         entries = np.empty(len(self._private) // _PAGE_BYTES, np.uint64)
-        descriptor = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.preadv(descriptor, [entries.data], self._address // _PAGE_BYTES * 8)
-        finally:
-            os.close(descriptor)
+        with open(_PAGEMAP, "rb") as pagemap:
+            pagemap.seek(self._address // _PAGE_BYTES * entries.itemsize)
+            if pagemap.readinto(entries.data) != entries.nbytes:
+                raise OSError(errno.EIO, "fewer entries than pages", _PAGEMAP)
         return np.flatnonzero((entries & (_PRESENT | _SWAPPED) != 0) & (entries & _SHARED == 0))
 
     def note_update(self) -> None:
@@ -199,6 +200,8 @@ def _why_not(kv: KVStore, parameters: Mapping[str, torch.nn.Parameter]) -> str:
     reason = kv._why_no_sharing
     if reason:
         return f"{kv!r} cannot share its values: {reason}"
+    if not os.access(_PAGEMAP, os.R_OK):
+        return f"{_PAGEMAP} cannot be read here, which shows the pages that a script has written"
     for name, each in parameters.items():
         if not each.is_cpu or not each.is_contiguous():
             return (
