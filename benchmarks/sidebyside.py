@@ -10,7 +10,7 @@ with two new jobs, which begin in turn. The case whose steps are that short take
 sleep meanwhile (`harness.kept_awake`). Results are checked, as in `pushpull.py`.
 
     git worktree add ../before COMMIT
-    python benchmarks/sidebyside.py ../before            about 70 minutes with 6 rounds
+    python benchmarks/sidebyside.py ../before            about 110 minutes with 6 rounds
     python benchmarks/sidebyside.py ../before --case dist-one --system tensorkv --rounds 4
     python benchmarks/sidebyside.py . --bound --case dist-tiny       what `kv.bind` saves
 

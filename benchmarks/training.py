@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import socket
 import sys
 import tempfile
 import threading
@@ -46,7 +45,7 @@ WARMUP_STEPS = 4
 OVERHEAD_STEPS = 300
 JOB_TIMEOUT_S = 300.0
 SAMPLE_S = 0.05
-"""Pause between two samples of memory."""
+"""Seconds between two samples of memory."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -190,15 +189,8 @@ def _job(system: str, model: str, num_workers: int, steps: int, phases: Path | N
     if system in ("shared", "tensorkv"):
         launcher = ["-m", "tensorkv", "run", "-n", str(num_workers), "-s", "1", "--"]
         return Process(name="tensorkv run", command=[sys.executable, *launcher, *script], env=env)
-    sizes = [f"--nproc-per-node={num_workers}", "--nnodes=1", f"--master-port={_free_port()}"]
-    launcher = ["-m", "torch.distributed.run", *sizes]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_workers}"]
     return Process(name="torchrun", command=[sys.executable, *launcher, *script[1:]], env=env)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

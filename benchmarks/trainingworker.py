@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 """The model of each measurement, and the shape of a batch."""
 
 BASELINE_S = 1.5
-"""How long all processes stay as they are after a toy step, for the sampler."""
+"""Time in seconds that all processes stay as they are after a toy step, for the sampler."""
 
 
 def _transformer(width: int, depth: int) -> nn.Module:

@@ -1117,9 +1117,12 @@ class KVStore(ABC):
     def _place_values(
         self, keys: Sequence[Key], offsets_bytes: Sequence[int], path: str, size_bytes: int
     ) -> None:
+        """Let the servers move values to the segment at `path`, each to its offset, where they stay. Rank 0
+        calls it, while no worker reads them."""
         raise NotSupported(f"a store of kind {self.kind!r} shares no values")
 
     def _await_applied(self, what: str) -> None:
+        """Wait until everything that this worker has pushed is applied. Raises as a pull of it would."""
         raise NotSupported(f"a store of kind {self.kind!r} shares no values")
 
     def _empty_like(self, keys: tuple[Key, ...]) -> list[torch.Tensor]:

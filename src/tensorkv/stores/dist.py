@@ -162,10 +162,6 @@ class DistStore(KVStore):
     def _place_values(
         self, keys: Sequence[Key], offsets_bytes: Sequence[int], path: str, size_bytes: int
     ) -> None:
-        """Let the servers move values to a segment, each to its place there, where they stay.
-
-        Rank 0 calls it, while no worker reads them.
-        """
         places: dict[int, tuple[list[int], list[int]]] = {}
         for state, offset in zip(self._known(keys), offsets_bytes, strict=True):
             for each in state.entry.slices:
@@ -175,7 +171,6 @@ class DistStore(KVStore):
         self._driver.converse(place(self._core, places, path, size_bytes), "share_weights")
 
     def _await_applied(self, what: str) -> None:
-        """Wait until everything that this worker has pushed is applied. Raises as a pull of it would."""
         self._pusher.await_merged(what)
         self._raise_faults()
 
