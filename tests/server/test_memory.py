@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ from tensorkv.server.memory import (
     is_short_of_memory,
     no_memory,
     short_of,
-    trim_heap,
 )
 
 
@@ -131,25 +128,3 @@ def test_the_error_names_the_bytes_that_torch_has_asked_for() -> None:
     error = short_of(caught.value, "a save", no_memory)
     assert str(error) == f"a server has no memory for {1 << 60} bytes of a save"
     assert short_of(KeyError("w"), "a save", no_memory) is None
-
-
-def private_bytes() -> int:
-    """Return the size of this process's own pages."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_Dirty:"))
-
-
-def test_a_heap_that_is_trimmed_returns_what_was_freed() -> None:
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype = ctypes.c_void_p
-    libc.free.argtypes = (ctypes.c_void_p,)
-    size_bytes = 100_000  # too small for pages of its own
-    pieces = [libc.malloc(size_bytes) for _ in range(1000)]
-    for piece in pieces:
-        ctypes.memset(piece, 1, size_bytes)
-    for piece in pieces[:-1]:  # the last one keeps the end of the heap in use
-        libc.free(piece)
-    before_bytes = private_bytes()
-    trim_heap()
-    assert private_bytes() < before_bytes - 50_000_000
-    libc.free(pieces[-1])

@@ -369,6 +369,34 @@ def test_where_it_is_not_possible_all_workers_are_told(options: dict[str, Any], 
     in_job(work, **options)
 
 
+@pytest.mark.parametrize("options", [{"transport": "tcp"}, {"kind": "dist_async"}, {}], ids=str)
+def test_auto_shares_where_it_is_possible(options: dict[str, Any]) -> None:
+    def work(kv: KVStore) -> bool:
+        model = make_model()
+        optimizer = wrapped(model, kv, "auto")
+        train(model, optimizer, kv, range(2))
+        found = bool(optimizer._steps._shared)
+        optimizer.close()
+        return found
+
+    assert in_job(work, **options) == [not options, not options]
+
+
+def test_auto_goes_without_if_one_worker_cannot_share() -> None:
+    def work(kv: KVStore) -> torch.Tensor:
+        model = make_model()
+        if kv.rank == 1:
+            weight = model.get_parameter("0.weight")
+            weight.data = torch.empty(6, 40).t().copy_(weight.data)
+        optimizer = wrapped(model, kv, "auto")
+        train(model, optimizer, kv, range(3))
+        assert not optimizer._steps._shared
+        return flat(model)
+
+    first, second = in_job(work)
+    assert torch.equal(first, second)
+
+
 def test_one_worker_that_cannot_share_is_an_error_on_all() -> None:
     def work(kv: KVStore) -> None:
         model = make_model()

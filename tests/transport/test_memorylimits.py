@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
@@ -15,7 +16,7 @@ import pytest
 
 from tensorkv.errors import MemoryLimitReached
 from tensorkv.transport import memorylimits
-from tensorkv.transport.memorylimits import check_room
+from tensorkv.transport.memorylimits import check_room, trim_heap
 from tensorkv.transport.segments import Segment
 
 MB = 1 << 20
@@ -170,3 +171,25 @@ def test_too_many_open_files_says_what_to_raise() -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == 2
     assert all("Too many open files; raise the limit on open files (ulimit -n)" in line for line in lines)
+
+
+def private_bytes() -> int:
+    """Return the size of this process's own pages."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_Dirty:"))
+
+
+def test_a_heap_that_is_trimmed_returns_what_was_freed() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = (ctypes.c_void_p,)
+    size_bytes = 100_000  # too small for pages of its own
+    pieces = [libc.malloc(size_bytes) for _ in range(1000)]
+    for piece in pieces:
+        ctypes.memset(piece, 1, size_bytes)
+    for piece in pieces[:-1]:  # the last one keeps the end of the heap in use
+        libc.free(piece)
+    before_bytes = private_bytes()
+    trim_heap()
+    assert private_bytes() < before_bytes - 50_000_000
+    libc.free(pieces[-1])

@@ -44,7 +44,7 @@ from tensorkv.peer.admission import SPARE_NEWCOMERS, Admission
 from tensorkv.peer.code import LoadUpdater, updater_loader
 from tensorkv.peer.deadlines import lost_error, scheduler_lost_error
 from tensorkv.peer.handshake import accept, connect_to_scheduler
-from tensorkv.server.memory import EMPTY, BufferPool, Memory, fresh, trim_heap
+from tensorkv.server.memory import EMPTY, BufferPool, Memory, fresh
 from tensorkv.server.shard import SCHEDULER, Outgoing
 from tensorkv.server.shm import SharedValues, Sharing
 from tensorkv.server.slots import Lease, allocate_private
@@ -53,7 +53,7 @@ from tensorkv.server.statefiles import FolderFiles
 from tensorkv.transport import unix
 from tensorkv.transport.base import TICK_S, Connection, Listener
 from tensorkv.transport.endpoint import listen
-from tensorkv.transport.memorylimits import limits, with_the_way_out
+from tensorkv.transport.memorylimits import limits, trim_heap, with_the_way_out
 from tensorkv.transport.segments import Segment
 from tensorkv.transport.seldomlog import SeldomLog
 from tensorkv.transport.sender import MAX_QUEUED_FRAMES, Sender

@@ -6,7 +6,6 @@ reused in every step keeps both.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import re
 from collections.abc import Callable
@@ -32,18 +31,6 @@ _TORCH_SHORT = re.compile(
     r"(can.t allocate|not enough|unable to allocate|out of) memory|unable to mmap", re.IGNORECASE
 )
 _TORCH_BYTES = re.compile(r"allocate (\d+) bytes")
-
-
-def trim_heap() -> None:
-    """Let the C library of this process return freed memory to the system.
-
-    glibc keeps what is freed in pieces of up to 32 MiB: a server with a model of 1 GB kept 0.8 GB beside it.
-    It keeps less if told to (M_MMAP_THRESHOLD), but then each temporary tensor of a step is made of fresh
-    pages, and an Adam step over bf16 keys takes twice as long. Other C libraries may have nothing to trim.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def no_memory(what: str, size_bytes: int | None = None) -> MemoryLimitReached:

@@ -33,6 +33,11 @@ A step with `servers` sends, in this order:
    the servers compare (`server/options.py`).
 3. Gradients. With clipping, a GradScaler or `skip_nonfinite` they only merge, and a commit applies them.
 
+With `overlap="backward"` gradients leave during backward (`overlap`). 1 and 2 then go ahead of the first of
+them, and what changes afterwards is an error. Shared weights (`weights`) must stay until all workers have
+come to their `step`, so those gradients only merge, and a commit applies them. With `overlap="forward"` a
+step asks for the weights, and the next forward awaits them block by block (`latepulls`).
+
 Buffers (`buffers`) are exchanged after the step, in a store beside: only those that the first step has
 changed on some worker. Values are compared there, since BatchNorm does not count its changes.
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 
-from tensorkv.arguments import flag, positive
+from tensorkv.arguments import positive
 from tensorkv.errors import InvalidArgument, NotPicklable, NotSupported
 from tensorkv.store import KVStore, Reduction
 from tensorkv.stores.registry import open_next
 from tensorkv.training.buffers import Buffers
+from tensorkv.training.choices import choose
 from tensorkv.training.gradients import ClippingWatch
 from tensorkv.training.servers import ServerSteps
 from tensorkv.training.states import STATE_IS_THERE
@@ -73,8 +75,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         skip_nonfinite: bool = False,
         clip: Literal["local"] | None = None,
         buffers: Buffers = "rank0",
+        overlap: Literal[False, "backward", "forward"] = False,
         accumulate: int | None = None,
-        share_weights: bool = False,
+        share_weights: bool | Literal["auto"] = False,
         name: str = "optimizer",
         **options: Any,
     ) -> None:
@@ -98,11 +101,18 @@ class DistributedOptimizer(torch.optim.Optimizer):
             buffers: what the running statistics of a BatchNorm, say, are after each step on all workers:
                 "rank0", those of rank 0, or "mean". Buffers that the first step does not change are not
                 exchanged.
-            accumulate: with where="workers", the number of backward passes in a step: the last of them takes
-                the mean, so that what clips gradients before `step`, such as a framework, clips their mean.
+            overlap: "backward" lets gradients leave while backward makes the next ones, with the same
+                results. Between backward and `step` gradients, weights and options must stay as they are.
+                "forward" also lets `step` return before the weights have come: the model's next forward waits
+                for them, block by block, and `wait()` for all. Not with where="workers" and a GradScaler;
+                "forward" not with share_weights and a compiled model.
+            accumulate: number of backward passes in a step. With where="workers" the last of them takes the
+                mean, so that what clips gradients before `step`, such as a framework, clips their mean. With
+                overlap gradients leave in the last (default: 1). Else `step` counts: leave it away.
             share_weights: let all parameters lie in the servers' own memory, where all workers and servers
                 are on one host: one copy of the weights for all of them, nothing is pulled, and gradients are
-                held once. Not with on_worker_loss="continue".
+                held once, in memory that the next backward overwrites. "auto" does so where it is possible.
+                Not with on_worker_loss="continue".
             name: name of the store. A second optimizer of the same name gets one of its own.
             **options: further options of `tensorkv.create`: staleness, quorum, timeout_s and so on.
 
@@ -135,35 +145,27 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if where == "workers":
             hooks = {name: each for name, each in hooks.items() if "_step_" not in name}
         super().__setstate__({"defaults": inner.defaults, **hooks})  # as for one that was unpickled
-        opened = None if isinstance(kind, KVStore) else open_next(kind, name, reduction=reduction, **options)
-        if opened is None and options:
-            raise InvalidArgument(
-                f"{next(iter(options))}= beside a store that is open: pass it to tensorkv.create"
-            )
-        store = kind if isinstance(kind, KVStore) else opened
-        assert store is not None
-        bound = None if max_norm is None else positive("max_norm", max_norm)
-        if clip not in (None, "local"):
-            raise InvalidArgument(f"clip={clip!r} is not known; pass 'local', or nothing")
-        if buffers not in ("rank0", "mean"):
-            raise InvalidArgument(f"buffers={buffers!r} is not known; use 'rank0' or 'mean'")
-        if accumulate is not None and (type(accumulate) is not int or accumulate < 1 or where != "workers"):
-            raise InvalidArgument(
-                f"accumulate={accumulate!r} with where={where!r}: it is a number of passes, 1 or "
-                "more, for where='workers'; servers get the gradients in `step`, after any number of passes"
-            )
-        if where not in ("servers", "workers"):
-            raise InvalidArgument(f"where={where!r} is not known; use 'servers' or 'workers'")
-        if flag("share_weights", share_weights) and where != "servers":
-            raise InvalidArgument(
-                "share_weights=True with where='workers', where the servers have no weights"
-            )
+        chosen = choose(
+            where,
+            clip=clip,
+            max_norm=max_norm,
+            skip_nonfinite=skip_nonfinite,
+            buffers=buffers,
+            share_weights=share_weights,
+            overlap=overlap,
+            accumulate=accumulate,
+        )
+        if isinstance(kind, KVStore):
+            store = kind
+            if options:
+                raise InvalidArgument(
+                    f"{next(iter(options))}= beside a store that is open: pass it to tensorkv.create"
+                )
+        else:
+            store = open_next(kind, name, reduction=reduction, **options)
         steps = ServerSteps if where == "servers" else WorkerSteps
-        skips = flag("skip_nonfinite", skip_nonfinite)
-        self._steps = steps(inner, model, store, bound, skips, buffers, share_weights)
-        if isinstance(self._steps, WorkerSteps):
-            self._steps.accumulate = accumulate
-        if clip is None and where == "servers" and store.num_workers > 1:
+        self._steps = steps(inner, model, store, chosen)
+        if clip is None and where == "servers" and not overlap and store.num_workers > 1:
             self._steps.watch = ClippingWatch(self._steps.parameters)
 
     @property
@@ -283,6 +285,48 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 "allreduce_grads: the servers have the mean; pass where='workers' to have it here"
             )
         self._steps.reduce()
+
+    def wait(self) -> None:
+        """Wait until all weights of the last step are here, with `overlap="forward"`.
+
+        The model's own forward and `state_dict` do so. Call it before anything else reads or changes weights,
+        such as a moving average.
+
+        Raises:
+            What `KVStore.pull` raises.
+
+        Example:
+            ```python
+            model = torch.nn.Linear(1, 1)
+            inner = torch.optim.SGD(model.parameters(), lr=0.1)
+            optimizer = tensorkv.DistributedOptimizer(inner, model, overlap="forward")
+            before = model.bias.item()
+            model(torch.ones(1, 1)).sum().backward()
+            optimizer.step()
+            optimizer.wait()
+            print(round(before - model.bias.item(), 3))  # 0.1
+            ```
+        """
+        self._steps.wait()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Return a context in which backward passes accumulate gradients and send nothing, as DDP's.
+
+        It matters with `overlap` and with `accumulate`: else nothing is sent before `step`.
+
+        Example:
+            ```python
+            model = torch.nn.Linear(1, 1)
+            inner = torch.optim.SGD(model.parameters(), lr=0.1)
+            optimizer = tensorkv.DistributedOptimizer(inner, model, overlap="backward")
+            with optimizer.no_sync():
+                model(torch.ones(1, 1)).sum().backward()
+            model(torch.ones(1, 1)).sum().backward()  # the sum of both leaves
+            optimizer.step()
+            print(model.bias.grad)  # tensor([2.])
+            ```
+        """
+        return self._steps.paused()
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Let the next step scale the mean of all workers' gradients down to a norm; return their norm now.

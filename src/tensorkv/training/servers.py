@@ -9,12 +9,20 @@ from typing import Any, final
 import torch
 
 from tensorkv.bound import BoundStep
-from tensorkv.errors import InvalidArgument, NotSupported
+from tensorkv.errors import InvalidArgument, InvalidValue, NotSupported
 from tensorkv.keys import ABSENT
 from tensorkv.training.gradients import Marks, pushed_gradient
+from tensorkv.training.latepulls import LatePulls
+from tensorkv.training.overlap import EarlyPushes
 from tensorkv.training.states import StateView, state_digest, with_states
 from tensorkv.training.steps import State, Steps
-from tensorkv.training.weights import SharedWeights
+from tensorkv.training.weights import SharedWeights, all_can_share
+from tensorkv.training.windows import GradientWindows
+
+_CHANGED = (
+    "{what} changed between backward and step, and with overlap gradients have been sent by then: make "
+    "changes between step and backward, or pass overlap=False"
+)
 
 
 @final
@@ -34,6 +42,11 @@ class ServerSteps(Steps):
         self._clip_to: float | None = None
         self._shared: list[SharedWeights] = []
         self._rejoins = False  # whether the script has changed some of them
+        self._windows: list[GradientWindows] = []
+        self._early: list[EarlyPushes] = []
+        self._has_begun = False  # whether gradients of this step have left during a backward
+        self._late: list[LatePulls] = []
+        self._is_late = False  # whether some of the weights may still be on the way
         trained = self.trained(names)
         with self.meeting() as others:
             self.check_alike(others, names)
@@ -41,7 +54,7 @@ class ServerSteps(Steps):
         self._set_groups(names)
         self._learn_keys()
         self._pull()
-        self._share(self._keyed)
+        self._take_up(self._keyed)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -68,7 +81,8 @@ class ServerSteps(Steps):
         self._bind()
         if self._shared:
             self._pull_new(new)
-            self._share(new)
+        if self._shared or self._early:
+            self._take_up(new)
 
     def _pull_new(self, new: Mapping[str, torch.nn.Parameter]) -> None:
         """Take over rank 0's values of parameters that are trained from now on."""
@@ -78,18 +92,52 @@ class ServerSteps(Steps):
         self._step = self.kv.bind(push=self._gradients, out=self._keyed)
         self._num_retired = self.kv.num_retired
 
-    def _share(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Let these parameters, whose keys are new, lie in memory of the servers, if that is wanted."""
-        if self.share_weights and self.kv._why_no_sharing is not None and parameters:
+    def _take_up(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Let these parameters, whose keys are new, lie in memory of the servers, and their gradients leave
+        early, as far as that is chosen."""
+        if self._may_share:
             with self.meeting() as others:
-                self._shared.append(SharedWeights(self.kv, parameters, others))
+                if self.chosen.share_weights != "auto" or all_can_share(self.kv, parameters, others):
+                    self._shared.append(SharedWeights(self.kv, parameters, others))
             self._note_pull()
+        if self.chosen.overlap:
+            passes, is_late = self.chosen.accumulate or 1, self.chosen.overlap == "forward"
+            if is_late:
+                self._late.append(LatePulls(self.kv, self._model, parameters))
+            self._early.append(
+                EarlyPushes(self.kv, parameters, passes, self._begin, not self._commits, not is_late)
+            )
+        elif self._shared:
+            self._windows.append(GradientWindows(self.kv, parameters))
+
+    @property
+    def _may_share(self) -> bool:
+        """Whether weights are to lie in memory of the servers if possible, and there are other processes."""
+        if self.chosen.share_weights == "auto" and self.chosen.overlap == "forward":
+            return False
+        return bool(self.chosen.share_weights) and self.kv._why_no_sharing is not None
+
+    @property
+    def _commits(self) -> bool:
+        """Whether gradients only merge until all workers have come to their `step`."""
+        clips = self.chosen.max_norm is not None or self.chosen.skip_nonfinite
+        return clips or (self.chosen.overlap and bool(self._shared))
 
     def release(self) -> None:
+        movers: list[GradientWindows | EarlyPushes | LatePulls] = [*self._windows, *self._early, *self._late]
+        for each in movers:
+            each.close()
+        self._windows, self._early, self._late = [], [], []
+        self._has_begun = self._is_late = False
         while self._shared:
             self._shared.pop().release()
 
+    def pause(self, is_paused: bool) -> None:
+        for each in self._early:
+            each.is_paused = is_paused
+
     def add_group(self, group: State) -> None:
+        self.wait()
         self._send_options()  # else the new setting would be another one for all groups, and drop their state
         self._set_groups(self.extend(group))
         self._learn_keys()
@@ -111,21 +159,26 @@ class ServerSteps(Steps):
         if not self.kv._allows_commit:  # a worker skips its own steps only
             self._exchange(absent=bool(skip))
             return not skip
-        if not (self.max_norm is not None or self.skip_nonfinite or self._held or skip is not None):
+        if not (self._commits or self._held or skip is not None):
             self._exchange()
             return True
         self._hold()
-        max_norm = self.max_norm if self._clip_to is None else self._clip_to
+        max_norm = self.chosen.max_norm if self._clip_to is None else self._clip_to
         self._held, self._clip_to = None, None
-        result = self.kv.commit(max_norm=max_norm, skip=bool(skip), check_finite=self.skip_nonfinite)
+        result = self.kv.commit(max_norm=max_norm, skip=bool(skip), check_finite=self.chosen.skip_nonfinite)
         self.norm = result.norm
-        self._pull()
+        self._get_weights()
         return result.applied
 
     def clip(self, max_norm: float) -> float:
         if not self.kv._allows_commit:
             raise NotSupported(
                 f"clip_grad_norm_: {self.kv!r} does not wait for all workers' gradients of a step"
+            )
+        if self._early and not self._commits:
+            raise NotSupported(
+                "clip_grad_norm_ with overlap='backward': the servers have updated weights by some gradients "
+                "already; pass max_norm=... to DistributedOptimizer, or overlap=False"
             )
         self._hold()
         self._clip_to = max_norm
@@ -139,9 +192,9 @@ class ServerSteps(Steps):
         if absent:
             self._gradients.update(dict.fromkeys(self._keyed, ABSENT))
         assert self._step is not None
-        if self._shared:
-            self._step.push()
-            self._await_update()
+        if self._shared or self._early:
+            self._push(apply=True)
+            self._get_weights()
         else:
             self._step.pushpull()
             self._note_pull()
@@ -153,18 +206,31 @@ class ServerSteps(Steps):
         if self._held is not None:  # of a step that the script has not made
             self.kv.commit(skip=True)
         self._prepare()
-        assert self._step is not None
-        self._step.push(apply=False)
+        self._push(apply=False)
         self._held = Marks(self.parameters)
+
+    def _push(self, apply: bool) -> None:
+        """Push the gradients that have not left during backward."""
+        if self._early:
+            for each in self._early:
+                each.finish()
+            self._has_begun = False
+        else:
+            assert self._step is not None
+            self._step.push(apply=apply)
 
     def _prepare(self) -> None:
         """Send what goes ahead of the gradients, and collect these."""
+        self.wait()
+        if self._has_begun:
+            self._check_unchanged()
         if self.kv.num_retired != self._num_retired:  # the script has loaded a save into the store
             self.release()
             self._bind()
             self._pull()
-            self._share(self._keyed)
-        self._send_values()
+            self._take_up(self._keyed)
+        if not self._has_begun:
+            self._send_values()
         if self._has_grown():
             self._learn_keys()
         self._send_options()
@@ -172,6 +238,25 @@ class ServerSteps(Steps):
             self._gradients[name] = pushed_gradient(parameter)
         self.note_pushed(self._gradients.values())
         self._steps += 1
+
+    def _begin(self) -> bool:
+        """Send what goes ahead of gradients that leave during backward; False if `step` has to push them."""
+        if self.kv.num_retired != self._num_retired or self._held is not None:
+            return False
+        self.wait()
+        if not self._has_begun:
+            self._send_values()
+            self._send_options()
+            self._note_pull()  # what changes from now on comes too late
+            self._has_begun = True
+        return True
+
+    def _check_unchanged(self) -> None:
+        """Raise if the script has changed what had to go ahead of gradients that have left."""
+        if self._has_new_options():
+            raise InvalidValue(_CHANGED.format(what="options of the optimizer"))
+        if self.kv.rank == 0 and self._changed_values():
+            raise InvalidValue(_CHANGED.format(what=", ".join(self._changed_values())))
 
     def _has_grown(self) -> bool:
         """Whether a frozen parameter of the optimizer requires a gradient by now."""
@@ -187,15 +272,19 @@ class ServerSteps(Steps):
             if changed and self.kv.rank == 0:
                 self.kv.put(changed)
             return
+        if self.kv.rank == 0 and (changed := self._changed_values()):
+            self.kv.put(changed)
+
+    def _changed_values(self) -> dict[str, torch.Tensor]:
+        """Return the parameters that were changed in place since the last pull."""
         versions = [each._version for each in self._keyed.values()]
-        if versions == self._versions or self.kv.rank != 0:
-            return
-        changed = {
+        if versions == self._versions:
+            return {}
+        return {
             name: each.detach()
             for (name, each), now, then in zip(self._keyed.items(), versions, self._versions, strict=True)
             if now != then
         }
-        self.kv.put(changed)
 
     def _has_new_options(self) -> bool:
         return self.options() != self._sent
@@ -217,6 +306,22 @@ class ServerSteps(Steps):
             self._await_update()
         else:
             self._step.pull()
+            self._note_pull()
+
+    def _get_weights(self) -> None:
+        """Pull the weights of this step, or let them come while the script goes on."""
+        if not self._late:
+            self._pull()
+            return
+        self._is_late = True
+        for each in self._late:
+            each.start()
+
+    def wait(self) -> None:
+        if self._is_late:
+            for each in self._late:
+                each.wait()
+            self._is_late = False
             self._note_pull()
 
     def _await_update(self) -> None:
@@ -243,6 +348,7 @@ class ServerSteps(Steps):
         if not self._steps:
             return {}
         self.kv._check_usable("state_dict")
+        self.wait()
         found = self.kv._state_now()["optimizer_state"]
         ordered = [each for group in self.inner.param_groups for each in group["params"]]
         names = {self._name_of[id(each)]: each for each in ordered}
@@ -250,6 +356,7 @@ class ServerSteps(Steps):
 
     def load(self, state: Mapping[Any, State], groups: list[State]) -> None:
         inner, kv = self.inner, self.kv
+        self.wait()
         self.release()
         inner.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         found, inner.state = inner.state, defaultdict(dict)
@@ -265,4 +372,4 @@ class ServerSteps(Steps):
         self._bind()
         self._steps += bool(states)
         self._pull()
-        self._share(self._keyed)
+        self._take_up(self._keyed)

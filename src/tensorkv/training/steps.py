@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from tensorkv.errors import InvalidArgument, InvalidValue, LoadError, NotSupported
 from tensorkv.store import KVStore
 from tensorkv.training.buffers import BufferExchange, Buffers
+from tensorkv.training.choices import Choices
 from tensorkv.training.gradients import ClippingWatch, digest, tell_scaler, unscale, warn_if_alike
 from tensorkv.training.start import Meeting, describe, meeting
 from tensorkv.updaters.groups import plain
@@ -29,22 +30,17 @@ class Steps(ABC):
         inner: torch.optim.Optimizer,
         model: torch.nn.Module,
         kv: KVStore,
-        max_norm: float | None,
-        skip_nonfinite: bool,
-        buffers: Buffers,
-        share_weights: bool = False,
+        chosen: Choices,
     ) -> None:
         self.inner = inner
         self.kv = kv
-        self.max_norm = max_norm
-        self.skip_nonfinite = skip_nonfinite
+        self.chosen = chosen
         self.norm: float | None = None  # of the gradients of the last step, if it was needed
         self.skipped = False  # whether the last step was
         self.watch: ClippingWatch | None = None
-        self.share_weights = share_weights
         self._model = model
         self._name_of = {id(each): name for name, each in model.named_parameters()}
-        if (max_norm is not None or skip_nonfinite) and not kv._allows_commit:
+        if (chosen.max_norm is not None or chosen.skip_nonfinite) and not kv._allows_commit:
             raise NotSupported(
                 f"max_norm and skip_nonfinite need all workers' gradients of a step at once, and {kv!r} does "
                 "not wait for these; leave them away, or use kind='dist_sync'"
@@ -54,7 +50,7 @@ class Steps(ABC):
         self._start(self.names())
         self._buffers: BufferExchange | None = None
         if kv.num_workers > 1 and next(model.buffers(), None) is not None:
-            self._buffers = self._exchange_of_buffers(buffers)
+            self._buffers = self._exchange_of_buffers(chosen.buffers)
 
     # ---- what a step is --------------------------------------------------------------------------
 
@@ -80,12 +76,30 @@ class Steps(ABC):
 
     def step_scaled(self, scale: torch.Tensor | None, found_inf: torch.Tensor) -> None:
         """Make a step for a GradScaler. Without a scale the gradients are unscaled already."""
+        if self.chosen.overlap:
+            raise NotSupported(
+                f"overlap={self.chosen.overlap!r} with a GradScaler: scaled gradients have left before it "
+                "looks at them; pass overlap=False"
+            )
         mine = bool(found_inf.item())
         if scale is not None and not mine:
             unscale(self.parameters, scale)
         self.skipped = not self.apply(mine)
         if self.skipped and not mine:
             tell_scaler()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block, let backward passes neither send anything nor count."""
+        self.pause(True)
+        try:
+            yield
+        finally:
+            self.pause(False)
+
+    @abstractmethod
+    def pause(self, is_paused: bool) -> None:
+        """Let the backward passes that follow send nothing, or send again."""
 
     @abstractmethod
     def clip(self, max_norm: float) -> float:
@@ -108,11 +122,15 @@ class Steps(ABC):
         Every worker calls it, with the same checkpoint.
         """
 
+    def wait(self) -> None:  # noqa: B027  # only servers send weights late
+        """Wait until all weights of the last step are here."""
+
     def release(self) -> None:  # noqa: B027  # only servers share
         """Make shared weights this worker's own, before it leaves."""
 
     def close(self) -> None:
         """Leave the store."""
+        self.wait()
         self.release()
         self.kv.close()
         if self.watch is not None:

@@ -16,8 +16,7 @@ MADV_DONTNEED. Others are changes of the script: rank 0's go to the servers, whi
 round is complete (`StoreShard._keep_put`), and then all pages rejoin. Version counters alone would not do:
 `p.data.copy_` moves none.
 
-Gradients lie in the window that the servers read pushes from (`KVStore.empty_like`): a hook moves each there
-as soon as it is made, and `p.grad` is the window then. So a worker holds its gradients once.
+Gradients lie in windows (`windows`), so that a worker holds them once.
 
 Before a worker leaves, its parameters become ordinary tensors, since the others train on.
 """
@@ -36,8 +35,8 @@ import torch
 
 from tensorkv.errors import NotSupported, TensorKVError
 from tensorkv.store import KVStore
-from tensorkv.training.gradients import call_after_accumulation
 from tensorkv.training.start import Meeting
+from tensorkv.transport.memorylimits import trim_heap
 from tensorkv.transport.segments import ALIGN_BYTES, Segment, open_path
 
 _PAGE_BYTES = mmap.PAGESIZE
@@ -48,7 +47,7 @@ _PRESENT, _SWAPPED, _SHARED = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(
 
 @final
 class SharedWeights:
-    """Parameters that lie in a segment which the servers write to, and their gradients in the window.
+    """Parameters that lie in a segment which the servers write to.
 
     Every worker makes one, with the same parameters, while no round is open.
 
@@ -81,9 +80,7 @@ class SharedWeights:
             raise NotSupported("share_weights=True: rank 0 has left, and nobody else shares new parameters")
         size_bytes = -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
         self._map(path, size_bytes)
-        self._windows = dict(zip(parameters, kv.empty_like(list(parameters)), strict=True))
-        self._names = {id(each): name for name, each in parameters.items()}
-        self._hooks = [call_after_accumulation(each, self._move) for each in parameters.values()]
+        trim_heap()  # of the memory that the parameters had
 
     def _place(self, kv: KVStore, size_bytes: int) -> str:
         """Make the segment and let the servers move there; return its path."""
@@ -112,15 +109,6 @@ class SharedWeights:
         count = parameter.numel()
         flat = torch.frombuffer(self._private, dtype=parameter.dtype, count=count, offset=offset)
         parameter.data = flat.view(parameter.shape)
-
-    # ---- gradients -------------------------------------------------------------------------------
-
-    def _move(self, parameter: torch.Tensor) -> None:
-        """Move a gradient that was just made to the window."""
-        made, window = parameter.grad, self._windows[self._names[id(parameter)]]
-        if made is None or made is window or made.requires_grad or made.layout is not torch.strided:
-            return
-        parameter.grad = window.copy_(made) if made.dtype == window.dtype else made
 
     # ---- a step ----------------------------------------------------------------------------------
 
@@ -181,11 +169,8 @@ class SharedWeights:
 
     def release(self) -> None:
         """Make the parameters ordinary tensors, with their present values."""
-        for hook in self._hooks:
-            hook.remove()
         for each in self._parameters.values():
             each.data = each.data.clone()
-        self._windows.clear()
         if self._close is not None:
             self._close()
 
@@ -194,6 +179,11 @@ _OTHER = (
     "parameter {name!r} is shared with all processes of this host as {dtype}, and is {now} now: convert the "
     "model before DistributedOptimizer is made, or pass share_weights=False"
 )
+
+
+def all_can_share(kv: KVStore, parameters: Mapping[str, torch.nn.Parameter], others: Meeting) -> bool:
+    """Return whether no worker has a reason not to share. Every worker calls it."""
+    return not any(others.numbers(bool(_why_not(kv, parameters))))
 
 
 def _why_not(kv: KVStore, parameters: Mapping[str, torch.nn.Parameter]) -> str:

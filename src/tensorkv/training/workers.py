@@ -32,7 +32,7 @@ class WorkerSteps(Steps):
                 f"where='workers' needs the gradients of all workers, and {self.kv!r} waits for none"
             )
         self._keyed: dict[str, torch.nn.Parameter] = {}
-        self.accumulate: int | None = None  # number of backward passes in a step; the last one reduces
+        self._is_paused = False  # during a backward pass that does not count
         self._means: Marks | None = None  # of gradients that are means: no backward was run since
         self._in_backward = False
         self._num_backwards = 0  # since the last step
@@ -66,7 +66,7 @@ class WorkerSteps(Steps):
     def _note_backward(self, parameter: torch.Tensor) -> None:
         """Called for each gradient as it is accumulated; calls `_after_backward` when all are."""
         self._means = None
-        if self.accumulate is not None and not self._in_backward:
+        if self.chosen.accumulate is not None and not self._is_paused and not self._in_backward:
             self._in_backward = True
             queue = torch.autograd.Variable._execution_engine.queue_callback
             queue(self._after_backward)
@@ -74,8 +74,11 @@ class WorkerSteps(Steps):
     def _after_backward(self) -> None:
         self._in_backward = False
         self._num_backwards += 1
-        if self._num_backwards == self.accumulate:
+        if self._num_backwards == self.chosen.accumulate:
             self.reduce()
+
+    def pause(self, is_paused: bool) -> None:
+        self._is_paused = is_paused
 
     def add_group(self, group: State) -> None:
         self._learn_keys(self.extend(group))
@@ -91,12 +94,12 @@ class WorkerSteps(Steps):
             with torch.enable_grad():
                 loss = closure()
             self.reduce()
-            self._clip_means(self.max_norm)
+            self._clip_means(self.chosen.max_norm)
             self._new_step()
             return self._mean_loss(loss)
 
         losses = [evaluate()]  # the first is made here, because an optimizer cannot be told to skip its step
-        self.skipped = self.skip_nonfinite and not self._are_finite()
+        self.skipped = self.chosen.skip_nonfinite and not self._are_finite()
         if self.skipped:
             return losses[0]
         self._is_stepping = True
@@ -108,8 +111,8 @@ class WorkerSteps(Steps):
 
     def apply(self, skip: bool | None) -> bool:
         self.reduce()
-        self._clip_means(self.max_norm)
-        applied = not (self.skip_nonfinite or skip is not None) or self._are_finite()
+        self._clip_means(self.chosen.max_norm)
+        applied = not (self.chosen.skip_nonfinite or skip is not None) or self._are_finite()
         if applied:
             self.inner.step()
         self._new_step()

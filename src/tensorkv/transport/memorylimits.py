@@ -1,4 +1,4 @@
-"""Limits of this process: how much memory and how many descriptors it may still take.
+"""Limits of this process: how much memory and how many descriptors it may still take, and what it gives back.
 
 The kernel allocates a page of shared memory when a process first touches it, and kills the process if the
 page exceeds the container's limit. So the limits are checked beforehand.
@@ -6,6 +6,7 @@ page exceeds the container's limit. So the limits are checked beforehand.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
@@ -112,3 +113,15 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except (FileNotFoundError, PermissionError, NotADirectoryError):
         return []
+
+
+def trim_heap() -> None:
+    """Let the C library of this process return freed memory to the system.
+
+    glibc keeps what is freed in pieces of up to 32 MiB: a server with a model of 1 GB kept 0.8 GB beside it.
+    It keeps less if told to (M_MMAP_THRESHOLD), but then each temporary tensor of a step is made of fresh
+    pages, and an Adam step over bf16 keys takes twice as long. Other C libraries may have nothing to trim.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
