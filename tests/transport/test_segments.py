@@ -309,6 +309,20 @@ def test_large_places_get_segments_of_their_own_which_go_with_what_was_kept_ther
     assert len(small) + len(again) == SEGMENT_BYTES + 11
 
 
+def test_what_is_unused_is_dropped_on_demand() -> None:
+    log = Log(for_long=True)
+    small = log.arena.take(10)
+    large = [log.arena.take(SEGMENT_BYTES) for _ in range(3)]
+    log.new.clear()
+    first = large.pop(0)
+    del large
+    log.arena.drop_unused()
+    assert sorted(log.dropped) == [3, 4]
+    log.arena.drop_unused()
+    assert len(log.dropped) == 2
+    assert len(small) + len(first) == SEGMENT_BYTES + 10
+
+
 def test_segments_that_every_step_needs_stay_and_go_when_none_does() -> None:
     log = Log()
     for _ in range(3 * SWEEP_TIMES):

@@ -533,6 +533,8 @@ class Server:
             self._queue([Outgoing(worker, m.Failed(message.request, *to_wire(error)))])
             return
         self._queue(self._state.handle(worker, message, Memory(torch.from_numpy(segment.bytes))))
+        if self._values is not None:
+            self._values.drop_unused()
 
 
 def _reply_in_place(sharing: Sharing, reply: Outgoing) -> bool:

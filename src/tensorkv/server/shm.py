@@ -48,6 +48,10 @@ class SharedValues:
         """Return memory for values, uint8. Raises OSError if there is none."""
         return torch.from_numpy(self._arena.take(size_bytes))
 
+    def drop_unused(self) -> None:
+        """Drop the segments that hold no values any more."""
+        self._arena.drop_unused()
+
     def share_with(self, connection: UnixConnection, send: Send) -> Sharing:
         """Share with a worker. `send` sends it a frame of one part. Safe from any thread."""
         sharing = Sharing(connection, send, self)

@@ -366,6 +366,12 @@ class Arena:
         if self._for_long:
             self._drop([number for number, free in self._free.items() if free.all_free][1:])
 
+    def drop_unused(self) -> None:
+        """Drop all segments of which nothing is used, after much was freed that will not come again."""
+        with self._lock:
+            self._settle()
+            self._drop([number for number, free in self._free.items() if free.all_free])
+
     def _drop(self, unused: list[int]) -> None:
         """Drop unused segments. Most callers keep one back, since creating a segment is slow."""
         for number in unused:
