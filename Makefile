@@ -1,6 +1,6 @@
 # Everything a developer runs. Each target makes the virtual environment first, once: `make demo` with what
-# TensorKV needs, torch and 120 MB, `make docs` with mkdocs on top, and the others with the tools of its developers.
-#   make demo      train a small network on real images, 4 workers and 2 servers on this machine
+# TensorKV needs, torch and 200 MB, `make docs` with mkdocs on top, and the others with the tools of its developers.
+#   make demo      compare ways to train, with one slow worker and in memory, and draw demo.png (2 minutes)
 #   make test      run the tests but those marked slow, within six minutes on two cores
 #   make test-mxnet        try MXNet's own gluon.Trainer, in .venv-mxnet, for a numpy that MXNet can import
 #   make test-frameworks   try what Trainer, Accelerate, Lightning, TRL and JAX need, in .venv-frameworks (1.5 GB)
@@ -35,7 +35,7 @@ setup: $(STAMP)
 $(DEMO): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(PIP_ARGS) -c constraints.txt setuptools
-	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e .
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[bench]'
 	touch $(DEMO)
 
 $(STAMP): $(DEMO)
@@ -47,7 +47,7 @@ $(DOCS): $(DEMO)
 	touch $(DOCS)
 
 demo: $(DEMO)
-	$(BIN)/tensorkv run -n 4 -s 2 -- $(BIN)/python examples/digits.py
+	$(BIN)/python benchmarks/demo.py --plot demo.png
 
 # Three at a time keep two cores busy: many tests wait for processes of their own. TESTS=path runs some.
 test: setup

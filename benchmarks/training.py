@@ -38,6 +38,11 @@ SYSTEMS = {
     "ddp": "DDP",
     "zero": "DDP + ZeroRedundancyOptimizer",
 }
+WITH_OVERLAP = {
+    "shared-backward": "TensorKV, shared weights, overlap backward",
+    "backward": "TensorKV, overlap backward",
+    "forward": "TensorKV, overlap forward",
+}
 MODEL_BYTES = 64 * 1536 * 1536 * 4
 MEMORY_STEPS = 4
 TIMED_STEPS = 24
@@ -77,13 +82,13 @@ def memory() -> Table:
     return table
 
 
-def peak_of(system: str, num_workers: int) -> tuple[int, int]:
+def peak_of(system: str, num_workers: int, model: str = "memory") -> tuple[int, int]:
     """Return the PSS of a job after its toy step, and the highest during its last step, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         phases = Path(folder, "phase")
         phases.write_text("")
         with _sampled(phases) as highest:
-            run_job([_job(system, "memory", num_workers, MEMORY_STEPS, phases)], timeout_s=JOB_TIMEOUT_S)
+            run_job([_job(system, model, num_workers, MEMORY_STEPS, phases)], timeout_s=JOB_TIMEOUT_S)
     return highest["baseline"], highest["last"]
 
 
@@ -139,7 +144,8 @@ def times(rounds: int) -> Table:
     """Return the table of step times of two workers."""
     table = Table("step, 2 workers", "compute", "step", "whole, ms", "beside shared", box=SIMPLE_HEAD)
     for model in ("communication", "compute"):
-        measured: dict[str, dict[str, list[list[float]]]] = {system: {} for system in SYSTEMS}
+        titles = {**SYSTEMS, **WITH_OVERLAP}
+        measured: dict[str, dict[str, list[list[float]]]] = {system: {} for system in titles}
         for _ in range(rounds):
             for system, parts in measured.items():
                 job = _job(system, model, 2, TIMED_STEPS)
@@ -149,7 +155,7 @@ def times(rounds: int) -> Table:
         for system, parts in measured.items():
             cells = [_median_ms(parts[part]) for part in ("compute", "step", "whole")]
             table.add_row(
-                f"{model}-bound, {SYSTEMS[system]}",
+                f"{model}-bound, {titles[system]}",
                 *(f"{cell:.1f}" for cell in cells),
                 f"{ratio_of_rounds(parts['whole'], ours):.2f}",
             )
@@ -186,7 +192,7 @@ def _job(system: str, model: str, num_workers: int, steps: int, phases: Path | N
         "GLOO_SOCKET_IFNAME": "lo",
         **threads_env(num_workers),
     }
-    if system in ("shared", "tensorkv"):
+    if system not in ("ddp", "zero"):
         launcher = ["-m", "tensorkv", "run", "-n", str(num_workers), "-s", "1", "--"]
         return Process(name="tensorkv run", command=[sys.executable, *launcher, *script], env=env)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_workers}"]

@@ -2,6 +2,7 @@
 
     tensorkv    DistributedOptimizer, started by `tensorkv run`
     shared      the same with share_weights=True
+    backward, forward, shared-backward    the same with overlap
     ddp         DistributedDataParallel over gloo, started by torchrun
     zero        the same with ZeroRedundancyOptimizer
 
@@ -27,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import tensorkv
 from tensorkv.bench.steps import print_result
 
-SYSTEMS = ("tensorkv", "shared", "ddp", "zero")
+SYSTEMS = ("tensorkv", "shared", "backward", "forward", "shared-backward", "ddp", "zero")
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     # 151 million parameters, none over 1.6 % of them; a batch of 8.
     "memory": (lambda: nn.Sequential(*(nn.Linear(1536, 1536, bias=False) for _ in range(64))), (8, 1536)),
@@ -49,9 +50,11 @@ def _transformer(width: int, depth: int) -> nn.Module:
 
 def prepare(system: str, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return what a script trains with: the model, wrapped perhaps, and the optimizer."""
-    if system in ("tensorkv", "shared"):
+    if system not in ("ddp", "zero"):
         inner = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        return model, tensorkv.DistributedOptimizer(inner, model, share_weights=system == "shared")
+        overlap: Any = next((each for each in ("backward", "forward") if each in system), False)
+        shares = system.startswith("shared")
+        return model, tensorkv.DistributedOptimizer(inner, model, share_weights=shares, overlap=overlap)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
     if system == "zero":
         return wrapped, ZeroRedundancyOptimizer(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import demo
 import harness
 import jobs
 import link
@@ -42,6 +43,7 @@ from harness import JobFailed, Process, run_job
 from rich.console import Console
 
 import tensorkv
+import training
 from tensorkv.bench import steps
 from tensorkv.bench.machine import this_machine
 from tensorkv.bench.steps import Plan
@@ -541,6 +543,45 @@ def test_drawing_without_matplotlib_is_refused_before_the_job_starts(
     with pytest.raises(SystemExit, match="2"):
         soak.main(["--plot=soak.png"])
     assert "--plot needs matplotlib: pip install" in capsys.readouterr().err
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("system", ["shared", "zero"])
+def test_memory_of_a_training_is_sampled_in_its_phases(system: str) -> None:
+    base_bytes, peak_bytes = training.peak_of(system, 2, "compute")
+    assert 2 * 10**7 < base_bytes < peak_bytes + 10**8  # both are of the whole job
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("system", ["tensorkv", "forward", "shared-backward", "ddp"])
+def test_each_system_trains_and_tells_the_seconds(system: str) -> None:
+    job = training._job(system, "compute", 2, 3)
+    found = run_job([job], timeout_s=DEADLINE_S)
+    assert {part: len(seconds) for part, seconds in found.items()} == {"whole": 3, "compute": 3, "step": 3}
+    assert all(second > 0 for seconds in found.values() for second in seconds)
+
+
+def test_the_overhead_of_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "OVERHEAD_STEPS", 20)
+    table = training.overhead(1)
+    assert table.row_count == 1
+
+
+def test_the_demo_draws_what_it_has_measured(tmp_path: Path) -> None:
+    curves = {name: [(0.0, 0.1), (1.0, 0.9)] for name in demo.COLORS}
+    demo.plot(curves, dict.fromkeys(demo.SYSTEMS, 5.0), tmp_path / "demo.svg")
+    drawn = (tmp_path / "demo.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in demo.COLORS)
+
+
+@pytest.mark.e2e
+def test_the_demo_trains_in_each_way() -> None:
+    curves = demo.accuracy(0.5)
+    assert list(curves) == list(demo.COLORS)
+    assert all(len(curve) > 1 for curve in curves.values())
 
 
 # ---- stragglers ----------------------------------------------------------------------------------
