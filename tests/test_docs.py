@@ -205,7 +205,7 @@ def _run(blocks: list[Block], page: Path, folder: Path, names: dict[str, Any]) -
         elif block.language == "console" and not block.mark.startswith("not run: "):
             _run_console(block, page, folder)
         else:
-            assert block.language in ("text", "console", "mermaid"), (
+            assert block.language in ("text", "console", "mermaid", "diff"), (
                 f"{page.name}:{block.line}: which language?"
             )
 

@@ -73,7 +73,7 @@ def test_the_heap_is_trimmed_of_large_gradients(monkeypatch: pytest.MonkeyPatch)
         for number in range(1, 4):
             layer.zero_grad()
             layer(torch.ones(1, SIDE)).sum().backward()
-            assert len(trims) == number  # of the weight; that of the bias is less than a sixth
+            assert len(trims) == number  # of the weight; that of the bias is too small
 
     with_windows(work)
 
