@@ -62,6 +62,7 @@ def test_a_change_after_backward_is_said_once() -> None:
     one.sum().backward()
     nn.utils.clip_grad_norm_([one], 1e9)  # as Trainer does to learn the norm
     watch.check()
+    one.sum().backward()
     nn.utils.clip_grad_norm_([one], 0.1)
     with pytest.warns(UserWarning, match="max_norm="):
         watch.check()
@@ -87,6 +88,16 @@ def test_a_gradient_that_replaces_another_is_not_clipping() -> None:
     one = nn.Parameter(torch.ones(2))
     watch = ClippingWatch([one])
     one.grad = torch.ones(2)  # by hand, or by a framework of its own
+    watch.check()
+
+
+def test_zeros_of_a_parameter_that_a_step_does_not_use_are_not_clipping() -> None:
+    one = nn.Parameter(torch.ones(2))
+    watch = ClippingWatch([one])
+    one.sum().backward()
+    watch.check()
+    assert one.grad is not None
+    one.grad.zero_()  # zero_grad(set_to_none=False)
     watch.check()
 
 

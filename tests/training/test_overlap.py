@@ -221,6 +221,25 @@ def test_weights_that_the_script_changes_between_steps(shares: bool) -> None:
 
 
 @pytest.mark.parametrize("shares", [False, True])
+def test_a_checkpoint_is_loaded_while_a_layer_is_frozen(shares: bool) -> None:
+    def work(kv: KVStore, overlap: Any) -> torch.Tensor:
+        model = copy.deepcopy(NET)
+        optimizer = wrapped(model, kv, overlap, share_weights=shares)
+        train(model, optimizer, kv, range(2))
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        model.twice.requires_grad_(False)
+        train(model, optimizer, kv, range(2, 4))
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        train(model, optimizer, kv, range(4, 6))
+        model.twice.requires_grad_(True)
+        train(model, optimizer, kv, range(6, 8))
+        return trained(model, optimizer)
+
+    same_bits(work, overlaps=OVERLAPS[: 3 - shares])
+
+
+@pytest.mark.parametrize("shares", [False, True])
 def test_it_goes_on_from_a_checkpoint(shares: bool, tmp_path: Path) -> None:
     def work(kv: KVStore, overlap: Any) -> torch.Tensor:
         model = copy.deepcopy(NET)

@@ -35,7 +35,7 @@ def call_after_accumulation(
     """Call a method whenever a gradient of the parameter was accumulated, while its object lives.
 
     A hook that held the object would keep it, and its parameters, alive for ever: the garbage collector does
-    not look through torch's own structures.
+    not look through torch's own structures. A parameter that is frozen now is called for once it is not.
     """
     reference = weakref.WeakMethod(method)
 
@@ -44,8 +44,11 @@ def call_after_accumulation(
         if found is not None:
             found(parameter)
 
+    is_trained = parameter.requires_grad
+    parameter.requires_grad_(True)  # else torch takes no hook
     handle: torch.utils.hooks.RemovableHandle
     handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch's
+    parameter.requires_grad_(is_trained)
     return handle
 
 
@@ -84,7 +87,7 @@ class ClippingWatch:
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        self._made: dict[int, tuple[int, torch.Tensor]] = {}  # what backward has made: version and norm
+        self._made: dict[int, tuple[int, torch.Tensor]] = {}  # by backward, in this step: version and norm
         self._parameters = parameters
         self._steps_left = _WATCHED_STEPS
         self._hooks = [call_after_accumulation(each, self._note) for each in parameters]
@@ -101,6 +104,7 @@ class ClippingWatch:
         changed = any(
             each.grad is not None and self._is_changed(each, each.grad) for each in self._parameters
         )
+        self._made.clear()  # a parameter that the next step does not use has a gradient of zeros perhaps
         if changed or not self._steps_left:
             self.stop()
         if changed:
