@@ -31,6 +31,16 @@ def main() -> None:
     except OSError as exc:  # a full disk, for example
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # drop the remaining output instead of retrying it
         sys.exit(_fail(str(exc), 1))
+    finally:
+        _drop_errors_that_cannot_be_written()
+
+
+def _drop_errors_that_cannot_be_written() -> None:
+    """Let the interpreter not retry, at its end, what stderr has not taken: the status would be 120 then."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _open_closed_streams() -> None:
