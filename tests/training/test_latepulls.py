@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -11,6 +13,9 @@ from torch import nn
 
 import tensorkv
 from tensorkv.errors import InvalidValue
+from tensorkv.store import KVStore
+from tensorkv.testing.cluster import run_job
+from tensorkv.training import overlap
 from tensorkv.training.latepulls import cut
 
 
@@ -88,6 +93,59 @@ def test_weights_that_are_read_past_their_module_are_an_error() -> None:
     optimizer.zero_grad()
     with pytest.raises(InvalidValue, match=r"'second\.weight'.*module 'second'"):
         model(torch.ones(1, 2)).sum().backward()
+    optimizer.close()
+
+
+def test_weights_that_are_read_past_their_module_before_others_are_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(overlap, "BUCKET_BYTES", 1)  # the gradients of the first layer leave last
+
+    class First(Reader):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.second(nn.functional.linear(inputs, self.first.weight))
+            return found
+
+    model = First()
+    optimizer = late(model)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(InvalidValue, match=r"'first\.weight'.*module 'first'"):
+        model(torch.ones(1, 2)).sum().backward()
+    optimizer.close()
+
+
+def test_a_load_waits_for_weights_that_are_on_the_way() -> None:
+    others = threading.Event()
+
+    def work(kv: KVStore) -> None:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        zeros = {name: torch.zeros_like(each) for name, each in model.state_dict().items()}
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer: Any = tensorkv.DistributedOptimizer(inner, model, kind=kv, overlap="forward")
+        for step in range(2):
+            model(torch.ones(1, 2)).sum().mul(1 + kv.rank).backward()
+            if step and kv.rank:
+                assert others.wait(30.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not kv.rank:
+            others.set()
+            model.load_state_dict(zeros)
+            optimizer.wait()
+            assert not any(each.any() for each in model.parameters())
+
+    run_job(work, num_workers=2, num_servers=1, reduction="mean", timeout_s=30.0)
+
+
+def test_a_model_is_saved_and_copied_without_its_hooks() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = late(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copied.parameters(), strict=True))
+        copied(torch.ones(1, 2)).sum().backward()
     optimizer.close()
 
 

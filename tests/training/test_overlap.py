@@ -400,6 +400,36 @@ def test_what_comes_too_late_is_an_error(
     in_job(work, num_workers=1)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shared_weights_that_are_changed_too_late_are_an_error(rank: int) -> None:
+    def work(kv: KVStore) -> None:
+        model = copy.deepcopy(NET)
+        optimizer = wrapped(model, kv, share_weights=True)
+        train(model, optimizer, kv, range(2))
+        optimizer.zero_grad()
+        backward(model, 3, kv)
+        if kv.rank == rank:
+            model.last.weight.data.mul_(0.5)
+            with pytest.raises(InvalidValue, match=r"last\.weight changed between backward and step"):
+                optimizer.step()
+
+    in_job(work)
+
+
+def test_state_is_not_read_between_backward_and_step() -> None:
+    def work(kv: KVStore) -> None:
+        model = copy.deepcopy(NET)
+        optimizer = wrapped(model, kv)
+        train(model, optimizer, kv, range(1))
+        backward(model, 1, kv)
+        with pytest.raises(NotSupported, match="between backward and step"):
+            optimizer.state_dict()
+        optimizer.step()
+        assert optimizer.state_dict()["state"]
+
+    in_job(work, num_workers=1)
+
+
 def test_a_gradient_of_half_a_pass_is_an_error() -> None:
     """Reentrant checkpoints accumulate a parameter's gradient in parts."""
 

@@ -45,12 +45,19 @@ class LatePulls:
         kv: the store that has the parameters.
         model: the module that is called.
         parameters: by key.
+        wait_for_all: a method that calls `wait`; called before a state dict is taken or loaded.
 
     Raises:
         NotSupported: the model is compiled.
     """
 
-    def __init__(self, kv: KVStore, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        kv: KVStore,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        wait_for_all: Callable[[], None],
+    ) -> None:
         compiled = [each for each in model.modules() if each._compiled_call_impl is not None]
         if compiled or hasattr(model, "_orig_mod"):
             raise NotSupported(_COMPILED)
@@ -58,10 +65,11 @@ class LatePulls:
         self._block_of = {id(each): block for block in self._blocks for each in block.parameters.values()}
         self._hooks: list[Any] = []
         for block in self._blocks:
-            hook = _calling(block.wait)
-            self._hooks.append(block.module.register_forward_pre_hook(hook))
-        register: Any = model.register_state_dict_pre_hook  # torch gives it no types
-        self._hooks.append(register(_calling(self.wait)))
+            self._hooks.append(block.module.register_forward_pre_hook(_Hook(block.wait)))
+        for each in model.modules():
+            module: Any = each  # torch gives these no types
+            self._hooks.append(module.register_state_dict_pre_hook(_Hook(wait_for_all)))
+            self._hooks.append(module._register_load_state_dict_pre_hook(_Hook(wait_for_all)))
         self._hooks += [call_after_accumulation(each, self._check_awaited) for each in parameters.values()]
 
     def start(self) -> None:
@@ -69,15 +77,16 @@ class LatePulls:
         for block in self._blocks:
             block.start()
 
-    def wait(self) -> None:
-        """Wait until all weights are here."""
+    def wait(self, in_backward: bool) -> None:
+        """Wait until all weights are here. In a backward, no block that still waits may get a gradient."""
         for block in self._blocks:
+            block.was_passed_by = in_backward and block.work is not None
             block.wait()
 
     def _check_awaited(self, parameter: torch.Tensor) -> None:
         """Raise InvalidValue if a parameter that has a gradient now was still awaited when it was used."""
         block = self._block_of[id(parameter)]
-        if block.work is not None:
+        if block.work is not None or block.was_passed_by:
             name = next(name for name, each in block.parameters.items() if each is parameter)
             raise InvalidValue(_NOT_CALLED.format(name=name, module=block.name))
 
@@ -98,10 +107,11 @@ class _Block:
         self.module = module
         self.parameters = parameters
         self.work: Work | None = None
+        self.was_passed_by = False  # whether its weights were not awaited before a backward
         self._step = kv.bind(out=parameters)
 
     def start(self) -> None:
-        self.work = self._step.pull(async_op=True)
+        self.work, self.was_passed_by = self._step.pull(async_op=True), False
 
     def wait(self) -> None:
         if self.work is not None:
@@ -143,13 +153,26 @@ def _parameters_outside(model: nn.Module, blocks: list[nn.Module]) -> Iterator[n
             yield from each.parameters(recurse=False)
 
 
-def _calling(method: Callable[[], None]) -> Callable[..., None]:
-    """Return a hook that calls a method while its object lives, and that Dynamo steps over."""
-    reference = weakref.WeakMethod(method)
+@final
+class _Hook:
+    """Calls a method while its object lives. Dynamo steps over it, and a copy of a model has none."""
 
-    def hook(*args: Any) -> None:
-        found = reference()
+    def __init__(self, method: Callable[[], None]) -> None:
+        self._method = weakref.WeakMethod(method)
+
+    @opaque
+    def __call__(self, *args: Any) -> None:
+        found = self._method()
         if found is not None:
             found()
 
-    return opaque(hook)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*args: Any) -> None:
+    """Do nothing, in a copy of a model, whose weights nobody sends."""

@@ -34,7 +34,7 @@ _AGAIN = (
     "if several backward passes make a step, pass accumulate=their number or run all but the last under "
     "optimizer.no_sync(); make a step after every backward; and let checkpoints be use_reentrant=False"
 )
-_IN_PLACE = "clip by max_norm=..., and leave gradients as backward has made them"
+_IN_PLACE = "clip by max_norm=..., leave gradients as backward has made them, and step after every backward"
 
 
 @final

@@ -42,6 +42,7 @@ class ServerSteps(Steps):
         self._clip_to: float | None = None
         self._shared: list[SharedWeights] = []
         self._rejoins = False  # whether the script has changed some of them
+        self._put_shared: set[str] = set()  # their names
         self._windows: list[GradientWindows] = []
         self._early: list[EarlyPushes] = []
         self._has_begun = False  # whether gradients of this step have left during a backward
@@ -103,7 +104,7 @@ class ServerSteps(Steps):
         if self.chosen.overlap:
             passes, is_late = self.chosen.accumulate or 1, self.chosen.overlap == "forward"
             if is_late:
-                self._late.append(LatePulls(self.kv, self._model, parameters))
+                self._late.append(LatePulls(self.kv, self._model, parameters, self.wait))
             self._early.append(
                 EarlyPushes(self.kv, parameters, passes, self._begin, not self._commits, not is_late)
             )
@@ -177,8 +178,8 @@ class ServerSteps(Steps):
             )
         if self._early and not self._commits:
             raise NotSupported(
-                "clip_grad_norm_ with overlap='backward': the servers have updated weights by some gradients "
-                "already; pass max_norm=... to DistributedOptimizer, or overlap=False"
+                f"clip_grad_norm_ with overlap={self.chosen.overlap!r}: the servers have updated weights by "
+                "some gradients already; pass max_norm=... to DistributedOptimizer, or overlap=False"
             )
         self._hold()
         self._clip_to = max_norm
@@ -243,7 +244,7 @@ class ServerSteps(Steps):
         """Send what goes ahead of gradients that leave during backward; False if `step` has to push them."""
         if self.kv.num_retired != self._num_retired or self._held is not None:
             return False
-        self.wait()
+        self._wait(in_backward=True)
         if not self._has_begun:
             self._send_values()
             self._send_options()
@@ -255,8 +256,10 @@ class ServerSteps(Steps):
         """Raise if the script has changed what had to go ahead of gradients that have left."""
         if self._has_new_options():
             raise InvalidValue(_CHANGED.format(what="options of the optimizer"))
-        if self.kv.rank == 0 and self._changed_values():
-            raise InvalidValue(_CHANGED.format(what=", ".join(self._changed_values())))
+        changed = set(self._changed_values()) if self.kv.rank == 0 else set()
+        changed |= self._changed_shared() ^ self._put_shared
+        if changed:
+            raise InvalidValue(_CHANGED.format(what=", ".join(sorted(changed))))
 
     def _has_grown(self) -> bool:
         """Whether a frozen parameter of the optimizer requires a gradient by now."""
@@ -268,12 +271,16 @@ class ServerSteps(Steps):
         """Put the parameters that the script has changed since the last pull."""
         if self._shared:
             changed = {name: each for shared in self._shared for name, each in shared.changed().items()}
-            self._rejoins = bool(changed)
+            self._rejoins, self._put_shared = bool(changed), set(changed)
             if changed and self.kv.rank == 0:
                 self.kv.put(changed)
             return
         if self.kv.rank == 0 and (changed := self._changed_values()):
             self.kv.put(changed)
+
+    def _changed_shared(self) -> set[str]:
+        """Return the names of shared parameters that differ from what the servers have."""
+        return {name for shared in self._shared for name in shared.changed()}
 
     def _changed_values(self) -> dict[str, torch.Tensor]:
         """Return the parameters that were changed in place since the last pull."""
@@ -318,10 +325,13 @@ class ServerSteps(Steps):
             each.start()
 
     def wait(self) -> None:
+        self._wait(in_backward=False)
+
+    def _wait(self, in_backward: bool) -> None:
         if self._is_late:
-            for each in self._late:
-                each.wait()
             self._is_late = False
+            for each in self._late:
+                each.wait(in_backward)
             self._note_pull()
 
     def _await_update(self) -> None:
@@ -348,6 +358,11 @@ class ServerSteps(Steps):
         if not self._steps:
             return {}
         self.kv._check_usable("state_dict")
+        if self._has_begun:
+            raise NotSupported(
+                f"the optimizer's state between backward and step, with overlap={self.chosen.overlap!r}: "
+                "gradients have left already; read it before backward or after step"
+            )
         self.wait()
         found = self.kv._state_now()["optimizer_state"]
         ordered = [each for group in self.inner.param_groups for each in group["params"]]
