@@ -24,7 +24,7 @@ from tensorkv.training.gradients import Marks, call_after_accumulation, pushed_g
 from tensorkv.training.windows import GradientWindows
 
 BUCKET_BYTES = 1 << 20
-"""Size from which on a bucket takes no further parameter: a message costs as much as 100 KB of it."""
+"""Size in bytes from which on a bucket takes no further parameter. Small ones share the cost of a message."""
 
 _CHANGED = (
     "the gradient of {names} has changed after it was sent to the servers, which overlap does during "

@@ -12,7 +12,7 @@ from tensorkv.training.gradients import call_after_accumulation
 from tensorkv.transport.memorylimits import trim_heap
 
 TRIMMED_BYTES = 384 << 20
-"""Size of gradients from which on memory counts more than the time to trim the heap."""
+"""Size of gradients in bytes from which on memory counts more than the time to trim the heap."""
 
 TRIMS = 24
 """Number of times that the heap is trimmed in a backward; it then keeps 5 % of the gradients."""
